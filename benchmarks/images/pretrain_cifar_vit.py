@@ -1,0 +1,248 @@
+"""Pretrain a small vision transformer on a CIFAR-10 subset: the base of the image benchmarks.
+
+    python benchmarks/images/pretrain_cifar_vit.py --cifar cifar10_jpeg_15k3k.npz --out benchmarks/bases/cifar-vit
+
+The input is one npz with ``{train,test}_jpeg`` (concatenated JPEG bytes), ``_off`` (offsets) and ``_y`` (labels).
+The result is a Hugging Face folder (config, preprocessor, float32 safetensors) with ``pretraining.json`` beside it.
+
+Fifteen thousand images and one CPU thread are little for a transformer; three measures carry most of the result:
+
+* mimetic initialisation (Trockman & Kolter 2023, arXiv:2305.09828): queries and keys start near the identity's
+  similarity and value-output products near a negative identity, with sinusoidal positions, as in trained ViTs;
+* token dropping (Liu et al. 2022, "PatchDropout", arXiv:2208.07220): most epochs see a random part of the patches of
+  each image, which costs less and regularises; the last epochs see them all;
+* random affine crops, flips, colour and greyscale jitter, erased squares, mixup (Zhang et al. 2018, arXiv:1710.09412).
+"""
+
+import argparse
+import io
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+IMAGE_SIZE = 64
+PATCH_SIZE = 8
+NUM_CLASSES = 10
+CLASS_NAMES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+
+
+def decode_split(archive: Any, split: str) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 64, 64) uint8 and labels (N,) of one split, resized exactly as the saved processor does."""
+    data, offsets, labels = archive[f"{split}_jpeg"].tobytes(), archive[f"{split}_off"], archive[f"{split}_y"]
+    images = np.empty((len(labels), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    for i in range(len(labels)):
+        picture = Image.open(io.BytesIO(data[int(offsets[i]) : int(offsets[i + 1])])).convert("RGB")
+        images[i] = np.asarray(picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels.astype(np.int64))
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 [0, 255] -> float32 [-1, 1], the processor's mean and deviation of one half."""
+    return images.float().div_(127.5).sub_(1.0)
+
+
+def sinusoidal_positions(grid: int, width: int) -> Tensor:
+    """Two-dimensional sinusoidal positions, (grid * grid, width): half the channels for rows, half for columns."""
+    quarter = width // 4
+    frequencies = 1.0 / (10000.0 ** (torch.arange(quarter) / quarter))
+    angles = torch.arange(grid).float()[:, None] * frequencies[None]  # (grid, quarter)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, width / 2)
+    rows = waves[:, None].expand(grid, grid, -1)
+    columns = waves[None].expand(grid, grid, -1)
+    return torch.cat([rows, columns], dim=2).reshape(grid * grid, width)
+
+
+def factorise(target: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best pair L (d, rank), R (rank, d) with LR near ``target`` (d, d), its weight shared equally."""
+    left, values, right = torch.linalg.svd(target)
+    root = values[:rank].sqrt()
+    return left[:, :rank] * root, root[:, None] * right[:rank]
+
+
+@torch.no_grad()
+def initialise_mimetically(model: ViTForImageClassification, generator: torch.Generator) -> None:
+    """Overwrite attention and positions in place with the structure that trained ViTs show (arXiv:2305.09828)."""
+    width, num_heads = model.config.hidden_size, model.config.num_attention_heads
+    head_dim = width // num_heads
+    identity = torch.eye(width)
+
+    def noise() -> Tensor:
+        return torch.randn(width, width, generator=generator) / math.sqrt(width)
+
+    for layer in model.vit.layers:
+        attention = layer.attention
+        for head in range(num_heads):
+            rows = slice(head * head_dim, (head + 1) * head_dim)
+            query, key = factorise(0.7 * noise() + 0.7 * identity, head_dim)  # x W_q^T W_k x^T
+            attention.q_proj.weight[rows], attention.k_proj.weight[rows] = query.T, key
+        output, value = factorise(0.4 * noise() - 0.4 * identity, width)  # W_o W_v
+        attention.o_proj.weight.copy_(output)
+        attention.v_proj.weight.copy_(value)
+    positions = model.vit.embeddings.position_embeddings
+    positions[:, 1:] = sinusoidal_positions(IMAGE_SIZE // PATCH_SIZE, width)
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Random affine crop and flip, colour and greyscale jitter, one erased square; (N, 3, H, W) in [-1, 1]."""
+    num = len(images)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(num, *shape, generator=generator) * (high - low) + low
+
+    scale, angle = uniform(0.75, 1.1), uniform(-0.17, 0.17)
+    flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    shift = uniform(-0.25, 0.25, 2)
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    theta = torch.stack([cos * flip, -sin, shift[:, 0], sin * flip, cos, shift[:, 1]], dim=1).view(num, 2, 3)
+    grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
+    out = functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+    grey = out.mean(dim=1, keepdim=True)
+    saturation = uniform(0.5, 1.5, 1, 1, 1) * (uniform(0, 1, 1, 1, 1) > 0.15)  # zero: a greyscale picture
+    out = grey + saturation * (out - grey)
+    out = out * uniform(0.7, 1.3, 1, 1, 1) + uniform(-0.25, 0.25, 1, 1, 1)
+
+    size = images.shape[-1]
+    half = uniform(0.0, 0.2, 1, 1) * size
+    centre = uniform(0.0, 1.0, 2, 1) * size
+    axis = torch.arange(size).float()
+    row = (axis[None] - centre[:, 0]).abs() < half[:, 0]  # (N, H)
+    column = (axis[None] - centre[:, 1]).abs() < half[:, 0]  # (N, W)
+    hole = row[:, None, :, None] & column[:, None, None, :]
+    return out.masked_fill(hole, 0.0)
+
+
+def logits_of_part(model: ViTForImageClassification, pixels: Tensor, keep: int, generator: torch.Generator) -> Tensor:
+    """Class logits when each image shows only ``keep`` of its patches, drawn without replacement."""
+    tokens = model.vit.embeddings(pixels)  # (N, 1 + patches, width)
+    num_patches = tokens.shape[1] - 1
+    if keep < num_patches:
+        order = torch.rand(len(tokens), num_patches, generator=generator).argsort(dim=1)[:, :keep] + 1
+        kept = tokens.gather(1, order[:, :, None].expand(-1, -1, tokens.shape[2]))
+        tokens = torch.cat([tokens[:, :1], kept], dim=1)
+    for layer in model.vit.layers:
+        tokens = layer(tokens, None)
+    return model.classifier(model.vit.layernorm(tokens)[:, 0])  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def accuracy(model: ViTForImageClassification, images: Tensor, labels: Tensor) -> float:
+    """Share of ``images`` (uint8) whose most likely class is right, with all patches and in full precision."""
+    model.eval()
+    hits = sum(
+        int((model(pixel_values=normalise(x)).logits.argmax(dim=1) == y).sum())
+        for x, y in zip(images.split(256), labels.split(256), strict=True)
+    )
+    model.train()
+    return hits / len(labels)
+
+
+def save(model: ViTForImageClassification, out: Path, figures: dict[str, Any]) -> None:
+    """Write the Hugging Face folder and its figures; an earlier checkpoint in ``out`` is replaced."""
+    model.save_pretrained(out)
+    ViTImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(out)
+    (out / "pretraining.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def build(args: argparse.Namespace, generator: torch.Generator) -> ViTForImageClassification:
+    """The untrained model of the command line's size."""
+    config = ViTConfig(
+        image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, hidden_size=args.hidden, num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 32, intermediate_size=4 * args.hidden,
+        id2label=dict(enumerate(CLASS_NAMES)), label2id={name: i for i, name in enumerate(CLASS_NAMES)},
+        attn_implementation="eager",  # on a CPU in bf16 the fused attention is slower at this length
+    )  # fmt: skip
+    torch.manual_seed(args.seed)  # transformers initialises from the global generator only
+    model = ViTForImageClassification(config)
+    initialise_mimetically(model, generator)
+    return model
+
+
+def train(model: ViTForImageClassification, args: argparse.Namespace, generator: torch.Generator) -> None:
+    """AdamW with warm-up and cosine decay; ``args.epochs`` on parts of the patches, ``args.full_epochs`` on all."""
+    with np.load(args.cifar) as archive:
+        images, labels = decode_split(archive, "train")
+        test_images, test_labels = decode_split(archive, "test")
+    num_patches = (IMAGE_SIZE // PATCH_SIZE) ** 2
+    num_epochs, per_epoch = args.epochs + args.full_epochs, len(images) // args.batch_size
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+    total, warm_up = num_epochs * per_epoch, max(1, num_epochs * per_epoch // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: min((i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * max(0, i - warm_up) / (total - warm_up))),
+    )
+    started, history = time.perf_counter(), []
+    for epoch in range(num_epochs):
+        keep = args.keep if epoch < args.epochs else num_patches
+        losses = []
+        for rows in torch.randperm(len(images), generator=generator)[: per_epoch * args.batch_size].split(args.batch_size):
+            pixels = augment(normalise(images[rows]), generator)
+            targets = functional.one_hot(labels[rows], NUM_CLASSES).float()
+            if torch.rand((), generator=generator) < 0.5:  # mixup with a uniform weight, on half of the batches
+                weight = torch.rand((), generator=generator)
+                pixels = weight * pixels + (1 - weight) * pixels.flip(0)
+                targets = weight * targets + (1 - weight) * targets.flip(0)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = logits_of_part(model, pixels, keep, generator)
+            loss = functional.cross_entropy(logits.float(), targets, label_smoothing=0.1)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+        record: dict[str, Any] = {"epoch": epoch + 1, "patches": keep, "train_loss": sum(losses) / len(losses)}
+        last = epoch + 1 == num_epochs
+        if last or (epoch + 1) % args.save_every == 0:
+            record["test_accuracy"] = accuracy(model, test_images, test_labels)
+        record["seconds"] = round(time.perf_counter() - started, 1)
+        history.append(record)
+        print(json.dumps(record), flush=True)
+        if "test_accuracy" in record:
+            settings = {k: v for k, v in vars(args).items() if k not in ("cifar", "out")}
+            save(model, args.out, {
+                "data": args.cifar.name, "num_train": len(labels), "num_test": len(test_labels),
+                "test_accuracy": record["test_accuracy"], "finished": last, "epochs_done": epoch + 1,
+                "train_seconds": record["seconds"], "num_parameters": sum(p.numel() for p in model.parameters()),
+                "settings": settings, "history": history,
+            })  # fmt: skip
+
+
+def main() -> None:
+    """Read the command line, train on one thread, write the folder."""
+    parser = argparse.ArgumentParser(description="pretrain the image benchmarks' ViT on a CIFAR-10 subset")
+    parser.add_argument("--cifar", type=Path, required=True, help="npz with train_jpeg, train_off, train_y, test_*")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint into")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=38, help="epochs on a random part of the patches")
+    parser.add_argument("--full-epochs", type=int, default=5, help="last epochs, on all patches")
+    parser.add_argument("--keep", type=int, default=24, help="patches an image shows in the first epochs (of 64)")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--save-every", type=int, default=5, help="epochs between checkpoints")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(args.seed)
+    train(build(args, generator), args, generator)
+
+
+if __name__ == "__main__":
+    main()

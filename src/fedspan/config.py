@@ -1,0 +1,282 @@
+"""What a run is made of: frozen, validated settings read from TOML and `--set` overrides.
+
+Every key is written in the field's own words; an unknown key names the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fedspan.naming import nearest
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+def _as_tuple(value: object) -> object:
+    """One name stands for a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Section):
+    """`[model]`: the base that every client holds."""
+
+    name: str = "builtin:decoder"
+    """A local folder, a hub id, or `builtin:decoder` / `builtin:vit`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the frozen base; adapters, patches and full-weight training are float32 always."""
+
+
+class AdapterConfig(_Section):
+    """`[adapter]`: the LoRA adapters (ranks are set under `[federation]`)."""
+
+    target_modules: Names = ("all-linear",)
+    """Name endings of the linear layers to adapt; `all-linear` takes every one but the head. Full-weight
+    methods that train selected layers use the same list."""
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    """The scaling of a client of rank r is alpha / r (rsLoRA: alpha / √r)."""
+    rslora: bool = False
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+
+
+class DataConfig(_Section):
+    """`[data]`: what the clients hold."""
+
+    task: str = "builtin:tasks"
+    """`builtin:tasks`, `builtin:digits`, `glue/NAME`, `hub:NAME`, or `files`."""
+    kind: Literal["instruction", "classification", "image"] | None = None
+    """What the examples are; known for builtin and GLUE tasks, otherwise told by the columns."""
+    train: Names = ()
+    """With `files`: JSONL, JSON, CSV or Parquet files (gzip too), an .npz, or an image folder. Several files with
+    `partition = "files"` are one client each."""
+    test: Names = ()
+    """Held-out data for everyone; without it `holdout` of the training data is kept back."""
+    unseen: Names = ()
+    """Files evaluated but never trained on (unseen tasks or clients)."""
+    unseen_values: Names = ()
+    """Values of `field_column` kept out of training altogether and evaluated as unseen."""
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    text_columns: Names = ()
+    label_column: str = "label"
+    instruction_column: str = "instruction"
+    input_column: str = "input"
+    output_column: str = "output"
+    image_column: str = "image"
+    field_column: str | None = None
+    """The column that `partition = "by_field"` splits by (task, category, source)."""
+    template: str = "{instruction}\n{input}\n"
+    """Prompt of instruction data with {instruction} and {input}; `chat` uses the tokenizer's chat template."""
+    metric: str | None = None
+    """The metric of the summary; known for builtin and GLUE tasks."""
+    max_length: PositiveInt = 256
+    """Longest sequence in tokens. A longer prompt is cut at its start, never the answer."""
+    max_train: PositiveInt | None = None
+    """At most so many training examples (drawn by the seed)."""
+    max_test: PositiveInt | None = None
+    holdout: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of the training data kept back as test data when there is no test file."""
+    client_holdout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of each client's own data kept back for evaluation on that client."""
+
+
+class FederationConfig(_Section):
+    """`[federation]`: who takes part, when, and at which rank."""
+
+    num_clients: PositiveInt = 8
+    rounds: PositiveInt = 12
+    participation: Fraction = 0.5
+    """Share of the clients drawn in each round, by the run's seed."""
+    min_clients: PositiveInt = 1
+    """At least so many are drawn."""
+    min_success: PositiveInt = 1
+    """At least so many valid updates are needed, or the run ends (and can be resumed)."""
+    ranks: int | tuple[int, ...] | Literal["uniform", "normal", "heavy_tail"] = "uniform"
+    """One rank for all, one per client, or a distribution over `rank_values`."""
+    rank_values: tuple[int, ...] = (2, 4, 8, 16)
+    partition: Literal["iid", "dirichlet", "by_field", "preset", "files"] = "by_field"
+    alpha: Annotated[float, Field(gt=0)] = 0.5
+    """Concentration of the Dirichlet label skew: small is very skewed."""
+    preset: str = "dolly-ftg-2"
+    weighting: Literal["examples", "equal"] = "examples"
+    """What a client counts for in every average."""
+    drop_empty: bool = False
+    """Leave out clients that got no data instead of refusing to start."""
+
+
+class LocalConfig(_Section):
+    """`[local]`: a client's work in one round."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 4e-3
+    steps: PositiveInt | None = None
+    """Optimizer steps a round (20 unless `epochs` is given)."""
+    epochs: PositiveInt | None = None
+    """Passes over the client's data a round, instead of `steps`."""
+    batch_size: PositiveInt = 16
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Gradient norm above which a client's gradient is scaled down; none: never."""
+    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of a round's steps over which the learning rate rises linearly."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> LocalConfig:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give local.steps or local.epochs, not both")
+        return self
+
+
+class EvaluationConfig(_Section):
+    """`[evaluation]`: what is measured, and how often."""
+
+    every: PositiveInt = 1
+    """Evaluate the server's state after every so many rounds (and always after the last)."""
+    batch_size: PositiveInt = 64
+    max_examples: PositiveInt | None = None
+    """Examples of the evaluations between rounds; the last one uses the whole test data."""
+    max_new_tokens: PositiveInt = 16
+    base: bool = True
+    """Evaluate the untouched base first."""
+    local: bool = True
+    """Train every client alone with the same steps as a control, and report the average."""
+    per_rank: bool = True
+    """In the last evaluation, measure what a client of each rank receives."""
+
+
+class Config(_Section):
+    """A whole run. `Config()` is the embedded default."""
+
+    seed: int = 0
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, …; `auto` takes a GPU when there is one."""
+    threads: PositiveInt = 1
+    """CPU threads of the tensor library: one is fastest for small models."""
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig = DataConfig()
+    federation: FederationConfig = FederationConfig()
+    local: LocalConfig = LocalConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    method: dict[str, Any] = Field(default_factory=lambda: {"name": "glora"})
+    """`name` and the method's own options, checked against the method's signature."""
+
+
+def load(path: Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """Read a TOML file (none: the embedded default) and apply `key=value` overrides.
+
+    Raises
+    ------
+    ValueError
+        One line naming the key or value and what was expected.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"cannot read the config {path}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid TOML: {error}") from None
+    for item in overrides:
+        _set(tree, item)
+    return from_mapping(tree)
+
+
+def from_mapping(tree: Mapping[str, Any]) -> Config:
+    """Validate a nested mapping, with this library's defaults for the task where the mapping is silent."""
+    tree = _with_task_defaults(tree)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError(_one_line(error)) from None
+
+
+_TASK_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "builtin:digits": {
+        "model": {"name": "builtin:vit"},
+        "federation": {"partition": "dirichlet", "alpha": 0.1},
+    },
+}
+
+
+def _with_task_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+    data = merged.get("data")
+    task = data.get("task") if isinstance(data, dict) else None
+    for section, values in _TASK_DEFAULTS.get(str(task), {}).items():
+        given = merged.get(section, {})
+        if isinstance(given, Mapping):
+            merged[section] = {**values, **given}
+    return merged
+
+
+def _set(tree: dict[str, Any], item: str) -> None:
+    """Apply one `a.b=value`; the value is TOML, or a bare string when it is not."""
+    key, separator, text = item.partition("=")
+    if not separator or not key.strip():
+        raise ValueError(f"--set {item!r}: expected key=value, such as federation.rounds=20")
+    try:
+        value: Any = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    *parents, last = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"--set {item!r}: {parent} is a value, not a section")
+        node = child
+    node[last] = value
+
+
+def _valid_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += _valid_keys(kind, f"{prefix}{name}.")
+        keys.append(prefix + name)
+    return keys
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first problem, in words a user would use."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"] if isinstance(part, str) and part.isidentifier())
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{nearest(key, _valid_keys())}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    return f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def to_toml(config: Config) -> str:
+    """The fully resolved configuration, readable by `load`."""
+    top: list[str] = []
+    sections: list[str] = []
+    for key, value in config.model_dump(mode="json", exclude_none=True).items():
+        if isinstance(value, dict):
+            lines = [f"{name} = {_toml_value(item)}" for name, item in value.items() if item is not None]
+            sections.append("\n".join([f"[{key}]", *lines]))
+        else:
+            top.append(f"{key} = {_toml_value(value)}")
+    return "\n".join(top) + "\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _toml_value(value: object) -> str:
+    # JSON's strings, numbers, booleans and arrays are TOML's too.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,132 @@
+"""Algebra of low-rank products B·A that never forms the m×n matrix.
+
+Shapes, PEFT's: B (m, r), A (r, n); m = out_features, n = in_features; c = the summed rank of a stack.
+
+One rule serves every question: thin QR of B and of Aᵀ, then ordinary dense algebra on the core R_B R_Aᵀ,
+which is min(m, c) × min(n, c). Householder QR is backward stable column by column, so factors of wildly
+different scale (B·1e8, A·1e-8) lose nothing, which a Gram matrix would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def promote(x: Tensor) -> Tensor:
+    """At least float32: half-precision factors are accumulated in float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """The matrix B·A, held by its factors."""
+
+    b: Tensor  # (m, r)
+    a: Tensor  # (r, n)
+
+    def __post_init__(self) -> None:
+        if self.b.ndim != 2 or self.a.ndim != 2 or self.b.shape[1] != self.a.shape[0]:
+            raise ValueError(
+                f"factors of shapes {tuple(self.b.shape)} and {tuple(self.a.shape)}: expected (m, r) and (r, n)"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of B, an upper bound of the matrix rank."""
+        return self.b.shape[1]
+
+    def dense(self) -> Tensor:
+        """The m×n matrix itself: for a client's base weight and for oracles, never for a server rule."""
+        return promote(self.b) @ promote(self.a)
+
+
+@dataclass(frozen=True, slots=True)
+class SVD:
+    """U diag(σ) Vᵀ with σ decreasing."""
+
+    u: Tensor  # (m, q)
+    s: Tensor  # (q,)
+    vh: Tensor  # (q, n)
+
+
+def zeros(m: int, n: int, like: Tensor | None = None) -> LowRank:
+    """The zero matrix, at rank 0."""
+    make = torch.zeros if like is None else like.new_zeros
+    return LowRank(make((m, 0)), make((0, n)))
+
+
+def scaled(x: LowRank, factor: float) -> LowRank:
+    """factor · B·A."""
+    return LowRank(promote(x.b) * factor, promote(x.a))
+
+
+def stack(terms: Sequence[LowRank], weights: Sequence[float] | None = None) -> LowRank:
+    """Σ w_k B_k A_k as one pair [w_1 B_1 …], [A_1; …] of rank Σ r_k: exact, no arithmetic but the weights.
+
+    Raises
+    ------
+    ValueError
+        When there is no term, or the terms' shapes differ.
+    """
+    if not terms:
+        raise ValueError("an empty sum of low-rank terms has no shape: expected at least one term")
+    shapes = {term.shape for term in terms}
+    if len(shapes) != 1:
+        raise ValueError(f"low-rank terms of different shapes {sorted(shapes)}: expected one shape")
+    factors = [1.0] * len(terms) if weights is None else weights
+    return LowRank(
+        torch.cat([promote(term.b) * w for term, w in zip(terms, factors, strict=True)], dim=1),
+        torch.cat([promote(term.a) for term in terms], dim=0),
+    )
+
+
+def core(x: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+    """(Q_B, K, Q_A) with B·A = Q_B K Q_Aᵀ, orthonormal Q_B (m, p) and Q_A (n, q), small K (p, q)."""
+    q_b, r_b = torch.linalg.qr(promote(x.b))
+    q_a, r_a = torch.linalg.qr(promote(x.a).mT)
+    return q_b, r_b @ r_a.mT, q_a
+
+
+def svd(x: LowRank) -> SVD:
+    """Thin SVD of B·A, of at most min(m, n, r) terms."""
+    q_b, k, q_a = core(x)
+    u, s, vh = torch.linalg.svd(k, full_matrices=False)
+    return SVD(q_b @ u, s, vh @ q_a.mT)
+
+
+def numerical_rank(s: Tensor) -> int:
+    """How many singular values stand above the rounding of a QR core: σ_j > 4·q·eps·σ_1 for q of them."""
+    if s.numel() == 0:
+        return 0
+    # Not >=, or this fails with a matrix of all zeros.
+    return int((s > 4 * s.numel() * torch.finfo(s.dtype).eps * s[0]).sum())
+
+
+def truncate(x: LowRank, rank: int) -> LowRank:
+    """The best rank-`rank` approximation in Frobenius norm (Eckart and Young 1936), as (U Σ, Vᵀ)."""
+    f = svd(x)
+    return LowRank(f.u[:, :rank] * f.s[:rank], f.vh[:rank])
+
+
+def norm(x: LowRank) -> float:
+    """‖B·A‖_F, through the QR core (a difference never goes negative, as it would through Grams)."""
+    return float(torch.linalg.matrix_norm(core(x)[1]))
+
+
+def distance(x: LowRank, y: LowRank) -> float:
+    """‖X − Y‖_F: subtract first, as a stacked pair, then take the norm."""
+    return norm(stack([x, y], [1.0, -1.0]))
+
+
+def inner(x: LowRank, y: LowRank) -> float:
+    """⟨X, Y⟩ = tr(Xᵀ Y) from r×r matrices only."""
+    return float(((promote(x.b).mT @ promote(y.b)) * (promote(x.a) @ promote(y.a).mT)).sum())

@@ -1,0 +1,63 @@
+"""Every method, by name. A new one is a file beside these and a line in `METHODS`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import ValidationError, validate_call
+
+from fedspan.methods.base import Method
+from fedspan.methods.controls import centralised, local
+from fedspan.methods.fedit import fedit
+from fedspan.methods.ffa_lora import ffa_lora
+from fedspan.methods.flora import fedex_lora, flora
+from fedspan.methods.full_weights import fedavg, fedftg
+from fedspan.methods.glora import flexlora, glora
+from fedspan.methods.hetlora import hetlora
+from fedspan.naming import nearest
+
+METHODS: Mapping[str, Callable[..., Method]] = {
+    "glora": glora,
+    "flexlora": flexlora,
+    "flora": flora,
+    "fedex_lora": fedex_lora,
+    "hetlora": hetlora,
+    "ffa_lora": ffa_lora,
+    "fedit": fedit,
+    "fedftg": fedftg,
+    "fedavg": fedavg,
+    "local": local,
+    "centralised": centralised,
+}
+
+
+def create(options: Mapping[str, Any]) -> Method:
+    """The method called `options["name"]`, with the other entries as its own options.
+
+    Raises
+    ------
+    ValueError
+        For a name, an option or an option's value that is not one, naming the nearest that is.
+    """
+    given = dict(options)
+    name = given.pop("name", None)
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}{nearest(str(name), METHODS)}")
+    factory = METHODS[name]
+    known = inspect.signature(factory).parameters
+    for key, value in given.items():
+        if key not in known:
+            takes = nearest(key, known) if known else f"; {name} has no options"
+            raise ValueError(f"unknown key 'method.{key}' for {name}{takes}")
+        if value == "none":  # TOML has no null
+            given[key] = None
+    try:
+        return validate_call(factory)(**given)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"][:1])
+        message = problem["msg"].removeprefix("Value error, ")
+        prefix = "" if message.startswith("method.") else f"method.{key} = {problem['input']!r}: "
+        raise ValueError(prefix + message) from None

@@ -1,0 +1,76 @@
+"""FedIT: average the two factors separately."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedspan.methods.base import (
+    SUM,
+    Broadcast,
+    Diagnostics,
+    Exchange,
+    Factors,
+    Method,
+    MethodInfo,
+    Partial,
+    Request,
+    ServerState,
+    Template,
+    Tensors,
+    advance,
+    fresh_adapter,
+)
+
+
+def init_factors(template: Template, dense: Tensors) -> ServerState:
+    """The state of a method that keeps one pair of factors per module: random A, zero B."""
+    start = fresh_adapter(template, template.rank)
+    return ServerState(template, {name: {"a": f.a, "b": f.b} for name, f in start.items()}, dense)
+
+
+def factors_of(state: ServerState) -> Mapping[str, Factors]:
+    """The state's factor pairs as adapters at the run's one rank."""
+    s = state.template.scaling(state.template.rank)
+    return {name: Factors(t["b"], t["a"], s) for name, t in state.modules.items()}
+
+
+def check_rank(state: ServerState, request: Request) -> None:
+    """Refuse a client whose rank is not the run's one rank."""
+    if request.rank not in (None, state.template.rank):
+        raise ValueError(f"a client of rank {request.rank}: expected rank {state.template.rank} for every client")
+
+
+def fedit() -> Method:
+    """FedIT, FedAvg on LoRA factors: Ā = Σ p_k A_k, B̄ = Σ p_k B_k.
+
+    B̄Ā is not the mean of the products: it holds every cross term B_k A_j, and it changes with each client's gauge.
+    The baseline that the whole field starts from.
+
+    Source: Zhang et al. 2023, "Towards Building the Federated GPT: Federated Instruction Tuning" (2305.05644).
+    Differences: none known.
+    """
+
+    def broadcast(state: ServerState, request: Request) -> Broadcast:
+        check_rank(state, request)
+        return Broadcast(factors_of(state), state.dense)
+
+    def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
+        means = {name: partial.mean(name) for name in state.modules}
+        return advance(state, modules=means, dense=partial.mean_dense()), {}
+
+    return Method(
+        info=MethodInfo(
+            name="fedit",
+            title="FedIT",
+            paper="2305.05644",
+            exact=False,
+            gauge_invariant=False,
+            hetero_rank=False,
+            traffic_up="r(m+n)",
+            traffic_down="r(m+n)",
+        ),
+        init=init_factors,
+        broadcast=broadcast,
+        finish=finish,
+        exchanges=(Exchange(SUM),),
+    )

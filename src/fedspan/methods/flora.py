@@ -1,0 +1,125 @@
+"""FLoRA and FedEx-LoRA: exact by adding to every client's base what the adapter cannot hold."""
+
+from __future__ import annotations
+
+from fedspan import lowrank
+from fedspan.lowrank import LowRank
+from fedspan.methods.base import (
+    Broadcast,
+    Diagnostics,
+    Method,
+    MethodInfo,
+    Partial,
+    Patch,
+    PatchLog,
+    Request,
+    ServerState,
+    Template,
+    Tensors,
+    advance,
+    fresh_adapter,
+)
+from fedspan.methods.fedit import check_rank, factors_of, init_factors
+
+
+def patches_of(state: ServerState) -> PatchLog:
+    """The state's patch log; empty before the first round."""
+    return state.patches or PatchLog({})
+
+
+def flora() -> Method:
+    """FLoRA: the stack [s_1 p_1 B_1 …], [A_1; …] is T exactly; every client adds it to its base and starts afresh.
+
+    Source: Wang et al. 2024, "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
+    Adaptations" (2409.05976).
+    Differences: the patch stays beside the original base in float32 and is applied once, so repeated merges cannot
+    make the base drift; a client that was away fetches what it missed.
+    """
+
+    def init(template: Template, dense: Tensors) -> ServerState:
+        return ServerState(template, {}, dense, patches=PatchLog({}))
+
+    def broadcast(state: ServerState, request: Request) -> Broadcast:
+        log = patches_of(state)
+        return Broadcast(
+            fresh_adapter(state.template, request.rank or state.template.rank, state.round_num),
+            state.dense,
+            patch=log.total,
+            news=log.since(request.seen),
+            seeded=frozenset({"a", "b"}),
+        )
+
+    def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
+        stacked: dict[str, Patch] = {
+            name: lowrank.stack(partial.deltas(name), partial.shares()) for name in state.template.modules
+        }
+        return advance(state, patches=patches_of(state).append(stacked), dense=partial.mean_dense()), {}
+
+    return Method(
+        info=MethodInfo(
+            name="flora",
+            title="FLoRA",
+            paper="2409.05976",
+            exact=True,
+            gauge_invariant=True,
+            hetero_rank=True,
+            traffic_up="r(m+n)",
+            traffic_down="c(m+n)",
+        ),
+        init=init,
+        broadcast=broadcast,
+        finish=finish,
+    )
+
+
+def fedex_lora() -> Method:
+    """FedEx-LoRA: FedIT's means, and the residual T − s B̄Ā added to every client's base.
+
+    With a common scaling the residual is s Σ p_k (B_k − B̄)(A_k − Ā), and since Σ p_k (B_k − B̄) = 0 any one A_j may
+    stand in for Ā: (K−1)·r columns hold it exactly, without a dense matrix.
+
+    Source: Singhal et al. 2025, "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation
+    Models" (2410.09432).
+    Differences: the residual stays low-rank while that is smaller than the matrix. What the clients receive is
+    T in every gauge, but how it is split between adapter and patch, and so how they train on, is not invariant.
+    """
+
+    def broadcast(state: ServerState, request: Request) -> Broadcast:
+        check_rank(state, request)
+        log = patches_of(state)
+        return Broadcast(factors_of(state), state.dense, patch=log.total, news=log.since(request.seen))
+
+    def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
+        s = state.template.scaling(state.template.rank)
+        shares = partial.shares()
+        modules: dict[str, Tensors] = {}
+        residual: dict[str, Patch] = {}
+        for name in state.modules:
+            pairs = [update.factors(name) for update in partial.collected]
+            mean = LowRank(
+                sum((lowrank.promote(f.b) * p for f, p in zip(pairs[1:], shares[1:], strict=True)), pairs[0].b * shares[0]),
+                sum((lowrank.promote(f.a) * p for f, p in zip(pairs[1:], shares[1:], strict=True)), pairs[0].a * shares[0]),
+            )
+            modules[name] = {"a": mean.a, "b": mean.b}
+            terms = [LowRank(f.b - mean.b, f.a - pairs[-1].a) for f in pairs[:-1]]
+            if terms:
+                residual[name] = lowrank.stack(terms, [s * p for p in shares[:-1]])
+        log = patches_of(state).append(residual) if residual else patches_of(state)
+        diagnostics = {"residual_norm": sum(lowrank.norm(x) ** 2 for x in residual.values() if isinstance(x, LowRank)) ** 0.5}
+        return advance(state, modules=modules, patches=log, dense=partial.mean_dense()), diagnostics
+
+    return Method(
+        info=MethodInfo(
+            name="fedex_lora",
+            title="FedEx-LoRA",
+            paper="2410.09432",
+            exact=True,
+            gauge_invariant=True,
+            hetero_rank=False,
+            traffic_up="r(m+n)",
+            traffic_down="r(m+n) + min((K-1)r(m+n), mn)",
+        ),
+        init=init_factors,
+        broadcast=broadcast,
+        finish=finish,
+    )

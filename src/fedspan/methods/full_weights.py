@@ -1,0 +1,102 @@
+"""Direct averaging of weights: FedAvg on the whole model, FedFTG with GaLore in the client."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedspan.methods.base import (
+    SUM,
+    Broadcast,
+    Diagnostics,
+    Exchange,
+    GaloreOptions,
+    Method,
+    MethodInfo,
+    Partial,
+    Recipe,
+    Request,
+    ServerState,
+    Template,
+    Tensors,
+    advance,
+)
+
+
+def fedavg() -> Method:
+    """FedAvg: every client trains every weight, and the server averages them, W̄ = Σ p_k W_k.
+
+    Source: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data"
+    (1602.05629).
+    Differences: the local optimizer is AdamW, as for all methods here.
+    """
+    info = MethodInfo(
+        name="fedavg",
+        title="FedAvg",
+        paper="1602.05629",
+        exact=True,
+        gauge_invariant=True,
+        hetero_rank=True,
+        traffic_up="mn",
+        traffic_down="mn",
+        trains="all",
+    )
+    return _average_weights(info, Recipe())
+
+
+def fedftg(
+    galore_rank: int | None = 8,
+    update_gap: int = 50,
+    scale: float = 1.0,
+    svd: Literal["exact", "randomized"] = "randomized",
+) -> Method:
+    """FedFTG: GaLore on the target modules' weights in the client, plain averaging of those weights on the server.
+
+    LoRA confines learning to the factors; a projected gradient does not: the update's rank grows with every
+    projector refresh and every client, and averaging weights is exact whatever the local optimizer did.
+
+    Source: "Exploring Gradient Subspaces: Addressing and Overcoming LoRA's Limitations in Federated Fine-Tuning of
+    Large Language Models" (2410.23111), with GaLore by Zhao et al. 2024 (2403.03507).
+    Differences: the authors' public code passes its parameters without a rank, so that its optimizer never
+    projects; this is what the paper describes. Their arm with full-rank AdamW is `galore_rank = "none"`.
+
+    Parameters
+    ----------
+    galore_rank
+        r of the gradient projector; none: no projection, plain AdamW on the same weights.
+    update_gap
+        Local steps between two refreshes of the projector, which also starts afresh every round.
+    scale
+        Factor on the projected step.
+    svd
+        How the projector is computed.
+    """
+    if galore_rank is not None and galore_rank < 1:
+        raise ValueError(f"method.galore_rank = {galore_rank}: expected at least 1, or 'none'")
+    if update_gap < 1:
+        raise ValueError(f"method.update_gap = {update_gap}: expected at least 1")
+    info = MethodInfo(
+        name="fedftg",
+        title="FedFTG",
+        paper="2410.23111",
+        exact=True,
+        gauge_invariant=True,
+        hetero_rank=True,
+        traffic_up="mn",
+        traffic_down="mn",
+        trains="targets",
+    )
+    galore = None if galore_rank is None else GaloreOptions(galore_rank, update_gap, scale, svd)
+    return _average_weights(info, Recipe(galore=galore))
+
+
+def _average_weights(info: MethodInfo, recipe: Recipe) -> Method:
+    def init(template: Template, dense: Tensors) -> ServerState:
+        return ServerState(template, {}, dense)
+
+    def broadcast(state: ServerState, request: Request) -> Broadcast:
+        return Broadcast({}, state.dense, recipe)
+
+    def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
+        return advance(state, dense=partial.mean_dense()), {}
+
+    return Method(info=info, init=init, broadcast=broadcast, finish=finish, exchanges=(Exchange(SUM),))

@@ -28,7 +28,8 @@ class Metric:
 def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:
     """Share of predictions equal to their reference."""
     _check(predictions, references)
-    return sum(p == r for p, r in zip(predictions, references, strict=True)) / len(references)
+    right = sum(bool(p == r) for p, r in zip(predictions, references, strict=True))
+    return right / len(references)
 
 
 def f1(predictions: Sequence[int], references: Sequence[int]) -> float:
@@ -65,7 +66,7 @@ def matthews(predictions: Sequence[int], references: Sequence[int]) -> float:
 
 
 def pearson(predictions: Sequence[float], references: Sequence[float]) -> float:
-    """Linear correlation; 0 when either side is constant (undefined), so that a constant model scores nothing."""
+    """Linear correlation; 0 when either side is constant, where it is undefined."""
     return _correlation("pearsonr", predictions, references)
 
 
@@ -117,7 +118,9 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     pairs = zip(references, predictions, strict=True)
-    return sum(float(scorer.score(target, text)["rougeL"].fmeasure) for target, text in pairs) / len(references)
+    return sum(float(scorer.score(target, text)["rougeL"].fmeasure) for target, text in pairs) / len(
+        references
+    )
 
 
 def perplexity_of(mean_nll: float) -> float:
@@ -129,7 +132,7 @@ def perplexity_of(mean_nll: float) -> float:
 
 
 def perplexity(predictions: Sequence[float], references: Sequence[float]) -> float:
-    """Perplexity per token from each example's summed NLL in nats (`predictions`) and its tokens (`references`)."""
+    """Perplexity per token: `predictions` are summed NLLs in nats, `references` the numbers of tokens."""
     _check(predictions, references)
     return perplexity_of(sum(predictions) / sum(references))
 
@@ -137,7 +140,8 @@ def perplexity(predictions: Sequence[float], references: Sequence[float]) -> flo
 def _check(predictions: Sequence[Any], references: Sequence[Any]) -> None:
     if len(predictions) != len(references) or not len(references):
         raise ValueError(
-            f"{len(predictions)} predictions for {len(references)} references: expected as many, and at least one"
+            f"{len(predictions)} predictions for {len(references)} references: "
+            "expected as many, and at least one"
         )
 
 

@@ -6,6 +6,10 @@ def _pairs(text: str) -> dict[str, str]:
     return dict(pair.split("/") for pair in text.split())
 
 
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 _ANTONYM_PAIRS = _pairs(
     "big/small hot/cold happy/sad good/bad up/down in/out day/night fast/slow old/young hard/soft "
     "light/dark wet/dry full/empty open/closed loud/quiet high/low long/short near/far rich/poor "
@@ -36,16 +40,16 @@ PAST: dict[str, str] = _pairs(
     "draw/drew hide/hid win/won lose/lost hold/held"
 )
 
-ANIMALS: tuple[str, ...] = tuple(
+ANIMALS: tuple[str, ...] = _words(
     "cat dog bird fish bear rabbit mouse frog duck lion fox cow pig horse sheep monkey bee ant "
-    "butterfly elephant tiger wolf owl turtle goat hen snake bunny puppy kitten spider whale".split()
+    "butterfly elephant tiger wolf owl turtle goat hen snake bunny puppy kitten spider whale"
 )
-FOODS: tuple[str, ...] = tuple(
+FOODS: tuple[str, ...] = _words(
     "apple cake bread milk soup cookie banana pie candy cheese egg rice carrot orange pizza honey "
-    "butter jam meat berry corn salad sandwich potato tomato lemon".split()
+    "butter jam meat berry corn salad sandwich potato tomato lemon"
 )
-COLORS: tuple[str, ...] = tuple("red blue green yellow black white pink brown purple gray".split())
-OBJECTS: tuple[str, ...] = tuple(
+COLORS: tuple[str, ...] = _words("red blue green yellow black white pink brown purple gray")
+OBJECTS: tuple[str, ...] = _words(
     "ball box car bed hat book toy chair table door tree house boat train truck cup flower rock star "
-    "doll lamp shoe coat window clock key pencil stick rope bag kite swing bell drum plane bike".split()
+    "doll lamp shoe coat window clock key pencil stick rope bag kite swing bell drum plane bike"
 )

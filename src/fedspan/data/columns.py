@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from fedspan.config import DataConfig, nearest
+from fedspan.config import DataConfig
 from fedspan.data.images import as_images, find_column
 from fedspan.data.rows import Kind, Rows
 from fedspan.data.tables import Table
+from fedspan.naming import nearest
 
 _REGRESSION_METRICS = ("pearson", "spearman")
 _TEXT_COLUMNS = (("text",), ("sentence",), ("sentence1", "sentence2"))  # tried in this order
@@ -58,10 +59,13 @@ def to_rows(table: Table, kind: Kind, config: DataConfig) -> Rows:
     ValueError
         Naming a missing column and the nearest one, or the row with an unusable value.
     """
+    inputs: Sequence[Any] | np.ndarray
+    targets: Sequence[Any] | np.ndarray
     if kind == "instruction":
         inputs, targets = _instructions(table, config)
     elif kind == "classification":
-        inputs = list(zip(*(_texts(table, name, "data.text_columns") for name in _text_names(table, config))))
+        texts = [_texts(table, name, "data.text_columns") for name in _text_names(table, config)]
+        inputs = list(zip(*texts, strict=True))
         targets = table.column(config.label_column, "data.label_column")
     else:
         name = find_column(table, config.image_column, _IMAGE_NAMES, "data.image_column")
@@ -74,17 +78,19 @@ def to_rows(table: Table, kind: Kind, config: DataConfig) -> Rows:
 def _instructions(table: Table, config: DataConfig) -> tuple[list[tuple[str, str]], list[str]]:
     names = {"instruction_column": config.instruction_column, "input_column": config.input_column}
     if not any(names.values()):
-        raise ValueError("data.instruction_column and data.input_column are both empty: expected at least one")
+        raise ValueError(
+            "data.instruction_column and data.input_column are both empty: expected at least one"
+        )
     empty = [""] * table.num_rows
     parts = []
     for key, name in names.items():
         if name and name not in table.columns:
             raise ValueError(
-                f"{table.source} has no column {name!r} (data.{key}; \"\" says that there is none)"
+                f'{table.source} has no column {name!r} (data.{key}; "" says that there is none)'
                 f"{nearest(name, table.columns)}"
             )
         parts.append(_texts(table, name, f"data.{key}", optional=True) if name else empty)
-    return list(zip(*parts)), _texts(table, config.output_column, "data.output_column")
+    return list(zip(*parts, strict=True)), _texts(table, config.output_column, "data.output_column")
 
 
 def _text_names(table: Table, config: DataConfig) -> Sequence[str]:
@@ -95,7 +101,9 @@ def _text_names(table: Table, config: DataConfig) -> Sequence[str]:
     for names in _TEXT_COLUMNS:
         if all(name in table.columns for name in names):
             return names
-    raise ValueError(f"{table.source} has no column 'text' (data.text_columns){nearest('text', table.columns)}")
+    raise ValueError(
+        f"{table.source} has no column 'text' (data.text_columns){nearest('text', table.columns)}"
+    )
 
 
 def _texts(table: Table, name: str, key: str, optional: bool = False) -> list[str]:
@@ -126,11 +134,11 @@ def _plain(values: Sequence[Any] | np.ndarray) -> list[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """How raw labels become targets: `names` in the order of their ids, or a regression (`num_labels` 1)."""
+    """How raw labels become targets: they are ids, names of ids (in the order of `names`), or plain numbers."""
 
+    form: Literal["id", "name", "number"]
     num_labels: int
     names: tuple[str, ...] | None = None
-    regression: bool = False
 
     def ids(self, raw: Iterable[Any], source: str) -> list[int] | list[float]:
         """Targets of `raw` labels.
@@ -143,22 +151,24 @@ class Labels:
         return [self._target(value, f"row {row} of {source}") for row, value in enumerate(raw, 1)]
 
     def _target(self, value: Any, where: str) -> Any:
-        if self.regression:
-            number = _number(value)
+        if self.form == "name":
+            assert self.names is not None
+            if value not in self.names:
+                raise ValueError(f"{where} has the label {value!r}{nearest(str(value), self.names)}")
+            return self.names.index(value)
+        number = _number(value)
+        if self.form == "number":
             if number is None:
                 raise ValueError(f"{where} has the label {value!r}: expected a finite number (regression)")
             return number
-        if self.names is not None and isinstance(value, str):
-            if value not in self.names:
-                raise ValueError(f"{where} has the label {value!r}{nearest(value, self.names)}")
-            return self.names.index(value)
-        number = _number(value)
         if number is None or number != int(number) or not 0 <= number < self.num_labels:
             raise ValueError(f"{where} has the label {value!r}: expected 0..{self.num_labels - 1}")
         return int(number)
 
 
-def learn_labels(raw: Sequence[Any], source: str, metric: str | None, names: tuple[str, ...] | None) -> Labels:
+def learn_labels(
+    raw: Sequence[Any], source: str, metric: str | None, names: tuple[str, ...] | None
+) -> Labels:
     """What the labels of the training data stand for.
 
     Whole numbers (also as text, as in CSV) are ids and must be exactly 0..n-1; other texts are names and get
@@ -174,10 +184,14 @@ def learn_labels(raw: Sequence[Any], source: str, metric: str | None, names: tup
         if value is None or value == "":
             raise ValueError(f"row {row} of {source} has no label: expected one")
         if not isinstance(value, str | int | float):
-            raise ValueError(f"row {row} of {source} has a {type(value).__name__} as label: expected text or number")
+            raise ValueError(
+                f"row {row} of {source} has a {type(value).__name__} as label: expected text or number"
+            )
     if metric in _REGRESSION_METRICS:
-        return Labels(1, regression=True)
+        return Labels("number", 1)
     values = set(raw)
+    if len(values) == 1:
+        raise ValueError(f"{source} has the single label {raw[0]!r}: expected two or more")
     numbers = {_number(value) for value in values}
     whole = {int(number) for number in numbers if number is not None and number == int(number)}
     if len(whole) == len(numbers):
@@ -186,7 +200,7 @@ def learn_labels(raw: Sequence[Any], source: str, metric: str | None, names: tup
             if all(isinstance(value, str) for value in values):
                 return _named(values)
             raise ValueError(f"{source} has the labels {_some(whole)}: expected 0..n-1 with none missing")
-        return Labels(size, names)
+        return Labels("id", size, names)
     if all(isinstance(value, str) for value in values):
         return _named(values)
     if None in numbers:
@@ -199,7 +213,7 @@ def learn_labels(raw: Sequence[Any], source: str, metric: str | None, names: tup
 
 def _named(values: Iterable[str]) -> Labels:
     names = tuple(sorted(values))
-    return Labels(len(names), names)
+    return Labels("name", len(names), names)
 
 
 def _number(value: Any) -> float | None:

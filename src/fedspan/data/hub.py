@@ -43,11 +43,15 @@ def read_splits(
             "data.train and data.test"
         ) from None
     if train not in splits:
-        raise ValueError(f"dataset {label} has no split {train!r} (data.train): expected one of {', '.join(splits)}")
+        raise ValueError(
+            f"dataset {label} has no split {train!r} (data.train): expected one of {', '.join(splits)}"
+        )
     if test is None:
         test = next((split for split in ("test", "validation") if split in splits), None)
     elif test not in splits:
-        raise ValueError(f"dataset {label} has no split {test!r} (data.test): expected one of {', '.join(splits)}")
+        raise ValueError(
+            f"dataset {label} has no split {test!r} (data.test): expected one of {', '.join(splits)}"
+        )
     tables = [_table(splits[split], f"{label}, {split}", label_column) for split in (train, test) if split]
     return tables[0], tables[1] if test else None
 

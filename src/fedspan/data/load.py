@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fedspan.config import DataConfig, nearest
+from fedspan.config import DataConfig
 from fedspan.data import hub
 from fedspan.data.columns import infer_kind, learn_labels, to_rows
 from fedspan.data.images import folder_table, has_split, npz_table
 from fedspan.data.rows import Corpus, Kind, Rows, concatenate
 from fedspan.data.tables import Table, read_table
-from fedspan.metrics import GLUE_COLUMNS, GLUE_METRICS, GLUE_NUM_LABELS, METRICS
+from fedspan.metrics import GLUE_COLUMNS, GLUE_METRICS, GLUE_NUM_LABELS
+from fedspan.naming import nearest
 
 _TASK_SIZES = {"train": 150, "test": 20}  # generated examples of one builtin task
 _HOLDOUT, _MAX_TRAIN, _MAX_TEST, _MAX_UNSEEN = range(4)  # purposes of a generator
@@ -34,15 +35,16 @@ _DEFAULT_METRICS: Mapping[Kind, tuple[str, ...]] = {
 def load(config: DataConfig, seed: int) -> Corpus:
     """Read, split and label the data of a run.
 
-    * Without test data, a share `holdout` of the training rows becomes the test data. An npz that holds a test
-      split is its own test data, and so is the test or validation split of a hub dataset.
+    * Without test data, a share `holdout` of the training rows becomes the test data. An npz that holds a
+      test split is its own test data, and so is the test or validation split of a hub dataset.
     * A row whose field is one of `unseen_values` is neither trained on nor part of the test data. The unseen
       data has, of each such value, its rows of the test data, or of the training data when the test data has
       none; and the rows of the `unseen` files.
     * `max_train` limits the training data, `max_test` the test data and the unseen data, each by a draw that
       depends on `seed` alone. The order of rows is kept.
-    * `glue/NAME` with `train` files reads these (in GLUE's columns) instead of the hub. With `hub:NAME` and
-      `glue/NAME`, a word in `train` or `test` that is no file name is the name of a split.
+    * `glue/NAME` with `train` files reads these instead of the hub, in GLUE's columns unless `text_columns`
+      says otherwise. With `hub:NAME` and `glue/NAME`, a word in `train` or `test` that is no file name is the
+      name of a split.
 
     Parameters
     ----------
@@ -58,6 +60,8 @@ def load(config: DataConfig, seed: int) -> Corpus:
     """
     if seed < 0:
         raise ValueError(f"seed = {seed}: expected 0 or more")
+    if config.task.startswith("builtin:"):
+        _check_builtin(config)
     if config.task == "builtin:tasks":
         corpus = _builtin_tasks(config, seed)
     elif config.task == "builtin:digits":
@@ -65,14 +69,32 @@ def load(config: DataConfig, seed: int) -> Corpus:
     elif config.task.startswith("glue/"):
         corpus = _glue(config, config.task.removeprefix("glue/"), seed)
     elif config.task.startswith("hub:"):
-        corpus = _from_tables(*_hub_tables(config, config.task.removeprefix("hub:"), config.subset), config, seed)
+        corpus = _from_tables(
+            *_hub_tables(config, config.task.removeprefix("hub:"), config.subset), config, seed
+        )
     elif config.task == "files":
         corpus = _files(config, seed)
     else:
         raise ValueError(
-            f"data.task = {config.task!r}: expected builtin:tasks, builtin:digits, glue/NAME, hub:NAME or files"
+            f"data.task = {config.task!r}: expected builtin:tasks, builtin:digits, glue/NAME, hub:NAME "
+            "or files"
         )
+    if config.kind not in (None, corpus.kind):
+        raise ValueError(f"data.kind = {config.kind!r}: {config.task} is {corpus.kind} data")
     return _limited(_with_metric(corpus, config.metric), config, seed)
+
+
+def _check_builtin(config: DataConfig) -> None:
+    for key in ("train", "test", "unseen"):
+        if getattr(config, key):
+            names = list(getattr(config, key))
+            raise ValueError(
+                f"data.{key} = {names} with data.task = {config.task!r}: expected data.task = 'files'"
+            )
+    field = "task" if config.task == "builtin:tasks" else None
+    if config.field_column not in (None, field):
+        found = f"only the field {field!r}" if field else "no field"
+        raise ValueError(f"data.field_column = {config.field_column!r}: {config.task} has {found}")
 
 
 def _builtin_tasks(config: DataConfig, seed: int) -> Corpus:
@@ -92,13 +114,17 @@ def _builtin_tasks(config: DataConfig, seed: int) -> Corpus:
 def _builtin_digits(config: DataConfig, seed: int) -> Corpus:
     from fedspan.builtin import digits
 
-    train_x, train_y, test_x, test_y = digits.load(seed)
+    found = digits.load(seed)
     train, test = (
         Rows("image", images, labels.tolist(), [""] * len(labels))
-        for images, labels in ((train_x, train_y), (test_x, test_y))
+        for images, labels in (
+            (found.train_images, found.train_labels),
+            (found.test_images, found.test_labels),
+        )
     )
     train, test, unseen = _keep_apart(train, test, None, config)
-    return Corpus("image", train, test, unseen, None, None, 10, ("accuracy",))
+    names = found.class_names
+    return Corpus("image", train, test, unseen, None, names, len(names), ("accuracy",))
 
 
 def _glue(config: DataConfig, name: str, seed: int) -> Corpus:
@@ -108,8 +134,7 @@ def _glue(config: DataConfig, name: str, seed: int) -> Corpus:
     official = config.model_copy(
         update={
             "kind": "classification",
-            "text_columns": GLUE_COLUMNS[name],
-            "label_column": "label",
+            "text_columns": config.text_columns or GLUE_COLUMNS[name],
             "metric": config.metric or metrics[0],
         }
     )
@@ -121,7 +146,8 @@ def _glue(config: DataConfig, name: str, seed: int) -> Corpus:
         corpus = _from_tables(*tables, official, seed)
     if corpus.num_labels != GLUE_NUM_LABELS[name]:
         raise ValueError(
-            f"the training data of glue/{name} has {corpus.num_labels} labels: expected {GLUE_NUM_LABELS[name]}"
+            f"the training data of glue/{name} has {corpus.num_labels} labels: "
+            f"expected {GLUE_NUM_LABELS[name]}"
         )
     return replace(corpus, metrics=metrics)
 
@@ -137,15 +163,20 @@ def _hub_tables(
         if len(names) > 1:
             raise ValueError(f"data.{key} = {list(names)}: expected the name of one split")
     if config.unseen:
-        raise ValueError(f"data.unseen = {list(config.unseen)} needs data.task = 'files'; use data.unseen_values")
-    test_name = config.test[0] if config.test else None
-    train, test = hub.read_splits(name, subset, *config.train[:1] or ("train",), test_name, config.label_column)
+        raise ValueError(
+            f"data.unseen = {list(config.unseen)} needs data.task = 'files'; use data.unseen_values"
+        )
+    train_split = config.train[0] if config.train else "train"
+    test_split = config.test[0] if config.test else None
+    train, test = hub.read_splits(name, subset, train_split, test_split, config.label_column)
     return [train], [] if test is None else [test], []
 
 
 def _files(config: DataConfig, seed: int) -> Corpus:
     if not config.train:
-        raise ValueError(f"data.task = {config.task!r} with no data.train: expected at least one file or folder")
+        raise ValueError(
+            f"data.task = {config.task!r} with no data.train: expected at least one file or folder"
+        )
     test_names = config.test
     if not test_names and len(config.train) == 1 and config.train[0].lower().endswith(".npz"):
         test_names = config.train if has_split(Path(config.train[0]), "test") else ()
@@ -157,6 +188,8 @@ def _files(config: DataConfig, seed: int) -> Corpus:
 
 
 def _read(path: Path, split: str) -> Table:
+    if not path.exists():
+        raise ValueError(f"data.{split}: {path} does not exist")
     if path.is_dir():
         return folder_table(path)
     return npz_table(path, split) if path.name.lower().endswith(".npz") else read_table(path)
@@ -202,13 +235,14 @@ def _keep_apart(
 def _apart(
     train: Rows, test: Rows | None, unseen: Rows | None, config: DataConfig
 ) -> tuple[np.ndarray, Rows, Rows | None, Rows | None]:
-    """Move the rows of `unseen_values` out of training and test data; also the indices of the training rows kept."""
+    """Indices of the training rows kept, then the three without and with the rows of `unseen_values`."""
     if not config.unseen_values:
         return np.arange(len(train)), train, test, unseen
     known = {*train.fields, *(test.fields if test else ()), *(unseen.fields if unseen else ())} - {""}
     if not known:
         raise ValueError(
-            f"data.unseen_values = {list(config.unseen_values)} needs data.field_column: the data has no field"
+            f"data.unseen_values = {list(config.unseen_values)}: the data has no field; expected "
+            "data.field_column"
         )
     for value in config.unseen_values:
         if value not in known:
@@ -217,13 +251,14 @@ def _apart(
     test_kept, test_apart = _divide(test, config.unseen_values) if test else (None, np.arange(0))
     if not len(kept) or (test_kept is not None and not len(test_kept)):
         raise ValueError(
-            f"data.unseen_values = {list(config.unseen_values)} leaves no {'test' if len(kept) else 'training'} rows"
+            f"data.unseen_values = {list(config.unseen_values)} leaves no "
+            f"{'test' if len(kept) else 'training'} rows: expected some"
         )
     parts = [] if unseen is None else [unseen]
-    tested = {test.fields[i] for i in test_apart} if test else set()
+    tested = {test.fields[i] for i in test_apart.tolist()} if test else set()
     if test:
         parts.append(test.take(test_apart))
-    parts.append(train.take([i for i in apart if train.fields[i] not in tested]))
+    parts.append(train.take([i for i in apart.tolist() if train.fields[i] not in tested]))
     test = test.take(test_kept) if test and test_kept is not None else test
     return kept, train.take(kept), test, concatenate([part for part in parts if len(part)])
 
@@ -236,7 +271,9 @@ def _divide(rows: Rows, values: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 def _held_out(num_rows: int, holdout: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted indices held out, and the others; at least one each."""
     if num_rows < 2:
-        raise ValueError(f"the training data has {num_rows} row: expected 2 or more to hold out test data, or data.test")
+        raise ValueError(
+            f"the training data has {num_rows} row: expected 2 or more to hold out test data, or data.test"
+        )
     size = min(max(1, round(holdout * num_rows)), num_rows - 1)
     order = np.random.default_rng([seed, _HOLDOUT]).permutation(num_rows)
     return np.sort(order[:size]), np.sort(order[size:])
@@ -247,10 +284,12 @@ def _with_metric(corpus: Corpus, metric: str | None) -> Corpus:
     if metric is None:
         return corpus
     possible = _METRICS_OF[corpus.kind]
-    if metric not in METRICS or metric not in possible:
+    if metric not in possible:
         raise ValueError(f"data.metric = {metric!r} for {corpus.kind} data{nearest(metric, possible)}")
     if metric == "f1" and corpus.num_labels != 2:
-        raise ValueError(f"data.metric = 'f1' needs 2 labels, the data has {corpus.num_labels}: use 'macro_f1'")
+        raise ValueError(
+            f"data.metric = 'f1' needs 2 labels, the data has {corpus.num_labels}: use 'macro_f1'"
+        )
     return replace(corpus, metrics=(metric, *(name for name in corpus.metrics if name != metric)))
 
 

@@ -15,12 +15,13 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from fedspan.config import nearest
+from fedspan.naming import nearest
 
+_T = TypeVar("_T")
 ABSENT = object()  # marks a key that one row lacks although others have it
 
 
@@ -28,8 +29,8 @@ ABSENT = object()  # marks a key that one row lacks although others have it
 class Table:
     """Named columns of equal length.
 
-    `source` names the table in messages, `root` is where relative file names in it start, and `label_names` are
-    the names behind whole-number labels where the source tells them.
+    `source` names the table in messages, `root` is where relative file names in it start, and `label_names`
+    are the names behind whole-number labels where the source tells them.
     """
 
     source: str
@@ -79,7 +80,9 @@ def read_table(path: Path) -> Table:
     name = path.name.lower().removesuffix(".gz")
     reader = next((read for suffix, read in _READERS.items() if name.endswith(suffix)), None)
     if reader is None:
-        raise ValueError(f"{path} is of no known type: expected {', '.join(_READERS)} (also .gz), .npz or a folder")
+        raise ValueError(
+            f"{path} is of no known type: expected {', '.join(_READERS)} (also .gz), .npz or a folder"
+        )
     table = reader(_content(path), path)
     if table.num_rows == 0:
         raise ValueError(f"{path} holds no rows: expected at least one")
@@ -117,7 +120,9 @@ def _jsonl(content: bytes, path: Path) -> Table:
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}, is not valid JSON: {error}") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}, is {line.strip()[:40]}: expected an object with named columns")
+            raise ValueError(
+                f"{path}, line {number}, is {line.strip()[:40]}: expected an object with named columns"
+            )
         records.append(record)
     return from_records(records, str(path), path.parent)
 
@@ -141,9 +146,9 @@ def _delimited(delimiter: str) -> Callable[[bytes, Path], Table]:
         try:
             for record in reader:
                 if record and records and len(record) != len(records[0]):
-                    width = len(records[0])
                     raise ValueError(
-                        f"{path}, line {reader.line_num}, has {len(record)} values: expected {width}, as in the header"
+                        f"{path}, line {reader.line_num}, has {len(record)} values: "
+                        f"expected {len(records[0])}, as in the header"
                     )
                 if record:
                     records.append(record)
@@ -152,22 +157,26 @@ def _delimited(delimiter: str) -> Callable[[bytes, Path], Table]:
         header, *rows = records or [[]]
         if len(set(header)) != len(header):
             raise ValueError(f"{path} names a column twice in its header: {', '.join(header)}")
-        return Table(str(path), {name: [row[i] for row in rows] for i, name in enumerate(header)}, path.parent)
+        return Table(
+            str(path), {name: [row[i] for row in rows] for i, name in enumerate(header)}, path.parent
+        )
 
     return read
 
 
 def _parquet(content: bytes, path: Path) -> Table:
     try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
+        import pyarrow as arrow  # type: ignore[import-untyped]
+        import pyarrow.parquet as parquet  # type: ignore[import-untyped]
     except ImportError:
         raise ValueError(f"reading {path} needs pyarrow: pip install 'fedspan[hub]'") from None
     try:
         table = parquet.read_table(io.BytesIO(content))
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
-    return Table(str(path), {name: table.column(name).to_pylist() for name in table.column_names}, path.parent)
+    return Table(
+        str(path), {name: table.column(name).to_pylist() for name in table.column_names}, path.parent
+    )
 
 
 _READERS: Mapping[str, Callable[[bytes, Path], Table]] = {
@@ -180,19 +189,38 @@ _READERS: Mapping[str, Callable[[bytes, Path], Table]] = {
 }
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz file; arrays of Python objects (pickles) are refused.
+def npz_names(path: Path) -> list[str]:
+    """The names of an npz file's arrays. Errors are those of :func:`read_npz`."""
+    return _with_npz(path, lambda arrays: list(arrays.files))
+
+
+def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """The arrays `names` of an npz file; arrays of Python objects (pickles) are refused.
 
     Raises
     ------
     ValueError
         If the file is missing, corrupt or holds objects.
     """
+    return _with_npz(path, lambda arrays: {name: arrays[name] for name in names})
+
+
+def _with_npz(path: Path, read: Callable[[Any], _T]) -> _T:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            return read(arrays)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
     # A single .npy array is no context manager, hence the TypeError and AttributeError.
-    except (ValueError, EOFError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a readable npz of plain arrays: {str(error).splitlines()[0]}") from None
+    except (
+        ValueError,
+        EOFError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise ValueError(
+            f"{path} is not a readable npz of plain arrays: {str(error).splitlines()[0]}"
+        ) from None

@@ -1,0 +1,7 @@
+"""`python -m fedspan`: the same as the `fedspan` command."""
+
+import sys
+
+from fedspan.cli import main
+
+sys.exit(main())

@@ -1,0 +1,332 @@
+"""Examples as tensors: tokenised or processed once, then batches by direct indexing.
+
+Tokens of all rows lie one after the other in a flat tensor; a batch is one gather from it.
+Shapes: N rows, b rows of a batch, t the tokens of its longest row.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedspan.config import DataConfig
+from fedspan.data.rows import Kind, Rows
+
+IGNORED = -100  # the label that cross_entropy leaves out of the loss
+_IMAGES_AT_ONCE = 256
+_TEXTS_AT_ONCE = 2048  # a tokenizer keeps far more than the ids of what it has at hand
+
+Indices = Sequence[int] | np.ndarray | Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Texts:
+    """Token sequences: row i is ``tokens[starts[i] : starts[i] + lengths[i]]``, its prompt the first part."""
+
+    tokens: Tensor  # (sum of lengths + longest,), the tail being padding so that a gather never leaves it
+    types: Tensor | None  # the same shape, for tokenizers with token types
+    starts: Tensor  # (N,)
+    lengths: Tensor  # (N,)
+    prompt_lengths: Tensor | None  # (N,), instruction data
+    pad: int
+
+    def right_padded(self, rows: Tensor) -> dict[str, Tensor]:
+        lengths = self.lengths[rows]
+        places = torch.arange(int(lengths.max()))  # (t,)
+        mask = places < lengths[:, None]  # (b, t)
+        flat = self.starts[rows][:, None] + places
+        ids = self.tokens[flat].masked_fill_(~mask, self.pad)
+        batch = {"input_ids": ids, "attention_mask": mask.long()}
+        if self.types is not None:
+            batch["token_type_ids"] = self.types[flat].masked_fill_(~mask, 0)
+        if self.prompt_lengths is not None:
+            answer = mask & (places >= self.prompt_lengths[rows][:, None])
+            batch["labels"] = ids.masked_fill(~answer, IGNORED)
+        return batch
+
+    def left_padded_prompts(self, rows: Tensor) -> dict[str, Tensor]:
+        assert self.prompt_lengths is not None
+        lengths = self.prompt_lengths[rows]
+        longest = int(lengths.max())
+        places = torch.arange(longest) - (longest - lengths)[:, None]  # (b, t), negative in the padding
+        mask = places >= 0
+        ids = self.tokens[self.starts[rows][:, None] + places.clamp_(min=0)]
+        return {"input_ids": ids.masked_fill_(~mask, self.pad), "attention_mask": mask.long()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """Rows ready for a model, or a view of some of them. Made by :func:`encode`."""
+
+    kind: Kind
+    rows: Tensor  # (len,) rows of the shared storage that this view shows
+    all_targets: Sequence[Any]
+    all_fields: Sequence[str]
+    texts: _Texts | None
+    pixels: Tensor | None  # (N, channels, height, width) float32
+    labels: Tensor | None  # (N,) int64 class ids, or float32 for regression
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Indices) -> dict[str, Tensor]:
+        """Training batch of the rows at `indices` (at least one), as a model's ``forward`` takes it.
+
+        Returns
+        -------
+        dict
+            Text: ``input_ids``, ``attention_mask`` (and ``token_type_ids`` where the tokenizer has them),
+            each (b, t) and padded on the right; images: ``pixel_values`` (b, channels, height, width).
+            ``labels`` is (b, t) with -100 outside the answer for instruction data, otherwise (b,).
+        """
+        rows = self._rows(indices)
+        if self.texts is not None:
+            batch = self.texts.right_padded(rows)
+        else:
+            assert self.pixels is not None
+            batch = {"pixel_values": self.pixels[rows]}
+        if self.labels is not None:
+            batch["labels"] = self.labels[rows]
+        return batch
+
+    def prompts(self, indices: Indices) -> dict[str, Tensor]:
+        """Prompts of instruction data, padded on the left for generation.
+
+        Token by token they are what comes before the answer in :meth:`batch`.
+
+        Returns
+        -------
+        dict
+            ``input_ids`` and ``attention_mask``, each (b, t).
+
+        Raises
+        ------
+        ValueError
+            For other data.
+        """
+        if self.texts is None or self.texts.prompt_lengths is None:
+            raise ValueError(f"{self.kind} data has no prompts: expected instruction data")
+        return self.texts.left_padded_prompts(self._rows(indices))
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each row, (len,) int64; images count as 1."""
+        return torch.ones_like(self.rows) if self.texts is None else self.texts.lengths[self.rows]
+
+    @property
+    def references(self) -> list[Any]:
+        """What predictions are compared with: answers, class ids or numbers."""
+        return [self.all_targets[row] for row in self.rows.tolist()]
+
+    @property
+    def targets(self) -> np.ndarray:
+        """The references as an array, such as a label-skewed partition takes."""
+        return np.asarray(self.references)
+
+    @property
+    def fields(self) -> list[str]:
+        """The task, category or source of each row, or ``""``."""
+        return [self.all_fields[row] for row in self.rows.tolist()]
+
+    def subset(self, indices: Indices) -> Encoded:
+        """A view of the rows at `indices` (possibly none); the tensors are shared, not copied."""
+        return replace(self, rows=self._rows(indices))
+
+    def _rows(self, indices: Indices) -> Tensor:
+        return self.rows[torch.as_tensor(indices, dtype=torch.int64)]
+
+
+def encode(rows: Rows, processor: Any, config: DataConfig) -> Encoded:
+    """Tokenise (or process) all rows once.
+
+    Instruction data: the prompt is ``template`` filled in, or one user turn of the tokenizer's chat template;
+    prompt and answer are tokenised apart, as generation will meet them, and the end token follows the answer.
+    Too long a row loses the start of its prompt (but never leading special tokens, and at least one
+    token stays for the answer to follow); only an answer that is too long by itself is cut, at its end.
+    Classification: the tokenizer's own truncation to ``max_length``. A tokenizer without a padding token pads
+    with its end token, or 0 if it has neither; the attention mask makes the choice harmless.
+    Images: grey ones get three equal channels before the model's own processor.
+
+    Parameters
+    ----------
+    rows
+        At least one example.
+    processor
+        A tokenizer or image processor of transformers.
+    config
+        ``template`` and ``max_length``.
+
+    Raises
+    ------
+    ValueError
+        For an unusable template, a tokenizer that lacks what is needed, or rows without tokens.
+    """
+    if not len(rows):
+        raise ValueError("no rows to encode: expected at least one")
+    texts, pixels = None, None
+    if rows.kind == "instruction":
+        texts = _encode_instructions(rows, processor, config)
+    elif rows.kind == "classification":
+        texts = _encode_texts(rows, processor, config)
+    else:
+        pixels = _encode_images(rows.inputs, processor)
+    labels = None
+    if rows.kind != "instruction":
+        regression = any(isinstance(target, float) for target in rows.targets)
+        labels = torch.tensor(rows.targets, dtype=torch.float32 if regression else torch.int64)
+    return Encoded(rows.kind, torch.arange(len(rows)), rows.targets, rows.fields, texts, pixels, labels)
+
+
+def fill(template: str, inputs: Sequence[tuple[str, str]], tokenizer: Any) -> list[str]:
+    """The prompts of (instruction, input) pairs as text.
+
+    Raises
+    ------
+    ValueError
+        If the template names anything but {instruction} and {input}, or neither, or is ``chat`` and the
+        tokenizer has no chat template.
+    """
+    if template == "chat":
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                "data.template = 'chat': this tokenizer has no chat template; expected a text "
+                "with {instruction} and {input}"
+            )
+        return [_chat(instruction, text, tokenizer) for instruction, text in inputs]
+    try:
+        names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"data.template = {template!r}: {error}") from None
+    if not names or not names <= {"instruction", "input"}:
+        raise ValueError(
+            f"data.template = {template!r}: expected {{instruction}}, {{input}} or both, and no other name"
+        )
+    return [template.format(instruction=instruction, input=text) for instruction, text in inputs]
+
+
+def _chat(instruction: str, text: str, tokenizer: Any) -> str:
+    content = "\n\n".join(part for part in (instruction, text) if part)
+    turns = [{"role": "user", "content": content}]
+    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+
+
+def _encode_instructions(rows: Rows, tokenizer: Any, config: DataConfig) -> _Texts:
+    if config.max_length < 2:
+        raise ValueError(f"data.max_length = {config.max_length}: expected 2 or more for instruction data")
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError(
+            "the tokenizer has no end token (eos_token): expected one, to learn where answers end"
+        )
+    leading = [] if config.template == "chat" else _leading_tokens(tokenizer)
+    prompts = _tokens(tokenizer, fill(config.template, list(rows.inputs), tokenizer))
+    answers = _tokens(tokenizer, rows.targets)
+    sequences: list[np.ndarray] = []
+    prompt_lengths: list[int] = []
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
+        special = leading
+        if (
+            not special and len(prompt) and prompt[0] == tokenizer.bos_token_id
+        ):  # a chat template writes it out
+            special, prompt = [int(prompt[0])], prompt[1:]
+        if not special and not len(prompt):
+            raise ValueError(
+                f"the prompt of row {row} has no tokens: expected at least one before the answer"
+            )
+        least = len(special) or 1
+        answer = np.append(answer, end)[: max(1, config.max_length - least)]
+        room = config.max_length - len(special) - len(answer)
+        prompt = prompt[max(0, len(prompt) - room) :]
+        sequences.append(np.concatenate([np.asarray(special, dtype=np.int64), prompt, answer]))
+        prompt_lengths.append(len(special) + len(prompt))
+    return _flat(sequences, None, torch.tensor(prompt_lengths), tokenizer)
+
+
+def _leading_tokens(tokenizer: Any) -> list[int]:
+    """Special tokens that the tokenizer puts before a text (those after it are not for prompts)."""
+    plain, full = (_tokens(tokenizer, ["a"], special)[0].tolist() for special in (False, True))
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return list(full[:start])
+    raise ValueError(
+        "the tokenizer changes a text's own tokens when it adds special ones: expected it to keep them"
+    )
+
+
+def _tokens(tokenizer: Any, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
+    found: list[np.ndarray] = []
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        chunk = list(texts[start : start + _TEXTS_AT_ONCE])
+        # verbose=False: sequences longer than the model's context are cut right after.
+        ids = tokenizer(chunk, add_special_tokens=special, verbose=False)["input_ids"]
+        found += [np.asarray(row, dtype=np.int64) for row in ids]
+    return found
+
+
+def _encode_texts(rows: Rows, tokenizer: Any, config: DataConfig) -> _Texts:
+    columns = [list(column) for column in zip(*rows.inputs, strict=True)]
+    sequences: list[np.ndarray] = []
+    types: list[np.ndarray] = []
+    for start in range(0, len(rows), _TEXTS_AT_ONCE):
+        chunk = [column[start : start + _TEXTS_AT_ONCE] for column in columns]
+        encoded = tokenizer(*chunk, truncation=True, max_length=config.max_length)
+        sequences += [np.asarray(row, dtype=np.int64) for row in encoded["input_ids"]]
+        types += [np.asarray(row, dtype=np.int64) for row in encoded.get("token_type_ids", ())]
+    for row, sequence in enumerate(sequences, 1):
+        if not len(sequence):
+            raise ValueError(f"the text of row {row} has no tokens: expected at least one")
+    return _flat(sequences, types or None, None, tokenizer)
+
+
+def _flat(
+    sequences: Sequence[np.ndarray],
+    types: Sequence[np.ndarray] | None,
+    prompt_lengths: Tensor | None,
+    tokenizer: Any,
+) -> _Texts:
+    pad = next((int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    return _Texts(
+        tokens=_joined(sequences, int(lengths.max())),
+        types=None if types is None else _joined(types, int(lengths.max())),
+        starts=lengths.cumsum(0) - lengths,
+        lengths=lengths,
+        prompt_lengths=prompt_lengths,
+        pad=pad,
+    )
+
+
+def _joined(sequences: Sequence[np.ndarray], tail: int) -> Tensor:
+    return torch.from_numpy(np.concatenate([*sequences, np.zeros(tail, dtype=np.int64)]))
+
+
+def _encode_images(images: Sequence[Any] | np.ndarray, processor: Any) -> Tensor:
+    parts: list[Tensor] = []
+    for start in range(0, len(images), _IMAGES_AT_ONCE):
+        coloured = [
+            np.repeat(image[:, :, None], 3, axis=2) if image.ndim == 2 else image
+            for image in images[start : start + _IMAGES_AT_ONCE]
+        ]
+        try:
+            # Said outright, because an image three pixels high could be taken for one with channels first.
+            done = processor(images=coloured, return_tensors="pt", input_data_format="channels_last")
+        except ValueError as error:
+            raise ValueError(
+                f"the image processor failed on images {start}..{start + len(coloured) - 1} "
+                f"({_sizes(coloured)}): {str(error).splitlines()[0]}"
+            ) from None
+        parts.append(done["pixel_values"].to(torch.float32))
+    if len({part.shape[1:] for part in parts}) != 1:
+        raise ValueError(f"images differ in size ({_sizes(images)}) and the processor does not resize them")
+    return torch.cat(parts)
+
+
+def _sizes(images: Iterable[Any]) -> str:
+    shapes = sorted({image.shape[:2] for image in images})
+    return ", ".join(f"{height}x{width}" for height, width in shapes[:4]) + (", …" if len(shapes) > 4 else "")

@@ -1,0 +1,244 @@
+"""Which examples belong to which client, which ranks clients have, and who takes part in a round.
+
+Every partition gives one sorted index array per client; together the arrays are a disjoint cover of the
+examples (of a preset: of the rows it names). A client may come out empty: the caller decides what that means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+Generator = np.random.Generator
+
+_PARTICIPANTS = 0x70617274  # keeps this draw apart from others that use (seed, round)
+
+PRESETS: Mapping[str, tuple[Mapping[str, int], ...]] = {
+    "dolly-ftg-2": (
+        {"open_qa": 3742, "creative_writing": 10},
+        {"closed_qa": 1773, "brainstorming": 1766, "creative_writing": 213},
+        {"classification": 2078, "summarization": 1188, "creative_writing": 486},
+        {"general_qa": 2188, "information_extraction": 1506, "classification": 58},
+    ),
+}
+"""Rows of each category on each client. dolly-ftg-2: Dolly-15k as FedFTG splits it (arXiv:2410.23111)."""
+
+
+def iid(num_examples: int, num_clients: int, rng: Generator) -> list[np.ndarray]:
+    """Equal random shares: sizes differ by one at most.
+
+    Raises
+    ------
+    ValueError
+        If there are more clients than examples.
+    """
+    _check(num_examples, num_clients)
+    return [np.sort(part) for part in np.array_split(rng.permutation(num_examples), num_clients)]
+
+
+def dirichlet(
+    labels: Sequence[int] | np.ndarray, num_clients: int, alpha: float, rng: Generator
+) -> list[np.ndarray]:
+    """Label skew: the examples of each class are shared out by proportions drawn from Dir(alpha, …, alpha).
+
+    Small `alpha` gives each class to few clients, large `alpha` to all equally. Source: Hsu et al. 2019
+    (arXiv:1909.06335). Difference: proportions are drawn per class over clients, so that all examples
+    are used.
+
+    Raises
+    ------
+    ValueError
+        If `alpha` is not positive and finite, or there are more clients than examples.
+    """
+    labels = np.asarray(labels)
+    _check(len(labels), num_clients)
+    if not 0 < alpha < np.inf:
+        raise ValueError(f"alpha = {alpha}: expected a positive number")
+    parts: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        shares = rng.dirichlet(np.full(num_clients, alpha))
+        cuts = np.rint(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
+        for part, piece in zip(parts, np.split(members, cuts), strict=True):
+            part.append(piece)
+    return [np.sort(np.concatenate(part)) for part in parts]
+
+
+def by_field(values: Sequence[str] | np.ndarray, num_clients: int, rng: Generator) -> list[np.ndarray]:
+    """Whole tasks, categories or sources per client.
+
+    With as many values as clients, client i has the i-th value in sorted order. With more values, each goes
+    whole to the client that has fewest examples so far, largest values first (equal ones in random order).
+    With fewer values, each is split at random over several clients, their number in proportion to its
+    examples.
+
+    Raises
+    ------
+    ValueError
+        If there are more clients than examples.
+    """
+    values = np.asarray(values)
+    _check(len(values), num_clients)
+    groups = [np.flatnonzero(values == value) for value in np.unique(values)]
+    if len(groups) == num_clients:
+        return groups
+    if len(groups) > num_clients:
+        return _grouped(groups, num_clients, rng)
+    sizes = np.array([len(group) for group in groups])
+    counts = np.ones(len(groups), dtype=np.int64)
+    for _ in range(num_clients - len(groups)):
+        # Some value has more examples than clients as long as the total has, so that no share is empty.
+        counts[np.argmax(sizes / counts)] += 1
+    return [
+        np.sort(part)
+        for group, count in zip(groups, counts, strict=True)
+        for part in np.array_split(rng.permutation(group), count)
+    ]
+
+
+def _grouped(groups: Sequence[np.ndarray], num_clients: int, rng: Generator) -> list[np.ndarray]:
+    """Largest group first to the least loaded client: within 4/3 of the best balance (Graham 1969)."""
+    shuffled = rng.permutation(len(groups))
+    order = sorted(shuffled.tolist(), key=lambda group: -len(groups[group]))
+    loads = np.zeros(num_clients, dtype=np.int64)
+    parts: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
+    for group in order:
+        client = int(np.argmin(loads))
+        parts[client].append(groups[group])
+        loads[client] += len(groups[group])
+    return [np.sort(np.concatenate(part)) for part in parts]
+
+
+def preset(name: str, values: Sequence[str] | np.ndarray, rng: Generator) -> list[np.ndarray]:
+    """A published split by category (see :data:`PRESETS`); it sets the number of clients.
+
+    Which rows of a category a client gets is random. Where the data has more rows of a category than the
+    preset counts, the rest is left out; where it has fewer, the clients' counts of that category are scaled
+    down in proportion (largest remainders first), and all its rows are used. Other categories are left out.
+
+    Raises
+    ------
+    ValueError
+        For an unknown preset, or a category without a single row.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
+    clients = PRESETS[name]
+    values = np.asarray(values, dtype=str)
+    parts: list[list[np.ndarray]] = [[] for _ in clients]
+    for category in dict.fromkeys(category for client in clients for category in client):
+        members = rng.permutation(np.flatnonzero(values == category))
+        if not len(members):
+            found = ", ".join(repr(str(value)) for value in np.unique(values)[:8]) or "none"
+            raise ValueError(
+                f"preset {name!r} needs rows of {category!r}: expected some among the values {found}"
+            )
+        counts = _scaled([client.get(category, 0) for client in clients], len(members))
+        pieces = np.split(members[: counts.sum()], np.cumsum(counts)[:-1])
+        for part, piece in zip(parts, pieces, strict=True):
+            part.append(piece)
+    return [np.sort(np.concatenate(part)) for part in parts]
+
+
+def _scaled(counts: Sequence[int], available: int) -> np.ndarray:
+    """`counts`, or whole numbers in proportion to them that add up to `available` if that is less."""
+    wanted = np.asarray(counts, dtype=np.int64)
+    total = int(wanted.sum())
+    if available >= total:
+        return wanted
+    shares, remainders = np.divmod(wanted * available, total)
+    missing = available - int(shares.sum())
+    shares[np.argsort(-remainders, kind="stable")[:missing]] += 1
+    return shares
+
+
+def draw_ranks(
+    spec: int | Sequence[int] | str, values: Sequence[int], num_clients: int, rng: Generator
+) -> tuple[int, ...]:
+    """The adapter rank of each client.
+
+    Parameters
+    ----------
+    spec
+        One rank for all; a list with one per client; or a distribution over the n sorted `values`, drawn
+        independently per client: ``uniform``; ``normal``, in proportion to a Gaussian density over their
+        positions centred in the middle with standard deviation n/4; ``heavy_tail``, in proportion to
+        1/position² with position 1 the smallest: many small ranks and few large ones.
+    values
+        Ranks to draw from; unused otherwise.
+    num_clients
+        How many ranks.
+
+    Raises
+    ------
+    ValueError
+        For a list of another length, a rank below 1, no values, or an unknown distribution.
+    """
+    if isinstance(spec, int):
+        ranks: Sequence[int] = [spec] * num_clients
+    elif not isinstance(spec, str):
+        ranks = list(spec)
+        if len(ranks) != num_clients:
+            raise ValueError(
+                f"ranks lists {len(ranks)} ranks for {num_clients} clients: expected one per client"
+            )
+    else:
+        choices = np.unique(np.asarray(values, dtype=np.int64))
+        if not len(choices):
+            raise ValueError(
+                f"ranks = {spec!r} draws from rank_values, which is empty: expected at least one rank"
+            )
+        if choices[0] < 1:
+            raise ValueError(f"rank_values holds {choices[0]}: expected ranks of 1 or more")
+        ranks = rng.choice(choices, size=num_clients, p=_probabilities(spec, len(choices))).tolist()
+    if min(ranks, default=1) < 1:
+        raise ValueError(f"rank {min(ranks)}: expected 1 or more")
+    return tuple(ranks)
+
+
+def _probabilities(name: str, num: int) -> np.ndarray:
+    positions = np.arange(1.0, num + 1.0)
+    weights: np.ndarray
+    if name == "uniform":
+        weights = np.ones(num)
+    elif name == "normal":
+        weights = np.exp(-0.5 * ((positions - (num + 1) / 2) / (num / 4)) ** 2)
+    elif name == "heavy_tail":
+        weights = 1.0 / positions**2
+    else:
+        raise ValueError(f"ranks = {name!r}: expected a number, a list, uniform, normal or heavy_tail")
+    probabilities: np.ndarray = weights / weights.sum()
+    return probabilities
+
+
+def participants(
+    num_clients: int, participation: float, min_clients: int, seed: int, round_num: int
+) -> list[int]:
+    """Sorted indices of the clients drawn for a round; they depend on (seed, round_num) and the counts alone.
+
+    Their number is ``participation * num_clients`` rounded half up, and at least `min_clients` (and 1).
+
+    Raises
+    ------
+    ValueError
+        If more clients are required than there are, the share is not in (0, 1], or the seed is negative.
+    """
+    if not 0 < participation <= 1:
+        raise ValueError(f"participation = {participation}: expected a share above 0 and up to 1")
+    if min_clients > num_clients:
+        raise ValueError(f"min_clients = {min_clients} with {num_clients} clients: expected at most as many")
+    if seed < 0 or round_num < 0:
+        raise ValueError(f"seed = {seed}, round_num = {round_num}: expected 0 or more")
+    size = min(num_clients, max(1, min_clients, int(participation * num_clients + 0.5)))
+    rng = np.random.default_rng([_PARTICIPANTS, seed, round_num])
+    return sorted(rng.choice(num_clients, size=size, replace=False).tolist())
+
+
+def _check(num_examples: int, num_clients: int) -> None:
+    if num_clients < 1:
+        raise ValueError(f"num_clients = {num_clients}: expected 1 or more")
+    if num_clients > num_examples:
+        raise ValueError(
+            f"{num_clients} clients for {num_examples} examples: expected at most one client per example"
+        )

@@ -1,0 +1,261 @@
+"""One round of federation as a function, whoever carries the messages."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedspan.federation import Client
+from fedspan.lowrank import LowRank
+from fedspan.methods.base import (
+    Broadcast,
+    ClientState,
+    Factors,
+    Method,
+    Partial,
+    Patch,
+    Request,
+    ServerState,
+    Update,
+    Vector,
+)
+from fedspan.train import LocalResult
+
+Work = Callable[[Client, Broadcast, int], LocalResult]
+"""(client, what it starts from, round) -> what it learnt. Raises nothing for a bad update: that is checked here."""
+
+
+class RoundFailed(ValueError):
+    """Too few valid updates came back; the run stands where it was before the round."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What one round hands to the next."""
+
+    state: ServerState
+    client_states: Mapping[str, ClientState] = field(default_factory=dict)
+    seen: Mapping[str, int] = field(default_factory=dict)
+
+
+def run_round(
+    method: Method,
+    standing: Standing,
+    cohort: Sequence[Client],
+    work: Work,
+    *,
+    weighting: str = "examples",
+    min_success: int = 1,
+    on_client: Callable[[Client, LocalResult, int], None] | None = None,
+) -> tuple[Standing, dict[str, Any]]:
+    """Broadcast, train, fold, finish, for every exchange of the round.
+
+    Updates are folded one by one in sorted client order, so the result does not depend on who answered first. An
+    update with a NaN or an infinity, or with other shapes than were sent, is left out and named in the record.
+
+    Returns
+    -------
+    tuple[Standing, dict]
+        What the next round starts from, and the record of this one.
+
+    Raises
+    ------
+    RoundFailed
+        When fewer than `min_success` updates were valid.
+    """
+    state, round_num = standing.state, standing.state.round_num
+    client_states, seen = dict(standing.client_states), dict(standing.seen)
+    tally = _Tally()
+    results: dict[str, tuple[LocalResult, Broadcast]] = {}
+    active = sorted(cohort, key=lambda c: c.client_id)
+    for exchange in method.exchanges:
+        partial = Partial()
+        sent = _Broadcasts(method, state, tally)
+        for client in active:
+            broadcast = sent.to(client, seen)
+            started = method.start(broadcast, client_states.get(client.client_id))
+            if exchange.train:
+                began = time.perf_counter()
+                result = work(client, started, round_num)
+                tally.client_seconds += time.perf_counter() - began
+                problem = _problem(result.update, started)
+                if problem is not None:
+                    tally.rejected[client.client_id] = problem
+                    tally.bytes_up += _payload_bytes(result.update)
+                    continue
+                results[client.client_id] = (result, started)
+                if on_client is not None:
+                    on_client(client, result, len(results))
+            result, trained_from = results[client.client_id]
+            kept = client_states.get(client.client_id)
+            began = time.perf_counter()
+            update, kept = method.encode(result.update, trained_from if exchange.train else broadcast, kept)
+            tally.client_seconds += time.perf_counter() - began
+            update = replace(update, num_examples=client.weight(weighting))
+            if kept is not None:
+                client_states[client.client_id] = kept
+            tally.bytes_up += _payload_bytes(update)
+            with tally.server():
+                partial = exchange.fold.add(partial, update)
+        active = [c for c in active if c.client_id in results]
+        if len(active) < max(1, min_success):
+            raise RoundFailed(_too_few(round_num, len(active), min_success, tally.rejected))
+        with tally.server(), tally.memory(state, partial):
+            version = state.patches.version if state.patches else 0
+            state, diagnostics = method.finish(state, partial)
+            tally.diagnostics |= diagnostics
+    seen |= {client.client_id: version for client in active}
+    losses = [(results[c.client_id][0].train_loss, c.weight(weighting)) for c in active]
+    record = {
+        "round_num": round_num + 1,
+        "method": method.info.name,
+        "num_clients": len(active),
+        "train_loss": sum(loss * w for loss, w in losses) / sum(w for _, w in losses),
+        **tally.record(),
+    }
+    return Standing(state, client_states, seen), record
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What the round costs, added up as it goes."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    server_seconds: float = 0.0
+    client_seconds: float = 0.0
+    peak_server_bytes: int = 0
+    rejected: dict[str, str] = field(default_factory=dict)
+    diagnostics: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def server(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.server_seconds += time.perf_counter() - began
+
+    @contextmanager
+    def memory(self, state: ServerState, partial: Partial) -> Iterator[None]:
+        held = _state_bytes(state) + _partial_bytes(partial)
+        before = _reset_peak_memory()
+        yield
+        self.peak_server_bytes = max(self.peak_server_bytes, held + _peak_memory() - before)
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+            "server_seconds": self.server_seconds,
+            "client_seconds": self.client_seconds,
+            "peak_server_bytes": self.peak_server_bytes,
+            "rejected": self.rejected,
+            **self.diagnostics,
+        }
+
+
+@dataclass(slots=True)
+class _Broadcasts:
+    """Clients that ask for the same thing are sent the same thing, worked out once."""
+
+    method: Method
+    state: ServerState
+    tally: _Tally
+    made: dict[Request, Broadcast] = field(default_factory=dict)
+
+    def to(self, client: Client, seen: Mapping[str, int]) -> Broadcast:
+        request = Request(client.rank, seen.get(client.client_id, 0))
+        if request not in self.made:
+            with self.tally.server():
+                self.made[request] = self.method.broadcast(self.state, request)
+        broadcast = self.made[request]
+        self.tally.bytes_down += broadcast_bytes(broadcast)
+        return broadcast
+
+
+def _too_few(round_num: int, valid: int, wanted: int, rejected: Mapping[str, str]) -> str:
+    first = next((f": {client}: {reason}" for client, reason in rejected.items()), "")
+    return (
+        f"round {round_num + 1}: {valid} valid updates, federation.min_success = {wanted}; "
+        f"{len(rejected)} rejected{first}"
+    )
+
+
+def _problem(update: Update, started: Broadcast) -> str | None:
+    """What is wrong with an update, or none."""
+    expected = {f"{name}/{part}": t for name, f in started.adapter.items() for part, t in (("a", f.a), ("b", f.b))}
+    expected |= {name: t for name, t in started.dense.items()}
+    got = {f"{name}/{part}": t for name in update.modules for part, t in _parts(update.factors(name))}
+    got |= dict(update.dense)
+    if got.keys() != expected.keys():
+        return f"names {sorted(got.keys() ^ expected.keys())[0]}, which was not asked for or is missing"
+    for name, value in got.items():
+        if value.shape != expected[name].shape:
+            return f"{name} has shape {tuple(value.shape)}, expected {tuple(expected[name].shape)}"
+        if not bool(torch.isfinite(value).all()):
+            return f"{name} holds NaN or infinity"
+    return None
+
+
+def _parts(f: Factors) -> tuple[tuple[str, torch.Tensor], ...]:
+    return ("a", f.a), ("b", f.b)
+
+
+def _bytes(tensors: Iterator[torch.Tensor] | Sequence[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _payload_bytes(update: Update) -> int:
+    total = _bytes(list(update.dense.values()))
+    for payload in update.modules.values():
+        total += _bytes(list(payload.values.values()) if isinstance(payload, Vector) else [payload.a, payload.b])
+    return total
+
+
+def broadcast_bytes(broadcast: Broadcast) -> int:
+    """Bytes of the tensors that travel to one client: what it can derive from the seed or holds already does not."""
+    total = 0 if "dense" in broadcast.seeded else _bytes(list(broadcast.dense.values()))
+    for factors in broadcast.adapter.values():
+        total += _bytes([t for part, t in _parts(factors) if part not in broadcast.seeded])
+    return total + sum(_patch_bytes(patch) for patch in broadcast.news)
+
+
+def _patch_bytes(patch: Mapping[str, Patch]) -> int:
+    return sum(_bytes([p.b, p.a] if isinstance(p, LowRank) else [p]) for p in patch.values())
+
+
+def _state_bytes(state: ServerState) -> int:
+    total = _bytes(list(state.dense.values())) + sum(_bytes(list(t.values())) for t in state.modules.values())
+    if state.patches:
+        total += _patch_bytes(state.patches.total) + sum(_patch_bytes(x) for x in state.patches.increments)
+    return total
+
+
+def _partial_bytes(partial: Partial) -> int:
+    total = _bytes(list(partial.dense.values())) + sum(_bytes(list(t.values())) for t in partial.sums.values())
+    return total + sum(_payload_bytes(update) for update in partial.collected)
+
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def _reset_peak_memory() -> int:
+    """Start a new measurement of the process's peak resident memory; its value now, in bytes."""
+    if _CLEAR.exists():
+        ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator only hoards would hide what is taken anew
+        _CLEAR.write_text("5")
+    return _peak_memory()
+
+
+def _peak_memory() -> int:
+    """Peak resident memory since the last reset, in bytes; 0 on systems that do not tell."""
+    if not _STATUS.exists():
+        return 0
+    line = next((x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM:")), "VmHWM: 0 kB")
+    return int(line.split()[1]) * 1024

@@ -1,17 +1,18 @@
 """Pretrain a small vision transformer on a CIFAR-10 subset: the base of the image benchmarks.
 
-    python benchmarks/images/pretrain_cifar_vit.py --cifar cifar10_jpeg_15k3k.npz --out benchmarks/bases/cifar-vit
+    python benchmarks/images/pretrain_cifar_vit.py --cifar CIFAR.npz --out benchmarks/bases/cifar-vit
 
-The input is one npz with ``{train,test}_jpeg`` (concatenated JPEG bytes), ``_off`` (offsets) and ``_y`` (labels).
-The result is a Hugging Face folder (config, preprocessor, float32 safetensors) with ``pretraining.json`` beside it.
+The input is one npz with ``{train,test}_jpeg`` (concatenated JPEG bytes), ``_off`` (offsets) and ``_y``
+(labels). The result is a Hugging Face folder (config, preprocessor, float32 safetensors) that also holds
+``pretraining.json``, the settings and figures of the run.
 
-Fifteen thousand images and one CPU thread are little for a transformer; three measures carry most of the result:
+Fifteen thousand images and one CPU thread are little for a transformer; three things carry the result:
 
-* linear layers that start with unit gain and sinusoidal positions: with the library's own initialisation the first
-  epochs are spent growing the weights;
-* token dropping (Liu et al. 2022, "PatchDropout", arXiv:2208.07220): most epochs see a random part of the patches of
-  each image, which costs less and regularises as erasing would; the last epochs see them all;
-* random affine crops, flips, colour and greyscale jitter. No mixup: in so few epochs it only slows the learning.
+* linear layers that start with unit gain and sinusoidal positions: with the library's own initialisation
+  the first epochs are spent growing the weights;
+* token dropping (Liu et al. 2022, "PatchDropout", arXiv:2208.07220): most epochs see a random part of the
+  patches of each image, which costs less and regularises as erasing would; the last epochs see them all;
+* random affine crops, flips, colour and greyscale jitter. No mixup: in so few epochs it slows the learning.
 """
 
 import argparse
@@ -38,13 +39,14 @@ CLASS_NAMES = (
 
 
 def decode_split(archive: Any, split: str) -> tuple[Tensor, Tensor]:
-    """Images (N, 3, 64, 64) uint8 and labels (N,) of one split, resized exactly as the saved processor does."""
+    """Images (N, 3, 64, 64) uint8 and labels (N,) of one split, resized as the saved processor does."""
     data, offsets, labels = archive[f"{split}_jpeg"].tobytes(), archive[f"{split}_off"], archive[f"{split}_y"]
     images = np.empty((len(labels), IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     for i in range(len(labels)):
         picture = Image.open(io.BytesIO(data[int(offsets[i]) : int(offsets[i + 1])])).convert("RGB")
         images[i] = np.asarray(picture.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR))
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels.astype(np.int64))
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return pixels, torch.from_numpy(labels.astype(np.int64))
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def sinusoidal_positions(grid: int, width: int) -> Tensor:
-    """Two-dimensional sinusoidal positions, (grid * grid, width): half the channels for rows, half for columns."""
+    """Two-dimensional sinusoids, (grid * grid, width): half of the channels for rows, half for columns."""
     quarter = width // 4
     frequencies = 1.0 / (10000.0 ** (torch.arange(quarter) / quarter))
     angles = torch.arange(grid).float()[:, None] * frequencies[None]  # (grid, quarter)
@@ -65,7 +67,7 @@ def sinusoidal_positions(grid: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def initialise(model: ViTForImageClassification, generator: torch.Generator) -> None:
-    """Overwrite in place the library's start, whose deviation of 0.02 is many times too small at this width."""
+    """Overwrite in place the library's start, whose deviation of 0.02 is far too small at this width."""
     for module in model.vit.modules():
         if isinstance(module, torch.nn.Linear):
             module.weight.normal_(0.0, module.in_features**-0.5, generator=generator)
@@ -96,7 +98,9 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return out * uniform(0.7, 1.3, 1, 1, 1) + uniform(-0.25, 0.25, 1, 1, 1)
 
 
-def logits_of_part(model: ViTForImageClassification, pixels: Tensor, keep: int, generator: torch.Generator) -> Tensor:
+def logits_of_part(
+    model: ViTForImageClassification, pixels: Tensor, keep: int, generator: torch.Generator
+) -> Tensor:
     """Class logits when each image shows only ``keep`` of its patches, drawn without replacement."""
     tokens = model.vit.embeddings(pixels)  # (N, 1 + patches, width)
     num_patches = tokens.shape[1] - 1
@@ -109,14 +113,19 @@ def logits_of_part(model: ViTForImageClassification, pixels: Tensor, keep: int, 
     return model.classifier(model.vit.layernorm(tokens)[:, 0])  # type: ignore[no-any-return]
 
 
+def cosine(progress: float) -> float:
+    """Half a cosine wave from 1 at progress 0 to 0 at progress 1; constant before."""
+    return 0.5 + 0.5 * math.cos(math.pi * max(0.0, progress))
+
+
 @torch.no_grad()
 def accuracy(model: ViTForImageClassification, images: Tensor, labels: Tensor) -> float:
-    """Share of ``images`` (uint8) whose most likely class is right, with all patches and in full precision."""
+    """Share of ``images`` (uint8) whose most likely class is right: all patches, full precision."""
     model.eval()
-    hits = sum(
-        int((model(pixel_values=normalise(x)).logits.argmax(dim=1) == y).sum())
-        for x, y in zip(images.split(256), labels.split(256), strict=True)
-    )
+    hits = 0
+    for first in range(0, len(labels), 256):
+        logits = model(pixel_values=normalise(images[first : first + 256])).logits
+        hits += int((logits.argmax(dim=1) == labels[first : first + 256]).sum())
     model.train()
     return hits / len(labels)
 
@@ -143,7 +152,7 @@ def build(args: argparse.Namespace, generator: torch.Generator) -> ViTForImageCl
 
 
 def train(model: ViTForImageClassification, args: argparse.Namespace, generator: torch.Generator) -> None:
-    """AdamW with warm-up and cosine decay; ``args.epochs`` on parts of the patches, ``args.full_epochs`` on all."""
+    """AdamW with warm-up and cosine decay; ``epochs`` on parts of the patches, ``full_epochs`` on all."""
     with np.load(args.cifar) as archive:
         images, labels = decode_split(archive, "train")
         test_images, test_labels = decode_split(archive, "test")
@@ -151,19 +160,22 @@ def train(model: ViTForImageClassification, args: argparse.Namespace, generator:
     num_epochs, per_epoch = args.epochs + args.full_epochs, len(images) // args.batch_size
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
     total, warm_up = num_epochs * per_epoch, max(1, num_epochs * per_epoch // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda i: min((i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * max(0, i - warm_up) / (total - warm_up))),
+        lambda i: min((i + 1) / warm_up, cosine((i - warm_up) / (total - warm_up))),
     )
     started, history = time.perf_counter(), []
     for epoch in range(num_epochs):
         keep = args.keep if epoch < args.epochs else num_patches
         losses = []
         order = torch.randperm(len(images), generator=generator)[: per_epoch * args.batch_size]
-        for rows in order.split(args.batch_size):
+        for rows in order.view(per_epoch, args.batch_size):
             pixels = augment(normalise(images[rows]), generator)
             with torch.autocast("cpu", torch.bfloat16):
                 logits = logits_of_part(model, pixels, keep, generator)
@@ -174,7 +186,8 @@ def train(model: ViTForImageClassification, args: argparse.Namespace, generator:
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-        record: dict[str, Any] = {"epoch": epoch + 1, "patches": keep, "train_loss": sum(losses) / len(losses)}
+        mean_loss = sum(losses) / len(losses)
+        record: dict[str, Any] = {"epoch": epoch + 1, "patches": keep, "train_loss": mean_loss}
         last = epoch + 1 == num_epochs
         if last or (epoch + 1) % args.save_every == 0:
             record["test_accuracy"] = accuracy(model, test_images, test_labels)
@@ -186,7 +199,8 @@ def train(model: ViTForImageClassification, args: argparse.Namespace, generator:
             save(model, args.out, {
                 "data": args.cifar.name, "num_train": len(labels), "num_test": len(test_labels),
                 "test_accuracy": record["test_accuracy"], "finished": last, "epochs_done": epoch + 1,
-                "train_seconds": record["seconds"], "num_parameters": sum(p.numel() for p in model.parameters()),
+                "train_seconds": record["seconds"],
+                "num_parameters": sum(p.numel() for p in model.parameters()),
                 "settings": settings, "history": history,
             })  # fmt: skip
 
@@ -194,14 +208,16 @@ def train(model: ViTForImageClassification, args: argparse.Namespace, generator:
 def main() -> None:
     """Read the command line, train on one thread, write the folder."""
     parser = argparse.ArgumentParser(description="pretrain the image benchmarks' ViT on a CIFAR-10 subset")
-    parser.add_argument("--cifar", type=Path, required=True, help="npz with train_jpeg, train_off, train_y, test_*")
+    parser.add_argument(
+        "--cifar", type=Path, required=True, help="npz with train_jpeg, train_off, train_y, ..."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint into")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--epochs", type=int, default=32, help="epochs on a random part of the patches")
     parser.add_argument("--full-epochs", type=int, default=3, help="last epochs, on all patches")
-    parser.add_argument("--keep", type=int, default=24, help="patches an image shows in the first epochs (of 64)")
+    parser.add_argument("--keep", type=int, default=24, help="patches shown of 64 in the first epochs")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--weight-decay", type=float, default=0.05)

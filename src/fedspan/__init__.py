@@ -6,8 +6,9 @@
     result = fedspan.run(config)
     print(result.summary["base"], result.summary["local"], result.summary["federated"], result.adapter)
 
-Importing the package imports no tensor library: every name below is looked up when it is first used. The algebra
-(`fedspan.lowrank`, `fedspan.subspace`) and the methods (`fedspan.methods`) need torch and nothing of transformers.
+Importing the package imports no tensor library: every name below is looked up when it is first used. The
+algebra (`fedspan.lowrank`, `fedspan.subspace`) and the methods (`fedspan.methods`) need torch and nothing of
+transformers.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ def __dir__() -> list[str]:
 class _Package(ModuleType):
     """This package, where `fedspan.run` and `fedspan.merge` stay the functions.
 
-    The import system sets a package's attribute to every submodule it has loaded, which would hide the functions
-    behind the files of the same name. `from fedspan.run import …` reaches what else is in those files.
+    The import system sets a package's attribute to every submodule it has loaded, which would hide the
+    functions behind the files of the same name. `from fedspan.run import …` reaches what else is in them.
     """
 
     def __setattr__(self, name: str, value: object) -> None:

@@ -209,8 +209,8 @@ def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """What PEFT reads from a `rank_pattern` or `alpha_pattern` for this module.
 
-    A pattern is a regular expression for the end of the module's path, from a dot or from its start; the first
-    one in the file's order that matches counts.
+    A pattern is a regular expression for the end of the module's path, from a dot or from its start; the
+    first one in the file's order that matches counts.
     """
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
@@ -295,8 +295,8 @@ def save(
 ) -> None:
     """Write a PEFT LoRA folder that `PeftModel.from_pretrained` loads with no help: whole, or not at all.
 
-    Every scaling is folded into its B, so that the file has lora_alpha = r, and all modules get the one rank r
-    of the largest, the others padded with zeros: patterns per module do not reload alike in every PEFT version.
+    Every scaling is folded into its B, so that the file has lora_alpha = r, and all modules get the largest
+    rank r, padded with zeros: PEFT's per-module patterns depend on the order in which JSON was written.
 
     Parameters
     ----------

@@ -29,20 +29,18 @@ def evaluate(
     """
     model.model.eval()
     order = _by_length(examples)
-    values: dict[str, float] = {"loss": _mean_loss(model, examples, order, batch_size)}
     wanted = [name for name in metrics if name != "perplexity"]
-    if "perplexity" in metrics:
-        values["perplexity"] = math.exp(min(values["loss"], 700.0))
-    if not wanted:
-        return values
     predictions: Sequence[Any]
     if examples.kind == "instruction":
-        predictions = _generate(model, examples, order, processor, batch_size, max_new_tokens)
+        loss = _answer_loss(model, examples, order, batch_size)
+        predictions = _generate(model, examples, order, processor, batch_size, max_new_tokens) if wanted else ()
     else:
-        predictions = _classify(model, examples, order, batch_size)
-    references = examples.references
-    for name in wanted:
-        values[name] = METRICS[name].score(predictions, references)
+        loss, predictions = _classify(model, examples, order, batch_size)
+    values = {"loss": loss}
+    for name in metrics:
+        # Beyond e^700 a float overflows; such a model is no worse than lost.
+        score = math.exp(min(loss, 700.0)) if name == "perplexity" else METRICS[name].score(predictions, examples.references)
+        values[name] = score
     return values
 
 
@@ -58,26 +56,31 @@ def _chunks(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 @torch.no_grad()
-def _mean_loss(model: FederatedModel, examples: Encoded, order: Sequence[int], batch_size: int) -> float:
+def _answer_loss(model: FederatedModel, examples: Encoded, order: Sequence[int], batch_size: int) -> float:
     total, count = 0.0, 0
     for indices in _chunks(order, batch_size):
         batch = {name: value.to(model.device) for name, value in examples.batch(indices).items()}
-        # The library's loss is the mean over a batch's shifted answer tokens, or over its examples.
-        size = int((batch["labels"][:, 1:] != -100).sum()) if examples.kind == "instruction" else len(indices)
+        # The library's loss is the mean over the batch's answer tokens, each predicted from the one before.
+        size = int((batch["labels"][:, 1:] != -100).sum())
         total += float(model.model(**batch).loss) * size
         count += size
     return total / max(count, 1)
 
 
 @torch.no_grad()
-def _classify(model: FederatedModel, examples: Encoded, order: Sequence[int], batch_size: int) -> list[float]:
+def _classify(
+    model: FederatedModel, examples: Encoded, order: Sequence[int], batch_size: int
+) -> tuple[float, list[float]]:
+    """Mean loss, and the predicted class (or number) of every example."""
+    total = 0.0
     found: dict[int, float] = {}
     for indices in _chunks(order, batch_size):
-        batch = {n: v.to(model.device) for n, v in examples.batch(indices).items() if n != "labels"}
-        logits = model.model(**batch).logits
-        answers = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(dim=1)
+        batch = {name: value.to(model.device) for name, value in examples.batch(indices).items()}
+        output = model.model(**batch)
+        total += float(output.loss) * len(indices)
+        answers = output.logits[:, 0] if output.logits.shape[1] == 1 else output.logits.argmax(dim=1)
         found |= dict(zip(indices, answers.tolist(), strict=True))
-    return [found[i] for i in range(len(examples))]
+    return total / len(order), [found[i] for i in range(len(examples))]
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -84,8 +84,8 @@ def _title(data: Mapping[str, Any]) -> str:
     held = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
     clients = "client" if data["num_clients"] == 1 else "clients"
     return (
-        f"{data['method']} on {data['task']}: {data['num_clients']} {clients}, {held}, {data['rounds']} rounds; "
-        f"{data['model']}, {data['trained_parameters']:,} of {data['base_parameters']:,} parameters trained"
+        f"{data['method']} on {data['task']}: {data['num_clients']} {clients}, {held}, "
+        f"{data['rounds']} rounds; {data['model']}, {data['trained_parameters']:,} of {data['base_parameters']:,} parameters trained"
     )
 
 
@@ -240,6 +240,3 @@ def follow(console: Console) -> Iterator[Lines | Live]:
     )
     with Progress(*columns, console=console) as progress:
         yield Live(progress)
-
-
-OnEvent = Callable[["Event"], None]

@@ -157,14 +157,15 @@ def plot(folders: Sequence[Path], out: Path, metric: str | None = None) -> Path:
     name = metric or next((s["metric"] for _, s, _ in runs if s), None) or _first_metric(runs)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     by_round, by_bytes = figure.subplots(1, 2, sharey=True)
-    for k, (folder, summary, history) in enumerate(runs):
+    by_method = len({history[0]["method"] for _, _, history in runs if history}) == len(runs)
+    for k, (folder, _, history) in enumerate(runs):
         evaluated = [r for r in history if name in (r.get("eval") or {})]
         if not evaluated:
             raise ValueError(f"{folder}: no round was evaluated with {name!r}")
         sent = _cumulative(history)
         color = _COLORS[k % len(_COLORS)]
         values = [r["eval"][name] for r in evaluated]
-        label = history[0]["method"] if len({h[0]["method"] for _, _, h in runs}) == len(runs) else folder.name
+        label = history[0]["method"] if by_method else folder.name
         style = {"color": color, "marker": "o", "markersize": 3.5, "linewidth": 1.8, "label": label}
         by_round.plot([r["round_num"] for r in evaluated], values, **style)
         by_bytes.plot([sent[r["round_num"]] / 1e6 for r in evaluated], values, **style)

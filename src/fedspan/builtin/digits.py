@@ -1,7 +1,8 @@
-"""The embedded image task: the real handwritten digits that scikit-learn bundles, at the size of the shipped ViT.
+"""The embedded image task: scikit-learn's real handwritten digits, at the size of the shipped ViT.
 
-The 1797 pictures of 8 x 8 grey levels come from the UCI "Optical Recognition of Handwritten Digits" test set (Alpaydin
-& Kaynak 1998, CC BY 4.0). They are enlarged to 16 x 16 by bilinear interpolation and repeated over three channels.
+The 1797 pictures of 8 x 8 grey levels are the test set of UCI's "Optical Recognition of Handwritten Digits"
+(Alpaydin & Kaynak 1998, CC BY 4.0). They are enlarged to 16 x 16 by bilinear interpolation and repeated over
+three channels.
 """
 
 from dataclasses import dataclass
@@ -41,10 +42,10 @@ def load(seed: int) -> Digits:
     if seed < 0:
         raise ValueError(f"seed is {seed}, expected a non-negative integer")
     try:
-        from sklearn.datasets import load_digits  # in an extra: imported only when this task is asked for
+        from sklearn.datasets import load_digits  # half a second: only for this task
     except ImportError as error:
         raise ValueError(
-            "data.task is 'builtin:digits', which needs scikit-learn: run pip install 'fedspan[images]'"
+            "data.task 'builtin:digits' needs scikit-learn, which is not installed: pip install scikit-learn"
         ) from error
     bunch = load_digits()
     images, labels = _enlarge(bunch.images), bunch.target.astype(np.int64)

@@ -134,7 +134,7 @@ def _plain(values: Sequence[Any] | np.ndarray) -> list[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """How raw labels become targets: they are ids, names of ids (in the order of `names`), or plain numbers."""
+    """How raw labels become targets: they are ids, names (in the order of their ids), or plain numbers."""
 
     form: Literal["id", "name", "number"]
     num_labels: int

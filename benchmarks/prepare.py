@@ -1,0 +1,80 @@
+"""Put the benchmark data into the shapes that `fedspan run` reads: python benchmarks/prepare.py --data ../shared/data
+
+Writes benchmarks/work/data/superni/{train,test,unseen}.jsonl: each row carries its task's instruction. Training
+tasks are those with the shortest inputs among the categories' largest, so that a sequence fits the small base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/work/data"))
+    parser.add_argument("--clients", type=int, default=20, help="training tasks, one a client")
+    parser.add_argument("--unseen", type=int, default=16, help="tasks kept apart")
+    parser.add_argument("--longest", type=int, default=420, help="longest instruction + input in characters")
+    arguments = parser.parse_args()
+    superni(arguments.data / "superni", arguments.out / "superni", arguments)
+
+
+def superni(source: Path, out: Path, arguments: argparse.Namespace) -> None:
+    tasks = {row["task"]: row for row in read(source / "tasks.jsonl.gz")}
+    train = by_task(read(source / "train.jsonl.gz"), tasks, arguments.longest)
+    held = by_task(read(source / "train_heldout.jsonl.gz"), tasks, arguments.longest)
+    test = by_task(read(source / "test.jsonl.gz"), tasks, arguments.longest)
+    seen = pick({t: rows for t, rows in train.items() if len(held.get(t, ())) >= 10}, tasks, arguments.clients, 80)
+    apart = pick(test, tasks, arguments.unseen, 30)
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "train.jsonl", [row for t in seen for row in train[t][:100]])
+    write(out / "test.jsonl", [row for t in seen for row in held[t][:20]])
+    write(out / "unseen.jsonl", [row for t in apart for row in test[t][:12]])
+    print(f"{len(seen)} training tasks, {len(apart)} unseen tasks: {', '.join(seen)} | {', '.join(apart)}")
+
+
+def by_task(rows: list[Row], tasks: dict[str, Row], longest: int) -> dict[str, list[Row]]:
+    """Rows short enough, with their task's instruction, task by task."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        instruction = tasks[row["task"]]["instruction"]
+        if len(instruction) + len(row["input"]) <= longest and len(row["target"]) <= 60:
+            found[row["task"]].append(
+                {"task": row["task"], "instruction": instruction, "input": row["input"], "output": row["target"]}
+            )
+    return found
+
+
+def pick(rows: dict[str, list[Row]], tasks: dict[str, Row], num: int, least: int) -> list[str]:
+    """`num` tasks with at least `least` rows: one of each category in turn, so that the clients differ."""
+    categories: dict[str, list[str]] = defaultdict(list)
+    for task in sorted(rows):
+        if len(rows[task]) >= least:
+            categories[tasks[task]["category"]].append(task)
+    chosen: list[str] = []
+    depth = 0
+    while len(chosen) < num and any(len(group) > depth for group in categories.values()):
+        chosen += [group[depth] for _, group in sorted(categories.items()) if len(group) > depth]
+        depth += 1
+    return sorted(chosen[:num])
+
+
+def read(path: Path) -> list[Row]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Run a benchmark suite: tune each arm's learning rate on validation data, then run every seed on the test data.
+
+    python benchmarks/run.py benchmarks/sst2 --data ../shared/data [--shard 0/2]
+
+Every run is one line of SUITE/results.jsonl; what is there already is not run again, and a run that was cut off is
+resumed from its checkpoint. Shards split the arms, so that two processes can share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+WIDEN = 1
+"""How often a grid is widened by one step when its best rate sits at the edge."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("suite", type=Path)
+    parser.add_argument("--data", type=Path, required=True, help="folder that {data} in the suite stands for")
+    parser.add_argument("--work", type=Path, default=Path("benchmarks/work"), help="run folders; not committed")
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th arm, starting at the i-th")
+    parser.add_argument("--arms", default="", help="only these arms, comma-separated")
+    arguments = parser.parse_args()
+    text = (arguments.suite / "suite.toml").read_text()
+    text = text.replace("{data}", str(arguments.data)).replace("{work}", str(arguments.work))
+    suite = tomllib.loads(text)
+    index, count = map(int, arguments.shard.split("/"))
+    arms = [arm for k, arm in enumerate(suite["arm"]) if k % count == index]
+    wanted = set(filter(None, arguments.arms.split(",")))
+    for arm in arms:
+        if not wanted or arm["name"] in wanted:
+            Arm(arguments.suite, arguments.work, suite, arm).run()
+
+
+class Arm:
+    """One method with its options in one suite."""
+
+    def __init__(self, folder: Path, work: Path, suite: dict[str, Any], arm: dict[str, Any]) -> None:
+        self.results = folder / "results.jsonl"
+        self.work = work / folder.name
+        self.suite, self.arm = suite, arm
+
+    def run(self) -> None:
+        rates = sorted(self.arm["learning_rates"])
+        scores = {rate: self.tune(rate) for rate in rates}
+        ratio = rates[1] / rates[0]
+        for _ in range(WIDEN):
+            best = max(scores, key=scores.__getitem__)
+            if best not in (min(scores), max(scores)):
+                break
+            rate = float(f"{best * ratio if best == max(scores) else best / ratio:.2g}")
+            scores[rate] = self.tune(rate)
+        best = max(scores, key=scores.__getitem__)
+        for seed in self.suite["seeds"]:
+            self.one("test", best, seed, self.suite["config"])
+
+    def tune(self, rate: float) -> float:
+        """The validation score at this rate, larger is better."""
+        tree = merged(self.suite["config"], self.suite.get("tune", {}))
+        line = self.one("tune", rate, self.suite["tune_seed"], tree)
+        score = line["summary"]["federated"]
+        return float(score if line["summary"]["higher_is_better"] else -score)
+
+    def one(self, purpose: str, rate: float, seed: int, tree: dict[str, Any]) -> dict[str, Any]:
+        from fedspan import config as settings
+        from fedspan.run import resume, run
+
+        tree = merged(tree, self.arm.get("config", {}))
+        tree = merged(tree, {"seed": seed, "local": {"learning_rate": rate}, "method": self.arm["method"]})
+        digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+        for line in read(self.results):
+            if line["config_hash"] == digest and line["arm"] == self.arm["name"]:
+                return line
+        out = self.work / f"{self.arm['name']}-{purpose}-{rate:g}-{seed}-{digest}"
+        began = time.perf_counter()
+        if (out / "config.toml").exists():
+            result = resume(out)
+        else:
+            shutil.rmtree(out, ignore_errors=True)
+            result = run(settings.from_mapping(tree), out)
+        line = {
+            "suite": self.results.parent.name,
+            "arm": self.arm["name"],
+            "purpose": purpose,
+            "learning_rate": rate,
+            "seed": seed,
+            "config_hash": digest,
+            "revision": revision(),
+            "wall_seconds": round(time.perf_counter() - began, 1),
+            "summary": result.summary,
+            "rounds": [
+                {k: r.get(k) for k in ("round_num", "train_loss", "eval", "truncation_error")} for r in result.history
+            ],
+        }
+        with self.results.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(self.arm["name"], purpose, rate, seed, result.summary["federated"], line["wall_seconds"], flush=True)
+        return line
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The finished runs."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def merged(x: dict[str, Any], y: dict[str, Any]) -> dict[str, Any]:
+    """x with y's values, section by section."""
+    out = dict(x)
+    for key, value in y.items():
+        out[key] = merged(out.get(key, {}), value) if isinstance(value, dict) and key != "method" else value
+    return out
+
+
+def revision() -> str:
+    """The commit that the figures come from."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()

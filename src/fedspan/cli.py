@@ -1,0 +1,331 @@
+"""The `fedspan` command: parse, call, print.
+
+Whatever a user can get wrong ends in one line on stderr and exit code 2. Heavy libraries are imported inside
+the commands, so that help, version and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from fedspan.arguments import NearestNames, WithWeights, method_options, parse_weights
+
+if TYPE_CHECKING:
+    from fedspan.run import Event, Result
+
+# Newer versions of typer bundle the click they build on: its errors are reached through typer alone.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+app = typer.Typer(
+    cls=NearestNames,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_Config = Annotated[
+    Path | None,
+    typer.Argument(metavar="CONFIG.toml", help="Settings; none: the embedded default.", show_default=False),
+]
+_Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; give it as often as you like."),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"fedspan {version('fedspan')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Fine-tune one transformer over many private datasets, with server rules that are mathematically right.
+
+    `fedspan run` without a config shows the main job in about a minute: eight clients with different tasks
+    and LoRA ranks, GLoRA on the server, and a table that compares the untouched base, a client alone and the
+    federation.
+    """
+
+
+@app.command(short_help="Run a federation, with both controls.")
+def run(
+    config: _Config = None,
+    settings: _Settings = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A new folder for the run; else runs/METHOD-TIME.")
+    ] = None,
+) -> None:
+    """Run a federation and compare it with the untouched base and with every client alone.
+
+    \b
+    Examples:
+      fedspan run                                   the embedded text task
+      fedspan run --set data.task=builtin:digits    the same for images
+      fedspan run --set method.name=flora --set federation.rounds=20
+      fedspan run my.toml --out runs/mine           your own model and data
+
+    The run folder holds config.toml (fully resolved), metrics.jsonl (one object per round), summary.json,
+    checkpoint/, and adapter/ in PEFT's format (model/ for methods that train full weights).
+    `fedspan config` prints every setting with its value.
+    """
+    from fedspan.config import load
+
+    loaded = load(config, settings or ())  # before the slow imports: a typing mistake is answered at once
+
+    def work(on_event: Callable[[Event], None]) -> Result:
+        from fedspan import run as run_federation
+
+        return run_federation(loaded, out, on_event)
+
+    _federate(work, None)
+
+
+@app.command(short_help="Go on with an interrupted run.")
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the interrupted run.")],
+) -> None:
+    """Go on with an interrupted run, whatever ended it; the result has the same bits as an uninterrupted one.
+
+    \b
+    Example:
+      fedspan resume runs/glora-20260101-120000
+    """
+
+    def work(on_event: Callable[[Event], None]) -> Result:
+        from fedspan import resume as resume_federation
+
+        return resume_federation(folder, on_event)
+
+    _federate(work, folder)
+
+
+@app.command(cls=WithWeights, short_help="Merge PEFT adapters by a server rule.")
+def merge(
+    folders: Annotated[list[Path], typer.Argument(metavar="ADAPTER_DIR", help="PEFT LoRA adapter folders.")],
+    method: Annotated[str, typer.Option(metavar="NAME", help="The server rule; see `fedspan methods`.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the merged adapter.")],
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="W1 W2 …", help="What each adapter counts for, such as its examples; else all the same."
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(metavar="R", help="Rank of the result; if not given, it is exact.")
+    ] = None,
+    settings: _Settings = None,
+) -> None:
+    """Apply a server rule once to PEFT adapter folders from anywhere, of any ranks and scalings.
+
+    \b
+    Examples:
+      fedspan merge alice bob carol --method glora --out merged
+      fedspan merge alice bob --weights 300 100 --method flexlora --rank 8 --out merged
+      fedspan merge a b c --method glora --set server_rank=auto --out merged
+
+    The result is a PEFT folder. What an exact method cannot fit in it is reported. The weights end at the
+    first word that is no number; a folder whose name is a number is written ./7.
+    """
+    options = method_options(method, settings or ())
+    numbers = parse_weights(weights or ())
+    from fedspan import create_method
+    from fedspan import merge as merge_adapters
+
+    report = merge_adapters(folders, create_method(options), weights=numbers, rank=rank, out=out)
+    for line in report.lines():
+        print(line)
+
+
+@app.command(short_help="List the methods and their properties.")
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON array, for programs.")] = False,
+) -> None:
+    """List every method with its properties, read from the methods themselves.
+
+    \b
+    Examples:
+      fedspan methods
+      fedspan methods --json
+    """
+    from fedspan import report
+
+    if as_json:
+        print(json.dumps(report.method_records(), indent=2, ensure_ascii=False))
+        return
+    console = _console()
+    console.print(report.methods_table(), highlight=False)
+    console.print()
+    console.print(report.METHODS_LEGEND, style="dim", highlight=False, markup=False)
+
+
+@app.command(short_help="Print every setting as TOML.")
+def config(
+    config: _Config = None,
+    settings: _Settings = None,
+) -> None:
+    """Print the fully resolved settings as TOML: a file to start from.
+
+    \b
+    Examples:
+      fedspan config > my.toml
+      fedspan config my.toml --set federation.rounds=30
+    """
+    from fedspan.config import load, to_toml
+
+    print(to_toml(load(config, settings or ())), end="")
+
+
+@app.command(short_help="Draw learning curves of runs.")
+def plot(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR", help="Run folders, finished or not.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The picture: .png, .svg or .pdf.")] = Path(
+        "curves.png"
+    ),
+    metric: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Metric to draw; else the summary's.")
+    ] = None,
+) -> None:
+    """Draw learning curves of one or more runs, against rounds and against bytes sent (needs matplotlib).
+
+    \b
+    Example:
+      fedspan plot runs/glora runs/fedit --out compare.png
+    """
+    from fedspan import report
+
+    print(report.plot(folders, out, metric))
+
+
+def _federate(work: Callable[[Callable[[Event], None]], Result], folder: Path | None) -> None:
+    """Run or resume (`folder`) with a display, then say what came out and what to do with it."""
+    from fedspan.progress import follow
+
+    console = _console()
+    began: list[str] = []
+    try:
+        with follow(console) as show:
+
+            def on_event(event: Event) -> None:
+                if event.kind == "start":
+                    began.append(event.data["out"])
+                show(event)
+
+            result = work(on_event)
+    except KeyboardInterrupt:
+        stopped = began or ([] if folder is None else [str(folder)])
+        raise _Interrupted("interrupted" + _go_on(stopped)) from None
+    except (ValueError, OSError) as error:
+        raise ValueError(_message(error) + _go_on(began)) from error
+    from fedspan import report
+
+    console.print()
+    console.print(report.summary_table(result.summary), highlight=False)
+    console.print()
+    for line in _next_steps(result):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _next_steps(result: Result) -> Iterator[str]:
+    from fedspan.progress import duration
+
+    yield f"{result.out}/  {duration(result.summary['totals']['wall_seconds'])}, metrics.jsonl, summary.json"
+    if result.adapter is not None:
+        yield f"load the adapter:  PeftModel.from_pretrained(base, {str(result.adapter)!r})"
+    elif (result.out / "model").exists():
+        yield f"load the model:  AutoModel….from_pretrained({str(result.out / 'model')!r})"
+
+
+def _go_on(folders: Sequence[str]) -> str:
+    """What to type next, once there is a run folder."""
+    return f"; go on with: fedspan resume {folders[0]}" if folders else ""
+
+
+class _Interrupted(Exception):
+    """Ctrl-C, with what to say about it."""
+
+
+def _console() -> Console:
+    # Tables are not folded for a pipe, so that a line of the table stays a line.
+    console = Console()
+    return console if console.is_terminal else Console(width=160)
+
+
+def _message(error: BaseException) -> str:
+    """An error in one line, as a user would say it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _quiet_libraries() -> None:
+    # The libraries' own bars and advice would be written across the display.
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The command; its exit code: 0, 2 for what a user got wrong, 130 for Ctrl-C.
+
+    With FEDSPAN_DEBUG=1 in the environment the traceback of an error is shown.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    _quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without our letters is no reason to fail
+    try:
+        command = typer.main.get_command(app)
+        code = command.main(given or ["--help"], prog_name="fedspan", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except _Interrupted as error:
+        return _fail(str(error), 130)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; Python must not try to flush the rest at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except _USAGE_ERROR as error:
+        if os.environ.get("FEDSPAN_DEBUG"):
+            raise
+        return _fail(_usage(error), 2)
+    except (ValueError, OSError) as error:
+        if os.environ.get("FEDSPAN_DEBUG"):
+            raise
+        return _fail(_message(error), 2)
+
+
+def _usage(error: Exception) -> str:
+    """A mistake in the command line: what is wrong, and where to read what is right."""
+    text = " ".join(str(getattr(error, "format_message", lambda: error)()).split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "fedspan"
+    return f"{text[:1].lower()}{text[1:]}; see `{command} --help`"
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"fedspan: {message}", file=sys.stderr)
+    return code

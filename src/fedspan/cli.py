@@ -64,7 +64,7 @@ def _top(
     """
 
 
-@app.command(short_help="Run a federation, with both controls.")
+@app.command(short_help="Run a federation, with its controls.")
 def run(
     config: _Config = None,
     settings: _Settings = None,
@@ -123,9 +123,7 @@ def merge(
     out: Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the merged adapter.")],
     weights: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="W1 W2 …", help="What each adapter counts for, such as its examples; else all the same."
-        ),
+        typer.Option(metavar="W1 W2 …", help="What each adapter counts for, such as its examples; else all the same."),
     ] = None,
     rank: Annotated[
         int | None, typer.Option(metavar="R", help="Rank of the result; if not given, it is exact.")
@@ -195,12 +193,8 @@ def config(
 @app.command(short_help="Draw learning curves of runs.")
 def plot(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR", help="Run folders, finished or not.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The picture: .png, .svg or .pdf.")] = Path(
-        "curves.png"
-    ),
-    metric: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Metric to draw; else the summary's.")
-    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The picture: .png, .svg or .pdf.")] = Path("curves.png"),
+    metric: Annotated[str | None, typer.Option(metavar="NAME", help="Metric to draw; else the summary's.")] = None,
 ) -> None:
     """Draw learning curves of one or more runs, against rounds and against bytes sent (needs matplotlib).
 

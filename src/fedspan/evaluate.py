@@ -39,7 +39,11 @@ def evaluate(
     values = {"loss": loss}
     for name in metrics:
         # Beyond e^700 a float overflows; such a model is no worse than lost.
-        score = math.exp(min(loss, 700.0)) if name == "perplexity" else METRICS[name].score(predictions, examples.references)
+        score = (
+            math.exp(min(loss, 700.0))
+            if name == "perplexity"
+            else METRICS[name].score(predictions, examples.references)
+        )
         values[name] = score
     return values
 

@@ -64,12 +64,16 @@ def _partition(config: Config, corpus: Corpus, rng: np.random.Generator) -> list
     if f.partition == "files":
         files = corpus.client_files or ()
         if len(files) != f.num_clients:
-            raise ValueError(f"federation.num_clients = {f.num_clients}, but data.train has {len(files)} files: expected one a client")
+            raise ValueError(
+                f"federation.num_clients = {f.num_clients}, but data.train has {len(files)} files: expected one a client"
+            )
         return list(files)
     if f.partition == "preset":
         parts = partition.preset(f.preset, rows.fields, rng)
         if len(parts) != f.num_clients:
-            raise ValueError(f"federation.num_clients = {f.num_clients}: the preset {f.preset} has {len(parts)} clients")
+            raise ValueError(
+                f"federation.num_clients = {f.num_clients}: the preset {f.preset} has {len(parts)} clients"
+            )
         return parts
     if f.partition == "iid":
         return partition.iid(len(rows), f.num_clients, rng)
@@ -77,8 +81,8 @@ def _partition(config: Config, corpus: Corpus, rng: np.random.Generator) -> list
         if len(set(rows.fields)) < 2:
             raise ValueError('federation.partition = "by_field" needs data.field_column with at least two values')
         return partition.by_field(rows.fields, f.num_clients, rng)
-    labels = rows.fields if corpus.kind == "instruction" else [str(t) for t in rows.targets]
-    return partition.dirichlet(labels, f.num_clients, f.alpha, rng)
+    labels = rows.fields if corpus.kind == "instruction" else rows.targets
+    return partition.dirichlet(np.asarray(labels), f.num_clients, f.alpha, rng)
 
 
 def pooled(clients: list[Client]) -> list[Client]:

@@ -219,27 +219,37 @@ def build(
     ValueError
         When the base cannot be read, no layer matches `target_modules`, or a rank exceeds a layer's size.
     """
-    base, new = _load_base(name, kind, num_labels, "float32" if trains != "adapter" else dtype, seed, label_names, regression)
+    base, new = _load_base(
+        name, kind, num_labels, "float32" if trains != "adapter" else dtype, seed, label_names, regression
+    )
     base.to(device)
     for parameter in base.parameters():
         parameter.requires_grad_(False)
-    heads = () if kind == "instruction" else tuple(n for n, child in base.named_children() if n != base.base_model_prefix and any(True for _ in child.parameters()))
+    heads = (
+        ()
+        if kind == "instruction"
+        else tuple(
+            n
+            for n, child in base.named_children()
+            if n != base.base_model_prefix and any(True for _ in child.parameters())
+        )
+    )
     targets = _targets(base, target_modules, heads)
     own = dict(base.named_parameters())
     head_names = {n for n in own if n.split(".")[0] in heads} | (new & own.keys())
     for layer_name, layer in targets.items():
         m, n = _shape(layer)
         if trains == "adapter" and max_rank > min(m, n):
-            raise ValueError(f"rank {max_rank} is above what {layer_name} ({m}×{n}) can hold: expected at most {min(m, n)}")
+            raise ValueError(
+                f"rank {max_rank} is above what {layer_name} ({m}×{n}) can hold: expected at most {min(m, n)}"
+            )
     weights = {f"{layer_name}.weight" for layer_name in targets}
     chosen = {"adapter": head_names, "targets": head_names | weights, "all": set(own)}[trains]
     dense = {n: own[n] for n in own if n in chosen}
     for parameter in dense.values():
         parameter.data = parameter.data.float()
     model, layers = _attach(base, kind, targets, max_rank, rslora, dropout) if trains == "adapter" else (base, targets)
-    return FederatedModel(
-        name, kind, trains, model, layers, dense, frozenset(weights & chosen), heads, device
-    )
+    return FederatedModel(name, kind, trains, model, layers, dense, frozenset(weights & chosen), heads, device)
 
 
 def _load_base(
@@ -284,7 +294,9 @@ def _targets(base: nn.Module, wanted: tuple[str, ...], heads: tuple[str, ...]) -
     linear = {
         name: layer
         for name, layer in base.named_modules()
-        if (isinstance(layer, nn.Linear) or _is_conv1d(layer)) and layer is not output and name.split(".")[0] not in heads
+        if (isinstance(layer, nn.Linear) or _is_conv1d(layer))
+        and layer is not output
+        and name.split(".")[0] not in heads
     }
     if tuple(wanted) == ("all-linear",):
         return linear
@@ -294,7 +306,9 @@ def _targets(base: nn.Module, wanted: tuple[str, ...], heads: tuple[str, ...]) -
     for end in wanted:
         if not any(name == end or name.endswith("." + end) for name in chosen):
             endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise ValueError(f"adapter.target_modules: {end!r} matches no linear layer; this model has {', '.join(endings)}")
+            raise ValueError(
+                f"adapter.target_modules: {end!r} matches no linear layer; this model has {', '.join(endings)}"
+            )
     return chosen
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -85,7 +85,8 @@ def _title(data: Mapping[str, Any]) -> str:
     clients = "client" if data["num_clients"] == 1 else "clients"
     return (
         f"{data['method']} on {data['task']}: {data['num_clients']} {clients}, {held}, "
-        f"{data['rounds']} rounds; {data['model']}, {data['trained_parameters']:,} of {data['base_parameters']:,} parameters trained"
+        f"{data['rounds']} rounds; {data['model']} of {data['base_parameters']:,} parameters, "
+        f"{data['trained_parameters']:,} trained"
     )
 
 
@@ -101,8 +102,6 @@ class Lines:
     """One line per round, for logs and pipes."""
 
     console: Console
-    out: str | None = None
-    """The run folder, once it exists."""
     _started: Mapping[str, Any] = field(default_factory=dict)
     _at: Progression = field(default_factory=Progression)
 
@@ -110,7 +109,7 @@ class Lines:
         """Show one event."""
         data = event.data
         if event.kind == "start":
-            self._started, self.out = data, data["out"]
+            self._started = data
             self._print(f"{_title(data)}; folder {data['out']}")
         elif event.kind == "phase":
             self._at.begin(data["phase"], data["total"], data["done"], time.monotonic())
@@ -155,17 +154,17 @@ class Live:
     """A bar for every phase, with loss, metric and time left."""
 
     progress: Progress
-    out: str | None = None
-    """The run folder, once it exists."""
+    _loading: TaskID
     _started: Mapping[str, Any] = field(default_factory=dict)
     _at: Progression = field(default_factory=Progression)
-    _task: Any = None
+    _task: TaskID | None = None
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
         data = event.data
         if event.kind == "start":
-            self._started, self.out = data, data["out"]
+            self.progress.remove_task(self._loading)
+            self._started = data
             self.progress.console.print(f"[bold]{escape(_title(data))}[/]", highlight=False)
         elif event.kind == "phase":
             self._phase(data)
@@ -181,12 +180,12 @@ class Live:
         phase, total, done = data["phase"], data["total"], data["done"]
         self._at.begin(phase, total, done, time.monotonic())
         counts_rounds = phase in ("federation", "local")
-        self._task = self.progress.add_task(
+        self._task = _row(
+            self.progress,
             _LABELS.get(phase, phase),
-            total=total if counts_rounds else None,
-            completed=done,
+            total if counts_rounds else None,
+            done,
             status=f"{done}/{total} rounds" if counts_rounds else "",
-            figures="",
             left=self._left,
         )
 
@@ -199,16 +198,20 @@ class Live:
         return self._at.seconds_left(time.monotonic()) if task.total is not None else None
 
     def _client(self, data: Mapping[str, Any]) -> None:
+        if self._task is None:
+            return
         round_num, done, cohort = data["round_num"], data["done"], data["cohort"]
         # The server's work and the evaluation come after the last client of a round.
         self._at.done = round_num - 1 + done / (cohort + 1)
         self.progress.update(
             self._task,
             completed=self._at.done,
-            status=f"{round_num - 1}/{self._at.total} rounds, client {done}/{cohort}",
+            status=f"{round_num - 1}/{self._at.total} rounds, {done}/{cohort} clients",
         )
 
     def _round(self, record: Mapping[str, Any]) -> None:
+        if self._task is None:
+            return
         self._at.done = record["round_num"]
         figures = [f"loss {number(record['train_loss'])}"]
         evaluated = record.get("eval") or {}
@@ -231,12 +234,16 @@ def follow(console: Console) -> Iterator[Lines | Live]:
     if not console.is_terminal:
         yield Lines(console)
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.fields[status]}"),
-        TextColumn("{task.fields[figures]}"),
-        _Left(),
+    columns: list[ProgressColumn] = [TextColumn("{task.description}")]
+    if console.width >= 95:
+        columns.append(BarColumn(bar_width=min(24, console.width - 85)))
+    columns += [TextColumn("{task.fields[status]}"), TextColumn("{task.fields[figures]}"), _Left()]
+    # Redrawing takes time from training, which holds the interpreter.
+    with Progress(*columns, console=console, refresh_per_second=4) as progress:
+        yield Live(progress, _row(progress, "loading"))
+
+
+def _row(progress: Progress, label: str, total: int | None = None, done: int = 0, **fields: Any) -> TaskID:
+    return progress.add_task(
+        label, total=total, completed=done, **{"status": "", "figures": "", "left": lambda task: None, **fields}
     )
-    with Progress(*columns, console=console) as progress:
-        yield Live(progress)

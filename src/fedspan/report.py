@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from fedspan import methods
+from fedspan.metrics import METRICS
 from fedspan.progress import number, size
 
 
@@ -22,12 +23,12 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     summary
         What `summary.json` holds.
     """
-    main, measured = summary["metric"], summary["metrics"]
+    measured = summary["metrics"]
     names = _metric_names(summary)
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
     table.add_column("")
     for name in names:
-        table.add_column(f"{name} {_arrow(name, main, summary)}".rstrip(), justify="right")
+        table.add_column(f"{name} {_arrow(name)}", justify="right")
     table.add_column("bytes up", justify="right")
     table.add_column("bytes down", justify="right")
 
@@ -59,14 +60,14 @@ def _headline(summary: Mapping[str, Any]) -> str:
 
 
 def _metric_names(summary: Mapping[str, Any]) -> list[str]:
-    main = summary["metric"]
-    return [main, *(name for name in summary["metrics"]["clients"] if name != main)]
+    """The run's metric first, the loss last."""
+    first = summary["metric"]
+    others = [name for name in summary["metrics"]["clients"] if name not in (first, "loss")]
+    return [first, *others, *(["loss"] if first != "loss" else [])]
 
 
-def _arrow(name: str, main: str, summary: Mapping[str, Any]) -> str:
-    if name == main:
-        return "↑" if summary["higher_is_better"] else "↓"
-    return "↓" if name in ("loss", "perplexity") else ""
+def _arrow(name: str) -> str:
+    return "↑" if name != "loss" and METRICS[name].higher_is_better else "↓"
 
 
 def method_records() -> list[dict[str, Any]]:

@@ -395,9 +395,7 @@ class _Federation:
             min_success=1 if self.method.info.pooled else config.federation.min_success,
             on_client=on_client,
         )
-        self.saved = replace(
-            saved, state=standing.state, client_states=standing.client_states, seen=standing.seen
-        )
+        self.saved = replace(saved, state=standing.state, client_states=standing.client_states, seen=standing.seen)
         every = config.evaluation.every
         due = self.phase == "federation" and (last or (round_num + 1) % every == 0)
         if due and self.method.info.personalised:

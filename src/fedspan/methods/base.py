@@ -18,6 +18,7 @@ a model, a file or a network. Shapes: B (m, r), A (r, n), as in `fedspan.lowrank
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -203,6 +204,7 @@ class PatchLog:
 
     def append(self, increment: Mapping[str, Patch]) -> PatchLog:
         """The log after adding `increment` to the base."""
+        increment = {name: patch_sum(None, patch) for name, patch in increment.items()}
         total = {name: patch_sum(self.total.get(name), patch) for name, patch in increment.items()}
         kept: list[Mapping[str, Patch]] = []
         budget = patch_numel(total)
@@ -223,14 +225,14 @@ class PatchLog:
 
 def patch_sum(x: Patch | None, y: Patch) -> Patch:
     """x + y, kept low-rank while the factors are smaller than the matrix."""
-    if x is None:
-        return y
+    total: Patch
     if isinstance(x, LowRank) and isinstance(y, LowRank):
-        both = lowrank.stack([x, y])
-        m, n = both.shape
-        if both.rank * (m + n) < m * n:
-            return both
-    return patch_dense(x) + patch_dense(y)
+        total = lowrank.stack([x, y])
+    else:
+        total = y if x is None else patch_dense(x) + patch_dense(y)
+    if isinstance(total, LowRank) and total.rank * sum(total.shape) >= math.prod(total.shape):
+        return total.dense()
+    return total
 
 
 def patch_dense(x: Patch) -> Tensor:
@@ -428,7 +430,7 @@ def fresh_a(template: Template, module: str, rank: int, round_num: int = 0) -> T
     """
     n = template.modules[module][1]
     values = torch.rand((rank, n), generator=generator(template.seed, module, round_num, "lora_A"))
-    return (values * 2 - 1) / n**0.5
+    return (values * 2 - 1) / math.sqrt(n)
 
 
 def fresh_adapter(template: Template, rank: int, round_num: int = 0) -> dict[str, Factors]:

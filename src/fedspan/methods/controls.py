@@ -41,9 +41,7 @@ def local(trains: Trains = "adapter") -> Method:
     def start(sent: Broadcast, kept: ClientState | None) -> Broadcast:
         if kept is None:
             return sent
-        adapter = {
-            name: Factors(kept[f"{name}/b"], kept[f"{name}/a"], f.scaling) for name, f in sent.adapter.items()
-        }
+        adapter = {name: Factors(kept[f"{name}/b"], kept[f"{name}/a"], f.scaling) for name, f in sent.adapter.items()}
         return replace(sent, adapter=adapter, dense={name: kept[f"{name}/dense"] for name in sent.dense})
 
     def encode(update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[Update, ClientState | None]:

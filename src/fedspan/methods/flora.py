@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
 from fedspan import lowrank
 from fedspan.lowrank import LowRank
 from fedspan.methods.base import (
@@ -25,6 +30,10 @@ from fedspan.methods.fedit import check_rank, factors_of, init_factors
 def patches_of(state: ServerState) -> PatchLog:
     """The state's patch log; empty before the first round."""
     return state.patches or PatchLog({})
+
+
+def _mean(factors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    return torch.stack([lowrank.promote(x) * p for x, p in zip(factors, shares, strict=True)]).sum(dim=0)
 
 
 def flora() -> Method:
@@ -64,7 +73,7 @@ def flora() -> Method:
             gauge_invariant=True,
             hetero_rank=True,
             traffic_up="r(m+n)",
-            traffic_down="c(m+n)",
+            traffic_down="min(c(m+n), mn)",
         ),
         init=init,
         broadcast=broadcast,
@@ -96,16 +105,15 @@ def fedex_lora() -> Method:
         residual: dict[str, Patch] = {}
         for name in state.modules:
             pairs = [update.factors(name) for update in partial.collected]
-            mean = LowRank(
-                sum((lowrank.promote(f.b) * p for f, p in zip(pairs[1:], shares[1:], strict=True)), pairs[0].b * shares[0]),
-                sum((lowrank.promote(f.a) * p for f, p in zip(pairs[1:], shares[1:], strict=True)), pairs[0].a * shares[0]),
-            )
+            mean = LowRank(_mean([f.b for f in pairs], shares), _mean([f.a for f in pairs], shares))
             modules[name] = {"a": mean.a, "b": mean.b}
             terms = [LowRank(f.b - mean.b, f.a - pairs[-1].a) for f in pairs[:-1]]
             if terms:
                 residual[name] = lowrank.stack(terms, [s * p for p in shares[:-1]])
         log = patches_of(state).append(residual) if residual else patches_of(state)
-        diagnostics = {"residual_norm": sum(lowrank.norm(x) ** 2 for x in residual.values() if isinstance(x, LowRank)) ** 0.5}
+        diagnostics = {
+            "residual_norm": sum(lowrank.norm(x) ** 2 for x in residual.values() if isinstance(x, LowRank)) ** 0.5
+        }
         return advance(state, modules=modules, patches=log, dense=partial.mean_dense()), diagnostics
 
     return Method(

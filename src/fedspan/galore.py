@@ -172,9 +172,7 @@ def _step(p: Tensor, state: dict[str, Tensor], group: dict[str, Any], index: int
     p.sub_(direction, alpha=group["lr"])
 
 
-def _projected(
-    grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], done: int, index: int
-) -> Tensor:
+def _projected(grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], done: int, index: int) -> Tensor:
     """scale · P adam(PᵀG), in the gradient's own orientation."""
     tall = grad.shape[0] > grad.shape[1]
     wide = grad.mT if tall else grad

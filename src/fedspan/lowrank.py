@@ -103,12 +103,24 @@ def svd(x: LowRank) -> SVD:
     return SVD(q_b @ u, s, vh @ q_a.mT)
 
 
-def numerical_rank(s: Tensor) -> int:
-    """How many singular values stand above the rounding of a QR core: σ_j > 4·q·eps·σ_1 for q of them."""
+def term_size(x: LowRank) -> float:
+    """(Σ_j ‖b_j‖² ‖a_j‖²)^½ over the columns of B and rows of A: above ‖B·A‖_F where the terms b_j a_j cancel."""
+    return float((promote(x.b).norm(dim=0) * promote(x.a).norm(dim=1)).norm())
+
+
+def numerical_rank(s: Tensor, size: float = 0.0) -> int:
+    """How many singular values stand above rounding: σ_j > 4·q·eps·max(σ_1, size) for q of them.
+
+    Parameters
+    ----------
+    size
+        The `term_size` of the product they are of. Rounding follows the terms, not their sum: after an
+        ill-conditioned gauge its noise stands far above eps·σ_1 and would count as directions of its own.
+    """
     if s.numel() == 0:
         return 0
     # Not >=, or this fails with a matrix of all zeros.
-    return int((s > 4 * s.numel() * torch.finfo(s.dtype).eps * s[0]).sum())
+    return int((s > 4 * s.numel() * torch.finfo(s.dtype).eps * max(float(s[0]), size)).sum())
 
 
 def truncate(x: LowRank, rank: int) -> LowRank:

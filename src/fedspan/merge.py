@@ -75,9 +75,7 @@ class MergeReport:
             )
         else:
             lines.append(f"The adapter holds all that {self.method} gives.")
-        lines.append(
-            f"Distance from the average of the updates themselves: {self.distance_overall:.3%} of its norm."
-        )
+        lines.append(f"Distance from the average of the updates themselves: {self.distance_overall:.3%} of its norm.")
         return lines
 
     def __str__(self) -> str:
@@ -112,9 +110,7 @@ def merge(
     check_free(out)
     _check_arguments(len(folders), method, weights, rank)
     adapters = [load(Path(folder)) for folder in folders]
-    result, report = combine(
-        adapters, method, weights=weights, rank=rank, names=[str(folder) for folder in folders]
-    )
+    result, report = combine(adapters, method, weights=weights, rank=rank, names=[str(folder) for folder in folders])
     config = result.config
     save(
         out,
@@ -217,9 +213,7 @@ def _able(hetero_rank: bool = False) -> str:
     return ", ".join(
         name
         for name, method in methods.items()
-        if _why_not(method) is None
-        and not _freezes_a(method)
-        and (method.info.hetero_rank or not hetero_rank)
+        if _why_not(method) is None and not _freezes_a(method) and (method.info.hetero_rank or not hetero_rank)
     )
 
 
@@ -287,20 +281,14 @@ def _trait(adapter: Adapter, what: str) -> Any:
     return bool(adapter.config.get(what))
 
 
-def _same_names(
-    label: str, first: str, problem: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]
-) -> None:
+def _same_names(label: str, first: str, problem: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     odd = sorted(mine.keys() ^ theirs.keys())
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise ValueError(
-            f"{label} {problem} than {first} ({', '.join(odd[:3])}{more}): expected the same ones"
-        )
+        raise ValueError(f"{label} {problem} than {first} ({', '.join(odd[:3])}{more}): expected the same ones")
 
 
-def _start(
-    labels: Sequence[str], adapters: Sequence[Adapter], method: Method
-) -> tuple[Template, ServerState]:
+def _start(labels: Sequence[str], adapters: Sequence[Adapter], method: Method) -> tuple[Template, ServerState]:
     """The template, with a common scaling of 1, and the state before the round."""
     info, frozen_a = method.info, _freezes_a(method)
     shapes = {name: f.delta().shape for name, f in adapters[0].factors.items()}
@@ -312,8 +300,9 @@ def _start(
             _check_one(labels, info.name, "scaling", scalings)
     size = max(max(r) for r in ranks.values())
     if info.exact and info.hetero_rank and not frozen_a:
-        # A server that keeps at most this many directions must not be what limits an exact result.
-        size = max(size, *(min(m, n, sum(ranks[name])) for name, (m, n) in shapes.items()))
+        # The server keeps enough directions to be exact: all that the clients' column spaces span together. The
+        # rank of T does not suffice, it is at most n where n < m, and a projector of that rank would lose some.
+        size = max(size, *(min(max(m, n), sum(ranks[name])) for name, (m, n) in shapes.items()))
     template = Template(shapes, size, alpha=float(size))
     state = method.init(template, adapters[0].dense)
     return template, _with_common_a(labels, adapters, method, state) if frozen_a else state
@@ -392,17 +381,13 @@ def _dense(labels: Sequence[str], adapters: Sequence[Adapter], answer: Broadcast
     """The averaged whole weights; those that are bitwise equal everywhere stay so."""
     dense: dict[str, Tensor] = {}
     for name, tensor in adapters[0].dense.items():
-        odd = [
-            label for label, x in zip(labels, adapters, strict=True) if not torch.equal(x.dense[name], tensor)
-        ]
+        odd = [label for label, x in zip(labels, adapters, strict=True) if not torch.equal(x.dense[name], tensor)]
         if not odd:
             dense[name] = tensor
         elif tensor.is_floating_point():
             dense[name] = answer.dense[name]
         else:
-            raise ValueError(
-                f"{odd[0]}: {name} is {tensor.dtype} and not that of {labels[0]}: expected equal integers"
-            )
+            raise ValueError(f"{odd[0]}: {name} is {tensor.dtype} and not that of {labels[0]}: expected equal integers")
     return dense
 
 

@@ -98,6 +98,17 @@ class FederatedModel:
         """Module name -> (m, n)."""
         return {name: _shape(_base_layer(layer)) for name, layer in self.layers.items()}
 
+    def check(self, recipe: Recipe) -> None:
+        """Raise a ValueError for a recipe that does not fit this model's layers."""
+        if recipe.galore is None:
+            return
+        for name in sorted(self.projected):
+            m, n = self.dense_parameters[name].shape
+            if recipe.galore.rank > min(m, n):
+                raise ValueError(
+                    f"method.galore_rank = {recipe.galore.rank}: {name} is {m}×{n}, expected at most {min(m, n)}"
+                )
+
     def load(self, broadcast: Broadcast) -> None:
         """Put a client's starting point into the model: patch on the base, adapter, dense weights."""
         self._apply_patch(broadcast.patch)

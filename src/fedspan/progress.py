@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 if TYPE_CHECKING:
@@ -235,9 +236,11 @@ def follow(console: Console) -> Iterator[Lines | Live]:
         yield Lines(console)
         return
     columns: list[ProgressColumn] = [TextColumn("{task.description}")]
-    if console.width >= 95:
+    roomy = console.width >= 95
+    if roomy:
         columns.append(BarColumn(bar_width=min(24, console.width - 85)))
-    columns += [TextColumn("{task.fields[status]}"), TextColumn("{task.fields[figures]}"), _Left()]
+    status = TextColumn("{task.fields[status]}", table_column=Column(min_width=26 if roomy else None))
+    columns += [status, TextColumn("{task.fields[figures]}"), _Left()]
     # Redrawing takes time from training, which holds the interpreter.
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
         yield Live(progress, _row(progress, "loading"))

@@ -25,12 +25,12 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     """
     measured = summary["metrics"]
     names = _metric_names(summary)
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
-    table.add_column("")
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("", no_wrap=True)
     for name in names:
         table.add_column(f"{name} {_arrow(name)}", justify="right")
-    table.add_column("bytes up", justify="right")
-    table.add_column("bytes down", justify="right")
+    table.add_column("up", justify="right")
+    table.add_column("down", justify="right")
 
     def row(label: str, values: Mapping[str, float] | None, *traffic: str, style: str = "") -> None:
         if values:
@@ -47,7 +47,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
             row(f"  a client of rank {rank}", values)
     if measured.get("server") != measured["clients"]:
         row("  the server's full state", measured.get("server"))
-    row("  on the clients' own held-out data", measured.get("own_data"))
+    row("  on the clients' own data", measured.get("own_data"))
     row("  on unseen data", measured.get("unseen"))
     return table
 

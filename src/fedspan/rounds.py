@@ -118,6 +118,7 @@ def run_round(
         "method": method.info.name,
         "num_clients": len(active),
         "train_loss": sum(loss * w for loss, w in losses) / sum(w for _, w in losses),
+        "eval": None,
         **tally.record(),
     }
     return Standing(state, client_states, seen), record

@@ -31,7 +31,7 @@ def column_basis(x: LowRank, max_rank: int | None = None) -> Tensor:
         (m, q) with q ≤ r.
     """
     f = lowrank.svd(x)
-    keep = lowrank.numerical_rank(f.s)
+    keep = lowrank.numerical_rank(f.s, lowrank.term_size(x))
     return f.u[:, : keep if max_rank is None else min(keep, max_rank)]
 
 

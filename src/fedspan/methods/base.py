@@ -118,6 +118,7 @@ class GaloreOptions:
     update_gap: int = 50
     scale: float = 1.0
     svd: Literal["exact", "randomized"] = "randomized"
+    on_refresh: Literal["keep", "project", "reset"] = "keep"
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +206,9 @@ class PatchLog:
     def append(self, increment: Mapping[str, Patch]) -> PatchLog:
         """The log after adding `increment` to the base."""
         increment = {name: patch_sum(None, patch) for name, patch in increment.items()}
-        total = {name: patch_sum(self.total.get(name), patch) for name, patch in increment.items()}
+        total = dict(self.total)
+        for name, patch in increment.items():
+            total[name] = patch_sum(total.get(name), patch)
         kept: list[Mapping[str, Patch]] = []
         budget = patch_numel(total)
         for candidate in (increment, *reversed(self.increments)):
@@ -216,8 +219,18 @@ class PatchLog:
         return PatchLog(total, self.version + 1, tuple(reversed(kept)))
 
     def since(self, seen: int) -> tuple[Mapping[str, Patch], ...]:
-        """What a client that holds version `seen` must fetch: increments to add, or the one whole patch."""
+        """What a client that holds version `seen` must fetch: increments to add, or the one whole patch.
+
+        As many increments as versions missed; otherwise (never for a client that missed one) the whole patch.
+
+        Raises
+        ------
+        ValueError
+            When the client holds a version that this log has not reached.
+        """
         missed = self.version - seen
+        if missed < 0:
+            raise ValueError(f"a client holds patch version {seen}: expected at most {self.version}")
         if missed == 0:
             return ()
         return self.increments[-missed:] if missed <= len(self.increments) else (self.total,)
@@ -285,11 +298,18 @@ class Fold:
 
 
 def _plus(x: Tensors, y: Tensors) -> dict[str, Tensor]:
-    if not x:
-        return dict(y)
+    """x + y, name by name. Nothing is padded: the shapes of dense weights must agree."""
+    _same_names("tensors", x, y)
+    for name in x:
+        if x[name].shape != y[name].shape:
+            shapes = f"{tuple(x[name].shape)} and {tuple(y[name].shape)}"
+            raise ValueError(f"updates hold {name} in shapes {shapes}: expected one shape")
+    return {name: x[name] + y[name] for name in x}
+
+
+def _same_names(what: str, x: Mapping[str, object], y: Mapping[str, object]) -> None:
     if x.keys() != y.keys():
-        raise ValueError(f"updates name different tensors: {sorted(x.keys() ^ y.keys())[:3]}")
-    return {name: _plus_nested(x[name], y[name]) for name in x}
+        raise ValueError(f"updates name different {what}: {sorted(x.keys() ^ y.keys())[:3]}")
 
 
 def _plus_nested(x: Tensor, y: Tensor) -> Tensor:
@@ -312,38 +332,33 @@ def _payload_tensors(payload: Payload) -> Tensors:
 
 
 def _plus_modules(x: Mapping[str, Tensors], y: Mapping[str, Tensors]) -> dict[str, Tensors]:
-    if not x or not y:
-        return dict(x or y)
-    if x.keys() != y.keys():
-        raise ValueError(f"updates name different modules: {sorted(x.keys() ^ y.keys())[:3]}")
-    return {name: _plus(x[name], y[name]) for name in x}
+    _same_names("modules", x, y)
+    total: dict[str, Tensors] = {}
+    for name in x:
+        _same_names(f"tensors of {name}", x[name], y[name])
+        total[name] = {part: _plus_nested(x[name][part], y[name][part]) for part in x[name]}
+    return total
 
 
 def _add_to_sum(partial: Partial, update: Update) -> Partial:
     w = update.num_examples
     modules = {name: _weighted(_payload_tensors(p), w) for name, p in update.modules.items()}
-    return Partial(
-        partial.num_clients + 1,
-        partial.weight + w,
-        _plus(partial.dense, _weighted(update.dense, w)),
-        _plus_modules(partial.sums, modules),
-    )
+    return _merge(partial, Partial(1, w, _weighted(update.dense, w), modules))
 
 
 def _collect(partial: Partial, update: Update) -> Partial:
-    return Partial(
-        partial.num_clients + 1,
-        partial.weight + update.num_examples,
-        _plus(partial.dense, _weighted(update.dense, update.num_examples)),
-        collected=(*partial.collected, replace(update, dense={})),
-    )
+    w = update.num_examples
+    return _merge(partial, Partial(1, w, _weighted(update.dense, w), collected=(replace(update, dense={}),)))
 
 
 def _merge(x: Partial, y: Partial) -> Partial:
+    # Only a fold of nothing may lack what the other names: anything else would be averaged as a zero.
+    if x.num_clients == 0 or y.num_clients == 0:
+        return y if x.num_clients == 0 else x
     return Partial(
         x.num_clients + y.num_clients,
         x.weight + y.weight,
-        _plus(x.dense, y.dense) if y.dense else dict(x.dense),
+        _plus(x.dense, y.dense),
         _plus_modules(x.sums, y.sums),
         (*x.collected, *y.collected),
     )
@@ -397,13 +412,16 @@ def aggregate(method: Method, state: ServerState, updates: list[Update]) -> tupl
     Raises
     ------
     ValueError
-        When the list is empty or two updates carry the same client id.
+        When the list is empty, two updates carry the same client id, or a client counts for nothing.
     """
     if not updates:
         raise ValueError("no update to aggregate: expected at least one client")
     ids = [update.client_id for update in updates]
     if len(set(ids)) != len(ids):
         raise ValueError(f"two updates of one client among {sorted(ids)}: expected one each")
+    for update in updates:
+        if not (math.isfinite(update.num_examples) and update.num_examples > 0):
+            raise ValueError(f"{update.client_id} has {update.num_examples} examples: expected more than 0")
     fold = method.exchanges[state.exchange].fold
     partial = Partial()
     for update in sorted(updates, key=lambda u: u.client_id):
@@ -449,7 +467,7 @@ def readout(template: Template, module: str, x: LowRank, rank: int, round_num: i
     """
     f = lowrank.svd(x)
     s = template.scaling(rank)
-    keep = min(rank, lowrank.numerical_rank(f.s))
+    keep = min(rank, lowrank.numerical_rank(f.s, lowrank.term_size(x)))
     root = f.s[:keep].sqrt()
     spare = fresh_a(template, module, rank, round_num)[keep:].to(f.u.dtype)
     return Factors(

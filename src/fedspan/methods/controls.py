@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -67,7 +68,7 @@ def local(trains: Trains = "adapter") -> Method:
     )
     return Method(
         info=info,
-        init=_init,
+        init=_init(trains),
         broadcast=_broadcast,
         finish=finish,
         exchanges=(Exchange(SUM),),
@@ -101,12 +102,15 @@ def centralised(trains: Trains = "adapter") -> Method:
         trains=trains,
         pooled=True,
     )
-    return Method(info=info, init=_init, broadcast=_broadcast, finish=finish, exchanges=(Exchange(SUM),))
+    return Method(info=info, init=_init(trains), broadcast=_broadcast, finish=finish, exchanges=(Exchange(SUM),))
 
 
-def _init(template: Template, dense: Tensors) -> ServerState:
-    first = fresh_adapter(template, template.rank)
-    return ServerState(template, {name: {"a": f.a, "b": f.b} for name, f in first.items()}, dense)
+def _init(trains: Trains) -> Callable[[Template, Tensors], ServerState]:
+    def init(template: Template, dense: Tensors) -> ServerState:
+        first = fresh_adapter(template, template.rank) if trains == "adapter" else {}
+        return ServerState(template, {name: {"a": f.a, "b": f.b} for name, f in first.items()}, dense)
+
+    return init
 
 
 def _broadcast(state: ServerState, request: Request) -> Broadcast:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+from fedspan import lowrank
 from fedspan.methods.base import (
     SUM,
     Broadcast,
+    ClientState,
     Diagnostics,
     Exchange,
     Factors,
@@ -17,6 +20,7 @@ from fedspan.methods.base import (
     ServerState,
     Template,
     Tensors,
+    Update,
     advance,
     fresh_adapter,
 )
@@ -47,12 +51,16 @@ def fedit() -> Method:
     The baseline that the whole field starts from.
 
     Source: Zhang et al. 2023, "Towards Building the Federated GPT: Federated Instruction Tuning" (2305.05644).
-    Differences: none known.
+    Differences: an adapter with another scaling than the run's is rescaled into its B before it is averaged.
     """
 
     def broadcast(state: ServerState, request: Request) -> Broadcast:
         check_rank(state, request)
         return Broadcast(factors_of(state), state.dense)
+
+    def encode(update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[Update, ClientState | None]:
+        modules = {name: _rescaled(update.factors(name), sent.adapter[name]) for name in update.modules}
+        return replace(update, modules=modules), kept
 
     def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
         means = {name: partial.mean(name) for name in state.modules}
@@ -73,4 +81,12 @@ def fedit() -> Method:
         broadcast=broadcast,
         finish=finish,
         exchanges=(Exchange(SUM),),
+        encode=encode,
     )
+
+
+def _rescaled(f: Factors, sent: Factors) -> Factors:
+    """The same ΔW at the scaling and rank that were sent."""
+    if f.rank != sent.rank:
+        raise ValueError(f"an adapter of rank {f.rank}: expected rank {sent.rank} for every client")
+    return Factors(lowrank.promote(f.b) * (f.scaling / sent.scaling), f.a, sent.scaling)

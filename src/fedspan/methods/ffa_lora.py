@@ -51,7 +51,8 @@ def ffa_lora() -> Method:
 
     def encode(update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[Update, ClientState | None]:
         factors = {name: update.factors(name) for name in update.modules}
-        return replace(update, modules={name: Vector({"sb": f.scaling * f.b}) for name, f in factors.items()}), kept
+        modules = {name: Vector({"sb": f.delta().b}) for name, f in factors.items()}
+        return replace(update, modules=modules), kept
 
     def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
         modules: dict[str, Tensors] = {}

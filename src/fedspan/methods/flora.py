@@ -33,7 +33,7 @@ def patches_of(state: ServerState) -> PatchLog:
 
 
 def _mean(factors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    return torch.stack([lowrank.promote(x) * p for x, p in zip(factors, shares, strict=True)]).sum(dim=0)
+    return torch.stack([x * p for x, p in zip(factors, shares, strict=True)]).sum(dim=0)
 
 
 def flora() -> Method:
@@ -84,8 +84,8 @@ def flora() -> Method:
 def fedex_lora() -> Method:
     """FedEx-LoRA: FedIT's means, and the residual T − s B̄Ā added to every client's base.
 
-    With a common scaling the residual is s Σ p_k (B_k − B̄)(A_k − Ā), and since Σ p_k (B_k − B̄) = 0 any one A_j may
-    stand in for Ā: (K−1)·r columns hold it exactly, without a dense matrix.
+    With s_k folded into B_k the residual is Σ p_k (B_k − B̄)(A_k − Ā), and since Σ p_k (B_k − B̄) = 0 any one A_j
+    may stand in for Ā: (K−1)·r columns hold it exactly, without a dense matrix.
 
     Source: Singhal et al. 2025, "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation
     Models" (2410.09432).
@@ -102,18 +102,17 @@ def fedex_lora() -> Method:
         s = state.template.scaling(state.template.rank)
         shares = partial.shares()
         modules: dict[str, Tensors] = {}
-        residual: dict[str, Patch] = {}
+        residual: dict[str, LowRank] = {}
         for name in state.modules:
-            pairs = [update.factors(name) for update in partial.collected]
-            mean = LowRank(_mean([f.b for f in pairs], shares), _mean([f.a for f in pairs], shares))
-            modules[name] = {"a": mean.a, "b": mean.b}
-            terms = [LowRank(f.b - mean.b, f.a - pairs[-1].a) for f in pairs[:-1]]
+            # s_k B_k, not B_k: the clients' scalings may differ even where their ranks do not.
+            pairs = partial.deltas(name)
+            mean_b = _mean([x.b for x in pairs], shares)
+            modules[name] = {"a": _mean([x.a for x in pairs], shares), "b": mean_b / s}
+            terms = [LowRank(x.b - mean_b, x.a - pairs[-1].a) for x in pairs[:-1]]
             if terms:
-                residual[name] = lowrank.stack(terms, [s * p for p in shares[:-1]])
+                residual[name] = lowrank.stack(terms, shares[:-1])
         log = patches_of(state).append(residual) if residual else patches_of(state)
-        diagnostics = {
-            "residual_norm": sum(lowrank.norm(x) ** 2 for x in residual.values() if isinstance(x, LowRank)) ** 0.5
-        }
+        diagnostics = {"residual_norm": sum(lowrank.norm(x) ** 2 for x in residual.values()) ** 0.5}
         return advance(state, modules=modules, patches=log, dense=partial.mean_dense()), diagnostics
 
     return Method(

@@ -48,6 +48,7 @@ def fedftg(
     update_gap: int = 50,
     scale: float = 1.0,
     svd: Literal["exact", "randomized"] = "randomized",
+    on_refresh: Literal["keep", "project", "reset"] = "keep",
 ) -> Method:
     """FedFTG: GaLore on the target modules' weights in the client, plain averaging of those weights on the server.
 
@@ -69,6 +70,9 @@ def fedftg(
         Factor on the projected step.
     svd
         How the projector is computed.
+    on_refresh
+        What becomes of the optimizer's moments when the projector changes: `keep` (GaLore's own), `project` them
+        into the new basis, or `reset` them.
     """
     if galore_rank is not None and galore_rank < 1:
         raise ValueError(f"method.galore_rank = {galore_rank}: expected at least 1, or 'none'")
@@ -85,7 +89,7 @@ def fedftg(
         traffic_down="mn",
         trains="targets",
     )
-    galore = None if galore_rank is None else GaloreOptions(galore_rank, update_gap, scale, svd)
+    galore = None if galore_rank is None else GaloreOptions(galore_rank, update_gap, scale, svd, on_refresh)
     return _average_weights(info, Recipe(galore=galore))
 
 

@@ -182,7 +182,7 @@ def _aggregate(
     limit = max(m, n) if automatic else int(options.server_rank or default_rank)
     if options.basis == "energy":
         f = lowrank.svd(target)
-        keep = min(limit, lowrank.numerical_rank(f.s))
+        keep = min(limit, lowrank.numerical_rank(f.s, lowrank.term_size(target)))
         state, size = LowRank(f.u[:, :keep], f.s[:keep, None] * f.vh[:keep]), float(f.s.norm())
     else:
         # A client's vote on innovations is its update as if it had been sent the whole state; with at most R

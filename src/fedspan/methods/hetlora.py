@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -36,7 +37,8 @@ def hetlora(gamma: float = 0.99, penalty: float = 5e-3) -> Method:
 
     Source: Cho et al. 2024, "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models" (2401.06432).
     Differences: the scaling is folded into B, because α/r_k differs between the clients that are averaged; the paper's
-    weights leave n_k out, which is `federation.weighting = "equal"` here; heads are averaged by the plain counts.
+    weights leave n_k out, which is `federation.weighting = "equal"` here; heads are averaged by the plain counts;
+    components beyond every participant's rank are padded with zeros in B alone, so that they can still learn.
 
     Parameters
     ----------
@@ -79,8 +81,8 @@ def hetlora(gamma: float = 0.99, penalty: float = 5e-3) -> Method:
         factors = {name: Factors(f.b[:, :rank], f.a[:rank], f.scaling) for name, f in factors.items()}
         size = sum(lowrank.norm(f.delta()) ** 2 for f in factors.values()) ** 0.5
         modules = {
-            name: Vector({"a": f.a * size, "sb": f.b * (f.scaling * size), "size": f.a.new_full((1, 1), size)})
-            for name, f in factors.items()
+            name: Vector({"a": x.a * size, "sb": x.b * size, "size": x.a.new_full((1, 1), size)})
+            for name, x in ((name, f.delta()) for name, f in factors.items())
         }
         return replace(update, modules=modules), {"rank": torch.tensor(rank)}
 
@@ -92,10 +94,12 @@ def hetlora(gamma: float = 0.99, penalty: float = 5e-3) -> Method:
             if size == 0:  # every adapter is still zero: there is nothing to weight by
                 modules[name] = kept
                 continue
-            spare = state.template.rank - mean["a"].shape[0]
+            sb = mean["sb"] / size  # (m, largest rank that took part)
+            rank = sb.shape[1]
+            # Components that nobody trained keep their A: with both factors zero their gradient would vanish for good.
             modules[name] = {
-                "a": torch.cat([mean["a"] / size, mean["a"].new_zeros((spare, mean["a"].shape[1]))], dim=0),
-                "sb": torch.cat([mean["sb"] / size, mean["sb"].new_zeros((mean["sb"].shape[0], spare))], dim=1),
+                "a": torch.cat([mean["a"] / size, kept["a"][rank:].to(sb.dtype)], dim=0),
+                "sb": torch.cat([sb, sb.new_zeros((sb.shape[0], state.template.rank - rank))], dim=1),
             }
         return advance(state, modules=modules, dense=partial.mean_dense()), {}
 
@@ -119,6 +123,5 @@ def hetlora(gamma: float = 0.99, penalty: float = 5e-3) -> Method:
     )
 
 
-def _tail_norm(factors: dict[str, Factors] | object, tail: int) -> float:
-    assert isinstance(factors, dict)
+def _tail_norm(factors: Mapping[str, Factors], tail: int) -> float:
     return float(sum(f.b[:, tail:].norm() * f.a[tail:].norm() for f in factors.values()))

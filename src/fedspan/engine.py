@@ -1,0 +1,282 @@
+"""A federation in one process: the data, the model and the clients in memory, one checkpoint after every round."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedspan import checkpoint, methods
+from fedspan.checkpoint import Checkpoint, write_bytes
+from fedspan.config import Config
+from fedspan.data import Encoded, encode
+from fedspan.data import load as load_data
+from fedspan.evaluate import evaluate
+from fedspan.federation import Client, make_clients, participants, pooled
+from fedspan.methods.base import Broadcast, Method, Request
+from fedspan.models import FederatedModel, build, load_processor, make_template
+from fedspan.rounds import Standing, run_round
+from fedspan.train import LocalResult, num_steps, train
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened, for a display to show."""
+
+    kind: str
+    data: Mapping[str, Any]
+
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(slots=True)
+class Job:
+    """A run's data, model and clients in memory. The folder alone says how far it has come."""
+
+    config: Config
+    method: Method
+    out: Path
+    on_event: OnEvent
+    clients: list[Client]
+    model: FederatedModel
+    initial_dense: Mapping[str, torch.Tensor]
+    """Heads and trained weights of the untouched base."""
+    processor: Any
+    train_data: Encoded
+    test_data: Encoded
+    unseen_data: Encoded | None
+    metrics: tuple[str, ...]
+
+    @classmethod
+    def prepare(cls, config: Config, method: Method, out: Path, on_event: OnEvent) -> Job:
+        """Read everything that a run needs.
+
+        Raises
+        ------
+        ValueError
+            For anything that can be known to be wrong before training.
+        """
+        torch.set_num_threads(config.threads)
+        corpus = load_data(config.data, config.seed)
+        clients = make_clients(config, corpus)
+        participants(config, clients, 0)
+        _check_ranks(method, {client.rank for client in clients})
+        processor = load_processor(config.model.name, corpus.kind)
+        model = build(
+            config.model.name,
+            corpus.kind,
+            trains=method.info.trains,
+            num_labels=corpus.num_labels,
+            target_modules=config.adapter.target_modules,
+            max_rank=max(client.rank for client in clients),
+            rslora=config.adapter.rslora,
+            dropout=config.adapter.dropout,
+            dtype=config.model.dtype,
+            device=_device(config.device),
+            seed=config.seed,
+            label_names=corpus.label_names,
+            regression=corpus.num_labels == 1,
+        )
+        unseen = encode(corpus.unseen, processor, config.data) if corpus.unseen is not None else None
+        train_data, test_data = (encode(rows, processor, config.data) for rows in (corpus.train, corpus.test))
+        return cls(
+            config=config,
+            method=method,
+            out=out,
+            on_event=on_event,
+            clients=clients,
+            model=model,
+            initial_dense=model.dense(),
+            processor=processor,
+            train_data=train_data,
+            test_data=test_data,
+            unseen_data=unseen,
+            metrics=corpus.metrics,
+        )
+
+    def emit(self, kind: str, **data: Any) -> None:
+        """Tell the display."""
+        self.on_event(Event(kind, data))
+
+    def announce(self) -> None:
+        """The `start` event: what is about to run."""
+        parameters = sum(p.numel() for p in self.model.model.parameters())
+        adapter = sum(f.a.numel() + f.b.numel() for f in self.model.adapter().values())
+        dense = sum(p.numel() for p in self.model.dense_parameters.values())
+        self.emit(
+            "start",
+            method=self.method.info.title,
+            task=self.config.data.task,
+            model=self.config.model.name,
+            num_clients=len(self.clients),
+            ranks=[client.rank for client in self.clients],
+            rounds=self.config.federation.rounds,
+            out=str(self.out),
+            base_parameters=parameters - adapter,
+            trained_parameters=adapter + dense,
+        )
+
+    def federation(self, phase: str, method: Method, clients: list[Client]) -> Federation:
+        """`method` over `clients`, from its checkpoint where there is one."""
+        rank = max(client.rank for client in clients)
+        c = self.config
+        template = make_template(self.model, rank, c.adapter.alpha, c.adapter.rslora, c.seed)
+        if method.info.trains != "adapter":
+            template = replace(template, modules={})
+        initial = Checkpoint(method.init(template, self.initial_dense))
+        self.model.check(method.broadcast(initial.state, Request(None)).recipe)
+        path = self.out / "checkpoint" / f"{phase}.safetensors"
+        saved = checkpoint.read(path) if path.exists() else initial
+        return Federation(self, phase, method, clients, path, initial, saved)
+
+    def evaluate(self, broadcast: Broadcast, whole: bool, data: Encoded | None = None) -> dict[str, float]:
+        """The loss and metrics of what was broadcast, on the test data unless told otherwise.
+
+        Parameters
+        ----------
+        whole
+            All of it, not the part that `evaluation.max_examples` allows between rounds.
+        """
+        e = self.config.evaluation
+        self.model.load(broadcast)
+        examples = self.test_data if data is None else data
+        if not whole and e.max_examples is not None and e.max_examples < len(examples):
+            # Spread over the data, which may be sorted by task.
+            step = len(examples) / e.max_examples
+            examples = examples.subset([int(i * step) for i in range(e.max_examples)])
+        return evaluate(
+            self.model,
+            examples,
+            self.metrics,
+            self.processor,
+            batch_size=e.batch_size,
+            max_new_tokens=e.max_new_tokens,
+        )
+
+
+@dataclass(slots=True)
+class Federation:
+    """One method over one set of clients, checkpointed after every round."""
+
+    job: Job
+    phase: str
+    method: Method
+    clients: list[Client]
+    path: Path
+    start: Checkpoint
+    saved: Checkpoint
+
+    def initial(self) -> Broadcast:
+        """What the untouched base is to this method: the state before the first round."""
+        return self.method.broadcast(self.start.state, Request(None))
+
+    def note(self, notes: Mapping[str, Any]) -> None:
+        """Keep what was measured outside the rounds."""
+        self.saved = replace(self.saved, notes=notes)
+        checkpoint.write(self.path, self.saved)
+
+    def advance(self, rounds: int) -> None:
+        """The rounds that are still missing."""
+        done = self.saved.state.round_num
+        self.job.emit("phase", phase=self.phase, total=rounds, done=done)
+        self._write_history()
+        for round_num in range(done, rounds):
+            self._one_round(round_num, last=round_num + 1 == rounds)
+
+    def _one_round(self, round_num: int, last: bool) -> None:
+        job, config = self.job, self.job.config
+        drawn = participants(config, self.clients, round_num)
+        steps = {c.client_id: num_steps(config.local, len(c.indices)) for c in drawn}
+        cohort = drawn
+        if self.method.info.pooled:
+            cohort = pooled(self.clients)
+            steps = {cohort[0].client_id: sum(steps.values())}
+
+        def work(client: Client, broadcast: Broadcast, number: int) -> LocalResult:
+            return train(
+                job.model,
+                broadcast,
+                job.train_data.subset(client.indices),
+                config.local,
+                steps=steps[client.client_id],
+                client_id=client.client_id,
+                weight=client.weight(config.federation.weighting),
+                key=(config.seed, number),
+            )
+
+        def on_client(client: Client, result: LocalResult, done: int) -> None:
+            job.emit(
+                "client",
+                phase=self.phase,
+                round_num=round_num + 1,
+                client_id=client.client_id,
+                done=done,
+                cohort=len(cohort),
+                train_loss=result.train_loss,
+            )
+
+        saved = self.saved
+        standing, record = run_round(
+            self.method,
+            Standing(saved.state, saved.client_states, saved.seen),
+            cohort,
+            work,
+            weighting=config.federation.weighting,
+            min_success=1 if self.method.info.pooled else config.federation.min_success,
+            on_client=on_client,
+        )
+        self.saved = replace(saved, state=standing.state, client_states=standing.client_states, seen=standing.seen)
+        every = config.evaluation.every
+        due = self.phase == "federation" and (last or (round_num + 1) % every == 0)
+        if due and self.method.info.personalised:
+            record["eval"] = self.personal_metrics() if last else None
+        else:
+            full = self.method.broadcast(standing.state, Request(None)) if due else None
+            record["eval"] = job.evaluate(full, whole=False) if full is not None else None
+        self.saved = replace(self.saved, history=(*saved.history, record))
+        checkpoint.write(self.path, self.saved)
+        self._write_history()
+        job.emit("round", phase=self.phase, record=record)
+
+    def personal_metrics(self) -> dict[str, float]:
+        """The mean over the clients of what each one's own model scores on everybody's test data."""
+        kept = self.saved.client_states
+        sent = {c.client_id: self.method.broadcast(self.saved.state, Request(c.rank)) for c in self.clients}
+        own = [self.method.start(broadcast, kept.get(client_id)) for client_id, broadcast in sent.items()]
+        return mean_figures([self.job.evaluate(broadcast, whole=True) for broadcast in own])
+
+    def _write_history(self) -> None:
+        if self.phase == "federation":
+            lines = [json.dumps(record) + "\n" for record in self.saved.history]
+            write_bytes(self.job.out / "metrics.jsonl", "".join(lines).encode())
+
+
+def _check_ranks(method: Method, ranks: set[int]) -> None:
+    if method.info.hetero_rank or method.info.pooled or len(ranks) == 1:
+        return
+    able = [name for name, factory in methods.METHODS.items() if factory().info.hetero_rank]
+    raise ValueError(
+        f"{method.info.name} needs one rank for all clients, but federation.ranks gives {sorted(ranks)}; "
+        f"methods that take mixed ranks: {', '.join(able)}"
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device = {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def mean_figures(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The plain mean of every metric."""
+    return {name: sum(f[name] for f in figures) / len(figures) for name in figures[0]}

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedspan.config import Config as Config
     from fedspan.config import load as load_config
+    from fedspan.engine import Event as Event
     from fedspan.lowrank import LowRank as LowRank
     from fedspan.merge import MergeReport as MergeReport
     from fedspan.merge import merge as merge
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from fedspan.methods import create as create_method
     from fedspan.methods.base import Method as Method
     from fedspan.methods.base import aggregate as aggregate
-    from fedspan.run import Event as Event
     from fedspan.run import Result as Result
     from fedspan.run import resume as resume
     from fedspan.run import run as run
@@ -53,7 +53,7 @@ __all__ = [
 _HOME: Mapping[str, tuple[str, str]] = {
     "METHODS": ("fedspan.methods", "METHODS"),
     "Config": ("fedspan.config", "Config"),
-    "Event": ("fedspan.run", "Event"),
+    "Event": ("fedspan.engine", "Event"),
     "LowRank": ("fedspan.lowrank", "LowRank"),
     "MergeReport": ("fedspan.merge", "MergeReport"),
     "Method": ("fedspan.methods.base", "Method"),

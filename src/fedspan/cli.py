@@ -19,7 +19,8 @@ from rich.console import Console
 from fedspan.arguments import NearestNames, WithWeights, method_options, parse_weights
 
 if TYPE_CHECKING:
-    from fedspan.run import Event, Result
+    from fedspan.engine import Event
+    from fedspan.run import Result
 
 # Newer versions of typer bundle the click they build on: its errors are reached through typer alone.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]

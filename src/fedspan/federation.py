@@ -65,7 +65,7 @@ def _partition(config: Config, corpus: Corpus, rng: np.random.Generator) -> list
         files = corpus.client_files or ()
         if len(files) != f.num_clients:
             raise ValueError(
-                f"federation.num_clients = {f.num_clients}, but data.train has {len(files)} files: expected one a client"
+                f"federation.num_clients = {f.num_clients}, but data.train has {len(files)} files: expected as many"
             )
         return list(files)
     if f.partition == "preset":

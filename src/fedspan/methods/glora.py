@@ -59,13 +59,14 @@ def glora(
     Source: Chen et al. 2026, "Beyond Factor Aggregation: Gauge-Aware Low-Rank Server Representations for Federated
     LoRA" (2605.06733). The formulas are our reconstruction from its public statements.
     Differences: the basis is that of the product B_k A_k rather than of B_k alone (they differ only where A_k has lost
-    rank, and the product's is gauge-invariant to rounding); spare readout directions start fresh so that they can learn;
-    and every option below that is not at its default.
+    rank, and the product's is gauge-invariant to rounding); spare readout directions start fresh, so that they can
+    learn; and every option below that is not at its default.
 
     Parameters
     ----------
     server_rank
-        R; none: the largest client rank. `auto`: the smallest R whose discarded share of ‖T‖_F is at most `tolerance`.
+        R; none: the largest client rank. The aggregate is exact once R spans the union of the clients' column spaces,
+        at most min(m, Σ r_k). `auto`: the smallest R whose discarded share of ‖T‖_F is at most `tolerance`.
     basis
         `projector`: every client's subspace counts by its weight alone. `energy`: the left singular vectors of the
         aggregate itself, which lose the least energy.

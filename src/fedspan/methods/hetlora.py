@@ -64,7 +64,7 @@ def hetlora(gamma: float = 0.99, penalty: float = 5e-3) -> Method:
         return max(1, int(gamma * rank)) if gamma < 1 else rank
 
     def start(sent: Broadcast, kept: ClientState | None) -> Broadcast:
-        rank = next(iter(sent.adapter.values())).rank
+        rank = max(f.rank for f in sent.adapter.values())
         if kept is not None:
             rank = min(rank, int(kept["rank"]))
         adapter = {name: Factors(f.b[:, :rank], f.a[:rank], f.scaling) for name, f in sent.adapter.items()}
@@ -74,7 +74,7 @@ def hetlora(gamma: float = 0.99, penalty: float = 5e-3) -> Method:
 
     def encode(update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[Update, ClientState | None]:
         factors = {name: update.factors(name) for name in update.modules}
-        rank = next(iter(factors.values())).rank
+        rank = max(f.rank for f in factors.values())
         tail = tail_of(rank)
         if tail < rank and _tail_norm(factors, tail) < _tail_norm(sent.adapter, tail):
             rank = tail

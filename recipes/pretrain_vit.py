@@ -2,12 +2,14 @@
 
     python recipes/pretrain_vit.py --out src/fedspan/builtin/bases/vit
 
-A glyph class is a fixed random drawing of lines, polylines and elliptic arcs, held as cubic Bezier strokes. A picture
-of it moves every control point a little, applies a random affine map, draws the strokes with a random thickness and
-brightness, sometimes at half the resolution, and adds noise. The model learns which drawing it sees. No photograph,
-digit or letter is used: whatever the model knows about handwriting it learns later, in the federation.
+A glyph class is a fixed random drawing of lines, polylines and elliptic arcs, held as cubic Bezier strokes.
+A picture of it moves every control point a little, applies a random affine map, draws the strokes with a
+random thickness and brightness, sometimes at half the resolution, and adds noise. The model learns which
+drawing it sees. No photograph, digit or letter is used: what the model knows about handwriting it learns
+later, in the federation.
 
-Shapes: C classes, N pictures, S strokes a glyph, P = 4 S control points. Coordinates are (x, y) in [-1, 1], y down.
+Shapes: C classes, N pictures, S strokes a glyph, P = 4 S control points. Coordinates are (x, y) in [-1, 1],
+y down.
 """
 
 import argparse
@@ -17,7 +19,6 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ PIECES_PER_STROKE = 4  # straight pieces that stand for one Bezier stroke when i
 
 @dataclass(frozen=True, slots=True)
 class Glyphs:
-    """The drawings of all classes; strokes that join share a control point, so that jitter never tears them."""
+    """The drawings of all classes; strokes that join share a point, so that jitter never tears them."""
 
     points: Tensor  # (C, P, 2) control points
     strokes: Tensor  # (C, S, 4) rows of ``points``, the four control points of each stroke
@@ -55,8 +56,9 @@ def arc(num_pieces: int, generator: torch.Generator) -> Tensor:
     """An elliptic arc of at most a quarter turn per stroke, (3 k + 1, 2); the usual cubic approximation."""
     centre = torch.rand(2, generator=generator) * 0.8 - 0.4
     radii = torch.rand(2, generator=generator) * 0.45 + 0.25
-    start, sweep = (torch.rand(2, generator=generator) * torch.tensor([2.0, 0.5]) + torch.tensor([0.0, 0.5])) * math.pi
-    turn = sweep.clamp(max=math.pi / 2) * (1 if torch.rand((), generator=generator) < 0.5 else -1)
+    start = torch.rand((), generator=generator) * 2 * math.pi
+    sense = 1 if torch.rand((), generator=generator) < 0.5 else -1
+    turn = (torch.rand((), generator=generator) * 0.25 + 0.25) * math.pi * sense  # of one stroke
     reach = 4 / 3 * torch.tan(turn / 4)
     angles = start + turn * torch.arange(num_pieces + 1)
     on = torch.stack([angles.cos(), angles.sin()], dim=1)
@@ -91,7 +93,7 @@ def make_glyphs(num_classes: int, generator: torch.Generator) -> Glyphs:
 
 
 def move(points: Tensor, generator: torch.Generator) -> Tensor:
-    """Jitter each control point and apply one affine map a picture: rotation, shear, stretch, shift; (N, P, 2)."""
+    """Jitter each control point and apply one affine map a picture: rotation, shear, stretch, shift."""
     num = len(points)
 
     def uniform(width: float, *shape: int) -> Tensor:
@@ -126,7 +128,7 @@ def distances(points: Tensor, strokes: Tensor, drawn: Tensor) -> Tensor:
 
 
 def draw(glyphs: Glyphs, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """One random picture of each label's glyph, bright on dark: (N, 3, 16, 16) float32 in [0, 1], grey as RGB."""
+    """One random picture of each label's glyph, bright on dark: (N, 3, 16, 16) float32 in [0, 1]."""
     num = len(labels)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -162,7 +164,7 @@ def sinusoidal_positions(grid: int, width: int) -> Tensor:
 
 @torch.no_grad()
 def initialise(model: ViTForImageClassification, generator: torch.Generator) -> None:
-    """Overwrite in place the library's start, whose deviation of 0.02 is many times too small at this width."""
+    """Overwrite in place the library's start, whose deviation of 0.02 is far too small at this width."""
     for module in model.vit.modules():
         if isinstance(module, torch.nn.Linear):
             module.weight.normal_(0.0, module.in_features**-0.5, generator=generator)
@@ -190,21 +192,31 @@ def accuracy(model: ViTForImageClassification, glyphs: Glyphs, num: int, generat
     """Share of ``num`` fresh pictures whose glyph the model names."""
     model.eval()
     labels = torch.randint(len(glyphs.points), (num,), generator=generator)
-    hits = sum(
-        int((model(pixel_values=normalise(draw(glyphs, y, generator))).logits.argmax(dim=1) == y).sum())
-        for y in labels.split(256)
-    )
+    hits = 0
+    for first in range(0, num, 256):
+        batch = labels[first : first + 256]
+        logits = model(pixel_values=normalise(draw(glyphs, batch, generator))).logits
+        hits += int((logits.argmax(dim=1) == batch).sum())
     model.train()
     return hits / num
 
 
-def train(model: ViTForImageClassification, glyphs: Glyphs, args: argparse.Namespace, generator: torch.Generator) -> None:
+def cosine(progress: float) -> float:
+    """Half a cosine wave from 1 at progress 0 to 0 at progress 1; constant before."""
+    return 0.5 + 0.5 * math.cos(math.pi * max(0.0, progress))
+
+
+def train(
+    model: ViTForImageClassification, glyphs: Glyphs, args: argparse.Namespace, generator: torch.Generator
+) -> None:
     """AdamW on fresh pictures at every step, warm-up and cosine decay; prints one JSON line per 250 steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+    )
     warm_up = max(1, args.steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda i: min((i + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * max(0, i - warm_up) / (args.steps - warm_up))),
+        lambda i: min((i + 1) / warm_up, cosine((i - warm_up) / (args.steps - warm_up))),
     )
     started, total = time.perf_counter(), 0.0
     model.train()
@@ -220,14 +232,16 @@ def train(model: ViTForImageClassification, glyphs: Glyphs, args: argparse.Names
         total += loss.item()
         if step % 250 == 0 or step == args.steps:
             mean, total = total / (step % 250 or 250), 0.0
-            print(json.dumps({"step": step, "loss": mean, "seconds": time.perf_counter() - started}), flush=True)
+            seconds = time.perf_counter() - started
+            print(json.dumps({"step": step, "loss": mean, "seconds": seconds}), flush=True)
 
 
 def save(model: ViTForImageClassification, out: Path) -> None:
-    """Write the backbone in bfloat16, without the glyph head, and its processor, as a Hugging Face folder."""
-    state: dict[str, Any] = {k: v for k, v in model.state_dict().items() if not k.startswith("classifier.")}
-    model.config.num_labels = 2  # the library's default: glyph numbers mean nothing to whoever loads the folder
-    model.to(torch.bfloat16).save_pretrained(out, state_dict={k: v.to(torch.bfloat16) for k, v in state.items()})
+    """Write the backbone in bfloat16 without the glyph head, and its processor, as a Hugging Face folder."""
+    state = model.state_dict()
+    backbone = {k: v.to(torch.bfloat16) for k, v in state.items() if not k.startswith("classifier.")}
+    model.config.num_labels = 2  # the library's default: glyph numbers mean nothing to who loads the folder
+    model.to(torch.bfloat16).save_pretrained(out, state_dict=backbone)
     # The file is half the size in bfloat16; computing in float32 is what a loader should do by default.
     config = json.loads((out / "config.json").read_text())
     config["dtype"] = "float32"
@@ -243,7 +257,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=192)
     parser.add_argument("--hidden", type=int, default=96)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     args = parser.parse_args()

@@ -62,6 +62,20 @@ def parse_weights(given: Sequence[str]) -> list[float] | None:
     return [float(text) for text in texts] or None
 
 
+def parse_rank(text: str | None) -> int | None:
+    """The whole number of `--rank`, or none.
+
+    Raises
+    ------
+    ValueError
+        For anything else.
+    """
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        raise ValueError(f"--rank {text!r}: expected a whole number, such as --rank 8") from None
+
+
 def _is_number(text: str) -> bool:
     try:
         return all(float(part) is not None for part in text.split(","))

@@ -47,7 +47,7 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     tensors: dict[str, Tensor] = {}
     structure = _pack(checkpoint, tensors)
     meta = {"fedspan": json.dumps({"format": _FORMAT, "checkpoint": structure})}
-    write_bytes(path, save({name: t.contiguous() for name, t in tensors.items()}, metadata=meta))
+    write_bytes(path, save(_apart(tensors), metadata=meta))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -146,6 +146,17 @@ def _named(held: Mapping[str, Tensor], prefix: str, tensors: dict[str, Tensor]) 
     keys = {name: f"{prefix}/{name}" for name in held}
     tensors.update({keys[name]: value for name, value in held.items()})
     return keys
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, and without shared memory, which the file format refuses: a log's first increment is its total."""
+    apart: dict[str, Tensor] = {}
+    held: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.contiguous()
+        apart[name] = whole.clone() if whole.untyped_storage().data_ptr() in held else whole
+        held.add(apart[name].untyped_storage().data_ptr())
+    return apart
 
 
 def _load(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

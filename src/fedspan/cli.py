@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from fedspan.arguments import NearestNames, WithWeights, method_options, parse_weights
+from fedspan.arguments import NearestNames, WithWeights, method_options, parse_rank, parse_weights
 
 if TYPE_CHECKING:
     from fedspan.engine import Event
@@ -127,7 +127,7 @@ def merge(
         typer.Option(metavar="W1 W2 …", help="What each adapter counts for, such as its examples; else all the same."),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(metavar="R", help="Rank of the result; if not given, it is exact.")
+        str | None, typer.Option(metavar="R", help="Rank of the result; if not given, it is exact.")
     ] = None,
     settings: _Settings = None,
 ) -> None:
@@ -143,11 +143,11 @@ def merge(
     first word that is no number; a folder whose name is a number is written ./7.
     """
     options = method_options(method, settings or ())
-    numbers = parse_weights(weights or ())
+    numbers, limit = parse_weights(weights or ()), parse_rank(rank)
     from fedspan import create_method
     from fedspan import merge as merge_adapters
 
-    report = merge_adapters(folders, create_method(options), weights=numbers, rank=rank, out=out)
+    report = merge_adapters(folders, create_method(options), weights=numbers, rank=limit, out=out)
     for line in report.lines():
         print(line)
 

@@ -61,7 +61,7 @@ class DataConfig(_Section):
     """What the examples are; known for builtin and GLUE tasks, otherwise told by the columns."""
     train: Names = ()
     """With `files`: JSONL, JSON, CSV or Parquet files (gzip too), an .npz, or an image folder. Several files with
-    `partition = "files"` are one client each."""
+    `partition = "files"` are one client each. With hub data: the name of a split."""
     test: Names = ()
     """Held-out data for everyone; without it `holdout` of the training data is kept back."""
     unseen: Names = ()
@@ -71,9 +71,11 @@ class DataConfig(_Section):
     subset: str | None = None
     """Configuration name of a hub dataset."""
     text_columns: Names = ()
+    """One or two columns of a classification; none: `text`, `sentence`, or `sentence1` and `sentence2`."""
     label_column: str = "label"
     instruction_column: str = "instruction"
     input_column: str = "input"
+    """An empty name says that there is no such column."""
     output_column: str = "output"
     image_column: str = "image"
     field_column: str | None = None
@@ -159,7 +161,7 @@ class EvaluationConfig(_Section):
 class Config(_Section):
     """A whole run. `Config()` is the embedded default."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, …; `auto` takes a GPU when there is one."""
     threads: PositiveInt = 1

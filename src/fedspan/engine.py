@@ -64,9 +64,15 @@ class Job:
         torch.set_num_threads(config.threads)
         corpus = load_data(config.data, config.seed)
         clients = make_clients(config, corpus)
-        participants(config, clients, 0)
+        drawn = len(participants(config, clients, 0))
+        if config.federation.min_success > drawn and not method.info.pooled:
+            raise ValueError(
+                f"federation.min_success = {config.federation.min_success}: {drawn} clients take part in a round"
+            )
         _check_ranks(method, {client.rank for client in clients})
         processor = load_processor(config.model.name, corpus.kind)
+        unseen = encode(corpus.unseen, processor, config.data) if corpus.unseen is not None else None
+        train_data, test_data = (encode(rows, processor, config.data) for rows in (corpus.train, corpus.test))
         model = build(
             config.model.name,
             corpus.kind,
@@ -81,9 +87,8 @@ class Job:
             seed=config.seed,
             label_names=corpus.label_names,
             regression=corpus.num_labels == 1,
+            pad_token_id=train_data.texts.pad if train_data.texts is not None else None,
         )
-        unseen = encode(corpus.unseen, processor, config.data) if corpus.unseen is not None else None
-        train_data, test_data = (encode(rows, processor, config.data) for rows in (corpus.train, corpus.test))
         return cls(
             config=config,
             method=method,
@@ -252,7 +257,7 @@ class Federation:
 
     def _write_history(self) -> None:
         if self.phase == "federation":
-            lines = [json.dumps(record) + "\n" for record in self.saved.history]
+            lines = [to_json(record) + "\n" for record in self.saved.history]
             write_bytes(self.job.out / "metrics.jsonl", "".join(lines).encode())
 
 
@@ -275,6 +280,11 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device = {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
     return device
+
+
+def to_json(value: object, indent: int | None = None) -> str:
+    """Standard JSON, which has no word for NaN or infinity: a diverged run's figures are written as null."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None), indent=indent)
 
 
 def mean_figures(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:

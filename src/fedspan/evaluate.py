@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from fedspan.data import Encoded
-from fedspan.metrics import METRICS
+from fedspan.metrics import METRICS, perplexity_of
 from fedspan.models import FederatedModel
 
 
@@ -38,13 +37,10 @@ def evaluate(
         loss, predictions = _classify(model, examples, order, batch_size)
     values = {"loss": loss}
     for name in metrics:
-        # Beyond e^700 a float overflows; such a model is no worse than lost.
-        score = (
-            math.exp(min(loss, 700.0))
-            if name == "perplexity"
-            else METRICS[name].score(predictions, examples.references)
-        )
-        values[name] = score
+        if name == "perplexity":
+            values[name] = perplexity_of(loss)
+        else:
+            values[name] = METRICS[name].score(predictions, examples.references)
     return values
 
 

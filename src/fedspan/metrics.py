@@ -118,9 +118,7 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     pairs = zip(references, predictions, strict=True)
-    return sum(float(scorer.score(target, text)["rougeL"].fmeasure) for target, text in pairs) / len(
-        references
-    )
+    return sum(float(scorer.score(target, text)["rougeL"].fmeasure) for target, text in pairs) / len(references)
 
 
 def perplexity_of(mean_nll: float) -> float:
@@ -140,8 +138,7 @@ def perplexity(predictions: Sequence[float], references: Sequence[float]) -> flo
 def _check(predictions: Sequence[Any], references: Sequence[Any]) -> None:
     if len(predictions) != len(references) or not len(references):
         raise ValueError(
-            f"{len(predictions)} predictions for {len(references)} references: "
-            "expected as many, and at least one"
+            f"{len(predictions)} predictions for {len(references)} references: expected as many, and at least one"
         )
 
 

@@ -5,7 +5,7 @@ The only file that imports transformers and peft (inside functions: they take se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,12 +62,28 @@ def _reading(name: str) -> Iterator[None]:
     """Turn a library's many ways of failing to read a model into one line that says what to do."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except Exception as error:  # it, its hub client and safetensors share no base class of errors
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"model.name = {name!r} could not be read ({first}); expected a local folder with config.json, weights and "
             f"tokenizer or processor, or a hub id that can be reached from here"
         ) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's bars and advice (that a head is new is no news), which would cut through the display."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 @dataclass(slots=True)
@@ -89,6 +105,7 @@ class FederatedModel:
     projected: frozenset[str]
     """Names in `dense_parameters` that are weights of target modules (GaLore projects these)."""
     heads: tuple[str, ...]
+    """Modules that are trained whole: the head, and what else of the model its files did not hold (a pooler)."""
     device: torch.device
     _originals: dict[str, Tensor] = field(default_factory=dict)
     _hooks: list[Any] = field(default_factory=list)
@@ -110,13 +127,33 @@ class FederatedModel:
                 )
 
     def load(self, broadcast: Broadcast) -> None:
-        """Put a client's starting point into the model: patch on the base, adapter, dense weights."""
+        """Put a client's starting point into the model: patch on the base, adapter, dense weights.
+
+        Raises
+        ------
+        ValueError
+            When a module or weight is missing, unknown or of another shape: what the client before left would stay.
+        """
+        self._check_fits(broadcast)
         self._apply_patch(broadcast.patch)
         for name, factors in broadcast.adapter.items():
             _set_adapter(self.layers[name], factors, self.device)
         with torch.no_grad():
             for name, value in broadcast.dense.items():
                 self.dense_parameters[name].copy_(value)
+
+    def _check_fits(self, broadcast: Broadcast) -> None:
+        expected: dict[str, tuple[int, ...]] = {name: p.shape for name, p in self.dense_parameters.items()}
+        given: dict[str, tuple[int, ...]] = {name: value.shape for name, value in broadcast.dense.items()}
+        if self.trains == "adapter":
+            expected |= self.template_modules()
+        given |= {name: (f.b.shape[0], f.a.shape[1]) for name, f in broadcast.adapter.items()}
+        odd = sorted(expected.keys() ^ given.keys())
+        if odd:
+            raise ValueError(f"a broadcast {'with an unknown' if odd[0] in given else 'without'} {odd[0]}")
+        for name, shape in given.items():
+            if shape != expected[name]:
+                raise ValueError(f"a broadcast with {name} of shape {tuple(shape)}: expected {tuple(expected[name])}")
 
     def trainable(self, recipe: Recipe) -> dict[str, nn.Parameter]:
         """The parameters that this recipe trains, by name; everything else is frozen."""
@@ -150,8 +187,9 @@ class FederatedModel:
 
     def save_weights(self, path: Path, processor: Any) -> None:
         """The whole model and its processor, as transformers saves them."""
-        self.model.save_pretrained(str(path))  # type: ignore[operator]
-        processor.save_pretrained(str(path))
+        with _quiet():
+            self.model.save_pretrained(str(path))  # type: ignore[operator]
+            processor.save_pretrained(str(path))
 
     def save_adapter(self, path: Path, factors: Mapping[str, Factors], dense: Mapping[str, Tensor]) -> None:
         """A PEFT adapter folder for the untouched base, heads included as `modules_to_save`."""
@@ -184,10 +222,13 @@ class FederatedModel:
             # A patch smaller than the base's rounding would vanish in it: it stays beside it in float32.
             self._hooks.append(layer.register_forward_hook(_beside(patch, self.device)))
             return
-        original = self._originals.setdefault(name, weight.detach().clone())
         if patch is None:
-            weight.copy_(original)
+            if name in self._originals:
+                weight.copy_(self._originals[name])
             return
+        if name not in self._originals:
+            self._originals[name] = weight.detach().clone()
+        original = self._originals[name]
         delta = patch_dense(patch).to(self.device)
         # Always from the original, so that errors do not add up over the rounds.
         weight.copy_(original + (delta.T if _is_conv1d(layer) else delta))
@@ -222,32 +263,29 @@ def build(
     seed: int,
     label_names: tuple[str, ...] | None = None,
     regression: bool = False,
+    pad_token_id: int | None = None,
 ) -> FederatedModel:
     """Load the base and attach what `trains` asks for.
+
+    Parameters
+    ----------
+    pad_token_id
+        What the batches are padded with; none: as the base's own configuration says.
 
     Raises
     ------
     ValueError
         When the base cannot be read, no layer matches `target_modules`, or a rank exceeds a layer's size.
     """
-    base, new = _load_base(
-        name, kind, num_labels, "float32" if trains != "adapter" else dtype, seed, label_names, regression
-    )
+    kept = dtype if trains == "adapter" else "float32"
+    base, new = _load_base(name, kind, num_labels, kept, seed, label_names, regression, pad_token_id)
     base.to(device)
     for parameter in base.parameters():
         parameter.requires_grad_(False)
-    heads = (
-        ()
-        if kind == "instruction"
-        else tuple(
-            n
-            for n, child in base.named_children()
-            if n != base.base_model_prefix and any(True for _ in child.parameters())
-        )
-    )
-    targets = _targets(base, target_modules, heads)
     own = dict(base.named_parameters())
-    head_names = {n for n in own if n.split(".")[0] in heads} | (new & own.keys())
+    heads = _heads(base, kind, name, new & own.keys())
+    targets = _targets(base, target_modules, heads)
+    head_names = {n for n in own if _within(n, heads)}
     for layer_name, layer in targets.items():
         m, n = _shape(layer)
         if trains == "adapter" and max_rank > min(m, n):
@@ -259,12 +297,23 @@ def build(
     dense = {n: own[n] for n in own if n in chosen}
     for parameter in dense.values():
         parameter.data = parameter.data.float()
-    model, layers = _attach(base, kind, targets, max_rank, rslora, dropout) if trains == "adapter" else (base, targets)
+    model: nn.Module = base
+    layers: Mapping[str, Any] = targets
+    if trains == "adapter":
+        with seeded(seed, "adapter"):
+            model, layers = _attach(base, targets, max_rank, rslora, dropout)
     return FederatedModel(name, kind, trains, model, layers, dense, frozenset(weights & chosen), heads, device)
 
 
 def _load_base(
-    name: str, kind: Kind, num_labels: int, dtype: str, seed: int, label_names: tuple[str, ...] | None, regression: bool
+    name: str,
+    kind: Kind,
+    num_labels: int,
+    dtype: str,
+    seed: int,
+    label_names: tuple[str, ...] | None,
+    regression: bool,
+    pad_token_id: int | None,
 ) -> tuple[Any, set[str]]:
     """The base in evaluation of its kind, and the names of parameters that its files did not hold."""
     import transformers
@@ -281,22 +330,40 @@ def _load_base(
             options |= {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
         if regression:
             options["problem_type"] = "regression"
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # that the head is new is no news
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        # A new head is drawn from the run's seed, the same for every method.
-        with _reading(name), seeded(seed, "head"):
-            model, info = auto.from_pretrained(resolve(name), output_loading_info=True, **options)
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-    if kind == "classification" and model.config.pad_token_id is None:
-        model.config.pad_token_id = model.config.eos_token_id
+    # A new head is drawn from the run's seed, the same for every method.
+    with _quiet(), _reading(name), seeded(seed, "head"):
+        model, info = auto.from_pretrained(resolve(name), output_loading_info=True, use_safetensors=True, **options)
+    if pad_token_id is not None:
+        # A decoder classifies from the last token that is no padding, and knows padding by its id alone.
+        model.config.pad_token_id = pad_token_id
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info.get("mismatched_keys", ())}
     return model, set(info["missing_keys"]) | mismatched
+
+
+def _heads(base: Any, kind: Kind, name: str, new: Collection[str]) -> tuple[str, ...]:
+    """The modules to train whole: all beside the body of a classifier, and a pooler that the files did not hold.
+
+    Raises
+    ------
+    ValueError
+        When the files lack anything else: it would be random, and nothing would say so.
+    """
+    heads: tuple[str, ...] = ()
+    if kind != "instruction":
+        beside = (child for child in base.named_children() if child[0] != base.base_model_prefix)
+        heads = tuple(name for name, child in beside if any(True for _ in child.parameters()))
+    lacking = sorted(n for n in new if not _within(n, heads))
+    for parameter in lacking:
+        if kind == "instruction" or "pooler" not in parameter.split("."):
+            raise ValueError(
+                f"model.name = {name!r}: its files lack {len(lacking)} of the model's weights, such as {parameter}; "
+                f"expected a complete base"
+            )
+    return heads + tuple(sorted({parameter.rpartition(".")[0] for parameter in lacking}))
+
+
+def _within(name: str, modules: Collection[str]) -> bool:
+    return any(name == module or name.startswith(module + ".") for module in modules)
 
 
 def _targets(base: nn.Module, wanted: tuple[str, ...], heads: tuple[str, ...]) -> dict[str, nn.Module]:
@@ -305,11 +372,11 @@ def _targets(base: nn.Module, wanted: tuple[str, ...], heads: tuple[str, ...]) -
     linear = {
         name: layer
         for name, layer in base.named_modules()
-        if (isinstance(layer, nn.Linear) or _is_conv1d(layer))
-        and layer is not output
-        and name.split(".")[0] not in heads
+        if (isinstance(layer, nn.Linear) or _is_conv1d(layer)) and layer is not output and not _within(name, heads)
     }
     if tuple(wanted) == ("all-linear",):
+        if not linear:
+            raise ValueError("adapter.target_modules: this model has no linear layer beside its head")
         return linear
     chosen = {
         name: layer for name, layer in linear.items() if any(name == end or name.endswith("." + end) for end in wanted)
@@ -324,7 +391,7 @@ def _targets(base: nn.Module, wanted: tuple[str, ...], heads: tuple[str, ...]) -
 
 
 def _attach(
-    base: nn.Module, kind: Kind, targets: Mapping[str, nn.Module], rank: int, rslora: bool, dropout: float
+    base: nn.Module, targets: Mapping[str, nn.Module], rank: int, rslora: bool, dropout: float
 ) -> tuple[nn.Module, dict[str, Any]]:
     from peft import LoraConfig, inject_adapter_in_model
 

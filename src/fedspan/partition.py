@@ -37,9 +37,7 @@ def iid(num_examples: int, num_clients: int, rng: Generator) -> list[np.ndarray]
     return [np.sort(part) for part in np.array_split(rng.permutation(num_examples), num_clients)]
 
 
-def dirichlet(
-    labels: Sequence[int] | np.ndarray, num_clients: int, alpha: float, rng: Generator
-) -> list[np.ndarray]:
+def dirichlet(labels: Sequence[int] | np.ndarray, num_clients: int, alpha: float, rng: Generator) -> list[np.ndarray]:
     """Label skew: the examples of each class are shared out by proportions drawn from Dir(alpha, …, alpha).
 
     Small `alpha` gives each class to few clients, large `alpha` to all equally. Source: Hsu et al. 2019
@@ -131,9 +129,7 @@ def preset(name: str, values: Sequence[str] | np.ndarray, rng: Generator) -> lis
         members = rng.permutation(np.flatnonzero(values == category))
         if not len(members):
             found = ", ".join(repr(str(value)) for value in np.unique(values)[:8]) or "none"
-            raise ValueError(
-                f"preset {name!r} needs rows of {category!r}: expected some among the values {found}"
-            )
+            raise ValueError(f"preset {name!r} needs rows of {category!r}: expected some among the values {found}")
         counts = _scaled([client.get(category, 0) for client in clients], len(members))
         pieces = np.split(members[: counts.sum()], np.cumsum(counts)[:-1])
         for part, piece in zip(parts, pieces, strict=True):
@@ -180,15 +176,11 @@ def draw_ranks(
     elif not isinstance(spec, str):
         ranks = list(spec)
         if len(ranks) != num_clients:
-            raise ValueError(
-                f"ranks lists {len(ranks)} ranks for {num_clients} clients: expected one per client"
-            )
+            raise ValueError(f"ranks lists {len(ranks)} ranks for {num_clients} clients: expected one per client")
     else:
         choices = np.unique(np.asarray(values, dtype=np.int64))
         if not len(choices):
-            raise ValueError(
-                f"ranks = {spec!r} draws from rank_values, which is empty: expected at least one rank"
-            )
+            raise ValueError(f"ranks = {spec!r} draws from rank_values, which is empty: expected at least one rank")
         if choices[0] < 1:
             raise ValueError(f"rank_values holds {choices[0]}: expected ranks of 1 or more")
         ranks = rng.choice(choices, size=num_clients, p=_probabilities(spec, len(choices))).tolist()
@@ -212,9 +204,7 @@ def _probabilities(name: str, num: int) -> np.ndarray:
     return probabilities
 
 
-def participants(
-    num_clients: int, participation: float, min_clients: int, seed: int, round_num: int
-) -> list[int]:
+def participants(num_clients: int, participation: float, min_clients: int, seed: int, round_num: int) -> list[int]:
     """Sorted indices of the clients drawn for a round; they depend on (seed, round_num) and the counts alone.
 
     Their number is ``participation * num_clients`` rounded half up, and at least `min_clients` (and 1).
@@ -239,6 +229,4 @@ def _check(num_examples: int, num_clients: int) -> None:
     if num_clients < 1:
         raise ValueError(f"num_clients = {num_clients}: expected 1 or more")
     if num_clients > num_examples:
-        raise ValueError(
-            f"{num_clients} clients for {num_examples} examples: expected at most one client per example"
-        )
+        raise ValueError(f"{num_clients} clients for {num_examples} examples: expected at most one client per example")

@@ -58,7 +58,8 @@ def run_round(
     """Broadcast, train, fold, finish, for every exchange of the round.
 
     Updates are folded one by one in sorted client order, so the result does not depend on who answered first. An
-    update with a NaN or an infinity, or with other shapes than were sent, is left out and named in the record.
+    update with a NaN or an infinity, or with other shapes than were sent, is left out and named in the record; one
+    that is wrong before it is encoded does not leave its site.
 
     Returns
     -------
@@ -88,7 +89,6 @@ def run_round(
                 problem = _problem(result.update, started)
                 if problem is not None:
                     tally.rejected[client.client_id] = problem
-                    tally.bytes_up += _payload_bytes(result.update)
                     continue
                 results[client.client_id] = (result, started)
                 if on_client is not None:
@@ -99,9 +99,14 @@ def run_round(
             update, kept = method.encode(result.update, trained_from if exchange.train else broadcast, kept)
             tally.client_seconds += time.perf_counter() - began
             update = replace(update, num_examples=client.weight(weighting))
+            tally.bytes_up += _payload_bytes(update)
+            if not all(bool(torch.isfinite(t).all()) for t in _payload_tensors(update)):
+                # What was trained is finite, but a norm or a product of it need not be.
+                tally.rejected[client.client_id] = "what it sent holds NaN or infinity"
+                del results[client.client_id]
+                continue
             if kept is not None:
                 client_states[client.client_id] = kept
-            tally.bytes_up += _payload_bytes(update)
             with tally.server():
                 partial = exchange.fold.add(partial, update)
         active = [c for c in active if c.client_id in results]
@@ -212,11 +217,15 @@ def _bytes(tensors: Iterator[torch.Tensor] | Sequence[torch.Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _payload_bytes(update: Update) -> int:
-    total = _bytes(list(update.dense.values()))
+def _payload_tensors(update: Update) -> list[torch.Tensor]:
+    tensors = list(update.dense.values())
     for payload in update.modules.values():
-        total += _bytes(list(payload.values.values()) if isinstance(payload, Vector) else [payload.a, payload.b])
-    return total
+        tensors += list(payload.values.values()) if isinstance(payload, Vector) else [payload.a, payload.b]
+    return tensors
+
+
+def _payload_bytes(update: Update) -> int:
+    return _bytes(_payload_tensors(update))
 
 
 def broadcast_bytes(broadcast: Broadcast) -> int:

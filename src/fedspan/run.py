@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import time
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from fedspan import lowrank, methods
 from fedspan.checkpoint import write_bytes
 from fedspan.config import Config, to_toml
 from fedspan.config import load as load_config
-from fedspan.engine import Event, Federation, Job, OnEvent, mean_figures
+from fedspan.engine import Event, Federation, Job, OnEvent, mean_figures, to_json
 from fedspan.lowrank import LowRank
 from fedspan.methods.base import Broadcast, Factors, Request
 from fedspan.metrics import METRICS
@@ -93,7 +92,7 @@ def _execute(job: Job) -> Result:
     adapter = _export(job, main)
     summary = _summary(job, main, base, local, final)
     summary["totals"]["wall_seconds"] = time.perf_counter() - began
-    write_bytes(job.out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    write_bytes(job.out / "summary.json", (to_json(summary, indent=2) + "\n").encode())
     job.emit("end", summary=summary)
     return Result(job.out, summary, [dict(record) for record in main.saved.history], adapter)
 
@@ -134,11 +133,12 @@ def _final(job: Job, main: Federation) -> dict[str, Any]:
         found["clients"] = mean_figures([by_rank[client.rank] for client in job.clients])
     own = [client for client in job.clients if len(client.holdout)]
     if own:
-        figures = [
-            job.evaluate(method.broadcast(state, Request(c.rank)), whole=True, data=job.train_data.subset(c.holdout))
-            for c in own
-        ]
-        found["own_data"] = mean_figures(figures)
+        # The pooled control has one adapter, at the largest rank.
+        sent = [server if method.info.pooled else method.broadcast(state, Request(c.rank)) for c in own]
+        held = [job.train_data.subset(c.holdout) for c in own]
+        found["own_data"] = mean_figures(
+            [job.evaluate(b, whole=True, data=data) for b, data in zip(sent, held, strict=True)]
+        )
     return found
 
 

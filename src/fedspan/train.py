@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -110,19 +110,10 @@ def _optimizer(
 ) -> torch.optim.Optimizer:
     if recipe.galore is None:
         return torch.optim.AdamW(chosen.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    options = recipe.galore
     projected = [p for name, p in chosen.items() if name in model.projected]
     plain = [p for name, p in chosen.items() if name not in model.projected]
-    groups: list[dict[str, object]] = [
-        {
-            "params": projected,
-            "rank": options.rank,
-            "update_gap": options.update_gap,
-            "scale": options.scale,
-            "svd": options.svd,
-            "seed": generator(*key, "galore").initial_seed(),
-        }
-    ]
+    seed = generator(*key, "galore").initial_seed()
+    groups: list[dict[str, object]] = [{"params": projected, **asdict(recipe.galore), "seed": seed}]
     if plain:
         groups.append({"params": plain})
     return GaloreAdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)

@@ -78,9 +78,7 @@ def to_rows(table: Table, kind: Kind, config: DataConfig) -> Rows:
 def _instructions(table: Table, config: DataConfig) -> tuple[list[tuple[str, str]], list[str]]:
     names = {"instruction_column": config.instruction_column, "input_column": config.input_column}
     if not any(names.values()):
-        raise ValueError(
-            "data.instruction_column and data.input_column are both empty: expected at least one"
-        )
+        raise ValueError("data.instruction_column and data.input_column are both empty: expected at least one")
     empty = [""] * table.num_rows
     parts = []
     for key, name in names.items():
@@ -101,9 +99,7 @@ def _text_names(table: Table, config: DataConfig) -> Sequence[str]:
     for names in _TEXT_COLUMNS:
         if all(name in table.columns for name in names):
             return names
-    raise ValueError(
-        f"{table.source} has no column 'text' (data.text_columns){nearest('text', table.columns)}"
-    )
+    raise ValueError(f"{table.source} has no column 'text' (data.text_columns){nearest('text', table.columns)}")
 
 
 def _texts(table: Table, name: str, key: str, optional: bool = False) -> list[str]:
@@ -166,9 +162,7 @@ class Labels:
         return int(number)
 
 
-def learn_labels(
-    raw: Sequence[Any], source: str, metric: str | None, names: tuple[str, ...] | None
-) -> Labels:
+def learn_labels(raw: Sequence[Any], source: str, metric: str | None, names: tuple[str, ...] | None) -> Labels:
     """What the labels of the training data stand for.
 
     Whole numbers (also as text, as in CSV) are ids and must be exactly 0..n-1; other texts are names and get
@@ -184,9 +178,7 @@ def learn_labels(
         if value is None or value == "":
             raise ValueError(f"row {row} of {source} has no label: expected one")
         if not isinstance(value, str | int | float):
-            raise ValueError(
-                f"row {row} of {source} has a {type(value).__name__} as label: expected text or number"
-            )
+            raise ValueError(f"row {row} of {source} has a {type(value).__name__} as label: expected text or number")
     if metric in _REGRESSION_METRICS:
         return Labels("number", 1)
     values = set(raw)

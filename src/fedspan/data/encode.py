@@ -221,9 +221,7 @@ def _encode_instructions(rows: Rows, tokenizer: Any, config: DataConfig) -> _Tex
         raise ValueError(f"data.max_length = {config.max_length}: expected 2 or more for instruction data")
     end = tokenizer.eos_token_id
     if end is None:
-        raise ValueError(
-            "the tokenizer has no end token (eos_token): expected one, to learn where answers end"
-        )
+        raise ValueError("the tokenizer has no end token (eos_token): expected one, to learn where answers end")
     leading = [] if config.template == "chat" else _leading_tokens(tokenizer)
     prompts = _tokens(tokenizer, fill(config.template, list(rows.inputs), tokenizer))
     answers = _tokens(tokenizer, rows.targets)
@@ -231,14 +229,10 @@ def _encode_instructions(rows: Rows, tokenizer: Any, config: DataConfig) -> _Tex
     prompt_lengths: list[int] = []
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
         special = leading
-        if (
-            not special and len(prompt) and prompt[0] == tokenizer.bos_token_id
-        ):  # a chat template writes it out
+        if not special and len(prompt) and prompt[0] == tokenizer.bos_token_id:  # a chat template writes it out
             special, prompt = [int(prompt[0])], prompt[1:]
         if not special and not len(prompt):
-            raise ValueError(
-                f"the prompt of row {row} has no tokens: expected at least one before the answer"
-            )
+            raise ValueError(f"the prompt of row {row} has no tokens: expected at least one before the answer")
         least = len(special) or 1
         answer = np.append(answer, end)[: max(1, config.max_length - least)]
         room = config.max_length - len(special) - len(answer)
@@ -254,9 +248,7 @@ def _leading_tokens(tokenizer: Any) -> list[int]:
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:
             return list(full[:start])
-    raise ValueError(
-        "the tokenizer changes a text's own tokens when it adds special ones: expected it to keep them"
-    )
+    raise ValueError("the tokenizer changes a text's own tokens when it adds special ones: expected it to keep them")
 
 
 def _tokens(tokenizer: Any, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:

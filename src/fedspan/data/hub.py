@@ -39,19 +39,14 @@ def read_splits(
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
-            f"dataset {label} could not be read: {reason}; without a network give local files: "
-            "data.train and data.test"
+            f"dataset {label} could not be read: {reason}; without a network give local files: data.train and data.test"
         ) from None
     if train not in splits:
-        raise ValueError(
-            f"dataset {label} has no split {train!r} (data.train): expected one of {', '.join(splits)}"
-        )
+        raise ValueError(f"dataset {label} has no split {train!r} (data.train): expected one of {', '.join(splits)}")
     if test is None:
         test = next((split for split in ("test", "validation") if split in splits), None)
     elif test not in splits:
-        raise ValueError(
-            f"dataset {label} has no split {test!r} (data.test): expected one of {', '.join(splits)}"
-        )
+        raise ValueError(f"dataset {label} has no split {test!r} (data.test): expected one of {', '.join(splits)}")
     tables = [_table(splits[split], f"{label}, {split}", label_column) for split in (train, test) if split]
     return tables[0], tables[1] if test else None
 

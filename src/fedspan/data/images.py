@@ -36,9 +36,7 @@ def npz_table(path: Path, split: str) -> Table:
     names = npz_names(path)
     splits = sorted({name.split("_", 1)[0] for name in names if name.startswith(_SPLITS)})
     if splits and split not in splits:
-        raise ValueError(
-            f"{path} has no arrays named {split}_…: expected one of its splits, {', '.join(splits)}"
-        )
+        raise ValueError(f"{path} has no arrays named {split}_…: expected one of its splits, {', '.join(splits)}")
     prefix = f"{split}_" if splits else ""
     arrays = read_npz(path, [name for name in names if name.startswith(prefix) or name == "class_names"])
     classes = arrays.pop("class_names", None)
@@ -51,9 +49,7 @@ def npz_table(path: Path, split: str) -> Table:
     for name in [name for name in columns if name == "exclude" or name.startswith("dup_of_")]:
         mark = columns.pop(name)
         if mark.dtype != np.bool_ or mark.ndim != 1:
-            raise ValueError(
-                f"{path}: {prefix}{name} is {mark.dtype} {mark.shape}: expected one boolean per image"
-            )
+            raise ValueError(f"{path}: {prefix}{name} is {mark.dtype} {mark.shape}: expected one boolean per image")
         kept &= ~mark
     label_names = None if classes is None else tuple(str(name) for name in classes.reshape(-1))
     return Table(str(path), {name: array[kept] for name, array in columns.items()}, path.parent, label_names)
@@ -77,9 +73,7 @@ def folder_table(path: Path) -> Table:
             raise ValueError(f"{folder} lies beside the classes of {path}: expected one sub-folder per class")
         for file in sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".")):
             if file.suffix.lower() not in _SUFFIXES:
-                raise ValueError(
-                    f"{file} is no image: expected {', '.join(_SUFFIXES)} files in the folder of a class"
-                )
+                raise ValueError(f"{file} is no image: expected {', '.join(_SUFFIXES)} files in the folder of a class")
             files.append(file)
     if not files:
         raise ValueError(f"{path} holds no images: expected one sub-folder of PNG or JPEG files per class")
@@ -96,9 +90,7 @@ def find_column(table: Table, wanted: str, names: Sequence[str], key: str) -> st
     raise ValueError(f"{table.source} has no {usual} ({key}){nearest(wanted, table.columns)}")
 
 
-def as_images(
-    values: Sequence[Any] | np.ndarray, source: str, root: Path | None
-) -> Sequence[Any] | np.ndarray:
+def as_images(values: Sequence[Any] | np.ndarray, source: str, root: Path | None) -> Sequence[Any] | np.ndarray:
     """A column of arrays, file names, encoded bytes or PIL images as uint8 arrays.
 
     Raises
@@ -110,8 +102,7 @@ def as_images(
         array = values[..., 0] if values.ndim == 4 and values.shape[-1] == 1 else values
         if array.dtype != np.uint8 or not _is_image(array[0] if len(array) else array):
             raise ValueError(
-                f"{source} holds images as {values.dtype} {values.shape}: "
-                "expected uint8 (N, H, W, 3) or (N, H, W)"
+                f"{source} holds images as {values.dtype} {values.shape}: expected uint8 (N, H, W, 3) or (N, H, W)"
             )
         return array
     return [decode(value, f"row {row} of {source}", root) for row, value in enumerate(values, 1)]

@@ -69,15 +69,12 @@ def load(config: DataConfig, seed: int) -> Corpus:
     elif config.task.startswith("glue/"):
         corpus = _glue(config, config.task.removeprefix("glue/"), seed)
     elif config.task.startswith("hub:"):
-        corpus = _from_tables(
-            *_hub_tables(config, config.task.removeprefix("hub:"), config.subset), config, seed
-        )
+        corpus = _from_tables(*_hub_tables(config, config.task.removeprefix("hub:"), config.subset), config, seed)
     elif config.task == "files":
         corpus = _files(config, seed)
     else:
         raise ValueError(
-            f"data.task = {config.task!r}: expected builtin:tasks, builtin:digits, glue/NAME, hub:NAME "
-            "or files"
+            f"data.task = {config.task!r}: expected builtin:tasks, builtin:digits, glue/NAME, hub:NAME or files"
         )
     if config.kind not in (None, corpus.kind):
         raise ValueError(f"data.kind = {config.kind!r}: {config.task} is {corpus.kind} data")
@@ -88,9 +85,7 @@ def _check_builtin(config: DataConfig) -> None:
     for key in ("train", "test", "unseen"):
         if getattr(config, key):
             names = list(getattr(config, key))
-            raise ValueError(
-                f"data.{key} = {names} with data.task = {config.task!r}: expected data.task = 'files'"
-            )
+            raise ValueError(f"data.{key} = {names} with data.task = {config.task!r}: expected data.task = 'files'")
     field = "task" if config.task == "builtin:tasks" else None
     if config.field_column not in (None, field):
         found = f"only the field {field!r}" if field else "no field"
@@ -146,8 +141,7 @@ def _glue(config: DataConfig, name: str, seed: int) -> Corpus:
         corpus = _from_tables(*tables, official, seed)
     if corpus.num_labels != GLUE_NUM_LABELS[name]:
         raise ValueError(
-            f"the training data of glue/{name} has {corpus.num_labels} labels: "
-            f"expected {GLUE_NUM_LABELS[name]}"
+            f"the training data of glue/{name} has {corpus.num_labels} labels: expected {GLUE_NUM_LABELS[name]}"
         )
     return replace(corpus, metrics=metrics)
 
@@ -156,16 +150,12 @@ def _is_file(name: str) -> bool:
     return "." in name or "/" in name or Path(name).exists()
 
 
-def _hub_tables(
-    config: DataConfig, name: str, subset: str | None
-) -> tuple[list[Table], list[Table], list[Table]]:
+def _hub_tables(config: DataConfig, name: str, subset: str | None) -> tuple[list[Table], list[Table], list[Table]]:
     for key, names in (("train", config.train), ("test", config.test)):
         if len(names) > 1:
             raise ValueError(f"data.{key} = {list(names)}: expected the name of one split")
     if config.unseen:
-        raise ValueError(
-            f"data.unseen = {list(config.unseen)} needs data.task = 'files'; use data.unseen_values"
-        )
+        raise ValueError(f"data.unseen = {list(config.unseen)} needs data.task = 'files'; use data.unseen_values")
     train_split = config.train[0] if config.train else "train"
     test_split = config.test[0] if config.test else None
     train, test = hub.read_splits(name, subset, train_split, test_split, config.label_column)
@@ -174,9 +164,7 @@ def _hub_tables(
 
 def _files(config: DataConfig, seed: int) -> Corpus:
     if not config.train:
-        raise ValueError(
-            f"data.task = {config.task!r} with no data.train: expected at least one file or folder"
-        )
+        raise ValueError(f"data.task = {config.task!r} with no data.train: expected at least one file or folder")
     test_names = config.test
     if not test_names and len(config.train) == 1 and config.train[0].lower().endswith(".npz"):
         test_names = config.train if has_split(Path(config.train[0]), "test") else ()
@@ -225,9 +213,7 @@ def _from_tables(
     return Corpus(kind, learned_rows, held, apart, files, names, num_labels, metrics)
 
 
-def _keep_apart(
-    train: Rows, test: Rows, unseen: Rows | None, config: DataConfig
-) -> tuple[Rows, Rows, Rows | None]:
+def _keep_apart(train: Rows, test: Rows, unseen: Rows | None, config: DataConfig) -> tuple[Rows, Rows, Rows | None]:
     _, train, kept, apart = _apart(train, test, unseen, config)
     return train, test if kept is None else kept, apart
 
@@ -241,8 +227,7 @@ def _apart(
     known = {*train.fields, *(test.fields if test else ()), *(unseen.fields if unseen else ())} - {""}
     if not known:
         raise ValueError(
-            f"data.unseen_values = {list(config.unseen_values)}: the data has no field; expected "
-            "data.field_column"
+            f"data.unseen_values = {list(config.unseen_values)}: the data has no field; expected data.field_column"
         )
     for value in config.unseen_values:
         if value not in known:
@@ -287,9 +272,7 @@ def _with_metric(corpus: Corpus, metric: str | None) -> Corpus:
     if metric not in possible:
         raise ValueError(f"data.metric = {metric!r} for {corpus.kind} data{nearest(metric, possible)}")
     if metric == "f1" and corpus.num_labels != 2:
-        raise ValueError(
-            f"data.metric = 'f1' needs 2 labels, the data has {corpus.num_labels}: use 'macro_f1'"
-        )
+        raise ValueError(f"data.metric = 'f1' needs 2 labels, the data has {corpus.num_labels}: use 'macro_f1'")
     return replace(corpus, metrics=(metric, *(name for name in corpus.metrics if name != metric)))
 
 

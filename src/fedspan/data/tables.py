@@ -80,9 +80,7 @@ def read_table(path: Path) -> Table:
     name = path.name.lower().removesuffix(".gz")
     reader = next((read for suffix, read in _READERS.items() if name.endswith(suffix)), None)
     if reader is None:
-        raise ValueError(
-            f"{path} is of no known type: expected {', '.join(_READERS)} (also .gz), .npz or a folder"
-        )
+        raise ValueError(f"{path} is of no known type: expected {', '.join(_READERS)} (also .gz), .npz or a folder")
     table = reader(_content(path), path)
     if table.num_rows == 0:
         raise ValueError(f"{path} holds no rows: expected at least one")
@@ -120,9 +118,7 @@ def _jsonl(content: bytes, path: Path) -> Table:
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}, is not valid JSON: {error}") from None
         if not isinstance(record, dict):
-            raise ValueError(
-                f"{path}, line {number}, is {line.strip()[:40]}: expected an object with named columns"
-            )
+            raise ValueError(f"{path}, line {number}, is {line.strip()[:40]}: expected an object with named columns")
         records.append(record)
     return from_records(records, str(path), path.parent)
 
@@ -157,9 +153,7 @@ def _delimited(delimiter: str) -> Callable[[bytes, Path], Table]:
         header, *rows = records or [[]]
         if len(set(header)) != len(header):
             raise ValueError(f"{path} names a column twice in its header: {', '.join(header)}")
-        return Table(
-            str(path), {name: [row[i] for row in rows] for i, name in enumerate(header)}, path.parent
-        )
+        return Table(str(path), {name: [row[i] for row in rows] for i, name in enumerate(header)}, path.parent)
 
     return read
 
@@ -174,9 +168,7 @@ def _parquet(content: bytes, path: Path) -> Table:
         table = parquet.read_table(io.BytesIO(content))
     except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
-    return Table(
-        str(path), {name: table.column(name).to_pylist() for name in table.column_names}, path.parent
-    )
+    return Table(str(path), {name: table.column(name).to_pylist() for name in table.column_names}, path.parent)
 
 
 _READERS: Mapping[str, Callable[[bytes, Path], Table]] = {
@@ -221,6 +213,4 @@ def _with_npz(path: Path, read: Callable[[Any], _T]) -> _T:
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        raise ValueError(
-            f"{path} is not a readable npz of plain arrays: {str(error).splitlines()[0]}"
-        ) from None
+        raise ValueError(f"{path} is not a readable npz of plain arrays: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,85 @@
+"""Make benchmarks/RESULTS.md from the committed results: python benchmarks/table.py
+
+Every figure comes from a line of a results.jsonl; nothing is typed by hand.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from run import read
+
+HERE = Path(__file__).parent
+SUITES = {
+    "sst2": "SST-2, label-skewed clients",
+    "superni": "Super-NaturalInstructions, one task a client",
+    "mri": "Brain-MRI images, label-skewed sites",
+}
+CONTROLS = ("local", "centralised", "centralised_full")
+
+
+def main() -> None:
+    parts = ["# Results\n", "Made by `python benchmarks/table.py` from `*/results.jsonl`; how they were made: README.md.\n"]
+    for name, title in SUITES.items():
+        lines = read(HERE / name / "results.jsonl")
+        if lines:
+            parts += [f"\n## {title}\n", *table(lines)]
+    (HERE / "RESULTS.md").write_text("\n".join(parts) + "\n")
+    print((HERE / "RESULTS.md").read_text())
+
+
+def table(lines: list[dict[str, Any]]) -> list[str]:
+    """One suite's table and what must be said about it."""
+    final = [line for line in lines if line["purpose"] == "test"]
+    arms = {line["arm"]: [x for x in final if x["arm"] == line["arm"]] for line in final}
+    if not arms:
+        return ["No final run yet."]
+    summary = final[0]["summary"]
+    unseen = any(x["summary"]["unseen"] is not None for x in final)
+    head = ["method", "learning rate", f"{summary['metric']} (clients)", *(["unseen"] if unseen else []), "seeds"]
+    head += ["MB up", "MB down", "server s", "client s"]
+    rows = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    order = sorted(arms, key=lambda arm: (arm in CONTROLS, -mean(arms[arm], "federated")))
+    for arm in order:
+        runs = arms[arm]
+        cells = [arm, f"{runs[0]['learning_rate']:g}{edge(arm, lines)}", spread(runs, "federated")]
+        cells += [spread(runs, "unseen")] if unseen else []
+        totals = [x["summary"]["totals"] for x in runs]
+        cells += [str(len(runs))]
+        cells += [f"{statistics.mean(t[key] for t in totals) / 1e6:.2f}" for key in ("bytes_up", "bytes_down")]
+        cells += [f"{statistics.mean(t[key] for t in totals):.2f}" for key in ("server_seconds", "client_seconds")]
+        rows.append("| " + " | ".join(cells) + " |")
+    bases = {x["seed"]: x["summary"]["base"] for x in final if x["summary"]["base"] is not None}
+    notes = [f"\nUntouched base: {', '.join(f'{value:.3f} (seed {seed})' for seed, value in sorted(bases.items()))}."]
+    notes.append(
+        "± is half the range over the seeds: two seeds give no interval, so differences of that size mean nothing. "
+        "\\* the best rate lies at the edge of the grid that was tried."
+    )
+    if "local" in arms:
+        losers = [arm for arm in order if arm not in CONTROLS and mean(arms[arm], "federated") <= mean(arms["local"], "federated")]
+        notes.append(f"Not better than local-only: {', '.join(losers) or 'none'}.")
+    return [*rows, *notes]
+
+
+def mean(runs: list[dict[str, Any]], key: str) -> float:
+    """Over the seeds."""
+    return statistics.mean(run["summary"][key] for run in runs)
+
+
+def spread(runs: list[dict[str, Any]], key: str) -> str:
+    """Mean ± half the range over the seeds."""
+    values = [run["summary"][key] for run in runs if run["summary"][key] is not None]
+    return f"{statistics.mean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}" if values else "–"
+
+
+def edge(arm: str, lines: list[dict[str, Any]]) -> str:
+    """A star where the chosen rate is the smallest or largest that was tried."""
+    tried = sorted({line["learning_rate"] for line in lines if line["arm"] == arm and line["purpose"] == "tune"})
+    chosen = {line["learning_rate"] for line in lines if line["arm"] == arm and line["purpose"] == "test"}
+    return "\\*" if chosen & {tried[0], tried[-1]} else ""
+
+
+if __name__ == "__main__":
+    main()

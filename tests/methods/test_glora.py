@@ -1,0 +1,381 @@
+"""GLoRA and FlexLoRA: the two propositions, the truncation, the readouts, and what each variant promises."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from federations import (
+    Array,
+    Federation,
+    array,
+    assert_same,
+    build,
+    distance,
+    gauge,
+    received,
+    regauged,
+    served,
+    weighted_sum,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedspan.methods import flexlora, glora
+from fedspan.methods.base import Factors, Request, ServerState, Update
+
+laws = settings(deadline=None, max_examples=15, derandomize=True)
+MIXED: dict[str, Any] = {"shapes": ((20, 20), (24, 14)), "ranks": (2, 4, 7), "counts": (5, 2, 9)}
+BASES = ("projector", "energy")
+
+
+def held(state: ServerState, name: str) -> Array:
+    """U·C, densely."""
+    return array(state.modules[name]["u"]) @ array(state.modules[name]["c"])
+
+
+def with_deltas(fed: Federation, factors: list[dict[str, tuple[Array, Array]]]) -> Federation:
+    """The federation with other (B, A) than were drawn."""
+    updates = []
+    for update, pairs in zip(fed.updates, factors, strict=True):
+        made = {
+            name: Factors(torch.from_numpy(b), torch.from_numpy(a), update.factors(name).scaling)
+            for name, (b, a) in pairs.items()
+        }
+        updates.append(replace(update, modules=made))
+    return replace(fed, updates=tuple(updates))
+
+
+def next_round(fed: Federation, state: ServerState, updates: list[Update]) -> ServerState:
+    return served(replace(fed, state=state, updates=tuple(updates)))[0]
+
+
+def returned(fed: Federation, state: ServerState, rank: int, client_id: str = "client0", count: float = 1) -> Update:
+    """What a client that learns nothing sends back: the readout that it was given."""
+    sent = fed.method.broadcast(state, Request(rank))
+    return Update(client_id, count, dict(sent.adapter), dict(fed.updates[0].dense))
+
+
+def low_rank(seed: int, m: int, n: int, spectrum: list[float]) -> tuple[Array, Array, Array]:
+    """(U, σ, V) with orthonormal U (m, q) and V (n, q)."""
+    rng = np.random.default_rng(seed)
+    u, _ = np.linalg.qr(rng.standard_normal((m, len(spectrum))))
+    v, _ = np.linalg.qr(rng.standard_normal((n, len(spectrum))))
+    return u, np.array(spectrum), v
+
+
+@pytest.mark.parametrize("sides", ["left", "both"])
+@pytest.mark.parametrize("basis", BASES)
+def test_proposition_1_the_server_rank_need_only_span_the_union(basis: str, sides: str) -> None:
+    """Eight clients of rank 3 inside one 5-dimensional column (and row) space: R = 5 is exact, R = 4 is not."""
+    rng = np.random.default_rng(0)
+    u, _, v = low_rank(1, 20, 16, [1.0] * 5)
+    for server_rank, exact in ((5, True), (4, False)):
+        fed = build(
+            glora(server_rank=server_rank, basis=basis, sides=sides), shapes=[(20, 16)], ranks=[3] * 8, counts=[1] * 8
+        )
+        fed = with_deltas(
+            fed, [{"layer0": (u @ rng.standard_normal((5, 3)), rng.standard_normal((3, 5)) @ v.T)} for _ in range(8)]
+        )
+        state, diagnostics = served(fed)
+        assert diagnostics["server_rank"] == server_rank
+        if exact:
+            assert_same(received(fed, state), fed.ideal, 1e-12)
+        else:
+            assert distance(received(fed, state), fed.ideal) > 0.01
+
+
+@pytest.mark.parametrize("options", [{}, {"basis": "energy"}, {"sides": "both"}, {"update": "innovation"}], ids=str)
+def test_proposition_2_holds_for_a_truncated_server_and_deficient_updates(options: dict[str, Any]) -> None:
+    """With R below the union and B_k that has lost rank, a gauge of condition 1e6 still leaves state and readouts.
+
+    After such a gauge the rounding of B_k A_k stands far above eps·σ_1. Taken for directions, it would vote in the
+    projector sum with the full weight of the client.
+    """
+
+    @laws
+    @given(seed=st.integers(0, 2**32 - 1), server_rank=st.integers(1, 6))
+    def law(seed: int, server_rank: int) -> None:
+        fed = build(glora(server_rank=server_rank, **options), seed, **MIXED)
+        halved = [
+            {name: (np.repeat(b[:, : -(-b.shape[1] // 2)], 2, axis=1)[:, : b.shape[1]], a) for name, (b, a) in pairs(u)}
+            for u in fed.updates
+        ]
+        fed = with_deltas(fed, halved)
+        rng = np.random.default_rng(seed)
+        other = regauged(fed, lambda k, rank: gauge(rng, rank, 1e6))
+        first, second = served(fed)[0], served(other)[0]
+        for rank in (None, 1, 3):
+            assert_same(received(other, second, rank), received(fed, first, rank), 1e-6)
+
+    law()
+
+
+def pairs(update: Update) -> list[tuple[str, tuple[Array, Array]]]:
+    return [(n, (array(update.factors(n).b), array(update.factors(n).a))) for n in update.modules]
+
+
+@pytest.mark.parametrize("sides", ["left", "both"])
+@given(seed=st.integers(0, 2**32 - 1), server_rank=st.integers(1, 10))
+@laws
+def test_the_projector_state_is_the_dense_formula(sides: str, seed: int, server_rank: int) -> None:
+    """U·C = U Uᵀ T (T V Vᵀ on the right too), U the top-R eigenvectors of the dense Σ p_k P_k."""
+    fed = build(glora(server_rank=server_rank, sides=sides), seed, **MIXED)
+    state, _ = served(fed)
+    for name, ideal in fed.ideal.items():
+        left = dense_consensus(fed, name, server_rank, "b")
+        expected = left @ ideal
+        if sides == "both":
+            expected = expected @ dense_consensus(fed, name, server_rank, "a")
+        np.testing.assert_allclose(held(state, name), expected, atol=1e-7 * np.linalg.norm(ideal))
+
+
+def dense_consensus(fed: Federation, name: str, rank: int, part: str) -> Array:
+    """U Uᵀ from the m×m projector sum."""
+
+    def projector(update: Update) -> Array:
+        factor = array(getattr(update.factors(name), part))
+        basis, _ = np.linalg.qr(factor if part == "b" else factor.T)
+        return basis @ basis.T
+
+    u = np.linalg.eigh(weighted_sum(fed, projector))[1][:, ::-1][:, :rank]
+    return u @ u.T
+
+
+@pytest.mark.parametrize("factory", [glora, flexlora], ids=["glora-energy", "flexlora"])
+@given(seed=st.integers(0, 2**32 - 1), server_rank=st.integers(1, 10))
+@laws
+def test_the_energy_state_is_the_dense_truncated_svd(factory: Any, seed: int, server_rank: int) -> None:
+    """Nothing of that rank is nearer to T (Eckart and Young): what is lost is the tail of T's singular values."""
+    method = glora(basis="energy") if factory is glora else flexlora()
+    fed = build(method, seed, **MIXED, server_rank=server_rank)
+    state, diagnostics = served(fed)
+    lost = 0.0
+    for name, ideal in fed.ideal.items():
+        u, s, vh = np.linalg.svd(ideal, full_matrices=False)
+        best = u[:, :server_rank] * s[:server_rank] @ vh[:server_rank]
+        np.testing.assert_allclose(held(state, name), best, atol=1e-8 * s[0])
+        lost += float((s[server_rank:] ** 2).sum())
+    total = sum(np.linalg.norm(x) ** 2 for x in fed.ideal.values())
+    assert diagnostics["truncation_error"] == pytest.approx((lost / total) ** 0.5, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("sides", ["left", "both"])
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("update", ["replace", "innovation"])
+def test_the_reported_truncation_error_is_the_measured_one(basis: str, sides: str, update: str) -> None:
+    """‖T − U·C‖/‖T‖ over all modules, over two rounds; T is state + Σ p_k·innovation where innovations are added."""
+
+    @laws
+    @given(seed=st.integers(0, 2**32 - 1), server_rank=st.integers(1, 16))
+    def law(seed: int, server_rank: int) -> None:
+        fed = build(glora(server_rank=server_rank, basis=basis, sides=sides, update=update), seed, **MIXED)
+        for number in range(2):
+            target = fed.ideal
+            if update == "innovation":
+                target = {name: held(fed.state, name) + added(fed, name) for name in target}
+            state, diagnostics = served(fed)
+            measured = distance({name: held(state, name) for name in target}, target)
+            assert diagnostics["truncation_error"] == pytest.approx(measured, rel=1e-6, abs=1e-12)
+            fed = replace(build(fed.method, seed + number + 1, **MIXED), state=state)
+
+    law()
+
+
+def added(fed: Federation, name: str) -> Array:
+    """Σ p_k (adapter that came back − readout that was sent)."""
+
+    def innovation(update: Update) -> Array:
+        sent = fed.method.broadcast(fed.state, Request(update.factors(name).rank)).adapter[name]
+        return fed.delta_of(update, name) - sent.scaling * array(sent.b) @ array(sent.a)
+
+    return weighted_sum(fed, innovation)
+
+
+@pytest.mark.parametrize("method", [glora(), glora(sides="both"), flexlora()], ids=["left", "both", "flexlora"])
+def test_a_readout_is_the_best_of_its_rank(method: Any) -> None:
+    """Its distance to the state is the tail of the state's singular values, so it decreases to 0 as r grows."""
+    fed = build(method, 3, **MIXED)
+    state, _ = served(fed)
+    for name in fed.template.modules:
+        s = np.linalg.svd(held(state, name), compute_uv=False)
+        errors = [np.linalg.norm(received(fed, state, rank)[name] - held(state, name)) for rank in range(1, 15)]
+        tails = [np.linalg.norm(s[rank:]) for rank in range(1, 15)]
+        np.testing.assert_allclose(errors, tails, atol=1e-11 * s[0])
+        assert all(b < a for a, b in pairwise(errors[:12]))
+        assert errors[13] < 1e-11 * s[0]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_scaling_is_divided_out_of_every_readout(rslora: bool) -> None:
+    """FlexLoRA at rank r with α/r (or α/√r): scaling·B·A is the truncated SVD, balanced between B and s·A."""
+    fed = build(flexlora(), 3, **MIXED, alpha=5.0, rslora=rslora)
+    state, _ = served(fed)
+    for rank in (1, 2, 5):
+        for name, f in fed.method.broadcast(state, Request(rank)).adapter.items():
+            assert f.scaling == pytest.approx(5.0 / (rank**0.5 if rslora else rank))
+            u, s, vh = np.linalg.svd(fed.ideal[name])
+            np.testing.assert_allclose(
+                f.scaling * array(f.b) @ array(f.a), u[:, :rank] * s[:rank] @ vh[:rank], atol=1e-9 * s[0]
+            )
+            np.testing.assert_allclose(array(f.b).T @ array(f.b), np.diag(s[:rank]), atol=1e-9 * s[0])
+
+
+def test_nested_readouts_nest_and_plain_ones_do_not() -> None:
+    """B_r are the first columns of B_R and s_r A_r the first rows of s_R A_R, so a smaller adapter is a slice."""
+    for readout in ("nested", "svd"):
+        fed = build(glora(readout=readout), 4, **MIXED)
+        state, _ = served(fed)
+        large = fed.method.broadcast(state, Request(6)).adapter
+        for rank in (1, 3, 5):
+            for name, small in fed.method.broadcast(state, Request(rank)).adapter.items():
+                if readout == "nested":
+                    torch.testing.assert_close(small.b, large[name].b[:, :rank])
+                    torch.testing.assert_close(small.scaling * small.a, large[name].scaling * large[name].a[:rank])
+                    torch.testing.assert_close(small.b.mT @ small.b, torch.eye(rank, dtype=torch.float64))
+    # What nesting gives up: the best adapter of a small rank.
+    nested, best = (build(glora(readout=r), 4, **MIXED) for r in ("nested", "svd"))
+    assert distance(received(nested, served(nested)[0], 2), nested.ideal) > distance(
+        received(best, served(best)[0], 2), best.ideal
+    )
+
+
+@pytest.mark.parametrize("basis", BASES)
+@given(seed=st.integers(0, 2**32 - 1), tolerance=st.sampled_from([1e-6, 0.01, 0.1, 0.5]))
+@laws
+def test_auto_rank_keeps_the_tolerance_and_no_more(basis: str, seed: int, tolerance: float) -> None:
+    """The smallest R with ‖T − U·C‖ ≤ tolerance·‖T‖, per module, and never above the dense oracle's."""
+    fed = build(glora(server_rank="auto", tolerance=tolerance, basis=basis), seed, **MIXED)
+    state, diagnostics = served(fed)
+    for name, ideal in fed.ideal.items():
+        s = np.linalg.svd(ideal, compute_uv=False)
+        tails = np.array([np.linalg.norm(s[r:]) for r in range(len(s) + 1)]) / np.linalg.norm(s)
+        rank = state.modules[name]["u"].shape[1]
+        assert rank == int((tails <= tolerance).argmax())
+        assert np.linalg.norm(held(state, name) - ideal) <= tolerance * np.linalg.norm(ideal) * (1 + 1e-9)
+    assert diagnostics["truncation_error"] <= tolerance
+
+
+def test_innovation_keeps_what_a_low_rank_client_never_saw() -> None:
+    """A state of rank 4, then a round with one client of rank 1 that learns nothing.
+
+    "replace" collapses the state to the single direction that the client was sent; "innovation" keeps all of it.
+    """
+    u, s, v = low_rank(2, 18, 12, [4.0, 3.0, 2.0, 1.0])
+    taught = {"layer0": (u * s, v.T / 4.0)}
+    for update, rank_left in (("replace", 1), ("innovation", 4)):
+        fed = build(glora(update=update), shapes=[(18, 12)], ranks=(4,), counts=(1,))
+        fed = with_deltas(fed, [taught])
+        before = served(fed)[0]
+        after = next_round(fed, before, [returned(fed, before, 1)])
+        kept = np.linalg.svd(held(after, "layer0"), compute_uv=False)
+        assert int((kept > 1e-9).sum()) == rank_left
+        if update == "innovation":
+            np.testing.assert_allclose(held(after, "layer0"), held(before, "layer0"), atol=1e-12 * s[0])
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_innovation_keeps_what_absent_clients_taught(basis: str) -> None:
+    """A rank-3 client teaches three directions and leaves; one of rank 2 then strengthens the second of them."""
+    u, s, v = low_rank(3, 18, 12, [3.0, 2.0, 1.0])
+    for update, strengths in (("replace", [3.0, 2.5, 0.0]), ("innovation", [3.0, 2.5, 1.0])):
+        fed = build(glora(update=update, basis=basis), shapes=[(18, 12)], ranks=(3,), counts=(1,))
+        before = served(with_deltas(fed, [{"layer0": (u * s, v.T * 3 / 16)}]))[0]
+        idle = returned(fed, before, 2)
+        f = idle.factors("layer0")
+        stronger = Factors(f.b * torch.tensor([1.0, 1.25], dtype=torch.float64), f.a, f.scaling)
+        after = next_round(fed, before, [replace(idle, client_id="client1", modules={"layer0": stronger})])
+        np.testing.assert_allclose(np.diag(u.T @ held(after, "layer0") @ v), strengths, atol=1e-10)
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_clients_that_learn_nothing_leave_an_innovation_server_as_it_is(basis: str) -> None:
+    """Readouts of any ranks come back unchanged: every innovation is 0, and so is the change of the state."""
+    fed = build(glora(update="innovation", basis=basis), 6, **MIXED)
+    before = served(fed)[0]
+    idle = [returned(fed, before, rank, f"client{rank}", rank) for rank in (1, 2, 5)]
+    after = next_round(fed, before, idle)
+    for name in fed.template.modules:
+        np.testing.assert_allclose(
+            held(after, name), held(before, name), atol=1e-11 * np.linalg.norm(held(before, name))
+        )
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_starting_from_the_state_adds_the_clients_updates_exactly(basis: str) -> None:
+    """start="state": three rounds of mixed ranks on a frozen patch sum up to Σ_t T_t; none is seen through a readout."""
+    fed = build(glora(start="state", basis=basis, server_rank=40), 0, **MIXED)
+    total = {name: np.zeros(shape) for name, shape in fed.template.modules.items()}
+    for seed in range(3):
+        fed = replace(build(fed.method, seed, **MIXED), state=fed.state)
+        total = {name: total[name] + fed.ideal[name] for name in total}
+        fed = replace(fed, state=served(fed)[0])
+        for rank in (1, 4, None):
+            # The patch is the whole state, whatever the client's rank, and the fresh adapter adds nothing.
+            assert_same(received(fed, fed.state, rank), total, 1e-12)
+
+
+def test_starting_from_the_state_truncates_by_energy_optimally() -> None:
+    """With R below the rank of state + Σ p_k ΔW_k, basis="energy" keeps the best rank-R approximation of it."""
+    fed = build(glora(start="state", basis="energy", server_rank=5), 0, **MIXED)
+    first = served(fed)[0]
+    second = replace(build(fed.method, 1, **MIXED), state=first)
+    after = served(second)[0]
+    for name in fed.template.modules:
+        u, s, vh = np.linalg.svd(held(first, name) + second.ideal[name], full_matrices=False)
+        np.testing.assert_allclose(held(after, name), u[:, :5] * s[:5] @ vh[:5], atol=1e-9 * s[0])
+
+
+def test_a_new_direction_outvotes_the_old_state() -> None:
+    """An innovation stronger than the state's weakest direction enters a full projector state at once."""
+    u, s, v = low_rank(5, 18, 12, [3.0, 2.0, 0.1, 8.0])
+    fed = build(glora(update="innovation", server_rank=3), shapes=[(18, 12)], ranks=(3,), counts=(1,))
+    before = served(with_deltas(fed, [{"layer0": (u[:, :3] * s[:3], v[:, :3].T * 3 / 16)}]))[0]
+    sent = fed.method.broadcast(before, Request(3)).adapter["layer0"]
+    b = np.hstack([array(sent.b), u[:, 3:] * s[3]])
+    a = np.vstack([array(sent.a), v[:, 3:].T / sent.scaling])
+    grown = Update(
+        "client1",
+        1,
+        {"layer0": Factors(torch.from_numpy(b), torch.from_numpy(a), sent.scaling)},
+        dict(fed.updates[0].dense),
+    )
+    with_new = next_round(fed, before, [grown])
+    assert abs(u[:, 3] @ held(with_new, "layer0") @ v[:, 3]) > 4
+
+
+def test_spare_readout_directions_can_still_learn() -> None:
+    """Where the state has fewer directions than the adapter, B is 0 and A is not: B has a gradient."""
+    for readout in ("svd", "nested"):
+        fed = build(glora(readout=readout), shapes=[(18, 12)], ranks=(2,), counts=(1,))
+        for state, known in ((fed.state, 0), (served(fed)[0], 2)):
+            f = fed.method.broadcast(state, Request(6)).adapter["layer0"]
+            assert not f.b[:, known:].any()
+            assert bool((f.a[known:].norm(dim=1) > 0.1).all())
+            assert np.linalg.matrix_rank(array(f.b)) == known
+
+
+def test_a_silent_round_is_no_special_case() -> None:
+    """A round in which every B_k = 0 leaves an empty state and an error of 0."""
+    for options in ({}, {"basis": "energy"}, {"sides": "both"}, {"server_rank": "auto"}, {"update": "innovation"}):
+        fed = build(glora(**options), 0, **MIXED, silent=(0, 1, 2))
+        state, diagnostics = served(fed)
+        assert diagnostics == {"server_rank": 0.0, "truncation_error": 0.0}
+        assert all(not value.any() for value in received(fed, state).values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"server_rank": 0}, "server_rank = 0: expected at least 1, or 'auto'"),
+        ({"server_rank": "auto", "tolerance": 0.0}, "tolerance = 0.0: expected between 0 and 1"),
+        ({"tolerance": 1.0}, "tolerance = 1.0: expected between 0 and 1"),
+    ],
+)
+def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        glora(**options)

@@ -1,0 +1,146 @@
+"""The architecture: imports go strictly downwards, heavy libraries stay behind their one door."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import fedspan
+
+PACKAGE = Path(fedspan.__file__).parent
+
+# From the bottom up. A file imports from lower layers only; a folder is one unit, without cycles inside.
+LAYERS = (
+    {"naming", "lowrank", "builtin"},
+    {"subspace", "partition", "metrics", "config"},
+    {"methods", "galore"},
+    {"adapters", "data"},
+    {"models", "checkpoint", "merge"},
+    {"federation", "evaluate", "train"},
+    {"rounds"},
+    {"engine"},
+    {"run"},
+    {"progress", "arguments"},
+    {"report"},
+    {"cli"},
+    {"__main__"},
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+DOORS = {
+    "transformers": {"models"},
+    "peft": {"models"},
+    "datasets": {"data.hub"},
+    "matplotlib": {"report"},
+    "rich": {"cli", "progress", "report"},
+    "typer": {"cli", "arguments"},
+}
+PICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def module_name(path: Path) -> str:
+    """`data/load.py` -> `data.load`, `data/__init__.py` -> `data`."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def imports(path: Path) -> set[str]:
+    """Every dotted name that the file imports anywhere, in functions and under TYPE_CHECKING too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def inner(path: Path) -> set[str]:
+    """The modules of this package that the file imports."""
+    found = set()
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        if top != "fedspan":
+            continue
+        rest = fedspan._HOME[rest][0].removeprefix("fedspan.") if rest in fedspan._HOME else rest
+        while rest and rest not in MODULES:
+            rest = rest.rpartition(".")[0]
+        assert rest, f"{path.name} imports {name}, which is no module here"
+        found.add(rest)
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_strictly_downwards(name: str) -> None:
+    unit = name.split(".")[0]
+    assert unit in LEVEL, f"{name} has no layer: give it one in {Path(__file__).name}"
+    for other in inner(MODULES[name]):
+        other_unit = other.split(".")[0]
+        if other_unit != unit:
+            assert LEVEL[other_unit] < LEVEL[unit], f"{name} imports {other} from its own layer or one above"
+
+
+def test_every_layer_is_a_file() -> None:
+    assert set(LEVEL) == {name.split(".")[0] for name in MODULES}
+
+
+def test_no_cycles_inside_a_folder() -> None:
+    TopologicalSorter({name: inner(path) - {name} for name, path in MODULES.items()}).prepare()
+
+
+@pytest.mark.parametrize("library", DOORS)
+def test_a_heavy_library_has_one_door(library: str) -> None:
+    users = {n for n, path in MODULES.items() if any(i.split(".")[0] == library for i in imports(path))}
+    assert users <= DOORS[library]
+    assert users, f"nothing imports {library} any more"
+
+
+def test_nothing_is_unpickled() -> None:
+    for name, path in MODULES.items():
+        assert not {i.split(".")[0] for i in imports(path)} & PICKLERS, name
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) != "torch.load", name
+                allowed = [k.value for k in node.keywords if k.arg == "allow_pickle"]
+                assert all(isinstance(v, ast.Constant) and v.value is False for v in allowed), name
+
+
+def test_only_the_command_prints() -> None:
+    for name, path in MODULES.items():
+        calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+        printing = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
+        assert not printing or name == "cli", name
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import fedspan, fedspan.cli", "torch transformers peft datasets numpy pydantic sklearn matplotlib"),
+        ("import fedspan.subspace, fedspan.methods, fedspan.merge", "transformers peft datasets sklearn typer"),
+        ("import fedspan.run", "transformers peft datasets typer rich matplotlib"),
+    ],
+)
+def test_imports_stay_light(statement: str, absent: str) -> None:
+    code = f"{statement}; import sys; print(*sorted(set({absent.split()!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_public_names_are_what_they_say() -> None:
+    """The functions win over the files of the same name, whichever is imported first."""
+    code = (
+        "import fedspan.run, fedspan.merge, fedspan; from fedspan.run import Result; from fedspan import run, merge;"
+        "assert callable(fedspan.run) and callable(merge) and run is fedspan.run and Result is fedspan.Result;"
+        "assert all(getattr(fedspan, n) is not None for n in fedspan.__all__); assert fedspan.__version__"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert set(fedspan.__all__) == set(fedspan._HOME) <= set(dir(fedspan))
+    with pytest.raises(AttributeError, match="no attribute 'rum'"):
+        fedspan.rum  # noqa: B018

@@ -1,0 +1,184 @@
+"""Tiny real models, tokenizers and data files, built from a configuration, offline.
+
+Every base is two layers wide enough for rank 8. `save_bases` writes them once a session; a test reads them as a
+user's own local folders are read.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedspan import config as settings
+from fedspan.config import Config
+from fedspan.methods.base import Broadcast, Factors, Recipe, generator
+from fedspan.models import FederatedModel, build, load_processor
+
+SIZE = 32
+KIND = {"llama": "instruction", "gpt2": "instruction", "bert": "classification", "vit": "image"}
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+CHARACTERS = "\n" + string.digits + string.ascii_letters + string.punctuation + " "
+Ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def tokenizer(pad: bool = True) -> Any:
+    """One token a character, `<s>` before every text."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *CHARACTERS))}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", 1)])
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | ({"pad_token": "<pad>"} if pad else {})
+    return PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **named)
+
+
+def make(name: str, **changes: Any) -> Any:
+    """A randomly initialised transformer of that architecture, the same every time."""
+    import transformers as t
+
+    vocab = len(SPECIAL) + len(CHARACTERS)
+    common: dict[str, Any] = {"vocab_size": vocab, "initializer_range": 0.15, **Ends}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        if name == "llama":
+            llama = {
+                "hidden_size": SIZE,
+                "intermediate_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 128,
+                "tie_word_embeddings": False,
+            }
+            return t.LlamaForCausalLM(t.LlamaConfig(**{**common, **llama, **changes}))
+        if name == "gpt2":
+            gpt2 = {"n_embd": SIZE, "n_layer": 2, "n_head": 4, "n_positions": 128}
+            still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+            return t.GPT2LMHeadModel(t.GPT2Config(**{**common, **gpt2, **still, **changes}))
+        layers = {"hidden_size": SIZE, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        if name == "bert":
+            bert = {**common, **layers, "max_position_embeddings": 128, "type_vocab_size": 2, **changes}
+            return t.BertForMaskedLM(t.BertConfig(**bert))  # so its pooler is new to a classifier
+        vit = {**layers, "image_size": 16, "patch_size": 8, "num_channels": 3, "initializer_range": 0.15, **changes}
+        return t.ViTForImageClassification(t.ViTConfig(**vit, num_labels=2))
+
+
+def save(name: str, path: Path, **changes: Any) -> Path:
+    """A base and its tokenizer or image processor as a local folder."""
+    from transformers import ViTImageProcessor
+
+    make(name, **changes).save_pretrained(str(path))
+    processor = ViTImageProcessor(size={"height": 16, "width": 16}) if name == "vit" else tokenizer()
+    processor.save_pretrained(str(path))
+    return path
+
+
+def load(path: Path, kind: str, **changes: Any) -> FederatedModel:
+    """A base with adapters of rank up to 8 on every linear layer, or as `changes` say."""
+    options: dict[str, Any] = {
+        "trains": "adapter",
+        "num_labels": 0 if kind == "instruction" else 3,
+        "target_modules": ("all-linear",),
+        "max_rank": 8,
+        "rslora": False,
+        "dropout": 0.0,
+        "dtype": "float32",
+        "device": torch.device("cpu"),
+        "seed": 0,
+    }
+    return build(str(path), kind, **{**options, **changes})  # type: ignore[arg-type]
+
+
+def random_adapter(model: FederatedModel, rank: int, *key: object, scaling: float = 0.5) -> dict[str, Factors]:
+    """Gaussian factors for every adapted module."""
+    rng = generator("adapter", rank, *key)
+    return {
+        name: Factors(torch.randn(m, rank, generator=rng), torch.randn(rank, n, generator=rng) / n**0.5, scaling)
+        for name, (m, n) in sorted(model.template_modules().items())
+    }
+
+
+def broadcast(model: FederatedModel, adapter: Mapping[str, Factors] | None = None, **changes: Any) -> Broadcast:
+    """A broadcast of `adapter` (one of rank 4 where the model has adapters) and the model's own dense weights."""
+    if adapter is None:
+        adapter = random_adapter(model, 4) if model.trains == "adapter" else {}
+    return Broadcast(adapter, **{"dense": model.dense(), "recipe": Recipe(), **changes})
+
+
+def words(num_rows: int = 48) -> list[dict[str, Any]]:
+    """Texts whose label is the letter that they are made of."""
+    rng = generator("words")
+    rows = []
+    for i in range(num_rows):
+        length = int(torch.randint(2, 9, (), generator=rng))
+        noise = "".join(CHARACTERS[11 + int(j)] for j in torch.randint(0, 26, (length,), generator=rng))
+        rows.append({"text": noise + "XYZ"[i % 3] * 3, "label": "xyz"[i % 3], "site": f"s{i % 4}"})
+    return rows
+
+
+def questions(num_rows: int = 40) -> list[dict[str, str]]:
+    """Four tasks: answer a digit with itself, twice, the next, or `x`."""
+    answers = {"copy": "{0}", "twice": "{0}{0}", "next": "{1}", "cross": "x"}
+    rows = []
+    for i in range(num_rows):
+        task = list(answers)[i % 4]
+        digit = (i // 4) % 9
+        answer = answers[task].format(digit, digit + 1)
+        rows.append({"task": task, "instruction": task, "input": str(digit), "output": answer})
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def config(base: Path, data: Path, method: str = "glora", **sections: Mapping[str, Any]) -> Config:
+    """Two rounds, four clients, half of them drawn, two steps each; `sections` are merged in, one level deep.
+
+    A section of dotted keys is not needed: `federation={"rounds": 3}` changes that key alone.
+    """
+    tree: dict[str, Any] = {
+        "seed": 3,
+        "model": {"name": str(base)},
+        "adapter": {"alpha": 8.0},
+        "data": {"task": "files", "train": [str(data)], "holdout": 0.2, "max_length": 48},
+        "federation": {"num_clients": 4, "rounds": 2, "participation": 0.5, "ranks": 4, "partition": "iid"},
+        "local": {"steps": 2, "batch_size": 4, "learning_rate": 1e-2},
+        "evaluation": {"max_new_tokens": 2, "local": False},
+        "method": {"name": method},
+    }
+    for section, values in sections.items():
+        tree[section] = {**tree[section], **values} if isinstance(values, Mapping) else values
+    return settings.from_mapping(tree)
+
+
+def processor(path: Path, kind: str) -> Any:
+    return load_processor(str(path), kind)  # type: ignore[arg-type]
+
+
+def same(x: Mapping[str, torch.Tensor], y: Mapping[str, torch.Tensor]) -> None:
+    """The same names and the same bits, NaN included."""
+    assert x.keys() == y.keys()
+    for name, value in x.items():
+        assert value.dtype == y[name].dtype and value.shape == y[name].shape, name
+        assert value.contiguous().view(torch.uint8).equal(y[name].contiguous().view(torch.uint8)), name
+
+
+def same_adapter(x: Mapping[str, Factors], y: Mapping[str, Factors]) -> None:
+    """The same modules, scalings and bits."""
+    assert x.keys() == y.keys()
+    assert {name: f.scaling for name, f in x.items()} == {name: f.scaling for name, f in y.items()}
+    same(flat(x), flat(y))
+
+
+def flat(adapter: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
+    return {f"{name}/{part}": t for name, f in adapter.items() for part, t in (("a", f.a), ("b", f.b))}

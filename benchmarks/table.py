@@ -21,7 +21,7 @@ CONTROLS = ("local", "centralised", "centralised_full")
 
 
 def main() -> None:
-    parts = ["# Results\n", "Made by `python benchmarks/table.py` from `*/results.jsonl`; how they were made: README.md.\n"]
+    parts = ["# Results\n", "Made by `python benchmarks/table.py` from `*/results.jsonl`; README.md says how those are."]
     for name, title in SUITES.items():
         lines = read(HERE / name / "results.jsonl")
         if lines:
@@ -58,7 +58,8 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
         "\\* the best rate lies at the edge of the grid that was tried."
     )
     if "local" in arms:
-        losers = [arm for arm in order if arm not in CONTROLS and mean(arms[arm], "federated") <= mean(arms["local"], "federated")]
+        alone = mean(arms["local"], "federated")
+        losers = [arm for arm in order if arm not in CONTROLS and mean(arms[arm], "federated") <= alone]
         notes.append(f"Not better than local-only: {', '.join(losers) or 'none'}.")
     return [*rows, *notes]
 

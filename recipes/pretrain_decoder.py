@@ -196,9 +196,7 @@ def drill_rows(corpus: Corpus, num_rows: int, rng: random.Random) -> tuple[torch
     return torch.tensor(ids[:cut]).view(-1, size), torch.tensor(counted[:cut]).view(-1, size)
 
 
-def batches(
-    corpus: Corpus, rows: int, text_share: float, seed: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(corpus: Corpus, rows: int, text_share: float, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless (ids, loss mask) pairs, each (rows, CONTEXT + 1): text rows first, then exercise rows."""
     rng = random.Random(f"batches/{seed}")
     num_text = round(rows * text_share)
@@ -207,9 +205,7 @@ def batches(
         for start in range(0, len(drills), rows - num_text):
             picked = [rng.choices(corpus.texts, (0.7, 0.3))[0] for _ in range(num_text)]
             offsets = [rng.randrange(len(text) - CONTEXT) for text in picked]
-            text = torch.stack(
-                [text[at : at + CONTEXT + 1] for text, at in zip(picked, offsets, strict=True)]
-            )
+            text = torch.stack([text[at : at + CONTEXT + 1] for text, at in zip(picked, offsets, strict=True)])
             stop = start + rows - num_text
             ids = torch.cat([text, drills[start:stop]])
             yield ids, torch.cat([torch.ones_like(text, dtype=torch.bool), masks[start:stop]])
@@ -317,9 +313,7 @@ def save(model: LlamaForCausalLM, corpus: Corpus, args: argparse.Namespace) -> N
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stories", type=Path, required=True, help="TinyStories excerpt, .txt.gz")
     parser.add_argument("--shakespeare", type=Path, required=True, help="works of Shakespeare, .txt.gz")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -334,9 +328,7 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(1)
     corpus = make_corpus(read(args.stories), read(args.shakespeare), args.seed)
-    print(
-        f"{len(corpus.tokenizer)} token types, {[len(text) for text in corpus.texts]} text tokens", flush=True
-    )
+    print(f"{len(corpus.tokenizer)} token types, {[len(text) for text in corpus.texts]} text tokens", flush=True)
     model = build(corpus, args.seed)
     train(model, corpus, args)
     save(model, corpus, args)

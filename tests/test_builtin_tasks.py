@@ -35,9 +35,7 @@ RECOMPUTED: dict[str, Callable[[list[str]], str]] = {
     "last_letter": lambda x: x[-1],
     "sort_letters": lambda x: " ".join(c for c in "abcdefghijklmnopqrstuvwxyz" if c in x),
     "uppercase_letters": lambda x: " ".join(x).upper(),
-    "next_letters": lambda x: " ".join(
-        "bcdefghijklmnopqrstuvwxyz"["abcdefghijklmnopqrstuvwxy".index(c)] for c in x
-    ),
+    "next_letters": lambda x: " ".join("bcdefghijklmnopqrstuvwxyz"["abcdefghijklmnopqrstuvwxy".index(c)] for c in x),
     "count_letters": lambda x: str(sum(1 for _ in x)),
     "has_letter": lambda x: "yes" if x.count(x[0]) == 2 else "no",
     "double_letters": lambda x: " ".join(f"{c} {c}" for c in x),
@@ -93,9 +91,7 @@ def test_family_is_large_enough_and_has_unseen_tasks() -> None:
 
 @given(NAMES, st.integers(0, 60), st.integers(0, 2**40), SPLITS)
 @settings(max_examples=60, deadline=None)
-def test_examples_are_deterministic_distinct_and_prefix_stable(
-    task: str, num: int, seed: int, split: str
-) -> None:
+def test_examples_are_deterministic_distinct_and_prefix_stable(task: str, num: int, seed: int, split: str) -> None:
     """The same arguments give the same examples, no input twice, and a larger number only appends."""
     drawn = examples(task, num, seed, split)
     assert drawn == examples(task, num, seed, split)

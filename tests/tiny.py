@@ -12,18 +12,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedspan import config as settings
 from fedspan.config import Config
-from fedspan.methods.base import Broadcast, Factors, Recipe, generator
+from fedspan.federation import Client
+from fedspan.lowrank import LowRank
+from fedspan.methods.base import Broadcast, Factors, Method, Recipe, ServerState, Template, Update, generator
 from fedspan.models import FederatedModel, build, load_processor
+from fedspan.rounds import Standing
+from fedspan.train import LocalResult
 
 SIZE = 32
 KIND = {"llama": "instruction", "gpt2": "instruction", "bert": "classification", "vit": "image"}
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 CHARACTERS = "\n" + string.digits + string.ascii_letters + string.punctuation + " "
-Ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def tokenizer(pad: bool = True) -> Any:
@@ -35,7 +40,9 @@ def tokenizer(pad: bool = True) -> Any:
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()
-    core.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", 1)])
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", 1)]
+    )
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | ({"pad_token": "<pad>"} if pad else {})
     return PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **named)
 
@@ -45,7 +52,7 @@ def make(name: str, **changes: Any) -> Any:
     import transformers as t
 
     vocab = len(SPECIAL) + len(CHARACTERS)
-    common: dict[str, Any] = {"vocab_size": vocab, "initializer_range": 0.15, **Ends}
+    common: dict[str, Any] = {"vocab_size": vocab, "initializer_range": 0.15, **ENDS}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         if name == "llama":
@@ -169,8 +176,10 @@ def same(x: Mapping[str, torch.Tensor], y: Mapping[str, torch.Tensor]) -> None:
     """The same names and the same bits, NaN included."""
     assert x.keys() == y.keys()
     for name, value in x.items():
-        assert value.dtype == y[name].dtype and value.shape == y[name].shape, name
-        assert value.contiguous().view(torch.uint8).equal(y[name].contiguous().view(torch.uint8)), name
+        other = y[name]
+        assert (value.dtype, value.shape) == (other.dtype, other.shape), name
+        bits, others = (t.contiguous().reshape(-1).view(torch.uint8) for t in (value, other))
+        assert torch.equal(bits, others), name
 
 
 def same_adapter(x: Mapping[str, Factors], y: Mapping[str, Factors]) -> None:
@@ -182,3 +191,65 @@ def same_adapter(x: Mapping[str, Factors], y: Mapping[str, Factors]) -> None:
 
 def flat(adapter: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
     return {f"{name}/{part}": t for name, f in adapter.items() for part, t in (("a", f.a), ("b", f.b))}
+
+
+SHAPES = {"one": (40, 30), "two": (24, 24)}
+HEAD = (3, 4)
+
+
+def clients(*ranks: int, sizes: tuple[int, ...] = ()) -> list[Client]:
+    """Clients with ids in order, of those ranks, with 10, 20, 30 … examples unless told otherwise."""
+    counts = sizes or tuple(10 * (k + 1) for k in range(len(ranks)))
+    none = np.zeros(0, dtype=np.int64)
+    return [Client(f"client-{k}", r, np.arange(n), none) for k, (r, n) in enumerate(zip(ranks, counts, strict=True))]
+
+
+def standing(method: Method, rank: int, shapes: Mapping[str, tuple[int, int]] = SHAPES, seed: int = 1) -> Standing:
+    """A method before its first round, over two matrices and a head."""
+    rng = generator("standing")
+    weights = shapes if method.info.trains != "adapter" else {}
+    dense = {name: torch.randn(shape, generator=rng) for name, shape in {**weights, "head": HEAD}.items()}
+    modules = dict(shapes) if method.info.trains == "adapter" else {}
+    return Standing(method.init(Template(modules, rank, 8.0, False, seed), dense))
+
+
+def fake_work(client: Client, sent: Broadcast, round_num: int) -> LocalResult:
+    """An update that depends on the client, the round and what was sent, as training's does."""
+    rng = generator("work", client.client_id, round_num)
+
+    def moved(t: torch.Tensor) -> torch.Tensor:
+        return t + torch.randn(t.shape, generator=rng)
+
+    free = sent.recipe.train_a
+    modules = {n: Factors(moved(f.b), moved(f.a) if free else f.a.clone(), f.scaling) for n, f in sent.adapter.items()}
+    dense = {name: moved(t) for name, t in sent.dense.items()}
+    return LocalResult(Update(client.client_id, 1.0, modules, dense), 1.0 + round_num, 3)
+
+
+def state_tensors(state: ServerState) -> dict[str, torch.Tensor]:
+    """Every tensor of a server's state, by a name of its own."""
+    found = {f"module/{n}/{part}": t for n, held in state.modules.items() for part, t in held.items()}
+    found |= {f"dense/{name}": t for name, t in state.dense.items()}
+    if state.patches is not None:
+        for i, patch in enumerate((state.patches.total, *state.patches.increments)):
+            for name, p in patch.items():
+                found |= {
+                    f"patch{i}/{name}/{j}": t for j, t in enumerate((p.b, p.a) if isinstance(p, LowRank) else (p,))
+                }
+    return found
+
+
+def same_state(x: ServerState, y: ServerState) -> None:
+    assert (x.template, x.round_num, x.exchange) == (y.template, y.round_num, y.exchange)
+    versions = [None if s.patches is None else (s.patches.version, len(s.patches.increments)) for s in (x, y)]
+    assert versions[0] == versions[1]
+    same(state_tensors(x), state_tensors(y))
+
+
+def same_standing(x: Standing, y: Standing) -> None:
+    """The same bits in the server's state and in what every client keeps."""
+    same_state(x.state, y.state)
+    assert x.seen == y.seen
+    assert x.client_states.keys() == y.client_states.keys()
+    for client, kept in x.client_states.items():
+        same(kept, y.client_states[client])

@@ -98,9 +98,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return out * uniform(0.7, 1.3, 1, 1, 1) + uniform(-0.25, 0.25, 1, 1, 1)
 
 
-def logits_of_part(
-    model: ViTForImageClassification, pixels: Tensor, keep: int, generator: torch.Generator
-) -> Tensor:
+def logits_of_part(model: ViTForImageClassification, pixels: Tensor, keep: int, generator: torch.Generator) -> Tensor:
     """Class logits when each image shows only ``keep`` of its patches, drawn without replacement."""
     tokens = model.vit.embeddings(pixels)  # (N, 1 + patches, width)
     num_patches = tokens.shape[1] - 1
@@ -208,9 +206,7 @@ def train(model: ViTForImageClassification, args: argparse.Namespace, generator:
 def main() -> None:
     """Read the command line, train on one thread, write the folder."""
     parser = argparse.ArgumentParser(description="pretrain the image benchmarks' ViT on a CIFAR-10 subset")
-    parser.add_argument(
-        "--cifar", type=Path, required=True, help="npz with train_jpeg, train_off, train_y, ..."
-    )
+    parser.add_argument("--cifar", type=Path, required=True, help="npz with train_jpeg, train_off, train_y, ...")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint into")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hidden", type=int, default=128)

@@ -86,7 +86,10 @@ def read(path: Path) -> Checkpoint:
         raise ValueError(f"{path} is damaged ({error}): expected a checkpoint") from None
     if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
         raise ValueError(f"{path} is no checkpoint of format {_FORMAT}")
-    return _unpack(meta["checkpoint"], tensors)
+    try:
+        return _unpack(meta["checkpoint"], tensors)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged (something is missing: {error}): expected a checkpoint") from None
 
 
 def _pack(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -27,8 +27,13 @@ def _as_tuple(value: object) -> object:
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
+def _none(value: object) -> object:
+    """TOML has no null: `none` stands for it."""
+    return None if value == "none" else value
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
@@ -122,15 +127,15 @@ class FederationConfig(_Section):
 class LocalConfig(_Section):
     """`[local]`: a client's work in one round."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 4e-3
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
     steps: PositiveInt | None = None
-    """Optimizer steps a round (20 unless `epochs` is given)."""
+    """Optimizer steps a round (10 unless `epochs` is given)."""
     epochs: PositiveInt | None = None
     """Passes over the client's data a round, instead of `steps`."""
     batch_size: PositiveInt = 16
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Gradient norm above which a client's gradient is scaled down; none: never."""
+    clip_norm: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none)] = 1.0
+    """Gradient norm above which a client's gradient is scaled down; "none": never."""
     warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of a round's steps over which the learning rate rises linearly."""
 
@@ -270,10 +275,15 @@ def to_toml(config: Config) -> str:
     """The fully resolved configuration, readable by `load`."""
     top: list[str] = []
     sections: list[str] = []
-    for key, value in config.model_dump(mode="json", exclude_none=True).items():
+    for key, value in config.model_dump(mode="json").items():
         if isinstance(value, dict):
-            lines = [f"{name} = {_toml_value(item)}" for name, item in value.items() if item is not None]
-            sections.append("\n".join([f"[{key}]", *lines]))
+            defaults = getattr(Config(), key)
+            lines = [f"[{key}]"]
+            for name, item in value.items():
+                # An absent key means its default, so a null is left out only where it is the default.
+                if item is not None or key == "method" or getattr(defaults, name) is not None:
+                    lines.append(f"{name} = {_toml_value('none' if item is None else item)}")
+            sections.append("\n".join(lines))
         else:
             top.append(f"{key} = {_toml_value(value)}")
     return "\n".join(top) + "\n\n" + "\n\n".join(sections) + "\n"

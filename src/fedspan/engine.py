@@ -117,6 +117,7 @@ class Job:
             "start",
             method=self.method.info.title,
             task=self.config.data.task,
+            metric=self.metrics[0],
             model=self.config.model.name,
             num_clients=len(self.clients),
             ranks=[client.rank for client in self.clients],

@@ -60,6 +60,7 @@ def run(config: Config, out: Path | None = None, on_event: OnEvent = _silent) ->
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         hint = f"; `fedspan resume {folder}` goes on with it" if (folder / "config.toml").exists() else ""
         raise ValueError(f"{folder} exists and is not empty: expected a new folder{hint}")
+    config = _with_absolute_paths(config)
     job = Job.prepare(config, method, folder, on_event)
     write_bytes(folder / "config.toml", to_toml(config).encode())
     return _execute(job)
@@ -77,6 +78,23 @@ def resume(out: Path, on_event: OnEvent = _silent) -> Result:
         raise ValueError(f"{out} holds no run (no config.toml): expected the folder of an earlier `fedspan run`")
     config = load_config(out / "config.toml")
     return _execute(Job.prepare(config, methods.create(config.method), out, on_event))
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Files and folders by their whole path, so that a run can be resumed from anywhere."""
+
+    def absolute(name: str) -> str:
+        path = Path(name).expanduser()
+        return str(path.resolve()) if path.exists() else name
+
+    data, model = config.data, config.model
+    paths = {part: tuple(map(absolute, getattr(data, part))) for part in ("train", "test", "unseen")}
+    return config.model_copy(
+        update={
+            "data": data.model_copy(update=paths if data.task == "files" else {}),
+            "model": model.model_copy(update={"name": absolute(model.name)}),
+        }
+    )
 
 
 def _execute(job: Job) -> Result:

@@ -30,7 +30,7 @@ def num_steps(config: LocalConfig, num_examples: int) -> int:
     """Optimizer steps of one round for a client with so many examples."""
     if config.epochs is not None:
         return config.epochs * math.ceil(num_examples / config.batch_size)
-    return config.steps or 20
+    return config.steps or 10
 
 
 def batches(num_examples: int, batch_size: int, steps: int, rng: torch.Generator) -> Iterator[list[int]]:

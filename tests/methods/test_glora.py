@@ -307,7 +307,7 @@ def test_clients_that_learn_nothing_leave_an_innovation_server_as_it_is(basis: s
 
 @pytest.mark.parametrize("basis", BASES)
 def test_starting_from_the_state_adds_the_clients_updates_exactly(basis: str) -> None:
-    """start="state": three rounds of mixed ranks on a frozen patch sum up to Σ_t T_t; none is seen through a readout."""
+    """start="state": three rounds of mixed ranks on a frozen patch sum up to Σ_t T_t, past any readout."""
     fed = build(glora(start="state", basis=basis, server_rank=40), 0, **MIXED)
     total = {name: np.zeros(shape) for name, shape in fed.template.modules.items()}
     for seed in range(3):

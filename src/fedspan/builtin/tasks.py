@@ -201,14 +201,11 @@ def examples(task: str, num: int, seed: int, split: str = "train") -> list[dict[
         if text in found or split_of(task, text) != split:
             misses += 1
             if misses > _MAX_MISSES:
-                raise ValueError(
-                    f"task {task!r} has about {len(found)} {split} inputs: expected at least {num}"
-                )
+                raise ValueError(f"task {task!r} has about {len(found)} {split} inputs: expected at least {num}")
             continue
         misses = 0
         found[text] = answer
     instruction = TASKS[task].instruction
     return [
-        {"task": task, "instruction": instruction, "input": text, "output": answer}
-        for text, answer in found.items()
+        {"task": task, "instruction": instruction, "input": text, "output": answer} for text, answer in found.items()
     ]

@@ -21,7 +21,7 @@ CONTROLS = ("local", "centralised", "centralised_full")
 
 
 def main() -> None:
-    parts = ["# Results\n", "Made by `python benchmarks/table.py` from `*/results.jsonl`; README.md says how those are."]
+    parts = ["# Results\n", "Made by `python benchmarks/table.py` from `*/results.jsonl`; see README.md."]
     for name, title in SUITES.items():
         lines = read(HERE / name / "results.jsonl")
         if lines:

@@ -176,7 +176,7 @@ def draw_ranks(
     elif not isinstance(spec, str):
         ranks = list(spec)
         if len(ranks) != num_clients:
-            raise ValueError(f"federation.ranks lists {len(ranks)} ranks for {num_clients} clients: expected one per client")
+            raise ValueError(f"federation.ranks lists {len(ranks)} ranks for {num_clients} clients: expected one each")
     else:
         choices = np.unique(np.asarray(values, dtype=np.int64))
         if not len(choices):

@@ -115,6 +115,23 @@ def test_proposition_2_holds_for_a_truncated_server_and_deficient_updates(option
     law()
 
 
+@pytest.mark.parametrize("options", [{}, {"basis": "energy"}, {"sides": "both"}, {"update": "innovation"}], ids=str)
+def test_the_server_rank_is_that_of_the_union_in_any_gauge(options: dict[str, Any]) -> None:
+    """Three clients at rank 6 whose updates have rank 3, 3 and 2 of 8 directions: 8 are kept, however ill-conditioned.
+
+    Not 18: directions made of rounding cost traffic and take the place of real ones.
+    """
+    rng = np.random.default_rng(0)
+    fed = build(glora(server_rank=18, **options), shapes=[(30, 25)], ranks=[6] * 3, counts=[1, 2, 3])
+    thin = [
+        (rng.standard_normal((30, q)), rng.standard_normal((q, 6)), rng.standard_normal((6, 25))) for q in (3, 3, 2)
+    ]
+    fed = with_deltas(fed, [{"layer0": (b @ mix, a)} for b, mix, a in thin])
+    for condition in (1.0, 1e6):
+        other = regauged(fed, lambda k, rank, c=condition: gauge(rng, rank, c))
+        assert served(other)[1]["server_rank"] == 8
+
+
 def pairs(update: Update) -> list[tuple[str, tuple[Array, Array]]]:
     return [(n, (array(update.factors(n).b), array(update.factors(n).a))) for n in update.modules]
 

@@ -237,8 +237,10 @@ def test_methods_of_one_rank_refuse_another(case: Case) -> None:
         fed.method.broadcast(fed.state, Request(2))
     f = fed.updates[0].factors("layer0")
     modules = {name: Factors(f.b[:, :2], f.a[:2], f.scaling) for name in fed.updates[0].modules}
-    with pytest.raises(ValueError, match=r"rank|shape"):
-        served(fed, [replace(fed.updates[0], modules=modules), fed.updates[1]])
+    smaller = replace(fed.updates[0], modules=modules)
+    sent = fed.method.broadcast(fed.state, Request(4))
+    with pytest.raises((ValueError, RuntimeError), match=r"rank 2: expected rank 4|equal size"):
+        aggregate(fed.method, fed.state, [fed.method.encode(u, sent, None)[0] for u in (smaller, fed.updates[1])])
 
 
 @by_id(ADAPTER, hetero_rank=True)

@@ -155,24 +155,27 @@ def test_every_method_that_takes_mixed_ranks_runs_with_them(
         per_rank = summary["metrics"]["per_rank"]
         mean = sum(per_rank[r]["loss"] for r in (1, 8, 2, 4)) / 4
         assert summary["metrics"]["clients"]["loss"] == pytest.approx(mean)
-        assert len({figures["loss"] for figures in per_rank.values()}) > 1
+        if name != "flora":  # whose clients all receive the whole patch
+            assert len({figures["loss"] for figures in per_rank.values()}) > 1
     else:
         assert summary["metrics"]["clients"] == summary["metrics"]["server"]
 
 
-def test_images_are_federated_too(bases: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_images_are_federated_too(bases: dict[str, Path], tmp_path: Path, dtype: str) -> None:
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (30, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", images=pictures, labels=np.arange(30) % 3)
-    config = tiny.config(bases["vit"], tmp_path / "images.npz", "glora", federation={"ranks": [1, 2, 4, 8]})
+    sections = {"federation": {"ranks": [1, 2, 4, 8]}, "model": {"dtype": dtype}}
+    config = tiny.config(bases["vit"], tmp_path / "images.npz", "glora", **sections)
     check_folder(run(config, tmp_path / "run"), config)
 
 
-@pytest.mark.parametrize("name", ["flora", "fedex_lora"])
-def test_a_half_precision_base_carries_patches_beside_it(
-    bases: dict[str, Path], texts: Path, tmp_path: Path, name: str
+@pytest.mark.parametrize(("name", "base"), [("flora", "bert"), ("fedex_lora", "llama"), ("hetlora", "gpt2")])
+def test_a_half_precision_base_carries_adapters_patches_and_heads_in_float32(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, name: str, base: str
 ) -> None:
-    config = tiny.config(bases["bert"], texts, name, model={"dtype": "bfloat16"})
+    config = tiny.config(bases[base], texts, name, model={"dtype": "bfloat16"})
     result = run(config, tmp_path / "run")
     check_folder(result, config)
     stored = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
@@ -246,7 +249,7 @@ def test_interrupted_again_and_again_and_resumed_is_uninterrupted(
     with pytest.raises(Stop):
         run(config, out, StopAt(2))
     stopped = []
-    for count in (1, 4, 5, 7, 5, 7, 8, 11, 12, 13):
+    for count in (1, 4, 6, 5, 7, 6, 7, 6, 8):
         stop = StopAt(count)
         try:
             resume(out, stop)
@@ -256,8 +259,8 @@ def test_interrupted_again_and_again_and_resumed_is_uninterrupted(
         break
     resume(out)
     same_outcome(tmp_path / "whole", out)
-    phases = {"start", "client federation", "round federation"}
-    assert set(stopped) >= phases | (set() if name == "local" else {"client local"})
+    assert set(stopped) >= {"start", "client federation", "round federation", "phase final"}
+    assert name == "local" or set(stopped) >= {"client local", "round local"}
 
 
 def test_a_finished_run_is_resumed_without_training(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
@@ -343,7 +346,7 @@ def test_a_learning_rate_without_bounds_ends_cleanly(
     bases: dict[str, Path], texts: Path, tmp_path: Path, name: str
 ) -> None:
     config = tiny.config(bases["bert"], texts, name, local={"learning_rate": 1e30, "steps": 3})
-    with pytest.raises(ValueError, match="round 1: 0 valid updates.*holds NaN or infinity") as caught:
+    with pytest.raises(ValueError, match=r"round 1: 0 valid updates.*holds NaN or infinity") as caught:
         run(config, tmp_path / "run")
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="round 1: 0 valid updates"):
@@ -463,7 +466,7 @@ def test_a_folder_without_a_run_is_not_resumed(tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("fedit", {"federation": {"ranks": [2, 4, 4, 2]}}, r"one rank for all clients.*\[2, 4\].*ffa_lora.*glora.*hetlora"),
+    ("fedit", {"federation": {"ranks": [2, 4, 4, 2]}}, r"one rank for all clients.*\[2, 4\].*glora.*hetlora.*ffa_lora"),
     ("fedex_lora", {"federation": {"ranks": [2, 4, 4, 2]}}, "methods that take mixed ranks"),
     ("glora", {"federation": {"ranks": 33}}, "rank 33 is above"),
     ("glora", {"federation": {"num_clients": 99}}, "99 clients"),

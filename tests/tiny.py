@@ -148,7 +148,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def config(base: Path, data: Path, method: str = "glora", **sections: Mapping[str, Any]) -> Config:
+def config(base: Path, data: Path, method: str = "glora", /, **sections: Mapping[str, Any]) -> Config:
     """Two rounds, four clients, half of them drawn, two steps each; `sections` are merged in, one level deep.
 
     A section of dotted keys is not needed: `federation={"rounds": 3}` changes that key alone.

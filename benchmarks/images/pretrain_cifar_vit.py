@@ -12,7 +12,7 @@ Fifteen thousand images and one CPU thread are little for a transformer; three t
   the first epochs are spent growing the weights;
 * token dropping (Liu et al. 2022, "PatchDropout", arXiv:2208.07220): most epochs see a random part of the
   patches of each image, which costs less and regularises as erasing would; the last epochs see them all;
-* random affine crops, flips, colour and greyscale jitter. No mixup: in so few epochs it slows the learning.
+* random affine crops, flips, colour and greyscale jitter.
 """
 
 import argparse

@@ -234,6 +234,11 @@ class FederatedModel:
         weight.copy_(original + (delta.T if _is_conv1d(layer) else delta))
 
 
+def _in_float32(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a half-precision body hands to a head that is trained in float32."""
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+
+
 def _beside(patch: Patch, device: torch.device) -> Any:
     factors = patch if isinstance(patch, LowRank) else None
     b = factors.b.float().to(device) if factors else None
@@ -297,6 +302,9 @@ def build(
     dense = {n: own[n] for n in own if n in chosen}
     for parameter in dense.values():
         parameter.data = parameter.data.float()
+    if kept != "float32":
+        for head in heads:
+            base.get_submodule(head).register_forward_pre_hook(_in_float32)
     model: nn.Module = base
     layers: Mapping[str, Any] = targets
     if trains == "adapter":

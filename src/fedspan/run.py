@@ -62,6 +62,7 @@ def run(config: Config, out: Path | None = None, on_event: OnEvent = _silent) ->
         raise ValueError(f"{folder} exists and is not empty: expected a new folder{hint}")
     config = _with_absolute_paths(config)
     job = Job.prepare(config, method, folder, on_event)
+    job.federation("federation", method, job.clients)  # what does not fit is refused while there is no folder yet
     write_bytes(folder / "config.toml", to_toml(config).encode())
     return _execute(job)
 

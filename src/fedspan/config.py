@@ -153,7 +153,8 @@ class EvaluationConfig(_Section):
     """Evaluate the server's state after every so many rounds (and always after the last)."""
     batch_size: PositiveInt = 64
     max_examples: PositiveInt | None = None
-    """Examples of the evaluations between rounds; the last one uses the whole test data."""
+    """Examples of the evaluations between rounds, and of every client's own model where each has one (there may be
+    many); the last evaluation of a shared model uses the whole test data."""
     max_new_tokens: PositiveInt = 16
     base: bool = True
     """Evaluate the untouched base first."""

@@ -254,7 +254,7 @@ class Federation:
         kept = self.saved.client_states
         sent = {c.client_id: self.method.broadcast(self.saved.state, Request(c.rank)) for c in self.clients}
         own = [self.method.start(broadcast, kept.get(client_id)) for client_id, broadcast in sent.items()]
-        return mean_figures([self.job.evaluate(broadcast, whole=True) for broadcast in own])
+        return mean_figures([self.job.evaluate(broadcast, whole=False) for broadcast in own])
 
     def _write_history(self) -> None:
         if self.phase == "federation":

@@ -304,7 +304,8 @@ def damaged(base: Path, path: Path, change: str) -> Path:
     elif change == "absent":
         weights.unlink()
     elif change == "pickled":
-        weights.rename(path / "pytorch_model.bin")
+        torch.save(load_file(weights), path / "pytorch_model.bin")
+        weights.unlink()
     elif change == "renamed":
         save_file({f"x.{n}": t for n, t in load_file(weights).items()}, weights, metadata={"format": "pt"})
     elif change == "partial":

@@ -53,7 +53,7 @@ def load_processor(name: str, kind: Kind) -> Any:
 
     with _reading(name):
         if kind == "image":
-            return AutoImageProcessor.from_pretrained(resolve(name), use_fast=False)
+            return AutoImageProcessor.from_pretrained(resolve(name), backend="pil")
         return AutoTokenizer.from_pretrained(resolve(name))
 
 

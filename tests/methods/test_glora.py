@@ -326,7 +326,7 @@ def test_clients_that_learn_nothing_leave_an_innovation_server_as_it_is(basis: s
 def test_starting_from_the_state_adds_the_clients_updates_exactly(basis: str) -> None:
     """start="state": three rounds of mixed ranks on a frozen patch sum up to Σ_t T_t, past any readout."""
     fed = build(glora(start="state", basis=basis, server_rank=40), 0, **MIXED)
-    total = {name: np.zeros(shape) for name, shape in fed.template.modules.items()}
+    total, starts = {name: np.zeros(shape) for name, shape in fed.template.modules.items()}, []
     for seed in range(3):
         fed = replace(build(fed.method, seed, **MIXED), state=fed.state)
         total = {name: total[name] + fed.ideal[name] for name in total}
@@ -334,6 +334,8 @@ def test_starting_from_the_state_adds_the_clients_updates_exactly(basis: str) ->
         for rank in (1, 4, None):
             # The patch is the whole state, whatever the client's rank, and the fresh adapter adds nothing.
             assert_same(received(fed, fed.state, rank), total, 1e-12)
+        starts.append(fed.method.broadcast(fed.state, Request(4)).adapter["layer0"].a)
+    assert not any(torch.equal(x, y) for x, y in pairwise(starts))
 
 
 def test_starting_from_the_state_truncates_by_energy_optimally() -> None:

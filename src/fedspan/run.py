@@ -147,7 +147,11 @@ def _final(job: Job, main: Federation) -> dict[str, Any]:
     found["clients"] = found["server"]
     if method.info.trains == "adapter" and not method.info.pooled and job.config.evaluation.per_rank:
         ranks = sorted({client.rank for client in job.clients})
-        by_rank = {rank: job.evaluate(method.broadcast(state, Request(rank)), whole=True) for rank in ranks}
+        sent = {rank: method.broadcast(state, Request(rank)) for rank in ranks}
+        by_rank = {
+            rank: found["server"] if _same_adapter(x, server) else job.evaluate(x, whole=True)
+            for rank, x in sent.items()
+        }
         found["per_rank"] = by_rank
         found["clients"] = mean_figures([by_rank[client.rank] for client in job.clients])
     own = [client for client in job.clients if len(client.holdout)]
@@ -159,6 +163,16 @@ def _final(job: Job, main: Federation) -> dict[str, Any]:
             [job.evaluate(b, whole=True, data=data) for b, data in zip(sent, held, strict=True)]
         )
     return found
+
+
+def _same_adapter(x: Broadcast, y: Broadcast) -> bool:
+    """Whether two readouts of one state are the same adapter: then they need not be measured twice."""
+    return all(
+        f.scaling == y.adapter[name].scaling
+        and torch.equal(f.b, y.adapter[name].b)
+        and torch.equal(f.a, y.adapter[name].a)
+        for name, f in x.adapter.items()
+    )
 
 
 def _export(job: Job, main: Federation) -> Path | None:

@@ -147,10 +147,10 @@ def _final(job: Job, main: Federation) -> dict[str, Any]:
     found["clients"] = found["server"]
     if method.info.trains == "adapter" and not method.info.pooled and job.config.evaluation.per_rank:
         ranks = sorted({client.rank for client in job.clients})
-        sent = {rank: method.broadcast(state, Request(rank)) for rank in ranks}
+        readouts = {rank: method.broadcast(state, Request(rank)) for rank in ranks}
         by_rank = {
             rank: found["server"] if _same_adapter(x, server) else job.evaluate(x, whole=True)
-            for rank, x in sent.items()
+            for rank, x in readouts.items()
         }
         found["per_rank"] = by_rank
         found["clients"] = mean_figures([by_rank[client.rank] for client in job.clients])

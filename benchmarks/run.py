@@ -73,7 +73,7 @@ class Arm:
 
     def one(self, purpose: str, rate: float, seed: int, tree: dict[str, Any]) -> dict[str, Any]:
         from fedspan import config as settings
-        from fedspan.run import resume, run
+        from fedspan.runs import resume, run
 
         tree = merged(tree, self.arm.get("config", {}))
         tree = merged(tree, {"seed": seed, "local": {"learning_rate": rate}, "method": self.arm["method"]})

@@ -12,7 +12,7 @@ from fedspan.config import Config, _valid_keys, from_mapping, load, to_toml
 texts = st.text(max_size=20)
 names = st.lists(texts, max_size=3)
 positive = st.integers(1, 2**40)
-positive_floats = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+positive_floats = st.floats(min_value=1e-30, max_value=1e30)
 shares = st.floats(min_value=0, max_value=1, exclude_max=True)
 
 

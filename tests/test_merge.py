@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fedspan.adapters import CONFIG_NAME, WEIGHTS_NAME, load
-from fedspan.merge import MergeReport, combine, merge
+from fedspan.merging import MergeReport, combine, merge
 from fedspan.methods import METHODS, create
 from fedspan.methods.base import generator
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedspan.lowrank import LowRank
 from fedspan.methods.base import Broadcast, Factors, GaloreOptions, Patch, Recipe, generator, patch_dense
 from fedspan.models import FederatedModel
-from fedspan.run import merged_adapter
+from fedspan.runs import merged_adapter
 
 KINDS = {**tiny.KIND, "llama-classifier": "classification"}
 ARCHITECTURES = sorted(KINDS)
@@ -82,7 +82,7 @@ def base_weights(model: FederatedModel) -> dict[str, Tensor]:
 def test_a_template_says_out_and_in_features_whichever_way_a_layer_stores_them(
     bases: dict[str, Path], name: str
 ) -> None:
-    shapes = federated(bases, name).template_modules()
+    shapes = federated(bases, name).modules()
     own = plain(bases, name)
     assert shapes
     for module, (m, n) in shapes.items():
@@ -148,7 +148,7 @@ def test_the_model_computes_base_plus_patch_plus_scaled_product(
 def test_factors_of_square_layers_are_told_apart_by_place_not_shape(bases: dict[str, Path], name: str) -> None:
     """At r = m = n nothing but the place says which factor is which; the transposed product is another function."""
     model = federated(bases, name, max_rank=tiny.SIZE, target_modules=("o_proj" if name == "llama" else "c_proj",))
-    square = [n for n, shape in model.template_modules().items() if shape == (tiny.SIZE, tiny.SIZE)]
+    square = [n for n, shape in model.modules().items() if shape == (tiny.SIZE, tiny.SIZE)]
     assert len(square) == 2
     adapter = {n: f for n, f in tiny.random_adapter(model, tiny.SIZE, scaling=0.2).items()}
     model.load(tiny.broadcast(model, adapter))
@@ -168,7 +168,7 @@ def test_a_patch_below_the_rounding_of_a_half_precision_base_survives(
     module = next(iter(model.layers))
     layer = model.layers[module].get_base_layer()
     assert layer.weight.dtype == torch.bfloat16
-    _, n = model.template_modules()[module]
+    _, n = model.modules()[module]
     stored = layer.weight.detach()
     weight = (stored.T if name == "gpt2" else stored).float()  # (m, n)
     # Each entry is a fifth of the spacing of its weight's numbers, all in one direction: Σ over n counts.

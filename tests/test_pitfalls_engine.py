@@ -15,7 +15,7 @@ from fedspan.federation import Client
 from fedspan.methods import METHODS
 from fedspan.methods.base import Broadcast, Diagnostics, Factors, Partial, ServerState, Update
 from fedspan.rounds import run_round
-from fedspan.run import Result, resume, run
+from fedspan.runs import Result, resume, run
 from fedspan.train import LocalResult, train
 
 
@@ -120,7 +120,7 @@ def test_the_scaling_of_the_factors_is_the_scaling_of_the_model(bases: dict[str,
         rng = torch.Generator().manual_seed(0)
         pairs = {
             n: (torch.randn(m, 2, generator=rng), torch.randn(2, k, generator=rng))
-            for n, (m, k) in sorted(model.template_modules().items())
+            for n, (m, k) in sorted(model.modules().items())
         }
         copies = rank // 2  # the same product, spread over more components, each counted at a smaller scaling
         adapter = {n: Factors(b.repeat(1, copies), a.repeat(copies, 1), scaling) for n, (b, a) in pairs.items()}

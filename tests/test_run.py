@@ -25,7 +25,7 @@ from fedspan.engine import Job
 from fedspan.methods import METHODS, create
 from fedspan.methods.base import Factors
 from fedspan.rounds import RoundFailed
-from fedspan.run import Event, Result, resume, run
+from fedspan.runs import Event, Result, resume, run
 from fedspan.train import LocalResult, train
 
 NAMES = sorted(METHODS)

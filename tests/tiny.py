@@ -109,7 +109,7 @@ def random_adapter(model: FederatedModel, rank: int, *key: object, scaling: floa
     rng = generator("adapter", rank, *key)
     return {
         name: Factors(torch.randn(m, rank, generator=rng), torch.randn(rank, n, generator=rng) / n**0.5, scaling)
-        for name, (m, n) in sorted(model.template_modules().items())
+        for name, (m, n) in sorted(model.modules().items())
     }
 
 

@@ -13,10 +13,8 @@ transformers.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,15 +22,15 @@ if TYPE_CHECKING:
     from fedspan.config import load as load_config
     from fedspan.engine import Event as Event
     from fedspan.lowrank import LowRank as LowRank
-    from fedspan.merge import MergeReport as MergeReport
-    from fedspan.merge import merge as merge
+    from fedspan.merging import MergeReport as MergeReport
+    from fedspan.merging import merge as merge
     from fedspan.methods import METHODS as METHODS
     from fedspan.methods import create as create_method
     from fedspan.methods.base import Method as Method
     from fedspan.methods.base import aggregate as aggregate
-    from fedspan.run import Result as Result
-    from fedspan.run import resume as resume
-    from fedspan.run import run as run
+    from fedspan.runs import Result as Result
+    from fedspan.runs import resume as resume
+    from fedspan.runs import run as run
 
 __all__ = [
     "METHODS",
@@ -55,15 +53,15 @@ _HOME: Mapping[str, tuple[str, str]] = {
     "Config": ("fedspan.config", "Config"),
     "Event": ("fedspan.engine", "Event"),
     "LowRank": ("fedspan.lowrank", "LowRank"),
-    "MergeReport": ("fedspan.merge", "MergeReport"),
+    "MergeReport": ("fedspan.merging", "MergeReport"),
     "Method": ("fedspan.methods.base", "Method"),
-    "Result": ("fedspan.run", "Result"),
+    "Result": ("fedspan.runs", "Result"),
     "aggregate": ("fedspan.methods.base", "aggregate"),
     "create_method": ("fedspan.methods", "create"),
     "load_config": ("fedspan.config", "load"),
-    "merge": ("fedspan.merge", "merge"),
-    "resume": ("fedspan.run", "resume"),
-    "run": ("fedspan.run", "run"),
+    "merge": ("fedspan.merging", "merge"),
+    "resume": ("fedspan.runs", "resume"),
+    "run": ("fedspan.runs", "run"),
 }
 
 
@@ -81,18 +79,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, "__version__"})
-
-
-class _Package(ModuleType):
-    """This package, where `fedspan.run` and `fedspan.merge` stay the functions.
-
-    The import system sets a package's attribute to every submodule it has loaded, which would hide the
-    functions behind the files of the same name. `from fedspan.run import …` reaches what else is in them.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -20,7 +20,7 @@ from fedspan.arguments import NearestNames, WithWeights, method_options, parse_r
 
 if TYPE_CHECKING:
     from fedspan.engine import Event
-    from fedspan.run import Result
+    from fedspan.runs import Result
 
 # Newer versions of typer bundle the click they build on: its errors are reached through typer alone.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]

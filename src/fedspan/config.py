@@ -127,7 +127,7 @@ class FederationConfig(_Section):
 class LocalConfig(_Section):
     """`[local]`: a client's work in one round."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    learning_rate: Annotated[float, Field(gt=0, lt=3e38)] = 3e-3
     steps: PositiveInt | None = None
     """Optimizer steps a round (10 unless `epochs` is given)."""
     epochs: PositiveInt | None = None

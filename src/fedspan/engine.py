@@ -18,7 +18,7 @@ from fedspan.data import load as load_data
 from fedspan.evaluate import evaluate
 from fedspan.federation import Client, make_clients, participants, pooled
 from fedspan.methods.base import Broadcast, Method, Request
-from fedspan.models import FederatedModel, build, load_processor, make_template
+from fedspan.models import FederatedModel, build, load_processor
 from fedspan.rounds import Standing, run_round
 from fedspan.train import LocalResult, num_steps, train
 
@@ -131,9 +131,7 @@ class Job:
         """`method` over `clients`, from its checkpoint where there is one."""
         rank = max(client.rank for client in clients)
         c = self.config
-        template = make_template(self.model, rank, c.adapter.alpha, c.adapter.rslora, c.seed)
-        if method.info.trains != "adapter":
-            template = replace(template, modules={})
+        template = self.model.template(rank, c.adapter.alpha, c.adapter.rslora, c.seed)
         initial = Checkpoint(method.init(template, self.initial_dense))
         self.model.check(method.broadcast(initial.state, Request(None)).recipe)
         path = self.out / "checkpoint" / f"{phase}.safetensors"

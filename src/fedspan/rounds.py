@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -257,8 +258,9 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def _reset_peak_memory() -> int:
     """Start a new measurement of the process's peak resident memory; its value now, in bytes."""
-    if _CLEAR.exists():
-        ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator only hoards would hide what is taken anew
+    if _CLEAR.exists() and os.access(_CLEAR, os.W_OK):
+        # Memory that glibc's allocator only hoards would hide what is taken anew.
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
         _CLEAR.write_text("5")
     return _peak_memory()
 

@@ -1,0 +1,140 @@
+"""From a base's name to a `FederatedModel`: heads, target layers, and PEFT's adapters on them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedspan.models.federated import FederatedModel, Trains
+from fedspan.models.layers import in_float32, is_conv1d, shape_of
+from fedspan.models.loading import Kind, load_base, seeded
+
+
+def build(
+    name: str,
+    kind: Kind,
+    *,
+    trains: Trains,
+    num_labels: int,
+    target_modules: tuple[str, ...],
+    max_rank: int,
+    rslora: bool,
+    dropout: float,
+    dtype: str,
+    device: torch.device,
+    seed: int,
+    label_names: tuple[str, ...] | None = None,
+    regression: bool = False,
+    pad_token_id: int | None = None,
+) -> FederatedModel:
+    """Load the base and attach what `trains` asks for.
+
+    Parameters
+    ----------
+    pad_token_id
+        What the batches are padded with; none: as the base's own configuration says.
+
+    Raises
+    ------
+    ValueError
+        When the base cannot be read, no layer matches `target_modules`, or a rank exceeds a layer's size.
+    """
+    kept = dtype if trains == "adapter" else "float32"
+    base, new = load_base(name, kind, num_labels, kept, seed, label_names, regression, pad_token_id)
+    base.to(device)
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+    own = dict(base.named_parameters())
+    heads = _heads(base, kind, name, new & own.keys())
+    targets = _targets(base, target_modules, heads)
+    head_names = {n for n in own if _within(n, heads)}
+    for layer_name, layer in targets.items():
+        m, n = shape_of(layer)
+        if trains == "adapter" and max_rank > min(m, n):
+            raise ValueError(
+                f"rank {max_rank} is above what {layer_name} ({m}×{n}) can hold: expected at most {min(m, n)}"
+            )
+    weights = {f"{layer_name}.weight" for layer_name in targets}
+    chosen = {"adapter": head_names, "targets": head_names | weights, "all": set(own)}[trains]
+    dense = {n: own[n] for n in own if n in chosen}
+    for parameter in dense.values():
+        parameter.data = parameter.data.float()
+    if kept != "float32":
+        for head in heads:
+            base.get_submodule(head).register_forward_pre_hook(in_float32)
+    model: nn.Module = base
+    layers: Mapping[str, Any] = targets
+    if trains == "adapter":
+        with seeded(seed, "adapter"):
+            model, layers = _attach(base, targets, max_rank, rslora, dropout)
+    return FederatedModel(name, kind, trains, model, layers, dense, frozenset(weights & chosen), heads, device)
+
+
+def _heads(base: Any, kind: Kind, name: str, new: Collection[str]) -> tuple[str, ...]:
+    """The modules to train whole: all beside the body of a classifier, and a pooler that the files did not hold.
+
+    Raises
+    ------
+    ValueError
+        When the files lack anything else: it would be random, and nothing would say so.
+    """
+    heads: tuple[str, ...] = ()
+    if kind != "instruction":
+        beside = (child for child in base.named_children() if child[0] != base.base_model_prefix)
+        heads = tuple(name for name, child in beside if any(True for _ in child.parameters()))
+    lacking = sorted(n for n in new if not _within(n, heads))
+    for parameter in lacking:
+        if kind == "instruction" or "pooler" not in parameter.split("."):
+            raise ValueError(
+                f"model.name = {name!r}: its files lack {len(lacking)} of the model's weights, such as {parameter}; "
+                f"expected a complete base"
+            )
+    return heads + tuple(sorted({parameter.rpartition(".")[0] for parameter in lacking}))
+
+
+def _within(name: str, modules: Collection[str]) -> bool:
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def _targets(base: nn.Module, wanted: tuple[str, ...], heads: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The linear layers whose names end in one of `wanted`, in the model's order."""
+    output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
+    linear = {
+        name: layer
+        for name, layer in base.named_modules()
+        if (isinstance(layer, nn.Linear) or is_conv1d(layer)) and layer is not output and not _within(name, heads)
+    }
+    if tuple(wanted) == ("all-linear",):
+        if not linear:
+            raise ValueError("adapter.target_modules: this model has no linear layer beside its head")
+        return linear
+    chosen = {
+        name: layer for name, layer in linear.items() if any(name == end or name.endswith("." + end) for end in wanted)
+    }
+    for end in wanted:
+        if not any(name == end or name.endswith("." + end) for name in chosen):
+            endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise ValueError(
+                f"adapter.target_modules: {end!r} matches no linear layer; this model has {', '.join(endings)}"
+            )
+    return chosen
+
+
+def _attach(
+    base: nn.Module, targets: Mapping[str, nn.Module], rank: int, rslora: bool, dropout: float
+) -> tuple[nn.Module, dict[str, Any]]:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=list(targets),
+        lora_dropout=dropout,
+        use_rslora=rslora,
+        fan_in_fan_out=any(is_conv1d(layer) for layer in targets.values()),
+    )
+    model = inject_adapter_in_model(config, base)
+    return model, {name: model.get_submodule(name) for name in targets}

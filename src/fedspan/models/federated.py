@@ -1,0 +1,171 @@
+"""One base model in memory, through which clients pass one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedspan import adapters
+from fedspan.methods.base import Broadcast, Factors, Patch, Recipe, Template, patch_dense
+from fedspan.models.layers import base_layer, beside, factors_of, is_conv1d, read_adapter, set_adapter, shape_of
+from fedspan.models.loading import Kind, quiet, resolve
+
+Trains = Literal["adapter", "targets", "all"]
+_TASK_TYPES: Mapping[str, str | None] = {"instruction": "CAUSAL_LM", "classification": "SEQ_CLS", "image": None}
+
+
+@dataclass(slots=True)
+class FederatedModel:
+    """One base model in memory, through which clients pass one after the other.
+
+    Whatever is loaded is copied, and whatever is handed out is a copy: no client's tensor is another's, and the
+    server's state is never trained in place.
+    """
+
+    name: str
+    kind: Kind
+    trains: Trains
+    model: nn.Module
+    layers: Mapping[str, Any]
+    """Adapted modules by their name inside the base: PEFT LoRA layers, or the plain layers."""
+    dense_parameters: Mapping[str, nn.Parameter]
+    """Heads and, for full-weight methods, the weights that are trained."""
+    projected: frozenset[str]
+    """Names in `dense_parameters` that are weights of target modules (GaLore projects these)."""
+    heads: tuple[str, ...]
+    """Modules that are trained whole: the head, and what else of the model its files did not hold (a pooler)."""
+    device: torch.device
+    _originals: dict[str, Tensor] = field(default_factory=dict)
+    _hooks: list[Any] = field(default_factory=list)
+    _patch: Mapping[str, Patch] = field(default_factory=dict)
+
+    def modules(self) -> dict[str, tuple[int, int]]:
+        """Module name -> (m, n)."""
+        return {name: shape_of(base_layer(layer)) for name, layer in self.layers.items()}
+
+    def template(self, rank: int, alpha: float, rslora: bool, seed: int) -> Template:
+        """What is fixed for a run over this model; without adapters there are no modules to speak of."""
+        return Template(self.modules() if self.trains == "adapter" else {}, rank, alpha, rslora, seed)
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise a ValueError for a recipe that does not fit this model's layers."""
+        if recipe.galore is None:
+            return
+        for name in sorted(self.projected):
+            m, n = self.dense_parameters[name].shape
+            if recipe.galore.rank > min(m, n):
+                raise ValueError(
+                    f"method.galore_rank = {recipe.galore.rank}: {name} is {m}×{n}, expected at most {min(m, n)}"
+                )
+
+    def load(self, broadcast: Broadcast) -> None:
+        """Put a client's starting point into the model: patch on the base, adapter, dense weights.
+
+        Raises
+        ------
+        ValueError
+            When a module or weight is missing, unknown or of another shape: what the client before left would stay.
+        """
+        self._check_fits(broadcast)
+        self._apply_patch(broadcast.patch)
+        for name, factors in broadcast.adapter.items():
+            set_adapter(self.layers[name], factors, self.device)
+        with torch.no_grad():
+            for name, value in broadcast.dense.items():
+                self.dense_parameters[name].copy_(value)
+
+    def _check_fits(self, broadcast: Broadcast) -> None:
+        expected: dict[str, tuple[int, ...]] = {name: p.shape for name, p in self.dense_parameters.items()}
+        given: dict[str, tuple[int, ...]] = {name: value.shape for name, value in broadcast.dense.items()}
+        if self.trains == "adapter":
+            expected |= self.modules()
+        given |= {name: (f.b.shape[0], f.a.shape[1]) for name, f in broadcast.adapter.items()}
+        odd = sorted(expected.keys() ^ given.keys())
+        if odd:
+            raise ValueError(f"a broadcast {'with an unknown' if odd[0] in given else 'without'} {odd[0]}")
+        for name, shape in given.items():
+            if shape != expected[name]:
+                raise ValueError(f"a broadcast with {name} of shape {tuple(shape)}: expected {tuple(expected[name])}")
+
+    def trainable(self, recipe: Recipe) -> dict[str, nn.Parameter]:
+        """The parameters that this recipe trains, by name; everything else is frozen."""
+        chosen: dict[str, nn.Parameter] = {}
+        if self.trains == "adapter":
+            for name, layer in self.layers.items():
+                a, b = factors_of(layer)
+                chosen |= {f"{name}/a": a} if recipe.train_a else {}
+                chosen |= {f"{name}/b": b} if recipe.train_b else {}
+        chosen |= dict(self.dense_parameters)
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in chosen.values():
+            parameter.requires_grad_(True)
+        return chosen
+
+    def adapter(self) -> dict[str, Factors]:
+        """Copies of the adapter as it stands."""
+        if self.trains != "adapter":
+            return {}
+        return {name: read_adapter(layer) for name, layer in self.layers.items()}
+
+    def dense(self) -> dict[str, Tensor]:
+        """Copies of the dense weights as they stand, in float32 on the CPU."""
+        return {name: p.detach().float().cpu().clone() for name, p in self.dense_parameters.items()}
+
+    def tail_penalty(self, tail: int) -> Tensor:
+        """Σ ‖B[:, k:]‖_F ‖A[k:, :]‖_F over the modules."""
+        pairs = [factors_of(layer) for layer in self.layers.values()]
+        return torch.stack([b[:, tail:].norm() * a[tail:].norm() for a, b in pairs]).sum()
+
+    def save_weights(self, path: Path, processor: Any) -> None:
+        """The whole model and its processor, as transformers saves them."""
+        with quiet():
+            self.model.save_pretrained(str(path))  # type: ignore[operator]
+            processor.save_pretrained(str(path))
+
+    def save_adapter(self, path: Path, factors: Mapping[str, Factors], dense: Mapping[str, Tensor]) -> None:
+        """A PEFT adapter folder for the untouched base, heads included as `modules_to_save`."""
+        conv = [name for name, layer in self.layers.items() if is_conv1d(base_layer(layer))]
+        adapters.save(
+            path,
+            factors,
+            base_model=resolve(self.name),
+            task_type=_TASK_TYPES[self.kind],
+            dense=dense,
+            modules_to_save=self.heads,
+            fan_in_fan_out=bool(conv),
+        )
+
+    def _apply_patch(self, patch: Mapping[str, Patch]) -> None:
+        if patch is self._patch:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        with torch.no_grad():
+            for name in self._patch.keys() | patch.keys():
+                self._patch_layer(name, patch.get(name))
+        self._patch = patch
+
+    def _patch_layer(self, name: str, patch: Patch | None) -> None:
+        layer = base_layer(self.layers[name])
+        weight = layer.weight
+        if patch is not None and weight.dtype != torch.float32:
+            # A patch smaller than the base's rounding would vanish in it: it stays beside it in float32.
+            self._hooks.append(layer.register_forward_hook(beside(patch, self.device)))
+            return
+        if patch is None:
+            if name in self._originals:
+                weight.copy_(self._originals[name])
+            return
+        if name not in self._originals:
+            self._originals[name] = weight.detach().clone()
+        original = self._originals[name]
+        delta = patch_dense(patch).to(self.device)
+        # Always from the original, so that errors do not add up over the rounds.
+        weight.copy_(original + (delta.T if is_conv1d(layer) else delta))

@@ -1,0 +1,69 @@
+"""One layer: its orientation, its adapter, and a patch beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedspan.lowrank import LowRank
+from fedspan.methods.base import Factors, Patch
+
+_SLOT = "default"
+"""PEFT's name for the one adapter that is ever attached."""
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """GPT-2's linear layer, which stores its weight as (n, m)."""
+    return type(layer).__name__ == "Conv1D"
+
+
+def base_layer(layer: Any) -> Any:
+    """The plain layer inside a PEFT layer, or the layer itself."""
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
+def shape_of(layer: Any) -> tuple[int, int]:
+    """(m, n) = (out_features, in_features), whichever way the layer stores its weight."""
+    rows, columns = layer.weight.shape
+    return (columns, rows) if is_conv1d(layer) else (rows, columns)
+
+
+def factors_of(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    """(A, B) of a PEFT layer, the live parameters."""
+    return layer.lora_A[_SLOT].weight, layer.lora_B[_SLOT].weight
+
+
+def set_adapter(layer: Any, factors: Factors, device: torch.device) -> None:
+    """New parameters, of whatever rank: nothing of the client before is left."""
+    layer.lora_A[_SLOT].weight = nn.Parameter(factors.a.detach().float().to(device, copy=True))
+    layer.lora_B[_SLOT].weight = nn.Parameter(factors.b.detach().float().to(device, copy=True))
+    layer.r[_SLOT] = factors.rank
+    layer.scaling[_SLOT] = factors.scaling
+
+
+def read_adapter(layer: Any) -> Factors:
+    """A copy of the layer's adapter."""
+    a, b = factors_of(layer)
+    return Factors(b.detach().cpu().clone(), a.detach().cpu().clone(), layer.scaling[_SLOT])
+
+
+def beside(patch: Patch, device: torch.device) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A forward hook that adds x·ΔWᵀ to the layer's output in float32, for a base in a coarser type."""
+    factors = (patch.b, patch.a) if isinstance(patch, LowRank) else (patch,)
+    moved = [factor.float().to(device) for factor in factors]
+
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        extra = inputs[0].float()
+        for factor in reversed(moved):  # x Aᵀ Bᵀ: the m×n product is never formed
+            extra = extra @ factor.T
+        return (output.float() + extra).to(output.dtype)
+
+    return hook
+
+
+def in_float32(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a half-precision body hands to a head that is trained in float32."""
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)

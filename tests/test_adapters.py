@@ -32,7 +32,8 @@ from transformers import (
 
 from fedspan import adapters
 from fedspan.adapters import CARRIED, CONFIG_NAME, WEIGHTS_NAME, Adapter, load, pattern_value, save
-from fedspan.methods.base import Factors, generator
+from fedspan.methods.messages import Factors
+from fedspan.seeding import generator
 
 torch.set_num_threads(1)
 IDS = torch.arange(12).reshape(2, 6)

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from fedspan import checkpoint
 from fedspan.checkpoint import Checkpoint
 from fedspan.methods import METHODS
-from fedspan.methods.base import Method, generator
+from fedspan.methods.base import Method
 from fedspan.rounds import Standing, run_round
+from fedspan.seeding import generator
 
 SMALL = {"one": (6, 5), "two": (5, 5)}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from fedspan.config import DataConfig
 from fedspan.data import Encoded, Rows, encode
 from fedspan.evaluate import evaluate
-from fedspan.methods.base import generator
 from fedspan.metrics import METRICS, Metric
 from fedspan.models import FederatedModel
+from fedspan.seeding import generator
 
 TEXTS = [(row["text"] * (1 + i % 3),) for i, row in enumerate(tiny.words(20))]
 LABELS = [i % 3 for i in range(20)]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedspan.galore import GaloreAdamW, projector
 from fedspan.methods import METHODS
-from fedspan.methods.base import GaloreOptions, Request, Template
+from fedspan.methods.messages import GaloreOptions, Request, Template
 
 torch.set_num_threads(1)
 NEVER = 10**9

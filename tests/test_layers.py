@@ -14,7 +14,7 @@ PACKAGE = Path(fedspan.__file__).parent
 
 # From the bottom up. A file imports from lower layers only; a folder is one unit, without cycles inside.
 LAYERS = (
-    {"naming", "lowrank", "builtin"},
+    {"naming", "seeding", "lowrank", "builtin"},
     {"subspace", "partition", "metrics", "config"},
     {"methods", "galore"},
     {"adapters", "data"},

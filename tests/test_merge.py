@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from fedspan.adapters import CONFIG_NAME, WEIGHTS_NAME, load
 from fedspan.merging import MergeReport, combine, merge
 from fedspan.methods import METHODS, create
-from fedspan.methods.base import generator
+from fedspan.seeding import generator
 
 torch.set_num_threads(1)
 SHAPES = {"l.0.q": (12, 9), "l.0.up": (20, 7), "l.1.q": (12, 9)}

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fedspan.lowrank import LowRank
-from fedspan.methods.base import Broadcast, Factors, GaloreOptions, Patch, Recipe, generator, patch_dense
+from fedspan.methods.messages import Broadcast, Factors, GaloreOptions, Recipe
+from fedspan.methods.patches import Patch, patch_dense
 from fedspan.models import FederatedModel
 from fedspan.runs import merged_adapter
+from fedspan.seeding import generator
 
 KINDS = {**tiny.KIND, "llama-classifier": "classification"}
 ARCHITECTURES = sorted(KINDS)

@@ -13,7 +13,9 @@ import torch
 from fedspan import checkpoint, engine
 from fedspan.federation import Client
 from fedspan.methods import METHODS
-from fedspan.methods.base import Broadcast, Diagnostics, Factors, Partial, ServerState, Update
+from fedspan.methods.base import ServerState
+from fedspan.methods.folds import Partial
+from fedspan.methods.messages import Broadcast, Diagnostics, Factors, Update
 from fedspan.rounds import run_round
 from fedspan.runs import Result, resume, run
 from fedspan.train import LocalResult, train

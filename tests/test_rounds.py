@@ -14,20 +14,9 @@ import torch
 from fedspan.federation import Client
 from fedspan.lowrank import LowRank
 from fedspan.methods import METHODS
-from fedspan.methods.base import (
-    COLLECT,
-    SUM,
-    Broadcast,
-    Exchange,
-    Factors,
-    Method,
-    Partial,
-    Request,
-    ServerState,
-    Update,
-    Vector,
-    advance,
-)
+from fedspan.methods.base import Method, ServerState, advance
+from fedspan.methods.folds import COLLECT, SUM, Exchange, Partial
+from fedspan.methods.messages import Broadcast, Factors, Request, Update, Vector
 from fedspan.rounds import RoundFailed, Standing, run_round
 from fedspan.train import LocalResult
 

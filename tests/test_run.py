@@ -23,7 +23,7 @@ from fedspan.config import load as load_config
 from fedspan.data import load as load_data
 from fedspan.engine import Job
 from fedspan.methods import METHODS, create
-from fedspan.methods.base import Factors
+from fedspan.methods.messages import Factors
 from fedspan.rounds import RoundFailed
 from fedspan.runs import Event, Result, resume, run
 from fedspan.train import LocalResult, train

@@ -16,8 +16,9 @@ from torch import Tensor
 from fedspan import config as settings
 from fedspan.config import DataConfig, LocalConfig
 from fedspan.data import Encoded, Rows, encode
-from fedspan.methods.base import Broadcast, GaloreOptions, Recipe, generator
+from fedspan.methods.messages import Broadcast, GaloreOptions, Recipe
 from fedspan.models import FederatedModel
+from fedspan.seeding import generator
 from fedspan.train import LocalResult, batches, num_steps, train
 
 LOCAL = LocalConfig(learning_rate=1e-2, batch_size=4)

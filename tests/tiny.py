@@ -19,9 +19,11 @@ from fedspan import config as settings
 from fedspan.config import Config
 from fedspan.federation import Client
 from fedspan.lowrank import LowRank
-from fedspan.methods.base import Broadcast, Factors, Method, Recipe, ServerState, Template, Update, generator
+from fedspan.methods.base import Method, ServerState
+from fedspan.methods.messages import Broadcast, Factors, Recipe, Template, Update
 from fedspan.models import FederatedModel, build, load_processor
 from fedspan.rounds import Standing
+from fedspan.seeding import generator
 from fedspan.train import LocalResult
 
 SIZE = 32

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedspan.methods.base import Factors
+from fedspan.methods.messages import Factors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -274,9 +274,7 @@ def _sort_rest(
                 "expected lora_A, lora_B and modules_to_save weights"
             )
     if saved and not dense:
-        raise ValueError(
-            f"{path}: modules_to_save = {list(saved)}: expected weights of theirs in {WEIGHTS_NAME}"
-        )
+        raise ValueError(f"{path}: modules_to_save = {list(saved)}: expected weights of theirs in {WEIGHTS_NAME}")
     return dense, frozen
 
 
@@ -378,17 +376,13 @@ def _check_parts(
             raise ValueError(f"{path}: {module}: factors {shapes}: expected (m, r) and (r, n)")
         if _is_saved(f"{module}.weight", modules_to_save):
             # PEFT would not adapt it, and leave its factors unread.
-            raise ValueError(
-                f"{path}: {module} has factors and is in modules_to_save: expected one of the two"
-            )
+            raise ValueError(f"{path}: {module} has factors and is in modules_to_save: expected one of the two")
     for module in embeddings:
         if module not in factors:
             raise ValueError(f"{path}: embedding {module!r} has no factors: expected a module with factors")
     for name in whole:
         if not _is_saved(name, modules_to_save) and not _is_embedding(name):
-            raise ValueError(
-                f"{path}: weight {name!r}: expected one in modules_to_save {list(modules_to_save)}"
-            )
+            raise ValueError(f"{path}: weight {name!r}: expected one in modules_to_save {list(modules_to_save)}")
     for key in carried:
         if key not in CARRIED:
             raise ValueError(f"{path}: config entry {key!r}: expected one of {', '.join(CARRIED)}")

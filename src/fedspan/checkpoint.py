@@ -17,7 +17,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedspan.lowrank import LowRank
-from fedspan.methods.base import ClientState, Patch, PatchLog, ServerState, Template
+from fedspan.methods.base import ServerState
+from fedspan.methods.messages import ClientState, Template
+from fedspan.methods.patches import Patch, PatchLog
 
 _FORMAT = 1
 

@@ -17,7 +17,8 @@ from fedspan.data import Encoded, encode
 from fedspan.data import load as load_data
 from fedspan.evaluate import evaluate
 from fedspan.federation import Client, make_clients, participants, pooled
-from fedspan.methods.base import Broadcast, Method, Request
+from fedspan.methods.base import Method
+from fedspan.methods.messages import Broadcast, Request
 from fedspan.models import FederatedModel, build, load_processor
 from fedspan.rounds import Standing, run_round
 from fedspan.train import LocalResult, num_steps, train

@@ -7,11 +7,12 @@ m ≤ n: P (m, r) from G's left singular vectors and R = PᵀG; m > n: the same 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from hashlib import blake2b
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from fedspan.seeding import generator
 
 SVDKind = Literal["exact", "randomized"]
 OnRefresh = Literal["keep", "project", "reset"]
@@ -178,7 +179,7 @@ def _projected(grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], do
     wide = grad.mT if tall else grad
     since = done % group["update_gap"]
     if since == 0:
-        new = projector(wide, group["rank"], group["svd"], _generator(group["seed"], done, index))
+        new = projector(wide, group["rank"], group["svd"], generator(group["seed"], done, index))
         _refresh(state, new, group["on_refresh"])
     p = state["projector"]
     # After a reset the moments are as old as the projector, and so is the correction of their zero start.
@@ -240,8 +241,3 @@ def projector(grad: Tensor, rank: int, svd: SVDKind, rng: torch.Generator) -> Te
     inner = torch.linalg.svd(basis.mT @ grad, full_matrices=False).U
     top: Tensor = basis @ inner[:, :rank]
     return top
-
-
-def _generator(*key: int) -> torch.Generator:
-    digest = blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -19,16 +19,8 @@ from fedspan import lowrank
 from fedspan.adapters import CARRIED, Adapter, check_free, load, save
 from fedspan.lowrank import LowRank
 from fedspan.methods import METHODS
-from fedspan.methods.base import (
-    Broadcast,
-    Factors,
-    Method,
-    Request,
-    ServerState,
-    Template,
-    Update,
-    aggregate,
-)
+from fedspan.methods.base import Method, ServerState, aggregate
+from fedspan.methods.messages import Broadcast, Factors, Request, Template, Update
 
 
 @dataclass(frozen=True, slots=True)

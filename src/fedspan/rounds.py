@@ -15,18 +15,10 @@ import torch
 
 from fedspan.federation import Client
 from fedspan.lowrank import LowRank
-from fedspan.methods.base import (
-    Broadcast,
-    ClientState,
-    Factors,
-    Method,
-    Partial,
-    Patch,
-    Request,
-    ServerState,
-    Update,
-    Vector,
-)
+from fedspan.methods.base import Method, ServerState
+from fedspan.methods.folds import Partial
+from fedspan.methods.messages import Broadcast, ClientState, Factors, Request, Update, Vector
+from fedspan.methods.patches import Patch
 from fedspan.train import LocalResult
 
 Work = Callable[[Client, Broadcast, int], LocalResult]

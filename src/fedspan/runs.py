@@ -19,7 +19,7 @@ from fedspan.config import Config, to_toml
 from fedspan.config import load as load_config
 from fedspan.engine import Event, Federation, Job, OnEvent, mean_figures, to_json
 from fedspan.lowrank import LowRank
-from fedspan.methods.base import Broadcast, Factors, Request
+from fedspan.methods.messages import Broadcast, Factors, Request
 from fedspan.metrics import METRICS
 
 __all__ = ["Event", "OnEvent", "Result", "resume", "run"]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from fedspan.config import LocalConfig
 from fedspan.data import Encoded
 from fedspan.galore import GaloreAdamW
-from fedspan.methods.base import Broadcast, Recipe, Update, generator
+from fedspan.methods.messages import Broadcast, Recipe, Update
 from fedspan.models import FederatedModel, seeded
+from fedspan.seeding import generator
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,17 +15,8 @@ from hypothesis import strategies as st
 
 from fedspan.lowrank import LowRank
 from fedspan.methods import METHODS
-from fedspan.methods.base import (
-    Diagnostics,
-    Factors,
-    Method,
-    MethodInfo,
-    Request,
-    ServerState,
-    Template,
-    Update,
-    aggregate,
-)
+from fedspan.methods.base import Method, MethodInfo, ServerState, aggregate
+from fedspan.methods.messages import Diagnostics, Factors, Request, Template, Update
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Dense = dict[str, Array]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedspan.methods import fedit, ffa_lora, hetlora, local
-from fedspan.methods.base import Factors, Request, Update
+from fedspan.methods.messages import Factors, Request, Update
 
 laws = settings(deadline=None, max_examples=20, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)

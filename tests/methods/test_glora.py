@@ -26,7 +26,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedspan.methods import flexlora, glora
-from fedspan.methods.base import Factors, Request, ServerState, Update
+from fedspan.methods.base import ServerState
+from fedspan.methods.messages import Factors, Request, Update
 
 laws = settings(deadline=None, max_examples=15, derandomize=True)
 MIXED: dict[str, Any] = {"shapes": ((20, 20), (24, 14)), "ranks": (2, 4, 7), "counts": (5, 2, 9)}

@@ -33,7 +33,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedspan.lowrank import LowRank
-from fedspan.methods.base import Factors, Partial, Payload, Request, Update, Vector, aggregate, patch_numel
+from fedspan.methods.base import aggregate
+from fedspan.methods.folds import Partial
+from fedspan.methods.messages import Factors, Payload, Request, Update, Vector
+from fedspan.methods.patches import patch_numel
 
 laws = settings(deadline=None, max_examples=12, derandomize=True)
 EXACT = [case for case in FEDERATED if case.info.exact]

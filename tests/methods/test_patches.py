@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from fedspan.lowrank import LowRank
 from fedspan.methods import fedex_lora, flora
-from fedspan.methods.base import Patch, PatchLog, Request, patch_dense, patch_numel
+from fedspan.methods.messages import Request
+from fedspan.methods.patches import Patch, PatchLog, patch_dense, patch_numel
 
 laws = settings(deadline=None, max_examples=25, derandomize=True)
 

@@ -15,7 +15,8 @@ from federations import ADAPTER, FEDERATED, Case, array, assert_same, build, dis
 
 from fedspan.lowrank import LowRank
 from fedspan.methods import METHODS
-from fedspan.methods.base import Factors, Request, Template, Vector, fresh_a
+from fedspan.methods.messages import Factors, Request, Template, Vector
+from fedspan.methods.readout import fresh_a
 
 EXACT = [case for case in ADAPTER if case.info.exact]
 

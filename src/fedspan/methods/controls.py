@@ -8,24 +8,10 @@ from typing import Literal
 
 import torch
 
-from fedspan.methods.base import (
-    SUM,
-    Broadcast,
-    ClientState,
-    Diagnostics,
-    Exchange,
-    Factors,
-    Method,
-    MethodInfo,
-    Partial,
-    Request,
-    ServerState,
-    Template,
-    Tensors,
-    Update,
-    advance,
-    fresh_adapter,
-)
+from fedspan.methods.base import Method, MethodInfo, ServerState, advance
+from fedspan.methods.folds import SUM, Exchange, Partial
+from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Factors, Request, Template, Tensors, Update
+from fedspan.methods.readout import fresh_adapter
 
 Trains = Literal["adapter", "targets", "all"]
 

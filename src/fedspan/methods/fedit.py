@@ -6,24 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from fedspan import lowrank
-from fedspan.methods.base import (
-    SUM,
-    Broadcast,
-    ClientState,
-    Diagnostics,
-    Exchange,
-    Factors,
-    Method,
-    MethodInfo,
-    Partial,
-    Request,
-    ServerState,
-    Template,
-    Tensors,
-    Update,
-    advance,
-    fresh_adapter,
-)
+from fedspan.methods.base import Method, MethodInfo, ServerState, advance
+from fedspan.methods.folds import SUM, Exchange, Partial
+from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Factors, Request, Template, Tensors, Update
+from fedspan.methods.readout import fresh_adapter
 
 
 def init_factors(template: Template, dense: Tensors) -> ServerState:

@@ -6,26 +6,21 @@ from dataclasses import replace
 
 import torch
 
-from fedspan.methods.base import (
-    SUM,
+from fedspan.methods.base import Method, MethodInfo, ServerState, advance
+from fedspan.methods.folds import SUM, Exchange, Partial
+from fedspan.methods.messages import (
     Broadcast,
     ClientState,
     Diagnostics,
-    Exchange,
     Factors,
-    Method,
-    MethodInfo,
-    Partial,
     Recipe,
     Request,
-    ServerState,
     Template,
     Tensors,
     Update,
     Vector,
-    advance,
-    fresh_adapter,
 )
+from fedspan.methods.readout import fresh_adapter
 
 
 def ffa_lora() -> Method:

@@ -9,22 +9,12 @@ from torch import Tensor
 
 from fedspan import lowrank
 from fedspan.lowrank import LowRank
-from fedspan.methods.base import (
-    Broadcast,
-    Diagnostics,
-    Method,
-    MethodInfo,
-    Partial,
-    Patch,
-    PatchLog,
-    Request,
-    ServerState,
-    Template,
-    Tensors,
-    advance,
-    fresh_adapter,
-)
+from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.fedit import check_rank, factors_of, init_factors
+from fedspan.methods.folds import Partial
+from fedspan.methods.messages import Broadcast, Diagnostics, Request, Template, Tensors
+from fedspan.methods.patches import Patch, PatchLog
+from fedspan.methods.readout import fresh_adapter
 
 
 def patches_of(state: ServerState) -> PatchLog:

@@ -4,22 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedspan.methods.base import (
-    SUM,
-    Broadcast,
-    Diagnostics,
-    Exchange,
-    GaloreOptions,
-    Method,
-    MethodInfo,
-    Partial,
-    Recipe,
-    Request,
-    ServerState,
-    Template,
-    Tensors,
-    advance,
-)
+from fedspan.methods.base import Method, MethodInfo, ServerState, advance
+from fedspan.methods.folds import SUM, Exchange, Partial
+from fedspan.methods.messages import Broadcast, Diagnostics, GaloreOptions, Recipe, Request, Template, Tensors
 
 
 def fedavg() -> Method:

@@ -14,21 +14,10 @@ from torch import Tensor
 
 from fedspan import lowrank, subspace
 from fedspan.lowrank import LowRank
-from fedspan.methods.base import (
-    Broadcast,
-    Diagnostics,
-    Factors,
-    Method,
-    MethodInfo,
-    Partial,
-    Request,
-    ServerState,
-    Template,
-    Tensors,
-    advance,
-    fresh_adapter,
-    readout,
-)
+from fedspan.methods.base import Method, MethodInfo, ServerState, advance
+from fedspan.methods.folds import Partial
+from fedspan.methods.messages import Broadcast, Diagnostics, Factors, Request, Template, Tensors
+from fedspan.methods.readout import fresh_adapter, readout
 
 
 @dataclass(frozen=True, slots=True)

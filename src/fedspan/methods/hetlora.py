@@ -8,25 +8,20 @@ from dataclasses import replace
 import torch
 
 from fedspan import lowrank
-from fedspan.methods.base import (
-    SUM,
+from fedspan.methods.base import Method, MethodInfo, ServerState, advance
+from fedspan.methods.folds import SUM, Exchange, Partial
+from fedspan.methods.messages import (
     Broadcast,
     ClientState,
     Diagnostics,
-    Exchange,
     Factors,
-    Method,
-    MethodInfo,
-    Partial,
     Request,
-    ServerState,
     Template,
     Tensors,
     Update,
     Vector,
-    advance,
-    fresh_adapter,
 )
+from fedspan.methods.readout import fresh_adapter
 
 
 def hetlora(gamma: float = 0.99, penalty: float = 5e-3) -> Method:

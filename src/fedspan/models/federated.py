@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fedspan import adapters
-from fedspan.methods.base import Broadcast, Factors, Patch, Recipe, Template, patch_dense
+from fedspan.methods.messages import Broadcast, Factors, Recipe, Template
+from fedspan.methods.patches import Patch, patch_dense
 from fedspan.models.layers import base_layer, beside, factors_of, is_conv1d, read_adapter, set_adapter, shape_of
 from fedspan.models.loading import Kind, quiet, resolve
 

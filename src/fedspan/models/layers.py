@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fedspan.lowrank import LowRank
-from fedspan.methods.base import Factors, Patch
+from fedspan.methods.messages import Factors
+from fedspan.methods.patches import Patch
 
 _SLOT = "default"
 """PEFT's name for the one adapter that is ever attached."""

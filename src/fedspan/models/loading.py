@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from fedspan.builtin import base_path
-from fedspan.methods.base import generator
+from fedspan.seeding import generator
 
 Kind = Literal["instruction", "classification", "image"]
 

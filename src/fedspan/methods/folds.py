@@ -1,0 +1,131 @@
+"""How a server accumulates its clients' answers: as a sum, or one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from torch import Tensor
+
+from fedspan import lowrank
+from fedspan.lowrank import LowRank
+from fedspan.methods.messages import Payload, Tensors, Update, Vector
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """The fold of the updates seen so far; two of them merge, so servers can form a tree."""
+
+    num_clients: int = 0
+    weight: float = 0.0
+    dense: Tensors = field(default_factory=dict)
+    """Σ n_k x_k."""
+    sums: Mapping[str, Tensors] = field(default_factory=dict)
+    """Σ n_k · payload_k, for a sum."""
+    collected: tuple[Update, ...] = ()
+    """The updates themselves, for a method that needs each."""
+
+    def mean_dense(self) -> Tensors:
+        """Σ p_k x_k over the participants."""
+        return {name: value / self.weight for name, value in self.dense.items()}
+
+    def mean(self, module: str) -> Tensors:
+        """Σ p_k payload_k of one module, field by field."""
+        return {name: value / self.weight for name, value in self.sums[module].items()}
+
+    def shares(self) -> list[float]:
+        """p_k = n_k / Σ n of the collected updates. The one place where counts become weights."""
+        return [update.num_examples / self.weight for update in self.collected]
+
+    def deltas(self, module: str) -> list[LowRank]:
+        """s_k B_k A_k of the collected updates."""
+        return [update.factors(module).delta() for update in self.collected]
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """How the answers of one exchange are accumulated."""
+
+    kind: Literal["sum", "collect"]
+    add: Callable[[Partial, Update], Partial]
+    merge: Callable[[Partial, Partial], Partial]
+
+
+def _plus(x: Tensors, y: Tensors) -> dict[str, Tensor]:
+    """x + y, name by name. Nothing is padded: the shapes of dense weights must agree."""
+    _same_names("tensors", x, y)
+    for name in x:
+        if x[name].shape != y[name].shape:
+            shapes = f"{tuple(x[name].shape)} and {tuple(y[name].shape)}"
+            raise ValueError(f"updates hold {name} in shapes {shapes}: expected one shape")
+    return {name: x[name] + y[name] for name in x}
+
+
+def _same_names(what: str, x: Mapping[str, object], y: Mapping[str, object]) -> None:
+    if x.keys() != y.keys():
+        raise ValueError(f"updates name different {what}: {sorted(x.keys() ^ y.keys())[:3]}")
+
+
+def _plus_nested(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, where a factor of smaller rank fills the leading rows or columns and counts as zero elsewhere."""
+    if x.shape == y.shape:
+        return x + y
+    rows, columns = max(x.shape[0], y.shape[0]), max(x.shape[1], y.shape[1])
+    total = x.new_zeros((rows, columns))
+    total[: x.shape[0], : x.shape[1]] += x
+    total[: y.shape[0], : y.shape[1]] += y
+    return total
+
+
+def _weighted(x: Tensors, weight: float) -> dict[str, Tensor]:
+    return {name: lowrank.promote(value) * weight for name, value in x.items()}
+
+
+def _payload_tensors(payload: Payload) -> Tensors:
+    return payload.values if isinstance(payload, Vector) else {"a": payload.a, "b": payload.b}
+
+
+def _plus_modules(x: Mapping[str, Tensors], y: Mapping[str, Tensors]) -> dict[str, Tensors]:
+    _same_names("modules", x, y)
+    total: dict[str, Tensors] = {}
+    for name in x:
+        _same_names(f"tensors of {name}", x[name], y[name])
+        total[name] = {part: _plus_nested(x[name][part], y[name][part]) for part in x[name]}
+    return total
+
+
+def _add_to_sum(partial: Partial, update: Update) -> Partial:
+    w = update.num_examples
+    modules = {name: _weighted(_payload_tensors(p), w) for name, p in update.modules.items()}
+    return _merge(partial, Partial(1, w, _weighted(update.dense, w), modules))
+
+
+def _collect(partial: Partial, update: Update) -> Partial:
+    w = update.num_examples
+    return _merge(partial, Partial(1, w, _weighted(update.dense, w), collected=(replace(update, dense={}),)))
+
+
+def _merge(x: Partial, y: Partial) -> Partial:
+    # Only a fold of nothing may lack what the other names: anything else would be averaged as a zero.
+    if x.num_clients == 0 or y.num_clients == 0:
+        return y if x.num_clients == 0 else x
+    return Partial(
+        x.num_clients + y.num_clients,
+        x.weight + y.weight,
+        _plus(x.dense, y.dense),
+        _plus_modules(x.sums, y.sums),
+        (*x.collected, *y.collected),
+    )
+
+
+SUM = Fold("sum", _add_to_sum, _merge)
+COLLECT = Fold("collect", _collect, _merge)
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One question to the cohort: whether the clients train before they answer, and how answers are folded."""
+
+    fold: Fold = COLLECT
+    train: bool = True

@@ -1,0 +1,134 @@
+"""What servers and clients say to each other, and what is fixed for both: plain frozen data.
+
+Shapes: B (m, r), A (r, n), as in `fedspan.lowrank`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from fedspan import lowrank
+from fedspan.lowrank import LowRank
+from fedspan.methods.patches import Patch
+
+Tensors = Mapping[str, Tensor]
+Diagnostics = Mapping[str, float]
+ClientState = Mapping[str, Tensor]
+"""What a client keeps between its rounds, on its own site."""
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """What is fixed for a whole run: the adapted modules, the server's rank, the scaling rule, the seed."""
+
+    modules: Mapping[str, tuple[int, int]]
+    """Module name -> (m, n)."""
+    rank: int
+    """The largest client rank: what the server keeps unless the method's options say otherwise."""
+    alpha: float = 16.0
+    rslora: bool = False
+    seed: int = 0
+
+    def scaling(self, rank: int) -> float:
+        """s = α/r, or α/√r for rsLoRA (Kalajdzievski 2023, 2312.03732)."""
+        return self.alpha / (rank**0.5 if self.rslora else rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """One module's adapter, ΔW = scaling · B·A. The scaling travels with the factors, always."""
+
+    b: Tensor  # (m, r)
+    a: Tensor  # (r, n)
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        """The adapter's rank r."""
+        return self.b.shape[1]
+
+    def delta(self) -> LowRank:
+        """ΔW with the scaling folded into B."""
+        return LowRank(lowrank.promote(self.b) * self.scaling, lowrank.promote(self.a))
+
+
+@dataclass(frozen=True, slots=True)
+class Vector:
+    """Named tensors in coordinates that all clients share, scalings folded in: a vector space, safe to sum.
+
+    Where clients' ranks differ, the smaller tensor fills the leading rows or columns.
+    """
+
+    values: Tensors
+
+
+Payload = Factors | Vector
+
+
+@dataclass(frozen=True, slots=True)
+class GaloreOptions:
+    """Local GaLore (Zhao et al. 2024, 2403.03507): see `fedspan.galore`."""
+
+    rank: int = 8
+    update_gap: int = 50
+    scale: float = 1.0
+    svd: Literal["exact", "randomized"] = "randomized"
+    on_refresh: Literal["keep", "project", "reset"] = "keep"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How the client trains what it was sent, beyond the run's own `[local]` settings."""
+
+    train_a: bool = True
+    train_b: bool = True
+    galore: GaloreOptions | None = None
+    tail_penalty: tuple[float, int] | None = None
+    """(λ, k): add λ·Σ ‖B[:, k:]‖_F ‖A[k:, :]‖_F to the loss (HetLoRA's rank self-pruning)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the server must know of a client to answer it."""
+
+    rank: int | None
+    """The rank that the client can train; none: everything the server has."""
+    seen: int = 0
+    """The newest patch version that the client already holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Broadcast:
+    """What a client starts from: base + patch, an adapter to train, dense weights (heads or full weights)."""
+
+    adapter: Mapping[str, Factors]
+    dense: Tensors
+    recipe: Recipe = Recipe()
+    patch: Mapping[str, Patch] = field(default_factory=dict)
+    """Everything to be added to the original base, old and new."""
+    news: tuple[Mapping[str, Patch], ...] = ()
+    """The part of `patch` that this client does not hold yet."""
+    seeded: frozenset[str] = frozenset()
+    """Parts ("a", "b", "dense") that the client derives from the run's seed, so that they do not travel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What came out of one client's local work; `encode` reduces it to what leaves the site."""
+
+    client_id: str
+    num_examples: float
+    modules: Mapping[str, Payload]
+    dense: Tensors
+    """Trained dense weights, absolute values."""
+
+    def factors(self, module: str) -> Factors:
+        """The module's factor pair; a TypeError tells a method that was sent something else."""
+        payload = self.modules[module]
+        if not isinstance(payload, Factors):
+            raise TypeError(f"{module} holds a {type(payload).__name__}, not a factor pair")
+        return payload

@@ -1,0 +1,49 @@
+"""Adapters for clients: fresh ones, and the best one of a rank for a given update."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fedspan import lowrank
+from fedspan.lowrank import LowRank
+from fedspan.methods.messages import Factors, Template
+from fedspan.seeding import generator
+
+
+def fresh_a(template: Template, module: str, rank: int, round_num: int = 0) -> Tensor:
+    """A newly initialised A (rank, n), the same everywhere for the same seed, module and round.
+
+    PEFT's initialisation, U(−1/√n, 1/√n). Row j does not depend on `rank`, so adapters of different ranks nest.
+    """
+    n = template.modules[module][1]
+    values = torch.rand((rank, n), generator=generator(template.seed, module, round_num, "lora_A"))
+    return (values * 2 - 1) / math.sqrt(n)
+
+
+def fresh_adapter(template: Template, rank: int, round_num: int = 0) -> dict[str, Factors]:
+    """LoRA's start for every module: random A, zero B, hence ΔW = 0."""
+    return {
+        name: Factors(torch.zeros(m, rank), fresh_a(template, name, rank, round_num), template.scaling(rank))
+        for name, (m, _) in template.modules.items()
+    }
+
+
+def readout(template: Template, module: str, x: LowRank, rank: int, round_num: int) -> Factors:
+    """The best rank-`rank` approximation of X as a balanced adapter, B = U_r Σ_r^½ and A = Σ_r^½ V_rᵀ / s.
+
+    Where X has fewer directions than `rank`, the spare rows of A are fresh and the spare columns of B zero: the
+    product is the same, and the adapter can still learn there (with both factors zero its gradient would vanish).
+    """
+    f = lowrank.svd(x)
+    s = template.scaling(rank)
+    keep = min(rank, lowrank.numerical_rank(f.s, lowrank.term_size(x)))
+    root = f.s[:keep].sqrt()
+    spare = fresh_a(template, module, rank, round_num)[keep:].to(f.u.dtype)
+    return Factors(
+        torch.cat([f.u[:, :keep] * root, f.u.new_zeros((x.shape[0], rank - keep))], dim=1),
+        torch.cat([root[:, None] * f.vh[:keep] / s, spare], dim=0),
+        s,
+    )

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from fedspan import lowrank
 from fedspan.adapters import CARRIED, Adapter, check_free, load, save
+from fedspan.compatibility import check_compatible
 from fedspan.lowrank import LowRank
 from fedspan.methods import METHODS
 from fedspan.methods.base import Method, ServerState, aggregate
 from fedspan.methods.messages import Broadcast, Factors, Request, Template, Update
+from fedspan.methods.readout import received
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,7 @@ def combine(
     """
     _check_arguments(len(adapters), method, weights, rank)
     labels = [f"adapter {i}" for i in range(len(adapters))] if names is None else list(names)
-    _check_compatible(labels, adapters)
+    check_compatible(labels, adapters)
     template, state = _start(labels, adapters, method)
     sent = method.broadcast(state, Request(rank=None))
     counts = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
@@ -173,7 +175,7 @@ def combine(
     tally = _Tally({}, {}, {}, {})
     for name in template.modules:
         target = lowrank.stack([_delta(adapter.factors[name]) for adapter in adapters], shares)
-        factors[name] = _fit(tally, name, _received(answer, name), target, rank)
+        factors[name] = _fit(tally, name, received(answer, name), target, rank)
     dense = _dense(labels, adapters, answer)
     frozen = {name: tensor for adapter in adapters for name, tensor in adapter.frozen.items()}
     result = Adapter(factors, dense, _common_config(adapters), adapters[0].embeddings, frozen)
@@ -224,60 +226,6 @@ def _check_arguments(number: int, method: Method, weights: Sequence[float] | Non
     for weight in weights:
         if not (math.isfinite(weight) and weight > 0):
             raise ValueError(f"weight {weight}: expected a finite number above 0")
-
-
-def _check_compatible(labels: Sequence[str], adapters: Sequence[Adapter]) -> None:
-    first = adapters[0]
-    for label, adapter in zip(labels[1:], adapters[1:], strict=True):
-        if _base(adapter) != _base(first):
-            bases = f"{label} adapts {_base(adapter)!r}, {labels[0]} adapts {_base(first)!r}"
-            raise ValueError(f"{bases}: expected one base model")
-        _same_names(label, labels[0], "adapts other modules", adapter.factors, first.factors)
-        _same_names(label, labels[0], "saves other whole weights", adapter.dense, first.dense)
-        for name, f in adapter.factors.items():
-            if f.delta().shape != first.factors[name].delta().shape:
-                raise ValueError(
-                    f"{label}: {name} is {f.delta().shape}: expected {first.factors[name].delta().shape}, "
-                    f"as in {labels[0]}"
-                )
-        for name, tensor in adapter.dense.items():
-            if tensor.shape != first.dense[name].shape:
-                raise ValueError(
-                    f"{label}: {name} is {tuple(tensor.shape)}: expected {tuple(first.dense[name].shape)}, "
-                    f"as in {labels[0]}"
-                )
-        for name, tensor in adapter.frozen.items():
-            if not torch.equal(tensor, first.frozen.get(name, tensor)):
-                raise ValueError(f"{label}: the base's {name} is not that of {labels[0]}: expected one base")
-        for what in ("embeddings", "fan_in_fan_out", "ensure_weight_tying"):
-            mine, theirs = _trait(adapter, what), _trait(first, what)
-            if mine != theirs:
-                raise ValueError(f"{label}: {what} is {mine!r}: expected {theirs!r}, as in {labels[0]}")
-
-    # An adapter made without a task type fits them all.
-    tasks = {a.config.get("task_type"): label for label, a in zip(labels, adapters, strict=True)}
-    tasks.pop(None, None)
-    if len(tasks) > 1:
-        given = " and ".join(f"{task!r} in {label}" for task, label in tasks.items())
-        raise ValueError(f"task_type is {given}: expected one")
-
-
-def _base(adapter: Adapter) -> str | None:
-    revision = adapter.config.get("revision")
-    return f"{adapter.base_model}@{revision}" if revision not in (None, "main") else adapter.base_model
-
-
-def _trait(adapter: Adapter, what: str) -> Any:
-    if what == "embeddings":
-        return sorted(adapter.embeddings)
-    return bool(adapter.config.get(what))
-
-
-def _same_names(label: str, first: str, problem: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    odd = sorted(mine.keys() ^ theirs.keys())
-    if odd:
-        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise ValueError(f"{label} {problem} than {first} ({', '.join(odd[:3])}{more}): expected the same ones")
 
 
 def _start(labels: Sequence[str], adapters: Sequence[Adapter], method: Method) -> tuple[Template, ServerState]:
@@ -352,21 +300,6 @@ def _update(client_id: str, adapter: Adapter, count: float) -> Update:
         modules[name] = Factors(b, a, 1.0)
     dense = {name: tensor for name, tensor in adapter.dense.items() if tensor.is_floating_point()}
     return Update(client_id, count, modules, dense)
-
-
-def _received(answer: Broadcast, name: str) -> LowRank:
-    """All that a client adds to its base for this module: adapter and patch."""
-    terms = [answer.adapter[name].delta()] if name in answer.adapter else []
-    patch = answer.patch.get(name)
-    if isinstance(patch, LowRank):
-        terms.append(patch)
-    elif patch is not None:
-        u, s, vh = torch.linalg.svd(patch, full_matrices=False)
-        terms.append(LowRank(u * s, vh))
-    total = lowrank.stack(terms)
-    # Fresh rows of A meet zero columns of B: they add nothing but work.
-    live = (total.b != 0).any(dim=0) & (total.a != 0).any(dim=1)
-    return LowRank(total.b[:, live], total.a[live])
 
 
 def _dense(labels: Sequence[str], adapters: Sequence[Adapter], answer: Broadcast) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from fedspan.config import load as load_config
 from fedspan.engine import Event, Federation, Job, OnEvent, mean_figures, to_json
 from fedspan.lowrank import LowRank
 from fedspan.methods.messages import Broadcast, Factors, Request
+from fedspan.methods.readout import received
 from fedspan.metrics import METRICS
 
 __all__ = ["Event", "OnEvent", "Result", "resume", "run"]
@@ -195,10 +196,8 @@ def merged_adapter(broadcast: Broadcast) -> dict[str, Factors]:
     merged: dict[str, Factors] = {}
     for name, factors in broadcast.adapter.items():
         total = factors.delta()
-        patch = broadcast.patch.get(name)
-        if patch is not None:
-            added = patch if isinstance(patch, LowRank) else LowRank(patch, torch.eye(patch.shape[1]))
-            f = lowrank.svd(lowrank.stack([total, added]))
+        if name in broadcast.patch:
+            f = lowrank.svd(received(broadcast, name))
             keep = max(1, lowrank.numerical_rank(f.s))
             total = LowRank(f.u[:, :keep] * f.s[:keep], f.vh[:keep])
         merged[name] = Factors(total.b, total.a, 1.0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedspan import lowrank
 from fedspan.lowrank import LowRank
-from fedspan.methods.messages import Factors, Template
+from fedspan.methods.messages import Broadcast, Factors, Template
 from fedspan.seeding import generator
 
 
@@ -47,3 +47,18 @@ def readout(template: Template, module: str, x: LowRank, rank: int, round_num: i
         torch.cat([root[:, None] * f.vh[:keep] / s, spare], dim=0),
         s,
     )
+
+
+def received(answer: Broadcast, name: str) -> LowRank:
+    """All that a client adds to its base for one module, adapter and patch, as one pair."""
+    terms = [answer.adapter[name].delta()] if name in answer.adapter else []
+    patch = answer.patch.get(name)
+    if isinstance(patch, LowRank):
+        terms.append(patch)
+    elif patch is not None:
+        u, s, vh = torch.linalg.svd(patch, full_matrices=False)
+        terms.append(LowRank(u * s, vh))
+    total = lowrank.stack(terms)
+    # Fresh rows of A meet zero columns of B: they add nothing but work.
+    live = (total.b != 0).any(dim=0) & (total.a != 0).any(dim=1)
+    return LowRank(total.b[:, live], total.a[live])

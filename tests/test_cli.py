@@ -439,3 +439,16 @@ def test_a_pipe_gets_a_line_a_round() -> None:
     assert rounds[1].startswith("  round 2/2  loss 1.500  rouge_l 0.200  2 clients  up 10 B, down 20 B")
     assert len(rounds) == 4
     assert "  round 2: the update of client-1 was left out: holds NaN" in shown
+
+
+def test_a_full_gpu_is_answered_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error is torch's own; there is no GPU here to fill."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("fedspan.runs.run", full)
+    assert main(["run", "--out", str(tmp_path / "run")]) == 2
+    assert re.fullmatch(r"fedspan: .*memory is full; try a smaller local\.batch_size.*\n", capsys.readouterr().err)

@@ -311,6 +311,11 @@ def main(args: Sequence[str] | None = None) -> int:
         if os.environ.get("FEDSPAN_DEBUG"):
             raise
         return _fail(_message(error), 2)
+    except RuntimeError as error:
+        # Torch's own class of it, told by its name so that this file does not import torch.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        return _fail("the GPU's memory is full; try a smaller local.batch_size or data.max_length, or device=cpu", 2)
 
 
 def _usage(error: Exception) -> str:

@@ -48,7 +48,8 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
         cells += [spread(runs, "unseen")] if unseen else []
         totals = [x["summary"]["totals"] for x in runs]
         cells += [str(len(runs))]
-        cells += [f"{statistics.mean(t[key] for t in totals) / 1e6:.2f}" for key in ("bytes_up", "bytes_down")]
+        megabytes = [statistics.mean(t[key] for t in totals) / 1e6 for key in ("bytes_up", "bytes_down")]
+        cells += ["–" if arm in CONTROLS else f"{value:.2f}" for value in megabytes]
         cells += [f"{statistics.mean(t[key] for t in totals):.2f}" for key in ("server_seconds", "client_seconds")]
         rows.append("| " + " | ".join(cells) + " |")
     bases = {x["seed"]: x["summary"]["base"] for x in final if x["summary"]["base"] is not None}

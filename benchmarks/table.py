@@ -1,4 +1,4 @@
-"""Make benchmarks/RESULTS.md from the committed results: python benchmarks/table.py
+"""Make benchmarks/RESULTS.md and the README's table from the committed results: python benchmarks/table.py
 
 Every figure comes from a line of a results.jsonl; nothing is typed by hand.
 """
@@ -17,6 +17,7 @@ SUITES = {
     "superni": "Super-NaturalInstructions, one task a client",
     "mri": "Brain-MRI images, label-skewed sites",
 }
+BEGIN, END = "<!-- results: made by benchmarks/table.py -->", "<!-- end of results -->"
 CONTROLS = ("local", "centralised", "centralised_full")
 
 
@@ -27,7 +28,27 @@ def main() -> None:
         if lines:
             parts += [f"\n## {title}\n", *table(lines)]
     (HERE / "RESULTS.md").write_text("\n".join(parts) + "\n")
-    print((HERE / "RESULTS.md").read_text())
+    readme = HERE.parent / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    readme.write_text(before + BEGIN + "\n" + headlines() + END + rest.partition(END)[2])
+
+
+def headlines() -> str:
+    """One row a method, one column a suite."""
+    final = {
+        name: [x for x in read(HERE / name / "results.jsonl") if x["purpose"] == "test"]
+        for name in SUITES
+        if (HERE / name / "results.jsonl").exists()
+    }
+    head = [f"{title} ({final[name][0]['summary']['metric']})" for name, title in SUITES.items() if name in final]
+    rows = ["| | " + " | ".join(head) + " |", "|" + " --- |" * (len(head) + 1)]
+    arms = list(dict.fromkeys(line["arm"] for lines in final.values() for line in lines))
+    bases = [statistics.mean(x["summary"]["base"] for x in lines) for lines in final.values()]
+    rows.append("| untouched base | " + " | ".join(f"{value:.3f}" for value in bases) + " |")
+    for arm in sorted(arms, key=lambda arm: (arm == "centralised", arm != "local", arm)):
+        runs = [[x for x in lines if x["arm"] == arm] for lines in final.values()]
+        rows.append(f"| `{arm}` | " + " | ".join(spread(x, "federated") for x in runs) + " |")
+    return "\n".join(rows) + "\n"
 
 
 def table(lines: list[dict[str, Any]]) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedspan.lowrank import LowRank
 from fedspan.methods.messages import Broadcast, Factors, GaloreOptions, Recipe
 from fedspan.methods.patches import Patch, patch_dense
-from fedspan.models import FederatedModel
+from fedspan.models import FederatedModel, load_processor
 from fedspan.runs import merged_adapter
 from fedspan.seeding import generator
 
@@ -403,3 +403,15 @@ def test_a_saved_model_is_what_transformers_loads(
     loaded = plain({name: tmp_path / "model"}, name)
     assert torch.equal(logits(loaded, kind), logits(model.model, kind))
     tiny.processor(tmp_path / "model", kind)
+
+
+def test_a_silent_tokenizer_learns_its_end_token_from_the_model(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Some published folders hold a bare tokenizer.json beside a config.json that names the end token."""
+    folder = tmp_path / "bare"
+    shutil.copytree(bases["llama"], folder)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    expected = load_processor(str(bases["llama"]), "instruction").eos_token_id
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "eos_token_id": expected}))
+    assert load_processor(str(folder), "instruction").eos_token_id == expected

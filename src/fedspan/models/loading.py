@@ -34,17 +34,24 @@ def resolve(name: str) -> str:
 def load_processor(name: str, kind: Kind) -> Any:
     """The tokenizer of a text model or the image processor of a vision model.
 
+    A tokenizer that does not say which token ends a text is told so by the model's own configuration, where that does.
+
     Raises
     ------
     ValueError
         When it cannot be read, saying how to give a local folder.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
     with _reading(name):
         if kind == "image":
             return AutoImageProcessor.from_pretrained(resolve(name), backend="pil")
-        return AutoTokenizer.from_pretrained(resolve(name))
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+        if tokenizer.eos_token_id is None:
+            end = getattr(AutoConfig.from_pretrained(resolve(name)), "eos_token_id", None)
+            if isinstance(end, int):
+                tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+        return tokenizer
 
 
 @contextmanager

@@ -6,7 +6,7 @@ of Shakespeare (public domain), and exercises generated here. The exercises hold
 question and answer, never a held-out input of the same task. So the base knows the skills and not the
 instruction format.
 
-Run on one core:
+It takes a torch with `torch.optim.Muon`, which the library itself does without. Run on one core:
     python recipes/pretrain_decoder.py --stories tinystories_2mb.txt.gz --shakespeare tinyshakespeare.txt.gz \
         --out src/fedspan/builtin/bases/decoder --seed 0
 """

@@ -1,0 +1,55 @@
+"""Peak resident memory of the server step, as the operating system counts it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from fedspan.methods import METHODS
+
+ADAPTER_METHODS = [n for n, f in METHODS.items() if f().info.trains == "adapter" and not f().info.personalised]
+
+SCRIPT = """
+import sys
+import torch
+from fedspan.methods import create
+from fedspan.methods.base import aggregate
+from fedspan.methods.messages import Factors, Request, Template, Update
+from fedspan.rounds import _peak_memory, _reset_peak_memory
+
+torch.set_num_threads(1)
+
+def step(size, rank=4):
+    method = create({"name": sys.argv[1]})
+    template = Template({"layer": (size, size)}, rank, alpha=8.0)
+    state = method.init(template, {})
+    sent = method.start(method.broadcast(state, Request(rank)), None)
+    start = sent.adapter["layer"]
+    trained = [Factors(torch.randn_like(start.b), start.a, start.scaling) for _ in range(3)]
+    updates = [Update(f"c{k}", 10.0, {"layer": f}, {}) for k, f in enumerate(trained)]
+    encoded = [method.encode(update, sent, None)[0] for update in updates]
+    before = _reset_peak_memory()
+    state, _ = aggregate(method, state, encoded)
+    method.broadcast(state, Request(rank))
+    return _peak_memory() - before
+
+step(64)  # libraries take their workspaces at first use
+print(step(4096))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process's peak memory anew")
+@pytest.mark.parametrize("name", ADAPTER_METHODS)
+def test_a_server_step_stays_far_below_one_dense_matrix(name: str) -> None:
+    """Three clients of rank 4 on a 4096×4096 layer: a dense float32 matrix would take 64 MiB."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT, name], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 16 * 2**20
+
+
+def test_the_measurement_sees_a_dense_matrix() -> None:
+    """The same script with T formed densely: the bound above can fail."""
+    dense = SCRIPT.replace("state, _ = aggregate(", "f = trained[0].delta().dense(); state, _ = aggregate(")
+    done = subprocess.run([sys.executable, "-c", dense, "fedit"], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 60 * 2**20

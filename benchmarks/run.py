@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import time
 import tomllib
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +35,24 @@ def main() -> None:
     text = (arguments.suite / "suite.toml").read_text()
     text = text.replace("{data}", str(arguments.data)).replace("{work}", str(arguments.work))
     suite = tomllib.loads(text)
+    # Recorded as the code is loaded, not as a line is written: the tree may move on while a long suite runs.
+    loaded = revision()
+    import_module("fedspan.runs")
     index, count = map(int, arguments.shard.split("/"))
     arms = [arm for k, arm in enumerate(suite["arm"]) if k % count == index]
     wanted = set(filter(None, arguments.arms.split(",")))
     for arm in arms:
         if not wanted or arm["name"] in wanted:
-            Arm(arguments.suite, arguments.work, suite, arm).run()
+            Arm(arguments.suite, arguments.work, suite, arm, loaded).run()
 
 
 class Arm:
     """One method with its options in one suite."""
 
-    def __init__(self, folder: Path, work: Path, suite: dict[str, Any], arm: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, work: Path, suite: dict[str, Any], arm: dict[str, Any], loaded: str) -> None:
         self.results = folder / "results.jsonl"
         self.work = work / folder.name
-        self.suite, self.arm = suite, arm
+        self.suite, self.arm, self.loaded = suite, arm, loaded
 
     def run(self) -> None:
         rates = sorted(self.arm["learning_rates"])
@@ -95,7 +99,7 @@ class Arm:
             "learning_rate": rate,
             "seed": seed,
             "config_hash": digest,
-            "revision": revision(),
+            "revision": self.loaded,
             "wall_seconds": round(time.perf_counter() - began, 1),
             "summary": result.summary,
             "rounds": [
@@ -122,9 +126,12 @@ def merged(x: dict[str, Any], y: dict[str, Any]) -> dict[str, Any]:
 
 
 def revision() -> str:
-    """The commit that the figures come from."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    """The checked-out commit, marked `-dirty` when tracked files differ from it (results apart)."""
+    words = ["git", "describe", "--always", "--exclude=*"]
+    commit = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    words = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/*/results.jsonl"]
+    changed = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    return f"{commit}-dirty" if changed else commit
 
 
 if __name__ == "__main__":

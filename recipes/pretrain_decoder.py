@@ -265,7 +265,7 @@ def train(model: LlamaForCausalLM, corpus: Corpus, args: argparse.Namespace) -> 
         for stepper, peak in zip(steppers, peaks, strict=True):
             stepper.param_groups[0]["lr"] = peak * scale
         loss = loss_of(model, *next(stream))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for stepper in steppers:
             stepper.step()

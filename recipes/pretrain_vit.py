@@ -225,7 +225,7 @@ def train(
         logits = model(pixel_values=normalise(draw(glyphs, labels, generator))).logits
         loss = functional.cross_entropy(logits, labels, label_smoothing=0.05)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

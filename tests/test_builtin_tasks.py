@@ -164,7 +164,7 @@ def test_base_folder_is_small_and_half_precision() -> None:
     assert weights_dtype(path / "model.safetensors") <= {"F16", "BF16"}
 
 
-def test_base_loads_in_float32_and_ties_its_embeddings(base) -> None:  # type: ignore[no-untyped-def]
+def test_base_loads_in_float32_and_ties_its_embeddings(base) -> None:
     """Loaded with no arguments, the decoder is ready for CPU training and predicts through its embeddings."""
     model, tokenizer = base
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -176,7 +176,7 @@ def test_base_loads_in_float32_and_ties_its_embeddings(base) -> None:  # type: i
 
 @given(NAMES, st.integers(0, 1000))
 @settings(max_examples=60, deadline=None)
-def test_tokenizer_round_trips_and_prompt_and_answer_join(base, task: str, seed: int) -> None:  # type: ignore[no-untyped-def]
+def test_tokenizer_round_trips_and_prompt_and_answer_join(base, task: str, seed: int) -> None:
     """Decoding restores every task's text, and a prompt and answer encoded apart are the encoding of both."""
     _, tokenizer = base
     row = examples(task, 1, seed)[0]
@@ -190,13 +190,13 @@ def test_tokenizer_round_trips_and_prompt_and_answer_join(base, task: str, seed:
 
 @given(st.text(max_size=40))
 @settings(max_examples=100, deadline=None)
-def test_tokenizer_is_lossless(base, text: str) -> None:  # type: ignore[no-untyped-def]
+def test_tokenizer_is_lossless(base, text: str) -> None:
     """Any text comes back from its tokens, spaces and line breaks included."""
     _, tokenizer = base
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_base_has_learned_english(base) -> None:  # type: ignore[no-untyped-def]
+def test_base_has_learned_english(base) -> None:
     """On a story it never saw, the loss is far below that of a uniform guess over the vocabulary."""
     model, tokenizer = base
     ids = torch.tensor([tokenizer(STORY)["input_ids"]])
@@ -205,7 +205,7 @@ def test_base_has_learned_english(base) -> None:  # type: ignore[no-untyped-def]
     assert loss < 0.6 * math.log(model.config.vocab_size)
 
 
-def test_untouched_base_is_poor_at_the_tasks(base) -> None:  # type: ignore[no-untyped-def]
+def test_untouched_base_is_poor_at_the_tasks(base) -> None:
     """The base does not know the instruction format: greedy answers are right in fewer than one of twenty."""
     model, tokenizer = base
     rows = [row for name in sorted(TASKS) for row in examples(name, 4, 11, "test")]

@@ -168,4 +168,4 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        Config().seed = 3  # type: ignore[misc]
+        Config().seed = 3

@@ -61,7 +61,7 @@ def caught(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Any], list[Any]]]
         found.append((list(predictions), list(references)))
         return 0.0
 
-    monkeypatch.setitem(METRICS, "caught", Metric("caught", True, keep))  # type: ignore[arg-type]
+    monkeypatch.setitem(METRICS, "caught", Metric("caught", True, keep))
     return found
 
 

@@ -26,7 +26,7 @@ def corpus(
     targets: list[Any] = (
         [i % 2 for i in range(num_rows)] if kind == "classification" else [str(i) for i in range(num_rows)]
     )
-    rows = Rows(kind, [(str(i),) for i in range(num_rows)], targets, named)  # type: ignore[arg-type]
+    rows = Rows(kind, [(str(i),) for i in range(num_rows)], targets, named)
     ends = np.cumsum(files)
     parts = tuple(np.arange(end - size, end) for size, end in zip(files, ends, strict=True)) if files else None
     return Corpus(rows.kind, rows, rows, None, parts, None, 2, ("accuracy",))

@@ -93,7 +93,7 @@ def test_another_client_round_or_seed_sees_other_batches_and_other_dropout(
     sent = tiny.broadcast(model)
     one = tensors(work(model, sent, tasks))
     for other in ({"client": "client-1"}, {"key": (0, 1)}, {"key": (1, 0)}):
-        assert differ(one, tensors(work(model, sent, tasks, **other)))  # type: ignore[arg-type]
+        assert differ(one, tensors(work(model, sent, tasks, **other)))
     # With one example the batches are the same: dropout alone tells the clients apart.
     model = tiny.load(bases["llama"], "instruction", dropout=0.3)
     one, other = (tensors(work(model, sent, tasks.subset([0]), client=client)) for client in ("client-0", "client-1"))
@@ -183,7 +183,7 @@ def test_every_option_of_galore_reaches_the_optimizer(
     model = tiny.load(bases["bert"], "classification", trains="targets", target_modules=("query",))
     start, options = model.dense(), {"rank": 3, "update_gap": 2}
     one, other = (
-        work(model, Broadcast({}, start, Recipe(galore=GaloreOptions(**o))), texts, steps=5).update.dense  # type: ignore[arg-type]
+        work(model, Broadcast({}, start, Recipe(galore=GaloreOptions(**o))), texts, steps=5).update.dense
         for o in (options, {**options, **change})
     )
     assert differ(dict(one), dict(other)) >= model.projected
@@ -283,7 +283,7 @@ def test_the_loss_falls_on_a_task_that_can_be_learnt(
     config = LOCAL.model_copy(update={"batch_size": 24})
     first = work(model, sent, data, config, steps=1).train_loss
     thirty = work(model, sent, data, config, steps=30)
-    model.load(replace(sent, adapter=thirty.update.modules, dense=thirty.update.dense))  # type: ignore[arg-type]
+    model.load(replace(sent, adapter=thirty.update.modules, dense=thirty.update.dense))
     with torch.no_grad():
         last = float(model.model(**data.batch(range(24))).loss)
     assert last < 0.6 * first

@@ -103,7 +103,7 @@ def load(path: Path, kind: str, **changes: Any) -> FederatedModel:
         "device": torch.device("cpu"),
         "seed": 0,
     }
-    return build(str(path), kind, **{**options, **changes})  # type: ignore[arg-type]
+    return build(str(path), kind, **{**options, **changes})
 
 
 def random_adapter(model: FederatedModel, rank: int, *key: object, scaling: float = 0.5) -> dict[str, Factors]:
@@ -171,7 +171,7 @@ def config(base: Path, data: Path, method: str = "glora", /, **sections: Mapping
 
 
 def processor(path: Path, kind: str) -> Any:
-    return load_processor(str(path), kind)  # type: ignore[arg-type]
+    return load_processor(str(path), kind)
 
 
 def same(x: Mapping[str, torch.Tensor], y: Mapping[str, torch.Tensor]) -> None:

@@ -83,6 +83,7 @@ def read(path: Path) -> Checkpoint:
     try:
         with safe_open(str(path), framework="pt") as file:
             meta = json.loads((file.metadata() or {}).get("fedspan", "null"))
+            # An open file is no mapping: it has keys() and cannot be iterated.
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}): expected a checkpoint") from None

@@ -110,7 +110,10 @@ def build(
     """Clients with Gaussian factors (or weights) and a head; those in `silent` have B = 0."""
     method = case.make() if isinstance(case, Case) else case
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: torch.from_numpy(rng.standard_normal(shape)).to(dtype)  # noqa: E731
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal(shape)).to(dtype)
+
     modules = {f"layer{i}": shape for i, shape in enumerate(shapes)}
     # "At sufficient rank": the server may keep as many directions as all clients together name.
     largest = max(ranks) if not method.info.hetero_rank else sum(ranks)

@@ -26,6 +26,7 @@ from typing import Any, Literal
 from fedspan.methods.folds import Exchange, Partial
 from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Request, Template, Tensors, Update
 from fedspan.methods.patches import PatchLog
+from fedspan.methods.questions import Conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,9 @@ class Method:
     """On the site, before training: combine what was sent with what the client kept."""
     encode: Callable[[Update, Broadcast, ClientState | None], tuple[Update, ClientState | None]] = _everything
     """On the site, after training: what leaves it, and what stays."""
+    converse: Callable[[ServerState], Conversation] | None = None
+    """The same rule as `finish` through sums alone, for updates that are not held at once; none: a method whose fold
+    is a sum needs no second form, and one whose result grows with the clients cannot have it."""
 
     @property
     def secure_sum(self) -> bool:

@@ -14,17 +14,19 @@ PACKAGE = Path(fedspan.__file__).parent
 
 # From the bottom up. A file imports from lower layers only; a folder is one unit, without cycles inside.
 LAYERS = (
-    {"naming", "seeding", "lowrank", "builtin"},
+    {"naming", "seeding", "parallel", "lowrank", "builtin"},
     {"subspace", "partition", "metrics", "config"},
     {"methods", "galore"},
-    {"adapters", "data"},
+    {"adapters", "data", "spool", "streaming"},
     {"models", "checkpoint", "compatibility"},
     {"federation", "evaluate", "train", "merging"},
-    {"rounds"},
+    {"cohort"},
+    {"workers", "rounds"},
     {"engine"},
     {"runs"},
     {"progress", "arguments"},
     {"report"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 )

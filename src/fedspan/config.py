@@ -164,6 +164,24 @@ class EvaluationConfig(_Section):
     """In the last evaluation, measure what a client of each rank receives."""
 
 
+class EngineConfig(_Section):
+    """`[engine]`: how the work is done on this machine. Engines agree to rounding; the number of workers changes nothing."""
+
+    name: Literal["auto", "cohort", "sequential"] = "auto"
+    """`cohort`: many clients in one batched pass over the shared frozen base. `sequential`: one after the other.
+    `auto`: the cohort where the method allows it and the model is small enough for it to be faster."""
+    cohort_size: PositiveInt | Literal["auto"] = "auto"
+    """Clients in one pass; `auto` fits them into `memory`."""
+    memory: Annotated[float, Field(gt=0)] = 2.0
+    """GiB that one process's passes over a cohort may take beside the base."""
+    workers: PositiveInt | Literal["auto"] = "auto"
+    """Processes of `threads` threads each; `auto`: as many as this machine has cores for, or GPUs."""
+    compile: bool = False
+    """Compile the base's forward and backward passes: half a minute at the start, faster steps after it."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Type of the base's matrix products in training; pays for wide models (hidden size of 512 and more)."""
+
+
 class Config(_Section):
     """A whole run. `Config()` is the embedded default."""
 
@@ -178,6 +196,7 @@ class Config(_Section):
     federation: FederationConfig = FederationConfig()
     local: LocalConfig = LocalConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    engine: EngineConfig = EngineConfig()
     method: dict[str, Any] = Field(default_factory=lambda: {"name": "glora"})
     """`name` and the method's own options, checked against the method's signature."""
 

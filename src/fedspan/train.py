@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,20 @@ class LocalResult:
     train_loss: float
     """Mean over the steps."""
     steps: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Assignment:
+    """One client's work of one round."""
+
+    client_id: str
+    broadcast: Broadcast
+    """What it starts from."""
+    rows: np.ndarray
+    """Its examples, as rows of the training data."""
+    steps: int
+    weight: float
+    """What this client counts for in averages."""
 
 
 def num_steps(config: LocalConfig, num_examples: int) -> int:

@@ -165,7 +165,7 @@ class EvaluationConfig(_Section):
 
 
 class EngineConfig(_Section):
-    """`[engine]`: how the work is done on this machine. Engines agree to rounding; the number of workers changes nothing."""
+    """`[engine]`: how the work is done on this machine. Engines agree to rounding; how many workers changes nothing."""
 
     name: Literal["auto", "cohort", "sequential"] = "auto"
     """`cohort`: many clients in one batched pass over the shared frozen base. `sequential`: one after the other.

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -14,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedspan import config as settings
-from fedspan.config import DataConfig, LocalConfig
+from fedspan.config import Config, DataConfig, LocalConfig
 from fedspan.data import Encoded, Rows, encode
 from fedspan.methods.messages import Broadcast, GaloreOptions, Recipe
 from fedspan.models import FederatedModel
 from fedspan.seeding import generator
-from fedspan.train import LocalResult, batches, num_steps, train
+from fedspan.train import Assignment, LocalResult, batches, num_steps, train
 
 LOCAL = LocalConfig(learning_rate=1e-2, batch_size=4)
 
@@ -50,9 +51,11 @@ def work(
     config: LocalConfig = LOCAL,
     steps: int = 3,
     client: str = "client-0",
-    key: tuple[object, ...] = (0, 0),
+    key: tuple[int, int] = (0, 0),
 ) -> LocalResult:
-    return train(model, sent, data, config, steps=steps, client_id=client, weight=1.0, key=key)
+    seed, round_num = key
+    assignment = Assignment(client, sent, np.arange(len(data)), steps, 1.0)
+    return train(model, assignment, data, Config(seed=seed, local=config), round_num)
 
 
 def tensors(result: LocalResult) -> dict[str, Tensor]:

@@ -1,37 +1,260 @@
-"""Many clients' local work in one batched pass over the base that they share."""
+"""Many clients' local work in one batched pass over the base that they share.
+
+At the sizes that are simulated on one machine a training step is hundreds of small kernels whose launch costs more
+than their arithmetic. Here C clients share each launch: the frozen base sees all their rows as one batch, the
+adapters are batched products (`models.stacked`), and clipping and the optimizer run on one (C, P) block. Every client
+keeps its own batches, dropout, learning rate, step count, clipping and rank, so the results are those of `train` up
+to the rounding of differently shaped products.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 
-from fedspan.config import Config
+import torch
+from torch import Tensor, nn
+
+from fedspan.config import Config, LocalConfig
 from fedspan.data import Encoded
+from fedspan.methods.messages import Broadcast, Recipe, Update
+from fedspan.methods.patches import Patch
 from fedspan.models import FederatedModel
-from fedspan.train import Assignment, LocalResult, train
+from fedspan.models.losses import client_losses
+from fedspan.models.stacked import Stack, head_layers, stacked
+from fedspan.models.streams import ClientDropout, NotRowwise, Rows, drops
+from fedspan.seeding import generator
+from fedspan.train import Assignment, LocalResult, autocast, batches, rate, train
+
+WIDEST = 2**18
+"""Tokens of one client's step times the model's hidden size, above which a pass of its own is as fast (measured)."""
+_MOST = 8
+"""Clients in one pass on a CPU: more gain nothing, and their activations leave the cache."""
+_FEWEST = 2
+_SHARES = 4
+"""Groups that a round is cut into where there are clients enough, so that as many processes can share it."""
+
+
+def applies(model: FederatedModel, data: Encoded, recipe: Recipe, config: Config) -> str | None:
+    """Why clients cannot be trained together, or none.
+
+    Tried on two rows of the data, because whether a layer keeps the batch's rows apart is nowhere written.
+    """
+    if model.trains != "adapter":
+        return "every client trains base weights of its own"
+    if recipe.galore is not None:
+        return "GaLore works on one client's weights"
+    try:
+        head_layers(model)
+    except ValueError as error:
+        return str(error)
+    for name, layer in model.model.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            return f"{name} mixes the rows of a batch"
+        if "DropPath" in type(layer).__name__ and vars(layer).get("drop_prob"):
+            return f"{name} drops whole paths at random"
+    rows = data.rows[[0, -1]].tolist() if len(data) > 1 else [0, 0]
+    probe = Assignment("probe", _as_it_stands(model, recipe), data.rows[rows].numpy(), 1, 1.0)
+    try:
+        local = config.local.model_copy(update={"batch_size": 1})
+        _train_together(model, data, [probe, probe], config.model_copy(update={"local": local}), 0)
+    except NotRowwise as error:
+        return str(error)
+    return None
+
+
+def _as_it_stands(model: FederatedModel, recipe: Recipe) -> Broadcast:
+    return Broadcast(model.adapter(), model.dense(), recipe)
 
 
 def plan(model: FederatedModel, data: Encoded, assignments: Sequence[Assignment], config: Config) -> list[list[int]]:
     """Which assignments are worked on together: positions in `assignments`, the costliest group first.
 
-    Depends on the work alone, never on how many processes share it.
+    Depends on the work and the settings alone, never on how many processes share it. Clients of about as many steps
+    and about as long rows go together, so that little is padded.
     """
-    return [[i] for i in range(len(assignments))]
+    tokens = [_tokens(data, a, config.local) for a in assignments]
+    cost = [a.steps * size for a, size in zip(assignments, tokens, strict=True)]
+    too_wide = config.engine.name == "auto" and max(tokens) * _hidden(model) > WIDEST
+    if config.engine.name == "sequential" or too_wide or len(assignments) == 1:
+        groups = [[i] for i in range(len(assignments))]
+    else:
+        size = _cohort_size(model, assignments, tokens, config)
+        groups = _alike(assignments, tokens, size)
+    return sorted(groups, key=lambda group: (-sum(cost[i] for i in group), group[0]))
+
+
+def _alike(assignments: Sequence[Assignment], tokens: Sequence[int], size: int) -> list[list[int]]:
+    """Groups of at most `size` that can share a pass."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(assignments)), key=lambda i: (-assignments[i].steps, -tokens[i], i)):
+        first = assignments[groups[-1][0]] if groups else None
+        if first is None or len(groups[-1]) == size or not _together(first.broadcast, assignments[i].broadcast):
+            groups.append([])
+        groups[-1].append(i)
+    return groups
 
 
 def work(
     model: FederatedModel, data: Encoded, group: Sequence[Assignment], config: Config, round_num: int
 ) -> list[LocalResult]:
     """The local work of one group of `plan`, in its order."""
-    return [
-        train(
-            model,
-            a.broadcast,
-            data.subset(a.rows),
-            config.local,
-            steps=a.steps,
-            client_id=a.client_id,
-            weight=a.weight,
-            key=(config.seed, round_num),
-        )
-        for a in group
+    if len(group) > 1 or config.engine.name == "cohort":
+        return _train_together(model, data, group, config, round_num)
+    return [train(model, a, data, config, round_num) for a in group]
+
+
+def _tokens(data: Encoded, assignment: Assignment, config: LocalConfig) -> int:
+    """Tokens of the client's largest batch, padding counted; positions of an image."""
+    longest = int(data.subset(assignment.rows).lengths.max())
+    return min(config.batch_size, len(assignment.rows)) * longest
+
+
+def _hidden(model: FederatedModel) -> int:
+    """The width at which most of the model works."""
+    return min((n for _, n in model.modules().values()), default=1)
+
+
+def _together(x: Broadcast, y: Broadcast) -> bool:
+    """Whether two clients can share a pass: the same parts trained, the same patch on the base."""
+    same_parts = (x.recipe.train_a, x.recipe.train_b) == (y.recipe.train_a, y.recipe.train_b)
+    penalised = (x.recipe.tail_penalty is None) == (y.recipe.tail_penalty is None)
+    return same_parts and penalised and _same_patch(x, y)
+
+
+def _same_patch(x: Broadcast, y: Broadcast) -> bool:
+    if x.patch is y.patch or x.patch.keys() != y.patch.keys():
+        return x.patch is y.patch
+    pairs = [(_tensors(x.patch[name]), _tensors(y.patch[name])) for name in x.patch]
+    return all(
+        len(one) == len(other) and all(torch.equal(s, t) for s, t in zip(one, other, strict=True))
+        for one, other in pairs
+    )
+
+
+def _tensors(patch: Patch) -> list[Tensor]:
+    return [patch] if isinstance(patch, Tensor) else [patch.b, patch.a]
+
+
+def _cohort_size(
+    model: FederatedModel, assignments: Sequence[Assignment], tokens: Sequence[int], config: Config
+) -> int:
+    if config.engine.cohort_size != "auto":
+        return config.engine.cohort_size
+    per_client = max(_bytes(model, a.broadcast, size) for a, size in zip(assignments, tokens, strict=True))
+    fits = max(1, int(config.engine.memory * 2**30 / per_client))
+    if model.device.type != "cpu":
+        return fits
+    return min(fits, max(_FEWEST, min(_MOST, -(-len(assignments) // _SHARES))))
+
+
+def _bytes(model: FederatedModel, broadcast: Broadcast, tokens: int) -> int:
+    """What one client adds to a pass: its numbers four times (gradients, Adam's moments), its activations."""
+    numbers = sum(f.a.numel() + f.b.numel() for f in broadcast.adapter.values())
+    numbers += sum(t.numel() for t in broadcast.dense.values())
+    # Each linear layer keeps its input, and what follows keeps about as much again as its output.
+    activations = tokens * sum(m * 2 + n for m, n in model.modules().values())
+    return 4 * (4 * numbers + activations)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Member:
+    """One client of a pass."""
+
+    assignment: Assignment
+    rows: Tensor
+    schedule: Sequence[Sequence[int]]
+    """Positions in `rows`, step by step."""
+    dropout: torch.Generator
+
+
+def _member(model: FederatedModel, a: Assignment, local: LocalConfig, key: tuple[object, ...]) -> _Member:
+    schedule = list(batches(len(a.rows), local.batch_size, a.steps, generator(*key, a.client_id, "batches")))
+    dropout = torch.Generator(model.device).manual_seed(generator(*key, a.client_id, "dropout").initial_seed())
+    return _Member(a, torch.as_tensor(a.rows), schedule, dropout)
+
+
+def _train_together(
+    model: FederatedModel, data: Encoded, group: Sequence[Assignment], config: Config, round_num: int
+) -> list[LocalResult]:
+    # Those with most steps first: whoever has finished leaves the pass at its end.
+    order = sorted(range(len(group)), key=lambda i: (-group[i].steps, i))
+    members = [_member(model, group[i], config.local, (config.seed, round_num)) for i in order]
+    steps = [m.assignment.steps for m in members]
+    totals = torch.zeros(len(members), device=model.device)
+    with stacked(model, [m.assignment.broadcast for m in members]) as stack:
+        optimizer = _optimizer(stack, steps, config.local)
+        mode = ClientDropout([m.dropout for m in members]) if drops(model.model) else None
+        model.model.train()
+        active = 0
+        for step in range(steps[0]):
+            left = sum(own > step for own in steps)
+            if left != active:
+                active = left
+                stack.activate(active)
+                for row in stack.rows[active:]:
+                    row.grad = None  # or momentum would carry it further
+            batch, real, parts = _batch(data, members[:active], step)
+            if mode is not None:
+                mode.batch = parts
+            with mode or nullcontext(), autocast(model, config):
+                moved = {name: value.to(model.device) for name, value in batch.items()}
+                losses = client_losses(model, moved, active, real)
+            totals[:active] += losses.detach()
+            _gradients(stack, losses, config.local)
+            for settings in optimizer.param_groups:
+                settings["lr"] = rate(config.local, step, settings["steps"])
+            optimizer.step()
+        model.model.eval()
+        means = (totals.cpu() / torch.tensor(steps)).tolist()
+        results = {i: _result(stack, k, group[i], means[k]) for k, i in enumerate(order)}
+    return [results[i] for i in range(len(group))]
+
+
+def _batch(data: Encoded, members: Sequence[_Member], step: int) -> tuple[dict[str, Tensor], Tensor | None, Rows]:
+    """One batch of the clients' rows, client by client and the same number for each; which of them are real."""
+    chosen = [m.rows[torch.as_tensor(m.schedule[step])] for m in members]
+    width = max(map(len, chosen))
+    counts = [len(rows) for rows in chosen]
+    # A client with fewer rows repeats one of its own, which then counts for nothing.
+    filled = torch.cat([torch.cat([rows, rows[:1].expand(width - len(rows))]) for rows in chosen])
+    batch = data.batch(filled)
+    real = None
+    if min(counts) < width:
+        real = (torch.arange(width) < torch.tensor(counts)[:, None]).flatten().to(batch["labels"].device)
+    lengths, longest = None, 0
+    if "attention_mask" in batch:
+        own = data.lengths[filled].view(-1, width)
+        lengths, longest = own.max(dim=1).values.tolist(), batch["attention_mask"].shape[1]
+    return batch, real, Rows(counts, lengths, width, longest)
+
+
+def _gradients(stack: Stack, losses: Tensor, local: LocalConfig) -> None:
+    """Every client's own gradients, clipped by its own norm."""
+    active = len(losses)
+    total = losses.sum()
+    penalties = [b.recipe.tail_penalty for b in stack.broadcasts[:active]]
+    if penalties[0] is not None:
+        strengths, tails = zip(*(p for p in penalties if p is not None), strict=True)
+        total = total + (stack.tail_penalties(tails) * total.new_tensor(strengths)).sum()
+    assert stack.trained.grads is not None
+    grads = stack.trained.grads[:active]  # (C, P)
+    grads.zero_()
+    total.backward()  # type: ignore[no-untyped-call]
+    if local.clip_norm is not None:
+        norms = torch.linalg.vector_norm(grads, dim=1)
+        grads.mul_((local.clip_norm / (norms + 1e-6)).clamp_(max=1.0)[:, None])
+
+
+def _optimizer(stack: Stack, steps: Sequence[int], local: LocalConfig) -> torch.optim.Optimizer:
+    """AdamW on one long parameter per client; clients of as many steps share a learning rate schedule."""
+    groups = [
+        {"params": [row for row, own in zip(stack.rows, steps, strict=True) if own == count], "steps": count}
+        for count in sorted(set(steps), reverse=True)
     ]
+    return torch.optim.AdamW(groups, lr=local.learning_rate, weight_decay=local.weight_decay, fused=True)
+
+
+def _result(stack: Stack, k: int, a: Assignment, loss: float) -> LocalResult:
+    return LocalResult(Update(a.client_id, a.weight, stack.adapter(k), stack.dense(k)), loss, a.steps)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fedspan.config import LocalConfig
+from fedspan.config import Config, LocalConfig
 from fedspan.data import Encoded
 from fedspan.galore import GaloreAdamW
 from fedspan.methods.messages import Broadcast, Recipe, Update
 from fedspan.models import FederatedModel, seeded
+from fedspan.models.losses import client_losses
 from fedspan.seeding import generator
 
 
@@ -60,61 +63,51 @@ def batches(num_examples: int, batch_size: int, steps: int, rng: torch.Generator
         order = order[size:]
 
 
-def train(
-    model: FederatedModel,
-    broadcast: Broadcast,
-    examples: Encoded,
-    config: LocalConfig,
-    *,
-    steps: int,
-    client_id: str,
-    weight: float,
-    key: tuple[object, ...],
-) -> LocalResult:
-    """Train from `broadcast` on the client's own examples.
-
-    Parameters
-    ----------
-    steps
-        Optimizer steps.
-    weight
-        What this client counts for in averages.
-    key
-        (run seed, round): with the client's id it fixes the batches and the dropout.
-    """
-    model.load(broadcast)
-    recipe = broadcast.recipe
-    chosen = model.trainable(recipe)
-    optimizer = _optimizer(model, chosen, recipe, config, key=(*key, client_id))
+def rate(config: LocalConfig, step: int, steps: int) -> float:
+    """The learning rate of a step, counted from 0."""
     warmup = max(1, round(config.warmup * steps))
+    return config.learning_rate * min(1.0, (step + 1) / warmup)
+
+
+def autocast(model: FederatedModel, config: Config) -> AbstractContextManager[Any]:
+    """The type of the base's matrix products in training."""
+    wanted = config.engine.autocast != "none"
+    return torch.autocast(model.device.type, torch.bfloat16) if wanted else nullcontext()
+
+
+def train(model: FederatedModel, work: Assignment, data: Encoded, config: Config, round_num: int) -> LocalResult:
+    """One client's local work: from what it was sent, on its own rows of the training data.
+
+    The run's seed, the round and the client's id fix the batches and the dropout.
+    """
+    model.load(work.broadcast)
+    examples, recipe, local = data.subset(work.rows), work.broadcast.recipe, config.local
+    key = (config.seed, round_num, work.client_id)
+    chosen = model.trainable(recipe)
+    optimizer = _optimizer(model, chosen, recipe, local, key)
     total = torch.zeros((), device=model.device)
     parameters = list(chosen.values())
     model.model.train()
-    with seeded(*key, client_id, "dropout"):
-        schedule = batches(len(examples), config.batch_size, steps, generator(*key, client_id, "batches"))
+    with seeded(*key, "dropout"):
+        schedule = batches(len(examples), local.batch_size, work.steps, generator(*key, "batches"))
         for step, indices in enumerate(schedule):
-            rate = config.learning_rate * min(1.0, (step + 1) / warmup)
             for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss = _loss(model, examples.batch(indices))
+                group["lr"] = rate(local, step, work.steps)
+            batch = {name: value.to(model.device) for name, value in examples.batch(indices).items()}
+            with autocast(model, config):
+                loss = client_losses(model, batch).sum()
             total += loss.detach()
             if recipe.tail_penalty is not None:
                 strength, tail = recipe.tail_penalty
                 loss = loss + strength * model.tail_penalty(tail)
             loss.backward()  # type: ignore[no-untyped-call]
-            if config.clip_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            if local.clip_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, local.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     model.model.eval()
-    update = Update(client_id, weight, model.adapter(), model.dense())
-    return LocalResult(update, float(total) / steps, steps)
-
-
-def _loss(model: FederatedModel, batch: dict[str, Tensor]) -> Tensor:
-    moved = {name: value.to(model.device) for name, value in batch.items()}
-    loss: Tensor = model.model(**moved).loss
-    return loss
+    update = Update(work.client_id, work.weight, model.adapter(), model.dense())
+    return LocalResult(update, float(total) / work.steps, work.steps)
 
 
 def _optimizer(
@@ -125,7 +118,9 @@ def _optimizer(
     key: tuple[object, ...],
 ) -> torch.optim.Optimizer:
     if recipe.galore is None:
-        return torch.optim.AdamW(chosen.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        # Fused: one pass over memory instead of seven.
+        rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        return torch.optim.AdamW(chosen.values(), **rates, fused=True)
     projected = [p for name, p in chosen.items() if name in model.projected]
     plain = [p for name, p in chosen.items() if name not in model.projected]
     seed = generator(*key, "galore").initial_seed()

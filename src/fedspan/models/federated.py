@@ -72,15 +72,16 @@ class FederatedModel:
         ValueError
             When a module or weight is missing, unknown or of another shape: what the client before left would stay.
         """
-        self._check_fits(broadcast)
-        self._apply_patch(broadcast.patch)
+        self.check_fits(broadcast)
+        self.apply_patch(broadcast.patch)
         for name, factors in broadcast.adapter.items():
             set_adapter(self.layers[name], factors, self.device)
         with torch.no_grad():
             for name, value in broadcast.dense.items():
                 self.dense_parameters[name].copy_(value)
 
-    def _check_fits(self, broadcast: Broadcast) -> None:
+    def check_fits(self, broadcast: Broadcast) -> None:
+        """Raise a ValueError when a module or weight is missing, unknown or of another shape."""
         expected: dict[str, tuple[int, ...]] = {name: p.shape for name, p in self.dense_parameters.items()}
         given: dict[str, tuple[int, ...]] = {name: value.shape for name, value in broadcast.dense.items()}
         if self.trains == "adapter":
@@ -142,7 +143,8 @@ class FederatedModel:
             fan_in_fan_out=bool(conv),
         )
 
-    def _apply_patch(self, patch: Mapping[str, Patch]) -> None:
+    def apply_patch(self, patch: Mapping[str, Patch]) -> None:
+        """The untouched base plus `patch`, whatever was added to it before."""
         if patch is self._patch:
             return
         for hook in self._hooks:
@@ -160,13 +162,11 @@ class FederatedModel:
             # A patch smaller than the base's rounding would vanish in it: it stays beside it in float32.
             self._hooks.append(layer.register_forward_hook(beside(patch, self.device)))
             return
+        # Always from the original, so that errors do not add up over the rounds; and never into it, because other
+        # processes may be reading the same memory.
+        original = self._originals.setdefault(name, weight.data)
         if patch is None:
-            if name in self._originals:
-                weight.copy_(self._originals[name])
+            weight.data = original
             return
-        if name not in self._originals:
-            self._originals[name] = weight.detach().clone()
-        original = self._originals[name]
         delta = patch_dense(patch).to(self.device)
-        # Always from the original, so that errors do not add up over the rounds.
-        weight.copy_(original + (delta.T if is_conv1d(layer) else delta))
+        weight.data = original + (delta.T if is_conv1d(layer) else delta)

@@ -37,6 +37,11 @@ def factors_of(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_A[_SLOT].weight, layer.lora_B[_SLOT].weight
 
 
+def dropout_of(layer: Any) -> float:
+    """The share of a PEFT layer's input that its adapter drops in training."""
+    return float(getattr(layer.lora_dropout[_SLOT], "p", 0.0))
+
+
 def set_adapter(layer: Any, factors: Factors, device: torch.device) -> None:
     """New parameters, of whatever rank: nothing of the client before is left."""
     layer.lora_A[_SLOT].weight = nn.Parameter(factors.a.detach().float().to(device, copy=True))

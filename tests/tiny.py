@@ -80,12 +80,17 @@ def make(name: str, **changes: Any) -> Any:
         return t.ViTForImageClassification(t.ViTConfig(**vit, num_labels=2))
 
 
-def save(name: str, path: Path, **changes: Any) -> Path:
-    """A base and its tokenizer or image processor as a local folder."""
+def image_processor() -> Any:
+    """For the 16×16 images of the tiny vision model."""
     from transformers import ViTImageProcessor
 
+    return ViTImageProcessor(size={"height": 16, "width": 16})
+
+
+def save(name: str, path: Path, **changes: Any) -> Path:
+    """A base and its tokenizer or image processor as a local folder."""
     make(name, **changes).save_pretrained(str(path))
-    processor = ViTImageProcessor(size={"height": 16, "width": 16}) if name == "vit" else tokenizer()
+    processor = image_processor() if name == "vit" else tokenizer()
     processor.save_pretrained(str(path))
     return path
 

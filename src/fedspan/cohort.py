@@ -25,7 +25,7 @@ from fedspan.models.losses import client_losses
 from fedspan.models.stacked import Stack, head_layers, stacked
 from fedspan.models.streams import ClientDropout, NotRowwise, Rows, drops
 from fedspan.seeding import generator
-from fedspan.train import Assignment, LocalResult, autocast, batches, rate, train
+from fedspan.train import Assignment, LocalResult, autocast, batches, rate, train, training
 
 WIDEST = 2**18
 """Tokens of one client's step times the model's hidden size, above which a pass of its own is as fast (measured)."""
@@ -183,10 +183,9 @@ def _train_together(
     members = [_member(model, group[i], config.local, (config.seed, round_num)) for i in order]
     steps = [m.assignment.steps for m in members]
     totals = torch.zeros(len(members), device=model.device)
-    with stacked(model, [m.assignment.broadcast for m in members]) as stack:
+    with stacked(model, [m.assignment.broadcast for m in members]) as stack, training(model):
         optimizer = _optimizer(stack, steps, config.local)
         mode = ClientDropout([m.dropout for m in members]) if drops(model.model) else None
-        model.model.train()
         active = 0
         for step in range(steps[0]):
             left = sum(own > step for own in steps)
@@ -206,7 +205,6 @@ def _train_together(
             for settings in optimizer.param_groups:
                 settings["lr"] = rate(config.local, step, settings["steps"])
             optimizer.step()
-        model.model.eval()
         means = (totals.cpu() / torch.tensor(steps)).tolist()
         results = {i: _result(stack, k, group[i], means[k]) for k, i in enumerate(order)}
     return [results[i] for i in range(len(group))]
@@ -242,6 +240,7 @@ def _gradients(stack: Stack, losses: Tensor, local: LocalConfig) -> None:
     grads = stack.trained.grads[:active]  # (C, P)
     grads.zero_()
     total.backward()  # type: ignore[no-untyped-call]
+    stack.gather_gradients()
     if local.clip_norm is not None:
         norms = torch.linalg.vector_norm(grads, dim=1)
         grads.mul_((local.clip_norm / (norms + 1e-6)).clamp_(max=1.0)[:, None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,6 +75,16 @@ def autocast(model: FederatedModel, config: Config) -> AbstractContextManager[An
     return torch.autocast(model.device.type, torch.bfloat16) if wanted else nullcontext()
 
 
+@contextmanager
+def training(model: FederatedModel) -> Iterator[None]:
+    """The model as it is trained, with dropout; then as it is used."""
+    model.model.train()
+    try:
+        yield
+    finally:
+        model.model.eval()
+
+
 def train(model: FederatedModel, work: Assignment, data: Encoded, config: Config, round_num: int) -> LocalResult:
     """One client's local work: from what it was sent, on its own rows of the training data.
 
@@ -87,8 +97,7 @@ def train(model: FederatedModel, work: Assignment, data: Encoded, config: Config
     optimizer = _optimizer(model, chosen, recipe, local, key)
     total = torch.zeros((), device=model.device)
     parameters = list(chosen.values())
-    model.model.train()
-    with seeded(*key, "dropout"):
+    with training(model), seeded(*key, "dropout"):
         schedule = batches(len(examples), local.batch_size, work.steps, generator(*key, "batches"))
         for step, indices in enumerate(schedule):
             for group in optimizer.param_groups:
@@ -105,7 +114,6 @@ def train(model: FederatedModel, work: Assignment, data: Encoded, config: Config
                 nn.utils.clip_grad_norm_(parameters, local.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-    model.model.eval()
     update = Update(work.client_id, work.weight, model.adapter(), model.dense())
     return LocalResult(update, float(total) / work.steps, work.steps)
 

@@ -171,6 +171,9 @@ class Stack:
     rows: list[Tensor] = field(default_factory=list)
     """Each client's trained numbers as one parameter (P,), with its gradient."""
 
+    leaves: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """What autograd sees of the bank, and where its gradients belong."""
+
     def __post_init__(self) -> None:
         grads = self.trained.grads
         assert grads is not None
@@ -181,6 +184,7 @@ class Stack:
 
     def activate(self, num_clients: int) -> None:
         """From here on, batches hold the rows of the first `num_clients` clients alone."""
+        self.leaves = []
         for name, layer in self.linears.items():
             (a, grad_a), (b, grad_b) = (self._leaf(f"{name}/{part}", num_clients) for part in ("a", "b"))
             layer.slot = Slot(a, b, self.scalings[name][:num_clients], grad_a, grad_b)
@@ -194,8 +198,15 @@ class Stack:
         value, grad = bank.view(name, num_clients)
         if grad is not None:
             value.requires_grad_(True)
-            value.grad = grad
+            self.leaves.append((value, grad))
         return value, grad
+
+    def gather_gradients(self) -> None:
+        """Bring what autograd itself has found (heads, adapters beside dropout or a patch) into the bank."""
+        for value, grad in self.leaves:
+            if value.grad is not None:
+                grad.add_(value.grad)
+                value.grad = None
 
     def tail_penalties(self, tails: Sequence[int]) -> Tensor:
         """Σ ‖B[:, k:]‖_F ‖A[k:, :]‖_F over the modules, for each client's own k: (C,)."""

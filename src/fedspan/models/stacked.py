@@ -41,11 +41,12 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, h, weight, a, b, s = ctx.saved_tensors
         slot, (g,) = ctx.slot, grads
+        # Into a block of its own first: a product straight into the clients' rows, which lie apart, runs one by one.
         if slot.grad_b is not None:
-            slot.grad_b.baddbmm_(g.mT, h)
+            slot.grad_b.add_(torch.bmm(g.mT, h))
         back = torch.bmm(g, b).mul_(s)  # (C, tokens, r)
         if slot.grad_a is not None:
-            slot.grad_a.baddbmm_(back.mT, x)
+            slot.grad_a.add_(torch.bmm(back.mT, x))
         grad = None
         if ctx.needs_input_grad[0]:
             grad = g @ weight

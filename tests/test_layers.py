@@ -17,8 +17,8 @@ LAYERS = (
     {"naming", "seeding", "parallel", "lowrank", "builtin"},
     {"subspace", "partition", "metrics", "config"},
     {"methods", "galore"},
-    {"adapters", "data"},
-    {"models", "checkpoint", "compatibility"},
+    {"adapters", "data", "wire"},
+    {"models", "checkpoint", "compatibility", "processes"},
     {"federation", "evaluate", "train", "merging", "spool"},
     {"cohort", "streaming"},
     {"workers", "rounds"},
@@ -32,10 +32,10 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 DOORS = {
-    "transformers": {"models.loading"},
-    "peft": {"models.build"},
+    "transformers": {"models.loading", "bench.peers"},
+    "peft": {"models.build", "bench.peers"},
     "datasets": {"data.hub"},
-    "matplotlib": {"report"},
+    "matplotlib": {"report", "bench.plot"},
     "rich": {"cli", "progress", "report"},
     "typer": {"cli", "arguments"},
 }

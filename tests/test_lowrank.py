@@ -60,6 +60,32 @@ def test_svd_is_the_dense_one(x: LowRank) -> None:
 
 
 @laws
+@given(x=pairs(), layers=st.integers(1, 3), rank=size)
+def test_left_coordinates_keep_everything_on_the_left(x: LowRank, layers: int, rank: int) -> None:
+    """Y Yᵀ = B A Aᵀ Bᵀ for a batch of layers, Y no larger than the factors; its singular vectors are those of B A."""
+    b, a = (torch.stack([t * (j + 1) for j in range(layers)]) for t in (x.b, x.a))
+    y = lowrank.left_coordinates(b, a)
+    (m, n), c = x.shape, x.rank
+    assert y.shape == (layers, m, c if c < min(m, n) else n)
+    assert y[0].numel() <= c * (m + n)
+    u, s = lowrank.left_singular(y, rank)
+    q = min(y.shape[1:])
+    assert u.shape == (layers, m, min(rank, q))
+    eps = torch.finfo(b.dtype).eps
+    for j in range(layers):
+        whole = dense(x) * (j + 1) ** 2
+        wide = y[j].double().numpy()
+        close(wide @ wide.T, whole @ whole.T, 10 * TOLERANCE[b.dtype])
+        expected = np.linalg.svd(whole, compute_uv=False)[:q]
+        close(s[j].double().numpy()[: len(expected)], expected, TOLERANCE[b.dtype])
+        basis = u[j].double().numpy()
+        close(basis.T @ basis, np.eye(basis.shape[1]), 10 * eps * basis.shape[1] ** 0.5)
+        lost = np.linalg.norm(whole - basis @ (basis.T @ whole))
+        tail = np.linalg.norm(np.linalg.svd(whole, compute_uv=False)[rank:])
+        assert lost == pytest.approx(tail, abs=100 * eps * np.linalg.norm(whole))
+
+
+@laws
 @given(x=pairs(torch.float64), rank=st.integers(0, 25))
 def test_truncation_loses_the_tail_and_nothing_else(x: LowRank, rank: int) -> None:
     """Eckart and Young: the distance to the best rank-r approximation is (Σ_{j>r} σ_j²)^½."""

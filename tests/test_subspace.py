@@ -56,6 +56,73 @@ def test_a_column_basis_keeps_the_strongest_directions() -> None:
 
 
 @laws
+@given(
+    seed=seeds,
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    max_rank=st.sampled_from([None, 1, 2]),
+    conditions=st.lists(st.sampled_from([1.0, 1e2, 1e4, 1e6]), min_size=1, max_size=6),
+)
+def test_spans_of_many_are_the_column_bases_of_each(
+    seed: int, dtype: torch.dtype, max_rank: int | None, conditions: list[float]
+) -> None:
+    """Any shapes and ranks at once, in any gauge, with a silent and a rank-deficient client among them."""
+    rng = np.random.default_rng(seed)
+    terms = []
+    for k, condition in enumerate(conditions):
+        m, n = rng.integers(5, 30, 2)
+        r = int(rng.integers(1, 6)) if k else 3
+        b, a = rng.standard_normal((m, r)), rng.standard_normal((r, n))
+        g = orthonormal(rng, r, r) * np.logspace(0, -np.log10(condition), r) @ orthonormal(rng, r, r)
+        terms.append(LowRank(tensor(b @ g).to(dtype), tensor(np.linalg.solve(g, a)).to(dtype)))
+    terms.append(LowRank(torch.zeros_like(terms[0].b), terms[0].a))
+    terms.append(LowRank(terms[0].b[:, [0, 0, 1]], terms[0].a))
+    terms.append(LowRank(terms[0].b * 1e4, terms[0].a * 1e-4))
+    eps = 2**-52 if dtype == torch.float64 else 2**-23
+    for x, span, condition in zip(
+        terms, subspace.column_spans(terms, max_rank), [*conditions, *conditions[:1] * 3], strict=True
+    ):
+        # The oracle: the same product in float64, directions above the rounding of its terms.
+        product = x.b.double().numpy() @ x.a.double().numpy()
+        u, s, _ = np.linalg.svd(product)
+        size = float((x.b.double().norm(dim=0) * x.a.double().norm(dim=1)).norm())
+        rank = int((s > 4 * x.rank * eps * max(s[0], size)).sum()) if x.rank and product.any() else 0
+        keep = min(rank, max_rank or rank)
+        q = span.basis
+        assert q.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        if (0 < keep < len(s) and s[keep - 1] - s[keep] < 1e-2 * s[0]) or (condition > 1e2 and dtype != torch.float64):
+            continue  # the cut, or the space itself, is not determined to the digits that there are
+        assert q.shape == (x.shape[0], keep)
+        np.testing.assert_allclose((q.mT @ q).numpy(), np.eye(keep), atol=1e3 * condition * eps)
+        difference = projector(q.double()) - projector(u[:, :keep])
+        assert np.linalg.norm(difference) < 1e4 * condition * eps
+
+
+def test_well_conditioned_spans_cost_no_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The QR is what ill-conditioned, deficient and silent clients take, and nobody else does."""
+    rng = np.random.default_rng(1)
+    b, a = rng.standard_normal((40, 4)), rng.standard_normal((4, 30))
+    taken = []
+    basis = subspace.column_basis
+
+    def counted(x: LowRank, max_rank: int | None = None) -> torch.Tensor:
+        taken.append(x)
+        return basis(x, max_rank)
+
+    monkeypatch.setattr(subspace, "column_basis", counted)
+    for dtype in (torch.float32, torch.float64):
+        good = LowRank(tensor(b).to(dtype), tensor(a).to(dtype))
+        skewed = LowRank(
+            good.b * 10.0 ** torch.tensor([4, -4, 0, 2]), good.a * 10.0 ** -torch.tensor([[4], [-4], [0], [2]])
+        )
+        subspace.column_spans([good, skewed] * 3)
+        assert taken == []
+        bad = [LowRank(good.b[:, [0, 1, 2, 2]], good.a), LowRank(good.b, good.a * 0)]
+        subspace.column_spans([good, *bad])
+        assert [x.b.data_ptr() for x in taken] == [x.b.data_ptr() for x in bad]
+        taken.clear()
+
+
+@laws
 @given(seed=seeds, m=st.integers(6, 20), clients=st.integers(1, 5), rank=st.integers(1, 12))
 def test_consensus_is_the_top_of_the_dense_projector_sum(seed: int, m: int, clients: int, rank: int) -> None:
     """U spans the top eigenvectors of Σ p_k Q_k Q_kᵀ, and the eigenvalues are the dense ones."""

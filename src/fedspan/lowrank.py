@@ -2,9 +2,11 @@
 
 Shapes, PEFT's: B (m, r), A (r, n); m = out_features, n = in_features; c = the summed rank of a stack.
 
-One rule serves every question: thin QR of B and of Aᵀ, then ordinary dense algebra on the core R_B R_Aᵀ,
-which is min(m, c) × min(n, c). Householder QR is backward stable column by column, so factors of wildly
+One rule serves every question about a single pair: thin QR of B and of Aᵀ, then ordinary dense algebra on the core
+R_B R_Aᵀ, which is min(m, c) × min(n, c). Householder QR is backward stable column by column, so factors of wildly
 different scale (B·1e8, A·1e-8) lose nothing, which a Gram matrix would.
+`left_coordinates` and `left_singular`, which a server asks of whole stacks, are the same rule with no more of it than
+is asked for; they take leading dimensions (…), so that layers of one shape share every call.
 """
 
 from __future__ import annotations
@@ -43,6 +45,10 @@ class LowRank:
     def rank(self) -> int:
         """The number of columns of B, an upper bound of the matrix rank."""
         return self.b.shape[1]
+
+    def transposed(self) -> LowRank:
+        """The n×m matrix AᵀBᵀ."""
+        return LowRank(self.a.mT, self.b.mT)
 
     def dense(self) -> Tensor:
         """The m×n matrix itself: for a client's base weight and for oracles, never for a server rule."""
@@ -108,19 +114,65 @@ def term_size(x: LowRank) -> float:
     return float((promote(x.b).norm(dim=0) * promote(x.a).norm(dim=1)).norm())
 
 
-def numerical_rank(s: Tensor, size: float = 0.0) -> int:
-    """How many singular values stand above rounding: σ_j > 4·q·eps·max(σ_1, size) for q of them.
+def above_rounding(s: Tensor, size: float | Tensor = 0.0) -> Tensor:
+    """Which singular values (…, q) stand above rounding: σ_j > 4·q·eps·max(σ_1, size).
 
     Parameters
     ----------
     size
-        The `term_size` of the product they are of. Rounding follows the terms, not their sum: after an
-        ill-conditioned gauge its noise stands far above eps·σ_1 and would count as directions of its own.
+        The `term_size` of the product they are of, (…) where there are several. Rounding follows the terms, not their
+        sum: after an ill-conditioned gauge its noise stands far above eps·σ_1 and would count as directions of its own.
     """
-    if s.numel() == 0:
-        return 0
+    floor = torch.as_tensor(size, dtype=s.dtype, device=s.device)[..., None]
     # Not >=, or this fails with a matrix of all zeros.
-    return int((s > 4 * s.numel() * torch.finfo(s.dtype).eps * max(float(s[0]), size)).sum())
+    return s > 4 * s.shape[-1] * torch.finfo(s.dtype).eps * torch.maximum(s[..., :1], floor)
+
+
+def numerical_rank(s: Tensor, size: float = 0.0) -> int:
+    """How many of the singular values (q,) are `above_rounding`."""
+    return int(above_rounding(s, size).sum())
+
+
+def left_coordinates(b: Tensor, a: Tensor) -> Tensor:
+    """Y with Y Yᵀ = B A Aᵀ Bᵀ, no larger than the factors: B·A on an orthonormal basis of its row space.
+
+    Left singular vectors, singular values, norms and ‖B A − U Uᵀ B A‖ are those of Y.
+
+    Parameters
+    ----------
+    b, a
+        (…, m, c) and (…, c, n).
+
+    Returns
+    -------
+    Tensor
+        (…, m, c), or (…, m, n) where c ≥ min(m, n).
+    """
+    if b.shape[-1] >= min(b.shape[-2], a.shape[-1]):
+        return b @ a
+    return b @ _triangle(a.mT).mT
+
+
+def left_singular(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The first left singular vectors of Y (…, m, q), and all its singular values.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        U (…, m, min(rank, m, q)) orthonormal, σ (…, min(m, q)) decreasing.
+    """
+    m, q = y.shape[-2:]
+    _, s, vh = torch.linalg.svd(_triangle(y if m > q else y.mT))
+    first: Tensor = vh[..., :rank, :].mT
+    if m > q:  # QR, because Y·v of a small singular value is orthogonal to the others only up to rounding
+        first = torch.linalg.qr(y @ first)[0]
+    return first, s
+
+
+def _triangle(x: Tensor) -> Tensor:
+    """R of X = Q R without Q: at half the work of both, as fast as a Gram matrix in float64, and with no square."""
+    r: Tensor = torch.linalg.qr(x, mode="r")[1]
+    return r
 
 
 def truncate(x: LowRank, rank: int) -> LowRank:
@@ -130,8 +182,8 @@ def truncate(x: LowRank, rank: int) -> LowRank:
 
 
 def norm(x: LowRank) -> float:
-    """‖B·A‖_F, through the QR core (a difference never goes negative, as it would through Grams)."""
-    return float(torch.linalg.matrix_norm(core(x)[1]))
+    """‖B·A‖_F, on a basis of the row space (a difference never goes negative, as it would through Grams)."""
+    return float(torch.linalg.matrix_norm(left_coordinates(promote(x.b), promote(x.a))))
 
 
 def distance(x: LowRank, y: LowRank) -> float:

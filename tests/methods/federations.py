@@ -33,6 +33,11 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "state": {"start": "state"},
     "state-energy": {"start": "state", "basis": "energy"},
     "auto": {"server_rank": "auto", "tolerance": 1e-14},
+    "randomized": {"algebra": "randomized"},
+    "randomized-energy": {"algebra": "randomized", "basis": "energy"},
+    "randomized-both": {"algebra": "randomized", "sides": "both"},
+    "randomized-innovation": {"algebra": "randomized", "update": "innovation"},
+    "randomized-state": {"algebra": "randomized", "start": "state"},
 }
 
 

@@ -21,13 +21,13 @@ from fedspan.rounds import _peak_memory, _reset_peak_memory
 
 torch.set_num_threads(1)
 
-def step(size, rank=4):
-    method = create({"name": sys.argv[1]})
+def step(size, rank=4, clients=3, **options):
+    method = create({"name": sys.argv[1], **options})
     template = Template({"layer": (size, size)}, rank, alpha=8.0)
     state = method.init(template, {})
     sent = method.start(method.broadcast(state, Request(rank)), None)
     start = sent.adapter["layer"]
-    trained = [Factors(torch.randn_like(start.b), start.a, start.scaling) for _ in range(3)]
+    trained = [Factors(torch.randn_like(start.b), start.a, start.scaling) for _ in range(clients)]
     updates = [Update(f"c{k}", 10.0, {"layer": f}, {}) for k, f in enumerate(trained)]
     encoded = [method.encode(update, sent, None)[0] for update in updates]
     before = _reset_peak_memory()
@@ -46,6 +46,15 @@ def test_a_server_step_stays_far_below_one_dense_matrix(name: str) -> None:
     """Three clients of rank 4 on a 4096×4096 layer: a dense float32 matrix would take 64 MiB."""
     done = subprocess.run([sys.executable, "-c", SCRIPT, name], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 16 * 2**20
+
+
+@pytest.mark.parametrize("name", ["glora", "flexlora"])
+def test_many_clients_cost_no_memory_beyond_their_factors(name: str) -> None:
+    """200 clients of rank 16 on a 2048×2048 layer hold 50 MiB; nothing of m×n, m×m (16 MiB), c×c (39 MiB) or of the
+    size of all factors together is made on top of them."""
+    many = SCRIPT.replace("print(step(4096))", "step(64, 16, 200)\nprint(step(2048, 16, 200))")
+    done = subprocess.run([sys.executable, "-c", many, name], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 12 * 2**20
 
 
 def test_the_measurement_sees_a_dense_matrix() -> None:

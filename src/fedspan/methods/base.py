@@ -26,7 +26,7 @@ from typing import Any, Literal
 from fedspan.methods.folds import Exchange, Partial
 from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Request, Template, Tensors, Update
 from fedspan.methods.patches import PatchLog
-from fedspan.methods.questions import Conversation
+from fedspan.methods.questions import Conversation, Terms, own_terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,10 @@ def _everything(update: Update, broadcast: Broadcast, state: ClientState | None)
     return update, state
 
 
+def _own_terms(state: ServerState) -> Terms:
+    return own_terms
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """One federated method. The exchanges and the two site functions have defaults that most methods keep."""
@@ -92,6 +96,8 @@ class Method:
     converse: Callable[[ServerState], Conversation] | None = None
     """The same rule as `finish` through sums alone, for updates that are not held at once; none: a method whose fold
     is a sum needs no second form, and one whose result grows with the clients cannot have it."""
+    terms: Callable[[ServerState], Terms] = _own_terms
+    """What the questions of `converse` are about: X_k by update and module, for `questions.partial_sums`."""
 
     @property
     def secure_sum(self) -> bool:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fedspan import lowrank
+from fedspan import lowrank, parallel
 from fedspan.lowrank import LowRank
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.fedit import check_rank, factors_of, init_factors
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, Diagnostics, Request, Template, Tensors
-from fedspan.methods.patches import Patch, PatchLog
+from fedspan.methods.patches import Patch, PatchLog, patch_sum
 from fedspan.methods.readout import fresh_adapter
 
 
@@ -49,9 +50,13 @@ def flora() -> Method:
         )
 
     def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
-        stacked: dict[str, Patch] = {
-            name: lowrank.stack(partial.deltas(name), partial.shares()) for name in state.template.modules
-        }
+        shares = partial.shares()
+
+        def whole(name: str) -> Patch:
+            return patch_sum(None, lowrank.stack(partial.deltas(name), shares))
+
+        names = list(state.template.modules)
+        stacked = dict(zip(names, parallel.ordered_map(whole, names), strict=True))
         return advance(state, patches=patches_of(state).append(stacked), dense=partial.mean_dense()), {}
 
     return Method(
@@ -91,18 +96,23 @@ def fedex_lora() -> Method:
     def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
         s = state.template.scaling(state.template.rank)
         shares = partial.shares()
-        modules: dict[str, Tensors] = {}
-        residual: dict[str, LowRank] = {}
-        for name in state.modules:
+
+        def means(name: str) -> tuple[Tensors, Patch | None, float]:
             # s_k B_k, not B_k: the clients' scalings may differ even where their ranks do not.
             pairs = partial.deltas(name)
             mean_b = _mean([x.b for x in pairs], shares)
-            modules[name] = {"a": _mean([x.a for x in pairs], shares), "b": mean_b / s}
+            mean = {"a": _mean([x.a for x in pairs], shares), "b": mean_b / s}
             terms = [LowRank(x.b - mean_b, x.a - pairs[-1].a) for x in pairs[:-1]]
-            if terms:
-                residual[name] = lowrank.stack(terms, shares[:-1])
-        log = patches_of(state).append(residual) if residual else patches_of(state)
-        diagnostics = {"residual_norm": sum(lowrank.norm(x) ** 2 for x in residual.values()) ** 0.5}
+            if not terms:
+                return mean, None, 0.0
+            residual = patch_sum(None, lowrank.stack(terms, shares[:-1]))
+            return mean, residual, lowrank.norm(residual) if isinstance(residual, LowRank) else float(residual.norm())
+
+        found = dict(zip(state.modules, parallel.ordered_map(means, state.modules), strict=True))
+        residuals = {name: residual for name, (_, residual, _) in found.items() if residual is not None}
+        log = patches_of(state).append(residuals) if residuals else patches_of(state)
+        diagnostics = {"residual_norm": math.hypot(*(norm for _, _, norm in found.values()))}
+        modules = {name: mean for name, (mean, _, _) in found.items()}
         return advance(state, modules=modules, patches=log, dense=partial.mean_dense()), diagnostics
 
     return Method(

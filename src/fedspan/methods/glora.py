@@ -1,23 +1,26 @@
 """GLoRA and FlexLoRA: servers that aggregate products in low-rank form and read adapters of any rank out of them.
 
-State per module: U (m, R) orthonormal and C (R, n), standing for U·C.
+State per module: U (m, R) orthonormal and C (R, n), standing for U·C. Unless readouts nest it has the form of its own
+SVD, C = Σ Vᵀ, so that a readout of any rank is a slice of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from fedspan import lowrank, subspace
+from fedspan import lowrank, parallel
 from fedspan.lowrank import LowRank
+from fedspan.methods import spectral
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import Partial
-from fedspan.methods.messages import Broadcast, Diagnostics, Factors, Request, Template, Tensors
-from fedspan.methods.readout import fresh_adapter, readout
+from fedspan.methods.messages import Broadcast, Diagnostics, Factors, Request, Template, Tensors, Update
+from fedspan.methods.questions import Conversation, Outcome, Sums, Term, Terms, own_terms
+from fedspan.methods.readout import fresh_adapter, leading_adapter
+from fedspan.methods.spectral import Dialogue, Found, Wanted
+
+Algebra = Literal["auto", "exact", "randomized"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,7 @@ class _Options:
     update: Literal["replace", "innovation"]
     start: Literal["readout", "state"]
     readout: Literal["svd", "nested"]
+    algebra: Algebra
 
 
 def glora(
@@ -39,6 +43,7 @@ def glora(
     update: Literal["replace", "innovation"] = "replace",
     start: Literal["readout", "state"] = "readout",
     readout: Literal["svd", "nested"] = "svd",
+    algebra: Algebra = "auto",
 ) -> Method:
     """GLoRA: a consensus update subspace, aggregation in its coordinates, adapters of any rank read out.
 
@@ -60,7 +65,7 @@ def glora(
         `projector`: every client's subspace counts by its weight alone. `energy`: the left singular vectors of the
         aggregate itself, which lose the least energy.
     sides
-        `both`: a consensus right basis V too, so that the state is U (Uᵀ T V) Vᵀ.
+        `both`: a consensus right basis V too, so that the state is U (Uᵀ T V) Vᵀ; for the energy basis the same thing.
     update
         `replace`: the new state is built from the whole adapters that came back. `innovation`: each client's
         innovation, its adapter minus the readout it was sent, is added to the state; directions that a low-rank client
@@ -70,6 +75,8 @@ def glora(
         frozen patch and train a fresh adapter on top, so innovations are exact at any rank; more traffic down.
     readout
         `svd`: the best adapter of each rank. `nested`: B = U[:, :r], A = C[:r]/s, so that ranks nest.
+    algebra
+        `exact` or `randomized` (see `fedspan.methods.spectral`); `auto`: by shape, exact while that is cheap.
     """
     if start == "state":
         # What comes back is an addition to the state, never a replacement of it.
@@ -78,7 +85,9 @@ def glora(
         raise ValueError(f"method.server_rank = {server_rank}: expected at least 1, or 'auto'")
     if not 0 < tolerance < 1:
         raise ValueError(f"method.tolerance = {tolerance}: expected between 0 and 1")
-    options = _Options(server_rank, tolerance, basis, sides, update, start, readout)
+    if server_rank == "auto" and algebra == "randomized":
+        raise ValueError("method.algebra = 'randomized': expected 'auto' or 'exact' beside method.server_rank = 'auto'")
+    options = _Options(server_rank, tolerance, basis, sides, update, start, readout, algebra)
     info = MethodInfo(
         name="glora",
         title="GLoRA",
@@ -92,13 +101,19 @@ def glora(
     return _product_server(info, options)
 
 
-def flexlora() -> Method:
+def flexlora(algebra: Algebra = "auto") -> Method:
     """FlexLoRA: T = Σ p_k s_k B_k A_k, and each client gets the best rank-r_k approximation of it by SVD.
 
     Source: Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client
     Resources" (2402.11505).
-    Differences: the paper forms T densely and decomposes it (m×n); here the same SVD comes from the QR core of the
-    stacked factors. The server keeps T at the largest client rank, which is all that any client can receive.
+    Differences: the paper forms T densely and decomposes it (m×n); here its leading part comes from the factors, in
+    `auto` for many clients from a randomized range finder. The server keeps T at the largest client rank, which is all
+    that any client can receive.
+
+    Parameters
+    ----------
+    algebra
+        `exact` or `randomized` (see `fedspan.methods.spectral`); `auto`: by shape, exact while that is cheap.
     """
     info = MethodInfo(
         name="flexlora",
@@ -110,7 +125,7 @@ def flexlora() -> Method:
         traffic_up="r(m+n)",
         traffic_down="r(m+n)",
     )
-    return _product_server(info, _Options(None, 0.01, "energy", "left", "replace", "readout", "svd"))
+    return _product_server(info, _Options(None, 0.01, "energy", "left", "replace", "readout", "svd", algebra))
 
 
 def _product_server(info: MethodInfo, options: _Options) -> Method:
@@ -119,102 +134,120 @@ def _product_server(info: MethodInfo, options: _Options) -> Method:
         return ServerState(template, {name: {"u": x.b, "c": x.a} for name, x in empty.items()}, dense)
 
     def broadcast(state: ServerState, request: Request) -> Broadcast:
-        template = state.template
-        held = {name: LowRank(t["u"], t["c"]) for name, t in state.modules.items()}
+        template, held = state.template, _held(state)
         if options.start == "state":
             # A new adapter every round: the last one is in the state.
             adapter = fresh_adapter(template, request.rank or template.rank, state.round_num)
             patch = {name: x for name, x in held.items() if x.rank}
             return Broadcast(adapter, state.dense, patch=patch, news=(patch,), seeded=frozenset({"a", "b"}))
-        adapter = {}
-        for name, x in held.items():
-            rank = request.rank or max(x.rank, template.rank)
-            read = _nested if options.readout == "nested" else readout
-            adapter[name] = read(template, name, x, rank, state.round_num)
-        return Broadcast(adapter, state.dense)
+
+        def read(name: str) -> Factors:
+            rank = request.rank or max(held[name].rank, template.rank)
+            return leading_adapter(template, name, held[name], rank, state.round_num, options.readout == "svd")
+
+        return Broadcast(dict(zip(held, parallel.ordered_map(read, held), strict=True)), state.dense)
+
+    def terms(state: ServerState) -> Terms:
+        return _terms(state, options)
 
     def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
-        innovations = options.update == "innovation"
-        sent: dict[int, Broadcast] = {}
-        if innovations and options.start == "readout":
-            ranks = {update.factors(name).rank for update in partial.collected for name in update.modules}
-            sent = {rank: broadcast(state, Request(rank)) for rank in ranks}
-        modules: dict[str, Tensors] = {}
-        lost, total, rank = 0.0, 0.0, 0
-        for name, kept in state.modules.items():
-            terms = partial.deltas(name)
-            if sent:
-                reads = [sent[u.factors(name).rank].adapter[name].delta() for u in partial.collected]
-                terms = [lowrank.stack([x, read], [1.0, -1.0]) for x, read in zip(terms, reads, strict=True)]
-            before = LowRank(kept["u"], kept["c"]) if innovations else None
-            after, loss, size = _aggregate(before, terms, partial.shares(), state.template.rank, options)
-            modules[name] = {"u": after.b, "c": after.a}
-            lost, total, rank = lost + loss**2, total + size**2, max(rank, after.rank)
-        error = (lost / total) ** 0.5 if total > 0 else 0.0
-        diagnostics = {"server_rank": float(rank), "truncation_error": error}
-        return advance(state, modules=modules, dense=partial.mean_dense()), diagnostics
+        term = terms(state)
+        weights = partial.shares()
+        modules = {name: Sums([term(u, name) for u in partial.collected], weights) for name in state.modules}
+        outcome = _outcome(_solve(state, modules, options))
+        return advance(state, modules=outcome.modules, dense=partial.mean_dense()), outcome.diagnostics
 
-    return Method(info=info, init=init, broadcast=broadcast, finish=finish)
+    def converse(state: ServerState) -> Conversation:
+        if options.algebra == "exact" or options.server_rank == "auto":
+            raise ValueError(f"{info.name} with exact algebra or an automatic rank needs all updates at once")
+        return _conversation({name: _dialogue(state, name, options) for name in state.modules})
+
+    return Method(info=info, init=init, broadcast=broadcast, finish=finish, converse=converse, terms=terms)
 
 
-def _aggregate(
-    before: LowRank | None,
-    terms: Sequence[LowRank],
-    weights: Sequence[float],
-    default_rank: int,
-    options: _Options,
-) -> tuple[LowRank, float, float]:
-    """(U·C, ‖T − U·C‖_F, ‖T‖_F) for T = Σ p_k X_k, or T = before + Σ p_k X_k where X_k are innovations."""
-    kept = [] if before is None else [before]
-    target = lowrank.stack([*kept, *terms], [*([1.0] * len(kept)), *weights])
-    m, n = target.shape
+def _held(state: ServerState) -> dict[str, LowRank]:
+    return {name: LowRank(t["u"], t["c"]) for name, t in state.modules.items()}
+
+
+def _terms(state: ServerState, options: _Options) -> Terms:
+    """What the state is the average of: the clients' updates, or, where innovations are added to the state, each
+    client's update as if it had been sent the whole state."""
+    if options.update == "replace":
+        return own_terms
+    held = _held(state)
+    # One object per module and rank: `questions` asks it once for all the clients that share it.
+    rests: dict[tuple[str, int], LowRank] = {}
+
+    def term(update: Update, module: str) -> Term:
+        x, own = held[module], own_terms(update, module)
+        sent = 0 if options.start == "state" else min(own.own.rank, x.rank)
+        if sent == x.rank:
+            return own
+        rest = rests.setdefault((module, sent), LowRank(x.b[:, sent:], x.a[sent:]))
+        return Term(own.own, own.scaling, rest)
+
+    return term
+
+
+def _wanted(state: ServerState, shape: tuple[int, int], options: _Options) -> Wanted:
     automatic = options.server_rank == "auto"
-    limit = max(m, n) if automatic else int(options.server_rank or default_rank)
-    if options.basis == "energy":
-        f = lowrank.svd(target)
-        keep = min(limit, lowrank.numerical_rank(f.s, lowrank.term_size(target)))
-        state, size = LowRank(f.u[:, :keep], f.s[:keep, None] * f.vh[:keep]), float(f.s.norm())
-    else:
-        # A client's vote on innovations is its update as if it had been sent the whole state; with at most R
-        # directions each, or the old state, which all of them hold, would outvote everything new.
-        voters = [lowrank.stack([*kept, x]) for x in terms]
-        vote = None if before is None else max(limit if not automatic else default_rank, 1)
-        u = _consensus(voters, weights, limit, vote)
-        c = (u.mT @ target.b) @ target.a
-        if options.sides == "both":
-            v = _consensus([LowRank(x.a.mT, x.b.mT) for x in voters], weights, limit, vote)
-            c = (c @ v) @ v.mT
-        state, size = LowRank(u, c), lowrank.norm(target)
-    if automatic:
-        state = _smallest_within(_by_energy(state), target, options.tolerance * size)
-    return state, lowrank.distance(target, state), size
+    rank = max(shape) if options.server_rank == "auto" else options.server_rank or state.template.rank
+    # With more directions each, the old state, which all clients hold, would outvote everything new.
+    vote = None if options.update == "replace" else state.template.rank if automatic else rank
+    tolerance = options.tolerance if automatic else None
+    both = options.sides == "both" and options.basis == "projector"
+    return Wanted(rank, options.basis, both, vote, tolerance, options.readout == "svd" or automatic)
 
 
-def _consensus(terms: Sequence[LowRank], weights: Sequence[float], rank: int, vote: int | None) -> Tensor:
-    """The consensus basis (m, ≤ rank), each client naming at most `vote` directions."""
-    return subspace.consensus([subspace.column_basis(x, vote) for x in terms], weights, rank)[0]
+def _dialogue(state: ServerState, name: str, options: _Options) -> Dialogue:
+    template = state.template
+    shape = template.modules[name]
+    return spectral.dialogue(shape, _wanted(state, shape, options), template.seed, state.round_num, name, "spectral")
 
 
-def _by_energy(x: LowRank) -> LowRank:
-    """The same U·C in the basis of its left singular vectors, strongest first."""
-    f = lowrank.svd(x)
-    return LowRank(f.u, f.s[:, None] * f.vh)
+def _conversation(talks: Mapping[str, Dialogue]) -> Conversation:
+    return _outcome((yield from spectral.together(talks)))
 
 
-def _smallest_within(x: LowRank, target: LowRank, allowed: float) -> LowRank:
-    """The fewest leading directions of x whose distance to the target is at most `allowed` (or all of x)."""
-    base = lowrank.distance(target, x) ** 2
-    row_energy = x.a.square().sum(dim=1)
-    tails = row_energy.flip(0).cumsum(0).flip(0)  # what dropping directions r, r+1, … costs
-    fits = (base + tails <= allowed**2).nonzero()
-    rank = int(fits[0]) if len(fits) else x.rank
-    return LowRank(x.b[:, :rank], x.a[:rank])
+def _solve(state: ServerState, modules: Mapping[str, Sums], options: _Options) -> dict[str, Found]:
+    """U·C of every module by the algebra of its shape."""
+
+    def solve(names: Sequence[str]) -> list[Found]:
+        first = modules[names[0]]
+        shape = state.template.modules[names[0]]
+        wanted = _wanted(state, shape, options)
+        if options.algebra == "exact" or (
+            options.algebra == "auto"
+            and (wanted.tolerance or spectral.prefers_exact(shape, first.total_rank, wanted.rank))
+        ):
+            return spectral.exactly([modules[name] for name in names], wanted)
+        return [spectral.answered(_dialogue(state, name, options), modules[name]) for name in names]
+
+    batches = list(_batches(state.template, modules))
+    found = zip(batches, parallel.ordered_map(solve, batches), strict=True)
+    by_name = {name: x for names, results in found for name, x in zip(names, results, strict=True)}
+    return {name: by_name[name] for name in modules}
 
 
-def _nested(template: Template, module: str, x: LowRank, rank: int, round_num: int) -> Factors:
-    """B = U[:, :r], A = C[:r]/s; spare directions start fresh, as in `readout`."""
-    s = template.scaling(rank)
-    keep = min(rank, x.rank)
-    spare = fresh_adapter(template, rank, round_num)[module].a[keep:].to(x.a.dtype)
-    zeros = x.b.new_zeros((x.shape[0], rank - keep))
-    return Factors(torch.cat([x.b[:, :keep], zeros], dim=1), torch.cat([x.a[:keep] / s, spare], dim=0), s)
+_BATCH = 2**20
+"""Numbers in the stacked factors of a batch: small layers share calls, large ones fill the caches alone."""
+
+
+def _batches(template: Template, modules: Mapping[str, Sums]) -> Iterable[list[str]]:
+    """Modules of one shape whose clients have the same ranks, so many at a time as are small together."""
+    groups: dict[object, list[str]] = {}
+    for name, sums in modules.items():
+        groups.setdefault((template.modules[name], sums.ranks, sums.dtype), []).append(name)
+    for names in groups.values():
+        numbers = modules[names[0]].total_rank * sum(template.modules[names[0]])
+        size = max(1, _BATCH // max(numbers, 1))
+        yield from (names[i : i + size] for i in range(0, len(names), size))
+
+
+def _outcome(found: Mapping[str, Found]) -> Outcome:
+    lost, total = (sum(getattr(x, part) for x in found.values()) for part in ("lost_squared", "size_squared"))
+    rank = max(x.state.rank for x in found.values())
+    diagnostics = {"server_rank": float(rank), "truncation_error": (lost / total) ** 0.5 if total > 0 else 0.0}
+    if any(x.estimated for x in found.values()):
+        diagnostics["truncation_error_estimated"] = 1.0
+    return Outcome({name: {"u": x.state.b, "c": x.state.a} for name, x in found.items()}, diagnostics)

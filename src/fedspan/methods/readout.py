@@ -31,22 +31,29 @@ def fresh_adapter(template: Template, rank: int, round_num: int = 0) -> dict[str
     }
 
 
-def readout(template: Template, module: str, x: LowRank, rank: int, round_num: int) -> Factors:
-    """The best rank-`rank` approximation of X as a balanced adapter, B = U_r Σ_r^½ and A = Σ_r^½ V_rᵀ / s.
+def leading_adapter(
+    template: Template, module: str, x: LowRank, rank: int, round_num: int, balanced: bool = True
+) -> Factors:
+    """The first `rank` directions of X = U·C as an adapter; U orthonormal, no row of C zero.
+
+    Where the rows of C are orthogonal, the longest first, this is the best rank-`rank` approximation of X, and
+    balanced: B = U_r Σ_r^½, A = Σ_r^½ V_rᵀ / s. Otherwise B = U_r, A = C_r / s.
 
     Where X has fewer directions than `rank`, the spare rows of A are fresh and the spare columns of B zero: the
     product is the same, and the adapter can still learn there (with both factors zero its gradient would vanish).
     """
-    f = lowrank.svd(x)
     s = template.scaling(rank)
-    keep = min(rank, lowrank.numerical_rank(f.s, lowrank.term_size(x)))
-    root = f.s[:keep].sqrt()
-    spare = fresh_a(template, module, rank, round_num)[keep:].to(f.u.dtype)
-    return Factors(
-        torch.cat([f.u[:, :keep] * root, f.u.new_zeros((x.shape[0], rank - keep))], dim=1),
-        torch.cat([root[:, None] * f.vh[:keep] / s, spare], dim=0),
-        s,
-    )
+    keep = min(rank, x.rank)
+    b, a = x.b[:, :keep], x.a[:keep]
+    if balanced:
+        root = torch.linalg.vector_norm(a, dim=1).sqrt()
+        b, a = b * root, a / (root * s)[:, None]
+    else:
+        b, a = b.clone(), a / s
+    if keep == rank:
+        return Factors(b, a, s)
+    spare = fresh_a(template, module, rank, round_num)[keep:].to(a)
+    return Factors(torch.cat([b, b.new_zeros((x.shape[0], rank - keep))], dim=1), torch.cat([a, spare], dim=0), s)
 
 
 def received(answer: Broadcast, name: str) -> LowRank:

@@ -126,9 +126,12 @@ def _optimizer(
     key: tuple[object, ...],
 ) -> torch.optim.Optimizer:
     if recipe.galore is None:
-        # Fused: one pass over memory instead of seven.
-        rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-        return torch.optim.AdamW(chosen.values(), **rates, fused=True)
+        return torch.optim.AdamW(
+            chosen.values(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,  # one pass over memory instead of seven
+        )
     projected = [p for name, p in chosen.items() if name in model.projected]
     plain = [p for name, p in chosen.items() if name not in model.projected]
     seed = generator(*key, "galore").initial_seed()

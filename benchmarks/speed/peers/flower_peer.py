@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.update(
@@ -37,15 +38,20 @@ def main() -> None:
     spec_path = str(Path(options.spec).resolve())
     spec = common.Spec.read(spec_path)
     log, final = measure.Log(), {}
-    run_simulation(
-        server_app=flower_app.server(spec_path, log, final, options.pull_interval),
-        client_app=flower_app.client_app,
-        num_supernodes=spec.num_clients,
-        backend_config={
-            "init_args": {"num_cpus": options.parallel, "include_dashboard": False, "log_to_driver": False},
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-        },
-    )
+    # A short name: Ray's sockets lie in this folder, and a socket's path may have 107 characters only.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        init_args = {
+            "num_cpus": options.parallel,
+            "include_dashboard": False,
+            "log_to_driver": False,
+            "_temp_dir": folder,
+        }
+        run_simulation(
+            server_app=flower_app.server(spec_path, log, final, options.pull_interval),
+            client_app=flower_app.client_app,
+            num_supernodes=spec.num_clients,
+            backend_config={"init_args": init_args, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}},
+        )
     more = {"parallel": options.parallel, "pull_interval": options.pull_interval}
     measure.write_result(options.out, "flower", spec.rounds, log, final, watch, **more)
 

@@ -6,7 +6,7 @@ SVD, C = Σ Vᵀ, so that a readout of any rank is a slice of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -153,8 +153,11 @@ def _product_server(info: MethodInfo, options: _Options) -> Method:
     def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
         term = terms(state)
         weights = partial.shares()
-        modules = {name: Sums([term(u, name) for u in partial.collected], weights) for name in state.modules}
-        outcome = _outcome(_solve(state, modules, options))
+
+        def sums(name: str) -> Sums:
+            return Sums([term(u, name) for u in partial.collected], weights)
+
+        outcome = _outcome(_solve(state, sums, len(weights), options))
         return advance(state, modules=outcome.modules, dense=partial.mean_dense()), outcome.diagnostics
 
     def converse(state: ServerState) -> Conversation:
@@ -209,38 +212,47 @@ def _conversation(talks: Mapping[str, Dialogue]) -> Conversation:
     return _outcome((yield from spectral.together(talks)))
 
 
-def _solve(state: ServerState, modules: Mapping[str, Sums], options: _Options) -> dict[str, Found]:
-    """U·C of every module by the algebra of its shape."""
+def _solve(state: ServerState, sums: Callable[[str], Sums], num_clients: int, options: _Options) -> dict[str, Found]:
+    """U·C of every module by the algebra of its shape; a batch of modules is read, solved and let go of."""
 
-    def solve(names: Sequence[str]) -> list[Found]:
-        first = modules[names[0]]
-        shape = state.template.modules[names[0]]
-        wanted = _wanted(state, shape, options)
-        if options.algebra == "exact" or (
-            options.algebra == "auto"
-            and (wanted.tolerance or spectral.prefers_exact(shape, first.total_rank, wanted.rank))
-        ):
-            return spectral.exactly([modules[name] for name in names], wanted)
-        return [spectral.answered(_dialogue(state, name, options), modules[name]) for name in names]
+    def solve(names: Sequence[str]) -> dict[str, Found]:
+        alike: dict[object, dict[str, Sums]] = {}
+        for name in names:
+            held = sums(name)
+            alike.setdefault((held.ranks, held.dtype), {})[name] = held
+        found: dict[str, Found] = {}
+        for modules in alike.values():
+            found |= zip(modules, _solve_alike(state, modules, options), strict=True)
+        return found
 
-    batches = list(_batches(state.template, modules))
-    found = zip(batches, parallel.ordered_map(solve, batches), strict=True)
-    by_name = {name: x for names, results in found for name, x in zip(names, results, strict=True)}
-    return {name: by_name[name] for name in modules}
+    batches = _batches(state.template, num_clients)
+    by_name = {name: x for found in parallel.ordered_map(solve, batches) for name, x in found.items()}
+    return {name: by_name[name] for name in state.modules}
+
+
+def _solve_alike(state: ServerState, modules: Mapping[str, Sums], options: _Options) -> list[Found]:
+    """The same for modules of one shape whose clients have the same ranks."""
+    name, first = next(iter(modules.items()))
+    shape = state.template.modules[name]
+    wanted = _wanted(state, shape, options)
+    if options.algebra == "exact" or (
+        options.algebra == "auto" and (wanted.tolerance or spectral.prefers_exact(shape, first.total_rank, wanted.rank))
+    ):
+        return spectral.exactly(list(modules.values()), wanted)
+    return [spectral.answered(_dialogue(state, name, options), sums) for name, sums in modules.items()]
 
 
 _BATCH = 2**20
 """Numbers in the stacked factors of a batch: small layers share calls, large ones fill the caches alone."""
 
 
-def _batches(template: Template, modules: Mapping[str, Sums]) -> Iterable[list[str]]:
-    """Modules of one shape whose clients have the same ranks, so many at a time as are small together."""
-    groups: dict[object, list[str]] = {}
-    for name, sums in modules.items():
-        groups.setdefault((template.modules[name], sums.ranks, sums.dtype), []).append(name)
-    for names in groups.values():
-        numbers = modules[names[0]].total_rank * sum(template.modules[names[0]])
-        size = max(1, _BATCH // max(numbers, 1))
+def _batches(template: Template, num_clients: int) -> Iterable[list[str]]:
+    """Modules of one shape, so many at a time as are small together. Nothing is read: clients count at full rank."""
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name, shape in template.modules.items():
+        groups.setdefault(shape, []).append(name)
+    for shape, names in groups.items():
+        size = max(1, _BATCH // max(num_clients * template.rank * sum(shape), 1))
         yield from (names[i : i + size] for i in range(0, len(names), size))
 
 

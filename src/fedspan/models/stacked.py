@@ -83,10 +83,12 @@ class StackedLinear(nn.Module):
         plain = weight.dtype == x.dtype == torch.float32 and not self.base._forward_hooks
         if plain and not self.dropout and not torch.is_autocast_enabled(x.device.type):
             w = weight.T if self.transposed else weight
-            y = _Adapted.apply(rows, w, self.base.bias, slot, slot.a, slot.b, slot.scaling)
-            return y.view(*x.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+            done: Tensor = _Adapted.apply(  # type: ignore[no-untyped-call]
+                rows, w, self.base.bias, slot, slot.a, slot.b, slot.scaling
+            )
+            return done.view(*x.shape[:-1], done.shape[-1])
         # A base in a coarser type, a patch beside it, dropout: the same in ordinary operations, adapters in float32.
-        y = self.base(x)
+        y: Tensor = self.base(x)
         kept = F.dropout(x.float(), self.dropout) if self.dropout else x.float()
         h = torch.bmm(_by_client(kept, len(slot.a)), slot.a.mT) * slot.scaling
         extra = torch.bmm(h, slot.b.mT).view(y.shape)

@@ -22,7 +22,7 @@ from fedspan import checkpoint
 from fedspan.checkpoint import Checkpoint
 from fedspan.methods import METHODS
 from fedspan.methods.base import Method
-from fedspan.rounds import Standing, run_round
+from fedspan.rounds import Standing
 from fedspan.seeding import generator
 
 SMALL = {"one": (6, 5), "two": (5, 5)}
@@ -38,7 +38,7 @@ def stand(method: Method, rounds: int, ranks: tuple[int, ...], shapes: dict[str,
     standing, people = tiny.standing(method, max(ranks), shapes), tiny.clients(*ranks)
     for i in range(rounds):
         cohort = people if i % 2 == 0 else people[: i % len(people) + 1]
-        standing, _ = run_round(method, standing, cohort, tiny.fake_work)
+        standing, _ = tiny.run_round(method, standing, cohort, tiny.fake_work)
     return standing
 
 
@@ -80,7 +80,7 @@ def test_going_on_from_a_file_is_going_on(tmp_path: Path, name: str) -> None:
     checkpoint.write(tmp_path / "c", kept(before))
     read = checkpoint.read(tmp_path / "c")
     from_file = Standing(read.state, read.client_states, read.seen)
-    tiny.same_standing(*(run_round(method, s, people, tiny.fake_work)[0] for s in (before, from_file)))
+    tiny.same_standing(*(tiny.run_round(method, s, people, tiny.fake_work)[0] for s in (before, from_file)))
 
 
 @given(

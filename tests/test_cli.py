@@ -32,7 +32,7 @@ SMALL = [
     "data.max_test=12",
     "evaluation.max_new_tokens=4",
 ]
-TIMING = ("server_seconds", "client_seconds", "peak_server_bytes")
+TIMING = ("server_seconds", "client_seconds", "train_wall_seconds", "peak_server_bytes")
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -146,6 +146,9 @@ def test_config_prints_what_it_would_read(tmp_path: Path) -> None:
         (["run", "--set", "federation.round=3"], ["'federation.round'", "did you mean 'federation.rounds'?"]),
         (["run", "--set", "federation.rounds"], ["expected key=value"]),
         (["run", "--set", "federation.rounds=none"], ["federation.rounds = 'none'"]),
+        (["run", "--engine", "fast"], ["engine.name = 'fast'", "'cohort'"]),
+        (["run", "--workers", "0"], ["engine.workers", "greater than or equal to 1"]),
+        (["resume", "x", "--workers", "none"], ["'--workers'", "valid integer", "`fedspan resume --help`"]),
         (["merge", "a", "--method", "glora", "--out", "x", "--weights", "1,b"], ["'b'", "expected numbers"]),
         (["merge", "a", "--method", "glora", "--rank", "two", "--out", "x"], ["--rank 'two'", "whole number"]),
     ],
@@ -210,6 +213,7 @@ def test_a_run_prints_plain_lines_and_a_table(finished: tuple[Path, subprocess.C
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
+    assert re.search(r"^(cohort|sequential) engine.*, \d+ process(es)?$", done.stdout, re.MULTILINE)
     rounds = [line for line in done.stdout.splitlines() if line.startswith("  round ")]
     assert [line.split()[1] for line in rounds] == ["1/3", "2/3", "3/3"] * 2
     assert all("loss" in line and "clients" in line for line in rounds)
@@ -399,9 +403,10 @@ def show(console: Console) -> str:
     record = {"train_loss": 1.5, "num_clients": 2, "bytes_up": 10, "bytes_down": 20, "rejected": {}}
     ranks = {"num_clients": 2, "ranks": [2, 4], "rounds": 2}
     sizes = {"base_parameters": 1000, "trained_parameters": 100}
+    how = {"engine": "sequential", "reason": "it [was] so", "workers": 2}
     with follow(console) as listen:
         say = lambda kind, **data: listen(Event(kind, data))  # noqa: E731
-        say("start", method="GLoRA", task="[t]", model="m", out="o", metric="rouge_l", **ranks, **sizes)
+        say("start", method="GLoRA", task="[t]", model="m", out="o", metric="rouge_l", **ranks, **sizes, **how)
         say("phase", phase="base", total=1, done=0)
         for phase in ("federation", "local"):
             say("phase", phase=phase, total=2, done=0)
@@ -430,6 +435,7 @@ def test_a_terminal_gets_the_live_display(width: int) -> None:
     assert re.search(r"clients alone .*2/2 rounds +loss 1\.500 +0 s", text)
     assert "round 2: the update of client-1 was left out: holds NaN" in text
     assert "GLoRA on [t]: 2 clients, ranks 2, 4, 2 rounds; m of 1,000 parameters, 100 trained" in " ".join(text.split())
+    assert "sequential engine (it [was] so), 2 processes" in " ".join(text.split())
     assert max(len(line) for line in re.split(r"[\r\n]+", text)) <= width
 
 

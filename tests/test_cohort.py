@@ -289,7 +289,7 @@ def test_a_plan_holds_every_client_once(
     if name == "sequential":
         assert all(len(part) == 1 for part in groups)
         return
-    assert all(len(part) <= 8 for part in groups)
+    assert all(len(part) <= 16 for part in groups)
     assert count == 1 or len(groups) < count
     small = config(name).model_copy(update={"engine": EngineConfig(name=name, memory=1e-4)})  # type: ignore[arg-type]
     assert all(len(part) == 1 for part in cohort.plan(model, data["classification"], group, small))

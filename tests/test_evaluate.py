@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from fedspan.config import DataConfig
 from fedspan.data import Encoded, Rows, encode
 from fedspan.evaluate import evaluate
+from fedspan.lowrank import LowRank
 from fedspan.metrics import METRICS, Metric
 from fedspan.models import FederatedModel
+from fedspan.models.merged import merged
 from fedspan.seeding import generator
 
 TEXTS = [(row["text"] * (1 + i % 3),) for i, row in enumerate(tiny.words(20))]
@@ -225,3 +227,48 @@ def test_evaluation_changes_nothing_and_draws_nothing(bases: dict[str, Path]) ->
     quiet = tiny.load(bases["llama"], "instruction")
     quiet.load(replace(sent))
     assert score(quiet, tasks()) == {"loss": first["loss"]}
+
+
+def inputs(base: str) -> dict[str, torch.Tensor]:
+    if base == "vit":
+        return {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator("pixels"))}
+    return {"input_ids": torch.arange(4, 40).view(3, 12)}
+
+
+@pytest.mark.parametrize("base", sorted(tiny.KIND))
+@pytest.mark.parametrize("patched", [False, True])
+def test_adapters_folded_into_the_base_are_adapters_beside_it(bases: dict[str, Path], base: str, patched: bool) -> None:
+    """And afterwards the model is what it was, to the bit."""
+    model = tiny.load(bases[base], tiny.KIND[base])
+    shapes = model.modules()
+    patch = {name: LowRank(torch.randn(m, 1) * 0.1, torch.randn(1, n) * 0.1) for name, (m, n) in shapes.items()}
+    model.load(tiny.broadcast(model, **({"patch": patch} if patched else {})))
+    model.model.eval()
+    before = {name: value.clone() for name, value in model.model.state_dict().items()}
+    with torch.no_grad():
+        beside = model.model(**inputs(base)).logits
+        with merged(model):
+            inside = model.model(**inputs(base)).logits
+            assert "lora" not in repr(model.model)
+        after = model.model(**inputs(base)).logits
+    torch.testing.assert_close(inside, beside, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(inside, beside)
+    assert torch.equal(after, beside)
+    tiny.same(model.model.state_dict(), before)
+
+
+def test_what_cannot_be_folded_without_loss_or_thrift_stays_beside(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half, whole = (tiny.load(bases["llama"], "instruction", dtype=dtype) for dtype in ("bfloat16", "float32"))
+    full = tiny.load(bases["llama"], "instruction", trains="all")
+    assert_beside(half)
+    assert_beside(full)
+    monkeypatch.setattr("fedspan.models.merged.LARGEST", 1000)
+    assert_beside(whole)
+
+
+def assert_beside(model: FederatedModel) -> None:
+    layers = dict(model.model.named_modules())
+    with merged(model):
+        assert all(layers[name] is layer for name, layer in model.model.named_modules())

@@ -10,27 +10,25 @@ import pytest
 import tiny
 import torch
 
-from fedspan import checkpoint, engine
+from fedspan import checkpoint
 from fedspan.federation import Client
 from fedspan.methods import METHODS
 from fedspan.methods.base import ServerState
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, Diagnostics, Factors, Update
-from fedspan.rounds import run_round
 from fedspan.runs import Result, resume, run
-from fedspan.train import LocalResult, train
+from fedspan.train import Assignment, LocalResult
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Broadcast, Update]]:
     """What every training of a run started from, and came to."""
     seen: list[tuple[Broadcast, Update]] = []
 
-    def work(model: Any, broadcast: Broadcast, *args: Any, **options: Any) -> LocalResult:
-        result = train(model, broadcast, *args, **options)
-        seen.append((broadcast, result.update))
+    def look(assignment: Assignment, result: LocalResult, round_num: int) -> LocalResult:
+        seen.append((assignment.broadcast, result.update))
         return result
 
-    monkeypatch.setattr(engine, "train", work)
+    tiny.intercept(monkeypatch, look)
     return seen
 
 
@@ -84,7 +82,7 @@ def test_updates_of_a_round_are_not_carried_into_the_next() -> None:
     people = tiny.clients(2, 2, 2)
     standing = tiny.standing(method, 2)
     for cohort in (people, people[:1], people[1:]):
-        standing, _ = run_round(method, standing, cohort, tiny.fake_work)
+        standing, _ = tiny.run_round(method, standing, cohort, tiny.fake_work)
     assert folds == [
         (3, ["client-0", "client-1", "client-2"], 60.0),
         (1, ["client-0"], 10.0),
@@ -181,12 +179,12 @@ def test_a_client_that_raises_ends_the_run_and_one_that_is_wrong_does_not(
     """Neither waits for ever, nor goes on in silence: a fault in the code is not a bad update."""
     config = tiny.config(bases["bert"], texts, "fedit", federation={"participation": 1.0})
 
-    def broken(*args: Any, **options: Any) -> LocalResult:
-        if options["client_id"] == "client-2":
+    def broken(assignment: Assignment, result: LocalResult, round_num: int) -> LocalResult:
+        if assignment.client_id == "client-2":
             raise MemoryError("no more")
-        return train(*args, **options)
+        return result
 
-    monkeypatch.setattr(engine, "train", broken)
+    tiny.intercept(monkeypatch, broken)
     with pytest.raises(MemoryError):
         run(config, tmp_path / "raised")
     monkeypatch.undo()
@@ -205,6 +203,6 @@ def test_one_bad_client_of_many_does_not_stop_training() -> None:
     method = METHODS["fedit"]()
     standing, people = tiny.standing(method, 2), tiny.clients(2, 2, 2)
     for _ in range(3):
-        standing, record = run_round(method, standing, people, work, min_success=2)
+        standing, record = tiny.run_round(method, standing, people, work, min_success=2)
         assert record["num_clients"] == 2
     assert standing.state.round_num == 3

@@ -17,7 +17,7 @@ from fedspan.methods import METHODS
 from fedspan.methods.base import Method, ServerState, advance
 from fedspan.methods.folds import COLLECT, SUM, Exchange, Partial
 from fedspan.methods.messages import Broadcast, Factors, Request, Update, Vector
-from fedspan.rounds import RoundFailed, Standing, run_round
+from fedspan.rounds import RoundFailed, Standing
 from fedspan.train import LocalResult
 
 NAMES = sorted(METHODS)
@@ -37,7 +37,7 @@ def go(
     rank = max(c.rank for cohort in cohorts for c in cohort)
     standing, records = start or tiny.standing(method, rank), []
     for cohort in cohorts:
-        standing, record = run_round(method, standing, cohort, work, **options)
+        standing, record = tiny.run_round(method, standing, cohort, work, **options)
         records.append(record)
     return standing, records
 
@@ -64,7 +64,7 @@ def test_two_rounds_are_two_rounds_wherever_they_were_cut(name: str) -> None:
     tiny.same_standing(whole, again)
     assert [r["round_num"] for r in records] == [1, 2]
     for a, b in zip(records, first + second, strict=True):
-        timings = {"server_seconds", "client_seconds", "peak_server_bytes"}
+        timings = {"server_seconds", "client_seconds", "train_wall_seconds", "peak_server_bytes"}
         assert {k: v for k, v in a.items() if k not in timings} == {k: v for k, v in b.items() if k not in timings}
 
 
@@ -111,8 +111,8 @@ def test_a_bad_update_is_named_and_the_others_go_on_as_if_it_had_never_been_ther
         result = tiny.fake_work(client, sent, round_num)
         return replace(result, update=spoilt(result.update, how)) if client.client_id == "client-1" else result
 
-    after, record = run_round(method, before, people, work)
-    without, clean = run_round(method, before, [people[0], people[2]], tiny.fake_work)
+    after, record = tiny.run_round(method, before, people, work)
+    without, clean = tiny.run_round(method, before, [people[0], people[2]], tiny.fake_work)
     assert list(record["rejected"]) == ["client-1"]
     wanted = {
         "nan head": "head holds NaN",
@@ -135,7 +135,7 @@ def test_a_rejected_client_keeps_what_it_had(name: str) -> None:
         result = tiny.fake_work(client, sent, round_num)
         return replace(result, update=spoilt(result.update, "nan head")) if client.client_id == "client-2" else result
 
-    after, _ = run_round(METHODS[name](), before, people, work)
+    after, _ = tiny.run_round(METHODS[name](), before, people, work)
     assert after.seen["client-2"] == before.seen["client-2"]
     assert ("client-2" in after.client_states) == ("client-2" in before.client_states)
     if "client-2" in before.client_states:
@@ -154,10 +154,10 @@ def test_what_overflows_only_when_it_is_encoded_is_rejected_too() -> None:
         return replace(result, update=replace(result.update, modules=modules))
 
     method = METHODS["hetlora"]()
-    standing, record = run_round(method, tiny.standing(method, 4), people, work)
+    standing, record = tiny.run_round(method, tiny.standing(method, 4), people, work)
     assert list(record["rejected"]) == ["client-0"]
     assert set(standing.client_states) == {"client-1"}
-    alone, _ = run_round(method, tiny.standing(method, 4), people[1:], tiny.fake_work)
+    alone, _ = tiny.run_round(method, tiny.standing(method, 4), people[1:], tiny.fake_work)
     tiny.same_standing(standing, alone)
 
 
@@ -175,9 +175,9 @@ def test_too_few_valid_updates_end_the_round_and_change_nothing(name: str) -> No
     with pytest.raises(
         RoundFailed, match=r"round 2: 1 valid updates, federation\.min_success = 2; 2 rejected: client-0"
     ):
-        run_round(method, before, people, work, min_success=2)
+        tiny.run_round(method, before, people, work, min_success=2)
     tiny.same_standing(before, kept)
-    _, record = run_round(method, before, people, work, min_success=1)
+    _, record = tiny.run_round(method, before, people, work, min_success=1)
     assert record["num_clients"] == 1
     assert sorted(record["rejected"]) == ["client-0", "client-1"]
 
@@ -186,7 +186,7 @@ def test_a_round_without_anybody_fails_at_once() -> None:
     """No waiting for clients that do not come."""
     method = METHODS["fedit"]()
     with pytest.raises(RoundFailed, match="0 valid updates"):
-        run_round(method, tiny.standing(method, 4), [], tiny.fake_work)
+        tiny.run_round(method, tiny.standing(method, 4), [], tiny.fake_work)
 
 
 TRAFFIC: Mapping[str, Callable[[int], tuple[int, int]]] = {
@@ -252,7 +252,7 @@ def test_a_client_away_for_long_fetches_the_whole_patch_once() -> None:
     """Never more than the dense matrices, however many increments it missed."""
     zero, one = tiny.clients(4, 4)
     standing, _ = go(METHODS["flora"](), [[zero]] * 12)
-    _, record = run_round(METHODS["flora"](), standing, [one], tiny.fake_work)
+    _, record = tiny.run_round(METHODS["flora"](), standing, [one], tiny.fake_work)
     whole = sum(m * n for m, n in tiny.SHAPES.values())
     assert record["bytes_down"] == 4 * (whole + HEAD)
 
@@ -354,7 +354,7 @@ def test_weights_are_by_examples_or_equal(weighting: str) -> None:
     people = tiny.clients(2, 2, sizes=(30, 10))
     method = METHODS["fedit"]()
     start = tiny.standing(method, 2)
-    standing, record = run_round(method, start, people, tiny.fake_work, weighting=weighting)
+    standing, record = tiny.run_round(method, start, people, tiny.fake_work, weighting=weighting)
     sent = method.broadcast(start.state, Request(2))
     shares = (0.75, 0.25) if weighting == "examples" else (0.5, 0.5)
     heads = [tiny.fake_work(c, sent, 0).update.dense["head"] for c in people]
@@ -427,7 +427,7 @@ def test_a_round_of_two_exchanges_trains_once_and_asks_twice() -> None:
 def test_progress_is_told_client_by_client() -> None:
     told: list[tuple[str, int]] = []
     method = METHODS["fedit"]()
-    run_round(
+    tiny.run_round(
         method,
         tiny.standing(method, 2),
         tiny.clients(2, 2, 2),
@@ -442,6 +442,6 @@ def test_the_server_holds_no_more_than_it_says() -> None:
     shapes = {f"layer{i}": (2048, 2048) for i in range(4)}
     method = METHODS["glora"]()
     people = tiny.clients(4, 4, 4)
-    _, record = run_round(method, tiny.standing(method, 4, shapes), people, tiny.fake_work)
+    _, record = tiny.run_round(method, tiny.standing(method, 4, shapes), people, tiny.fake_work)
     updates = 3 * 4 * 4 * (2048 + 2048) * 4  # clients × layers × rank × (m + n) × bytes
     assert updates < record["peak_server_bytes"] < updates + 2048 * 2048 * 4

@@ -26,11 +26,11 @@ from fedspan.methods import METHODS, create
 from fedspan.methods.messages import Factors
 from fedspan.rounds import RoundFailed
 from fedspan.runs import Event, Result, resume, run
-from fedspan.train import LocalResult, train
+from fedspan.train import Assignment, LocalResult
 
 NAMES = sorted(METHODS)
 MIXED = sorted(name for name, factory in METHODS.items() if factory().info.hetero_rank)
-TIMINGS = ("server_seconds", "client_seconds", "peak_server_bytes")
+TIMINGS = ("server_seconds", "client_seconds", "train_wall_seconds", "peak_server_bytes")
 RECORD = {
     "round_num",
     "method",
@@ -41,6 +41,7 @@ RECORD = {
     "bytes_down",
     "server_seconds",
     "client_seconds",
+    "train_wall_seconds",
     "peak_server_bytes",
     "rejected",
 }
@@ -299,23 +300,22 @@ def test_a_full_disk_ends_the_run_and_leaves_what_can_be_resumed(
 
 
 def spoil(*when: tuple[str, int]) -> Any:
-    """`train`, with a NaN in the update of these clients in these rounds."""
+    """What puts a NaN into the update of these clients in these rounds."""
 
-    def work(*args: Any, client_id: str, key: tuple[object, ...], **options: Any) -> LocalResult:
-        result = train(*args, client_id=client_id, key=key, **options)
-        if (client_id, key[1]) not in when:
+    def change(assignment: Assignment, result: LocalResult, round_num: int) -> LocalResult:
+        if (assignment.client_id, round_num) not in when:
             return result
         head = {name: t * torch.nan for name, t in result.update.dense.items()}
         return replace(result, update=replace(result.update, dense=head))
 
-    return work
+    return change
 
 
 def test_a_broken_client_is_reported_and_the_run_goes_on(
     bases: dict[str, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny.config(bases["bert"], texts, "glora", federation={"participation": 1.0})
-    monkeypatch.setattr(engine, "train", spoil(("client-1", 0), ("client-2", 1)))
+    tiny.intercept(monkeypatch, spoil(("client-1", 0), ("client-2", 1)))
     result = run(config, tmp_path / "run")
     assert [list(r["rejected"]) for r in result.history] == [["client-1"], ["client-2"]]
     assert [r["num_clients"] for r in result.history] == [3, 3]
@@ -331,7 +331,7 @@ def test_too_few_valid_updates_end_the_run_and_it_can_be_resumed(
     config = tiny.config(bases["bert"], texts, "hetlora", federation=federation)
     run(config, tmp_path / "whole")
     with monkeypatch.context() as patched:
-        patched.setattr(engine, "train", spoil(("client-1", 1), ("client-2", 1)))
+        tiny.intercept(patched, spoil(("client-1", 1), ("client-2", 1)))
         with pytest.raises(RoundFailed, match="round 2: 2 valid updates") as caught:
             run(config, tmp_path / "ended")
         assert "\n" not in str(caught.value)
@@ -366,12 +366,13 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int, list[int
     """(client, steps, rank, rows) of every training that the engine asks for."""
     seen: list[tuple[str, int, int, list[int]]] = []
 
-    def work(model: Any, broadcast: Any, examples: Any, *args: Any, **options: Any) -> LocalResult:
-        ranks = {f.rank for f in broadcast.adapter.values()}
-        seen.append((options["client_id"], options["steps"], max(ranks, default=0), examples.rows.tolist()))
-        return train(model, broadcast, examples, *args, **options)
+    def look(a: Assignment, result: LocalResult, round_num: int) -> LocalResult:
+        ranks = {f.rank for f in a.broadcast.adapter.values()}
+        assert result.steps == a.steps
+        seen.append((a.client_id, a.steps, max(ranks, default=0), a.rows.tolist()))
+        return result
 
-    monkeypatch.setattr(engine, "train", work)
+    tiny.intercept(monkeypatch, look)
     return seen
 
 
@@ -397,8 +398,8 @@ def test_the_centralised_control_trains_on_everything_as_long_as_the_cohort(
     job = Job.prepare(config, create(config.method), tmp_path / "none", lambda event: None)
     main = replace(job, out=result.out).federation("federation", job.method, job.clients)
     whole = job.method.broadcast(main.saved.state, engine.Request(None))
-    losses = [job.evaluate(whole, whole=True, data=job.train_data.subset(c.holdout))["loss"] for c in people]
-    assert own == pytest.approx(sum(losses) / len(losses))
+    found = job.evaluate([job.exam(whole, split="train", rows=c.holdout) for c in people])
+    assert own == pytest.approx(sum(f["loss"] for f in found) / len(found))
 
 
 def test_nothing_travels_in_the_local_control(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
@@ -439,8 +440,8 @@ def test_a_decoder_without_padding_token_classifies_alike_at_every_batch_size(
     sent = job.federation("federation", job.method, job.clients).initial()
     figures = []
     for size in (1, 16):
-        job.config = tiny.config(base, texts, "fedit", evaluation={"batch_size": size})
-        figures.append(job.evaluate(sent, whole=True))
+        job.crew.kit.config = tiny.config(base, texts, "fedit", evaluation={"batch_size": size})
+        figures += job.evaluate([job.exam(sent)])
     assert figures[0] == pytest.approx(figures[1], rel=2e-6)
 
 
@@ -557,14 +558,13 @@ def test_factors_travel_with_the_scaling_of_their_rank(
     """α/r of each client's own rank, α/√r under rsLoRA, in what is trained and in what comes back."""
     found: set[tuple[int, float]] = set()
 
-    def work(model: Any, broadcast: Any, *args: Any, **options: Any) -> LocalResult:
-        result = train(model, broadcast, *args, **options)
-        for f in (*broadcast.adapter.values(), *result.update.modules.values()):
+    def look(a: Assignment, result: LocalResult, round_num: int) -> LocalResult:
+        for f in (*a.broadcast.adapter.values(), *result.update.modules.values()):
             assert isinstance(f, Factors)
             found.add((f.rank, f.scaling))
         return result
 
-    monkeypatch.setattr(engine, "train", work)
+    tiny.intercept(monkeypatch, look)
     for rslora in (False, True):
         adapter, federation = {"rslora": rslora}, {"ranks": [1, 2, 4, 8], "participation": 1.0, "rounds": 1}
         config = tiny.config(bases["bert"], texts, "flexlora", adapter=adapter, federation=federation)

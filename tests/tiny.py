@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from fedspan import config as settings
+from fedspan import rounds
 from fedspan.config import Config
 from fedspan.federation import Client
 from fedspan.lowrank import LowRank
@@ -24,7 +26,8 @@ from fedspan.methods.messages import Broadcast, Factors, Recipe, Template, Updat
 from fedspan.models import FederatedModel, build, load_processor
 from fedspan.rounds import Standing
 from fedspan.seeding import generator
-from fedspan.train import LocalResult
+from fedspan.train import Assignment, LocalResult
+from fedspan.workers import Alone
 
 SIZE = 32
 KIND = {"llama": "instruction", "gpt2": "instruction", "bert": "classification", "vit": "image"}
@@ -168,6 +171,7 @@ def config(base: Path, data: Path, method: str = "glora", /, **sections: Mapping
         "federation": {"num_clients": 4, "rounds": 2, "participation": 0.5, "ranks": 4, "partition": "iid"},
         "local": {"steps": 2, "batch_size": 4, "learning_rate": 1e-2},
         "evaluation": {"max_new_tokens": 2, "local": False},
+        "engine": {"workers": 1},
         "method": {"name": method},
     }
     for section, values in sections.items():
@@ -231,6 +235,36 @@ def fake_work(client: Client, sent: Broadcast, round_num: int) -> LocalResult:
     modules = {n: Factors(moved(f.b), moved(f.a) if free else f.a.clone(), f.scaling) for n, f in sent.adapter.items()}
     dense = {name: moved(t) for name, t in sent.dense.items()}
     return LocalResult(Update(client.client_id, 1.0, modules, dense), 1.0 + round_num, 3)
+
+
+Change = Callable[[Assignment, LocalResult, int], LocalResult]
+
+
+def intercept(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
+    """Have `change` look at everything that a client learns, in the order of the clients, and alter it if it likes."""
+    train = Alone.train
+
+    def work(
+        self: Alone, given: Sequence[Assignment], round_num: int, engine: str
+    ) -> Iterator[tuple[LocalResult, float]]:
+        for assignment, (result, seconds) in zip(given, train(self, given, round_num, engine), strict=True):
+            yield change(assignment, result, round_num), seconds
+
+    monkeypatch.setattr(Alone, "train", work)
+
+
+One = Callable[[Client, Broadcast, int], LocalResult]
+
+
+def run_round(
+    method: Method, standing: Standing, cohort: Sequence[Client], work: One, **options: Any
+) -> tuple[Standing, dict[str, Any]]:
+    """`fedspan.rounds.run_round` where every client's work is told by itself."""
+
+    def many(window: Sequence[tuple[Client, Broadcast]], round_num: int) -> Iterator[tuple[LocalResult, float]]:
+        return ((work(client, sent, round_num), 0.25) for client, sent in window)
+
+    return rounds.run_round(method, standing, cohort, many, **options)
 
 
 def state_tensors(state: ServerState) -> dict[str, torch.Tensor]:

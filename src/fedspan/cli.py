@@ -42,6 +42,20 @@ _Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; give it as often as you like."),
 ]
 
+_Engine = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="cohort (many clients in one pass), sequential, or auto: the cohort where it applies and is faster.",
+    ),
+]
+_Workers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N", help="Processes that share the work; auto: one for each core, or GPU. Changes no result."
+    ),
+]
+
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -72,6 +86,8 @@ def run(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A new folder for the run; else runs/METHOD-TIME.")
     ] = None,
+    engine: _Engine = None,
+    workers: _Workers = None,
 ) -> None:
     """Run a federation and compare it with the untouched base and with every client alone.
 
@@ -81,6 +97,7 @@ def run(
       fedspan run --set data.task=builtin:digits    the same for images
       fedspan run --set method.name=flora --set federation.rounds=20
       fedspan run my.toml --out runs/mine           your own model and data
+      fedspan run --engine sequential --workers 1   one client after the other, in one process
 
     The run folder holds config.toml (fully resolved), metrics.jsonl (one object per round), summary.json,
     checkpoint/, and adapter/ in PEFT's format (model/ for methods that train full weights).
@@ -88,7 +105,11 @@ def run(
     """
     from fedspan.config import load
 
-    loaded = load(config, settings or ())  # before the slow imports: a typing mistake is answered at once
+    given = {"engine.name": engine, "engine.workers": workers}
+    options = [f"{key}={value}" for key, value in given.items() if value is not None]
+    loaded = load(
+        config, [*(settings or ()), *options]
+    )  # before the slow imports: a typing mistake is answered at once
 
     def work(on_event: Callable[[Event], None]) -> Result:
         from fedspan import run as run_federation
@@ -101,6 +122,9 @@ def run(
 @app.command(short_help="Go on with an interrupted run.")
 def resume(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the interrupted run.")],
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Processes, where not as many as the run's own settings say.")
+    ] = None,
 ) -> None:
     """Go on with an interrupted run, whatever ended it; the result has the same bits as an uninterrupted one.
 
@@ -112,7 +136,7 @@ def resume(
     def work(on_event: Callable[[Event], None]) -> Result:
         from fedspan import resume as resume_federation
 
-        return resume_federation(folder, on_event)
+        return resume_federation(folder, on_event, workers)
 
     _federate(work, folder)
 
@@ -206,6 +230,78 @@ def plot(
     from fedspan import report
 
     print(report.plot(folders, out, metric))
+
+
+@app.command(short_help="Time every part beside what else does it.")
+def bench(
+    suites: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SUITE]...", help="server, clients, rounds, scaling, galore; none: all.", show_default=False
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where the figures are, or go; what is measured there is kept.")
+    ] = Path("bench"),
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: about two minutes in all.")] = False,
+    threads: Annotated[int, typer.Option(metavar="N", help="Threads of every process.")] = 1,
+    redo: Annotated[bool, typer.Option("--redo", help="Measure again what was measured on a busy machine.")] = False,
+    processes: Annotated[int, typer.Option(metavar="N", help="Processes of the arms that share their work.")] = 2,
+    repeat: Annotated[int, typer.Option(metavar="N", help="Timings of every arm, in turn with the others.")] = 5,
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="What one arm of one case may take; else 60, or 3 with --quick."),
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda.")] = "cpu",
+    flower_python: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Python of an environment with Flower (rounds).")
+    ] = None,
+    nvflare_python: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Python of an environment with NVFlare (rounds).")
+    ] = None,
+    peers: Annotated[
+        Path, typer.Option(metavar="DIR", help="The scripts that run the experiment in other frameworks (rounds).")
+    ] = Path("benchmarks/speed/peers"),
+) -> None:
+    """Time every part of a federated run beside what else does the same work, on this machine.
+
+    \b
+    Examples:
+      fedspan bench --quick                       every suite at small sizes, about two minutes
+      fedspan bench server --out bench            one suite in full; give the same folder to go on
+      fedspan bench rounds --flower-python ~/flower/bin/python
+
+    \b
+    server   one server step: every method, dense SVD, torch.svd_lowrank, PEFT's merge, plain averaging,
+             and the floor (bytes over bandwidth, operations over the rate of a product); an hour
+    clients  local training: a plain PyTorch loop, transformers.Trainer, one client after the other,
+             many in one pass; in one process and in two; an hour
+    rounds   whole experiments, start-up included: this library, Flower's and NVFlare's simulators; minutes
+    scaling  time and memory of a server step from 10 to 10,000 clients, updates held or streamed; minutes
+    galore   GaLore's step, refresh and state beside AdamW's; minutes
+
+    The folder gets results.jsonl (one object per measurement, with the machine's description), table.md and
+    pictures. An interrupted bench goes on where it was. Arms take turns; figures are medians; arms that must
+    agree are compared before they are timed; a case during which the machine was busy is marked.
+    """
+    from fedspan.bench.harness import Options
+    from fedspan.bench.suites import device_of, run
+
+    options = Options(
+        out=out,
+        quick=quick,
+        threads=threads,
+        repeat=repeat,
+        device=device_of(device),
+        budget=budget if budget is not None else 3.0 if quick else 60.0,
+        redo=redo,
+        processes=processes,
+        peers=peers,
+        flower_python=flower_python,
+        nvflare_python=nvflare_python,
+    )
+    for path in run(suites or (), options, lambda line: print(line, flush=True)):
+        print(path)
 
 
 def _federate(work: Callable[[Callable[[Event], None]], Result], folder: Path | None) -> None:

@@ -27,13 +27,12 @@ from fedspan.models.streams import ClientDropout, NotRowwise, Rows, drops
 from fedspan.seeding import generator
 from fedspan.train import Assignment, LocalResult, autocast, batches, rate, train, training
 
-WIDEST = 2**18
-"""Tokens of one client's step times the model's hidden size, above which a pass of its own is as fast (measured)."""
-_MOST = 8
-"""Clients in one pass on a CPU: more gain nothing, and their activations leave the cache."""
-_FEWEST = 2
+WIDEST = 2**17
+"""Tokens of one client's step times the model's hidden size. Above it a pass of its own is as fast; below it as many
+clients share a pass as together reach it, for then their activations still lie in the cache (measured on a CPU)."""
+_MOST = 16
 _SHARES = 4
-"""Groups that a round is cut into where there are clients enough, so that as many processes can share it."""
+"""Groups that the clients of a round are cut into where they are many, so that as many processes can share it."""
 
 
 def applies(model: FederatedModel, data: Encoded, recipe: Recipe, config: Config) -> str | None:
@@ -146,7 +145,10 @@ def _cohort_size(
     fits = max(1, int(config.engine.memory * 2**30 / per_client))
     if model.device.type != "cpu":
         return fits
-    return min(fits, max(_FEWEST, min(_MOST, -(-len(assignments) // _SHARES))))
+    count = len(assignments)
+    shared = max(-(-count // _SHARES), min(4, -(-count // 2)))
+    cached = max(2, WIDEST // (max(tokens) * _hidden(model)))
+    return min(fits, shared, cached, _MOST)
 
 
 def _bytes(model: FederatedModel, broadcast: Broadcast, tokens: int) -> int:

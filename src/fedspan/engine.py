@@ -1,27 +1,28 @@
-"""A federation in one process: the data, the model and the clients in memory, one checkpoint after every round."""
+"""A federation on one machine: the data, the model and the clients in memory, one checkpoint after every round."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from fedspan import checkpoint, methods
+from fedspan import checkpoint, cohort, methods
 from fedspan.checkpoint import Checkpoint, write_bytes
 from fedspan.config import Config
 from fedspan.data import Encoded, encode
 from fedspan.data import load as load_data
-from fedspan.evaluate import evaluate
 from fedspan.federation import Client, make_clients, participants, pooled
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, Request
 from fedspan.models import FederatedModel, build, load_processor
-from fedspan.rounds import Standing, run_round
-from fedspan.train import LocalResult, num_steps, train
+from fedspan.rounds import WINDOW, Standing, run_round
+from fedspan.train import Assignment, LocalResult, num_steps
+from fedspan.workers import Crew, Exam, Kit, count, crew
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +49,11 @@ class Job:
     initial_dense: Mapping[str, torch.Tensor]
     """Heads and trained weights of the untouched base."""
     processor: Any
-    train_data: Encoded
-    test_data: Encoded
-    unseen_data: Encoded | None
+    data: Mapping[str, Encoded]
+    """`train`, `test`, and `unseen` where there is any."""
     metrics: tuple[str, ...]
+    crew: Crew
+    num_workers: int
 
     @classmethod
     def prepare(cls, config: Config, method: Method, out: Path, on_event: OnEvent) -> Job:
@@ -72,8 +74,13 @@ class Job:
             )
         _check_ranks(method, {client.rank for client in clients})
         processor = load_processor(config.model.name, corpus.kind)
-        unseen = encode(corpus.unseen, processor, config.data) if corpus.unseen is not None else None
-        train_data, test_data = (encode(rows, processor, config.data) for rows in (corpus.train, corpus.test))
+        rows = {"train": corpus.train, "test": corpus.test} | (
+            {"unseen": corpus.unseen} if corpus.unseen is not None else {}
+        )
+        data = {split: encode(part, processor, config.data) for split, part in rows.items()}
+        device = _device(config.device)
+        num_workers = count(config, device, max(drawn, -(-len(data["test"]) // config.evaluation.batch_size)))
+        texts = data["train"].texts
         model = build(
             config.model.name,
             corpus.kind,
@@ -84,11 +91,11 @@ class Job:
             rslora=config.adapter.rslora,
             dropout=config.adapter.dropout,
             dtype=config.model.dtype,
-            device=_device(config.device),
+            device=device if num_workers == 1 else torch.device("cpu"),
             seed=config.seed,
             label_names=corpus.label_names,
             regression=corpus.num_labels == 1,
-            pad_token_id=train_data.texts.pad if train_data.texts is not None else None,
+            pad_token_id=texts.pad if texts is not None else None,
         )
         return cls(
             config=config,
@@ -99,18 +106,19 @@ class Job:
             model=model,
             initial_dense=model.dense(),
             processor=processor,
-            train_data=train_data,
-            test_data=test_data,
-            unseen_data=unseen,
+            data=data,
             metrics=corpus.metrics,
+            crew=crew(Kit(config, model, data, processor, corpus.metrics), num_workers, device),
+            num_workers=num_workers,
         )
 
     def emit(self, kind: str, **data: Any) -> None:
         """Tell the display."""
         self.on_event(Event(kind, data))
 
-    def announce(self) -> None:
+    def announce(self, main: Federation) -> None:
         """The `start` event: what is about to run."""
+        engine, reason = main.engine_used()
         parameters = sum(p.numel() for p in self.model.model.parameters())
         adapter = sum(f.a.numel() + f.b.numel() for f in self.model.adapter().values())
         dense = sum(p.numel() for p in self.model.dense_parameters.values())
@@ -126,42 +134,61 @@ class Job:
             out=str(self.out),
             base_parameters=parameters - adapter,
             trained_parameters=adapter + dense,
+            engine=engine,
+            reason=reason,
+            workers=self.num_workers,
         )
 
     def federation(self, phase: str, method: Method, clients: list[Client]) -> Federation:
-        """`method` over `clients`, from its checkpoint where there is one."""
+        """`method` over `clients`, from its checkpoint where there is one.
+
+        Raises
+        ------
+        ValueError
+            When the method does not fit the model, or the engine that was asked for does not fit the method.
+        """
         rank = max(client.rank for client in clients)
         c = self.config
         template = self.model.template(rank, c.adapter.alpha, c.adapter.rslora, c.seed)
         initial = Checkpoint(method.init(template, self.initial_dense))
-        self.model.check(method.broadcast(initial.state, Request(None)).recipe)
+        recipe = method.broadcast(initial.state, Request(None)).recipe
+        self.model.check(recipe)
+        engine, reason = c.engine.name, None
+        if engine != "sequential":
+            reason = cohort.applies(self.model, self.data["train"], recipe, c)
+        if reason is not None:
+            if engine == "cohort":
+                raise ValueError(f"engine.name = 'cohort': {reason}; expected auto or sequential")
+            engine = "sequential"
         path = self.out / "checkpoint" / f"{phase}.safetensors"
         saved = checkpoint.read(path) if path.exists() else initial
-        return Federation(self, phase, method, clients, path, initial, saved)
+        return Federation(self, phase, method, clients, path, initial, saved, engine, reason)
 
-    def evaluate(self, broadcast: Broadcast, whole: bool, data: Encoded | None = None) -> dict[str, float]:
-        """The loss and metrics of what was broadcast, on the test data unless told otherwise.
+    def exam(
+        self, broadcast: Broadcast, whole: bool = True, split: str = "test", rows: np.ndarray | None = None
+    ) -> Exam:
+        """What judges a broadcast: the test data, unless told otherwise.
 
         Parameters
         ----------
         whole
             All of it, not the part that `evaluation.max_examples` allows between rounds.
         """
-        e = self.config.evaluation
-        self.model.load(broadcast)
-        examples = self.test_data if data is None else data
-        if not whole and e.max_examples is not None and e.max_examples < len(examples):
-            # Spread over the data, which may be sorted by task.
-            step = len(examples) / e.max_examples
-            examples = examples.subset([int(i * step) for i in range(e.max_examples)])
-        return evaluate(
-            self.model,
-            examples,
-            self.metrics,
-            self.processor,
-            batch_size=e.batch_size,
-            max_new_tokens=e.max_new_tokens,
-        )
+        most = self.config.evaluation.max_examples
+        if not whole and most is not None:
+            given = np.arange(len(self.data[split])) if rows is None else rows
+            if most < len(given):
+                # Spread over the data, which may be sorted by task.
+                rows = given[[int(i * len(given) / most) for i in range(most)]]
+        return Exam(broadcast, split, rows)
+
+    def evaluate(self, exams: Iterable[Exam]) -> list[dict[str, float]]:
+        """The loss and metrics of every exam."""
+        return self.crew.evaluate(list(exams))
+
+    def close(self) -> None:
+        """End every process that was started."""
+        self.crew.close()
 
 
 @dataclass(slots=True)
@@ -175,10 +202,29 @@ class Federation:
     path: Path
     start: Checkpoint
     saved: Checkpoint
+    engine: str
+    """What the local work is done by: `auto`, which is the cohort where it is faster, `cohort` or `sequential`."""
+    reason: str | None
+    """Why it is not the cohort, where that was not wished."""
 
     def initial(self) -> Broadcast:
         """What the untouched base is to this method: the state before the first round."""
         return self.method.broadcast(self.start.state, Request(None))
+
+    def engine_used(self) -> tuple[str, str | None]:
+        """`cohort` or `sequential` as the first round will have it, and why not the cohort where it was not refused."""
+        if self.engine == "sequential":
+            return self.engine, self.reason
+        config, data = self.job.config, self.job.data["train"]
+        drawn = pooled(self.clients) if self.method.info.pooled else participants(config, self.clients, 0)
+        sent = {rank: self.method.broadcast(self.start.state, Request(rank)) for rank in {c.rank for c in drawn}}
+        work = [
+            Assignment(c.client_id, sent[c.rank], c.indices, num_steps(config.local, len(c.indices)), 1.0)
+            for c in drawn
+        ]
+        if self.engine == "cohort" or any(len(group) > 1 for group in cohort.plan(self.job.model, data, work, config)):
+            return "cohort", None
+        return "sequential", "one client takes part" if len(drawn) == 1 else "one client fills a pass over this model"
 
     def note(self, notes: Mapping[str, Any]) -> None:
         """Keep what was measured outside the rounds."""
@@ -202,17 +248,12 @@ class Federation:
             cohort = pooled(self.clients)
             steps = {cohort[0].client_id: sum(steps.values())}
 
-        def work(client: Client, broadcast: Broadcast, number: int) -> LocalResult:
-            return train(
-                job.model,
-                broadcast,
-                job.train_data.subset(client.indices),
-                config.local,
-                steps=steps[client.client_id],
-                client_id=client.client_id,
-                weight=client.weight(config.federation.weighting),
-                key=(config.seed, number),
-            )
+        def work(window: Sequence[tuple[Client, Broadcast]], number: int) -> Iterable[tuple[LocalResult, float]]:
+            assignments = [
+                Assignment(c.client_id, sent, c.indices, steps[c.client_id], c.weight(config.federation.weighting))
+                for c, sent in window
+            ]
+            return job.crew.train(assignments, number, self.engine)
 
         def on_client(client: Client, result: LocalResult, done: int) -> None:
             job.emit(
@@ -242,7 +283,7 @@ class Federation:
             record["eval"] = self.personal_metrics() if last else None
         else:
             full = self.method.broadcast(standing.state, Request(None)) if due else None
-            record["eval"] = job.evaluate(full, whole=False) if full is not None else None
+            record["eval"] = job.evaluate([job.exam(full, whole=False)])[0] if full is not None else None
         self.saved = replace(self.saved, history=(*saved.history, record))
         checkpoint.write(self.path, self.saved)
         self._write_history()
@@ -250,10 +291,17 @@ class Federation:
 
     def personal_metrics(self) -> dict[str, float]:
         """The mean over the clients of what each one's own model scores on everybody's test data."""
-        kept = self.saved.client_states
-        sent = {c.client_id: self.method.broadcast(self.saved.state, Request(c.rank)) for c in self.clients}
-        own = [self.method.start(broadcast, kept.get(client_id)) for client_id, broadcast in sent.items()]
-        return mean_figures([self.job.evaluate(broadcast, whole=False) for broadcast in own])
+        kept, sent = self.saved.client_states, {}
+        figures: list[dict[str, float]] = []
+        for start in range(0, len(self.clients), WINDOW):
+            exams: list[Exam] = []
+            for client in self.clients[start : start + WINDOW]:
+                if client.rank not in sent:
+                    sent[client.rank] = self.method.broadcast(self.saved.state, Request(client.rank))
+                own = self.method.start(sent[client.rank], kept.get(client.client_id))
+                exams.append(self.job.exam(own, whole=False))
+            figures += self.job.evaluate(exams)
+        return mean_figures(figures)
 
     def _write_history(self) -> None:
         if self.phase == "federation":

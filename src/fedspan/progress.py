@@ -91,6 +91,12 @@ def _title(data: Mapping[str, Any]) -> str:
     )
 
 
+def _engine(data: Mapping[str, Any]) -> str:
+    why = f" ({data['reason']})" if data["reason"] else ""
+    processes = "1 process" if data["workers"] == 1 else f"{data['workers']} processes"
+    return f"{data['engine']} engine{why}, {processes}"
+
+
 def _rejected(record: Mapping[str, Any]) -> list[str]:
     return [
         f"round {record['round_num']}: the update of {client} was left out: {reason}"
@@ -112,6 +118,7 @@ class Lines:
         if event.kind == "start":
             self._started = data
             self._print(f"{_title(data)}; folder {data['out']}")
+            self._print(_engine(data))
         elif event.kind == "phase":
             self._at.begin(data["phase"], data["total"], data["done"], time.monotonic())
             going_on = f", from round {data['done'] + 1}" if 0 < data["done"] < data["total"] else ""
@@ -167,6 +174,7 @@ class Live:
             self.progress.remove_task(self._loading)
             self._started = data
             self.progress.console.print(f"[bold]{escape(_title(data))}[/]", highlight=False)
+            self.progress.console.print(escape(_engine(data)), style="dim", highlight=False)
         elif event.kind == "phase":
             self._phase(data)
         elif event.kind == "client":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,8 +21,18 @@ from fedspan.methods.messages import Broadcast, ClientState, Factors, Request, U
 from fedspan.methods.patches import Patch
 from fedspan.train import LocalResult
 
-Work = Callable[[Client, Broadcast, int], LocalResult]
-"""(client, what it starts from, round) -> what it learnt. Raises nothing for a bad update: that is checked here."""
+WINDOW = 64
+"""Clients that are told to start at once. It bounds what a round holds beside the server's own fold, however many
+clients take part; within it the work is grouped, and spread over processes, as whoever does it likes."""
+
+Work = Callable[[Sequence[tuple[Client, Broadcast]], int], Iterable[tuple[LocalResult, float]]]
+"""(clients and what each starts from, round) -> what each learnt, in that order, and the busy seconds it took.
+
+Results are taken one by one, so that a generator need not hold them all. Raises nothing for a bad update: that is
+checked here."""
+
+
+_Answer = tuple[Client, LocalResult, Broadcast]
 
 
 class RoundFailed(ValueError):
@@ -67,42 +77,43 @@ def run_round(
     state, round_num = standing.state, standing.state.round_num
     client_states, seen = dict(standing.client_states), dict(standing.seen)
     tally = _Tally()
-    results: dict[str, tuple[LocalResult, Broadcast]] = {}
+    losses: dict[str, float] = {}
+    learnt: dict[str, LocalResult] = {}
     active = sorted(cohort, key=lambda c: c.client_id)
-    for exchange in method.exchanges:
+    for number, exchange in enumerate(method.exchanges):
+        # What a client learnt is held for as long as the round has something more to ask of it.
+        again = any(not later.train for later in method.exchanges[number + 1 : number + 2])
         partial = Partial()
-        sent = _Broadcasts(method, state, tally)
-        for client in active:
-            broadcast = sent.to(client, seen)
-            started = method.start(broadcast, client_states.get(client.client_id))
+        answered: list[Client] = []
+        told = _Told(method, state, client_states, seen, tally)
+        answers = told.train(active, work, round_num) if exchange.train else told.ask(active, learnt)
+        learnt = {}
+        for client, result, broadcast in answers:
             if exchange.train:
-                began = time.perf_counter()
-                result = work(client, started, round_num)
-                tally.client_seconds += time.perf_counter() - began
-                problem = _problem(result.update, started)
+                problem = _problem(result.update, broadcast)
                 if problem is not None:
                     tally.rejected[client.client_id] = problem
                     continue
-                results[client.client_id] = (result, started)
+                losses[client.client_id] = result.train_loss
                 if on_client is not None:
-                    on_client(client, result, len(results))
-            result, trained_from = results[client.client_id]
-            kept = client_states.get(client.client_id)
+                    on_client(client, result, len(answered) + 1)
             began = time.perf_counter()
-            update, kept = method.encode(result.update, trained_from if exchange.train else broadcast, kept)
+            update, kept = method.encode(result.update, broadcast, client_states.get(client.client_id))
             tally.client_seconds += time.perf_counter() - began
             update = replace(update, num_examples=client.weight(weighting))
             tally.bytes_up += _payload_bytes(update)
             if not all(bool(torch.isfinite(t).all()) for t in _payload_tensors(update)):
                 # What was trained is finite, but a norm or a product of it need not be.
                 tally.rejected[client.client_id] = "what it sent holds NaN or infinity"
-                del results[client.client_id]
                 continue
             if kept is not None:
                 client_states[client.client_id] = kept
+            if again:
+                learnt[client.client_id] = result
+            answered.append(client)
             with tally.server():
                 partial = exchange.fold.add(partial, update)
-        active = [c for c in active if c.client_id in results]
+        active = answered
         if len(active) < max(1, min_success):
             raise RoundFailed(_too_few(round_num, len(active), min_success, tally.rejected))
         with tally.server(), tally.memory(state, partial):
@@ -110,12 +121,12 @@ def run_round(
             state, diagnostics = method.finish(state, partial)
             tally.diagnostics |= diagnostics
     seen |= {client.client_id: version for client in active}
-    losses = [(results[c.client_id][0].train_loss, c.weight(weighting)) for c in active]
+    weights = {c.client_id: c.weight(weighting) for c in active}
     record = {
         "round_num": round_num + 1,
         "method": method.info.name,
         "num_clients": len(active),
-        "train_loss": sum(loss * w for loss, w in losses) / sum(w for _, w in losses),
+        "train_loss": sum(losses[c] * w for c, w in weights.items()) / sum(weights.values()),
         "eval": None,
         **tally.record(),
     }
@@ -130,6 +141,7 @@ class _Tally:
     bytes_down: int = 0
     server_seconds: float = 0.0
     client_seconds: float = 0.0
+    train_wall_seconds: float = 0.0
     peak_server_bytes: int = 0
     rejected: dict[str, str] = field(default_factory=dict)
     diagnostics: dict[str, float] = field(default_factory=dict)
@@ -153,6 +165,7 @@ class _Tally:
             "bytes_down": self.bytes_down,
             "server_seconds": self.server_seconds,
             "client_seconds": self.client_seconds,
+            "train_wall_seconds": self.train_wall_seconds,
             "peak_server_bytes": self.peak_server_bytes,
             "rejected": self.rejected,
             **self.diagnostics,
@@ -160,16 +173,38 @@ class _Tally:
 
 
 @dataclass(slots=True)
-class _Broadcasts:
-    """Clients that ask for the same thing are sent the same thing, worked out once."""
+class _Told:
+    """One exchange with its clients: those that ask for the same thing are sent the same thing, worked out once."""
 
     method: Method
     state: ServerState
+    client_states: Mapping[str, ClientState]
+    seen: Mapping[str, int]
     tally: _Tally
     made: dict[Request, Broadcast] = field(default_factory=dict)
 
-    def to(self, client: Client, seen: Mapping[str, int]) -> Broadcast:
-        request = Request(client.rank, seen.get(client.client_id, 0))
+    def train(self, clients: Sequence[Client], work: Work, round_num: int) -> Iterator[_Answer]:
+        """What everyone learns from where it starts, a window of clients at a time."""
+        for start in range(0, len(clients), WINDOW):
+            window: list[tuple[Client, Broadcast]] = []
+            for client in clients[start : start + WINDOW]:
+                own = self.client_states.get(client.client_id)
+                window.append((client, self.method.start(self.broadcast(client), own)))
+            began = time.perf_counter()
+            for (client, broadcast), (result, seconds) in zip(window, work(window, round_num), strict=True):
+                self.tally.train_wall_seconds += time.perf_counter() - began
+                self.tally.client_seconds += seconds
+                yield client, result, broadcast
+                began = time.perf_counter()
+
+    def ask(self, clients: Sequence[Client], learnt: Mapping[str, LocalResult]) -> Iterator[_Answer]:
+        """What everyone has learnt before, beside another question about it."""
+        for client in clients:
+            yield client, learnt[client.client_id], self.broadcast(client)
+
+    def broadcast(self, client: Client) -> Broadcast:
+        """What this client is sent."""
+        request = Request(client.rank, self.seen.get(client.client_id, 0))
         if request not in self.made:
             with self.tally.server():
                 self.made[request] = self.method.broadcast(self.state, request)

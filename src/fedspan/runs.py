@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,13 +64,18 @@ def run(config: Config, out: Path | None = None, on_event: OnEvent = _silent) ->
         raise ValueError(f"{folder} exists and is not empty: expected a new folder{hint}")
     config = _with_absolute_paths(config)
     job = Job.prepare(config, method, folder, on_event)
-    job.federation("federation", method, job.clients)  # what does not fit is refused while there is no folder yet
+    main = job.federation("federation", method, job.clients)  # what does not fit is refused while there is no folder
     write_bytes(folder / "config.toml", to_toml(config).encode())
-    return _execute(job)
+    return _execute(job, main)
 
 
-def resume(out: Path, on_event: OnEvent = _silent) -> Result:
+def resume(out: Path, on_event: OnEvent = _silent, workers: int | None = None) -> Result:
     """Go on with an interrupted run; it ends with the same bits as if it had never stopped.
+
+    Parameters
+    ----------
+    workers
+        Processes, where not as many as the run's own settings say.
 
     Raises
     ------
@@ -79,7 +85,10 @@ def resume(out: Path, on_event: OnEvent = _silent) -> Result:
     if not (out / "config.toml").exists():
         raise ValueError(f"{out} holds no run (no config.toml): expected the folder of an earlier `fedspan run`")
     config = load_config(out / "config.toml")
-    return _execute(Job.prepare(config, methods.create(config.method), out, on_event))
+    if workers is not None:
+        config = config.model_copy(update={"engine": config.engine.model_copy(update={"workers": workers})})
+    job = Job.prepare(config, methods.create(config.method), out, on_event)
+    return _execute(job, job.federation("federation", job.method, job.clients))
 
 
 def _with_absolute_paths(config: Config) -> Config:
@@ -99,29 +108,29 @@ def _with_absolute_paths(config: Config) -> Config:
     )
 
 
-def _execute(job: Job) -> Result:
+def _execute(job: Job, main: Federation) -> Result:
     """Everything that is still to be done, from wherever the folder stands."""
-    began = time.perf_counter()
-    job.announce()
-    main = job.federation("federation", job.method, job.clients)
-    base = _base(job, main)
-    main.advance(job.config.federation.rounds)
-    local = _local_control(job)
-    job.emit("phase", phase="final", total=1, done=0)
-    final = _final(job, main)
-    adapter = _export(job, main)
-    summary = _summary(job, main, base, local, final)
-    summary["totals"]["wall_seconds"] = time.perf_counter() - began
-    write_bytes(job.out / "summary.json", (to_json(summary, indent=2) + "\n").encode())
-    job.emit("end", summary=summary)
-    return Result(job.out, summary, [dict(record) for record in main.saved.history], adapter)
+    with closing(job):
+        began = time.perf_counter()
+        job.announce(main)
+        base = _base(job, main)
+        main.advance(job.config.federation.rounds)
+        local = _local_control(job)
+        job.emit("phase", phase="final", total=1, done=0)
+        final = _final(job, main)
+        adapter = _export(job, main)
+        summary = _summary(job, main, base, local, final)
+        summary["totals"]["wall_seconds"] = time.perf_counter() - began
+        write_bytes(job.out / "summary.json", (to_json(summary, indent=2) + "\n").encode())
+        job.emit("end", summary=summary)
+        return Result(job.out, summary, [dict(record) for record in main.saved.history], adapter)
 
 
 def _base(job: Job, main: Federation) -> Figures | None:
     """The untouched base on the test data; measured once, then kept in the checkpoint."""
     job.emit("phase", phase="base", total=1, done=0)
     if "base" not in main.saved.notes and job.config.evaluation.base:
-        main.note({"base": job.evaluate(main.initial(), whole=True)})
+        main.note({"base": job.evaluate([job.exam(main.initial())])[0]})
     base: Figures | None = main.saved.notes.get("base")
     return base
 
@@ -142,27 +151,29 @@ def _final(job: Job, main: Federation) -> dict[str, Any]:
     if method.info.personalised:
         return {"clients": main.personal_metrics()}
     server = method.broadcast(state, Request(None))
-    found: dict[str, Any] = {"server": job.evaluate(server, whole=True)}
-    if job.unseen_data is not None:
-        found["unseen"] = job.evaluate(server, whole=True, data=job.unseen_data)
-    found["clients"] = found["server"]
-    if method.info.trains == "adapter" and not method.info.pooled and job.config.evaluation.per_rank:
-        ranks = sorted({client.rank for client in job.clients})
+    # All at once, so that processes that share the work are not kept waiting in between.
+    exams = {"server": job.exam(server)}
+    if "unseen" in job.data:
+        exams["unseen"] = job.exam(server, split="unseen")
+    ranks = sorted({client.rank for client in job.clients})
+    per_rank = method.info.trains == "adapter" and not method.info.pooled and job.config.evaluation.per_rank
+    if per_rank:
         readouts = {rank: method.broadcast(state, Request(rank)) for rank in ranks}
-        by_rank = {
-            rank: found["server"] if _same_adapter(x, server) else job.evaluate(x, whole=True)
-            for rank, x in readouts.items()
-        }
+        exams |= {f"rank {rank}": job.exam(x) for rank, x in readouts.items() if not _same_adapter(x, server)}
+    own = [client for client in job.clients if len(client.holdout)]
+    # The pooled control has one adapter, at the largest rank.
+    sent = {rank: server if method.info.pooled else method.broadcast(state, Request(rank)) for rank in ranks}
+    exams |= {f"own {c.client_id}": job.exam(sent[c.rank], split="train", rows=c.holdout) for c in own}
+    figures = dict(zip(exams, job.evaluate(exams.values()), strict=True))
+
+    found: dict[str, Any] = {name: figures[name] for name in ("server", "unseen") if name in figures}
+    found["clients"] = found["server"]
+    if per_rank:
+        by_rank = {rank: figures.get(f"rank {rank}", found["server"]) for rank in ranks}
         found["per_rank"] = by_rank
         found["clients"] = mean_figures([by_rank[client.rank] for client in job.clients])
-    own = [client for client in job.clients if len(client.holdout)]
     if own:
-        # The pooled control has one adapter, at the largest rank.
-        sent = [server if method.info.pooled else method.broadcast(state, Request(c.rank)) for c in own]
-        held = [job.train_data.subset(c.holdout) for c in own]
-        found["own_data"] = mean_figures(
-            [job.evaluate(b, whole=True, data=data) for b, data in zip(sent, held, strict=True)]
-        )
+        found["own_data"] = mean_figures([figures[f"own {c.client_id}"] for c in own])
     return found
 
 
@@ -214,7 +225,7 @@ def _summary(
 
     totals: dict[str, Any] = {
         key: sum(record[key] for record in history)
-        for key in ("bytes_up", "bytes_down", "server_seconds", "client_seconds")
+        for key in ("bytes_up", "bytes_down", "server_seconds", "client_seconds", "train_wall_seconds")
     }
     totals["peak_server_bytes"] = max((record["peak_server_bytes"] for record in history), default=0)
     totals["rejected"] = sum(len(record["rejected"]) for record in history)

@@ -125,6 +125,16 @@ def test_what_is_measured_is_not_measured_again(
     assert (options.out / "results.jsonl").read_bytes() == before
 
 
+def test_cases_can_be_chosen(bench: Bench) -> None:
+    """By the values of their keys; a case that lacks the key is not left out."""
+    bench.options = replace(bench.options, only={"d": frozenset({"2", "3"})})
+    for d, chosen in ((2, True), (4, False)):
+        assert bool(bench.missing("server", {"d": d}, ["x"])) is chosen
+        bench.measure("server", {"d": d}, [Arm("x", lambda: None)])
+        assert (bench.known("server", {"d": d}, "x") is not None) is chosen
+    assert bench.missing("clients", {"K": 1}, ["x"])
+
+
 def test_other_effort_or_machine_is_measured_again(records: list[dict[str, Any]], options: Options) -> None:
     full = Bench(Options(options.out, quick=False), lambda line: None)
     case = next(r["case"] for r in records if r["suite"] == "galore")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedspan import config as settings
-from fedspan.config import Config, DataConfig, LocalConfig
+from fedspan.config import Config, DataConfig, EngineConfig, LocalConfig
 from fedspan.data import Encoded, Rows, encode
 from fedspan.methods.messages import Broadcast, GaloreOptions, Recipe
 from fedspan.models import FederatedModel
@@ -323,3 +324,31 @@ def test_steps_and_epochs() -> None:
     assert num_steps(LocalConfig(epochs=2, batch_size=16), 3) == 2
     with pytest.raises(ValueError, match="not both"):
         settings.from_mapping({"local": {"steps": 1, "epochs": 1}})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for the CPU with a C++ compiler")
+def test_compiled_is_the_same_to_rounding(bases: dict[str, Path], tasks: Encoded) -> None:
+    """And only training is compiled: what is used afterwards is the model itself."""
+    model = tiny.load(bases["llama"], "instruction", target_modules=("v_proj",))
+    sent = Assignment("client-0", tiny.broadcast(model), np.arange(8), 2, 1.0)
+    local = LocalConfig(learning_rate=1e-3, batch_size=4)
+    plain = train(model, sent, tasks, Config(local=local), 0)
+    forward = model.model.base_model.forward
+    compiled = train(model, sent, tasks, Config(local=local, engine=EngineConfig(compile=True)), 0)
+    assert model.model.base_model.forward == forward
+    assert abs(plain.train_loss - compiled.train_loss) < 1e-5
+    for name, value in tensors(plain).items():
+        torch.testing.assert_close(tensors(compiled)[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_autocast_rounds_the_products_alone(bases: dict[str, Path], tasks: Encoded) -> None:
+    """The loss is near, not equal; what is trained stays in float32."""
+    model = tiny.load(bases["llama"], "instruction")
+    sent = Assignment("client-0", tiny.broadcast(model), np.arange(8), 2, 1.0)
+    plain, coarse = (
+        train(model, sent, tasks, Config(local=LOCAL, engine=EngineConfig(autocast=kind)), 0)
+        for kind in ("none", "bfloat16")
+    )
+    assert 0 < abs(plain.train_loss - coarse.train_loss) < 0.05 * plain.train_loss
+    assert all(value.dtype == torch.float32 for value in tensors(coarse).values())

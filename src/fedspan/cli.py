@@ -244,6 +244,10 @@ def bench(
         Path, typer.Option(metavar="DIR", help="Where the figures are, or go; what is measured there is kept.")
     ] = Path("bench"),
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: about two minutes in all.")] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE,…", help="Only cases with these values, such as d=4096,2048 or hidden=64."),
+    ] = None,
     threads: Annotated[int, typer.Option(metavar="N", help="Threads of every process.")] = 1,
     redo: Annotated[bool, typer.Option("--redo", help="Measure again what was measured on a busy machine.")] = False,
     processes: Annotated[int, typer.Option(metavar="N", help="Processes of the arms that share their work.")] = 2,
@@ -269,6 +273,7 @@ def bench(
     Examples:
       fedspan bench --quick                       every suite at small sizes, about two minutes
       fedspan bench server --out bench            one suite in full; give the same folder to go on
+      fedspan bench server --only d=4096 --only r=16
       fedspan bench rounds --flower-python ~/flower/bin/python
 
     \b
@@ -290,6 +295,7 @@ def bench(
     options = Options(
         out=out,
         quick=quick,
+        only=dict(_choice(item) for item in only or ()),
         threads=threads,
         repeat=repeat,
         device=device_of(device),
@@ -302,6 +308,14 @@ def bench(
     )
     for path in run(suites or (), options, lambda line: print(line, flush=True)):
         print(path)
+
+
+def _choice(item: str) -> tuple[str, frozenset[str]]:
+    """`d=768,2048` as a key and its values."""
+    key, separator, values = item.partition("=")
+    if not (key and separator and values):
+        raise ValueError(f"--only {item!r}: expected KEY=VALUE, such as d=4096")
+    return key, frozenset(values.split(","))
 
 
 def _federate(work: Callable[[Callable[[Event], None]], Result], folder: Path | None) -> None:

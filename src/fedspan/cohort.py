@@ -25,7 +25,7 @@ from fedspan.models.losses import client_losses
 from fedspan.models.stacked import Stack, head_layers, stacked
 from fedspan.models.streams import ClientDropout, NotRowwise, Rows, drops
 from fedspan.seeding import generator
-from fedspan.train import Assignment, LocalResult, autocast, batches, rate, train, training
+from fedspan.train import Assignment, LocalResult, autocast, batches, rate, train
 
 WIDEST = 2**17
 """Tokens of one client's step times the model's hidden size. Above it a pass of its own is as fast; below it as many
@@ -44,6 +44,8 @@ def applies(model: FederatedModel, data: Encoded, recipe: Recipe, config: Config
         return "every client trains base weights of its own"
     if recipe.galore is not None:
         return "GaLore works on one client's weights"
+    if config.engine.compile:
+        return "engine.compile compiles one client's passes"
     try:
         head_layers(model)
     except ValueError as error:
@@ -185,7 +187,7 @@ def _train_together(
     members = [_member(model, group[i], config.local, (config.seed, round_num)) for i in order]
     steps = [m.assignment.steps for m in members]
     totals = torch.zeros(len(members), device=model.device)
-    with stacked(model, [m.assignment.broadcast for m in members]) as stack, training(model):
+    with stacked(model, [m.assignment.broadcast for m in members]) as stack, model.training():
         optimizer = _optimizer(stack, steps, config.local)
         mode = ClientDropout([m.dropout for m in members]) if drops(model.model) else None
         active = 0

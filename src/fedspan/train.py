@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,16 +75,6 @@ def autocast(model: FederatedModel, config: Config) -> AbstractContextManager[An
     return torch.autocast(model.device.type, torch.bfloat16) if wanted else nullcontext()
 
 
-@contextmanager
-def training(model: FederatedModel) -> Iterator[None]:
-    """The model as it is trained, with dropout; then as it is used."""
-    model.model.train()
-    try:
-        yield
-    finally:
-        model.model.eval()
-
-
 def train(model: FederatedModel, work: Assignment, data: Encoded, config: Config, round_num: int) -> LocalResult:
     """One client's local work: from what it was sent, on its own rows of the training data.
 
@@ -97,7 +87,7 @@ def train(model: FederatedModel, work: Assignment, data: Encoded, config: Config
     optimizer = _optimizer(model, chosen, recipe, local, key)
     total = torch.zeros((), device=model.device)
     parameters = list(chosen.values())
-    with training(model), seeded(*key, "dropout"):
+    with model.training(config.engine.compile), seeded(*key, "dropout"):
         schedule = batches(len(examples), local.batch_size, work.steps, generator(*key, "batches"))
         for step, indices in enumerate(schedule):
             for group in optimizer.param_groups:

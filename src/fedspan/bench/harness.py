@@ -72,6 +72,8 @@ class Options:
     """Seconds that one arm of one case may take in all."""
     redo: bool = False
     """Measure again what was measured while the machine was busy."""
+    only: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Case key -> the values that are measured; cases without the key are measured too."""
     processes: int = 2
     peers: Path = Path("benchmarks/speed/peers")
     flower_python: Path | None = None
@@ -95,8 +97,14 @@ class Bench:
         return None if record is None else record["median"]
 
     def missing(self, suite: str, case: CaseKey, arms: Sequence[str]) -> list[str]:
-        """The arms of a case that were not measured yet: where there are none, the case need not be prepared."""
+        """The arms of a case that are still to be measured: where there are none, the case need not be prepared."""
+        if not self.chosen(case):
+            return []
         return [arm for arm in arms if self.known(suite, case, arm) is None]
+
+    def chosen(self, case: CaseKey) -> bool:
+        """Whether the case is among those that were asked for."""
+        return all(str(case[key]) in values for key, values in self.options.only.items() if key in case)
 
     def skip(self, suite: str, case: CaseKey, arm: str, reason: str) -> None:
         """Say and write down why an arm is not measured."""
@@ -132,6 +140,8 @@ class Bench:
         warm_up
             The first call of every arm does not count, unless it took most of the budget.
         """
+        if not self.chosen(case):
+            return
         where = "process" if calibrate is None else "processes"
         calibrate = calibrate or partial(machine.calibration, self.options.device)
         due: list[Arm] = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +45,7 @@ class FederatedModel:
     _originals: dict[str, Tensor] = field(default_factory=dict)
     _hooks: list[Any] = field(default_factory=list)
     _patch: Mapping[str, Patch] = field(default_factory=dict)
+    _compiled: Any = None
 
     def modules(self) -> dict[str, tuple[int, int]]:
         """Module name -> (m, n)."""
@@ -118,6 +120,27 @@ class FederatedModel:
     def dense(self) -> dict[str, Tensor]:
         """Copies of the dense weights as they stand, in float32 on the CPU."""
         return {name: p.detach().float().cpu().clone() for name, p in self.dense_parameters.items()}
+
+    @contextmanager
+    def training(self, compiled: bool = False) -> Iterator[None]:
+        """The model as it is trained, dropout on; afterwards as it is used.
+
+        Parameters
+        ----------
+        compiled
+            Compile the passes through the body: once for every rank that comes by, half a minute each.
+        """
+        body: Any = getattr(self.model, "base_model", self.model)
+        if compiled:
+            self._compiled = self._compiled or torch.compile(body.forward, dynamic=True)
+            body.forward = self._compiled
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.eval()
+            if compiled:
+                del body.forward  # the class's own is behind it
 
     def tail_penalty(self, tail: int) -> Tensor:
         """Σ ‖B[:, k:]‖_F ‖A[k:, :]‖_F over the modules."""

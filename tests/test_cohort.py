@@ -143,6 +143,16 @@ def test_together_is_alone_with_dropout_on(
         agree(found, still, group, CLOSE)
 
 
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_dropout_in_the_adapters_alone(bases: dict[str, Path], data: dict[str, Encoded], name: str) -> None:
+    """Nothing in the base drops: the adapters' dropout must be seen before their layers are replaced."""
+    model = tiny.load(bases[name], KIND[name], dropout=0.4)
+    group = clients(model, 4, 2)
+    wanted = alone(model, data[KIND[name]], group, config())
+    torch.manual_seed(1)
+    agree(cohort.work(model, data[KIND[name]], group, config(), 2), wanted, group, CLOSE)
+
+
 @given(
     ranks=st.lists(st.integers(1, 8), min_size=2, max_size=5),
     seed=st.integers(0, 10**6),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import tiny
 import torch
 
+from fedspan import rounds
 from fedspan.federation import Client
 from fedspan.lowrank import LowRank
 from fedspan.methods import METHODS
@@ -445,3 +447,57 @@ def test_the_server_holds_no_more_than_it_says() -> None:
     _, record = tiny.run_round(method, tiny.standing(method, 4, shapes), people, tiny.fake_work)
     updates = 3 * 4 * 4 * (2048 + 2048) * 4  # clients × layers × rank × (m + n) × bytes
     assert updates < record["peak_server_bytes"] < updates + 2048 * 2048 * 4
+
+
+@pytest.mark.parametrize("name", ["glora", "hetlora", "local", "fedavg"])
+def test_clients_start_in_windows_that_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    people = tiny.clients(*[4] * 7)
+    method = METHODS[name]()
+    whole, (record,) = go(method, [people])
+    told: list[list[str]] = []
+
+    def work(window: Sequence[tuple[Client, Broadcast]], round_num: int) -> Iterator[tuple[LocalResult, float]]:
+        told.append([client.client_id for client, _ in window])
+        for client, sent in window:
+            yield tiny.fake_work(client, sent, round_num), 2.0
+
+    monkeypatch.setattr(rounds, "WINDOW", 3)
+    cut, again = rounds.run_round(method, tiny.standing(method, 4), people[::-1], work)
+    tiny.same_standing(whole, cut)
+    assert [len(window) for window in told] == [3, 3, 1]
+    assert [client for window in told for client in window] == sorted(c.client_id for c in people)
+    assert (again["bytes_up"], again["train_loss"]) == (record["bytes_up"], record["train_loss"])
+    assert again["client_seconds"] >= 14.0  # what the workers say, and the encoding
+    assert 0 < again["train_wall_seconds"] < 14.0
+
+
+def test_what_a_client_learnt_is_let_go_once_it_is_folded() -> None:
+    """A sum over many clients holds one of them at a time."""
+    held: list[weakref.ref[LocalResult]] = []
+    most = 0
+
+    def work(window: Sequence[tuple[Client, Broadcast]], round_num: int) -> Iterator[tuple[LocalResult, float]]:
+        nonlocal most
+        for client, sent in window:
+            result = Kept(*astuple_shallow(tiny.fake_work(client, sent, round_num)))
+            held.append(weakref.ref(result))
+            yield result, 0.0
+            del result
+            most = max(most, sum(ref() is not None for ref in held))
+
+    rounds.run_round(METHODS["fedit"](), tiny.standing(METHODS["fedit"](), 4), tiny.clients(*[4] * 6), work)
+    assert most <= 2
+
+
+class Kept(LocalResult):
+    """A result that can be referred to weakly."""
+
+
+def astuple_shallow(result: LocalResult) -> tuple[Any, ...]:
+    return result.update, result.train_loss, result.steps
+
+
+def test_whoever_answers_for_too_few_is_found_out() -> None:
+    method = METHODS["fedit"]()
+    with pytest.raises(ValueError, match="zip"):
+        rounds.run_round(method, tiny.standing(method, 4), tiny.clients(4, 4), lambda window, number: [])

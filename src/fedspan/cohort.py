@@ -187,9 +187,10 @@ def _train_together(
     members = [_member(model, group[i], config.local, (config.seed, round_num)) for i in order]
     steps = [m.assignment.steps for m in members]
     totals = torch.zeros(len(members), device=model.device)
+    # Asked before the layers are replaced: the adapters' own dropout is one of them.
+    mode = ClientDropout([m.dropout for m in members]) if drops(model.model) else None
     with stacked(model, [m.assignment.broadcast for m in members]) as stack, model.training():
         optimizer = _optimizer(stack, steps, config.local)
-        mode = ClientDropout([m.dropout for m in members]) if drops(model.model) else None
         active = 0
         for step in range(steps[0]):
             left = sum(own > step for own in steps)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedspan import checkpoint, cohort, methods
+from fedspan import checkpoint, cohort, methods, parallel
 from fedspan.checkpoint import Checkpoint, write_bytes
 from fedspan.config import Config
 from fedspan.data import Encoded, encode
@@ -267,15 +267,17 @@ class Federation:
             )
 
         saved = self.saved
-        standing, record = run_round(
-            self.method,
-            Standing(saved.state, saved.client_states, saved.seen),
-            cohort,
-            work,
-            weighting=config.federation.weighting,
-            min_success=1 if self.method.info.pooled else config.federation.min_success,
-            on_client=on_client,
-        )
+        # The workers have nothing to do while the server works.
+        with parallel.threads(job.num_workers * config.threads):
+            standing, record = run_round(
+                self.method,
+                Standing(saved.state, saved.client_states, saved.seen),
+                cohort,
+                work,
+                weighting=config.federation.weighting,
+                min_success=1 if self.method.info.pooled else config.federation.min_success,
+                on_client=on_client,
+            )
         self.saved = replace(saved, state=standing.state, client_states=standing.client_states, seen=standing.seen)
         every = config.evaluation.every
         due = self.phase == "federation" and (last or (round_num + 1) % every == 0)

@@ -7,6 +7,7 @@ averaging the fine-tuned models' weights would give.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedspan import lowrank
+from fedspan import lowrank, parallel
 from fedspan.adapters import CARRIED, Adapter, check_free, load, save
 from fedspan.compatibility import check_compatible
 from fedspan.lowrank import LowRank
@@ -168,7 +169,8 @@ def combine(
         method.encode(_update(f"{i:06d}", adapter, count), sent, None)[0]
         for i, (adapter, count) in enumerate(zip(adapters, counts, strict=True))
     ]
-    state, diagnostics = aggregate(method, state, updates)
+    with parallel.threads(os.cpu_count() or 1):
+        state, diagnostics = aggregate(method, state, updates)
     answer = method.broadcast(state, Request(rank=None))
     shares = [count / math.fsum(counts) for count in counts]
     factors: dict[str, Factors] = {}

@@ -1,0 +1,115 @@
+"""What of broadcasts and updates goes to which process: what clients share is sent once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedspan import wire
+from fedspan.methods.messages import Broadcast, Update
+from fedspan.train import Assignment, LocalResult
+
+
+class Luggage:
+    """What is sent of broadcasts: each part once to each process, for as long as the work at hand names it."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, tuple[int, object]] = {}
+        """Of the parts of the work at hand, by their identity; they are held so that it stays theirs."""
+        self._next = 0
+
+    def expect(self, broadcasts: Sequence[Broadcast]) -> None:
+        """The work at hand names these."""
+        before, self._numbers = self._numbers, {}
+        for broadcast in broadcasts:
+            for part in (broadcast.adapter, broadcast.dense, broadcast.patch):
+                if id(part) not in self._numbers:
+                    self._numbers[id(part)] = before.get(id(part), (self._next, part))
+                    self._next += 1
+
+    def forget(self, held: set[int]) -> list[int]:
+        """What a process holds and will not be asked about."""
+        gone = held - {number for number, _ in self._numbers.values()}
+        held -= gone
+        return sorted(gone)
+
+    def broadcast(self, parcel: wire.Parcel, held: set[int], b: Broadcast) -> dict[str, Any]:
+        """A broadcast's description, with what this process lacks of it."""
+        told: dict[str, Any] = {"recipe": wire.put_recipe(b.recipe), "seeded": sorted(b.seeded)}
+        parts: dict[str, tuple[Any, Callable[[wire.Parcel, Any], dict[str, Any]]]] = {
+            "adapter": (b.adapter, wire.put_factors),
+            "dense": (b.dense, wire.put_dense),
+            "patch": (b.patch, wire.put_patch),
+        }
+        for name, (part, put) in parts.items():
+            number, _ = self._numbers[id(part)]
+            new = number not in held
+            held.add(number)
+            told[name] = [number, put(parcel, part) if new else None]
+        return told
+
+    def assignment(self, parcel: wire.Parcel, held: set[int], a: Assignment) -> dict[str, Any]:
+        """An assignment's description."""
+        return {
+            "client_id": a.client_id,
+            "broadcast": self.broadcast(parcel, held, a.broadcast),
+            "rows": parcel.put(torch.as_tensor(a.rows)),
+            "steps": a.steps,
+            "weight": a.weight,
+        }
+
+
+class Shelf:
+    """What a process was sent of broadcasts and still holds."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Any] = {}
+
+    def forget(self, numbers: Sequence[int]) -> None:
+        """These parts will not be named again."""
+        for number in numbers:
+            del self._held[number]
+
+    def broadcast(self, told: Mapping[str, Any], tensors: Sequence[Tensor]) -> Broadcast:
+        """The broadcast; a part that was sent before is the very object that it was then."""
+        found: list[Any] = []
+        parts: dict[str, Callable[[Any, Sequence[Tensor]], Any]] = {
+            "adapter": wire.get_factors,
+            "dense": wire.get_dense,
+            "patch": wire.get_patch,
+        }
+        for name, get in parts.items():
+            number, new = told[name]
+            if new is not None:
+                self._held[number] = get(new, tensors)
+            found.append(self._held[number])
+        adapter, dense, patch = found
+        return Broadcast(adapter, dense, wire.get_recipe(told["recipe"]), patch, seeded=frozenset(told["seeded"]))
+
+    def assignment(self, told: Mapping[str, Any], tensors: Sequence[Tensor]) -> Assignment:
+        """The assignment."""
+        sent, rows = self.broadcast(told["broadcast"], tensors), tensors[told["rows"]].numpy()
+        return Assignment(told["client_id"], sent, rows, told["steps"], told["weight"])
+
+
+def put_result(parcel: wire.Parcel, result: LocalResult) -> dict[str, Any]:
+    """The description of what a client learnt."""
+    update = result.update
+    return {
+        "client_id": update.client_id,
+        "num_examples": update.num_examples,
+        "adapter": wire.put_factors(parcel, {name: update.factors(name) for name in update.modules}),
+        "dense": wire.put_dense(parcel, update.dense),
+        "train_loss": result.train_loss,
+        "steps": result.steps,
+    }
+
+
+def get_result(told: Mapping[str, Any], tensors: Sequence[Tensor]) -> LocalResult:
+    """What a client learnt."""
+    adapter, dense = wire.get_factors(told["adapter"], tensors), wire.get_dense(told["dense"], tensors)
+    update = Update(told["client_id"], told["num_examples"], adapter, dense)
+    return LocalResult(update, told["train_loss"], told["steps"])

@@ -1,0 +1,55 @@
+"""Adapters folded into the base while nothing is trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedspan.models.federated import FederatedModel
+from fedspan.models.layers import base_layer, factors_of, is_conv1d
+
+LARGEST = 2**25
+"""Numbers of all adapted weights together up to which folding pays: a copy of them in memory, and what it takes to
+make it, against three products instead of one in every layer."""
+
+
+@contextmanager
+def merged(model: FederatedModel) -> Iterator[None]:
+    """Run the model with W + s·B·A in one product, to rounding what its layers compute in three.
+
+    Nothing of the model is written to. A base in a coarser type keeps its adapters beside it, for the sum would be
+    rounded to that type; so do large bases, where the adapters' share is small and the copy is not.
+    """
+    adapted = {name: base_layer(layer) for name, layer in model.layers.items()} if model.trains == "adapter" else {}
+    small = sum(layer.weight.numel() for layer in adapted.values()) <= LARGEST
+    if not small or any(layer.weight.dtype != torch.float32 for layer in adapted.values()):
+        adapted = {}
+    originals = {name: model.model.get_submodule(name) for name in adapted}
+    try:
+        for name, layer in adapted.items():
+            model.model.set_submodule(name, _with_weight(layer, _sum(layer, model.layers[name])))
+        yield
+    finally:
+        for name, layer in originals.items():
+            model.model.set_submodule(name, layer)
+
+
+@torch.no_grad()
+def _sum(layer: Any, adapted: Any) -> Tensor:
+    a, b = factors_of(adapted)
+    (scaling,) = adapted.scaling.values()
+    scaled = b * scaling
+    weight: Tensor = layer.weight
+    return torch.addmm(weight, a.T, scaled.T) if is_conv1d(layer) else torch.addmm(weight, scaled, a)
+
+
+def _with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
+    """The layer with another weight; all else is shared."""
+    other = copy.copy(layer)
+    other._parameters = {**layer._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    return other

@@ -308,12 +308,30 @@ def test_a_plan_holds_every_client_once(
 def test_wide_work_is_done_one_by_one(
     bases: dict[str, Path], data: dict[str, Encoded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And does not keep the others from sharing a pass."""
     model = tiny.load(bases["llama"], "instruction")
-    group = clients(model, 2, 2, 2, 2)
-    assert len(cohort.plan(model, data["instruction"], group, config("auto"))) == 2
-    monkeypatch.setattr(cohort, "WIDEST", 100)
-    assert len(cohort.plan(model, data["instruction"], group, config("auto"))) == 4
-    assert len(cohort.plan(model, data["instruction"], group, config("cohort"))) == 2
+    group = clients(model, 2, 2, 2, 2, sizes=(1, 9, 1, 1))
+    chosen = data["instruction"]
+    tokens = [min(4, len(a.rows)) * int(chosen.lengths[torch.as_tensor(a.rows)].max()) for a in group]
+    assert tokens[1] > 2 * max(tokens[0], tokens[2], tokens[3])
+    assert sorted(map(len, cohort.plan(model, chosen, group, config("auto")))) == [2, 2]
+    monkeypatch.setattr(cohort, "WIDEST", (tokens[1] - 1) * tiny.SIZE)
+    groups = cohort.plan(model, chosen, group, config("auto"))
+    assert [1] in groups
+    assert sorted(map(len, groups)) == [1, 1, 2]
+    monkeypatch.setattr(cohort, "WIDEST", 1)
+    assert len(cohort.plan(model, chosen, group, config("auto"))) == 4
+    assert len(cohort.plan(model, chosen, group, config("cohort"))) == 2
+
+
+def test_an_image_is_as_much_work_as_its_patches(
+    bases: dict[str, Path], data: dict[str, Encoded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.load(bases["vit"], "image")
+    group = clients(model, 2, 2)  # batches of 4 images of 4 patches
+    for widest, groups in ((16 * tiny.SIZE, 1), (16 * tiny.SIZE - 1, 2)):
+        monkeypatch.setattr(cohort, "WIDEST", widest)
+        assert len(cohort.plan(model, data["image"], group, config("auto"))) == groups
 
 
 def test_where_it_does_not_apply_it_says_why(

@@ -75,21 +75,24 @@ def plan(model: FederatedModel, data: Encoded, assignments: Sequence[Assignment]
     Depends on the work and the settings alone, never on how many processes share it. Clients of about as many steps
     and about as long rows go together, so that little is padded.
     """
-    tokens = [_tokens(data, a, config.local) for a in assignments]
+    positions = _positions(model, data)
+    tokens = [_tokens(data, a, config.local) * positions for a in assignments]
     cost = [a.steps * size for a, size in zip(assignments, tokens, strict=True)]
-    too_wide = config.engine.name == "auto" and max(tokens) * _hidden(model) > WIDEST
-    if config.engine.name == "sequential" or too_wide or len(assignments) == 1:
-        groups = [[i] for i in range(len(assignments))]
-    else:
-        size = _cohort_size(model, assignments, tokens, config)
-        groups = _alike(assignments, tokens, size)
+    most = {"sequential": 0, "cohort": max(tokens), "auto": WIDEST // _hidden(model)}[config.engine.name]
+    small = [i for i in range(len(assignments)) if tokens[i] <= most]
+    groups = [[i] for i in range(len(assignments)) if tokens[i] > most]
+    if small:
+        size = _cohort_size(model, [assignments[i] for i in small], [tokens[i] for i in small], config)
+        groups += _alike(assignments, tokens, small, size)
     return sorted(groups, key=lambda group: (-sum(cost[i] for i in group), group[0]))
 
 
-def _alike(assignments: Sequence[Assignment], tokens: Sequence[int], size: int) -> list[list[int]]:
-    """Groups of at most `size` that can share a pass."""
+def _alike(
+    assignments: Sequence[Assignment], tokens: Sequence[int], chosen: Sequence[int], size: int
+) -> list[list[int]]:
+    """The chosen ones in groups of at most `size` that can share a pass."""
     groups: list[list[int]] = []
-    for i in sorted(range(len(assignments)), key=lambda i: (-assignments[i].steps, -tokens[i], i)):
+    for i in sorted(chosen, key=lambda i: (-assignments[i].steps, -tokens[i], i)):
         first = assignments[groups[-1][0]] if groups else None
         if first is None or len(groups[-1]) == size or not _together(first.broadcast, assignments[i].broadcast):
             groups.append([])
@@ -107,9 +110,19 @@ def work(
 
 
 def _tokens(data: Encoded, assignment: Assignment, config: LocalConfig) -> int:
-    """Tokens of the client's largest batch, padding counted; positions of an image."""
+    """Tokens of the client's largest batch, padding counted; images of an image batch."""
     longest = int(data.subset(assignment.rows).lengths.max())
     return min(config.batch_size, len(assignment.rows)) * longest
+
+
+def _positions(model: FederatedModel, data: Encoded) -> int:
+    """What one row of an image batch is to the model: a sequence of so many patches."""
+    if data.pixels is None:
+        return 1
+    height, width = data.pixels.shape[-2:]
+    patch = getattr(model.model.config, "patch_size", 16)
+    side = patch if isinstance(patch, int) else max(patch)
+    return max(1, (height // side) * (width // side))
 
 
 def _hidden(model: FederatedModel) -> int:
@@ -148,7 +161,7 @@ def _cohort_size(
     if model.device.type != "cpu":
         return fits
     count = len(assignments)
-    shared = max(-(-count // _SHARES), min(4, -(-count // 2)))
+    shared = max(2, -(-count // _SHARES), min(4, -(-count // 2)))
     cached = max(2, WIDEST // (max(tokens) * _hidden(model)))
     return min(fits, shared, cached, _MOST)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import statistics
@@ -179,11 +180,17 @@ class Bench:
 
     def _once(self, arm: Arm, number: int = 1) -> Timed:
         """Seconds of one call, and its output."""
-        began = machine.now(self.options.device)
-        output = arm.run()
-        for _ in range(number - 1):
-            arm.run()
-        seconds = (machine.now(self.options.device) - began) / number
+        # The garbage of an arm before, thousands of objects in some libraries, is not this one's to collect.
+        gc.collect()
+        gc.disable()
+        try:
+            began = machine.now(self.options.device)
+            output = arm.run()
+            for _ in range(number - 1):
+                arm.run()
+            seconds = (machine.now(self.options.device) - began) / number
+        finally:
+            gc.enable()
         if arm.after is not None:
             arm.after()
         return output if isinstance(output, Timed) else Timed(seconds, output)

@@ -64,6 +64,9 @@ def _panel(axes: Any, records: Sequence[Record], axis: str, arms: Sequence[str])
     if least:
         axes.plot(*zip(*least, strict=True), ":", color="#000000", linewidth=1, label="floor")
     axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds")
+    places = sorted({r["case"][axis] for r in records})
+    axes.set_xticks(places, [str(place) for place in places])
+    axes.set_xticks([], minor=True)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -72,7 +75,7 @@ def _bars(records: Sequence[Record]) -> Figure:
     figure = Figure(figsize=(7, 0.5 * len(records) + 1), layout="constrained")
     axes = figure.add_subplot()
     labels = [r["arm"] for r in records][::-1]
-    axes.barh(labels, [r["median"] for r in records][::-1], color="#9db8c4", label="start-up")
+    axes.barh(labels, [r["median"] for r in records][::-1], color="#9db8c4", label="start-up and end")
     rounds = [r["details"].get("rounds_seconds", 0.0) for r in records][::-1]
     axes.barh(labels, rounds, color=_COLORS[0], label="rounds")
     axes.set(xlabel="seconds", title=describe(records[0]["case"]))

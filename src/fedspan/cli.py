@@ -243,7 +243,7 @@ def bench(
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Where the figures are, or go; what is measured there is kept.")
     ] = Path("bench"),
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: about two minutes in all.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: about four minutes in all.")] = False,
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE,…", help="Only cases with these values, such as d=4096,2048 or hidden=64."),
@@ -271,7 +271,7 @@ def bench(
 
     \b
     Examples:
-      fedspan bench --quick                       every suite at small sizes, about two minutes
+      fedspan bench --quick                       every suite at small sizes, about four minutes
       fedspan bench server --out bench            one suite in full; give the same folder to go on
       fedspan bench server --only d=4096 --only r=16
       fedspan bench rounds --flower-python ~/flower/bin/python

@@ -79,7 +79,7 @@ def smooth() -> Iterator[None]:
 
 def config(engine: str = "cohort", **local: Any) -> Config:
     options = {"learning_rate": 0.3, "batch_size": 4, **local}
-    return Config(seed=5, local=LocalConfig(**options), engine=EngineConfig(name=engine))  # type: ignore[arg-type]
+    return Config(seed=5, local=LocalConfig(**options), engine=EngineConfig(name=engine))
 
 
 def tensors(result: LocalResult) -> dict[str, Tensor]:
@@ -301,7 +301,7 @@ def test_a_plan_holds_every_client_once(
         return
     assert all(len(part) <= 16 for part in groups)
     assert count == 1 or len(groups) < count
-    small = config(name).model_copy(update={"engine": EngineConfig(name=name, memory=1e-4)})  # type: ignore[arg-type]
+    small = config(name).model_copy(update={"engine": EngineConfig(name=name, memory=1e-4)})
     assert all(len(part) == 1 for part in cohort.plan(model, data["classification"], group, small))
 
 

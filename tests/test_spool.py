@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peaks import PEAK
 from safetensors.torch import save_file
 
 from fedspan import checkpoint
@@ -284,8 +285,6 @@ def test_a_server_step_over_a_spool_is_that_over_memory(tmp_path: Path, name: st
 
 
 SCRIPT = """
-import ctypes, sys
-from pathlib import Path
 import torch
 from fedspan.methods import create
 from fedspan.methods.base import aggregate
@@ -293,15 +292,6 @@ from fedspan.methods.messages import Factors, Template, Update
 from fedspan.spool import Spool
 
 torch.set_num_threads(1)
-
-def peak():
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
-
-def reset():
-    ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator only hoards would hide what is taken anew
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak()
 
 modules = {f"layer{i}": (512, 512) for i in range(40)}
 template = Template(modules, 8)
@@ -328,7 +318,7 @@ for hold in (False, True):
 def test_a_server_step_over_a_spool_holds_one_module(tmp_path: Path, name: str) -> None:
     """25 clients, 40 layers: the factors take 31 MiB in all, those of a layer 0.8 MiB, the result 1.25 MiB."""
 
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), name]
+    command = [sys.executable, "-c", PEAK + SCRIPT, str(tmp_path), name]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lazy, held = (int(x) for x in done.stdout.split())
     assert lazy < 12 * 2**20

@@ -29,6 +29,7 @@ from methods.federations import (
     received,
     served,
 )
+from peaks import PEAK
 from safetensors.torch import load_file
 
 from fedspan.methods import METHODS, create
@@ -221,7 +222,7 @@ def test_dense_weights_are_read_in_the_first_pass_alone() -> None:
             reads.append(name)
             return super().__getitem__(name)
 
-        def keys(self) -> list[str]:  # type: ignore[override]
+        def keys(self) -> list[str]:
             return list(super().keys())
 
     streamed(fed, [replace(u, dense=Heads(u.dense)) for u in encoded(fed)], block=1)
@@ -436,8 +437,6 @@ def test_a_killed_stream_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 
 
 MEMORY = """
-import ctypes, sys
-from pathlib import Path
 import torch
 from fedspan.methods import create
 from fedspan.methods.base import aggregate
@@ -445,15 +444,6 @@ from fedspan.methods.messages import Factors, Template, Update
 from fedspan.streaming import aggregate_stream
 
 torch.set_num_threads(1)
-
-def peak():
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
-
-def reset():
-    ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator only hoards would hide what is taken anew
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak()
 
 class Made:
     def __init__(self, number):
@@ -477,7 +467,7 @@ for number in (50, 2000):
 
 def peaks(name: str, how: str) -> list[int]:
     """Bytes taken by a step over 50 clients, and over 2000."""
-    command = [sys.executable, "-c", MEMORY, name, how]
+    command = [sys.executable, "-c", PEAK + MEMORY, name, how]
     return [int(x) for x in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
 
 

@@ -374,7 +374,7 @@ def test_what_is_said_of_broadcasts_is_heard() -> None:
     tiny.same_adapter(wire.get_factors(x, tensors), adapter)
     low = wire.get_patch(y, tensors)
     assert isinstance(low["one"], LowRank)
-    tiny.same({"b": low["one"].b, "a": low["one"].a, "w": low["two"]}, {"b": b, "a": a, "w": patch["two"]})  # type: ignore[dict-item]
+    tiny.same({"b": low["one"].b, "a": low["one"].a, "w": low["two"]}, {"b": b, "a": a, "w": patch["two"]})
     tiny.same(wire.get_dense(z, tensors), {"head": b})
     for recipe in (Recipe(), Recipe(False, True, GaloreOptions(4, 7, 0.5, "exact", "reset"), (0.1, 3))):
         assert wire.get_recipe(json.loads(json.dumps(wire.put_recipe(recipe)))) == recipe

@@ -81,10 +81,7 @@ def read(path: Path) -> Checkpoint:
         When the file is no checkpoint of this library, or damaged.
     """
     try:
-        with safe_open(str(path), framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get("fedspan", "null"))
-            # An open file is no mapping: it has keys() and cannot be iterated.
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        meta, tensors = read_tensors(path, "fedspan")
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}): expected a checkpoint") from None
     if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
@@ -93,6 +90,20 @@ def read(path: Path) -> Checkpoint:
         return _unpack(meta["checkpoint"], tensors)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged (something is missing: {error}): expected a checkpoint") from None
+
+
+def read_tensors(path: Path, key: str) -> tuple[Any, dict[str, Tensor]]:
+    """The JSON under `key` of a safetensors file's header (none: null), and its tensors.
+
+    Raises
+    ------
+    SafetensorError, json.JSONDecodeError
+        When the file or its JSON is damaged.
+    """
+    with safe_open(str(path), framework="pt") as file:
+        meta = json.loads((file.metadata() or {}).get(key, "null"))
+        # An open file is no mapping: it has keys() and cannot be iterated.
+        return meta, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def _pack(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -257,7 +257,7 @@ def _gradients(stack: Stack, losses: Tensor, local: LocalConfig) -> None:
     assert stack.trained.grads is not None
     grads = stack.trained.grads[:active]  # (C, P)
     grads.zero_()
-    total.backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(total)
     stack.gather_gradients()
     if local.clip_norm is not None:
         norms = torch.linalg.vector_norm(grads, dim=1)

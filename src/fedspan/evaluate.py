@@ -120,7 +120,8 @@ def _generate(
 ) -> list[str]:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     batch = {name: value.to(model.device) for name, value in examples.prompts(indices).items()}
-    tokens = model.model.generate(  # type: ignore[operator]
+    writer: Any = model.model
+    tokens = writer.generate(
         **batch,
         max_new_tokens=max_new_tokens,
         do_sample=False,

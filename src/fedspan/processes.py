@@ -110,12 +110,12 @@ class Processes:
         """Start the processes, where they do not run yet."""
         if self._workers:
             return
-        context = mp.get_context(self.method)
+        context: Any = mp.get_context(self.method)
         with _forking():
             for number, given in enumerate(self.arguments):
                 near, far = context.Pipe()
                 mine = [near, *(w.channel for w in self._workers)] if self.method == "fork" else []
-                process = context.Process(  # type: ignore[attr-defined]
+                process = context.Process(
                     target=_serve, args=(far, mine, self.make, given), name=f"fedspan-{number}", daemon=True
                 )
                 process.start()

@@ -99,7 +99,7 @@ def train(model: FederatedModel, work: Assignment, data: Encoded, config: Config
             if recipe.tail_penalty is not None:
                 strength, tail = recipe.tail_penalty
                 loss = loss + strength * model.tail_penalty(tail)
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             if local.clip_norm is not None:
                 nn.utils.clip_grad_norm_(parameters, local.clip_norm)
             optimizer.step()

@@ -228,7 +228,7 @@ def test_partial_sums_are_the_dense_sums_and_add_up(seed: int, rest_rank: int, v
         "rows": sum(u.num_examples * projector(dense[u.client_id].T, vote) @ x for u in updates),
     }
     asked = tuple(
-        Question(kind, torch.from_numpy(x if kind in ("times", "rows") else y), vote)  # type: ignore[arg-type]
+        Question(kind, torch.from_numpy(x if kind in ("times", "rows") else y), vote)
         for kind in expected
     )
 

@@ -19,7 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np  # noqa: E402  after the numbers of threads
-from measure import now  # noqa: E402
+from measure import now  # noqa: E402  it imports numpy too
 
 Adapter = dict[str, np.ndarray]
 """PEFT's parameter names to float32 arrays: A (r, n), B (m, r)."""

@@ -41,7 +41,7 @@ class LoggedFedAvg(FedAvg):
 
     log: measure.Log
 
-    def aggregate_train(self, server_round, replies):  # type: ignore[no-untyped-def]
+    def aggregate_train(self, server_round, replies):
         """As Flower's, then note the round."""
         replies = list(replies)
         arrays, metrics = super().aggregate_train(server_round, replies)

@@ -39,10 +39,10 @@ def client_losses(
     Tensor
         (C,)
     """
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch["labels"]
     if "use_cache" in inspect.signature(model.model.forward).parameters:
-        inputs["use_cache"] = False  # type: ignore[assignment]  # nothing is generated
+        inputs["use_cache"] = False  # nothing is generated
     if model.kind != "instruction":
         logits = model.model(**inputs).logits
         return _row_losses(logits.float(), labels, num_clients, real)

@@ -8,7 +8,7 @@ Shapes: C clients, client by client in the batch; W (m, n); A (C, r, n); B (C, m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,9 +83,8 @@ class StackedLinear(nn.Module):
         plain = weight.dtype == x.dtype == torch.float32 and not self.base._forward_hooks
         if plain and not self.dropout and not torch.is_autocast_enabled(x.device.type):
             w = weight.T if self.transposed else weight
-            done: Tensor = _Adapted.apply(  # type: ignore[no-untyped-call]
-                rows, w, self.base.bias, slot, slot.a, slot.b, slot.scaling
-            )
+            apply: Callable[..., Tensor] = _Adapted.apply  # torch gives it no type
+            done = apply(rows, w, self.base.bias, slot, slot.a, slot.b, slot.scaling)
             return done.view(*x.shape[:-1], done.shape[-1])
         # A base in a coarser type, a patch beside it, dropout: the same in ordinary operations, adapters in float32.
         y: Tensor = self.base(x)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from fedspan.checkpoint import write_bytes
+from fedspan.checkpoint import read_tensors, write_bytes
 from fedspan.lowrank import LowRank
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.folds import Partial
@@ -73,10 +73,7 @@ def read(path: Path) -> Saved:
         When the file is no checkpoint of a stream, or damaged.
     """
     try:
-        with safe_open(str(path), framework="pt") as file:
-            meta = json.loads((file.metadata() or {})["fedspan_stream"])
-            # An open file is no mapping: it has keys() and cannot be iterated.
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        meta, tensors = read_tensors(path, "fedspan_stream")
         if meta["format"] != _FORMAT:
             raise ValueError(f"format {meta['format']!r}")
         finished = tuple(_unpack_pass(x, tensors) for x in meta["finished"])

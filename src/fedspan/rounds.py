@@ -155,9 +155,9 @@ class _Tally:
     @contextmanager
     def memory(self, state: ServerState, partial: Partial) -> Iterator[None]:
         held = _state_bytes(state) + _partial_bytes(partial)
-        before = _reset_peak_memory()
+        before = reset_peak_memory()
         yield
-        self.peak_server_bytes = max(self.peak_server_bytes, held + _peak_memory() - before)
+        self.peak_server_bytes = max(self.peak_server_bytes, held + peak_memory() - before)
 
     def record(self) -> dict[str, Any]:
         return {
@@ -283,16 +283,16 @@ def _partial_bytes(partial: Partial) -> int:
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def _reset_peak_memory() -> int:
+def reset_peak_memory() -> int:
     """Start a new measurement of the process's peak resident memory; its value now, in bytes."""
     if _CLEAR.exists() and os.access(_CLEAR, os.W_OK):
         # Memory that glibc's allocator only hoards would hide what is taken anew.
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
         _CLEAR.write_text("5")
-    return _peak_memory()
+    return peak_memory()
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Peak resident memory since the last reset, in bytes; 0 on systems that do not tell."""
     if not _STATUS.exists():
         return 0

@@ -17,7 +17,7 @@ import torch
 from fedspan.methods import create
 from fedspan.methods.base import aggregate
 from fedspan.methods.messages import Factors, Request, Template, Update
-from fedspan.rounds import _peak_memory, _reset_peak_memory
+from fedspan.rounds import peak_memory, reset_peak_memory
 
 torch.set_num_threads(1)
 
@@ -30,10 +30,10 @@ def step(size, rank=4, clients=3, **options):
     trained = [Factors(torch.randn_like(start.b), start.a, start.scaling) for _ in range(clients)]
     updates = [Update(f"c{k}", 10.0, {"layer": f}, {}) for k, f in enumerate(trained)]
     encoded = [method.encode(update, sent, None)[0] for update in updates]
-    before = _reset_peak_memory()
+    before = reset_peak_memory()
     state, _ = aggregate(method, state, encoded)
     method.broadcast(state, Request(rank))
-    return _peak_memory() - before
+    return peak_memory() - before
 
 step(64)  # libraries take their workspaces at first use
 print(step(4096))

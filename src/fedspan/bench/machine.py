@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from fedspan.rounds import peak_memory, reset_peak_memory
 
 _GEMM = 1024
 _READ = 2**26  # float32 numbers: 256 MiB, more than a core's share of any cache
@@ -129,20 +130,11 @@ def start_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists() and os.access(clear, os.W_OK):
-        # Memory that glibc's allocator only hoards would hide what is taken anew.
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
-        clear.write_text("5")
-    return peak(device)
+    return reset_peak_memory()
 
 
 def peak(device: torch.device) -> int:
     """The largest memory in use since `start_peak`, in bytes (0 on systems that do not tell)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    line = next((x for x in status.read_text().splitlines() if x.startswith("VmHWM:")), "VmHWM: 0 kB")
-    return int(line.split()[1]) * 1024
+    return peak_memory()

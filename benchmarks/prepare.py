@@ -1,7 +1,7 @@
 """Put the benchmark data into the shapes that `fedspan run` reads: python benchmarks/prepare.py --data ../shared/data
 
 superni/{train,test,unseen}.jsonl: each row carries its task's instruction; rows short enough for the small base, one
-task of each category in turn. mri/{train,test,official}.npz: a fifth of the training images held out as test data, and
+task of each category in turn. superni50: the same with 50 training tasks. mri/{train,test,official}.npz: a fifth of the training images held out as test data, and
 the official test images that are no copies of training images. The official ones differ from the training images
 (their mean brightness is 64 against 46), so they are kept as a second figure, under a shift, and not as the first.
 """
@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=420, help="longest instruction + input in characters")
     arguments = parser.parse_args()
     superni(arguments.data / "superni", arguments.out / "superni", arguments)
+    arguments.clients = 50
+    superni(arguments.data / "superni", arguments.out / "superni50", arguments)
     mri(arguments.data / "images" / "brain_mri_64.npz", arguments.out / "mri")
 
 

@@ -3,7 +3,9 @@
     python benchmarks/run.py benchmarks/sst2 --data ../shared/data [--shard 0/2]
 
 Every run is one line of SUITE/results.jsonl; what is there already is not run again, and a run that was cut off is
-resumed from its checkpoint. Shards split the arms, so that two processes can share the work.
+resumed from its checkpoint. Shards split the arms, so that two processes can share the work. A suite may have
+conditions, each a change of its configuration: every arm then runs under each of them, with a rate tuned there or,
+where the suite names a `tune_condition`, in that one alone.
 """
 
 from __future__ import annotations
@@ -20,6 +22,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+KEPT = (
+    "round_num",
+    "train_loss",
+    "eval",
+    "truncation_error",
+    "optimizer_bytes",
+    "diagnostics",
+)
+"""What a line keeps of every round's record."""
 WIDEN = 1
 """How often a grid is widened by one step when its best rate sits at the edge."""
 
@@ -31,6 +42,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("benchmarks/work"), help="run folders; not committed")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th arm, starting at the i-th")
     parser.add_argument("--arms", default="", help="only these arms, comma-separated")
+    parser.add_argument("--conditions", default="", help="only these conditions, comma-separated")
+    parser.add_argument("--seeds", default="", help="only these seeds of the suite's, comma-separated")
     arguments = parser.parse_args()
     text = (arguments.suite / "suite.toml").read_text()
     text = text.replace("{data}", str(arguments.data)).replace("{work}", str(arguments.work))
@@ -41,20 +54,33 @@ def main() -> None:
     index, count = map(int, arguments.shard.split("/"))
     arms = [arm for k, arm in enumerate(suite["arm"]) if k % count == index]
     wanted = set(filter(None, arguments.arms.split(",")))
-    for arm in arms:
-        if not wanted or arm["name"] in wanted:
-            Arm(arguments.suite, arguments.work, suite, arm, loaded).run()
+    seeds = [int(seed) for seed in filter(None, arguments.seeds.split(","))] or suite["seeds"]
+    conditions = set(filter(None, arguments.conditions.split(",")))
+    for condition in suite.get("condition", [{}]):
+        if conditions and condition["name"] not in conditions:
+            continue
+        for arm in arms:
+            if (not wanted or arm["name"] in wanted) and condition.get("name") not in arm.get("except", ()):
+                Arm(arguments.suite, arguments.work, suite, arm, loaded, condition).run(seeds)
 
 
 class Arm:
-    """One method with its options in one suite."""
+    """One method with its options in one suite, under one of its conditions."""
 
-    def __init__(self, folder: Path, work: Path, suite: dict[str, Any], arm: dict[str, Any], loaded: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        work: Path,
+        suite: dict[str, Any],
+        arm: dict[str, Any],
+        loaded: str,
+        condition: dict[str, Any],
+    ) -> None:
         self.results = folder / "results.jsonl"
         self.work = work / folder.name
-        self.suite, self.arm, self.loaded = suite, arm, loaded
+        self.suite, self.arm, self.loaded, self.condition = suite, arm, loaded, condition
 
-    def run(self) -> None:
+    def run(self, seeds: list[int]) -> None:
         rates = sorted(self.arm["learning_rates"])
         scores = {rate: self.tune(rate) for rate in rates}
         ratio = rates[1] / rates[0]
@@ -65,27 +91,32 @@ class Arm:
             rate = float(f"{best * ratio if best == max(scores) else best / ratio:.2g}")
             scores[rate] = self.tune(rate)
         best = max(scores, key=scores.__getitem__)
-        for seed in self.suite["seeds"]:
-            self.one("test", best, seed, self.suite["config"])
+        for seed in seeds:
+            self.one("test", best, seed, self.condition, {})
 
     def tune(self, rate: float) -> float:
         """The validation score at this rate, larger is better."""
-        tree = merged(self.suite["config"], self.suite.get("tune", {}))
-        line = self.one("tune", rate, self.suite["tune_seed"], tree)
+        at = self.suite.get("tune_condition", self.condition.get("name"))
+        condition = next(x for x in self.suite.get("condition", [{}]) if x.get("name") == at)
+        line = self.one("tune", rate, self.suite["tune_seed"], condition, self.suite.get("tune", {}))
         score = line["summary"]["federated"]
         return float(score if line["summary"]["higher_is_better"] else -score)
 
-    def one(self, purpose: str, rate: float, seed: int, tree: dict[str, Any]) -> dict[str, Any]:
+    def one(
+        self, purpose: str, rate: float, seed: int, condition: dict[str, Any], changes: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The line of one run, from the results where it is there, otherwise made."""
         from fedspan import config as settings
         from fedspan.runs import resume, run
 
+        tree = merged(merged(self.suite["config"], condition.get("config", {})), changes)
         tree = merged(tree, self.arm.get("config", {}))
         tree = merged(tree, {"seed": seed, "local": {"learning_rate": rate}, "method": self.arm["method"]})
         digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
         for line in read(self.results):
             if line["config_hash"] == digest and line["arm"] == self.arm["name"]:
                 return line
-        out = self.work / f"{self.arm['name']}-{purpose}-{rate:g}-{seed}-{digest}"
+        out = self.work / f"{self.arm['name']}-{condition.get('name', 'only')}-{purpose}-{rate:g}-{seed}-{digest}"
         began = time.perf_counter()
         if (out / "config.toml").exists():
             result = resume(out)
@@ -95,6 +126,7 @@ class Arm:
         line = {
             "suite": self.results.parent.name,
             "arm": self.arm["name"],
+            "condition": condition.get("name"),
             "purpose": purpose,
             "learning_rate": rate,
             "seed": seed,
@@ -102,9 +134,7 @@ class Arm:
             "revision": self.loaded,
             "wall_seconds": round(time.perf_counter() - began, 1),
             "summary": result.summary,
-            "rounds": [
-                {k: r.get(k) for k in ("round_num", "train_loss", "eval", "truncation_error")} for r in result.history
-            ],
+            "rounds": [{k: r[k] for k in KEPT if k in r} for r in result.history],
         }
         with self.results.open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -405,7 +405,7 @@ def test_a_round_of_two_exchanges_trains_once_and_asks_twice() -> None:
         broadcast=broadcast,
         encode=encode,
         finish=finish,
-        exchanges=(Exchange(COLLECT), Exchange(SUM, train=False)),
+        exchanges=(Exchange(COLLECT), Exchange(SUM, ask="again")),
     )
     trained: list[str] = []
 

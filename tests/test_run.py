@@ -29,7 +29,6 @@ from fedspan.runs import Event, Result, resume, run
 from fedspan.train import Assignment, LocalResult
 
 NAMES = sorted(METHODS)
-MIXED = sorted(name for name, factory in METHODS.items() if factory().info.hetero_rank)
 TIMINGS = ("server_seconds", "client_seconds", "train_wall_seconds", "peak_server_bytes")
 RECORD = {
     "round_num",
@@ -120,46 +119,6 @@ def check_folder(result: Result, config: Config) -> None:
 
 def _clients(config: Config) -> list[Any]:
     return engine.make_clients(config, load_data(config.data, config.seed))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_method_runs_on_classification(bases: dict[str, Path], texts: Path, tmp_path: Path, name: str) -> None:
-    config = tiny.config(bases["bert"], texts, name)
-    result = run(config, tmp_path / "run")
-    check_folder(result, config)
-    assert result.summary["metric"] == "accuracy"
-
-
-@pytest.mark.parametrize("name", MIXED)
-def test_every_method_that_takes_mixed_ranks_runs_with_them(
-    bases: dict[str, Path], instructions: Path, tmp_path: Path, name: str
-) -> None:
-    """And says what unseen tasks, each rank and the clients' own data get out of it."""
-    config = tiny.config(
-        bases["llama"],
-        instructions,
-        name,
-        data={"field_column": "task", "unseen_values": ["cross"], "client_holdout": 0.2},
-        federation={"ranks": [1, 8, 2, 4], "partition": "by_field"},
-    )
-    result = run(config, tmp_path / "run")
-    check_folder(result, config)
-    summary = result.summary
-    assert summary["metric"] == "rouge_l"
-    if METHODS[name]().info.personalised:
-        assert summary["local"] == summary["federated"]
-        return
-    assert set(summary["metrics"]["unseen"]) == {"loss", "rouge_l", "exact_match"}
-    assert set(summary["metrics"]["own_data"]) == {"loss", "rouge_l", "exact_match"}
-    if trains(name) == "adapter":
-        assert set(summary["per_rank"]) == {"1", "2", "4", "8"}
-        per_rank = summary["metrics"]["per_rank"]
-        mean = sum(per_rank[r]["loss"] for r in (1, 8, 2, 4)) / 4
-        assert summary["metrics"]["clients"]["loss"] == pytest.approx(mean)
-        if name != "flora":  # whose clients all receive the whole patch
-            assert len({figures["loss"] for figures in per_rank.values()}) > 1
-    else:
-        assert summary["metrics"]["clients"] == summary["metrics"]["server"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

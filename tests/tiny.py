@@ -21,6 +21,7 @@ from fedspan import rounds
 from fedspan.config import Config
 from fedspan.federation import Client
 from fedspan.lowrank import LowRank
+from fedspan.methods import METHODS
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.messages import Broadcast, Factors, Recipe, Template, Update
 from fedspan.models import FederatedModel, build, load_processor
@@ -174,6 +175,8 @@ def config(base: Path, data: Path, method: str = "glora", /, **sections: Mapping
         "engine": {"workers": 1},
         "method": {"name": method},
     }
+    if method in METHODS and METHODS[method]().info.optimizer == "sgd":
+        tree["local"]["optimizer"] = "sgd"
     for section, values in sections.items():
         tree[section] = {**tree[section], **values} if isinstance(values, Mapping) else values
     return settings.from_mapping(tree)
@@ -271,6 +274,7 @@ def state_tensors(state: ServerState) -> dict[str, torch.Tensor]:
     """Every tensor of a server's state, by a name of its own."""
     found = {f"module/{n}/{part}": t for n, held in state.modules.items() for part, t in held.items()}
     found |= {f"dense/{name}": t for name, t in state.dense.items()}
+    found |= {f"extra/{name}": t for name, t in state.extra.items()}
     if state.patches is not None:
         for i, patch in enumerate((state.patches.total, *state.patches.increments)):
             for name, p in patch.items():

@@ -21,7 +21,7 @@ from fedspan.methods.base import ServerState
 from fedspan.methods.messages import ClientState, Template
 from fedspan.methods.patches import Patch, PatchLog
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +117,13 @@ def _pack(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:
             "alpha": t.alpha,
             "rslora": t.rslora,
             "seed": t.seed,
+            "num_clients": t.num_clients,
         },
         "round_num": state.round_num,
         "exchange": state.exchange,
         "modules": {name: _named(held, f"module/{name}", tensors) for name, held in state.modules.items()},
         "dense": _named(state.dense, "dense", tensors),
+        "extra": _named(state.extra, "extra", tensors),
         "patches": None
         if log is None
         else {
@@ -142,7 +144,7 @@ def _unpack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoin
     t = meta["template"]
     log = meta["patches"]
     state = ServerState(
-        Template({n: (m, k) for n, (m, k) in t["modules"].items()}, t["rank"], t["alpha"], t["rslora"], t["seed"]),
+        Template(**{**t, "modules": {n: (m, k) for n, (m, k) in t["modules"].items()}}),
         {name: _load(keys, tensors) for name, keys in meta["modules"].items()},
         _load(meta["dense"], tensors),
         meta["round_num"],
@@ -154,6 +156,7 @@ def _unpack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoin
             log["version"],
             tuple(_unpack_patch(x, tensors) for x in log["increments"]),
         ),
+        _load(meta["extra"], tensors),
     )
     clients = {client: _load(keys, tensors) for client, keys in meta["client_states"].items()}
     return Checkpoint(state, clients, meta["seen"], tuple(meta["history"]), meta["notes"])

@@ -232,6 +232,43 @@ def plot(
     print(report.plot(folders, out, metric))
 
 
+@app.command(short_help="Show what a run's server steps did to the updates.")
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder, finished or not.")],
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the figures too: .png, .svg or .pdf (needs matplotlib).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+) -> None:
+    """Show a run's diagnostics by round, and say in plain words what they mean for this run.
+
+    \b
+    Examples:
+      fedspan inspect runs/glora-20260101-120000
+      fedspan inspect runs/mine --plot mine.png
+      fedspan inspect runs/mine --json
+
+    Distance from the ideal update, gauge sensitivity, effective rank, angles between clients, drift, confinement:
+    the statements of the papers, measured. The run needs `evaluation.diagnostics = true`, which is the default.
+    """
+    from fedspan import inspection
+
+    run = inspection.read(folder)
+    picture = inspection.plot(run, plot) if plot is not None else None
+    if as_json:
+        print(json.dumps(inspection.as_json(run), indent=2, ensure_ascii=False))
+        return
+    console = _console()
+    console.print(inspection.table(run), highlight=False)
+    console.print()
+    console.print(inspection.legend(run), style="dim", highlight=False, markup=False)
+    console.print()
+    for line in inspection.readings(run):
+        console.print(f"- {line}", highlight=False, markup=False, soft_wrap=True)
+    if picture is not None:
+        print(picture)
+
+
 @app.command(short_help="Time every part beside what else does it.")
 def bench(
     suites: Annotated[

@@ -25,7 +25,7 @@ from fedspan.models.losses import client_losses
 from fedspan.models.stacked import Stack, head_layers, stacked
 from fedspan.models.streams import ClientDropout, NotRowwise, Rows, drops
 from fedspan.seeding import generator
-from fedspan.train import Assignment, LocalResult, autocast, batches, rate, train
+from fedspan.train import Assignment, LocalResult, autocast, batches, plain_optimizer, rate, work_on
 
 WIDEST = 2**17
 """Tokens of one client's step times the model's hidden size. Above it a pass of its own is as fast; below it as many
@@ -44,6 +44,10 @@ def applies(model: FederatedModel, data: Encoded, recipe: Recipe, config: Config
         return "every client trains base weights of its own"
     if recipe.galore is not None:
         return "GaLore works on one client's weights"
+    if recipe.confined:
+        return "what a client trains is confined to a subspace"
+    if recipe.proximal:
+        return "a proximal term holds every client to where it started"
     if config.engine.compile:
         return "engine.compile compiles one client's passes"
     try:
@@ -79,8 +83,10 @@ def plan(model: FederatedModel, data: Encoded, assignments: Sequence[Assignment]
     tokens = [_tokens(data, a, config.local) * positions for a in assignments]
     cost = [a.steps * size for a, size in zip(assignments, tokens, strict=True)]
     most = {"sequential": 0, "cohort": max(tokens), "auto": WIDEST // _hidden(model)}[config.engine.name]
-    small = [i for i in range(len(assignments)) if tokens[i] <= most]
-    groups = [[i] for i in range(len(assignments)) if tokens[i] > most]
+    # A gradient of the base is one client's own pass.
+    most_of = [0 if a.broadcast.recipe.gradient else most for a in assignments]
+    small = [i for i in range(len(assignments)) if tokens[i] <= most_of[i]]
+    groups = [[i] for i in range(len(assignments)) if tokens[i] > most_of[i]]
     if small:
         size = _cohort_size(model, [assignments[i] for i in small], [tokens[i] for i in small], config)
         groups += _alike(assignments, tokens, small, size)
@@ -104,9 +110,10 @@ def work(
     model: FederatedModel, data: Encoded, group: Sequence[Assignment], config: Config, round_num: int
 ) -> list[LocalResult]:
     """The local work of one group of `plan`, in its order."""
-    if len(group) > 1 or config.engine.name == "cohort":
+    asked = group[0].broadcast.recipe
+    if (len(group) > 1 or config.engine.name == "cohort") and not asked.gradient:
         return _train_together(model, data, group, config, round_num)
-    return [train(model, a, data, config, round_num) for a in group]
+    return [work_on(model, a, data, config, round_num) for a in group]
 
 
 def _tokens(data: Encoded, assignment: Assignment, config: LocalConfig) -> int:
@@ -224,7 +231,7 @@ def _train_together(
                 settings["lr"] = rate(config.local, step, settings["steps"])
             optimizer.step()
         means = (totals.cpu() / torch.tensor(steps)).tolist()
-        results = {i: _result(stack, k, group[i], means[k]) for k, i in enumerate(order)}
+        results = {i: _result(stack, k, group[i], means[k], config.local) for k, i in enumerate(order)}
     return [results[i] for i in range(len(group))]
 
 
@@ -265,13 +272,24 @@ def _gradients(stack: Stack, losses: Tensor, local: LocalConfig) -> None:
 
 
 def _optimizer(stack: Stack, steps: Sequence[int], local: LocalConfig) -> torch.optim.Optimizer:
-    """AdamW on one long parameter per client; clients of as many steps share a learning rate schedule."""
+    """One long parameter per client; clients of as many steps share a learning rate schedule."""
     groups = [
         {"params": [row for row, own in zip(stack.rows, steps, strict=True) if own == count], "steps": count}
         for count in sorted(set(steps), reverse=True)
     ]
-    return torch.optim.AdamW(groups, lr=local.learning_rate, weight_decay=local.weight_decay, fused=True)
+    return plain_optimizer(groups, local)
 
 
-def _result(stack: Stack, k: int, a: Assignment, loss: float) -> LocalResult:
-    return LocalResult(Update(a.client_id, a.weight, stack.adapter(k), stack.dense(k)), loss, a.steps)
+def _result(stack: Stack, k: int, a: Assignment, loss: float, config: LocalConfig) -> LocalResult:
+    rates = sum(rate(config, step, a.steps) for step in range(a.steps))
+    update = Update(a.client_id, a.weight, stack.adapter(k), stack.dense(k), rate_sum=rates)
+    return LocalResult(update, loss, a.steps, _optimizer_bytes(a.broadcast, config))
+
+
+def _optimizer_bytes(sent: Broadcast, config: LocalConfig) -> int:
+    """Of the client's own numbers: those that pad it to the widest of its pass are not its own."""
+    recipe = sent.recipe
+    numbers = sum(t.numel() for t in sent.dense.values())
+    for f in sent.adapter.values():
+        numbers += recipe.train_a * f.a.numel() + recipe.train_b * f.b.numel()
+    return 0 if config.optimizer == "sgd" else 2 * 4 * numbers

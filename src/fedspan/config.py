@@ -41,8 +41,10 @@ class ModelConfig(_Section):
 
     name: str = "builtin:decoder"
     """A local folder, a hub id, or `builtin:decoder` / `builtin:vit`."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the frozen base; adapters, patches and full-weight training are float32 always."""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """The base's linear layers in 8 or 4 bits (needs the extra `quantised`); patches stay beside them in float32."""
 
 
 class AdapterConfig(_Section):
@@ -120,6 +122,8 @@ class FederationConfig(_Section):
     preset: str = "dolly-ftg-2"
     weighting: Literal["examples", "equal"] = "examples"
     """What a client counts for in every average."""
+    sums_only: bool = False
+    """Refuse a method whose server needs more than sums over the clients' updates."""
     drop_empty: bool = False
     """Leave out clients that got no data instead of refusing to start."""
 
@@ -127,6 +131,8 @@ class FederationConfig(_Section):
 class LocalConfig(_Section):
     """`[local]`: a client's work in one round."""
 
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """`sgd` has no momentum; it is what SCAFFOLD is correct with. GaLore is AdamW's."""
     learning_rate: Annotated[float, Field(gt=0, lt=3e38)] = 3e-3
     steps: PositiveInt | None = None
     """Optimizer steps a round (10 unless `epochs` is given)."""
@@ -146,6 +152,20 @@ class LocalConfig(_Section):
         return self
 
 
+class ServerConfig(_Section):
+    """`[server]`: an optimizer on the server, for methods whose global model is one plain vector."""
+
+    optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi"] = "none"
+    """The average of the updates is a pseudo-gradient for it. Methods that average factor pairs refuse it."""
+    learning_rate: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none)] = None
+    """"none": 1 for FedAvgM, 0.01 for the others, whose steps have about this size in every entry."""
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """β of FedAvgM, β₁ of the others."""
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
+    tau: Annotated[float, Field(gt=0)] = 1e-3
+    """What FedAdam and FedYogi add to the root of the second moment."""
+
+
 class EvaluationConfig(_Section):
     """`[evaluation]`: what is measured, and how often."""
 
@@ -162,6 +182,8 @@ class EvaluationConfig(_Section):
     """Train every client alone with the same steps as a control, and report the average."""
     per_rank: bool = True
     """In the last evaluation, measure what a client of each rank receives."""
+    diagnostics: bool = True
+    """Measure every round's server step: distance from the ideal update, ranks, angles; `fedspan inspect` shows it."""
 
 
 class EngineConfig(_Section):
@@ -195,6 +217,7 @@ class Config(_Section):
     data: DataConfig = DataConfig()
     federation: FederationConfig = FederationConfig()
     local: LocalConfig = LocalConfig()
+    server: ServerConfig = ServerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: EngineConfig = EngineConfig()
     method: dict[str, Any] = Field(default_factory=lambda: {"name": "glora"})

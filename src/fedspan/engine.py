@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fedspan import checkpoint, cohort, methods, parallel
+from fedspan import checkpoint, cohort, parallel
 from fedspan.checkpoint import Checkpoint, write_bytes
 from fedspan.config import Config
 from fedspan.data import Encoded, encode
 from fedspan.data import load as load_data
+from fedspan.diagnostics import measure
 from fedspan.federation import Client, make_clients, participants, pooled
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, Request
@@ -72,7 +74,6 @@ class Job:
             raise ValueError(
                 f"federation.min_success = {config.federation.min_success}: {drawn} clients take part in a round"
             )
-        _check_ranks(method, {client.rank for client in clients})
         processor = load_processor(config.model.name, corpus.kind)
         rows = {"train": corpus.train, "test": corpus.test} | (
             {"unseen": corpus.unseen} if corpus.unseen is not None else {}
@@ -96,6 +97,7 @@ class Job:
             label_names=corpus.label_names,
             regression=corpus.num_labels == 1,
             pad_token_id=texts.pad if texts is not None else None,
+            quantise=config.model.quantise,
         )
         return cls(
             config=config,
@@ -149,10 +151,12 @@ class Job:
         """
         rank = max(client.rank for client in clients)
         c = self.config
-        template = self.model.template(rank, c.adapter.alpha, c.adapter.rslora, c.seed)
+        template = self.model.template(rank, c.adapter.alpha, c.adapter.rslora, c.seed, len(self.clients))
         initial = Checkpoint(method.init(template, self.initial_dense))
         recipe = method.broadcast(initial.state, Request(None)).recipe
         self.model.check(recipe)
+        if recipe.galore is not None and c.local.optimizer != "adamw":
+            raise ValueError(f"local.optimizer = '{c.local.optimizer}': GaLore is an AdamW; expected 'adamw'")
         engine, reason = c.engine.name, None
         if engine != "sequential":
             reason = cohort.applies(self.model, self.data["train"], recipe, c)
@@ -267,6 +271,7 @@ class Federation:
             )
 
         saved = self.saved
+        observed = config.evaluation.diagnostics and self.phase == "federation"
         # The workers have nothing to do while the server works.
         with parallel.threads(job.num_workers * config.threads):
             standing, record = run_round(
@@ -277,6 +282,7 @@ class Federation:
                 weighting=config.federation.weighting,
                 min_success=1 if self.method.info.pooled else config.federation.min_success,
                 on_client=on_client,
+                observe=partial(measure, base=job.initial_dense) if observed else None,
             )
         self.saved = replace(saved, state=standing.state, client_states=standing.client_states, seen=standing.seen)
         every = config.evaluation.every
@@ -291,17 +297,25 @@ class Federation:
         self._write_history()
         job.emit("round", phase=self.phase, record=record)
 
-    def personal_metrics(self) -> dict[str, float]:
-        """The mean over the clients of what each one's own model scores on everybody's test data."""
+    def personal_metrics(self, own_data: bool = False) -> dict[str, float]:
+        """The mean over the clients of what each one's own model scores on everybody's test data.
+
+        Parameters
+        ----------
+        own_data
+            On the client's own held-out data instead, over the clients that have some.
+        """
         kept, sent = self.saved.client_states, {}
         figures: list[dict[str, float]] = []
-        for start in range(0, len(self.clients), WINDOW):
+        clients = [client for client in self.clients if len(client.holdout) or not own_data]
+        for start in range(0, len(clients), WINDOW):
             exams: list[Exam] = []
-            for client in self.clients[start : start + WINDOW]:
+            for client in clients[start : start + WINDOW]:
                 if client.rank not in sent:
                     sent[client.rank] = self.method.broadcast(self.saved.state, Request(client.rank))
                 own = self.method.start(sent[client.rank], kept.get(client.client_id))
-                exams.append(self.job.exam(own, whole=False))
+                split, rows = ("train", client.holdout) if own_data else ("test", None)
+                exams.append(self.job.exam(own, whole=own_data, split=split, rows=rows))
             figures += self.job.evaluate(exams)
         return mean_figures(figures)
 
@@ -309,16 +323,6 @@ class Federation:
         if self.phase == "federation":
             lines = [to_json(record) + "\n" for record in self.saved.history]
             write_bytes(self.job.out / "metrics.jsonl", "".join(lines).encode())
-
-
-def _check_ranks(method: Method, ranks: set[int]) -> None:
-    if method.info.hetero_rank or method.info.pooled or len(ranks) == 1:
-        return
-    able = [name for name, factory in methods.METHODS.items() if factory().info.hetero_rank]
-    raise ValueError(
-        f"{method.info.name} needs one rank for all clients, but federation.ranks gives {sorted(ranks)}; "
-        f"methods that take mixed ranks: {', '.join(able)}"
-    )
 
 
 def _device(name: str) -> torch.device:

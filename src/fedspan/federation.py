@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedspan import partition
+from fedspan import demands, partition
 from fedspan.config import Config
 from fedspan.data import Corpus
 
@@ -38,7 +38,7 @@ def make_clients(config: Config, corpus: Corpus) -> list[Client]:
     f = config.federation
     rng = np.random.default_rng([config.seed, 1])
     parts = _partition(config, corpus, rng)
-    ranks = partition.draw_ranks(f.ranks, f.rank_values, len(parts), np.random.default_rng([config.seed, 2]))
+    ranks = demands.ranks(config)
     width = len(str(len(parts) - 1))
     clients: list[Client] = []
     empty: list[str] = []

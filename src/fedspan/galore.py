@@ -1,12 +1,14 @@
 """GaLore: AdamW whose moments live in a low-rank projection of each weight's gradient. Needs torch alone.
 
-Shapes: weight and gradient G (m, n); r the rank; the projector spans the narrower side.
-m ≤ n: P (m, r) from G's left singular vectors and R = PᵀG; m > n: the same for Gᵀ. So R is (r, max(m, n)).
+Shapes: weight and gradient G (m, n); r the rank. The projector is on one side of the weight, the narrower one unless
+asked otherwise. Left: P (m, r) from G's left singular vectors, and R = PᵀG (r, n). Right: the same for Gᵀ, so P (n, r)
+and R (r, m).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,9 +16,11 @@ from torch import Tensor
 
 from fedspan.seeding import generator
 
-SVDKind = Literal["exact", "randomized"]
+SVDKind = Literal["exact", "randomized", "power"]
 OnRefresh = Literal["keep", "project", "reset"]
+Side = Literal["auto", "left", "right"]
 
+_COUNTED = ("projector", "exp_avg", "exp_avg_sq")
 OVERSAMPLING = 10
 """Extra columns of the randomized range finder (Halko, Martinsson and Tropp 2011 advise 5 to 10)."""
 
@@ -24,7 +28,7 @@ OVERSAMPLING = 10
 class GaloreAdamW(torch.optim.Optimizer):
     """AdamW in the subspace of each gradient's leading singular vectors.
 
-    At every `update_gap`-th step P = top-r left singular vectors of G (m ≤ n). Between refreshes
+    At every `update_gap`-th step P = top-r left singular vectors of G (on the left side). Between refreshes
 
         R = Pᵀ G,   M = β₁ M + (1−β₁) R,   V = β₂ V + (1−β₂) R∘R,
         W ← W − lr · (scale · P (M̂ / (√V̂ + ε)) + weight_decay · W),
@@ -33,14 +37,14 @@ class GaloreAdamW(torch.optim.Optimizer):
 
     Source: Zhao et al. 2024, "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection"
     (2403.03507).
-    Differences: weight decay is scaled by lr alone and never projected, as in AdamW; the randomized projector
-    and the choices of `on_refresh` other than "keep" are not the paper's.
+    Differences: weight decay is scaled by lr alone and never projected, as in AdamW; `side` other than "auto", `svd`
+    other than "exact" and `on_refresh` other than "keep" are not the paper's.
 
     Laws: at full rank the trajectory is AdamW's on the rotated weights PᵀW; between two refreshes ΔW has rank
     at most r (without weight decay); a weight and its transpose take transposed steps; a run resumed from
-    `state_dict` is the uninterrupted one bit for bit. The state holds plain tensors only, for a projected
-    weight with m ≤ n: "projector" (m, r), "exp_avg" and "exp_avg_sq" (r, n), "step" (): m·r + 2·n·r numbers
-    and a count.
+    `state_dict` is the uninterrupted one bit for bit. The state holds plain tensors only, for a weight projected
+    on the left: "projector" (m, r), "exp_avg" and "exp_avg_sq" (r, n), "step" (), so that `state_numel_of` tells its
+    size; "seeded" () marks second moments that did not start from zero.
 
     Parameters
     ----------
@@ -61,11 +65,18 @@ class GaloreAdamW(torch.optim.Optimizer):
     scale
         Factor on the projected step (α in the paper).
     svd
-        "exact", or "randomized": a range finder with oversampling 10 and one power iteration.
+        How a refresh finds P. "exact"; "randomized": a range finder with oversampling 10 and one power iteration;
+        "power": orth(G Gᵀ P_old), one power iteration from the last basis, randomized at the first refresh.
+    side
+        Which side P is on: "auto", the narrower one, as in the paper; "left" or "right" whatever the shape.
     on_refresh
-        What becomes of the moments in the new basis. "keep": nothing, as in the paper. "project": M ← O M and
-        V ← (O∘O) V with O = P_newᵀ P_old (the idea of LDAdam, Robert et al. 2024, 2410.16103, without its
-        correction of the second moment). "reset": both start again from zero, and so does their correction.
+        What becomes of the moments in the new basis. "keep": nothing, as in the paper. "reset": both start again
+        from zero, and so does their correction. "project": LDAdam's rule (Robert et al. 2024, 2410.16103), which
+        takes V̂ − M̂∘M̂ for a variance; with O = P_newᵀ P_old and c = 1 − β₂ᵗ after t gradients (1 where V was seeded)
+
+            M ← O M,   V ← c · | (O∘O)(V̂ − M̂∘M̂) + (O M̂)∘(O M̂) |.
+
+        The paper turns its basis at every step; here the rule is applied when P changes.
     seed
         Of the randomized projector, with the step and the parameter's position; no global state is used.
 
@@ -88,6 +99,7 @@ class GaloreAdamW(torch.optim.Optimizer):
         update_gap: int = 50,
         scale: float = 1.0,
         svd: SVDKind = "randomized",
+        side: Side = "auto",
         on_refresh: OnRefresh = "keep",
         seed: int = 0,
     ) -> None:
@@ -97,6 +109,7 @@ class GaloreAdamW(torch.optim.Optimizer):
             "update_gap": update_gap,
             "scale": scale,
             "svd": svd,
+            "side": side,
             "on_refresh": on_refresh,
             "seed": seed,
         }
@@ -127,9 +140,74 @@ class GaloreAdamW(torch.optim.Optimizer):
                 index += 1
         return loss
 
+    def start_from(self, parameter: Tensor, second_moment: Tensor) -> None:
+        """Let the parameter's second moments start from V₀ instead of zero.
+
+        V is then a running average whose weights sum to 1 from the first step on, so that V̂ = V; M still starts from
+        zero and is corrected for it. A refresh with `on_refresh = "reset"` ends this, as it does the moments.
+
+        Parameters
+        ----------
+        second_moment
+            V₀ ≥ 0, in the coordinates of R: (r, n) on the left side, (r, m) on the right, as the weight without a rank.
+
+        Raises
+        ------
+        ValueError
+            For a parameter that is not this optimizer's or has taken a step, another shape, a negative entry or NaN.
+        """
+        group = next((g for g in self.param_groups if any(p is parameter for p in g["params"])), None)
+        if group is None:
+            raise ValueError(f"a parameter of shape {tuple(parameter.shape)}: expected one of this optimizer's")
+        state = self.state[parameter]
+        if state:
+            raise ValueError(f"second moments after {int(state['step'])} steps: expected before the first")
+        expected = _moment_shape(parameter.shape, group["rank"], group["side"])
+        if tuple(second_moment.shape) != expected:
+            raise ValueError(f"second moments of shape {tuple(second_moment.shape)}: expected {expected}")
+        if not bool((second_moment >= 0).all()):  # a NaN fails too
+            raise ValueError(f"second moments down to {float(second_moment.min())}: expected none below 0")
+        state["step"] = torch.zeros((), dtype=torch.int64)
+        state["seeded"] = torch.ones(())
+        state["exp_avg_sq"] = second_moment.detach().to(parameter, copy=True)
+        state["exp_avg"] = torch.zeros_like(state["exp_avg_sq"])
+
+    def second_moments(self) -> dict[Tensor, Tensor]:
+        """V̂, corrected for its start, of every projected parameter that has taken a step; as `start_from` takes it."""
+        found: dict[Tensor, Tensor] = {}
+        for group in self.param_groups:
+            for p in group["params"] if group["rank"] is not None else ():
+                state = self.state.get(p, {})
+                if state and int(state["step"]):
+                    found[p] = state["exp_avg_sq"] / _mass(state, group, _age(group, int(state["step"])))
+        return found
+
     def state_numel(self) -> int:
-        """How many numbers the state holds, the step counts left out: Σ m·r + 2·n·r over projected m ≤ n."""
-        return sum(t.numel() for state in self.state.values() for name, t in state.items() if name != "step")
+        """How many numbers the state holds, counts and marks left out: the sum of `state_numel_of`."""
+        return sum(t.numel() for state in self.state.values() for name, t in state.items() if name in _COUNTED)
+
+
+def takes_left(shape: Sequence[int], side: Side = "auto") -> bool:
+    """Whether the projector of a weight (m, n) is on its left."""
+    return side == "left" or (side == "auto" and shape[0] <= shape[1])
+
+
+def state_numel_of(shape: Sequence[int], rank: int | None, side: Side = "auto") -> int:
+    """Numbers that the optimizer keeps for one weight: m·r + 2·n·r with P on the left, n·r + 2·m·r on the right.
+
+    Without a rank, for a weight of any shape, 2 of its size.
+    """
+    if rank is None:
+        return 2 * math.prod(shape)
+    m, n = shape
+    short, long = (m, n) if takes_left(shape, side) else (n, m)
+    return short * rank + 2 * long * rank
+
+
+def _moment_shape(shape: Sequence[int], rank: int | None, side: Side) -> tuple[int, ...]:
+    if rank is None:
+        return tuple(shape)
+    return rank, shape[1] if takes_left(shape, side) else shape[0]
 
 
 def _check_group(group: dict[str, Any]) -> None:
@@ -147,7 +225,8 @@ def _check_group(group: dict[str, Any]) -> None:
     for name in ("rank", "update_gap"):
         if group[name] < 1:
             raise ValueError(f"{name} = {group[name]}: expected at least 1")
-    for name, choices in (("svd", get_args(SVDKind)), ("on_refresh", get_args(OnRefresh))):
+    for name, kind in (("svd", SVDKind), ("side", Side), ("on_refresh", OnRefresh)):
+        choices = get_args(kind)
         if group[name] not in choices:
             raise ValueError(f"{name} = {group[name]!r}: expected one of {', '.join(choices)}")
     for p in group["params"]:
@@ -175,17 +254,27 @@ def _step(p: Tensor, state: dict[str, Tensor], group: dict[str, Any], index: int
 
 def _projected(grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], done: int, index: int) -> Tensor:
     """scale · P adam(PᵀG), in the gradient's own orientation."""
-    tall = grad.shape[0] > grad.shape[1]
-    wide = grad.mT if tall else grad
-    since = done % group["update_gap"]
-    if since == 0:
-        new = projector(wide, group["rank"], group["svd"], generator(group["seed"], done, index))
-        _refresh(state, new, group["on_refresh"])
+    left = takes_left(grad.shape, group["side"])
+    turned = grad if left else grad.mT
+    if done % group["update_gap"] == 0:
+        rng = generator(group["seed"], done, index)
+        _refresh(state, projector(turned, group["rank"], group["svd"], rng, state.get("projector")), group, done)
     p = state["projector"]
-    # After a reset the moments are as old as the projector, and so is the correction of their zero start.
-    age = since if group["on_refresh"] == "reset" else done
-    step: Tensor = group["scale"] * (p @ _adam(p.mT @ wide, state, group, age + 1))
-    return step.mT if tall else step
+    step: Tensor = group["scale"] * (p @ _adam(p.mT @ turned, state, group, _age(group, done + 1)))
+    return step if left else step.mT
+
+
+def _age(group: dict[str, Any], done: int) -> int:
+    """How many gradients the moments have seen after so many steps."""
+    if done and group["rank"] is not None and group["on_refresh"] == "reset":
+        # They are as old as the projector, and so is the correction of their zero start.
+        return int((done - 1) % group["update_gap"]) + 1
+    return done
+
+
+def _mass(state: dict[str, Tensor], group: dict[str, Any], age: int) -> float:
+    """What the weights of the running average V sum to: V̂ = V / mass."""
+    return 1.0 if "seeded" in state else 1.0 - group["betas"][1] ** age
 
 
 def _adam(grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], age: int) -> Tensor:
@@ -196,48 +285,68 @@ def _adam(grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], age: in
     beta1, beta2 = group["betas"]
     first = state["exp_avg"].lerp_(grad, 1 - beta1)
     second = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    root = second.sqrt().div_((1 - beta2**age) ** 0.5).add_(group["eps"])
+    root = second.sqrt().div_(_mass(state, group, age) ** 0.5).add_(group["eps"])
     corrected: Tensor = first / (1 - beta1**age)
     return corrected / root
 
 
-def _refresh(state: dict[str, Tensor], new: Tensor, on_refresh: OnRefresh) -> None:
+def _refresh(state: dict[str, Tensor], new: Tensor, group: dict[str, Any], done: int) -> None:
     """Put the new projector in place and carry the moments over."""
     old = state.get("projector")
     state["projector"] = new
-    if old is None or on_refresh == "keep":
+    if old is None or group["on_refresh"] == "keep":
         return
-    if on_refresh == "reset":
-        state["exp_avg"].zero_()
-        state["exp_avg_sq"].zero_()
+    first, second = state["exp_avg"], state["exp_avg_sq"]
+    if group["on_refresh"] == "reset":
+        first.zero_()
+        second.zero_()
+        state.pop("seeded", None)
         return
     rotation = new.mT @ old  # (r, r)
-    state["exp_avg"] = rotation @ state["exp_avg"]
-    state["exp_avg_sq"] = rotation.square() @ state["exp_avg_sq"]
+    mass = _mass(state, group, done)
+    mean = first / (1 - group["betas"][0] ** done)
+    variance = second / mass - mean.square()
+    state["exp_avg"] = rotation @ first
+    # The estimate of a variance may be negative where few gradients were seen; LDAdam takes the absolute value.
+    state["exp_avg_sq"] = mass * (rotation.square() @ variance + (rotation @ mean).square()).abs()
 
 
-def projector(grad: Tensor, rank: int, svd: SVDKind, rng: torch.Generator) -> Tensor:
-    """Orthonormal P (m, r), the top left singular vectors of G (m, n) with m ≤ n, exactly or nearly.
+def projector(grad: Tensor, rank: int, svd: SVDKind, rng: torch.Generator, last: Tensor | None = None) -> Tensor:
+    """Orthonormal P (m, r), the top left singular vectors of G (m, n), exactly or nearly.
 
     A gradient that is not finite gives a projector of NaN: the weights then show it, as under plain AdamW.
 
     Parameters
     ----------
+    rank
+        r, at most min(m, n).
     rng
-        On the CPU; used by "randomized" only.
+        On the CPU; "exact" draws nothing.
+    last
+        The basis that "power" starts from; none: it draws one, as "randomized" does. What it returns is aligned with
+        `last`, column by column, rather than with the singular vectors, so that moments kept in it stay meaningful.
     """
-    m, n = grad.shape
-    if not bool(torch.isfinite(grad).all()):
-        return grad.new_full((m, rank), torch.nan)
+    # A finite sum has finite terms, and costs a tenth of looking at each; otherwise they may be large alone.
+    if not math.isfinite(float(grad.sum())) and not bool(torch.isfinite(grad).all()):
+        return grad.new_full((grad.shape[0], rank), torch.nan)
     if svd == "exact":
         left: Tensor = torch.linalg.svd(grad, full_matrices=False).U
         return left[:, :rank].contiguous()
-    width = min(rank + OVERSAMPLING, m)
+    if svd == "power" and last is not None:
+        basis, triangle = torch.linalg.qr(_times(grad, _times(grad.mT, last)))
+        return torch.where(triangle.diagonal() < 0, -basis, basis).contiguous()
+    width = min(rank + OVERSAMPLING, *grad.shape)
     # Drawn on the CPU, so that every device gets the same numbers.
-    probe = torch.randn((n, width), generator=rng, dtype=grad.dtype).to(grad.device)
+    probe = torch.randn((grad.shape[1], width), generator=rng, dtype=grad.dtype).to(grad.device)
     # Orthonormalised between the products: the power iteration cubes the spread of the singular values.
-    basis: Tensor = torch.linalg.qr(grad @ probe).Q
-    basis = torch.linalg.qr(grad @ torch.linalg.qr(grad.mT @ basis).Q).Q
+    basis = torch.linalg.qr(_times(grad, probe)).Q
+    basis = torch.linalg.qr(_times(grad, torch.linalg.qr(_times(grad.mT, basis)).Q)).Q
     inner = torch.linalg.svd(basis.mT @ grad, full_matrices=False).U
     top: Tensor = basis @ inner[:, :rank]
     return top
+
+
+def _times(x: Tensor, y: Tensor) -> Tensor:
+    """X·Y for a Y of few columns, as (YᵀXᵀ)ᵀ: with the narrow one on the right BLAS is up to twenty times slower."""
+    product: Tensor = (y.mT @ x.mT).mT
+    return product

@@ -12,6 +12,18 @@ from fedspan import wire
 from fedspan.methods.messages import Broadcast, Update
 from fedspan.train import Assignment, LocalResult
 
+_Put = Callable[[wire.Parcel, Any], dict[str, Any]]
+_Get = Callable[[Any, Sequence[Tensor]], Any]
+_PARTS: Mapping[str, tuple[_Put, _Get]] = {
+    "adapter": (wire.put_factors, wire.get_factors),
+    "dense": (wire.put_dense, wire.get_dense),
+    "patch": (wire.put_patch, wire.get_patch),
+    "correction": (wire.put_dense, wire.get_dense),
+    "subspaces": (wire.put_subspaces, wire.get_subspaces),
+    "moments": (wire.put_dense, wire.get_dense),
+}
+"""What of a broadcast travels to a process, and how; `news` is for whoever counts bytes."""
+
 
 class Luggage:
     """What is sent of broadcasts: each part once to each process, for as long as the work at hand names it."""
@@ -25,7 +37,7 @@ class Luggage:
         """The work at hand names these."""
         before, self._numbers = self._numbers, {}
         for broadcast in broadcasts:
-            for part in (broadcast.adapter, broadcast.dense, broadcast.patch):
+            for part in (getattr(broadcast, name) for name in _PARTS):
                 if id(part) not in self._numbers:
                     self._numbers[id(part)] = before.get(id(part), (self._next, part))
                     self._next += 1
@@ -39,12 +51,8 @@ class Luggage:
     def broadcast(self, parcel: wire.Parcel, held: set[int], b: Broadcast) -> dict[str, Any]:
         """A broadcast's description, with what this process lacks of it."""
         told: dict[str, Any] = {"recipe": wire.put_recipe(b.recipe), "seeded": sorted(b.seeded)}
-        parts: dict[str, tuple[Any, Callable[[wire.Parcel, Any], dict[str, Any]]]] = {
-            "adapter": (b.adapter, wire.put_factors),
-            "dense": (b.dense, wire.put_dense),
-            "patch": (b.patch, wire.put_patch),
-        }
-        for name, (part, put) in parts.items():
+        for name, (put, _) in _PARTS.items():
+            part = getattr(b, name)
             number, _ = self._numbers[id(part)]
             new = number not in held
             held.add(number)
@@ -75,19 +83,13 @@ class Shelf:
 
     def broadcast(self, told: Mapping[str, Any], tensors: Sequence[Tensor]) -> Broadcast:
         """The broadcast; a part that was sent before is the very object that it was then."""
-        found: list[Any] = []
-        parts: dict[str, Callable[[Any, Sequence[Tensor]], Any]] = {
-            "adapter": wire.get_factors,
-            "dense": wire.get_dense,
-            "patch": wire.get_patch,
-        }
-        for name, get in parts.items():
+        found: dict[str, Any] = {}
+        for name, (_, get) in _PARTS.items():
             number, new = told[name]
             if new is not None:
                 self._held[number] = get(new, tensors)
-            found.append(self._held[number])
-        adapter, dense, patch = found
-        return Broadcast(adapter, dense, wire.get_recipe(told["recipe"]), patch, seeded=frozenset(told["seeded"]))
+            found[name] = self._held[number]
+        return Broadcast(**found, recipe=wire.get_recipe(told["recipe"]), seeded=frozenset(told["seeded"]))
 
     def assignment(self, told: Mapping[str, Any], tensors: Sequence[Tensor]) -> Assignment:
         """The assignment."""
@@ -101,15 +103,24 @@ def put_result(parcel: wire.Parcel, result: LocalResult) -> dict[str, Any]:
     return {
         "client_id": update.client_id,
         "num_examples": update.num_examples,
-        "adapter": wire.put_factors(parcel, {name: update.factors(name) for name in update.modules}),
+        "modules": wire.put_payloads(parcel, update.modules),
         "dense": wire.put_dense(parcel, update.dense),
+        "moments": wire.put_dense(parcel, update.moments),
+        "rate_sum": update.rate_sum,
         "train_loss": result.train_loss,
         "steps": result.steps,
+        "optimizer_bytes": result.optimizer_bytes,
     }
 
 
 def get_result(told: Mapping[str, Any], tensors: Sequence[Tensor]) -> LocalResult:
     """What a client learnt."""
-    adapter, dense = wire.get_factors(told["adapter"], tensors), wire.get_dense(told["dense"], tensors)
-    update = Update(told["client_id"], told["num_examples"], adapter, dense)
-    return LocalResult(update, told["train_loss"], told["steps"])
+    update = Update(
+        told["client_id"],
+        told["num_examples"],
+        wire.get_payloads(told["modules"], tensors),
+        wire.get_dense(told["dense"], tensors),
+        wire.get_dense(told["moments"], tensors),
+        told["rate_sum"],
+    )
+    return LocalResult(update, told["train_loss"], told["steps"], told["optimizer_bytes"])

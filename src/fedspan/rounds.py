@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedspan.federation import Client
-from fedspan.lowrank import LowRank
+from fedspan.memory import peak_memory, reset_peak_memory
 from fedspan.methods.base import Method, ServerState
-from fedspan.methods.folds import Partial
-from fedspan.methods.messages import Broadcast, ClientState, Factors, Request, Update, Vector
-from fedspan.methods.patches import Patch
+from fedspan.methods.folds import Exchange, Partial
+from fedspan.methods.messages import Broadcast, ClientState, Request, Update
+from fedspan.traffic import broadcast_bytes, partial_bytes, parts, payload_bytes, payload_tensors, state_bytes
 from fedspan.train import LocalResult
 
 WINDOW = 64
@@ -33,6 +30,26 @@ checked here."""
 
 
 _Answer = tuple[Client, LocalResult, Broadcast]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """Everything of a finished round that its server step can be judged by."""
+
+    method: Method
+    before: ServerState
+    """As the clients found it when they were told to train."""
+    after: ServerState
+    updates: Sequence[Update]
+    """What training came to, before `encode`, with the weights that count."""
+    broadcasts: Sequence[Broadcast]
+    """What each of them started from."""
+    client_states: Mapping[str, ClientState]
+    """What the clients kept before the round."""
+
+
+Observe = Callable[[Observation], Mapping[str, Any]]
+"""What it measures joins the round's record."""
 
 
 class RoundFailed(ValueError):
@@ -57,6 +74,7 @@ def run_round(
     weighting: str = "examples",
     min_success: int = 1,
     on_client: Callable[[Client, LocalResult, int], None] | None = None,
+    observe: Observe | None = None,
 ) -> tuple[Standing, dict[str, Any]]:
     """Broadcast, train, fold, finish, for every exchange of the round.
 
@@ -74,63 +92,124 @@ def run_round(
     RoundFailed
         When fewer than `min_success` updates were valid.
     """
-    state, round_num = standing.state, standing.state.round_num
-    client_states, seen = dict(standing.client_states), dict(standing.seen)
-    tally = _Tally()
-    losses: dict[str, float] = {}
-    learnt: dict[str, LocalResult] = {}
+    run = _Round(method, work, weighting, on_client, observe is not None, standing)
     active = sorted(cohort, key=lambda c: c.client_id)
-    for number, exchange in enumerate(method.exchanges):
-        # What a client learnt is held for as long as the round has something more to ask of it.
-        again = any(not later.train for later in method.exchanges[number + 1 : number + 2])
-        partial = Partial()
-        answered: list[Client] = []
-        told = _Told(method, state, client_states, seen, tally)
-        answers = told.train(active, work, round_num) if exchange.train else told.ask(active, learnt)
-        learnt = {}
-        for client, result, broadcast in answers:
-            if exchange.train:
-                problem = _problem(result.update, broadcast)
-                if problem is not None:
-                    tally.rejected[client.client_id] = problem
-                    continue
-                losses[client.client_id] = result.train_loss
-                if on_client is not None:
-                    on_client(client, result, len(answered) + 1)
-            began = time.perf_counter()
-            update, kept = method.encode(result.update, broadcast, client_states.get(client.client_id))
-            tally.client_seconds += time.perf_counter() - began
-            update = replace(update, num_examples=client.weight(weighting))
-            tally.bytes_up += _payload_bytes(update)
-            if not all(bool(torch.isfinite(t).all()) for t in _payload_tensors(update)):
-                # What was trained is finite, but a norm or a product of it need not be.
-                tally.rejected[client.client_id] = "what it sent holds NaN or infinity"
-                continue
-            if kept is not None:
-                client_states[client.client_id] = kept
-            if again:
-                learnt[client.client_id] = result
-            answered.append(client)
-            with tally.server():
-                partial = exchange.fold.add(partial, update)
-        active = answered
+    due = [number for number, exchange in enumerate(method.exchanges) if exchange.due(run.round_num)]
+    for number, following in zip(due, (*due[1:], None), strict=True):
+        again = following is not None and method.exchanges[following].ask == "again"
+        active = run.exchange(number, active, again)
         if len(active) < max(1, min_success):
-            raise RoundFailed(_too_few(round_num, len(active), min_success, tally.rejected))
-        with tally.server(), tally.memory(state, partial):
-            version = state.patches.version if state.patches else 0
-            state, diagnostics = method.finish(state, partial)
-            tally.diagnostics |= diagnostics
-    seen |= {client.client_id: version for client in active}
+            raise RoundFailed(_too_few(run.round_num, len(active), min_success, run.tally.rejected))
+        run.finish()
     weights = {c.client_id: c.weight(weighting) for c in active}
     record = {
-        "round_num": round_num + 1,
+        "round_num": run.round_num + 1,
         "method": method.info.name,
         "num_clients": len(active),
-        "train_loss": sum(losses[c] * w for c, w in weights.items()) / sum(weights.values()),
+        "train_loss": sum(run.losses[c] * w for c, w in weights.items()) / sum(weights.values()),
         "eval": None,
-        **tally.record(),
+        **run.tally.record(),
     }
-    return Standing(state, client_states, seen), record
+    if observe is not None:
+        updates, broadcasts = zip(*run.trained, strict=True)
+        record |= observe(Observation(method, run.before, run.state, updates, broadcasts, standing.client_states))
+    seen = {**standing.seen, **{client.client_id: run.version for client in active}}
+    return Standing(run.state, run.client_states, seen), record
+
+
+class _Round:
+    """A round as it goes: what its exchanges hand to each other, and what they leave behind."""
+
+    def __init__(
+        self,
+        method: Method,
+        work: Work,
+        weighting: str,
+        on_client: Callable[[Client, LocalResult, int], None] | None,
+        observed: bool,
+        standing: Standing,
+    ) -> None:
+        self.method, self.work, self.weighting = method, work, weighting
+        self.on_client, self.observed = on_client, observed
+        self.state = self.before = standing.state
+        self.client_states, self.seen = dict(standing.client_states), standing.seen
+        self.round_num = standing.state.round_num
+        self.version = 0
+        """Of the patches that the clients were sent."""
+        self.partial = Partial()
+        self.learnt: dict[str, LocalResult] = {}
+        """What is held because the next exchange asks about it again."""
+        self.losses: dict[str, float] = {}
+        self.trained: list[tuple[Update, Broadcast]] = []
+        self.tally = _Tally()
+
+    def exchange(self, number: int, clients: Sequence[Client], again: bool) -> list[Client]:
+        """Ask everyone and fold the answers; who answered well.
+
+        Parameters
+        ----------
+        again
+            The next exchange asks about the same answers.
+        """
+        exchange = self.method.exchanges[number]
+        self.state = replace(self.state, exchange=number)
+        self.partial, self.version = Partial(), self.state.patches.version if self.state.patches else 0
+        told = _Told(self.method, self.state, self.client_states, self.seen, self.tally)
+        held, self.learnt = self.learnt, {}
+        if exchange.ask == "train":
+            self.before = self.state
+        if exchange.ask == "again":
+            answers = told.ask(clients, held)
+        else:
+            answers = told.work(clients, self.work, self.round_num, exchange.ask == "gradient")
+        answered: list[Client] = []
+        for client, result, sent in answers:
+            update = self._checked(exchange, client, result, sent, len(answered))
+            if update is None:
+                continue
+            if again:
+                self.learnt[client.client_id] = result
+            answered.append(client)
+            with self.tally.server():
+                self.partial = exchange.fold.add(self.partial, update)
+        return answered
+
+    def _checked(
+        self, exchange: Exchange, client: Client, result: LocalResult, sent: Broadcast, answered: int
+    ) -> Update | None:
+        """What leaves the site; none where something is wrong with it, which is then noted."""
+        rejected, key = self.tally.rejected, client.client_id
+        if exchange.ask != "again":
+            problem = _problem(result.update, _expected(self.state, sent))
+            if problem is not None:
+                rejected[key] = problem
+                return None
+            self.tally.optimizer_bytes = max(self.tally.optimizer_bytes, result.optimizer_bytes)
+        if exchange.ask == "train":
+            self.losses[key] = result.train_loss
+            if self.on_client is not None:
+                self.on_client(client, result, answered + 1)
+        weight = client.weight(self.weighting)
+        began = time.perf_counter()
+        update, kept = self.method.encode(result.update, sent, self.client_states.get(key))
+        self.tally.client_seconds += time.perf_counter() - began
+        update = replace(update, num_examples=weight)
+        self.tally.bytes_up += payload_bytes(update)
+        if not all(bool(torch.isfinite(t).all()) for t in payload_tensors(update)):
+            # What was trained is finite, but a norm or a product of it need not be.
+            rejected[key] = "what it sent holds NaN or infinity"
+            return None
+        if self.observed and exchange.ask == "train":
+            self.trained.append((replace(result.update, num_examples=weight), sent))
+        if kept is not None:
+            self.client_states[key] = kept
+        return update
+
+    def finish(self) -> None:
+        """The server's step of this exchange."""
+        with self.tally.server(), self.tally.memory(self.state, self.partial):
+            self.state, diagnostics = self.method.finish(self.state, self.partial)
+        self.tally.diagnostics |= diagnostics
 
 
 @dataclass(slots=True)
@@ -143,6 +222,8 @@ class _Tally:
     client_seconds: float = 0.0
     train_wall_seconds: float = 0.0
     peak_server_bytes: int = 0
+    optimizer_bytes: int = 0
+    """The largest that a client's local optimizer held."""
     rejected: dict[str, str] = field(default_factory=dict)
     diagnostics: dict[str, float] = field(default_factory=dict)
 
@@ -154,7 +235,7 @@ class _Tally:
 
     @contextmanager
     def memory(self, state: ServerState, partial: Partial) -> Iterator[None]:
-        held = _state_bytes(state) + _partial_bytes(partial)
+        held = state_bytes(state) + partial_bytes(partial)
         before = reset_peak_memory()
         yield
         self.peak_server_bytes = max(self.peak_server_bytes, held + peak_memory() - before)
@@ -167,6 +248,7 @@ class _Tally:
             "client_seconds": self.client_seconds,
             "train_wall_seconds": self.train_wall_seconds,
             "peak_server_bytes": self.peak_server_bytes,
+            "optimizer_bytes": self.optimizer_bytes,
             "rejected": self.rejected,
             **self.diagnostics,
         }
@@ -183,13 +265,15 @@ class _Told:
     tally: _Tally
     made: dict[Request, Broadcast] = field(default_factory=dict)
 
-    def train(self, clients: Sequence[Client], work: Work, round_num: int) -> Iterator[_Answer]:
-        """What everyone learns from where it starts, a window of clients at a time."""
+    def work(self, clients: Sequence[Client], work: Work, round_num: int, gradient: bool) -> Iterator[_Answer]:
+        """What everyone learns from where it starts, or its gradient there, a window of clients at a time."""
         for start in range(0, len(clients), WINDOW):
             window: list[tuple[Client, Broadcast]] = []
             for client in clients[start : start + WINDOW]:
                 own = self.client_states.get(client.client_id)
-                window.append((client, self.method.start(self.broadcast(client), own)))
+                sent = self.method.start(self.broadcast(client), own)
+                recipe = replace(sent.recipe, gradient=gradient)
+                window.append((client, sent if recipe == sent.recipe else replace(sent, recipe=recipe)))
             began = time.perf_counter()
             for (client, broadcast), (result, seconds) in zip(window, work(window, round_num), strict=True):
                 self.tally.train_wall_seconds += time.perf_counter() - began
@@ -221,80 +305,23 @@ def _too_few(round_num: int, valid: int, wanted: int, rejected: Mapping[str, str
     )
 
 
-def _problem(update: Update, started: Broadcast) -> str | None:
+def _expected(state: ServerState, sent: Broadcast) -> dict[str, torch.Size]:
+    """The shapes of what training, or a gradient, comes to."""
+    if sent.recipe.gradient:
+        return {f"{name}/gradient": torch.Size(shape) for name, shape in state.template.modules.items()}
+    expected = {f"{name}/{part}": t.shape for name, f in sent.adapter.items() for part, t in parts(f)}
+    return expected | {name: t.shape for name, t in sent.dense.items()}
+
+
+def _problem(update: Update, expected: Mapping[str, torch.Size]) -> str | None:
     """What is wrong with an update, or none."""
-    expected = {f"{name}/{part}": t for name, f in started.adapter.items() for part, t in (("a", f.a), ("b", f.b))}
-    expected |= {name: t for name, t in started.dense.items()}
-    got = {f"{name}/{part}": t for name in update.modules for part, t in _parts(update.factors(name))}
+    got = {f"{name}/{part}": t for name, payload in update.modules.items() for part, t in parts(payload)}
     got |= dict(update.dense)
     if got.keys() != expected.keys():
         return f"names {sorted(got.keys() ^ expected.keys())[0]}, which was not asked for or is missing"
     for name, value in got.items():
-        if value.shape != expected[name].shape:
-            return f"{name} has shape {tuple(value.shape)}, expected {tuple(expected[name].shape)}"
+        if value.shape != expected[name]:
+            return f"{name} has shape {tuple(value.shape)}, expected {tuple(expected[name])}"
         if not bool(torch.isfinite(value).all()):
             return f"{name} holds NaN or infinity"
     return None
-
-
-def _parts(f: Factors) -> tuple[tuple[str, torch.Tensor], ...]:
-    return ("a", f.a), ("b", f.b)
-
-
-def _bytes(tensors: Iterator[torch.Tensor] | Sequence[torch.Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _payload_tensors(update: Update) -> list[torch.Tensor]:
-    tensors = list(update.dense.values())
-    for payload in update.modules.values():
-        tensors += list(payload.values.values()) if isinstance(payload, Vector) else [payload.a, payload.b]
-    return tensors
-
-
-def _payload_bytes(update: Update) -> int:
-    return _bytes(_payload_tensors(update))
-
-
-def broadcast_bytes(broadcast: Broadcast) -> int:
-    """Bytes of the tensors that travel to one client: what it can derive from the seed or holds already does not."""
-    total = 0 if "dense" in broadcast.seeded else _bytes(list(broadcast.dense.values()))
-    for factors in broadcast.adapter.values():
-        total += _bytes([t for part, t in _parts(factors) if part not in broadcast.seeded])
-    return total + sum(_patch_bytes(patch) for patch in broadcast.news)
-
-
-def _patch_bytes(patch: Mapping[str, Patch]) -> int:
-    return sum(_bytes([p.b, p.a] if isinstance(p, LowRank) else [p]) for p in patch.values())
-
-
-def _state_bytes(state: ServerState) -> int:
-    total = _bytes(list(state.dense.values())) + sum(_bytes(list(t.values())) for t in state.modules.values())
-    if state.patches:
-        total += _patch_bytes(state.patches.total) + sum(_patch_bytes(x) for x in state.patches.increments)
-    return total
-
-
-def _partial_bytes(partial: Partial) -> int:
-    total = _bytes(list(partial.dense.values())) + sum(_bytes(list(t.values())) for t in partial.sums.values())
-    return total + sum(_payload_bytes(update) for update in partial.collected)
-
-
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-def reset_peak_memory() -> int:
-    """Start a new measurement of the process's peak resident memory; its value now, in bytes."""
-    if _CLEAR.exists() and os.access(_CLEAR, os.W_OK):
-        # Memory that glibc's allocator only hoards would hide what is taken anew.
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
-        _CLEAR.write_text("5")
-    return peak_memory()
-
-
-def peak_memory() -> int:
-    """Peak resident memory since the last reset, in bytes; 0 on systems that do not tell."""
-    if not _STATUS.exists():
-        return 0
-    line = next((x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM:")), "VmHWM: 0 kB")
-    return int(line.split()[1]) * 1024

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fedspan import lowrank, methods
+from fedspan import demands, lowrank, methods
 from fedspan.checkpoint import write_bytes
 from fedspan.config import Config, to_toml
 from fedspan.config import load as load_config
@@ -57,7 +57,7 @@ def run(config: Config, out: Path | None = None, on_event: OnEvent = _silent) ->
     ValueError
         For anything wrong with the configuration, the data or the model, before any training starts.
     """
-    method = methods.create(config.method)
+    method = demands.chosen(config)
     folder = out or Path("runs") / f"{method.info.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         hint = f"; `fedspan resume {folder}` goes on with it" if (folder / "config.toml").exists() else ""
@@ -87,7 +87,7 @@ def resume(out: Path, on_event: OnEvent = _silent, workers: int | None = None) -
     config = load_config(out / "config.toml")
     if workers is not None:
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"workers": workers})})
-    job = Job.prepare(config, methods.create(config.method), out, on_event)
+    job = Job.prepare(config, demands.chosen(config), out, on_event)
     return _execute(job, job.federation("federation", job.method, job.clients))
 
 
@@ -137,7 +137,7 @@ def _base(job: Job, main: Federation) -> Figures | None:
 
 def _local_control(job: Job) -> Figures | None:
     """Every client alone, on the same schedule; the mean of the clients' figures."""
-    if not job.config.evaluation.local or job.method.info.personalised:
+    if not job.config.evaluation.local or job.method.info.alone:
         return None
     control = methods.create({"name": "local", "trains": job.method.info.trains})
     alone = job.federation("local", control, job.clients)
@@ -149,7 +149,10 @@ def _final(job: Job, main: Federation) -> dict[str, Any]:
     """What the clients end with, and the server's full state, on the whole test data and on unseen data."""
     state, method = main.saved.state, job.method
     if method.info.personalised:
-        return {"clients": main.personal_metrics()}
+        personal = {"clients": main.personal_metrics()}
+        if any(len(client.holdout) for client in job.clients):
+            personal["own_data"] = main.personal_metrics(own_data=True)
+        return personal
     server = method.broadcast(state, Request(None))
     # All at once, so that processes that share the work are not kept waiting in between.
     exams = {"server": job.exam(server)}
@@ -236,7 +239,7 @@ def _summary(
         "metric": metric,
         "higher_is_better": METRICS[metric].higher_is_better,
         "base": headline(base),
-        "local": headline(final["clients"] if job.method.info.personalised else local),
+        "local": headline(final["clients"] if job.method.info.alone else local),
         "federated": headline(final["clients"]),
         "server": headline(final.get("server")),
         "unseen": headline(final.get("unseen")),

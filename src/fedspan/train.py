@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import nn
 from fedspan.config import Config, LocalConfig
 from fedspan.data import Encoded
 from fedspan.galore import GaloreAdamW
-from fedspan.methods.messages import Broadcast, Recipe, Update
+from fedspan.methods.messages import Broadcast, Recipe, Update, Vector
 from fedspan.models import FederatedModel, seeded
 from fedspan.models.losses import client_losses
 from fedspan.seeding import generator
@@ -29,6 +29,8 @@ class LocalResult:
     train_loss: float
     """Mean over the steps."""
     steps: int
+    optimizer_bytes: int = 0
+    """What the local optimizer held at its end, step counts left out."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,24 +77,31 @@ def autocast(model: FederatedModel, config: Config) -> AbstractContextManager[An
     return torch.autocast(model.device.type, torch.bfloat16) if wanted else nullcontext()
 
 
+def work_on(model: FederatedModel, work: Assignment, data: Encoded, config: Config, round_num: int) -> LocalResult:
+    """What one client answers: what it learns, or a gradient where that is asked for."""
+    asked = gradient if work.broadcast.recipe.gradient else train
+    return asked(model, work, data, config, round_num)
+
+
 def train(model: FederatedModel, work: Assignment, data: Encoded, config: Config, round_num: int) -> LocalResult:
     """One client's local work: from what it was sent, on its own rows of the training data.
 
     The run's seed, the round and the client's id fix the batches and the dropout.
     """
     model.load(work.broadcast)
-    examples, recipe, local = data.subset(work.rows), work.broadcast.recipe, config.local
+    sent, local = work.broadcast, config.local
+    recipe = sent.recipe
     key = (config.seed, round_num, work.client_id)
     chosen = model.trainable(recipe)
-    optimizer = _optimizer(model, chosen, recipe, local, key)
-    total = torch.zeros((), device=model.device)
-    parameters = list(chosen.values())
+    moved = Moved(chosen, sent, model.device)
+    optimizer = _optimizer(model, moved, sent, local, key)
+    total, rates = torch.zeros((), device=model.device), 0.0
     with model.training(config.engine.compile), seeded(*key, "dropout"):
-        schedule = batches(len(examples), local.batch_size, work.steps, generator(*key, "batches"))
-        for step, indices in enumerate(schedule):
+        for step, batch in enumerate(_schedule(model, work, data, local, key)):
+            now = rate(local, step, work.steps)
+            rates += now
             for group in optimizer.param_groups:
-                group["lr"] = rate(local, step, work.steps)
-            batch = {name: value.to(model.device) for name, value in examples.batch(indices).items()}
+                group["lr"] = now
             with autocast(model, config):
                 loss = client_losses(model, batch).sum()
             total += loss.detach()
@@ -100,32 +109,124 @@ def train(model: FederatedModel, work: Assignment, data: Encoded, config: Config
                 strength, tail = recipe.tail_penalty
                 loss = loss + strength * model.tail_penalty(tail)
             torch.autograd.backward(loss)
+            moved.gradients()
             if local.clip_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, local.clip_norm)
+                nn.utils.clip_grad_norm_(moved.stepped.values(), local.clip_norm)
+            moved.correct()
             optimizer.step()
+            moved.follow()
             optimizer.zero_grad(set_to_none=True)
-    update = Update(work.client_id, work.weight, model.adapter(), model.dense())
-    return LocalResult(update, float(total) / work.steps, work.steps)
+    moments = _second_moments(optimizer, moved)
+    update = Update(work.client_id, work.weight, model.adapter(), model.dense(), moments, rates)
+    return LocalResult(update, float(total) / work.steps, work.steps, _state_bytes(optimizer))
+
+
+def gradient(model: FederatedModel, work: Assignment, data: Encoded, config: Config, round_num: int) -> LocalResult:
+    """The mean gradient over a few batches with respect to the weights of the target modules, dropout off."""
+    model.load(work.broadcast)
+    weights = model.target_weights()
+    key = (config.seed, round_num, work.client_id, "gradient")
+    steps = work.broadcast.recipe.probe_batches
+    total = torch.zeros((), device=model.device)
+    with model.differentiable(weights):
+        for batch in _schedule(model, replace(work, steps=steps), data, config.local, key):
+            with autocast(model, config):
+                loss = client_losses(model, batch).sum()
+            total += loss.detach()
+            torch.autograd.backward(loss / steps)
+        modules = {name: Vector({"gradient": model.oriented(name, w)}) for name, w in weights.items()}
+    update = Update(work.client_id, work.weight, modules, {})
+    return LocalResult(update, float(total) / steps, steps)
+
+
+def _schedule(
+    model: FederatedModel, work: Assignment, data: Encoded, config: LocalConfig, key: tuple[object, ...]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The client's batches, on the model's device."""
+    examples = data.subset(work.rows)
+    for indices in batches(len(examples), config.batch_size, work.steps, generator(*key, "batches")):
+        yield {name: value.to(model.device) for name, value in examples.batch(indices).items()}
+
+
+class Moved:
+    """The tensors that a client trains, and what the optimizer steps on for each: the tensor, or its coordinates."""
+
+    def __init__(self, chosen: Mapping[str, nn.Parameter], sent: Broadcast, device: torch.device) -> None:
+        self.chosen, self.mu = chosen, sent.recipe.proximal
+        self.subspaces = {
+            name: replace(space, basis=space.basis.to(device, p.dtype))
+            for name, space in sent.subspaces.items()
+            if (p := chosen.get(name)) is not None
+        }
+        fixed = self.subspaces.keys() if not self.mu else chosen.keys()
+        self.start = {name: chosen[name].detach().clone() for name in fixed}
+        self.correction = {name: value.to(chosen[name]) for name, value in sent.correction.items()}
+        self.stepped = dict(chosen) | {
+            name: nn.Parameter(space.coordinates(torch.zeros_like(chosen[name])))
+            for name, space in self.subspaces.items()
+        }
+
+    @torch.no_grad()
+    def gradients(self) -> None:
+        """From the loss's gradients to those that the optimizer sees."""
+        if self.mu:
+            for name, p in self.chosen.items():
+                if p.grad is not None:
+                    p.grad.add_(p - self.start[name], alpha=self.mu)
+        for name, space in self.subspaces.items():
+            p = self.chosen[name]
+            self.stepped[name].grad = None if p.grad is None else space.coordinates(p.grad)
+            p.grad = None
+
+    @torch.no_grad()
+    def correct(self) -> None:
+        """What the server has every step add to the gradients."""
+        for name, value in self.correction.items():
+            p = self.chosen[name]
+            p.grad = value.clone() if p.grad is None else p.grad.add_(value)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """The tensors at their new coordinates."""
+        for name, space in self.subspaces.items():
+            self.chosen[name].copy_(self.start[name] + space.expand(self.stepped[name]))
 
 
 def _optimizer(
-    model: FederatedModel,
-    chosen: dict[str, nn.Parameter],
-    recipe: Recipe,
-    config: LocalConfig,
-    key: tuple[object, ...],
+    model: FederatedModel, moved: Moved, sent: Broadcast, config: LocalConfig, key: tuple[object, ...]
 ) -> torch.optim.Optimizer:
+    stepped, recipe = moved.stepped, sent.recipe
     if recipe.galore is None:
-        return torch.optim.AdamW(
-            chosen.values(),
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            fused=True,  # one pass over memory instead of seven
-        )
-    projected = [p for name, p in chosen.items() if name in model.projected]
-    plain = [p for name, p in chosen.items() if name not in model.projected]
+        return plain_optimizer([{"params": list(stepped.values())}], config)
+    projected = [p for name, p in stepped.items() if name in model.projected]
+    plain = [p for name, p in stepped.items() if name not in model.projected]
     seed = generator(*key, "galore").initial_seed()
     groups: list[dict[str, object]] = [{"params": projected, **asdict(recipe.galore), "seed": seed}]
     if plain:
         groups.append({"params": plain})
-    return GaloreAdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = GaloreAdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+    for name, moment in sent.moments.items():
+        optimizer.start_from(stepped[name], moment.to(stepped[name]))
+    return optimizer
+
+
+def plain_optimizer(groups: list[dict[str, Any]], config: LocalConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD as the settings say; fused, which is one pass over memory instead of seven."""
+    lr, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, weight_decay=decay, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=decay, fused=True)
+
+
+def _second_moments(optimizer: torch.optim.Optimizer, moved: Moved) -> dict[str, torch.Tensor]:
+    """What GaLore's optimizer ended with, by name; nothing of another."""
+    if not isinstance(optimizer, GaloreAdamW):
+        return {}
+    held = optimizer.second_moments()
+    return {name: held[p].cpu() for name, p in moved.stepped.items() if p in held}
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Counts and marks, which are single numbers, left out."""
+    held = (t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor))
+    return sum(t.numel() * t.element_size() for t in held if t.ndim)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedspan.lowrank import LowRank
-from fedspan.methods.messages import Factors, GaloreOptions, Recipe, Tensors
+from fedspan.methods.messages import Factors, GaloreOptions, Payload, Recipe, Subspace, Tensors, Vector
 from fedspan.methods.patches import Patch
 
 _LINE = 64
@@ -154,9 +154,34 @@ def put_recipe(recipe: Recipe) -> dict[str, Any]:
 def get_recipe(described: Mapping[str, Any]) -> Recipe:
     """The recipe again."""
     galore, penalty = described["galore"], described["tail_penalty"]
-    return Recipe(
-        described["train_a"],
-        described["train_b"],
-        None if galore is None else GaloreOptions(**galore),
-        None if penalty is None else (penalty[0], penalty[1]),
-    )
+    nested = {
+        "galore": None if galore is None else GaloreOptions(**galore),
+        "tail_penalty": None if penalty is None else (penalty[0], penalty[1]),
+    }
+    return Recipe(**{**described, **nested})
+
+
+def put_subspaces(parcel: Parcel, subspaces: Mapping[str, Subspace]) -> dict[str, Any]:
+    """The description of where trained tensors may move."""
+    return {name: [parcel.put(x.basis), x.side] for name, x in subspaces.items()}
+
+
+def get_subspaces(described: Mapping[str, Any], tensors: Sequence[Tensor]) -> dict[str, Subspace]:
+    """The subspaces again."""
+    return {name: Subspace(tensors[place], side) for name, (place, side) in described.items()}
+
+
+def put_payloads(parcel: Parcel, modules: Mapping[str, Payload]) -> dict[str, Any]:
+    """The description of what an update holds of every module."""
+    return {
+        name: {"values": put_dense(parcel, p.values)} if isinstance(p, Vector) else put_factors(parcel, {"": p})
+        for name, p in modules.items()
+    }
+
+
+def get_payloads(described: Mapping[str, Any], tensors: Sequence[Tensor]) -> dict[str, Payload]:
+    """The payloads again."""
+    return {
+        name: Vector(get_dense(p["values"], tensors)) if "values" in p else get_factors(p, tensors)[""]
+        for name, p in described.items()
+    }

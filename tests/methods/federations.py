@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from fedspan.lowrank import LowRank
 from fedspan.methods import METHODS
 from fedspan.methods.base import Method, MethodInfo, ServerState, aggregate
-from fedspan.methods.messages import Diagnostics, Factors, Request, Template, Update
+from fedspan.methods.messages import Broadcast, Diagnostics, Factors, Request, Subspace, Template, Update, Vector
+from fedspan.methods.patches import patch_numel
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Dense = dict[str, Array]
@@ -31,6 +33,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "innovation": {"update": "innovation"},
     "innovation-energy": {"update": "innovation", "basis": "energy"},
     "state": {"start": "state"},
+    "split": {"start": "split"},
+    "split-energy": {"start": "split", "basis": "energy"},
     "state-energy": {"start": "state", "basis": "energy"},
     "auto": {"server_rank": "auto", "tolerance": 1e-14},
     "randomized": {"algebra": "randomized"},
@@ -38,6 +42,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "randomized-both": {"algebra": "randomized", "sides": "both"},
     "randomized-innovation": {"algebra": "randomized", "update": "innovation"},
     "randomized-state": {"algebra": "randomized", "start": "state"},
+    "momentum": {"update": "innovation", "momentum": 0.5},
 }
 
 
@@ -60,7 +65,9 @@ class Case:
         return not sent.recipe.train_a
 
 
-CASES = [Case(name, factory) for name, factory in METHODS.items()] + [
+OPTIONS: Mapping[str, Mapping[str, Any]] = {"fedgalore": {"galore_rank": 3}, "shared_galore": {"rank": 3}}
+"""Ranks of gradient subspaces, that of the adapters where traffic is counted."""
+CASES = [Case(name, partial(factory, **OPTIONS.get(name, {}))) for name, factory in METHODS.items()] + [
     Case(f"glora-{name}", lambda options=options: METHODS["glora"](**options)) for name, options in VARIANTS.items()
 ]
 FEDERATED = [case for case in CASES if not case.info.pooled and not case.info.personalised]
@@ -74,8 +81,11 @@ class Federation:
     method: Method
     template: Template
     state: ServerState
+    """As the clients found it when they were told to train."""
     updates: tuple[Update, ...]
     dtype: torch.dtype
+    before: tuple[tuple[Broadcast, Update], ...] = ()
+    """What the first client was sent and answered before it was told to train."""
 
     @property
     def ideal(self) -> Dense:
@@ -111,8 +121,13 @@ def build(
     dtype: torch.dtype = torch.float64,
     silent: Sequence[int] = (),
     server_rank: int | None = None,
+    start: ServerState | None = None,
+    seen: int = 0,
 ) -> Federation:
-    """Clients with Gaussian factors (or weights) and a head; those in `silent` have B = 0."""
+    """Clients with Gaussian factors (or weights) and a head; those in `silent` have learnt nothing.
+
+    From the method's own beginning, or from the state `start` between two rounds, to clients that have seen so much.
+    """
     method = case.make() if isinstance(case, Case) else case
     rng = np.random.default_rng(seed)
 
@@ -125,19 +140,67 @@ def build(
     template = Template(modules, server_rank or largest, alpha, rslora, seed)
     weights = modules if method.info.trains != "adapter" else {}
     base = {name: draw(*shape) for name, shape in weights.items()} | {"head": draw(3, 4)}
-    state = method.init(template, base)
+    state = start or method.init(template, base)
+    state, before = _asked(method, state, [Request(rank, seen) for rank in ranks], counts, draw)
     updates = []
     for k, (rank, count) in enumerate(zip(ranks, counts, strict=True)):
         sent = method.start(method.broadcast(state, Request(rank)), None)
-        factors = {}
-        for name, f in sent.adapter.items():
-            b, a = draw(f.b.shape[0], rank), draw(rank, f.a.shape[1])
-            b = torch.zeros_like(b) if k in silent else b
-            frozen = f.a.to(torch.promote_types(dtype, f.a.dtype))
-            factors[name] = Factors(b, a if sent.recipe.train_a else frozen, f.scaling)
-        dense = {name: draw(*value.shape) for name, value in base.items()}
-        updates.append(Update(f"client{k}", count, factors, dense))
-    return Federation(method, template, state, tuple(updates), dtype)
+        factors = {name: _trained(f, rank, sent, name, draw, k in silent) for name, f in sent.adapter.items()}
+        dense = {
+            name: _confined(value, sent.subspaces[name], draw) if name in sent.subspaces else draw(*value.shape)
+            for name, value in sent.dense.items()
+        }
+        updates.append(Update(f"client{k}", count, factors, dense, _second_moments(sent, modules, draw)))
+    return Federation(method, template, state, tuple(updates), dtype, before)
+
+
+Draw = Callable[..., torch.Tensor]
+
+
+def _asked(
+    method: Method, state: ServerState, requests: Sequence[Request], counts: Sequence[float], draw: Draw
+) -> tuple[ServerState, tuple[tuple[Broadcast, Update], ...]]:
+    """The exchanges of this round before the one that trains, on gradients drawn at random."""
+    grads = [{n: Vector({"gradient": draw(*shape)}) for n, shape in state.template.modules.items()} for _ in counts]
+    first: list[tuple[Broadcast, Update]] = []
+    for number, exchange in enumerate(method.exchanges):
+        if not exchange.due(state.round_num):
+            continue
+        state = replace(state, exchange=number)
+        if exchange.ask == "train":
+            break
+        answers = []
+        for k, (request, count, grad) in enumerate(zip(requests, counts, grads, strict=True)):
+            sent = method.start(method.broadcast(state, request), None)
+            answers.append(method.encode(Update(f"client{k}", count, grad, {}), sent, None)[0])
+            first += [(sent, answers[0])] if k == 0 else []
+        state, _ = aggregate(method, state, answers)
+    return state, tuple(first)
+
+
+def _trained(f: Factors, rank: int, sent: Broadcast, name: str, draw: Draw, silent: bool) -> Factors:
+    """An adapter after training: what the recipe freezes as it was sent, what is confined inside its subspace."""
+    b, a = draw(f.b.shape[0], rank), draw(rank, f.a.shape[1])
+    kind = torch.promote_types(b.dtype, f.a.dtype)
+    b = b if sent.recipe.train_b else f.b.to(kind, copy=True)
+    a = a if sent.recipe.train_a else f.a.to(kind, copy=True)
+    if f"{name}/a" in sent.subspaces:
+        a = _confined(f.a, sent.subspaces[f"{name}/a"], draw)
+    idle = "b" if sent.recipe.train_b else "a"
+    return replace(Factors(b, a, f.scaling), **({idle: torch.zeros_like(b if idle == "b" else a)} if silent else {}))
+
+
+def _confined(x: torch.Tensor, space: Subspace, draw: Draw) -> torch.Tensor:
+    """x after a random step inside the subspace, in float32 at least, as training leaves it."""
+    z = draw(*space.coordinates(x.to(space.basis)).shape)
+    kind = torch.promote_types(z.dtype, torch.float32)
+    return x.to(kind) + replace(space, basis=space.basis.to(kind)).expand(z.to(kind))
+
+
+def _second_moments(sent: Broadcast, modules: Mapping[str, tuple[int, int]], draw: Draw) -> dict[str, torch.Tensor]:
+    """What GaLore's optimizer would end with: (r, the wider side)."""
+    galore = sent.recipe.galore
+    return {} if galore is None else {n: draw(min(galore.rank, *s), max(s)).square() for n, s in modules.items()}
 
 
 @st.composite
@@ -172,7 +235,50 @@ def encoded(fed: Federation, updates: Sequence[Update] | None = None) -> list[Up
 
 def served(fed: Federation, updates: Sequence[Update] | None = None) -> tuple[ServerState, Diagnostics]:
     """The state after the round, and the diagnostics."""
-    return aggregate(fed.method, fed.state, encoded(fed, updates))
+    state, diagnostics = fed.state, {}
+    for number, exchange in enumerate(fed.method.exchanges):
+        if number >= fed.state.exchange and exchange.due(fed.state.round_num):
+            state = replace(state, exchange=number)
+            state, more = aggregate(fed.method, state, encoded(replace(fed, state=state), updates))
+            diagnostics |= more
+    return state, diagnostics
+
+
+def traffic(case: Case | Method, rank: int, **options: Any) -> tuple[int, int]:
+    """Numbers that leave and reach a client in the second round, of which it took part in the first.
+
+    What the seed gives or the client holds does not travel; heads and scalars are not counted.
+    """
+    first = build(case, **options)
+    version = first.state.patches.version if first.state.patches else 0
+    fed = build(case, **options, start=served(first)[0], seen=version)
+    request, state = Request(rank, version), fed.state
+    up, down = sum(_numel_up(answer) for _, answer in fed.before), sum(_numel_down(sent) for sent, _ in fed.before)
+    for number, exchange in enumerate(fed.method.exchanges):
+        if number >= fed.state.exchange and exchange.due(fed.state.round_num):
+            state = replace(state, exchange=number)
+            answers = encoded(replace(fed, state=state))
+            up, down = up + _numel_up(answers[0]), down + _numel_down(fed.method.broadcast(state, request))
+            state, _ = aggregate(fed.method, state, answers)
+    return up, down
+
+
+def _numel_up(update: Update) -> int:
+    tensors = [*update.moments.values(), *(t for name, t in update.dense.items() if name != "head")]
+    for p in update.modules.values():
+        tensors += list(p.values.values()) if isinstance(p, Vector) else [p.a, p.b]
+    return sum(t.numel() for t in tensors if t.numel() > 1)
+
+
+def _numel_down(sent: Broadcast) -> int:
+    total = sum(patch_numel(patch) for patch in sent.news) + numel(sent.correction) + numel(sent.moments)
+    if "dense" not in sent.seeded:
+        total += sum(t.numel() for name, t in sent.dense.items() if name not in {"head", *sent.seeded})
+    if "subspaces" not in sent.seeded:
+        total += sum(space.basis.numel() for space in sent.subspaces.values())
+    return total + sum(
+        t.numel() for f in sent.adapter.values() for part, t in (("a", f.a), ("b", f.b)) if part not in sent.seeded
+    )
 
 
 def received(fed: Federation, state: ServerState, rank: int | None = None) -> Dense:

@@ -24,10 +24,12 @@ from federations import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_spectral import converse, second_round
 
 from fedspan.methods import flexlora, glora
 from fedspan.methods.base import ServerState
-from fedspan.methods.messages import Factors, Request, Update
+from fedspan.methods.messages import Factors, Request, Template, Update
+from fedspan.methods.readout import FRESH, fresh_a
 
 laws = settings(deadline=None, max_examples=15, derandomize=True)
 MIXED: dict[str, Any] = {"shapes": ((20, 20), (24, 14)), "ranks": (2, 4, 7), "counts": (5, 2, 9)}
@@ -228,10 +230,11 @@ def test_a_readout_is_the_best_of_its_rank(method: Any) -> None:
         assert errors[13] < 1e-11 * s[0]
 
 
+@pytest.mark.parametrize("balance", ["init", "even", "root"])
 @pytest.mark.parametrize("rslora", [False, True])
-def test_scaling_is_divided_out_of_every_readout(rslora: bool) -> None:
-    """FlexLoRA at rank r with α/r (or α/√r): scaling·B·A is the truncated SVD, balanced between B and s·A."""
-    fed = build(flexlora(), 3, **MIXED, alpha=5.0, rslora=rslora)
+def test_scaling_is_divided_out_of_every_readout(rslora: bool, balance: Any) -> None:
+    """FlexLoRA at rank r with α/r (or α/√r): scaling·B·A is the truncated SVD, shared between B and A as asked."""
+    fed = build(flexlora(balance=balance), 3, **MIXED, alpha=5.0, rslora=rslora)
     state, _ = served(fed)
     for rank in (1, 2, 5):
         for name, f in fed.method.broadcast(state, Request(rank)).adapter.items():
@@ -240,11 +243,22 @@ def test_scaling_is_divided_out_of_every_readout(rslora: bool) -> None:
             np.testing.assert_allclose(
                 f.scaling * array(f.b) @ array(f.a), u[:, :rank] * s[:rank] @ vh[:rank], atol=1e-9 * s[0]
             )
-            np.testing.assert_allclose(array(f.b).T @ array(f.b), np.diag(s[:rank]), atol=1e-9 * s[0])
+            rows = {"init": np.full(rank, 1 / 3), "even": s[:rank] / f.scaling, "root": s[:rank] / f.scaling**2}[balance]
+            np.testing.assert_allclose(array(f.a) @ array(f.a).T, np.diag(rows), atol=1e-9 * s[0])
+            left = array(f.b).T @ array(f.b)
+            np.testing.assert_allclose(left, np.diag(s[:rank] ** 2 / (rows * f.scaling**2)), atol=1e-8 * s[0] ** 2)
+
+
+def test_a_readout_s_rows_are_as_long_as_fresh_ones() -> None:
+    """In `init`, so that the optimizer's steps mean the same in old and new directions."""
+    template = Template({"x": (50, 4000)}, 8)
+    fresh = fresh_a(template, "x", 200).norm(dim=1)
+    # n entries with squares of mean 1/(3n) and deviation (2/√5)/(3n): 5σ of the mean over 200 rows.
+    assert float(fresh.square().mean()) == pytest.approx(FRESH**2, rel=5 * 0.9 / (4000 * 200) ** 0.5)
 
 
 def test_nested_readouts_nest_and_plain_ones_do_not() -> None:
-    """B_r are the first columns of B_R and s_r A_r the first rows of s_R A_R, so a smaller adapter is a slice."""
+    """Every direction s·b_j a_j of a smaller adapter is that of a larger one."""
     for readout in ("nested", "svd"):
         fed = build(glora(readout=readout), 4, **MIXED)
         state, _ = served(fed)
@@ -252,9 +266,9 @@ def test_nested_readouts_nest_and_plain_ones_do_not() -> None:
         for rank in (1, 3, 5):
             for name, small in fed.method.broadcast(state, Request(rank)).adapter.items():
                 if readout == "nested":
-                    torch.testing.assert_close(small.b, large[name].b[:, :rank])
-                    torch.testing.assert_close(small.scaling * small.a, large[name].scaling * large[name].a[:rank])
-                    torch.testing.assert_close(small.b.mT @ small.b, torch.eye(rank, dtype=torch.float64))
+                    for j in range(rank):
+                        one = [f.scaling * array(f.b)[:, [j]] @ array(f.a)[[j]] for f in (small, large[name])]
+                        np.testing.assert_allclose(*one, atol=1e-12 * np.linalg.norm(one[1]))
     # What nesting gives up: the best adapter of a small rank.
     nested, best = (build(glora(readout=r), 4, **MIXED) for r in ("nested", "svd"))
     assert distance(received(nested, served(nested)[0], 2), nested.ideal) > distance(
@@ -368,6 +382,140 @@ def test_a_new_direction_outvotes_the_old_state() -> None:
     assert abs(u[:, 3] @ held(with_new, "layer0") @ v[:, 3]) > 4
 
 
+PUSHED: dict[str, dict[str, Any]] = {
+    "replace": {},
+    "energy": {"basis": "energy"},
+    "both": {"sides": "both"},
+    "nested": {"readout": "nested"},
+    "innovation": {"update": "innovation"},
+    "state": {"start": "state"},
+    "auto": {"server_rank": "auto", "tolerance": 1e-13, "update": "innovation"},
+    "randomized": {"algebra": "randomized"},
+    "randomized-state": {"algebra": "randomized", "start": "state", "basis": "energy"},
+}
+pushed = pytest.mark.parametrize("options", PUSHED.values(), ids=PUSHED)
+
+
+@pushed
+@pytest.mark.parametrize("beta", [0.3, 0.9])
+def test_momentum_is_the_dense_heavy_ball(options: dict[str, Any], beta: float) -> None:
+    """Where R spans everything, four rounds follow S_t = T_t + β (S_{t−1} − S_{t−2}), T_t on top of S_{t−1}."""
+    method = glora(**{"server_rank": 40, "momentum": beta, **options})
+    fed = build(method, 0, **MIXED)
+    path: list[dict[str, Array]] = [{name: np.zeros(shape) for name, shape in fed.template.modules.items()}] * 2
+    for number in range(4):
+        fed = replace(build(method, number, **MIXED), state=fed.state)
+        target = fed.ideal
+        if options.get("start") == "state":
+            target = {name: path[-1][name] + fed.ideal[name] for name in target}
+        elif options.get("update") == "innovation":
+            target = {name: path[-1][name] + added(fed, name) for name in target}
+        path.append({name: target[name] + beta * (path[-1][name] - path[-2][name]) for name in target})
+        fed = replace(fed, state=served(fed)[0])
+        assert_same({name: held(fed.state, name) for name in target}, path[-1], 1e-10)
+        # A fresh adapter of rank 4 on the state, or the readout of all of it: both add up to the state.
+        assert_same(received(fed, fed.state, 24), path[-1], 1e-10)
+
+
+@pytest.mark.parametrize("auto", [False, True])
+@laws
+@given(seed=st.integers(0, 2**32 - 1), server_rank=st.integers(1, 8))
+def test_momentum_is_cut_to_the_server_rank_by_energy(auto: bool, seed: int, server_rank: int) -> None:
+    """S_t = trunc_R(trunc_R(T_t) + β (S_{t−1} − S_{t−2})) by dense SVDs, or at the tolerance; the loss as reported."""
+    limits: dict[str, Any] = {"server_rank": "auto", "tolerance": 0.2} if auto else {"server_rank": server_rank}
+    method = glora(basis="energy", momentum=0.6, **limits)
+
+    def cut(x: Array) -> Array:
+        u, s, vh = np.linalg.svd(x, full_matrices=False)
+        tails = np.array([np.linalg.norm(s[r:]) for r in range(len(s) + 1)])
+        rank = int((tails <= 0.2 * tails[0]).argmax()) if auto else server_rank
+        return u[:, :rank] * s[:rank] @ vh[:rank]
+
+    fed = build(method, seed, **MIXED)
+    names = list(fed.template.modules)
+    path = [{name: np.zeros(fed.template.modules[name]) for name in names}] * 2
+    for number in range(3):
+        fed = replace(build(method, seed + number, **MIXED), state=fed.state)
+        sums = {n: cut(fed.ideal[n]) + 0.6 * (path[-1][n] - path[-2][n]) for n in names}
+        # The first round has nothing to add, and its estimate is not cut again.
+        path.append({name: cut(sums[name]) if number else sums[name] for name in names})
+        state, diagnostics = served(fed)
+        assert_same({name: held(state, name) for name in names}, path[-1], 1e-8)
+        measured = distance(path[-1], sums)
+        assert diagnostics["momentum_truncation_error"] == pytest.approx(measured, rel=1e-6, abs=1e-10)
+        assert diagnostics["server_rank"] == max(np.linalg.matrix_rank(x) for x in path[-1].values())
+        fed = replace(fed, state=state)
+
+
+@pushed
+def test_momentum_does_not_see_the_gauge(options: dict[str, Any]) -> None:
+    """Three rounds, R = 3, every client in an ill-conditioned gauge of its own: the same readouts."""
+    method = glora(**{"server_rank": 3, "momentum": 0.8, **options})
+    rng = np.random.default_rng(0)
+    first = second = build(method, 0, **MIXED)
+    for number in range(3):
+        drawn = build(method, number, **MIXED)
+        first, second = (replace(drawn, state=fed.state) for fed in (first, second))
+        second = regauged(second, lambda k, rank: gauge(rng, rank, 1e6))
+        first, second = (replace(fed, state=served(fed)[0]) for fed in (first, second))
+        for rank in (None, 1, 3):
+            assert_same(received(second, second.state, rank), received(first, first.state, rank), 1e-6)
+
+
+@pytest.mark.parametrize("options", [x for x in PUSHED.values() if x.get("server_rank") != "auto"], ids=str)
+def test_momentum_is_the_same_through_questions(options: dict[str, Any]) -> None:
+    """A conversation over two separate sets of clients leads to the state and the figures of `finish`."""
+    method = glora(**{"server_rank": 6, "momentum": 0.7, **options, "algebra": "randomized"})
+    fed = second_round(method, 3)
+    state, diagnostics = served(fed)
+    modules, told, _ = converse(fed, 2)
+    assert_same(modules, {name: held(state, name) for name in modules}, 1e-7)
+    assert told == pytest.approx(diagnostics, rel=1e-6)
+    plain = served(replace(fed, method=glora(**{"server_rank": 6, **options, "algebra": "randomized"})))[0]
+    assert distance({name: held(plain, name) for name in modules}, modules) > 0.05
+
+
+def test_without_momentum_nothing_is_added() -> None:
+    """No second pair is kept; and momentum has nothing to act on in the first round, which has the same bits."""
+    plain, heavy = (build(glora(momentum=beta), 0, **MIXED) for beta in (0.0, 0.9))
+    first, second = served(plain)[0], served(heavy)[0]
+    for name in plain.template.modules:
+        assert first.modules[name].keys() == {"u", "c"}
+        assert second.modules[name].keys() == {"u", "c", "u0", "c0"}
+        assert all(torch.equal(second.modules[name][part], first.modules[name][part]) for part in "uc")
+
+
+def test_momentum_keeps_no_direction_that_is_made_of_rounding() -> None:
+    """S_1 = S_2 of rank 5, then an update of rank 1 and a thousandth of the size: what cancels leaves no direction."""
+    u, s, v = low_rank(8, 20, 14, [5.0, 4.0, 3.0, 2.0, 1.0])
+    fed = build(glora(server_rank=9, momentum=0.5), shapes=[(20, 14)], ranks=(5,), counts=(1,))
+    for number, (scale, rank) in enumerate(((1.0, 5), (0.5, 5), (1e-3, 1))):
+        kept = s * (np.arange(5) < rank) * scale
+        fed = with_deltas(fed, [{"layer0": (u * kept, v.T * 5 / 16)}])
+        state, diagnostics = served(fed)
+        assert diagnostics["server_rank"] == rank, number
+        fed = replace(fed, state=state)
+
+
+def test_momentum_reaches_the_optimum_of_a_quadratic_sooner() -> None:
+    """One gradient step a round on ½ tr((W − W*)ᵀ H (W − W*)) with condition 200: heavy ball against plain descent."""
+    rng = np.random.default_rng(0)
+    turn, _ = np.linalg.qr(rng.standard_normal((10, 10)))
+    curvature = turn * np.geomspace(1, 200, 10) @ turn.T
+    optimum = rng.standard_normal((10, 8))
+    left = {}
+    for beta in (0.0, 0.75):
+        fed = build(glora(start="state", server_rank=8, momentum=beta), shapes=[(10, 8)], ranks=(8,), counts=(1,))
+        for _ in range(100):
+            w = held(fed.state, "layer0")
+            step = -curvature @ (w - optimum) / 200
+            fed = with_deltas(fed, [{"layer0": (step * 8 / 16, np.eye(8))}])
+            fed = replace(fed, state=served(fed)[0])
+        left[beta] = np.linalg.norm(held(fed.state, "layer0") - optimum) / np.linalg.norm(optimum)
+    assert left[0.0] > 0.1
+    assert left[0.75] < 0.4 * left[0.0]
+
+
 def test_spare_readout_directions_can_still_learn() -> None:
     """Where the state has fewer directions than the adapter, B is 0 and A is not: B has a gradient."""
     for readout in ("svd", "nested"):
@@ -394,8 +542,42 @@ def test_a_silent_round_is_no_special_case() -> None:
         ({"server_rank": 0}, "server_rank = 0: expected at least 1, or 'auto'"),
         ({"server_rank": "auto", "tolerance": 0.0}, "tolerance = 0.0: expected between 0 and 1"),
         ({"tolerance": 1.0}, "tolerance = 1.0: expected between 0 and 1"),
+        ({"momentum": 1.0}, "momentum = 1.0: expected at least 0 and below 1"),
     ],
 )
 def test_options_out_of_range_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         glora(**options)
+
+
+@pytest.mark.parametrize("basis", ["projector", "energy"])
+def test_a_split_start_is_the_whole_state_at_every_rank(basis: Any) -> None:
+    """Readout and patch together are U·C, so that nobody learns again what it cannot hold; only the readout trains."""
+    fed = build(glora(start="split", basis=basis), 5, **MIXED)
+    state, _ = served(fed)
+    whole = received(fed, state)
+    for rank in (1, 3, 5):
+        assert_same(received(fed, state, rank), whole, 1e-12)
+        sent = fed.method.broadcast(state, Request(rank))
+        assert {f.rank for f in sent.adapter.values()} == {rank}
+        for name, patch in sent.patch.items():
+            assert patch.rank + rank == state.modules[name]["u"].shape[1]
+
+
+def test_a_split_round_is_the_mean_of_the_clients_whole_models() -> None:
+    """Σ p_k (own adapter + the frozen rest it was sent), whatever the ranks: the average of what the clients run."""
+    fed = build(glora(start="split", server_rank=24), 6, **MIXED)
+    state, _ = served(fed)
+    again = build(fed.method, 7, **MIXED)
+    updates = tuple(replace(u, client_id=f"c{k}") for k, u in enumerate(again.updates))
+    counts = np.array([u.num_examples for u in updates])
+    second = replace(fed, state=state, updates=updates)
+    after, _ = served(second)
+    for name in fed.template.modules:
+        mean = 0.0
+        for p, u in zip(counts / counts.sum(), updates, strict=True):
+            f = u.factors(name)
+            patch = fed.method.broadcast(state, Request(f.rank)).patch.get(name)
+            rest = 0.0 if patch is None else array(patch.b) @ array(patch.a)
+            mean = mean + p * (f.scaling * array(f.b) @ array(f.a) + rest)
+        assert_same({name: received(second, after)[name]}, {name: mean}, 1e-10)

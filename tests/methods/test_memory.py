@@ -17,7 +17,7 @@ import torch
 from fedspan.methods import create
 from fedspan.methods.base import aggregate
 from fedspan.methods.messages import Factors, Request, Template, Update
-from fedspan.rounds import peak_memory, reset_peak_memory
+from fedspan.memory import peak_memory, reset_peak_memory
 
 torch.set_num_threads(1)
 

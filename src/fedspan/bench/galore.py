@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fedspan.bench.harness import Arm, Bench, CaseKey, Floor
-from fedspan.galore import GaloreAdamW, SVDKind, projector
+from fedspan.galore import GaloreAdamW, SVDKind, projector, state_numel_of
 from fedspan.seeding import generator
 
 SUITE = "galore"
-KINDS: tuple[SVDKind, ...] = ("exact", "randomized")
+KINDS: tuple[SVDKind, ...] = ("exact", "randomized", "power")
 _SVD = 27.0  # as in the server suite
 
 
@@ -43,8 +43,10 @@ def _measure(bench: Bench, m: int, n: int, rank: int) -> None:
     wide = grad.mT if m > n else grad
     short, long = wide.shape
     dense = _SVD * short**2 * long / bench.machine.gemm
+    last = _last(wide, rank)
     arms = [
-        Arm(kind, partial(_refresh, wide, rank, kind), expected=dense if kind == "exact" else 0.0) for kind in KINDS
+        Arm(kind, partial(_refresh, wide, rank, kind, last), expected=dense if kind == "exact" else 0.0)
+        for kind in KINDS
     ]
     floor = Floor(4.0 * size, 4 * 2.0 * size * rank)
     bench.measure(SUITE, refresh, arms, floor=floor, check=partial(_captured, wide))
@@ -64,15 +66,19 @@ def _step_arm(name: str, grad: Tensor, rank: int) -> Arm:
 
 def _memory(optimizer: torch.optim.Optimizer, shape: tuple[int, int], rank: int, _: Any) -> Mapping[str, int]:
     """Bytes of the optimizer's state, counted, and by the formula: 2·m·n, or m·r + 2·n·r for m ≤ n."""
-    short, long = sorted(shape)
-    projected = isinstance(optimizer, GaloreAdamW)
     counted = sum(t.numel() * t.element_size() for s in optimizer.state.values() for k, t in s.items() if k != "step")
-    formula = short * rank + 2 * long * rank if projected else 2 * short * long
+    formula = state_numel_of(shape, rank if isinstance(optimizer, GaloreAdamW) else None)
     return {"state_bytes": counted, "formula_bytes": 4 * formula}
 
 
-def _refresh(wide: Tensor, rank: int, kind: SVDKind) -> Tensor:
-    return projector(wide, rank, kind, generator("bench", "refresh"))
+def _last(wide: Tensor, rank: int) -> Tensor:
+    """The basis of a gradient half of which has changed since: what a power step has to start from."""
+    noise = torch.randn(wide.shape, generator=generator("bench", "last", *wide.shape)).to(wide.device)
+    return projector(wide + noise, rank, "randomized", generator("bench", "last"))
+
+
+def _refresh(wide: Tensor, rank: int, kind: SVDKind, last: Tensor) -> Tensor:
+    return projector(wide, rank, kind, generator("bench", "refresh"), last)
 
 
 def _captured(wide: Tensor, outputs: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:

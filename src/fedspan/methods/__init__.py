@@ -10,27 +10,59 @@ from pydantic import ValidationError, validate_call
 
 from fedspan.methods.base import Method
 from fedspan.methods.controls import centralised, local
+from fedspan.methods.fed_sb import fed_sb
+from fedspan.methods.fedgalore import fedgalore
 from fedspan.methods.fedit import fedit
+from fedspan.methods.fedprox import fedprox
+from fedspan.methods.fedrot_lora import fedrot_lora
+from fedspan.methods.fedsa_lora import fedsa_lora
+from fedspan.methods.fedsvd import fedsvd
 from fedspan.methods.ffa_lora import ffa_lora
 from fedspan.methods.flora import fedex_lora, flora
+from fedspan.methods.flora_na import flora_na
 from fedspan.methods.full_weights import fedavg, fedftg
 from fedspan.methods.glora import flexlora, glora
+from fedspan.methods.glora_plus import glora_plus
 from fedspan.methods.hetlora import hetlora
+from fedspan.methods.lora_fair import lora_fair, lora_fair_ridge
+from fedspan.methods.raflora import raflora
+from fedspan.methods.rolora import rolora
+from fedspan.methods.scaffold import scaffold
+from fedspan.methods.server_optimizers import fedadam, fedavgm, fedyogi
+from fedspan.methods.shared_galore import shared_galore
 from fedspan.naming import nearest
 
 METHODS: Mapping[str, Callable[..., Method]] = {
     "glora": glora,
+    "glora_plus": glora_plus,
     "flexlora": flexlora,
+    "raflora": raflora,
     "flora": flora,
     "fedex_lora": fedex_lora,
-    "hetlora": hetlora,
+    "fedsvd": fedsvd,
+    "fed_sb": fed_sb,
     "ffa_lora": ffa_lora,
+    "rolora": rolora,
+    "hetlora": hetlora,
+    "lora_fair": lora_fair,
+    "lora_fair_ridge": lora_fair_ridge,
+    "flora_na": flora_na,
+    "fedrot_lora": fedrot_lora,
     "fedit": fedit,
+    "fedsa_lora": fedsa_lora,
     "fedftg": fedftg,
+    "shared_galore": shared_galore,
+    "fedgalore": fedgalore,
     "fedavg": fedavg,
+    "fedprox": fedprox,
+    "scaffold": scaffold,
+    "fedavgm": fedavgm,
+    "fedadam": fedadam,
+    "fedyogi": fedyogi,
     "local": local,
     "centralised": centralised,
 }
+"""Product rules and their kin first, then averages of factors, then weights, then controls."""
 
 
 def create(options: Mapping[str, Any]) -> Method:

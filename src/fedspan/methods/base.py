@@ -9,8 +9,8 @@ A round is a short list of exchanges, for most methods one. An exchange, in the 
     fold.add(partial, update) ◀─────  encode(update, broadcast, client_state)
     finish(state, partial)
 
-Between the exchanges of a round the site keeps its own update, and `state.exchange` tells all three server
-functions and `encode` (through the broadcast) where in the round they are.
+Between the exchanges of a round the site keeps its own update. `state.exchange`, which the round loop sets, tells the
+server's functions which exchange they are in, and what is broadcast tells `encode`.
 
 A method is one frozen `Method`, made by a factory whose keyword arguments are its options. Nothing here knows
 a model, a file or a network. Shapes: B (m, r), A (r, n), as in `fedspan.lowrank`.
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fedspan.methods.folds import Exchange, Partial
@@ -50,6 +50,10 @@ class MethodInfo:
     """Each client ends with a model of its own; figures are averages over the clients' models."""
     pooled: bool = False
     """A control that trains on everybody's data in one place."""
+    alone: bool = False
+    """A control: no client learns anything from another."""
+    optimizer: Literal["any", "sgd"] = "any"
+    """What the local optimizer must be for the method to be what it claims."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +66,19 @@ class ServerState:
     round_num: int = 0
     """Rounds finished."""
     exchange: int = 0
-    """Exchanges of this round finished."""
+    """Which of the method's exchanges the round is in."""
     patches: PatchLog | None = None
+    extra: Tensors = field(default_factory=dict)
+    """Named tensors beside the weights: control variates, a server optimizer's moments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Direct:
+    """The global model as one vector in coordinates that all clients share: what a server optimizer may act on."""
+
+    read: Callable[[ServerState], Tensors]
+    write: Callable[[ServerState, Tensors], ServerState]
+    """The state with these values instead; the names and shapes are those of `read`."""
 
 
 def _as_sent(broadcast: Broadcast, client_state: ClientState | None) -> Broadcast:
@@ -71,7 +86,7 @@ def _as_sent(broadcast: Broadcast, client_state: ClientState | None) -> Broadcas
 
 
 def _everything(update: Update, broadcast: Broadcast, state: ClientState | None) -> tuple[Update, ClientState | None]:
-    return update, state
+    return replace(update, moments={}, rate_sum=0.0), state
 
 
 def _own_terms(state: ServerState) -> Terms:
@@ -98,6 +113,8 @@ class Method:
     is a sum needs no second form, and one whose result grows with the clients cannot have it."""
     terms: Callable[[ServerState], Terms] = _own_terms
     """What the questions of `converse` are about: X_k by update and module, for `questions.partial_sums`."""
+    vector: Direct | None = None
+    """None: a server optimizer would act on factor pairs, and its result would depend on their gauge."""
 
     @property
     def secure_sum(self) -> bool:

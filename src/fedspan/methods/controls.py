@@ -51,6 +51,7 @@ def local(trains: Trains = "adapter") -> Method:
         traffic_down="0",
         trains=trains,
         personalised=True,
+        alone=True,
     )
     return Method(
         info=info,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from fedspan.methods.base import Method, MethodInfo, ServerState, advance
+from fedspan.methods.base import Direct, Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import SUM, Exchange, Partial
 from fedspan.methods.messages import (
     Broadcast,
@@ -73,4 +73,15 @@ def ffa_lora() -> Method:
         finish=finish,
         exchanges=(Exchange(SUM),),
         encode=encode,
+        vector=Direct(_read, _write),
     )
+
+
+def _read(state: ServerState) -> Tensors:
+    """s·B of every module, which multiplies one A for everybody, and the heads."""
+    return {**state.dense, **{f"{name}/sb": held["sb"] for name, held in state.modules.items()}}
+
+
+def _write(state: ServerState, values: Tensors) -> ServerState:
+    modules = {name: {**held, "sb": values[f"{name}/sb"]} for name, held in state.modules.items()}
+    return replace(state, modules=modules, dense={name: values[name] for name in state.dense})

@@ -125,7 +125,16 @@ COLLECT = Fold("collect", _collect, _merge)
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """One question to the cohort: whether the clients train before they answer, and how answers are folded."""
+    """One question to the cohort, and how its answers are folded."""
 
     fold: Fold = COLLECT
-    train: bool = True
+    ask: Literal["train", "gradient", "again"] = "train"
+    """``train``: what local training comes to.  ``gradient``: the mean gradient over a few batches with respect to the
+    weight of every module, as a Vector {"gradient": (m, n)}, before anything is trained.  ``again``: something else
+    about what was answered in the exchange before."""
+    every: int = 1
+    """It takes place in every so-many-th round, the first included; 0: in the first alone."""
+
+    def due(self, round_num: int) -> bool:
+        """Whether it takes place in this round, counted from 0."""
+        return round_num % self.every == 0 if self.every else round_num == 0

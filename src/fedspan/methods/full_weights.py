@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
-from fedspan.methods.base import Method, MethodInfo, ServerState, advance
+from fedspan.methods.base import Direct, Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import SUM, Exchange, Partial
-from fedspan.methods.messages import Broadcast, Diagnostics, GaloreOptions, Recipe, Request, Template, Tensors
+from fedspan.methods.messages import (
+    Broadcast,
+    ClientState,
+    Diagnostics,
+    GaloreOptions,
+    Recipe,
+    Request,
+    Template,
+    Tensors,
+    Update,
+)
+
+SVDKind = Literal["exact", "randomized", "power"]
+Side = Literal["auto", "left", "right"]
+OnRefresh = Literal["keep", "project", "reset"]
+WEIGHTS = Direct(read=lambda state: state.dense, write=lambda state, values: replace(state, dense=values))
+"""The weights themselves, as the vector that a server optimizer acts on."""
 
 
 def fedavg() -> Method:
@@ -27,15 +44,16 @@ def fedavg() -> Method:
         traffic_down="mn",
         trains="all",
     )
-    return _average_weights(info, Recipe())
+    return average_weights(info, Recipe())
 
 
 def fedftg(
     galore_rank: int | None = 8,
     update_gap: int = 50,
     scale: float = 1.0,
-    svd: Literal["exact", "randomized"] = "randomized",
-    on_refresh: Literal["keep", "project", "reset"] = "keep",
+    svd: SVDKind = "randomized",
+    side: Side = "auto",
+    on_refresh: OnRefresh = "keep",
 ) -> Method:
     """FedFTG: GaLore on the target modules' weights in the client, plain averaging of those weights on the server.
 
@@ -56,15 +74,16 @@ def fedftg(
     scale
         Factor on the projected step.
     svd
-        How the projector is computed.
+        How the projector is computed; `power`: by one power iteration from the last one, the cheapest.
+    side
+        Which side of the weights is projected; `auto`: the narrower, as in GaLore.
     on_refresh
         What becomes of the optimizer's moments when the projector changes: `keep` (GaLore's own), `project` them
-        into the new basis, or `reset` them.
+        into the new basis (LDAdam's rule), or `reset` them.
     """
-    if galore_rank is not None and galore_rank < 1:
-        raise ValueError(f"method.galore_rank = {galore_rank}: expected at least 1, or 'none'")
-    if update_gap < 1:
-        raise ValueError(f"method.update_gap = {update_gap}: expected at least 1")
+    galore = None
+    if galore_rank is not None:
+        galore = galore_options(galore_rank, update_gap, scale, svd, side, on_refresh)
     info = MethodInfo(
         name="fedftg",
         title="FedFTG",
@@ -76,18 +95,43 @@ def fedftg(
         traffic_down="mn",
         trains="targets",
     )
-    galore = None if galore_rank is None else GaloreOptions(galore_rank, update_gap, scale, svd, on_refresh)
-    return _average_weights(info, Recipe(galore=galore))
+    return average_weights(info, Recipe(galore=galore))
 
 
-def _average_weights(info: MethodInfo, recipe: Recipe) -> Method:
+def galore_options(
+    rank: int, update_gap: int, scale: float, svd: SVDKind, side: Side, on_refresh: OnRefresh
+) -> GaloreOptions:
+    """A method's options as the local optimizer takes them; a ValueError names one that is out of range."""
+    if rank < 1:
+        raise ValueError(f"method.galore_rank = {rank}: expected at least 1, or 'none'")
+    if update_gap < 1:
+        raise ValueError(f"method.update_gap = {update_gap}: expected at least 1")
+    if not scale > 0:
+        raise ValueError(f"method.scale = {scale}: expected more than 0")
+    return GaloreOptions(rank=rank, update_gap=update_gap, scale=scale, svd=svd, side=side, on_refresh=on_refresh)
+
+
+def average_weights(info: MethodInfo, recipe: Recipe) -> Method:
+    """The method that trains weights by that recipe and averages them: W̄ = Σ p_k W_k."""
+
     def init(template: Template, dense: Tensors) -> ServerState:
         return ServerState(template, {}, dense)
 
     def broadcast(state: ServerState, request: Request) -> Broadcast:
         return Broadcast({}, state.dense, recipe)
 
+    def encode(update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[Update, ClientState | None]:
+        return replace(update, moments={}), kept
+
     def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
         return advance(state, dense=partial.mean_dense()), {}
 
-    return Method(info=info, init=init, broadcast=broadcast, finish=finish, exchanges=(Exchange(SUM),))
+    return Method(
+        info=info,
+        init=init,
+        broadcast=broadcast,
+        finish=finish,
+        exchanges=(Exchange(SUM),),
+        encode=encode,
+        vector=WEIGHTS,
+    )

@@ -16,11 +16,13 @@ from fedspan.methods import spectral
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, Diagnostics, Factors, Request, Template, Tensors, Update
+from fedspan.methods.momentum import extrapolated, previous
 from fedspan.methods.questions import Conversation, Outcome, Sums, Term, Terms, own_terms
-from fedspan.methods.readout import fresh_adapter, leading_adapter
+from fedspan.methods.readout import Balance, fresh_adapter, leading_adapter
 from fedspan.methods.spectral import Dialogue, Found, Wanted
 
 Algebra = Literal["auto", "exact", "randomized"]
+Start = Literal["readout", "state", "split"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +32,11 @@ class _Options:
     basis: Literal["projector", "energy"]
     sides: Literal["left", "both"]
     update: Literal["replace", "innovation"]
-    start: Literal["readout", "state"]
+    start: Start
     readout: Literal["svd", "nested"]
     algebra: Algebra
+    balance: Balance = "init"
+    momentum: float = 0.0
 
 
 def glora(
@@ -41,9 +45,11 @@ def glora(
     basis: Literal["projector", "energy"] = "projector",
     sides: Literal["left", "both"] = "left",
     update: Literal["replace", "innovation"] = "replace",
-    start: Literal["readout", "state"] = "readout",
+    start: Start = "readout",
     readout: Literal["svd", "nested"] = "svd",
+    balance: Balance = "init",
     algebra: Algebra = "auto",
+    momentum: float = 0.0,
 ) -> Method:
     """GLoRA: a consensus update subspace, aggregation in its coordinates, adapters of any rank read out.
 
@@ -73,12 +79,20 @@ def glora(
     start
         `readout`: clients continue from the state truncated to their rank. `state`: they receive the whole state as a
         frozen patch and train a fresh adapter on top, so innovations are exact at any rank; more traffic down.
+        `split`: they train the readout of their rank on a frozen patch that holds the rest of the state, so that they
+        neither lack nor learn again what they cannot hold; as much traffic down.
     readout
-        `svd`: the best adapter of each rank. `nested`: B = U[:, :r], A = C[:r]/s, so that ranks nest.
+        `svd`: the best adapter of each rank. `nested`: the first directions of U in the consensus's order, so that
+        ranks nest.
+    balance
+        How the size of a direction is shared between B and A (see `leading_adapter`).
     algebra
         `exact` or `randomized` (see `fedspan.methods.spectral`); `auto`: by shape, exact while that is cheap.
+    momentum
+        β of S_t = trunc_R(T̂_t + β (S_{t−1} − S_{t−2})) on the state (see `fedspan.methods.momentum`), which is then
+        kept in the form of its SVD; 0: S_t = T̂_t. Heads are averaged without it.
     """
-    if start == "state":
+    if start != "readout":
         # What comes back is an addition to the state, never a replacement of it.
         update = "innovation"
     if server_rank is not None and server_rank != "auto" and server_rank < 1:
@@ -87,7 +101,9 @@ def glora(
         raise ValueError(f"method.tolerance = {tolerance}: expected between 0 and 1")
     if server_rank == "auto" and algebra == "randomized":
         raise ValueError("method.algebra = 'randomized': expected 'auto' or 'exact' beside method.server_rank = 'auto'")
-    options = _Options(server_rank, tolerance, basis, sides, update, start, readout, algebra)
+    if not 0 <= momentum < 1:
+        raise ValueError(f"method.momentum = {momentum}: expected at least 0 and below 1")
+    options = _Options(server_rank, tolerance, basis, sides, update, start, readout, algebra, balance, momentum)
     info = MethodInfo(
         name="glora",
         title="GLoRA",
@@ -96,12 +112,12 @@ def glora(
         gauge_invariant=True,
         hetero_rank=True,
         traffic_up="r(m+n)",
-        traffic_down="R(m+n)" if start == "state" else "r(m+n)",
+        traffic_down="r(m+n)" if start == "readout" else "R(m+n)",
     )
     return _product_server(info, options)
 
 
-def flexlora(algebra: Algebra = "auto") -> Method:
+def flexlora(algebra: Algebra = "auto", balance: Balance = "init") -> Method:
     """FlexLoRA: T = Σ p_k s_k B_k A_k, and each client gets the best rank-r_k approximation of it by SVD.
 
     Source: Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client
@@ -114,6 +130,8 @@ def flexlora(algebra: Algebra = "auto") -> Method:
     ----------
     algebra
         `exact` or `randomized` (see `fedspan.methods.spectral`); `auto`: by shape, exact while that is cheap.
+    balance
+        How the size of a direction is shared between B and A (see `leading_adapter`).
     """
     info = MethodInfo(
         name="flexlora",
@@ -125,13 +143,16 @@ def flexlora(algebra: Algebra = "auto") -> Method:
         traffic_up="r(m+n)",
         traffic_down="r(m+n)",
     )
-    return _product_server(info, _Options(None, 0.01, "energy", "left", "replace", "readout", "svd", algebra))
+    return _product_server(info, _Options(None, 0.01, "energy", "left", "replace", "readout", "svd", algebra, balance))
 
 
 def _product_server(info: MethodInfo, options: _Options) -> Method:
     def init(template: Template, dense: Tensors) -> ServerState:
-        empty = {name: lowrank.zeros(m, n) for name, (m, n) in template.modules.items()}
-        return ServerState(template, {name: {"u": x.b, "c": x.a} for name, x in empty.items()}, dense)
+        empty: dict[str, Tensors] = {}
+        for name, (m, n) in template.modules.items():
+            x = lowrank.zeros(m, n)
+            empty[name] = {"u": x.b, "c": x.a, **(previous(m, n) if options.momentum else {})}
+        return ServerState(template, empty, dense)
 
     def broadcast(state: ServerState, request: Request) -> Broadcast:
         template, held = state.template, _held(state)
@@ -143,9 +164,13 @@ def _product_server(info: MethodInfo, options: _Options) -> Method:
 
         def read(name: str) -> Factors:
             rank = request.rank or max(held[name].rank, template.rank)
-            return leading_adapter(template, name, held[name], rank, state.round_num, options.readout == "svd")
+            return leading_adapter(template, name, held[name], rank, state.round_num, options.balance)
 
-        return Broadcast(dict(zip(held, parallel.ordered_map(read, held), strict=True)), state.dense)
+        adapter = dict(zip(held, parallel.ordered_map(read, held), strict=True))
+        if options.start == "split":
+            patch = {name: _rest(x, request.rank) for name, x in held.items() if x.rank > (request.rank or x.rank)}
+            return Broadcast(adapter, state.dense, patch=patch, news=(patch,))
+        return Broadcast(adapter, state.dense)
 
     def terms(state: ServerState) -> Terms:
         return _terms(state, options)
@@ -157,19 +182,24 @@ def _product_server(info: MethodInfo, options: _Options) -> Method:
         def sums(name: str) -> Sums:
             return Sums([term(u, name) for u in partial.collected], weights)
 
-        outcome = _outcome(_solve(state, sums, len(weights), options))
+        outcome = _pushed(state, _outcome(_solve(state, sums, len(weights), options)), options)
         return advance(state, modules=outcome.modules, dense=partial.mean_dense()), outcome.diagnostics
 
     def converse(state: ServerState) -> Conversation:
         if options.algebra == "exact" or options.server_rank == "auto":
             raise ValueError(f"{info.name} with exact algebra or an automatic rank needs all updates at once")
-        return _conversation({name: _dialogue(state, name, options) for name in state.modules})
+        return _conversation(state, options)
 
     return Method(info=info, init=init, broadcast=broadcast, finish=finish, converse=converse, terms=terms)
 
 
 def _held(state: ServerState) -> dict[str, LowRank]:
     return {name: LowRank(t["u"], t["c"]) for name, t in state.modules.items()}
+
+
+def _rest(x: LowRank, rank: int | None) -> LowRank:
+    """What a readout of that rank leaves of U·C."""
+    return LowRank(x.b[:, rank:], x.a[rank:])
 
 
 def _terms(state: ServerState, options: _Options) -> Terms:
@@ -186,7 +216,7 @@ def _terms(state: ServerState, options: _Options) -> Terms:
         sent = 0 if options.start == "state" else min(own.own.rank, x.rank)
         if sent == x.rank:
             return own
-        rest = rests.setdefault((module, sent), LowRank(x.b[:, sent:], x.a[sent:]))
+        rest = rests.setdefault((module, sent), _rest(x, sent))
         return Term(own.own, own.scaling, rest)
 
     return term
@@ -208,8 +238,21 @@ def _dialogue(state: ServerState, name: str, options: _Options) -> Dialogue:
     return spectral.dialogue(shape, _wanted(state, shape, options), template.seed, state.round_num, name, "spectral")
 
 
-def _conversation(talks: Mapping[str, Dialogue]) -> Conversation:
-    return _outcome((yield from spectral.together(talks)))
+def _conversation(state: ServerState, options: _Options) -> Conversation:
+    talks = {name: _dialogue(state, name, options) for name in state.modules}
+    return _pushed(state, _outcome((yield from spectral.together(talks))), options)
+
+
+def _pushed(state: ServerState, outcome: Outcome, options: _Options) -> Outcome:
+    """The outcome with the server's momentum."""
+    if options.momentum == 0:
+        return outcome
+
+    def limits(name: str) -> tuple[int, float | None]:
+        wanted = _wanted(state, state.template.modules[name], options)
+        return wanted.rank, wanted.tolerance
+
+    return extrapolated(state, outcome, options.momentum, limits)
 
 
 def _solve(state: ServerState, sums: Callable[[str], Sums], num_clients: int, options: _Options) -> dict[str, Found]:

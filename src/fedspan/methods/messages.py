@@ -26,12 +26,14 @@ class Template:
     """What is fixed for a whole run: the adapted modules, the server's rank, the scaling rule, the seed."""
 
     modules: Mapping[str, tuple[int, int]]
-    """Module name -> (m, n)."""
+    """Module name -> (m, n); where target weights are trained, their name among the dense weights -> their shape."""
     rank: int
     """The largest client rank: what the server keeps unless the method's options say otherwise."""
     alpha: float = 16.0
     rslora: bool = False
     seed: int = 0
+    num_clients: int = 0
+    """Of the run, whether they take part in a round or not; 0: unknown."""
 
     def scaling(self, rank: int) -> float:
         """s = α/r, or α/√r for rsLoRA (Kalajdzievski 2023, 2312.03732)."""
@@ -76,7 +78,8 @@ class GaloreOptions:
     rank: int = 8
     update_gap: int = 50
     scale: float = 1.0
-    svd: Literal["exact", "randomized"] = "randomized"
+    svd: Literal["exact", "randomized", "power"] = "randomized"
+    side: Literal["auto", "left", "right"] = "auto"
     on_refresh: Literal["keep", "project", "reset"] = "keep"
 
 
@@ -89,6 +92,34 @@ class Recipe:
     galore: GaloreOptions | None = None
     tail_penalty: tuple[float, int] | None = None
     """(λ, k): add λ·Σ ‖B[:, k:]‖_F ‖A[k:, :]‖_F to the loss (HetLoRA's rank self-pruning)."""
+    proximal: float = 0.0
+    """μ: add μ/2·Σ ‖x − x₀‖² over everything that is trained to the loss, x₀ being what was sent (FedProx)."""
+    confined: bool = False
+    """What is trained moves in subspaces alone, which the broadcasts that training starts from name."""
+    gradient: bool = False
+    """Nothing is trained: the answer is a gradient. Set by the round loop for the exchanges that ask for one."""
+    probe_batches: int = 1
+    """How many batches that gradient is the mean of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subspace:
+    """The directions in which one trained tensor X₀ (m, n) may move; the optimizer works on Z, which starts at 0.
+
+    Clipping and weight decay act on Z too.
+    """
+
+    basis: Tensor
+    """(m, q) on the left: X = X₀ + basis·Z.  (n, q) on the right: X = X₀ + Z·basisᵀ."""
+    side: Literal["left", "right"] = "left"
+
+    def coordinates(self, x: Tensor) -> Tensor:
+        """basisᵀ·X or X·basis: of a gradient, that of Z; of a step, with an orthonormal basis, Z."""
+        return self.basis.mT @ x if self.side == "left" else x @ self.basis
+
+    def expand(self, z: Tensor) -> Tensor:
+        """basis·Z or Z·basisᵀ."""
+        return self.basis @ z if self.side == "left" else z @ self.basis.mT
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +144,14 @@ class Broadcast:
     news: tuple[Mapping[str, Patch], ...] = ()
     """The part of `patch` that this client does not hold yet."""
     seeded: frozenset[str] = frozenset()
-    """Parts ("a", "b", "dense") that the client derives from the run's seed, so that they do not travel."""
+    """Parts ("a", "b", "dense", "subspaces") that the client has by itself, from the run's seed or from before, so
+    that they do not travel."""
+    correction: Tensors = field(default_factory=dict)
+    """By trained tensor: to be added to its gradient in every step, after clipping."""
+    subspaces: Mapping[str, Subspace] = field(default_factory=dict)
+    """By trained tensor ("MODULE/a", "MODULE/b" for factors): where alone it moves."""
+    moments: Tensors = field(default_factory=dict)
+    """By trained tensor: second moments of its projected gradients that the local optimizer starts from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +163,10 @@ class Update:
     modules: Mapping[str, Payload]
     dense: Tensors
     """Trained dense weights, absolute values."""
+    moments: Tensors = field(default_factory=dict)
+    """By trained tensor: the second moments that GaLore's local optimizer ended with, corrected for their start."""
+    rate_sum: float = 0.0
+    """Σ of the steps' learning rates. It stays on the site, and so do the moments unless the method sends them."""
 
     def factors(self, module: str) -> Factors:
         """The module's factor pair; a TypeError tells a method that was sent something else."""

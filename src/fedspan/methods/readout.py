@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,10 @@ from fedspan import lowrank
 from fedspan.lowrank import LowRank
 from fedspan.methods.messages import Broadcast, Factors, Template
 from fedspan.seeding import generator
+
+Balance = Literal["init", "even", "root"]
+FRESH = 1 / math.sqrt(3)
+"""The expected length of a row of a fresh A: n entries of variance 1/(3n)."""
 
 
 def fresh_a(template: Template, module: str, rank: int, round_num: int = 0) -> Tensor:
@@ -32,24 +37,29 @@ def fresh_adapter(template: Template, rank: int, round_num: int = 0) -> dict[str
 
 
 def leading_adapter(
-    template: Template, module: str, x: LowRank, rank: int, round_num: int, balanced: bool = True
+    template: Template, module: str, x: LowRank, rank: int, round_num: int, balance: Balance = "init"
 ) -> Factors:
     """The first `rank` directions of X = U·C as an adapter; U orthonormal, no row of C zero.
 
-    Where the rows of C are orthogonal, the longest first, this is the best rank-`rank` approximation of X, and
-    balanced: B = U_r Σ_r^½, A = Σ_r^½ V_rᵀ / s. Otherwise B = U_r, A = C_r / s.
+    Where the rows of C are orthogonal, the longest first, this is the best rank-`rank` approximation of X. Direction j,
+    of size σ_j = ‖C_j‖ and to be scaled by s, is shared out as b_j = β_j u_j, a_j = α_j C_j/σ_j with s α_j β_j = σ_j.
+    The product is the same for every α; how Adam goes on from it is not (docs/readout.md has figures).
 
     Where X has fewer directions than `rank`, the spare rows of A are fresh and the spare columns of B zero: the
     product is the same, and the adapter can still learn there (with both factors zero its gradient would vanish).
+
+    Parameters
+    ----------
+    balance
+        ``init``: α is the length of a freshly drawn row of A, so that old directions train on as new ones do.
+        ``even``: α = β = (σ/s)^½.  ``root``: β = σ^½, α = σ^½/s.
     """
     s = template.scaling(rank)
     keep = min(rank, x.rank)
     b, a = x.b[:, :keep], x.a[:keep]
-    if balanced:
-        root = torch.linalg.vector_norm(a, dim=1).sqrt()
-        b, a = b * root, a / (root * s)[:, None]
-    else:
-        b, a = b.clone(), a / s
+    size = torch.linalg.vector_norm(a, dim=1)
+    alpha = {"init": torch.full_like(size, FRESH), "even": (size / s).sqrt(), "root": size.sqrt() / s}[balance]
+    b, a = b * (size / (s * alpha)), a * (alpha / size)[:, None]
     if keep == rank:
         return Factors(b, a, s)
     spare = fresh_a(template, module, rank, round_num)[keep:].to(a)

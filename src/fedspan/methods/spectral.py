@@ -187,7 +187,7 @@ def _projectors(shape: tuple[int, int], wanted: Wanted, key: tuple[object, ...])
     second = [_beside(x.to(y), y) for x, y in zip(first, seen, strict=True)]
     again = yield tuple(Question(side, x, wanted.vote) for side, x in zip(sides, second, strict=True))
     blocks = zip(first, second, seen, again, strict=True)
-    u, *rest = (_nystrom(torch.cat([x.to(y), w], 1), torch.cat([y, z], 1), wanted.rank) for x, w, y, z in blocks)
+    u, *rest = (nystrom(torch.cat([x.to(y), w], 1), torch.cat([y, z], 1), wanted.rank) for x, w, y, z in blocks)
     probes = _gaussian(shape[0], _PROBES, *key, "probes").to(u)
     (answer,) = yield (Question("adjoint", torch.cat([u, probes], dim=1)),)
     c = answer[:, : u.shape[1]].mT  # Uᵀ T
@@ -221,7 +221,7 @@ def _orthonormal(y: Tensor) -> Tensor:
     return q
 
 
-def _nystrom(x: Tensor, y: Tensor, rank: int) -> Tensor:
+def nystrom(x: Tensor, y: Tensor, rank: int) -> Tensor:
     """The leading eigenvectors (m, ≤ rank) of a positive semi-definite S, by S ≈ Y (Xᵀ Y)⁺ Yᵀ with Y = S X."""
     h = (x.mT @ y).double()
     values, vectors = torch.linalg.eigh((h + h.mT) / 2)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedspan.models import quantised
 from fedspan.models.federated import FederatedModel, Trains
 from fedspan.models.layers import in_float32, is_conv1d, shape_of
-from fedspan.models.loading import Kind, load_base, seeded
+from fedspan.models.loading import Kind, head_names, load_base, seeded
 
 
 def build(
@@ -29,6 +30,7 @@ def build(
     label_names: tuple[str, ...] | None = None,
     regression: bool = False,
     pad_token_id: int | None = None,
+    quantise: str = "none",
 ) -> FederatedModel:
     """Load the base and attach what `trains` asks for.
 
@@ -36,14 +38,18 @@ def build(
     ----------
     pad_token_id
         What the batches are padded with; none: as the base's own configuration says.
+    quantise
+        What the base's linear layers are held in: `int8`, `nf4`, or `none` for `dtype` as everything else.
 
     Raises
     ------
     ValueError
-        When the base cannot be read, no layer matches `target_modules`, or a rank exceeds a layer's size.
+        When the base cannot be read or not be quantised, no layer matches `target_modules`, or a rank exceeds a
+        layer's size.
     """
+    quantised.check(quantise, trains)
     kept = dtype if trains == "adapter" else "float32"
-    base, new = load_base(name, kind, num_labels, kept, seed, label_names, regression, pad_token_id)
+    base, new = load_base(name, kind, num_labels, kept, seed, label_names, regression, pad_token_id, quantise)
     base.to(device)
     for parameter in base.parameters():
         parameter.requires_grad_(False)
@@ -81,10 +87,7 @@ def _heads(base: Any, kind: Kind, name: str, new: Collection[str]) -> tuple[str,
     ValueError
         When the files lack anything else: it would be random, and nothing would say so.
     """
-    heads: tuple[str, ...] = ()
-    if kind != "instruction":
-        beside = (child for child in base.named_children() if child[0] != base.base_model_prefix)
-        heads = tuple(name for name, child in beside if any(True for _ in child.parameters()))
+    heads = head_names(base, kind)
     lacking = sorted(n for n in new if not _within(n, heads))
     for parameter in lacking:
         if kind == "instruction" or "pooler" not in parameter.split("."):

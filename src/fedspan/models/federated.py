@@ -51,9 +51,51 @@ class FederatedModel:
         """Module name -> (m, n)."""
         return {name: shape_of(base_layer(layer)) for name, layer in self.layers.items()}
 
-    def template(self, rank: int, alpha: float, rslora: bool, seed: int) -> Template:
-        """What is fixed for a run over this model; without adapters there are no modules to speak of."""
-        return Template(self.modules() if self.trains == "adapter" else {}, rank, alpha, rslora, seed)
+    def template(self, rank: int, alpha: float, rslora: bool, seed: int, num_clients: int = 0) -> Template:
+        """What is fixed for a run over this model."""
+        modules = self.modules()
+        if self.trains != "adapter":
+            rows_columns = {name: self.dense_parameters[name].shape for name in sorted(self.projected)}
+            modules = {name: (rows, columns) for name, (rows, columns) in rows_columns.items()}
+        return Template(modules, rank, alpha, rslora, seed, num_clients)
+
+    def target_weights(self) -> dict[str, nn.Parameter]:
+        """The weights that a gradient is asked of: the base layers' by module, or the trained ones by their name.
+
+        Raises
+        ------
+        ValueError
+            For a base that is not held in floating point.
+        """
+        if self.trains != "adapter":
+            return {name: self.dense_parameters[name] for name in sorted(self.projected)}
+        weights = {name: base_layer(layer).weight for name, layer in self.layers.items()}
+        for name, weight in weights.items():
+            if not weight.is_floating_point():
+                raise ValueError(f"{name} is held as {weight.dtype}: expected a floating-point base for its gradient")
+        return weights
+
+    @contextmanager
+    def differentiable(self, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """These weights and nothing else gather gradients; afterwards there are none."""
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for weight in weights.values():
+                weight.requires_grad_(False)
+                weight.grad = None
+
+    def oriented(self, name: str, weight: nn.Parameter) -> Tensor:
+        """A copy of the gradient of a module's weight, in float32 on the CPU and of the template's shape."""
+        assert weight.grad is not None
+        grad = weight.grad.detach().float().cpu()
+        turned = self.trains == "adapter" and is_conv1d(base_layer(self.layers[name]))
+        return (grad.T if turned else grad).contiguous()
 
     def check(self, recipe: Recipe) -> None:
         """Raise a ValueError for a recipe that does not fit this model's layers."""

@@ -28,6 +28,8 @@ def base_layer(layer: Any) -> Any:
 
 def shape_of(layer: Any) -> tuple[int, int]:
     """(m, n) = (out_features, in_features), whichever way the layer stores its weight."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features  # a quantised weight has no such shape
     rows, columns = layer.weight.shape
     return (columns, rows) if is_conv1d(layer) else (rows, columns)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from fedspan.builtin import base_path
+from fedspan.models import quantised
 from fedspan.seeding import generator
 
 Kind = Literal["instruction", "classification", "image"]
@@ -92,6 +93,7 @@ def load_base(
     label_names: tuple[str, ...] | None,
     regression: bool,
     pad_token_id: int | None,
+    quantise: str = "none",
 ) -> tuple[Any, set[str]]:
     """The base in evaluation of its kind, and the names of parameters that its files did not hold."""
     import transformers
@@ -101,18 +103,54 @@ def load_base(
         "classification": transformers.AutoModelForSequenceClassification,
         "image": transformers.AutoModelForImageClassification,
     }[kind]
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    labels: dict[str, Any] = {}
     if kind != "instruction":
-        options |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+        labels["num_labels"] = num_labels
         if label_names:
-            options |= {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
+            labels |= {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
         if regression:
-            options["problem_type"] = "regression"
-    # A new head is drawn from the run's seed, the same for every method.
-    with quiet(), _reading(name), seeded(seed, "head"):
-        model, info = auto.from_pretrained(resolve(name), output_loading_info=True, use_safetensors=True, **options)
+            labels["problem_type"] = "regression"
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "ignore_mismatched_sizes": kind != "instruction"}
+    with quiet(), _reading(name):
+        config = transformers.AutoConfig.from_pretrained(resolve(name), **labels)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"model.name = {name!r}: its files are quantised already; expected float32, bfloat16 or float16 weights, "
+            f"which model.quantise = 'int8' or 'nf4' quantises as they are read"
+        )
+    with quiet(), _reading(name):
+        if quantise != "none":
+            options |= _quantised(auto, config, kind, quantise, options["dtype"])
+        # A new head is drawn from the run's seed, the same for every method.
+        with seeded(seed, "head"):
+            model, info = auto.from_pretrained(
+                resolve(name), config=config, output_loading_info=True, use_safetensors=True, **options
+            )
+    if quantise != "none":
+        quantised.take_over(model)
     if pad_token_id is not None:
         # A decoder classifies from the last token that is no padding, and knows padding by its id alone.
         model.config.pad_token_id = pad_token_id
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info.get("mismatched_keys", ())}
     return model, set(info["missing_keys"]) | mismatched
+
+
+def _quantised(auto: Any, config: Any, kind: Kind, quantise: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What has the base quantised while it is read: all of it but what is trained whole, and the output layer."""
+    from transformers import BitsAndBytesConfig
+
+    with seeded("skeleton"), torch.device("meta"):
+        skeleton = auto.from_config(config)
+    output = skeleton.get_output_embeddings()
+    whole = [name for name, layer in skeleton.named_modules() if layer is output or name.endswith("pooler")]
+    asked = quantised.settings(quantise, dtype, [*whole, *head_names(skeleton, kind)])
+    # On the CPU, so that the weights have the same bits whatever the run's device is.
+    return {"quantization_config": BitsAndBytesConfig(**asked), "device_map": {"": "cpu"}}
+
+
+def head_names(base: Any, kind: Kind) -> tuple[str, ...]:
+    """The modules beside the body of a classifier, which are trained whole."""
+    if kind == "instruction":
+        return ()
+    beside = (child for child in base.named_children() if child[0] != base.base_model_prefix)
+    return tuple(name for name, child in beside if any(True for _ in child.parameters()))

@@ -22,8 +22,8 @@ make it, against three products instead of one in every layer."""
 def merged(model: FederatedModel) -> Iterator[None]:
     """Run the model with W + s·B·A in one product, to rounding what its layers compute in three.
 
-    Nothing of the model is written to. A base in a coarser type keeps its adapters beside it, for the sum would be
-    rounded to that type; so do large bases, where the adapters' share is small and the copy is not.
+    Nothing of the model is written to. A base in a coarser type or in few bits keeps its adapters beside it, for the
+    sum would be rounded to that; so do large bases, where the adapters' share is small and the copy is not.
     """
     adapted = {name: base_layer(layer) for name, layer in model.layers.items()} if model.trains == "adapter" else {}
     small = sum(layer.weight.numel() for layer in adapted.values()) <= LARGEST

@@ -1,0 +1,99 @@
+"""The table of a run's diagnostics, and the same for programs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from rich.table import Table
+
+from fedspan.inspection.readings import readings
+from fedspan.inspection.record import Inspection, angle, percent
+
+MAX_ROWS = 20
+
+
+def as_json(run: Inspection) -> dict[str, Any]:
+    """Everything at once, for programs."""
+    rounds = [{"round_num": record["round_num"], **record["diagnostics"]} for record in run.rounds]
+    return {"folder": str(run.folder), "method": run.info.name, "rounds": rounds, "readings": readings(run)}
+
+
+def _plain(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+_COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
+    ("from ideal", "distance_from_ideal", percent),
+    ("from state + new", "distance_from_innovation", percent),
+    ("gauge", "gauge_sensitivity", percent),
+    ("cross terms", "cross_terms", percent),
+    ("eff. rank", "effective_rank", _plain),
+    ("stable rank", "stable_rank", _plain),
+    ("clients apart", "angle_clients_mean", angle),
+    ("to consensus", "angle_consensus", angle),
+    ("drift", "drift_mean", angle),
+    ("new rows", "row_space_escape", percent),
+    ("outside first A", "first_a_escape", percent),
+)
+
+
+def table(run: Inspection) -> Table:
+    """The main figures by round: every k-th where there are more than `MAX_ROWS`, and always the last one."""
+    out = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    columns = [column for column in _COLUMNS if run.known(column[1])]
+    ranks = run.ranks()
+    out.add_column("round", justify="right")
+    for heading, _, _ in columns:
+        out.add_column(heading, justify="right")
+    for rank in ranks:
+        out.add_column(f"rank {rank}", justify="right")
+    step = math.ceil(len(run.rounds) / MAX_ROWS)
+    shown = [r for k, r in enumerate(reversed(run.rounds)) if k % step == 0][::-1]
+    for record in shown:
+        found = record["diagnostics"]
+        losses = found.get("readout_loss") or {}
+        out.add_row(
+            str(record["round_num"]),
+            *(show(found.get(figure)) for _, figure, show in columns),
+            *(percent(losses.get(rank)) for rank in ranks),
+        )
+    return out
+
+
+_LEGEND: tuple[tuple[str, str, str], ...] = (
+    (
+        "distance_from_ideal",
+        "from ideal",
+        "what clients receive next against Σ p_k of what they ended with; rank r: the same at that rank",
+    ),
+    (
+        "distance_from_innovation",
+        "from state + new",
+        "the same against the server's old state plus what the clients added to what they were sent",
+    ),
+    (
+        "gauge_sensitivity",
+        "gauge",
+        "change of the result if every client's (B, A) were written as (B G, G⁻¹ A), condition 10",
+    ),
+    ("cross_terms", "cross terms", "what averaging A and B separately would lose on these very updates"),
+    (
+        "effective_rank",
+        "eff., stable rank",
+        "directions that the energy of the whole change of the base is spread over; ‖X‖² / σ₁²",
+    ),
+    ("angle_clients_mean", "clients apart", "mean principal angle between two clients' column spaces"),
+    ("angle_consensus", "to consensus", "from a client's column space to the leading directions of their mean"),
+    ("drift_mean", "drift", "of the leading directions of the whole change, in this round"),
+    ("row_space_escape", "new rows", "share of the change's energy outside the row space of the change before"),
+    ("first_a_escape", "outside first A", "share of the change's energy outside the row space of the run's first A"),
+)
+
+
+def legend(run: Inspection) -> str:
+    """What the columns of the table mean."""
+    lines = [(heading, text) for figure, heading, text in _LEGEND if run.known(figure)]
+    width = max((len(heading) for heading, _ in lines), default=0)
+    return "\n".join(f"{heading:<{width}}  {text}" for heading, text in lines)

@@ -1,0 +1,181 @@
+"""Fed-SB: a small square core between two fixed bases is all that is trained and averaged.
+
+Shapes: B (m, r), V (n, r); R (r, r); A = R Vᵀ (r, n); the probe Ω (n, r + 8), the range Q (m, r + 8).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedspan import lowrank
+from fedspan.methods.base import Direct, Method, MethodInfo, ServerState, advance
+from fedspan.methods.fedit import check_rank
+from fedspan.methods.folds import SUM, Exchange, Partial
+from fedspan.methods.messages import (
+    Broadcast,
+    ClientState,
+    Diagnostics,
+    Factors,
+    Recipe,
+    Request,
+    Subspace,
+    Template,
+    Tensors,
+    Update,
+    Vector,
+)
+from fedspan.methods.patches import PatchLog
+from fedspan.methods.readout import fresh_adapter
+from fedspan.seeding import generator
+
+_OVERSAMPLING = 8
+_ESTIMATE = 2
+"""Exchanges of the first round before training: the range of the mean gradient, then the gradient in it."""
+
+
+def fed_sb(first_step: float = 0.0, probe_batches: int = 4) -> Method:
+    """Fed-SB: ΔW = s B R Vᵀ with B and V fixed for the whole run; clients train R alone, and R̄ = Σ p_k R_k is exact.
+
+    B and V hold the first r left and right singular vectors of the clients' mean gradient G at the start, from two
+    sums: Y = Σ p_k G_k Ω, and Z = Σ p_k G_kᵀ Q with Q = orth(Y); then G ≈ Q Zᵀ. Afterwards r² numbers per module travel
+    either way, however many clients there are; but what can be learnt stays inside those two spaces for ever.
+
+    Source: Singhal et al. 2025, "Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in
+    (Private) Federated LoRA Fine-Tuning" (2502.15436), with the initialisation of LoRA-SB (Ponkshe et al. 2024,
+    2411.19557).
+    Differences: the bases come from a randomized range finder on the mean gradient, where LoRA-SB decomposes the first
+    step of full fine-tuning (under AdamW the gradient's signs) densely; R starts at zero, so that the first model is
+    the base, where LoRA-SB starts from that step's singular values (see `first_step`).
+
+    B and V travel once, to a client's first training; `Broadcast.news` holds the core that the adapter is made of
+    afterwards. Ranks above a layer's narrower side leave the spare directions empty.
+
+    Parameters
+    ----------
+    first_step
+        η of a gradient step W − η G that R starts from, at rank r: s R = −η Σ_r. 0: R = 0.
+    probe_batches
+        Batches whose mean gradient a client sketches.
+    """
+    if not first_step >= 0:
+        raise ValueError(f"method.first_step = {first_step}: expected at least 0")
+    if probe_batches < 1:
+        raise ValueError(f"method.probe_batches = {probe_batches}: expected at least 1")
+
+    def init(template: Template, dense: Tensors) -> ServerState:
+        return ServerState(template, {}, dense)
+
+    def broadcast(state: ServerState, request: Request) -> Broadcast:
+        check_rank(state, request)
+        recipe = Recipe(train_b=False, confined=True, probe_batches=probe_batches)
+        # Heads go with the first exchange of a round.
+        told = frozenset({"dense"} if state.exchange and state.round_num == 0 else ())
+        if state.round_num or state.exchange == _ESTIMATE:
+            return _training(state, request, recipe, told)
+        # ΔW = 0: gradients are asked at the base. The first probe is drawn from the run's seed.
+        start = Broadcast(fresh_adapter(state.template, state.template.rank), state.dense, recipe)
+        first = frozenset({"a", "b"} if state.exchange else {"a", "b", "subspaces"})
+        return replace(
+            start, seeded=first | told, subspaces={name: _probe(state, name) for name in state.template.modules}
+        )
+
+    def encode(update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[Update, ClientState | None]:
+        modules = {name: Vector(_answer(update, sent, name)) for name in update.modules}
+        return replace(update, modules=modules), kept
+
+    def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
+        means = {name: partial.mean(name) for name in state.template.modules}
+        if state.round_num == 0 and state.exchange == 0:
+            found = {name: {"range": torch.linalg.qr(mean["sketch"])[0]} for name, mean in means.items()}
+            return replace(state, modules=found), {}
+        if state.round_num == 0 and state.exchange == 1:
+            bases = {name: _bases(state, name, mean["sketch"], first_step) for name, mean in means.items()}
+            # From now on a client that has trained, and so has seen version 1, holds the bases.
+            return replace(state, modules=bases, patches=PatchLog({}, version=1)), {}
+        modules = {name: {**held, "core": means[name]["core"]} for name, held in state.modules.items()}
+        return advance(state, modules=modules, dense=partial.mean_dense()), {}
+
+    return Method(
+        info=MethodInfo(
+            name="fed_sb",
+            title="Fed-SB",
+            paper="2502.15436",
+            exact=True,
+            gauge_invariant=True,
+            hetero_rank=False,
+            traffic_up="rr",
+            traffic_down="rr",
+        ),
+        init=init,
+        broadcast=broadcast,
+        finish=finish,
+        exchanges=(Exchange(SUM, "gradient", every=0), Exchange(SUM, "again", every=0), Exchange(SUM)),
+        encode=encode,
+        vector=Direct(_read, _write),
+    )
+
+
+def _training(state: ServerState, request: Request, recipe: Recipe, told: frozenset[str]) -> Broadcast:
+    s = state.template.scaling(state.template.rank)
+    adapter = {name: Factors(t["b"], t["core"] / s @ t["v"].mT, s) for name, t in state.modules.items()}
+    spaces = {f"{name}/a": Subspace(t["v"], "right") for name, t in state.modules.items()}
+    cores = {name: t["core"] for name, t in state.modules.items()}
+    return Broadcast(
+        adapter,
+        state.dense,
+        recipe,
+        # Nobody needs to be told of a zero.
+        news=(cores,) if any(bool(core.any()) for core in cores.values()) else (),
+        seeded=told | {"a"} | ({"b", "subspaces"} if request.seen else frozenset()),
+        subspaces=spaces,
+    )
+
+
+def _probe(state: ServerState, name: str) -> Subspace:
+    """Where the mean gradient is looked at: on Ω from the right, then on the range it was seen to have."""
+    if state.exchange:
+        return Subspace(state.modules[name]["range"], "left")
+    m, n = state.template.modules[name]
+    width = min(state.template.rank + _OVERSAMPLING, m, n)
+    return Subspace(torch.randn((n, width), generator=generator(state.template.seed, "fed_sb", name)), "right")
+
+
+def _answer(update: Update, sent: Broadcast, name: str) -> Tensors:
+    """A gradient's coordinates in what was asked about; or s R, the adapter's coordinates between B and V."""
+    payload = update.modules[name]
+    if isinstance(payload, Vector):
+        grad = lowrank.promote(payload.values["gradient"])
+        asked = sent.subspaces[name]
+        return {"sketch": replace(asked, basis=asked.basis.to(grad)).coordinates(grad)}
+    b, v = sent.adapter[name].b, sent.subspaces[f"{name}/a"].basis
+    if payload.rank != b.shape[1]:
+        raise ValueError(f"an adapter of rank {payload.rank}: expected rank {b.shape[1]} for every client")
+    delta = payload.delta()
+    return {"core": (b.to(delta.b).mT @ delta.b) @ (delta.a @ v.to(delta.a))}
+
+
+def _bases(state: ServerState, name: str, coordinates: Tensor, first_step: float) -> Tensors:
+    """B, V and s R from the mean gradient Q·C, C (r + 8, n)."""
+    q, rank = state.modules[name]["range"].to(coordinates), state.template.rank
+    u, sigma, vh = torch.linalg.svd(coordinates, full_matrices=False)
+
+    def padded(x: Tensor) -> Tensor:
+        kept = x[:, :rank]
+        return torch.cat([kept, kept.new_zeros((len(kept), rank - kept.shape[1]))], dim=1)
+
+    core = torch.zeros((rank, rank), dtype=sigma.dtype)
+    core.diagonal()[: len(sigma)] = -first_step * sigma[:rank]
+    return {"b": padded(q @ u), "v": padded(vh.mT), "core": core}
+
+
+def _read(state: ServerState) -> Tensors:
+    """s·R of every module, between bases that are everybody's, and the heads."""
+    return {**state.dense, **{f"{name}/core": t["core"] for name, t in state.modules.items() if "core" in t}}
+
+
+def _write(state: ServerState, values: Tensors) -> ServerState:
+    modules = {name: {**t, "core": values[f"{name}/core"]} for name, t in state.modules.items()}
+    return replace(state, modules=modules, dense={name: values[name] for name in state.dense})

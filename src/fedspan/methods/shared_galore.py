@@ -1,0 +1,277 @@
+"""Shared-projector GaLore: everybody trains in one gradient subspace and sends its coordinates alone.
+
+Shapes: W and its gradient G (m, n), turned so that m ≤ n; P (m, r); Z (r, n); the probe Ω (m, r + 8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedspan import lowrank
+from fedspan.galore import projector, takes_left
+from fedspan.lowrank import LowRank
+from fedspan.methods.base import Direct, Method, MethodInfo, ServerState, advance
+from fedspan.methods.folds import SUM, Exchange, Partial
+from fedspan.methods.messages import (
+    Broadcast,
+    ClientState,
+    Diagnostics,
+    Recipe,
+    Request,
+    Subspace,
+    Template,
+    Tensors,
+    Update,
+    Vector,
+)
+from fedspan.methods.patches import Patch, PatchLog, patch_sum
+from fedspan.methods.spectral import nystrom
+from fedspan.seeding import generator
+
+Basis = Literal["projector", "energy", "seeded"]
+_OVERSAMPLING = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    rank: int
+    refresh: int
+    basis: Basis
+    repeats: int
+    scale: float
+    probe_batches: int
+    svd: Literal["exact", "randomized"]
+
+
+def shared_galore(
+    rank: int = 8,
+    refresh: int = 1,
+    basis: Basis = "projector",
+    repeats: int = 1,
+    scale: float = 1.0,
+    probe_batches: int = 2,
+    svd: Literal["exact", "randomized"] = "randomized",
+) -> Method:
+    """Shared-projector GaLore: one consensus gradient subspace P for all clients; only coordinates in it travel.
+
+    At a refresh every client sends the sketch Q_k Q_kᵀ Ω of its gradient G_k, Q_k being the top-r left singular vectors
+    of G_k, and P becomes the leading eigenvectors of Σ p_k Q_k Q_kᵀ. Then each trains W + P Z_k, by Adam on Z_k, and
+
+        W ← W + P Σ p_k Z_k.
+
+    Exact, because W_k − W = P Z_k; linear, so that sums are all that the server needs; r·n numbers up instead of m·n;
+    and the rank of what was learnt grows with every refresh, as that of a LoRA adapter never does.
+
+    Source: ours: GaLore (Zhao et al. 2024, 2403.03507) in a consensus subspace as GLoRA has one of updates (Chen et al.
+    2026, 2605.06733), here of gradients.
+    Differences: unlike GaLore inside a client (`fedftg`), the projector is common to all and changes between rounds
+    alone, and Adam starts afresh with it.
+
+    The weights are not sent again: a client that took part in the last round fetches the Σ p_k Z_k it led to, one
+    that was away every P Σ p_k Z_k that it missed, or their sum where that is smaller (`PatchLog`).
+
+    Parameters
+    ----------
+    rank
+        r; a layer with a narrower side is trained whole.
+    refresh
+        Rounds that one subspace serves.
+    basis
+        `projector`: every client's subspace counts by its weight alone. `energy`: eigenvectors of Σ p_k G_k G_kᵀ, where
+        a client with larger gradients counts for more. `seeded`: random directions from the run's seed; no client is
+        asked for a gradient, and P does not travel.
+    repeats
+        Power iterations on the clients' sum; each costs their sketches once more.
+    scale
+        Factor on the trained step (α in GaLore).
+    probe_batches
+        Batches whose mean gradient is sketched.
+    svd
+        How a client finds its Q_k, exactly or nearly.
+    """
+    o = _Options(rank, refresh, basis, repeats, scale, probe_batches, svd)
+    for name, least in (("rank", 1), ("refresh", 1), ("repeats", 0), ("probe_batches", 1)):
+        if getattr(o, name) < least:
+            raise ValueError(f"method.{name} = {getattr(o, name)}: expected at least {least}")
+    if not scale > 0:
+        raise ValueError(f"method.scale = {scale}: expected more than 0")
+    ask: list[Exchange] = []
+    if basis != "seeded":
+        ask = [Exchange(SUM, "gradient", refresh), *[Exchange(SUM, "again", refresh)] * repeats]
+
+    def broadcast(state: ServerState, request: Request) -> Broadcast:
+        names = state.template.modules
+        asking = bool(ask) and ask[0].due(state.round_num) and state.exchange < len(ask)
+        first = not ask or not ask[0].due(state.round_num) or state.exchange == 0
+        sent = Broadcast({}, state.dense, Recipe(confined=True, probe_batches=probe_batches))
+        if asking:
+            spaces = {name: Subspace(_probe(state, name, o), _side(state.template, name)) for name in names}
+            held = state.exchange == 0  # the first probe is drawn from the run's seed
+        else:
+            spaces = {name: _space(state, name, o) for name in names}
+            # Whoever took part since this subspace was made holds it.
+            held = basis == "seeded" or request.seen >= _log(state).version - state.round_num % refresh
+        known = frozenset({"subspaces"} if held else ()) | (frozenset(names) if first else {"dense"})
+        news = _news(_log(state), request.seen, basis == "seeded") if first else ()
+        return replace(sent, subspaces=spaces, seeded=known, news=news)
+
+    def encode(update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[Update, ClientState | None]:
+        if update.modules:
+            spaces = sent.subspaces
+            sketches = {name: Vector({"sketch": _sketch(_gradient(update, name), x, o)}) for name, x in spaces.items()}
+            return replace(update, modules=sketches), kept
+        moved = {}
+        for name, x in sent.subspaces.items():
+            step = lowrank.promote(update.dense[name]) - lowrank.promote(sent.dense[name])
+            # The columns of the basis are as long as the scale.
+            moved[name] = Vector({"z": x.coordinates(step) / scale**2})
+        rest = {name: value for name, value in update.dense.items() if name not in moved}
+        return replace(update, modules=moved, dense=rest), kept
+
+    def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
+        if state.exchange < len(ask):
+            return _estimate(state, partial, o, last=state.exchange == len(ask) - 1), {}
+        dense, steps = dict(partial.mean_dense()), {}
+        for name in state.template.modules:
+            x, z = _space(state, name, o), partial.mean(name)["z"]
+            steps[name] = LowRank(x.basis, z) if x.side == "left" else LowRank(z, x.basis.mT)
+            dense[name] = lowrank.promote(state.dense[name]) + x.expand(z)
+        return advance(state, dense=dense, patches=_log(state).append(steps)), {}
+
+    return Method(
+        info=_info(o),
+        init=_init,
+        broadcast=broadcast,
+        finish=finish,
+        exchanges=(*ask, Exchange(SUM)),
+        encode=encode,
+        vector=Direct(read=lambda state: state.dense, write=_write),
+    )
+
+
+def _info(o: _Options) -> MethodInfo:
+    up, down = ["r max(m,n)"], ["r max(m,n)"]
+    if o.basis != "seeded":
+        up.append(f"{1 + o.repeats}(r+{_OVERSAMPLING})min(m,n)")
+        down.append("r min(m,n)")
+        down += [f"{o.repeats}(r+{_OVERSAMPLING})min(m,n)"] if o.repeats else []
+    return MethodInfo(
+        name="shared_galore",
+        title="Shared-projector GaLore",
+        paper="ours (2403.03507 + 2605.06733)",
+        exact=True,
+        gauge_invariant=True,
+        hetero_rank=True,
+        traffic_up=" + ".join(up),
+        traffic_down=" + ".join(down),
+        trains="targets",
+    )
+
+
+def _init(template: Template, dense: Tensors) -> ServerState:
+    # A client that was never told anything has seen version 0; version 1 is the base that every site has.
+    return ServerState(template, {}, dense, patches=PatchLog({}, version=1))
+
+
+def _log(state: ServerState) -> PatchLog:
+    assert state.patches is not None
+    return state.patches
+
+
+def _side(template: Template, name: str) -> Literal["left", "right"]:
+    return "left" if takes_left(template.modules[name]) else "right"
+
+
+def _drawn(state: ServerState, name: str, columns: int, *key: object) -> Tensor:
+    """Orthonormal columns (m, ≤ columns) from the run's seed."""
+    short = min(state.template.modules[name])
+    rng = generator(state.template.seed, "shared_galore", name, *key)
+    normal = torch.randn((short, min(columns, short)), generator=rng, dtype=torch.float64)
+    q: Tensor = torch.linalg.qr(normal)[0]
+    return q.to(lowrank.promote(state.dense[name]))
+
+
+def _probe(state: ServerState, name: str, o: _Options) -> Tensor:
+    """Ω: at random first, then where the last sum pointed."""
+    if state.exchange:
+        return state.modules[name]["probe"]
+    return _drawn(state, name, o.rank + _OVERSAMPLING, state.round_num, "probe")
+
+
+def _space(state: ServerState, name: str, o: _Options) -> Subspace:
+    """Where clients train: P, its columns as long as the scale."""
+    if o.basis == "seeded":
+        p = _drawn(state, name, o.rank, state.round_num // o.refresh, "basis")
+    else:
+        p = state.modules[name]["basis"]
+    return Subspace(p * o.scale, _side(state.template, name))
+
+
+def _gradient(update: Update, name: str) -> Tensor:
+    payload = update.modules[name]
+    assert isinstance(payload, Vector)
+    return lowrank.promote(payload.values["gradient"])
+
+
+def _sketch(grad: Tensor, asked: Subspace, o: _Options) -> Tensor:
+    """Q Qᵀ Ω, or G Gᵀ Ω (m, r + 8), of a client's gradient G."""
+    turned = grad if asked.side == "left" else grad.mT
+    omega = asked.basis.to(turned)
+    if o.basis == "energy":
+        return turned @ (turned.mT @ omega)
+    near = projector(turned, min(o.rank, *turned.shape), o.svd, generator("shared_galore", "sketch"))
+    u, s, _ = torch.linalg.svd(near.mT @ turned, full_matrices=False)
+    # A gradient of smaller rank has no say about the other directions.
+    q: Tensor = near @ u[:, lowrank.above_rounding(s, float(turned.norm()))]
+    return q @ (q.mT @ omega)
+
+
+def _estimate(state: ServerState, partial: Partial, o: _Options, last: bool) -> ServerState:
+    """The next probe, or in the end P, from Y = S Ω with S the clients' positive semi-definite sum."""
+    found: dict[str, Tensors] = {}
+    for name, shape in state.template.modules.items():
+        y = partial.mean(name)["sketch"]
+        if not last:
+            found[name] = {"probe": torch.linalg.qr(y)[0]}
+            continue
+        rank = min(o.rank, *shape)
+        p = nystrom(_probe(state, name, o).to(y), y, rank)
+        # Where the clients name fewer directions than r, the spare ones are random: they can still learn.
+        spare = _drawn(state, name, rank, state.round_num, "spare").to(y)
+        more = torch.linalg.qr(torch.cat([p, spare], dim=1))[0][:, p.shape[1] : rank]
+        found[name] = {"basis": torch.cat([p, more], dim=1)}
+    return replace(state, modules=found)
+
+
+def _news(log: PatchLog, seen: int, seeded: bool) -> tuple[Mapping[str, Patch], ...]:
+    """What a client must fetch to hold the weights: coordinates alone for the subspaces that it holds or can draw."""
+    news, missed = log.since(seen), log.version - seen
+    if missed > len(log.increments) or not (seeded or missed == 1):
+        return news
+    return tuple({name: _coordinates(patch) for name, patch in increment.items()} for increment in news)
+
+
+def _coordinates(patch: Patch) -> Patch:
+    """Z of P Z (or of Z Pᵀ)."""
+    if not isinstance(patch, LowRank):
+        return patch
+    return patch.a if takes_left(patch.shape) else patch.b
+
+
+def _write(state: ServerState, values: Tensors) -> ServerState:
+    """The state with other weights. What they differ by lies in no subspace, so it joins the last increment densely."""
+    log = _log(state)
+    apart = {name: values[name] - state.dense[name] for name in state.template.modules}
+    apart = {name: x for name, x in apart.items() if bool(x.any())}
+    if apart:
+        total, *rest = (
+            {**held, **{name: patch_sum(held.get(name), x) for name, x in apart.items()}}
+            for held in (log.total, *log.increments[-1:])
+        )
+        log = PatchLog(total, log.version, (*log.increments[:-1], *rest))
+    return replace(state, dense=values, patches=log)

@@ -1,0 +1,135 @@
+"""Every method through whole runs on tiny real models: equal and mixed ranks, partial participation, a client that was
+away and comes back, interruption and resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_run import NAMES, Stop, StopAt, check_folder, same_outcome, strict, trains
+
+from fedspan.config import Config
+from fedspan.demands import chosen
+from fedspan.diagnostics import FIGURES
+from fedspan.federation import participants
+from fedspan.methods import METHODS
+from fedspan.methods.messages import Broadcast
+from fedspan.runs import resume, run
+from fedspan.train import Assignment, LocalResult
+
+MIXED = [name for name in NAMES if METHODS[name]().info.hetero_rank and not METHODS[name]().info.pooled]
+KEEPS = {"local", "fedsa_lora", "hetlora", "scaffold"}
+"""Methods whose clients keep something of their own between their rounds."""
+
+
+def equal(base: Path, texts: Path, name: str, **sections: Any) -> Config:
+    """Four clients of rank 4, half of them in each of four rounds."""
+    federation = {"rounds": 4, "participation": 0.5, "num_clients": 4, "ranks": 4}
+    return tiny.config(base, texts, name, **{"federation": federation, "evaluation": {"every": 4}, **sections})
+
+
+def back_after_absence(config: Config) -> list[tuple[int, int, str]]:
+    """(round, round of its last part, client) of every client that missed at least one round in between."""
+    clients = [*range(config.federation.num_clients)]
+    drawn = [set(participants(config, clients, r)) for r in range(config.federation.rounds)]
+    found = []
+    for k in clients:
+        rounds = [r for r, who in enumerate(drawn) if k in who]
+        found += [(b, a, f"client-{k}") for a, b in zip(rounds, rounds[1:], strict=False) if b > a + 1]
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_ranks_partial_participation_and_coming_back(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    config = equal(bases["bert"], texts, name)
+    told: dict[tuple[int, str], Broadcast] = {}
+    learnt: dict[tuple[int, str], LocalResult] = {}
+
+    def note(assignment: Assignment, result: LocalResult, round_num: int) -> LocalResult:
+        if not assignment.broadcast.recipe.gradient:
+            told[round_num, assignment.client_id] = assignment.broadcast
+            learnt[round_num, assignment.client_id] = result
+        return result
+
+    tiny.intercept(monkeypatch, note)
+    result = run(config, tmp_path / "run")
+    check_folder(result, config)
+    for record in result.history:
+        assert record["optimizer_bytes"] > 0 or config.local.optimizer == "sgd"
+        assert set(record["diagnostics"]) >= set(FIGURES)
+    info = chosen(config).info
+    if info.pooled:
+        assert {client for _, client in told} == {"all"}
+        return
+    returned = back_after_absence(config)
+    assert returned, "the schedule holds no client that was away: choose another seed"
+    for now, last, client in returned:
+        others = [c for r, c in told if r == now and c != client]
+        mine, (other,) = told[now, client], others
+        if name not in KEEPS:
+            # Whoever was away starts from the very same place as whoever was not.
+            same_start(mine, told[now, other])
+        elif name in ("local", "fedsa_lora"):
+            own = learnt[last, client].update
+            for module, f in mine.adapter.items():
+                assert torch.equal(f.b, own.factors(module).b), "what it kept is lost"
+                assert name != "local" or torch.equal(f.a, own.factors(module).a)
+
+
+def same_start(x: Broadcast, y: Broadcast) -> None:
+    tiny.same_adapter(x.adapter, y.adapter)
+    tiny.same(x.dense, y.dense)
+    tiny.same(x.moments, y.moments)
+    assert x.patch.keys() == y.patch.keys()
+    assert x.recipe == y.recipe
+    tiny.same({n: s.basis for n, s in x.subspaces.items()}, {n: s.basis for n, s in y.subspaces.items()})
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_ranks(bases: dict[str, Path], instructions: Path, tmp_path: Path, name: str) -> None:
+    """And says what unseen tasks, each rank and the clients' own data get out of it."""
+    config = tiny.config(
+        bases["llama"],
+        instructions,
+        name,
+        data={"field_column": "task", "unseen_values": ["cross"], "client_holdout": 0.2},
+        federation={"ranks": [1, 8, 2, 4], "partition": "by_field"},
+    )
+    result = run(config, tmp_path / "run")
+    check_folder(result, config)
+    summary = result.summary
+    assert summary["metric"] == "rouge_l"
+    if METHODS[name]().info.personalised:
+        assert summary["local"] == summary["federated"] or not METHODS[name]().info.alone
+        return
+    assert set(summary["metrics"]["unseen"]) == {"loss", "rouge_l", "exact_match"}
+    assert set(summary["metrics"]["own_data"]) == {"loss", "rouge_l", "exact_match"}
+    if trains(name) == "adapter":
+        assert set(summary["per_rank"]) == {"1", "2", "4", "8"}
+        per_rank = summary["metrics"]["per_rank"]
+        mean = sum(per_rank[r]["loss"] for r in (1, 8, 2, 4)) / 4
+        assert summary["metrics"]["clients"]["loss"] == pytest.approx(mean)
+        if name not in ("flora", "glora_plus"):  # whose clients all receive everything
+            assert len({figures["loss"] for figures in per_rank.values()}) > 1
+    else:
+        assert summary["metrics"]["clients"] == summary["metrics"]["server"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_interrupted_and_resumed_is_uninterrupted(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, name: str
+) -> None:
+    config = equal(bases["bert"], texts, name, federation={"rounds": 3}, adapter={"dropout": 0.2})
+    run(config, tmp_path / "whole")
+    out = tmp_path / "stopped"
+    with pytest.raises(Stop, match="client|round"):
+        run(config, out, StopAt(6))
+    resume(out)
+    same_outcome(tmp_path / "whole", out)
+    records = [strict(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["round_num"] for record in records] == [1, 2, 3]

@@ -1,9 +1,10 @@
 """Put the benchmark data into the shapes that `fedspan run` reads: python benchmarks/prepare.py --data ../shared/data
 
 superni/{train,test,unseen}.jsonl: each row carries its task's instruction; rows short enough for the small base, one
-task of each category in turn. superni50: the same with 50 training tasks. mri/{train,test,official}.npz: a fifth of the training images held out as test data, and
-the official test images that are no copies of training images. The official ones differ from the training images
-(their mean brightness is 64 against 46), so they are kept as a second figure, under a shift, and not as the first.
+task of each category in turn. superni50: the same with 50 training tasks. mri/{train,test,official}.npz: a fifth of
+the training images held out as test data, and the official test images that are no copies of training images. The
+official ones differ from the training images (their mean brightness is 64 against 46), so they are kept as a second
+figure, under a shift, and not as the first.
 """
 
 from __future__ import annotations

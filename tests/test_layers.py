@@ -14,19 +14,20 @@ PACKAGE = Path(fedspan.__file__).parent
 
 # From the bottom up. A file imports from lower layers only; a folder is one unit, without cycles inside.
 LAYERS = (
-    {"naming", "seeding", "parallel", "lowrank", "builtin"},
-    {"subspace", "partition", "metrics", "config"},
-    {"methods", "galore"},
-    {"adapters", "data", "wire"},
+    {"naming", "seeding", "parallel", "memory", "lowrank", "builtin"},
+    {"subspace", "partition", "metrics", "config", "galore"},
+    {"methods"},
+    {"adapters", "data", "wire", "traffic"},
     {"models", "checkpoint", "compatibility"},
-    {"federation", "evaluate", "train", "merging", "spool", "processes"},
-    {"cohort", "streaming", "luggage"},
+    {"demands", "evaluate", "train", "merging", "spool", "processes"},
+    {"federation", "cohort", "streaming", "luggage"},
     {"workers", "rounds"},
+    {"diagnostics"},
     {"engine"},
     {"runs"},
     {"progress", "arguments"},
     {"report"},
-    {"bench"},
+    {"inspection", "bench"},
     {"cli"},
     {"__main__"},
 )
@@ -35,8 +36,9 @@ DOORS = {
     "transformers": {"models.loading", "bench.peers"},
     "peft": {"models.build", "bench.peers"},
     "datasets": {"data.hub"},
-    "matplotlib": {"report", "bench.plot"},
-    "rich": {"cli", "progress", "report"},
+    "matplotlib": {"report", "bench.plot", "inspection.picture"},
+    "bitsandbytes": {"models.quantised"},
+    "rich": {"cli", "progress", "report", "inspection.display"},
     "typer": {"cli", "arguments"},
 }
 PICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}

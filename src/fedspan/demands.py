@@ -10,6 +10,7 @@ from fedspan import methods, partition
 from fedspan.config import Config
 from fedspan.methods.base import Method
 from fedspan.methods.server_optimizers import with_server_optimizer
+from fedspan.models import quantised
 
 
 def chosen(config: Config) -> Method:
@@ -24,10 +25,12 @@ def chosen(config: Config) -> Method:
     method = methods.create(config.method)
     s = config.server
     if s.optimizer != "none":
+        _check_vector(method)
         method = with_server_optimizer(method, s.optimizer, s.learning_rate, s.momentum, s.beta2, s.tau)
     _check_ranks(method, set(ranks(config)))
     _check_sums(method, config)
     _check_optimizer(method, config)
+    _check_base(method, config)
     return method
 
 
@@ -51,6 +54,15 @@ def _check_ranks(method: Method, asked: set[int]) -> None:
     )
 
 
+def _check_vector(method: Method) -> None:
+    if method.vector is None:
+        raise ValueError(
+            f"server.optimizer: {method.info.name} keeps no global model as one vector in coordinates that all clients "
+            f"share, and on factor pairs the result would depend on their gauge; "
+            f"methods that do: {_able(lambda m: m.vector is not None)}"
+        )
+
+
 def _check_sums(method: Method, config: Config) -> None:
     if config.federation.sums_only and not method.secure_sum:
         raise ValueError(
@@ -64,4 +76,13 @@ def _check_optimizer(method: Method, config: Config) -> None:
         raise ValueError(
             f"local.optimizer = '{config.local.optimizer}': {method.info.name} is correct with local SGD alone; "
             f"set local.optimizer = 'sgd', or ask for the heuristic with method.optimizer = 'adamw'"
+        )
+
+
+def _check_base(method: Method, config: Config) -> None:
+    quantised.check(config.model.quantise, method.info.trains)
+    if config.model.quantise != "none" and any(exchange.ask == "gradient" for exchange in method.exchanges):
+        raise ValueError(
+            f"model.quantise = '{config.model.quantise}': {method.info.name} asks for the gradient of the base's "
+            f"weights, which codes do not have; expected 'none'"
         )

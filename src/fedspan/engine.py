@@ -22,6 +22,7 @@ from fedspan.federation import Client, make_clients, participants, pooled
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, Request
 from fedspan.models import FederatedModel, build, load_processor
+from fedspan.models.quantised import base_size
 from fedspan.rounds import WINDOW, Standing, run_round
 from fedspan.train import Assignment, LocalResult, num_steps
 from fedspan.workers import Crew, Exam, Kit, count, crew
@@ -121,7 +122,6 @@ class Job:
     def announce(self, main: Federation) -> None:
         """The `start` event: what is about to run."""
         engine, reason = main.engine_used()
-        parameters = sum(p.numel() for p in self.model.model.parameters())
         adapter = sum(f.a.numel() + f.b.numel() for f in self.model.adapter().values())
         dense = sum(p.numel() for p in self.model.dense_parameters.values())
         self.emit(
@@ -134,7 +134,7 @@ class Job:
             ranks=[client.rank for client in self.clients],
             rounds=self.config.federation.rounds,
             out=str(self.out),
-            base_parameters=parameters - adapter,
+            base_parameters=base_size(self.model.model)[0],
             trained_parameters=adapter + dense,
             engine=engine,
             reason=reason,

@@ -15,7 +15,7 @@ from torch import nn
 from fedspan.config import Config, LocalConfig
 from fedspan.data import Encoded
 from fedspan.galore import GaloreAdamW
-from fedspan.methods.messages import Broadcast, Recipe, Update, Vector
+from fedspan.methods.messages import Broadcast, Update, Vector
 from fedspan.models import FederatedModel, seeded
 from fedspan.models.losses import client_losses
 from fedspan.seeding import generator

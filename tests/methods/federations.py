@@ -150,7 +150,7 @@ def build(
             name: _confined(value, sent.subspaces[name], draw) if name in sent.subspaces else draw(*value.shape)
             for name, value in sent.dense.items()
         }
-        updates.append(Update(f"client{k}", count, factors, dense, _second_moments(sent, modules, draw)))
+        updates.append(Update(f"client{k}", count, factors, dense, _second_moments(sent, modules, draw), rate_sum=0.5))
     return Federation(method, template, state, tuple(updates), dtype, before)
 
 
@@ -265,13 +265,14 @@ def traffic(case: Case | Method, rank: int, **options: Any) -> tuple[int, int]:
 
 def _numel_up(update: Update) -> int:
     tensors = [*update.moments.values(), *(t for name, t in update.dense.items() if name != "head")]
-    for p in update.modules.values():
+    for p in (p for name, p in update.modules.items() if name != "head"):
         tensors += list(p.values.values()) if isinstance(p, Vector) else [p.a, p.b]
     return sum(t.numel() for t in tensors if t.numel() > 1)
 
 
 def _numel_down(sent: Broadcast) -> int:
-    total = sum(patch_numel(patch) for patch in sent.news) + numel(sent.correction) + numel(sent.moments)
+    total = sum(patch_numel(patch) for patch in sent.news) + numel(sent.moments)
+    total += sum(t.numel() for name, t in sent.correction.items() if name != "head")
     if "dense" not in sent.seeded:
         total += sum(t.numel() for name, t in sent.dense.items() if name not in {"head", *sent.seeded})
     if "subspaces" not in sent.seeded:

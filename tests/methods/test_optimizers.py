@@ -403,11 +403,9 @@ def test_it_acts_once_a_round_and_keeps_what_the_method_keeps() -> None:
 
 
 @pytest.mark.parametrize("factory", [fedit, glora, flora], ids=["fedit", "glora", "flora"])
-def test_on_factor_pairs_it_is_refused_with_the_names_of_those_it_is_for(factory: Callable[[], Method]) -> None:
-    with pytest.raises(ValueError, match=r"gauge\); expected one of .*ffa_lora") as refused:
+def test_on_factor_pairs_it_is_refused(factory: Callable[[], Method]) -> None:
+    with pytest.raises(ValueError, match="would depend on their gauge"):
         with_server_optimizer(factory(), "fedadam", 0.01)
-    assert "fedavg" in str(refused.value)
-    assert "fedit" not in str(refused.value).split("expected one of")[1]
 
 
 def test_what_the_refusal_is_about() -> None:

@@ -94,13 +94,16 @@ def with_server_optimizer(
     Raises
     ------
     ValueError
-        When the method has no such vector, naming those that do; for an option out of range.
+        When the method has no such vector; for an option out of range.
     """
     rate = (1.0 if kind == "fedavgm" else 0.01) if learning_rate is None else learning_rate
     rule = _Rule(kind, rate, momentum, beta2, tau)
     direct = method.vector
     if direct is None:
-        raise ValueError(_refusal(method, kind))
+        raise ValueError(
+            f"server optimizer {kind}: {method.info.title} does not keep its global model as one vector in coordinates "
+            f"that all clients share; on factor pairs the result would depend on their gauge"
+        )
 
     def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
         after, diagnostics = method.finish(state, partial)
@@ -122,16 +125,6 @@ def with_server_optimizer(
     info = replace(method.info, title=f"{method.info.title} + {_TITLES[kind]}", exact=False)
     # One optimizer is enough, and what a conversation ends with would not pass through this one.
     return replace(method, info=info, finish=finish, vector=None, converse=None)
-
-
-def _refusal(method: Method, kind: Kind) -> str:
-    from fedspan.methods import METHODS  # the table holds this file's own methods
-
-    able = ", ".join(name for name, factory in METHODS.items() if factory().vector is not None)
-    return (
-        f"server optimizer {kind}: {method.info.title} does not keep its global model as one vector in coordinates "
-        f"that all clients share (on factor pairs the result would depend on their gauge); expected one of {able}"
-    )
 
 
 def fedavgm(learning_rate: float = 1.0, momentum: float = 0.9, trains: Trains = "targets") -> Method:

@@ -28,9 +28,8 @@ KEPT = (
     "eval",
     "truncation_error",
     "optimizer_bytes",
-    "diagnostics",
 )
-"""What a line keeps of every round's record."""
+"""What a line keeps of every round's record, beside the diagnostics without their worst modules."""
 WIDEN = 1
 """How often a grid is widened by one step when its best rate sits at the edge."""
 
@@ -134,12 +133,26 @@ class Arm:
             "revision": self.loaded,
             "wall_seconds": round(time.perf_counter() - began, 1),
             "summary": result.summary,
-            "rounds": [{k: r[k] for k in KEPT if k in r} for r in result.history],
+            "rounds": [brief(record) for record in result.history],
         }
         with self.results.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(self.arm["name"], purpose, rate, seed, result.summary["federated"], line["wall_seconds"], flush=True)
         return line
+
+
+def brief(record: dict[str, Any]) -> dict[str, Any]:
+    """What a line keeps of a round's record; of the diagnostics four digits."""
+    kept = {k: record[k] for k in KEPT if k in record}
+    figures = {k: digits(v) for k, v in (record.get("diagnostics") or {}).items() if k != "worst"}
+    return {**kept, "diagnostics": figures} if figures else kept
+
+
+def digits(value: Any) -> Any:
+    """Four significant ones, in mappings too."""
+    if isinstance(value, dict):
+        return {k: digits(v) for k, v in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Make benchmarks/RESULTS.md and the README's table from the committed results: python benchmarks/table.py
+"""Make RESULTS.md, CLAIMS.md and the README's table from the committed results: python benchmarks/table.py
 
 Every figure comes from a line of a results.jsonl; nothing is typed by hand.
 """
@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import claims
 from run import read
 
 HERE = Path(__file__).parent
@@ -27,6 +28,7 @@ def main() -> None:
         lines = read(HERE / name / "results.jsonl")
         if lines:
             parts += [f"\n## {title}\n", *table(lines)]
+    (HERE / "CLAIMS.md").write_text(claims.main() + "\n")
     (HERE / "RESULTS.md").write_text("\n".join(parts) + "\n")
     readme = HERE.parent / "README.md"
     before, _, rest = readme.read_text().partition(BEGIN)

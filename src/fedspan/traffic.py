@@ -32,7 +32,8 @@ def payload_bytes(update: Update) -> int:
 
 def broadcast_bytes(broadcast: Broadcast) -> int:
     """Bytes of the tensors that travel to one client: what it can derive from the seed or holds already does not."""
-    total = 0 if "dense" in broadcast.seeded else _bytes(list(broadcast.dense.values()))
+    held = broadcast.dense.keys() if "dense" in broadcast.seeded else broadcast.seeded
+    total = _bytes([t for name, t in broadcast.dense.items() if name not in held])
     for factors in broadcast.adapter.values():
         total += _bytes([t for part, t in parts(factors) if part not in broadcast.seeded])
     if "subspaces" not in broadcast.seeded:

@@ -26,6 +26,7 @@ from federations import (
     received,
     regauged,
     served,
+    traffic,
     weighted_sum,
 )
 from hypothesis import given, settings
@@ -42,12 +43,19 @@ laws = settings(deadline=None, max_examples=12, derandomize=True)
 EXACT = [case for case in FEDERATED if case.info.exact]
 GAUGED = [case for case in ADAPTER if not case.frozen_a]
 """With A fixed for everybody there is no gauge to change."""
+PLAIN = [case for case in FEDERATED if case.id not in ("fedadam", "fedyogi")]
+"""Methods that average; an adaptive server optimizer's step has a size of its own."""
 SUMS = [case for case in CASES if case.make().secure_sum]
 
 
 def by_id(cases: list[Case], **tags: bool) -> pytest.MarkDecorator:
     chosen = [case for case in cases if all(getattr(case.info, tag) is value for tag, value in tags.items())]
     return pytest.mark.parametrize("case", chosen, ids=[case.id for case in chosen])
+
+
+def various(case: Case) -> tuple[int, ...]:
+    """Three ranks, different ones where the method takes them."""
+    return (1, 3, 5) if case.info.hetero_rank and case.info.trains == "adapter" else (3, 3, 3)
 
 
 def same_received(fed: Federation, other: Federation, tolerance: float | None = None) -> None:
@@ -74,8 +82,13 @@ def test_exact_methods_deliver_the_ideal_update(case: Case, dtype: torch.dtype) 
 @by_id(FEDERATED, exact=False)
 @pytest.mark.parametrize("seed", range(5))
 def test_the_others_visibly_do_not(case: Case, seed: int) -> None:
-    """A method not tagged exact differs from T on generic inputs by more than any rounding."""
-    fed = build(case, seed, ranks=(3, 3, 3), counts=(1, 2, 3))
+    """A method not tagged exact differs from T on generic inputs by more than any rounding, in its second round.
+
+    In its first a heavy ball has no speed yet, and the ranks are mixed where that is what makes the difference.
+    """
+    drawn = {"ranks": various(case), "counts": (1, 2, 3)}
+    first = build(case, seed, **drawn)
+    fed = build(case, seed + 100, **drawn, start=served(first)[0])
     assert distance(received(fed, served(fed)[0]), fed.ideal) > 0.05
 
 
@@ -113,14 +126,14 @@ def test_adversarial_scalings_of_the_factors_cancel(case: Case) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_averages_of_factors_visibly_move_under_a_gauge(case: Case, seed: int) -> None:
     """A method not tagged gauge-invariant changes when the clients merely re-factor the same updates."""
-    fed = build(case, seed, ranks=(3, 3, 3), counts=(1, 2, 3))
+    fed = build(case, seed, ranks=various(case), counts=(1, 2, 3))
     rng = np.random.default_rng(seed)
     other = regauged(fed, lambda k, rank: gauge(rng, rank, 10.0))
     assert_same(other.ideal, fed.ideal, 1e-12)
     assert distance(received(other, served(other)[0]), received(fed, served(fed)[0])) > 0.05
 
 
-@by_id(ADAPTER, gauge_invariant=False)
+@by_id([case for case in ADAPTER if case.id in ("fedit", "hetlora", "flora_na")])
 def test_a_gauge_common_to_all_clients_is_another_matter(case: Case) -> None:
     """FedIT's B̄Ā survives a G that all clients share; what breaks it is that each has its own."""
     fed = build(case, 1, ranks=(3, 3, 3), counts=(1, 2, 3))
@@ -180,7 +193,7 @@ def test_two_partial_servers_merge_into_one(case: Case) -> None:
     law()
 
 
-@by_id(CASES)
+@by_id([case for case in CASES if case in PLAIN or case not in FEDERATED])
 def test_one_client_reproduces_its_own_update(case: Case) -> None:
     """With a single participant every method, control and baseline gives back what that client learned."""
 
@@ -193,7 +206,7 @@ def test_one_client_reproduces_its_own_update(case: Case) -> None:
             again = fed.method.start(fed.method.broadcast(served(fed)[0], Request(None)), kept)
             own = {name: f.scaling * array(f.b) @ array(f.a) for name, f in again.adapter.items()}
             assert_same(own, fed.ideal, TOLERANCE[fed.dtype])
-            assert torch.equal(again.dense["head"], fed.updates[0].dense["head"])
+            torch.testing.assert_close(again.dense["head"], fed.updates[0].dense["head"])
             return
         state = served(fed)[0]
         assert_same(received(fed, state), fed.ideal, TOLERANCE[fed.dtype])
@@ -202,7 +215,7 @@ def test_one_client_reproduces_its_own_update(case: Case) -> None:
     law()
 
 
-@by_id(FEDERATED)
+@by_id(PLAIN)
 def test_identical_clients_reproduce_their_update(case: Case) -> None:
     """Where all agree, averaging anything in any way gives that."""
 
@@ -216,7 +229,7 @@ def test_identical_clients_reproduce_their_update(case: Case) -> None:
     law()
 
 
-@by_id(FEDERATED)
+@by_id(PLAIN)
 def test_heads_are_averaged_under_every_method(case: Case) -> None:
     """A new classification head is dense and averaged by the counts, whatever is done with the adapters."""
     fed = build(case, 4, ranks=(2, 2, 2), counts=(1, 10, 100))
@@ -260,14 +273,14 @@ def test_each_client_gets_its_own_rank(case: Case) -> None:
 
 @by_id(CASES)
 def test_the_start_is_the_base_itself(case: Case) -> None:
-    """Before the first round every adapter is ΔW = 0 (B = 0, A not), so nobody moves the base."""
+    """Before the first round every adapter is ΔW = 0, so nobody moves the base; one factor is not, so it can learn."""
     fed = build(case, ranks=(3,), counts=(1,))
     for rank in (None, 3):
         sent = fed.method.start(fed.method.broadcast(fed.state, Request(rank)), None)
         assert not sum(map(patch_numel, (sent.patch, *sent.news)))
         for f in sent.adapter.values():
-            assert not f.b.any()
-            assert f.a.any()
+            assert not (f.b @ f.a).any()
+            assert bool(f.b.any()) != bool(f.a.any())
 
 
 @by_id(SUMS)
@@ -304,13 +317,13 @@ def payload_tensors(payload: Payload) -> dict[str, torch.Tensor]:
 
 def evaluate(formula: str, **symbols: int) -> int:
     """A traffic formula such as r(m+n) + min((K-1)r(m+n), mn), juxtaposition being a product."""
-    tokens = re.findall(r"min|\d+|[a-zA-Z]|[-+(),]", formula)
+    tokens = re.findall(r"min|max|\d+|[a-zA-Z]|[-+(),]", formula)
     assert "".join(tokens) == formula.replace(" ", "")
     text = ""
     for before, token in zip(["", *tokens], tokens, strict=False):
-        joined = re.fullmatch(r"\d+|[a-zA-Z]|\)", before) and re.fullmatch(r"min|\d+|[a-zA-Z]|\(", token)
+        joined = re.fullmatch(r"\d+|[a-zA-Z]|\)", before) and re.fullmatch(r"min|max|\d+|[a-zA-Z]|\(", token)
         text += "*" * bool(joined) + (str(symbols[token]) if re.fullmatch(r"[a-zA-Z]", token) else token)
-    return int(eval(text, {"__builtins__": {}, "min": min}))
+    return int(eval(text, {"__builtins__": {}, "min": min, "max": max}))
 
 
 def test_formulas_are_read_as_products() -> None:
@@ -321,29 +334,18 @@ def test_formulas_are_read_as_products() -> None:
 
 
 @by_id(FEDERATED)
-@pytest.mark.parametrize("shape", [(24, 40), (12, 12)])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (12, 12)])
 def test_traffic_is_the_formula(case: Case, shape: tuple[int, int]) -> None:
-    """Numbers that leave the site, and numbers that go down less what the seed gives, as `MethodInfo` says.
+    """Numbers that a client sends and is sent in a round after one that it took part in, as `MethodInfo` says.
 
-    Scalars (scalings, HetLoRA's norm) and heads are not counted.
+    What the seed gives, scalars (scalings, HetLoRA's norm) and heads are not counted.
     """
     (m, n), r, clients = shape, 3, 4
-    fed = build(case, shapes=[shape], ranks=[r] * clients, counts=range(1, clients + 1), server_rank=r)
+    found = traffic(case, r, shapes=[shape], ranks=[r] * clients, counts=range(1, clients + 1), server_rank=r)
     symbols = {"m": m, "n": n, "r": r, "K": clients, "c": clients * r, "R": r}
-    for update in encoded(fed):
-        tensors = [t for p in update.modules.values() for t in payload_tensors(p).values()]
-        tensors += [t for name, t in update.dense.items() if name != "head"]
-        up = sum(t.numel() for t in tensors if t.numel() > 1)
-        assert up == evaluate(fed.method.info.traffic_up, **symbols)
-    sent = fed.method.broadcast(served(fed)[0], Request(r))
-    down = sum(patch_numel(patch) for patch in sent.news)
-    down += sum(t.numel() for name, t in sent.dense.items() if name != "head")
-    for f in sent.adapter.values():
-        down += sum(t.numel() for part, t in (("a", f.a), ("b", f.b)) if part not in sent.seeded)
-    symbols["R"] = max([r, *(p.rank for p in sent.patch.values() if isinstance(p, LowRank))])
-    if "auto" not in case.id:
-        assert symbols["R"] == r or case.id in ("flora", "fedex_lora")
-    assert down == evaluate(fed.method.info.traffic_down, **symbols)
+    info = case.info
+    for numbers, formula in zip(found, (info.traffic_up, info.traffic_down), strict=True):
+        assert numbers in [evaluate(one, **symbols) for one in formula.split(" or ")]
 
 
 class LargestTensor(TorchDispatchMode):

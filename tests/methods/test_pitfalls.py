@@ -125,7 +125,7 @@ def test_updates_are_cleared_between_rounds(case: Case) -> None:
     """
     fed = build(case, 6, ranks=(2, 2, 2), counts=(1, 2, 3))
     after = served(fed)[0]
-    second = replace(build(case, 7, ranks=(2, 2), counts=(9, 1), server_rank=fed.template.rank), state=after)
+    second = build(case, 7, ranks=(2, 2), counts=(9, 1), server_rank=fed.template.rank, start=after)
     used = served(replace(second, method=fed.method))[0]
     unused = served(replace(second, method=case.make()))[0]
     for name, value in received(second, used).items():

@@ -155,15 +155,17 @@ class _Cosine:
         return torch.where(close, eta + delta, nu), torch.where(close, delta, nu - eta)
 
     def measure(self, eta: Tensor, nu: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """At the points of η and ν: the objective; ‖X Ā‖; and η λ ‖T‖ ‖X Ā‖³ − ⟨N, X⟩ ‖ΔB‖, of the slope's sign."""
+        """At the points of η and ν: the objective; ‖X Ā‖; and λ ‖T‖ ‖X Ā‖ ν − ‖ΔB‖, which has the slope's sign.
+
+        The quadratic says that ν ⟨N, X⟩ = η ‖X Ā‖², which rounds less than the sum ⟨N, X⟩ does.
+        """
         lam, d = self.values, 1 + eta * self.values
         step, own = delta * lam, 1 + nu * lam  # ΔB_j = (step b_j + ν e_j)/d, X_j = (own b_j + ν e_j)/d
         change = ((step**2 * self.bb + 2 * step * nu * self.be + nu**2 * self.ee) / d**2).sum(dim=0)
-        rho = (lam * (own**2 * self.bb + 2 * own * nu * self.be + nu**2 * self.ee) / d**2).sum(dim=0).sqrt()
-        dot = ((lam * own * self.bb + (own + nu * lam) * self.be + nu * self.ee) / d).sum(dim=0)
-        change = change.clamp(min=0).sqrt()
-        objective = 1 - dot / (self.size * rho) + self.penalty * change
-        return objective, rho, eta * self.penalty * self.size * rho**3 - dot * change
+        rho = (lam * (own**2 * self.bb + 2 * own * nu * self.be + nu**2 * self.ee) / d**2).sum(dim=0)
+        change, rho = change.clamp(min=0).sqrt(), rho.clamp(min=0).sqrt()
+        objective = 1 - eta * rho / (nu * self.size) + self.penalty * change
+        return objective, rho, self.penalty * self.size * rho * nu - change
 
 
 def _larger_root(c2: Tensor, c1: Tensor, c0: Tensor) -> Tensor:

@@ -144,8 +144,8 @@ class Broadcast:
     news: tuple[Mapping[str, Patch], ...] = ()
     """The part of `patch` that this client does not hold yet."""
     seeded: frozenset[str] = frozenset()
-    """Parts ("a", "b", "dense", "subspaces") that the client has by itself, from the run's seed or from before, so
-    that they do not travel."""
+    """Parts ("a", "b", "dense", "subspaces", or a dense weight's name) that the client has by itself, from the run's
+    seed or from before, so that they do not travel."""
     correction: Tensors = field(default_factory=dict)
     """By trained tensor: to be added to its gradient in every step, after clipping."""
     subspaces: Mapping[str, Subspace] = field(default_factory=dict)

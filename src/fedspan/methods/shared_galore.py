@@ -157,9 +157,10 @@ def shared_galore(
 def _info(o: _Options) -> MethodInfo:
     up, down = ["r max(m,n)"], ["r max(m,n)"]
     if o.basis != "seeded":
-        up.append(f"{1 + o.repeats}(r+{_OVERSAMPLING})min(m,n)")
-        down.append("r min(m,n)")
-        down += [f"{o.repeats}(r+{_OVERSAMPLING})min(m,n)"] if o.repeats else []
+        sketch = f"(r+{_OVERSAMPLING})min(m,n)"
+        up.append(f"{1 + o.repeats}{sketch}" if o.repeats else sketch)
+        down = ["r(m+n)"]
+        down += [f"{o.repeats}{sketch}" if o.repeats > 1 else sketch] if o.repeats else []
     return MethodInfo(
         name="shared_galore",
         title="Shared-projector GaLore",

@@ -216,8 +216,8 @@ def main() -> str:
 PREFACE = [
     "Made by `python benchmarks/table.py` from `claims-*/results.jsonl`. Difference: the mean over the seeds of the",
     "paired differences, with a 95 % interval by Student's t; **yes** and **no** where it excludes 0, *open* where it",
-    "does not. Three to five seeds on bases of about a million parameters can bear out or contradict a claim here; they",
-    "cannot settle it for large models. Nothing is left out.",
+    "does not. Three to five seeds on bases of about a million parameters can bear out or contradict a claim here;",
+    "they cannot settle it for large models. Nothing is left out.",
 ]
 
 

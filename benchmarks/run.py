@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th arm, starting at the i-th")
     parser.add_argument("--arms", default="", help="only these arms, comma-separated")
     parser.add_argument("--conditions", default="", help="only these conditions, comma-separated")
+    parser.add_argument("--workers", default="auto", help="processes of one run, which change no figure")
     parser.add_argument("--seeds", default="", help="only these seeds of the suite's, comma-separated")
     arguments = parser.parse_args()
     text = (arguments.suite / "suite.toml").read_text()
@@ -60,7 +61,8 @@ def main() -> None:
             continue
         for arm in arms:
             if (not wanted or arm["name"] in wanted) and condition.get("name") not in arm.get("except", ()):
-                Arm(arguments.suite, arguments.work, suite, arm, loaded, condition).run(seeds)
+                workers = arguments.workers if arguments.workers == "auto" else int(arguments.workers)
+                Arm(arguments.suite, arguments.work, suite, arm, loaded, condition, workers).run(seeds)
 
 
 class Arm:
@@ -74,7 +76,9 @@ class Arm:
         arm: dict[str, Any],
         loaded: str,
         condition: dict[str, Any],
+        workers: int | str,
     ) -> None:
+        self.workers = workers
         self.results = folder / "results.jsonl"
         self.work = work / folder.name
         self.suite, self.arm, self.loaded, self.condition = suite, arm, loaded, condition
@@ -121,7 +125,8 @@ class Arm:
             result = resume(out)
         else:
             shutil.rmtree(out, ignore_errors=True)
-            result = run(settings.from_mapping(tree), out)
+            # Not part of the tree that is hashed.
+            result = run(settings.from_mapping(merged(tree, {"engine": {"workers": self.workers}})), out)
         line = {
             "suite": self.results.parent.name,
             "arm": self.arm["name"],
@@ -135,8 +140,8 @@ class Arm:
             "summary": result.summary,
             "rounds": [brief(record) for record in result.history],
         }
-        with self.results.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with self.results.open("ab", buffering=0) as file:  # one call, so that shards cannot cut into each other
+            file.write((json.dumps(line) + "\n").encode())
         print(self.arm["name"], purpose, rate, seed, result.summary["federated"], line["wall_seconds"], flush=True)
         return line
 

@@ -392,12 +392,17 @@ def test_a_patch_that_outgrew_its_factors_is_measured_as_the_matrix_it_is() -> N
     assert found["row_space_escape"] is None
 
 
-def test_only_so_many_pairs_are_compared() -> None:
+@pytest.mark.parametrize("name", ["flora", "fedavg"])
+def test_only_so_many_pairs_are_compared(name: str) -> None:
     """Angles are of the first 33 clients in sorted order, the mean of all."""
-    many = build(BY_ID["flora"], 0, ((9, 9),), (1,) * (MAX_PAIRS + 8), (1,) * (MAX_PAIRS + 8), server_rank=1)
-    few = replace(many, updates=many.updates[: MAX_PAIRS + 1])
-    assert figures(many)["angle_clients_max"] == pytest.approx(figures(few)["angle_clients_max"], abs=1e-9)
-    assert figures(many)["angle_clients_mean"] == pytest.approx(figures(few)["angle_clients_mean"], abs=1e-9)
+    num = MAX_PAIRS + 8
+    fed = build(BY_ID[name], 0, ((9, 9),), (1,) * num, (1,) * num, server_rank=1)
+    whole = [fed.delta_of(u, "layer0") for u in fed.updates]
+    apart = angles(list(pairwise([numerical_space(x, 1) for x in whole[: MAX_PAIRS + 1]])))
+    found = figures(fed)
+    assert len(apart) == MAX_PAIRS
+    assert found["angle_clients_mean"] == pytest.approx(apart.mean(), abs=1e-6)
+    assert found["angle_clients_max"] == pytest.approx(apart.max(), abs=1e-6)
 
 
 def test_effective_and_stable_rank_count_equal_directions() -> None:

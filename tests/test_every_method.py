@@ -3,6 +3,7 @@ away and comes back, interruption and resume."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ KEEPS = {"local", "fedsa_lora", "hetlora", "scaffold"}
 def equal(base: Path, texts: Path, name: str, **sections: Any) -> Config:
     """Four clients of rank 4, half of them in each of four rounds."""
     federation = {"rounds": 4, "participation": 0.5, "num_clients": 4, "ranks": 4}
-    return tiny.config(base, texts, name, **{"federation": federation, "evaluation": {"every": 4}, **sections})
+    return tiny.config(
+        base, texts, name, **{"federation": federation, "evaluation": {"every": 4, "diagnostics": True}, **sections}
+    )
 
 
 def back_after_absence(config: Config) -> list[tuple[int, int, str]]:
@@ -38,7 +41,7 @@ def back_after_absence(config: Config) -> list[tuple[int, int, str]]:
     found = []
     for k in clients:
         rounds = [r for r, who in enumerate(drawn) if k in who]
-        found += [(b, a, f"client-{k}") for a, b in zip(rounds, rounds[1:], strict=False) if b > a + 1]
+        found += [(b, a, f"client-{k}") for a, b in pairwise(rounds) if b > a + 1]
     return found
 
 
@@ -127,7 +130,7 @@ def test_interrupted_and_resumed_is_uninterrupted(
     config = equal(bases["bert"], texts, name, federation={"rounds": 3}, adapter={"dropout": 0.2})
     run(config, tmp_path / "whole")
     out = tmp_path / "stopped"
-    with pytest.raises(Stop, match="client|round"):
+    with pytest.raises(Stop, match=r"client|round"):
         run(config, out, StopAt(6))
     resume(out)
     same_outcome(tmp_path / "whole", out)

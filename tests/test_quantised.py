@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -406,3 +407,17 @@ def test_a_half_precision_base_gives_nearly_the_gradients_of_the_whole(
         found.append(torch.cat([p.grad.flatten() for p in chosen.values() if p.grad is not None]))
     off = float((found[1] - found[0]).norm() / found[0].norm())
     assert 0 < off < (0.02 if dtype == "float16" else 0.15)
+
+
+@pytest.mark.usefixtures("library")
+def test_a_base_that_is_not_quantised_does_not_pay_for_the_library(bases: dict[str, Path]) -> None:
+    """PEFT imports it wherever it is installed: a second at the start of every run, and a line about other kernels."""
+    script = (
+        "import sys, torch; from fedspan.models import build; "
+        f"m = build({str(bases['llama'])!r}, 'instruction', trains='adapter', num_labels=0, "
+        "target_modules=('all-linear',), max_rank=4, rslora=False, dropout=0.0, dtype='float32', "
+        "device=torch.device('cpu'), seed=0); print('bitsandbytes' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+    assert "kernels" not in done.stderr

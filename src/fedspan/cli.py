@@ -249,7 +249,8 @@ def inspect(
       fedspan inspect runs/mine --json
 
     Distance from the ideal update, gauge sensitivity, effective rank, angles between clients, drift, confinement:
-    the statements of the papers, measured. The run needs `evaluation.diagnostics = true`, which is the default.
+    the statements of the papers, measured. The run needs `evaluation.diagnostics`, which is on by default where
+    adapters are trained and at most 64 clients take part in a round.
     """
     from fedspan import inspection
 

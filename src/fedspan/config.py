@@ -182,8 +182,10 @@ class EvaluationConfig(_Section):
     """Train every client alone with the same steps as a control, and report the average."""
     per_rank: bool = True
     """In the last evaluation, measure what a client of each rank receives."""
-    diagnostics: bool = True
-    """Measure every round's server step: distance from the ideal update, ranks, angles; `fedspan inspect` shows it."""
+    diagnostics: bool | Literal["auto"] = "auto"
+    """Measure every round's server step: distance from the ideal update, ranks, angles; `fedspan inspect` shows it.
+    `auto`: where adapters are trained and at most 64 clients take part, since it holds their updates until it is done.
+    """
 
 
 class EngineConfig(_Section):

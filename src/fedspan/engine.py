@@ -271,7 +271,10 @@ class Federation:
             )
 
         saved = self.saved
-        observed = config.evaluation.diagnostics and self.phase == "federation"
+        wanted = config.evaluation.diagnostics
+        if wanted == "auto":
+            wanted = self.method.info.trains == "adapter" and len(cohort) <= WINDOW
+        observed = wanted and self.phase == "federation"
         # The workers have nothing to do while the server works.
         with parallel.threads(job.num_workers * config.threads):
             standing, record = run_round(

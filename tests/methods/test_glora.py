@@ -243,7 +243,9 @@ def test_scaling_is_divided_out_of_every_readout(rslora: bool, balance: Any) -> 
             np.testing.assert_allclose(
                 f.scaling * array(f.b) @ array(f.a), u[:, :rank] * s[:rank] @ vh[:rank], atol=1e-9 * s[0]
             )
-            rows = {"init": np.full(rank, 1 / 3), "even": s[:rank] / f.scaling, "root": s[:rank] / f.scaling**2}[balance]
+            rows = {"init": np.full(rank, 1 / 3), "even": s[:rank] / f.scaling, "root": s[:rank] / f.scaling**2}[
+                balance
+            ]
             np.testing.assert_allclose(array(f.a) @ array(f.a).T, np.diag(rows), atol=1e-9 * s[0])
             left = array(f.b).T @ array(f.b)
             np.testing.assert_allclose(left, np.diag(s[:rank] ** 2 / (rows * f.scaling**2)), atol=1e-8 * s[0] ** 2)

@@ -227,10 +227,7 @@ def test_partial_sums_are_the_dense_sums_and_add_up(seed: int, rest_rank: int, v
         "columns": sum(u.num_examples * projector(dense[u.client_id], vote) @ y for u in updates),
         "rows": sum(u.num_examples * projector(dense[u.client_id].T, vote) @ x for u in updates),
     }
-    asked = tuple(
-        Question(kind, torch.from_numpy(x if kind in ("times", "rows") else y), vote)
-        for kind in expected
-    )
+    asked = tuple(Question(kind, torch.from_numpy(x if kind in ("times", "rows") else y), vote) for kind in expected)
 
     def terms(update: Update, module: str) -> Term:
         f = update.factors(module)

@@ -53,7 +53,13 @@ def configuration(spec: Mapping[str, Any], files: Sequence[Path], test: Path, en
                 "clip_norm": "none" if spec["clip_norm"] is None else spec["clip_norm"],
             },
             # The other arms measure nothing between the rounds.
-            "evaluation": {"every": spec["rounds"], "base": False, "local": False, "max_new_tokens": 1},
+            "evaluation": {
+                "every": spec["rounds"],
+                "base": False,
+                "local": False,
+                "diagnostics": False,
+                "max_new_tokens": 1,
+            },
             "engine": {"name": engine, "workers": workers},
             "method": {"name": "fedit"},
         }

@@ -114,12 +114,11 @@ def _ranks(run: Inspection) -> str:
     if len(values) == 1:
         return f"The effective rank of the whole change is {at_least}{last:.1f}."
     trend = "grew" if last > 1.1 * first else "fell" if last < first / 1.1 else "stayed the same"
+    adapter = run.info.trains == "adapter"
     meaning = {
-        "grew": "new directions keep coming",
-        "fell": "energy gathers in fewer directions: rank collapse, where ranks are mixed",
+        "grew": "new directions keep coming" if adapter else "averaged weights gather directions, 2410.23111",
+        "fell": "energy gathers in fewer directions" + (": rank collapse, where ranks are mixed" if adapter else ""),
     }.get(trend)
-    if run.info.trains != "adapter" and trend == "grew":
-        meaning = "averaged weights gather directions with every refresh and client (2410.23111)"
     text = (
         f"The effective rank of the whole change {trend}: {at_least}{first:.1f} at first, {at_least}{last:.1f} at last"
     )
@@ -141,6 +140,6 @@ def _angles(run: Inspection) -> str:
 
 def _worst(run: Inspection) -> str:
     found = (run.last("worst") or {}).get("distance_from_ideal")
-    if not found or found["value"] < EXACT:
+    if not found or max(run.known("distance_from_ideal")) < EXACT:
         return ""
     return f"The module furthest from the ideal is {found['module']}, {percent(found['value'])}."

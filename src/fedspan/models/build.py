@@ -11,7 +11,7 @@ from torch import nn
 from fedspan.models import quantised
 from fedspan.models.federated import FederatedModel, Trains
 from fedspan.models.layers import in_float32, is_conv1d, shape_of
-from fedspan.models.loading import Kind, head_names, load_base, seeded
+from fedspan.models.loading import Kind, head_names, load_base, seeded, without
 
 
 def build(
@@ -129,15 +129,17 @@ def _targets(base: nn.Module, wanted: tuple[str, ...], heads: tuple[str, ...]) -
 def _attach(
     base: nn.Module, targets: Mapping[str, nn.Module], rank: int, rslora: bool, dropout: float
 ) -> tuple[nn.Module, dict[str, Any]]:
-    from peft import LoraConfig, inject_adapter_in_model
+    with without("bitsandbytes"):
+        # PEFT would import it for layers of its own, which are not used here: a second, and a line on the terminal.
+        from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=list(targets),
-        lora_dropout=dropout,
-        use_rslora=rslora,
-        fan_in_fan_out=any(is_conv1d(layer) for layer in targets.values()),
-    )
-    model = inject_adapter_in_model(config, base)
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            target_modules=list(targets),
+            lora_dropout=dropout,
+            use_rslora=rslora,
+            fan_in_fan_out=any(is_conv1d(layer) for layer in targets.values()),
+        )
+        model = inject_adapter_in_model(config, base)
     return model, {name: model.get_submodule(name) for name in targets}

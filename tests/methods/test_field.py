@@ -284,16 +284,24 @@ def test_lora_fair_minimises_the_papers_objective(seed: int, spread: float, pena
                 assert at(change + step * direction)[0] >= reached - 1e-13
 
 
-@laws
-@given(seed=seeds, penalty=st.sampled_from([1e-4, 1e-2]))
-def test_lora_fair_stands_clients_that_agree_on_nothing(seed: int, penalty: float) -> None:
-    """Far from B̄ too the gradient vanishes at the correction, and it is never worse than none."""
-    fed = close(seed, 10.0, lora_fair(penalty))
-    for name in fed.template.modules:
-        at, change = cosine_objective(fed, name, penalty), corrected(fed, name)
+@pytest.mark.parametrize("penalty", [1e-3, 0.2])
+def test_lora_fair_stands_clients_that_agree_on_nothing(penalty: float) -> None:
+    """Random clients, rows of A from 0.01 to 10 in size: there may be several minima, none below ΔB = 0, or none at all.
+
+    The gradient vanishes at whatever correction was chosen, and it is always better than no correction.
+    """
+    moved = 0
+    sizes = torch.tensor([0.01, 1.0, 10.0], dtype=torch.float64)[:, None]
+    for seed in range(100):
+        fed = build(lora_fair(penalty), seed, shapes=((4, 5),), ranks=(3, 3), counts=(3, 2))
+        uneven = [(u, u.factors("layer0")) for u in fed.updates]
+        fed = replace(fed, updates=tuple(replace(u, modules={"layer0": replace(f, a=f.a * sizes)}) for u, f in uneven))
+        at, change = cosine_objective(fed, "layer0", penalty), corrected(fed, "layer0")
         if change.any():
-            assert np.linalg.norm(at(change)[1]) < 1e-9 * penalty * np.linalg.norm(change)
+            moved += 1
+            assert np.linalg.norm(at(change)[1]) < 1e-8 * penalty
             assert at(change)[0] < at(np.zeros_like(change))[0]
+    assert 20 < moved < 100
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -541,7 +541,7 @@ def test_a_silent_round_is_no_special_case() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"server_rank": 0}, "server_rank = 0: expected at least 1, or 'auto'"),
+        ({"server_rank": 0}, "server_rank = 0: expected at least 1, 'auto' or 'double'"),
         ({"server_rank": "auto", "tolerance": 0.0}, "tolerance = 0.0: expected between 0 and 1"),
         ({"tolerance": 1.0}, "tolerance = 1.0: expected between 0 and 1"),
         ({"momentum": 1.0}, "momentum = 1.0: expected at least 0 and below 1"),
@@ -583,3 +583,11 @@ def test_a_split_round_is_the_mean_of_the_clients_whole_models() -> None:
             rest = 0.0 if patch is None else array(patch.b) @ array(patch.a)
             mean = mean + p * (f.scaling * array(f.b) @ array(f.a) + rest)
         assert_same({name: received(second, after)[name]}, {name: mean}, 1e-10)
+
+
+def test_a_server_rank_may_be_twice_the_clients_largest() -> None:
+    fed = build(glora(server_rank="double"), 2, **MIXED, server_rank=4)
+    for kept in served(fed)[0].modules.values():
+        assert kept["u"].shape[1] == 8
+    same = build(glora(server_rank=8), 2, **MIXED, server_rank=4)
+    assert_same(received(same, served(same)[0]), received(fed, served(fed)[0]), 1e-12)

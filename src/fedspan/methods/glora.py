@@ -23,11 +23,12 @@ from fedspan.methods.spectral import Dialogue, Found, Wanted
 
 Algebra = Literal["auto", "exact", "randomized"]
 Start = Literal["readout", "state", "split"]
+ServerRank = int | Literal["auto", "double"] | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Options:
-    server_rank: int | Literal["auto"] | None
+    server_rank: ServerRank
     tolerance: float
     basis: Literal["projector", "energy"]
     sides: Literal["left", "both"]
@@ -40,7 +41,7 @@ class _Options:
 
 
 def glora(
-    server_rank: int | Literal["auto"] | None = None,
+    server_rank: ServerRank = None,
     tolerance: float = 0.01,
     basis: Literal["projector", "energy"] = "projector",
     sides: Literal["left", "both"] = "left",
@@ -65,8 +66,8 @@ def glora(
     Parameters
     ----------
     server_rank
-        R; none: the largest client rank. The aggregate is exact once R spans the union of the clients' column spaces,
-        at most min(m, Σ r_k). `auto`: the smallest R whose discarded share of ‖T‖_F is at most `tolerance`.
+        R; none: the largest client rank; `double`: twice that. The aggregate is exact once R spans the union of the
+        clients' column spaces, at most min(m, Σ r_k). `auto`: the smallest R whose discarded share of ‖T‖_F is at most `tolerance`.
     basis
         `projector`: every client's subspace counts by its weight alone. `energy`: the left singular vectors of the
         aggregate itself, which lose the least energy.
@@ -95,8 +96,8 @@ def glora(
     if start != "readout":
         # What comes back is an addition to the state, never a replacement of it.
         update = "innovation"
-    if server_rank is not None and server_rank != "auto" and server_rank < 1:
-        raise ValueError(f"method.server_rank = {server_rank}: expected at least 1, or 'auto'")
+    if isinstance(server_rank, int) and server_rank < 1:
+        raise ValueError(f"method.server_rank = {server_rank}: expected at least 1, 'auto' or 'double'")
     if not 0 < tolerance < 1:
         raise ValueError(f"method.tolerance = {tolerance}: expected between 0 and 1")
     if server_rank == "auto" and algebra == "randomized":
@@ -224,7 +225,9 @@ def _terms(state: ServerState, options: _Options) -> Terms:
 
 def _wanted(state: ServerState, shape: tuple[int, int], options: _Options) -> Wanted:
     automatic = options.server_rank == "auto"
-    rank = max(shape) if options.server_rank == "auto" else options.server_rank or state.template.rank
+    largest = state.template.rank
+    relative = {None: largest, "double": 2 * largest, "auto": max(shape)}
+    rank = options.server_rank if isinstance(options.server_rank, int) else relative[options.server_rank]
     # With more directions each, the old state, which all clients hold, would outvote everything new.
     vote = None if options.update == "replace" else state.template.rank if automatic else rank
     tolerance = options.tolerance if automatic else None

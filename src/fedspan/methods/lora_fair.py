@@ -139,39 +139,28 @@ class _Cosine:
     size: float  # ‖T‖
     penalty: float
 
-    def scales(self, eta: Tensor) -> tuple[Tensor, Tensor]:
-        """The positive root ν of the quadratic, at every η (q,) above 0; and ν − η, which is 0 where clients agree.
-
-        Solved twice, for ν − η where that is small and for ν elsewhere, so that neither is a difference of equals.
-        """
+    def nu(self, eta: Tensor) -> Tensor:
+        """The positive root ν of the quadratic, at every η (q,) above 0."""
         lam, d = self.values, 1 + eta * self.values
         bn = lam * self.bb + self.be  # ⟨b_j, n_j⟩ of N = B̄ G + E
         c2 = ((lam * bn + lam * self.be + self.ee) / d**2).sum(dim=0)
         c1 = ((1 - eta * lam) * bn / d**2).sum(dim=0)
-        nu = _larger_root(c2, c1, -(eta * lam * self.bb / d**2).sum(dim=0))
-        c0 = ((eta * d * self.be + eta**2 * self.ee) / d**2).sum(dim=0)
-        delta = _larger_root(c2, c1 + 2 * eta * c2, c0)
-        close = delta.abs() < eta / 2
-        return torch.where(close, eta + delta, nu), torch.where(close, delta, nu - eta)
+        c0 = (eta * lam * self.bb / d**2).sum(dim=0)
+        root = (c1**2 + 4 * c2 * c0).sqrt()
+        return torch.where(c1 > 0, 2 * c0 / (c1 + root), (root - c1) / (2 * c2))
 
-    def measure(self, eta: Tensor, nu: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def measure(self, eta: Tensor, nu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """At the points of η and ν: the objective; ‖X Ā‖; and λ ‖T‖ ‖X Ā‖ ν − ‖ΔB‖, which has the slope's sign.
 
         The quadratic says that ν ⟨N, X⟩ = η ‖X Ā‖², which rounds less than the sum ⟨N, X⟩ does.
         """
         lam, d = self.values, 1 + eta * self.values
-        step, own = delta * lam, 1 + nu * lam  # ΔB_j = (step b_j + ν e_j)/d, X_j = (own b_j + ν e_j)/d
+        step, own = (nu - eta) * lam, 1 + nu * lam  # ΔB_j = (step b_j + ν e_j)/d, X_j = (own b_j + ν e_j)/d
         change = ((step**2 * self.bb + 2 * step * nu * self.be + nu**2 * self.ee) / d**2).sum(dim=0)
         rho = (lam * (own**2 * self.bb + 2 * own * nu * self.be + nu**2 * self.ee) / d**2).sum(dim=0)
         change, rho = change.clamp(min=0).sqrt(), rho.clamp(min=0).sqrt()
         objective = 1 - eta * rho / (nu * self.size) + self.penalty * change
         return objective, rho, self.penalty * self.size * rho * nu - change
-
-
-def _larger_root(c2: Tensor, c1: Tensor, c0: Tensor) -> Tensor:
-    """Of c2 x² + c1 x + c0 with c2 > 0 and real roots."""
-    root = (c1**2 - 4 * c2 * c0).clamp(min=0).sqrt()
-    return torch.where(c1 > 0, -2 * c0 / (c1 + root), (root - c1) / (2 * c2))
 
 
 _GRID = torch.linspace(-23.0, 32.0, 276, dtype=torch.float64)
@@ -204,8 +193,8 @@ def _minima(problem: _Cosine) -> list[list[float]]:
 
     def at(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         eta = z.exp() / top
-        nu, delta = problem.scales(eta)
-        return eta, nu, *problem.measure(eta, nu, delta)
+        nu = problem.nu(eta)
+        return eta, nu, *problem.measure(eta, nu)
 
     grid = _GRID.to(top.device)
     slope = at(grid)[-1]

@@ -67,7 +67,8 @@ def glora(
     ----------
     server_rank
         R; none: the largest client rank; `double`: twice that. The aggregate is exact once R spans the union of the
-        clients' column spaces, at most min(m, Σ r_k). `auto`: the smallest R whose discarded share of ‖T‖_F is at most `tolerance`.
+        clients' column spaces, at most min(m, Σ r_k). `auto`: the smallest R whose discarded share of ‖T‖_F is at
+        most `tolerance`.
     basis
         `projector`: every client's subspace counts by its weight alone. `energy`: the left singular vectors of the
         aggregate itself, which lose the least energy.

@@ -121,7 +121,7 @@ def test_a_slip_in_a_key_names_a_valid_one(key: str, data: st.DataObject) -> Non
     wrong = f"{section}.{name[:place]}{name[place + 1 :]}"
     if wrong in _valid_keys() or wrong.endswith("."):
         return
-    with pytest.raises(ValueError, match=r"unknown key .*; did you mean '[a-z_.]+'\?$") as error:
+    with pytest.raises(ValueError, match=r"unknown key .*; did you mean '[a-z0-9_.]+'\?$") as error:
         load(overrides=[f"{wrong}=1"])
     assert repr(wrong) in str(error.value)
 

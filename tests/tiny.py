@@ -23,7 +23,7 @@ from fedspan.federation import Client
 from fedspan.lowrank import LowRank
 from fedspan.methods import METHODS
 from fedspan.methods.base import Method, ServerState
-from fedspan.methods.messages import Broadcast, Factors, Recipe, Template, Update
+from fedspan.methods.messages import Broadcast, Factors, Recipe, Template, Update, Vector
 from fedspan.models import FederatedModel, build, load_processor
 from fedspan.rounds import Standing
 from fedspan.seeding import generator
@@ -223,21 +223,36 @@ def standing(method: Method, rank: int, shapes: Mapping[str, tuple[int, int]] = 
     rng = generator("standing")
     weights = shapes if method.info.trains != "adapter" else {}
     dense = {name: torch.randn(shape, generator=rng) for name, shape in {**weights, "head": HEAD}.items()}
-    modules = dict(shapes) if method.info.trains == "adapter" else {}
-    return Standing(method.init(Template(modules, rank, 8.0, False, seed), dense))
+    return Standing(method.init(Template(dict(shapes), rank, 8.0, False, seed), dense))
 
 
 def fake_work(client: Client, sent: Broadcast, round_num: int) -> LocalResult:
-    """An update that depends on the client, the round and what was sent, as training's does."""
+    """An update, or a gradient, that depends on the client, the round and what was sent, as training's does."""
     rng = generator("work", client.client_id, round_num)
 
-    def moved(t: torch.Tensor) -> torch.Tensor:
-        return t + torch.randn(t.shape, generator=rng)
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=rng)
 
-    free = sent.recipe.train_a
-    modules = {n: Factors(moved(f.b), moved(f.a) if free else f.a.clone(), f.scaling) for n, f in sent.adapter.items()}
-    dense = {name: moved(t) for name, t in sent.dense.items()}
-    return LocalResult(Update(client.client_id, 1.0, modules, dense), 1.0 + round_num, 3)
+    if sent.recipe.gradient:
+        sizes = {name: (f.b.shape[0], f.a.shape[1]) for name, f in sent.adapter.items()}
+        sizes = sizes or {name: t.shape for name, t in sent.dense.items() if name != "head"}
+        grads = {name: Vector({"gradient": draw(*size)}) for name, size in sizes.items()}
+        return LocalResult(Update(client.client_id, 1.0, grads, {}), 1.0 + round_num, 3)
+
+    def moved(t: torch.Tensor, name: str, free: bool = True) -> torch.Tensor:
+        if name in sent.subspaces:
+            space = sent.subspaces[name]
+            return t + space.expand(space.coordinates(draw(*t.shape)))
+        return t + draw(*t.shape) if free else t.clone()
+
+    recipe = sent.recipe
+    modules = {
+        n: Factors(moved(f.b, f"{n}/b", recipe.train_b), moved(f.a, f"{n}/a", recipe.train_a), f.scaling)
+        for n, f in sent.adapter.items()
+    }
+    dense = {name: moved(t, name) for name, t in sent.dense.items()}
+    moments = {} if recipe.galore is None else {n: draw(*t.shape).square() for n, t in dense.items() if n != "head"}
+    return LocalResult(Update(client.client_id, 1.0, modules, dense, moments, 0.5), 1.0 + round_num, 3)
 
 
 Change = Callable[[Assignment, LocalResult, int], LocalResult]

@@ -70,6 +70,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {"fedgalore": {"galore_rank": 3}, "sh
 CASES = [Case(name, partial(factory, **OPTIONS.get(name, {}))) for name, factory in METHODS.items()] + [
     Case(f"glora-{name}", lambda options=options: METHODS["glora"](**options)) for name, options in VARIANTS.items()
 ]
+CASES.append(Case("raflora-rb", lambda: METHODS["raflora"](weighting="rb")))
 FEDERATED = [case for case in CASES if not case.info.pooled and not case.info.personalised]
 ADAPTER = [case for case in FEDERATED if case.info.trains == "adapter"]
 

@@ -308,7 +308,7 @@ def test_lora_fair_stands_clients_that_agree_on_nothing(penalty: float) -> None:
 def test_lora_fair_leaves_alone_what_a_maps_to_zero() -> None:
     """With a rank above the layer's width some columns of B̄ have no product; rounding does not move them."""
     for seed in range(10):
-        fed = close(seed, 0.5, lora_fair(1e-9), shapes=((9, 2),), ranks=(4, 4))
+        fed = close(seed, 0.5, lora_fair(1e-9), shapes=((9, 2),), ranks=(4, 4, 4))
         change = corrected(fed, "layer0")
         lost = np.linalg.svd(mean(fed, "layer0", "a"))[0][:, 2:]
         assert np.linalg.norm(change @ lost) < 1e-12 * np.linalg.norm(mean(fed, "layer0", "b"))
@@ -537,16 +537,22 @@ def test_flora_na_solves_each_half_exactly(seed: int) -> None:
 
 
 def test_flora_na_takes_dependent_clients_as_the_shares_would() -> None:
-    """A client in three copies makes the least squares singular; the result is that of one with all the examples.
+    """A client split in two makes the least squares singular, and the result is that of the whole client.
 
-    So it is where nine clients of a rank above a layer's size make several B̂ with the same product.
+    So it is where p is not unique to begin with and what is chosen matters for q: the second rows of the A_k cancel in
+    Ā, and the first columns of the B_k are dependent.
     """
-    fed = build(flora_na(), 6, shapes=((12, 10), (3, 2)), ranks=(4,) * 9, counts=(5, 1, 30, 2, 2, 7, 9, 1, 4))
-    first = fed.updates[0]
-    copies = [
-        replace(first, client_id=f"copy{i}", num_examples=first.num_examples * w) for i, w in enumerate((0.5, 0.3, 0.2))
-    ]
-    assert_same(received(fed, served(fed, [*copies, *fed.updates[1:]])[0]), received(fed, served(fed)[0]), 1e-11)
+    fed = build(flora_na(1), 6, shapes=((12, 10),), ranks=(2, 2, 2), counts=(1, 1, 1))
+    b, a = ([getattr(u.factors("layer0"), part).clone() for u in fed.updates] for part in "ba")
+    a[1][1], a[2][1] = -a[0][1], 0.0
+    b[2][:, 0] = b[0][:, 0] + b[1][:, 0]
+    singular = tuple(
+        replace(u, modules={"layer0": Factors(y, x, 8.0)}) for u, y, x in zip(fed.updates, b, a, strict=True)
+    )
+    for updates in (fed.updates, singular):
+        halves = [replace(updates[0], client_id=name, num_examples=0.5) for name in ("client0", "twin")]
+        whole = received(fed, served(fed, updates)[0])
+        assert_same(received(fed, served(fed, [*halves, *updates[1:]])[0]), whole, 1e-11)
 
 
 def orthogonal(seed: int) -> Callable[[int, int], Array]:

@@ -358,4 +358,4 @@ def test_both_algebras_agree_on_a_large_stack(basis: Any, dtype: torch.dtype) ->
 
 def test_methods_that_converse_are_those_that_must() -> None:
     """Whoever needs each client's factors and has a result that does not grow with them."""
-    assert [name for name, make in METHODS.items() if make().converse] == ["glora", "flexlora"]
+    assert [name for name, make in METHODS.items() if make().converse] == ["glora", "glora_plus", "flexlora"]

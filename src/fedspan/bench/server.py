@@ -36,8 +36,9 @@ Apply = Callable[[Tensor], Tensor]
 
 
 def methods() -> list[str]:
-    """Every method whose server aggregates adapters."""
-    infos = {name: factory().info for name, factory in METHODS.items()}
+    """Every method whose server aggregates adapters, in one step."""
+    made = {name: factory() for name, factory in METHODS.items()}
+    infos = {name: method.info for name, method in made.items() if len(method.exchanges) == 1}
     return [n for n, i in infos.items() if i.trains == "adapter" and not i.pooled and not i.personalised]
 
 

@@ -105,7 +105,11 @@ FAULTS = [(name, how) for name in ("fedit", "flora", "fedavg") for how in DENSE_
 ]
 
 
-@pytest.mark.parametrize(("name", "how"), [*FAULTS, *((n, "nan head") for n in NAMES)])
+ONE_EXCHANGE = [n for n in NAMES if len(METHODS[n]().exchanges) == 1]
+"""Where a client is asked more than once, its good answers have counted before the bad one is seen."""
+
+
+@pytest.mark.parametrize(("name", "how"), [*FAULTS, *((n, "nan head") for n in ONE_EXCHANGE)])
 def test_a_bad_update_is_named_and_the_others_go_on_as_if_it_had_never_been_there(name: str, how: str) -> None:
     people = tiny.clients(*ranks_for(name))
     method = METHODS[name]()

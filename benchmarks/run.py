@@ -85,9 +85,10 @@ class Arm:
 
     def run(self, seeds: list[int]) -> None:
         rates = sorted(self.arm["learning_rates"])
-        scores = {rate: self.tune(rate) for rate in rates}
-        ratio = rates[1] / rates[0]
-        for _ in range(WIDEN):
+        # A single rate is a given one.
+        scores = {rate: self.tune(rate) if len(rates) > 1 else 0.0 for rate in rates}
+        ratio = rates[-1] / rates[-2] if len(rates) > 1 else 1.0
+        for _ in range(WIDEN if len(rates) > 1 else 0):
             best = max(scores, key=scores.__getitem__)
             if best not in (min(scores), max(scores)):
                 break

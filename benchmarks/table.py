@@ -79,7 +79,7 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
     notes = [f"\nUntouched base: {', '.join(f'{value:.3f} (seed {seed})' for seed, value in sorted(bases.items()))}."]
     notes.append(
         "± is half the range over the seeds: two seeds give no interval, so differences of that size mean nothing. "
-        "\\* the best rate lies at the edge of the grid that was tried."
+        "\\* the best rate lies at the edge of the grid that was tried; † given, not tuned (see the suite)."
     )
     if "local" in arms:
         alone = mean(arms["local"], "federated")
@@ -100,9 +100,11 @@ def spread(runs: list[dict[str, Any]], key: str) -> str:
 
 
 def edge(arm: str, lines: list[dict[str, Any]]) -> str:
-    """A star where the chosen rate is the smallest or largest that was tried."""
+    """A star where the chosen rate is the smallest or largest that was tried, a dagger where none was."""
     tried = sorted({line["learning_rate"] for line in lines if line["arm"] == arm and line["purpose"] == "tune"})
     chosen = {line["learning_rate"] for line in lines if line["arm"] == arm and line["purpose"] == "test"}
+    if not tried:
+        return "†"
     return "\\*" if chosen & {tried[0], tried[-1]} else ""
 
 

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from test_run import NAMES, Stop, StopAt, check_folder, same_outcome, strict, trains
 
+from fedspan import checkpoint
 from fedspan.config import Config
 from fedspan.demands import chosen
 from fedspan.diagnostics import FIGURES
 from fedspan.federation import participants
+from fedspan.galore import state_numel_of
 from fedspan.methods import METHODS
 from fedspan.methods.messages import Broadcast
 from fedspan.runs import resume, run
@@ -136,3 +139,31 @@ def test_interrupted_and_resumed_is_uninterrupted(
     same_outcome(tmp_path / "whole", out)
     records = [strict(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [record["round_num"] for record in records] == [1, 2, 3]
+
+
+def test_personal_adapters_are_saved_client_by_client(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    """One A for all, a B of each client's own, as PEFT folders."""
+    result = run(equal(bases["bert"], texts, "fedsa_lora"), tmp_path / "run")
+    folders = sorted((result.out / "adapters").iterdir())
+    assert [folder.name for folder in folders] == [f"client-{k}" for k in range(4)]
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, value in adapters[0].items():
+        same = all(torch.equal(value, other[name]) for other in adapters[1:])
+        assert same == ("lora_B" not in name), name
+
+
+@pytest.mark.parametrize("options", [{"galore_rank": 4}, {"galore_rank": 4, "side": "left"}, {"galore_rank": "none"}])
+def test_the_local_optimizer_holds_what_its_formula_says(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """GaLore: r numbers a row and 2r a column of every target weight; heads and plain AdamW: two for each."""
+    config = equal(bases["bert"], texts, "fedftg", method=options, federation={"rounds": 1})
+    result = run(config, tmp_path / "run")
+    state = checkpoint.read(result.out / "checkpoint" / "federation.safetensors").state
+    rank = None if options["galore_rank"] == "none" else 4
+    numbers = 0
+    for name, weight in state.dense.items():
+        target = name in state.template.modules
+        numbers += state_numel_of(weight.shape, rank if target else None, options.get("side", "auto"))
+    assert result.summary["totals"]["optimizer_bytes"] == result.history[0]["optimizer_bytes"] == 4 * numbers

@@ -191,8 +191,11 @@ def _same_adapter(x: Broadcast, y: Broadcast) -> bool:
 
 
 def _export(job: Job, main: Federation) -> Path | None:
-    """The result as other libraries read it: a PEFT adapter folder, or a whole model."""
-    if job.method.info.personalised:
+    """The result as other libraries read it: a PEFT adapter folder, one for every client, or a whole model."""
+    info = job.method.info
+    if info.personalised:
+        if info.trains == "adapter" and not info.alone:
+            _export_personal(job, main)
         return None
     broadcast = job.method.broadcast(main.saved.state, Request(None))
     if job.method.info.trains != "adapter":
@@ -203,6 +206,16 @@ def _export(job: Job, main: Federation) -> Path | None:
     if not path.exists():  # a resumed run may have come this far before
         job.model.save_adapter(path, merged_adapter(broadcast), broadcast.dense)
     return path
+
+
+def _export_personal(job: Job, main: Federation) -> None:
+    """Every client's own adapter, for the untouched base."""
+    for client in job.clients:
+        path = job.out / "adapters" / client.client_id
+        if not path.exists():
+            sent = job.method.broadcast(main.saved.state, Request(client.rank))
+            own = job.method.start(sent, main.saved.client_states.get(client.client_id))
+            job.model.save_adapter(path, merged_adapter(own), own.dense)
 
 
 def merged_adapter(broadcast: Broadcast) -> dict[str, Factors]:
@@ -231,6 +244,7 @@ def _summary(
         for key in ("bytes_up", "bytes_down", "server_seconds", "client_seconds", "train_wall_seconds")
     }
     totals["peak_server_bytes"] = max((record["peak_server_bytes"] for record in history), default=0)
+    totals["optimizer_bytes"] = max((record["optimizer_bytes"] for record in history), default=0)
     totals["rejected"] = sum(len(record["rejected"]) for record in history)
     totals["rounds"] = len(history)
     return {

@@ -103,8 +103,10 @@ class Arm:
         at = self.suite.get("tune_condition", self.condition.get("name"))
         condition = next(x for x in self.suite.get("condition", [{}]) if x.get("name") == at)
         line = self.one("tune", rate, self.suite["tune_seed"], condition, self.suite.get("tune", {}))
-        score = line["summary"]["federated"]
-        return float(score if line["summary"]["higher_is_better"] else -score)
+        summary = line["summary"]
+        if self.suite.get("tune_by") == "loss":
+            return -float(summary["metrics"]["clients"]["loss"])
+        return float(summary["federated"] if summary["higher_is_better"] else -summary["federated"])
 
     def one(
         self, purpose: str, rate: float, seed: int, condition: dict[str, Any], changes: dict[str, Any]

@@ -70,7 +70,9 @@ def test_a_real_run_is_told_as_it_was(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Run, inspect (once in a process of its own): rows by round, the sentence for this method, JSON, a picture."""
-    config = tiny.config(bases["llama"], instructions, method, federation={"participation": 1.0})
+    config = tiny.config(
+        bases["llama"], instructions, method, federation={"participation": 1.0}, evaluation={"diagnostics": True}
+    )
     run(config, tmp_path / "run")
     given = ("inspect", tmp_path / "run", "--plot", tmp_path / "picture.svg")
     done = fedspan(*given) if method == "glora" else inside(capsys, *given)

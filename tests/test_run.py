@@ -426,7 +426,7 @@ def test_a_folder_without_a_run_is_not_resumed(tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("fedit", {"federation": {"ranks": [2, 4, 4, 2]}}, r"one rank for all clients.*\[2, 4\].*glora.*hetlora.*ffa_lora"),
+    ("fedit", {"federation": {"ranks": [2, 4, 4, 2]}}, r"one rank for all clients.*\[2, 4\].*glora.*ffa_lora.*hetlora"),
     ("fedex_lora", {"federation": {"ranks": [2, 4, 4, 2]}}, "methods that take mixed ranks"),
     ("glora", {"federation": {"ranks": 33}}, "rank 33 is above"),
     ("glora", {"federation": {"num_clients": 99}}, "99 clients"),

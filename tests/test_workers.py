@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from fedspan import checkpoint, cohort, wire
+from fedspan import checkpoint, cohort, luggage, wire
 from fedspan.config import Config
 from fedspan.engine import Job
 from fedspan.lowrank import LowRank
@@ -301,7 +301,7 @@ def test_what_clients_share_is_sent_to_a_process_once(job: Job, monkeypatch: pyt
         sent.append(len(adapter))
         return put(parcel, adapter)
 
-    monkeypatch.setattr(wire, "put_factors", counted)
+    monkeypatch.setitem(luggage._PARTS, "adapter", (counted, wire.get_factors))
     main = job.federation("federation", job.method, job.clients)
     main.advance(1)
     # Four clients of one rank and the evaluation after them, two processes: each is sent each adapter at most once.

@@ -13,10 +13,11 @@ ADAPTER_METHODS = [n for n, f in METHODS.items() if f().info.trains == "adapter"
 
 SCRIPT = """
 import sys
+from dataclasses import replace
 import torch
 from fedspan.methods import create
 from fedspan.methods.base import aggregate
-from fedspan.methods.messages import Factors, Request, Template, Update
+from fedspan.methods.messages import Factors, Request, Template, Update, Vector
 from fedspan.memory import peak_memory, reset_peak_memory
 
 torch.set_num_threads(1)
@@ -25,15 +26,24 @@ def step(size, rank=4, clients=3, **options):
     method = create({"name": sys.argv[1], **options})
     template = Template({"layer": (size, size)}, rank, alpha=8.0)
     state = method.init(template, {})
-    sent = method.start(method.broadcast(state, Request(rank)), None)
-    start = sent.adapter["layer"]
-    trained = [Factors(torch.randn_like(start.b), start.a, start.scaling) for _ in range(clients)]
-    updates = [Update(f"c{k}", 10.0, {"layer": f}, {}) for k, f in enumerate(trained)]
-    encoded = [method.encode(update, sent, None)[0] for update in updates]
-    before = reset_peak_memory()
-    state, _ = aggregate(method, state, encoded)
-    method.broadcast(state, Request(rank))
-    return peak_memory() - before
+    peaks = []
+    for number, exchange in enumerate(method.exchanges):
+        state = replace(state, exchange=number)
+        sent = method.start(method.broadcast(state, Request(rank)), None)
+        start = sent.adapter["layer"]
+        encoded = []
+        for k in range(clients):
+            if exchange.ask == "train":
+                trained = Factors(torch.randn_like(start.b), start.a, start.scaling)
+            else:
+                trained = Vector({"gradient": torch.randn(size, size)})
+            encoded.append(method.encode(Update(f"c{k}", 10.0, {"layer": trained}, {}), sent, None)[0])
+        before = reset_peak_memory()
+        state, _ = aggregate(method, state, encoded)
+        if exchange.ask == "train":
+            method.broadcast(state, Request(rank))
+        peaks.append(peak_memory() - before)
+    return max(peaks)
 
 step(64)  # libraries take their workspaces at first use
 print(step(4096))
@@ -59,6 +69,6 @@ def test_many_clients_cost_no_memory_beyond_their_factors(name: str) -> None:
 
 def test_the_measurement_sees_a_dense_matrix() -> None:
     """The same script with T formed densely: the bound above can fail."""
-    dense = SCRIPT.replace("state, _ = aggregate(", "f = trained[0].delta().dense(); state, _ = aggregate(")
+    dense = SCRIPT.replace("state, _ = aggregate(", "f = trained.delta().dense(); state, _ = aggregate(")
     done = subprocess.run([sys.executable, "-c", dense, "fedit"], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 60 * 2**20

@@ -225,7 +225,7 @@ class _Tally:
     optimizer_bytes: int = 0
     """The largest that a client's local optimizer held."""
     rejected: dict[str, str] = field(default_factory=dict)
-    diagnostics: dict[str, float] = field(default_factory=dict)
+    diagnostics: dict[str, Any] = field(default_factory=dict)
 
     @contextmanager
     def server(self) -> Iterator[None]:

@@ -591,3 +591,18 @@ def test_a_server_rank_may_be_twice_the_clients_largest() -> None:
         assert kept["u"].shape[1] == 8
     same = build(glora(server_rank=8), 2, **MIXED, server_rank=4)
     assert_same(received(same, served(same)[0]), received(fed, served(fed)[0]), 1e-12)
+
+
+@pytest.mark.parametrize("basis", BASES)
+def test_an_automatic_rank_comes_with_a_certificate_for_every_module(basis: Any) -> None:
+    """Its rank, and the share of ‖T‖_F² that is not in the state: measured densely, they are so."""
+    fed = build(glora(server_rank="auto", tolerance=0.4, basis=basis), 3, **MIXED)
+    state, told = served(fed)
+    assert told["certificate"].keys() == fed.template.modules.keys()
+    for name, said in told["certificate"].items():
+        ideal = fed.ideal[name]
+        lost = np.linalg.norm(ideal - held(state, name)) ** 2 / np.linalg.norm(ideal) ** 2
+        assert said["discarded"] == pytest.approx(lost, rel=1e-9)
+        assert said["discarded"] <= 0.4**2
+        assert said["rank"] == state.modules[name]["u"].shape[1]
+    assert "certificate" not in served(build(glora(), 3, **MIXED))[1]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fedspan import lowrank, parallel
 from fedspan.lowrank import LowRank
@@ -67,8 +67,9 @@ def glora(
     ----------
     server_rank
         R; none: the largest client rank; `double`: twice that. The aggregate is exact once R spans the union of the
-        clients' column spaces, at most min(m, Σ r_k). `auto`: the smallest R whose discarded share of ‖T‖_F is at
-        most `tolerance`.
+        clients' column spaces, at most min(m, Σ r_k). `auto`: module by module the smallest R that
+        discards at most the share `tolerance` of ‖T‖_F; every round's record then has a `certificate`: each module's
+        rank and the share of its energy ‖T‖_F² that was discarded.
     basis
         `projector`: every client's subspace counts by its weight alone. `energy`: the left singular vectors of the
         aggregate itself, which lose the least energy.
@@ -184,7 +185,9 @@ def _product_server(info: MethodInfo, options: _Options) -> Method:
         def sums(name: str) -> Sums:
             return Sums([term(u, name) for u in partial.collected], weights)
 
-        outcome = _pushed(state, _outcome(_solve(state, sums, len(weights), options)), options)
+        outcome = _pushed(
+            state, _outcome(_solve(state, sums, len(weights), options), options.server_rank == "auto"), options
+        )
         return advance(state, modules=outcome.modules, dense=partial.mean_dense()), outcome.diagnostics
 
     def converse(state: ServerState) -> Conversation:
@@ -303,10 +306,16 @@ def _batches(template: Template, num_clients: int) -> Iterable[list[str]]:
         yield from (names[i : i + size] for i in range(0, len(names), size))
 
 
-def _outcome(found: Mapping[str, Found]) -> Outcome:
+def _outcome(found: Mapping[str, Found], certified: bool = False) -> Outcome:
     lost, total = (sum(getattr(x, part) for x in found.values()) for part in ("lost_squared", "size_squared"))
     rank = max(x.state.rank for x in found.values())
-    diagnostics = {"server_rank": float(rank), "truncation_error": (lost / total) ** 0.5 if total > 0 else 0.0}
+    error = (lost / total) ** 0.5 if total > 0 else 0.0
+    diagnostics: dict[str, Any] = {"server_rank": float(rank), "truncation_error": error}
+    if certified:
+        diagnostics["certificate"] = {
+            name: {"rank": x.state.rank, "discarded": x.lost_squared / x.size_squared if x.size_squared else 0.0}
+            for name, x in found.items()
+        }
     if any(x.estimated for x in found.values()):
         diagnostics["truncation_error_estimated"] = 1.0
     return Outcome({name: {"u": x.state.b, "c": x.state.a} for name, x in found.items()}, diagnostics)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -16,7 +16,8 @@ from fedspan.lowrank import LowRank
 from fedspan.methods.patches import Patch
 
 Tensors = Mapping[str, Tensor]
-Diagnostics = Mapping[str, float]
+Diagnostics = Mapping[str, Any]
+"""What a method measured of itself: numbers, or by module where each has its own; JSON as it is."""
 ClientState = Mapping[str, Tensor]
 """What a client keeps between its rounds, on its own site."""
 

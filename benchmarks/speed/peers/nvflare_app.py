@@ -75,9 +75,7 @@ class Server:
         np.savez(self.result_path + ".npz", **adapter)
         Path(self.result_path).write_text(json.dumps(log.as_dict()), encoding="utf-8")
 
-    def _call(
-        self, sites, chosen: list[int], round_num: int, adapter: bytes, own: bool
-    ) -> list[dict[str, Any]]:
+    def _call(self, sites, chosen: list[int], round_num: int, adapter: bytes, own: bool) -> list[dict[str, Any]]:
         """Every client's reply, in the clients' order: from its own site, or from whichever site is free."""
         waiting = queue.SimpleQueue()
         for client in chosen:

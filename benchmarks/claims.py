@@ -219,8 +219,9 @@ def main() -> str:
 PREFACE = [
     "Made by `python benchmarks/table.py` from `claims-*/results.jsonl`. Difference: the mean over the seeds of the",
     "paired differences, with a 95 % interval by Student's t; **yes** and **no** where it excludes 0, *open* where it",
-    "does not; none is narrower than ± 0.01, which a few hundred test examples cannot resolve. Three to five seeds on bases of about a million parameters can bear out or contradict a claim here;",
-    "they cannot settle it for large models. Nothing is left out.",
+    "does not; none is narrower than ± 0.01, which a few hundred test examples cannot resolve. Three to five seeds on",
+    "bases of about a million parameters can bear out or contradict a claim here; they cannot settle it for large",
+    "models. Nothing is left out.",
 ]
 
 

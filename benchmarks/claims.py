@@ -18,6 +18,7 @@ from run import read
 HERE = Path(__file__).parent
 SUITES = {
     "claims-digits": "handwritten digits, accuracy",
+    "claims-tasks": "embedded instruction tasks, exact match",
     "claims-mri": "brain-MRI images, accuracy",
     "claims-superni": "Super-NaturalInstructions, ROUGE-L",
 }

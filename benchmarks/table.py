@@ -19,6 +19,22 @@ SUITES = {
     "mri": "Brain-MRI images, label-skewed sites",
 }
 BEGIN, END = "<!-- results: made by benchmarks/table.py -->", "<!-- end of results -->"
+HEADLINES = {
+    "glora",
+    "glora_plus",
+    "flexlora",
+    "raflora",
+    "fedex_lora",
+    "flora",
+    "ffa_lora",
+    "hetlora",
+    "fedit",
+    "fedftg",
+    "shared_galore",
+    "local",
+    "centralised",
+}
+"""The arms of the README's table."""
 CONTROLS = ("local", "centralised", "centralised_full")
 
 
@@ -47,7 +63,7 @@ def headlines() -> str:
     arms = list(dict.fromkeys(line["arm"] for lines in final.values() for line in lines))
     bases = [statistics.mean(x["summary"]["base"] for x in lines) for lines in final.values()]
     rows.append("| untouched base | " + " | ".join(f"{value:.3f}" for value in bases) + " |")
-    for arm in sorted(arms, key=lambda arm: (arm == "centralised", arm != "local", arm)):
+    for arm in sorted(HEADLINES & {*arms}, key=lambda arm: (arm == "centralised", arm != "local", arm)):
         runs = [[x for x in lines if x["arm"] == arm] for lines in final.values()]
         rows.append(f"| `{arm}` | " + " | ".join(spread(x, "federated") for x in runs) + " |")
     return "\n".join(rows) + "\n"
@@ -78,7 +94,8 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
     bases = {x["seed"]: x["summary"]["base"] for x in final if x["summary"]["base"] is not None}
     notes = [f"\nUntouched base: {', '.join(f'{value:.3f} (seed {seed})' for seed, value in sorted(bases.items()))}."]
     notes.append(
-        "± is half the range over the seeds: two seeds give no interval, so differences of that size mean nothing. "
+        "± is half the range over two seeds, which gives no interval: differences of that size mean nothing; figures "
+        "without it are of one seed. "
         "\\* the best rate lies at the edge of the grid that was tried; † given, not tuned (see the suite)."
     )
     if "local" in arms:
@@ -94,8 +111,10 @@ def mean(runs: list[dict[str, Any]], key: str) -> float:
 
 
 def spread(runs: list[dict[str, Any]], key: str) -> str:
-    """Mean ± half the range over the seeds."""
+    """Mean ± half the range over the seeds; of one seed the figure alone."""
     values = [run["summary"][key] for run in runs if run["summary"][key] is not None]
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
     return f"{statistics.mean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}" if values else "–"
 
 

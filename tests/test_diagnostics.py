@@ -330,8 +330,6 @@ def test_what_does_not_apply_is_none_and_never_zero() -> None:
 def test_every_method_can_be_observed_in_every_round(name: str) -> None:
     """Through the round loop: the record can be written as JSON, and gauge figures are as the method claims."""
     case = BY_ID[name]
-    if any(exchange.ask == "gradient" for exchange in case.make().exchanges) or case.info.optimizer == "sgd":
-        pytest.skip("needs gradients or learning rates, which real training makes")
     method, standing = case.make(), tiny.standing(case.make(), 4)
     people = tiny.clients(4) if case.info.pooled else tiny.clients(2 if case.info.hetero_rank else 4, 4, 4)
     for _ in range(2):

@@ -169,3 +169,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Config().seed = 3
+
+
+def test_an_option_of_the_default_method_needs_no_name() -> None:
+    assert load(overrides=["method.balance=root"]).method == {"name": "glora", "balance": "root"}
+    assert load(overrides=["method.name=flora"]).method == {"name": "flora"}

@@ -266,6 +266,9 @@ _TASK_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 
 def _with_task_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+    if isinstance(merged.get("method"), dict):
+        # An option of the default method may be set without naming it.
+        merged["method"] = {"name": "glora", **merged["method"]}
     data = merged.get("data")
     task = data.get("task") if isinstance(data, dict) else None
     for section, values in _TASK_DEFAULTS.get(str(task), {}).items():

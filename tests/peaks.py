@@ -1,4 +1,8 @@
-"""Peak resident memory of a script, as the operating system counts it: the head of scripts that tests run."""
+"""What was held at most: resident memory as the operating system counts it (the head of scripts that tests run), and
+the largest tensor."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PEAK = """
 import ctypes, sys
@@ -13,3 +17,16 @@ def reset():
     Path("/proc/self/clear_refs").write_text("5")
     return peak()
 """
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, torch.Tensor):
+                self.numel = max(self.numel, value.numel())
+        return out

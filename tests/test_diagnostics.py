@@ -29,8 +29,8 @@ from methods.federations import (
     served,
     weighted_sum,
 )
+from peaks import LargestTensor
 from scipy.linalg import subspace_angles
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedspan import diagnostics
 from fedspan.diagnostics import FIGURES, MAX_PAIRS, gauge, measure, spectra
@@ -340,19 +340,6 @@ def test_every_method_can_be_observed_in_every_round(name: str) -> None:
             assert sensitivity < 1e-4 if case.info.gauge_invariant else sensitivity > 1e-2
         if case.info.personalised:
             assert found["distance_from_ideal"] is None
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the largest tensor that any operation makes."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for value in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(value, torch.Tensor):
-                self.numel = max(self.numel, value.numel())
-        return out
 
 
 def test_observing_changes_nothing_and_says_the_same_twice() -> None:

@@ -31,7 +31,7 @@ from federations import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from peaks import LargestTensor
 
 from fedspan.lowrank import LowRank
 from fedspan.methods.base import aggregate
@@ -347,19 +347,6 @@ def test_traffic_is_the_formula(case: Case, shape: tuple[int, int]) -> None:
     info = case.info
     for numbers, formula in zip(found, (info.traffic_up, info.traffic_down), strict=True):
         assert numbers in [evaluate(one, **symbols) for one in formula.split(" or ")]
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the largest tensor that any operation makes."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for value in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(value, torch.Tensor):
-                self.numel = max(self.numel, value.numel())
-        return out
 
 
 def test_the_recorder_sees_a_dense_product() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -88,14 +88,15 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def without(package: str) -> Iterator[None]:
     """As if that package were not installed, for a library that imports whatever it finds; it stays unimported."""
-    if package in sys.modules:
+    modules: dict[str, Any] = cast(Any, sys.modules)
+    if package in modules:
         yield
         return
-    sys.modules[package] = None  # type: ignore[assignment]
+    modules[package] = None  # an import then fails
     try:
         yield
     finally:
-        del sys.modules[package]
+        del modules[package]
 
 
 def load_base(

@@ -51,7 +51,7 @@ def check(quantise: str, trains: str) -> None:
         )
     try:
         with _quiet():
-            import bitsandbytes  # noqa: F401
+            importlib.import_module("bitsandbytes")
     except Exception as error:  # a wheel for another machine fails in a way of its own
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"model.quantise = {quantise!r}: bitsandbytes cannot be used here ({first})") from None

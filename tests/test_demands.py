@@ -70,6 +70,12 @@ def test_scaffold_wants_sgd_or_to_be_asked_by_name_for_the_heuristic() -> None:
     assert asked("scaffold", **ONE_RANK, method={"optimizer": "adamw"}).info.name == "scaffold"
 
 
+@pytest.mark.parametrize("name", ["fedftg", "fedgalore"])
+def test_galore_is_an_adamw(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"local\.optimizer = 'sgd': {name} has GaLore.*expected 'adamw'"):
+        asked(name, **ONE_RANK, local={"optimizer": "sgd"})
+
+
 def test_a_server_optimizer_is_put_around_the_method_with_its_settings() -> None:
     plain = asked("ffa_lora", **ONE_RANK)
     pushed = asked("ffa_lora", **ONE_RANK, server={"optimizer": "fedavgm", "momentum": 0.5})

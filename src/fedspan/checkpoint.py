@@ -102,8 +102,8 @@ def read_tensors(path: Path, key: str) -> tuple[Any, dict[str, Tensor]]:
     """
     with safe_open(str(path), framework="pt") as file:
         meta = json.loads((file.metadata() or {}).get(key, "null"))
-        # An open file is no mapping: it has keys() and cannot be iterated.
-        return meta, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        names = file.keys()  # an open file is no mapping: it cannot be iterated itself
+        return meta, {name: file.get_tensor(name) for name in names}
 
 
 def _pack(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:

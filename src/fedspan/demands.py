@@ -9,6 +9,7 @@ import numpy as np
 from fedspan import methods, partition
 from fedspan.config import Config
 from fedspan.methods.base import Method
+from fedspan.methods.messages import Request, Template
 from fedspan.methods.server_optimizers import with_server_optimizer
 from fedspan.models import quantised
 
@@ -76,6 +77,12 @@ def _check_optimizer(method: Method, config: Config) -> None:
         raise ValueError(
             f"local.optimizer = '{config.local.optimizer}': {method.info.name} is correct with local SGD alone; "
             f"set local.optimizer = 'sgd', or ask for the heuristic with method.optimizer = 'adamw'"
+        )
+    recipe = method.broadcast(method.init(Template({}, 1), {}), Request(None)).recipe
+    if recipe.galore is not None and config.local.optimizer != "adamw":
+        raise ValueError(
+            f"local.optimizer = '{config.local.optimizer}': {method.info.name} has GaLore in its clients, which is an "
+            f"AdamW; expected 'adamw'"
         )
 
 

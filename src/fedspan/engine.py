@@ -155,8 +155,6 @@ class Job:
         initial = Checkpoint(method.init(template, self.initial_dense))
         recipe = method.broadcast(initial.state, Request(None)).recipe
         self.model.check(recipe)
-        if recipe.galore is not None and c.local.optimizer != "adamw":
-            raise ValueError(f"local.optimizer = '{c.local.optimizer}': GaLore is an AdamW; expected 'adamw'")
         engine, reason = c.engine.name, None
         if engine != "sequential":
             reason = cohort.applies(self.model, self.data["train"], recipe, c)

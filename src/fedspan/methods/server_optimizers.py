@@ -139,7 +139,7 @@ def fedavgm(learning_rate: float = 1.0, momentum: float = 0.9, trains: Trains = 
     trains
         The weights of the target modules, or every weight of the model.
     """
-    return _averaging("fedavgm", "1909.06335", trains, _Rule("fedavgm", learning_rate, momentum, 0.0, 1.0))
+    return _averaging("fedavgm", "1909.06335", trains, learning_rate, momentum)
 
 
 def fedadam(
@@ -162,7 +162,7 @@ def fedadam(
     trains
         The weights of the target modules, or every weight of the model.
     """
-    return _averaging("fedadam", "2003.00295", trains, _Rule("fedadam", learning_rate, momentum, beta2, tau))
+    return _averaging("fedadam", "2003.00295", trains, learning_rate, momentum, beta2, tau)
 
 
 def fedyogi(
@@ -185,10 +185,10 @@ def fedyogi(
     trains
         The weights of the target modules, or every weight of the model.
     """
-    return _averaging("fedyogi", "2003.00295", trains, _Rule("fedyogi", learning_rate, momentum, beta2, tau))
+    return _averaging("fedyogi", "2003.00295", trains, learning_rate, momentum, beta2, tau)
 
 
-def _averaging(name: Kind, paper: str, trains: Trains, r: _Rule) -> Method:
+def _averaging(name: Kind, paper: str, trains: Trains, *options: float) -> Method:
     info = MethodInfo(
         name=name,
         title=_TITLES[name],
@@ -200,5 +200,4 @@ def _averaging(name: Kind, paper: str, trains: Trains, r: _Rule) -> Method:
         traffic_down="mn",
         trains=trains,
     )
-    plain = average_weights(info, Recipe())
-    return replace(with_server_optimizer(plain, r.kind, r.learning_rate, r.momentum, r.beta2, r.tau), info=info)
+    return replace(with_server_optimizer(average_weights(info, Recipe()), name, *options), info=info)

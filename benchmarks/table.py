@@ -25,6 +25,8 @@ HEADLINES = {
     "flexlora",
     "raflora",
     "fedex_lora",
+    "fedavg",
+    "centralised_full",
     "flora",
     "ffa_lora",
     "hetlora",
@@ -63,7 +65,7 @@ def headlines() -> str:
     arms = list(dict.fromkeys(line["arm"] for lines in final.values() for line in lines))
     bases = [statistics.mean(x["summary"]["base"] for x in lines) for lines in final.values()]
     rows.append("| untouched base | " + " | ".join(f"{value:.3f}" for value in bases) + " |")
-    for arm in sorted(HEADLINES & {*arms}, key=lambda arm: (arm == "centralised", arm != "local", arm)):
+    for arm in sorted(HEADLINES & {*arms}, key=lambda arm: (arm.startswith("centralised"), arm != "local", arm)):
         runs = [[x for x in lines if x["arm"] == arm] for lines in final.values()]
         rows.append(f"| `{arm}` | " + " | ".join(spread(x, "federated") for x in runs) + " |")
     return "\n".join(rows) + "\n"

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from fedspan import rounds
+from fedspan import rounds, sites
 from fedspan.federation import Client
 from fedspan.lowrank import LowRank
 from fedspan.methods import METHODS
@@ -467,7 +467,7 @@ def test_clients_start_in_windows_that_change_no_bit(name: str, monkeypatch: pyt
         for client, sent in window:
             yield tiny.fake_work(client, sent, round_num), 2.0
 
-    monkeypatch.setattr(rounds, "WINDOW", 3)
+    monkeypatch.setattr(sites, "WINDOW", 3)
     cut, again = rounds.run_round(method, tiny.standing(method, 4), people[::-1], work)
     tiny.same_standing(whole, cut)
     assert [len(window) for window in told] == [3, 3, 1]

@@ -178,7 +178,7 @@ def config(base: Path, data: Path, method: str = "glora", /, **sections: Mapping
     if method in METHODS and METHODS[method]().info.optimizer == "sgd":
         tree["local"]["optimizer"] = "sgd"
     for section, values in sections.items():
-        tree[section] = {**tree[section], **values} if isinstance(values, Mapping) else values
+        tree[section] = {**tree.get(section, {}), **values} if isinstance(values, Mapping) else values
     return settings.from_mapping(tree)
 
 

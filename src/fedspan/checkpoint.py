@@ -21,7 +21,7 @@ from fedspan.methods.base import ServerState
 from fedspan.methods.messages import ClientState, Template
 from fedspan.methods.patches import Patch, PatchLog
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,8 @@ class Checkpoint:
     client_states: Mapping[str, ClientState] = field(default_factory=dict)
     seen: Mapping[str, int] = field(default_factory=dict)
     """Client -> newest patch version that it holds."""
+    counted: Mapping[str, int] = field(default_factory=dict)
+    """Client -> how many rounds were finished when its answer last counted."""
     history: tuple[Mapping[str, Any], ...] = ()
     """One record per finished round."""
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -135,6 +137,7 @@ def _pack(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:
             client: _named(kept, f"client/{client}", tensors) for client, kept in checkpoint.client_states.items()
         },
         "seen": dict(checkpoint.seen),
+        "counted": dict(checkpoint.counted),
         "history": list(checkpoint.history),
         "notes": dict(checkpoint.notes),
     }
@@ -159,7 +162,7 @@ def _unpack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoin
         _load(meta["extra"], tensors),
     )
     clients = {client: _load(keys, tensors) for client, keys in meta["client_states"].items()}
-    return Checkpoint(state, clients, meta["seen"], tuple(meta["history"]), meta["notes"])
+    return Checkpoint(state, clients, meta["seen"], meta["counted"], tuple(meta["history"]), meta["notes"])
 
 
 def _named(held: Mapping[str, Tensor], prefix: str, tensors: dict[str, Tensor]) -> dict[str, str]:

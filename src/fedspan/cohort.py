@@ -42,6 +42,8 @@ def applies(model: FederatedModel, data: Encoded, recipe: Recipe, config: Config
     """
     if model.trains != "adapter":
         return "every client trains base weights of its own"
+    if config.privacy.dp == "example":
+        return "every example's gradient is clipped by itself (privacy.dp)"
     if recipe.galore is not None:
         return "GaLore works on one client's weights"
     if recipe.confined:

@@ -188,6 +188,67 @@ class EvaluationConfig(_Section):
     """
 
 
+class PrivacyConfig(_Section):
+    """`[privacy]`: what the server may learn of one client."""
+
+    secure_sums: bool = False
+    """Clients send masked vectors, of which the server learns the sum alone (pairwise masks, Bonawitz et al. 2017)."""
+    fixed_point: bool = False
+    """The arithmetic of secure sums without the masks: the same bits as with them."""
+    fraction_bits: Annotated[int, Field(ge=8, le=48)] = 32
+    """Of the 64-bit fixed point that secure sums are taken in."""
+    threshold: Annotated[float, Field(gt=0.5, le=1.0)] = 0.6
+    """Share of a round's clients that must stay until its end for the sum to be recovered; no fewer can unmask."""
+    dp: Literal["none", "client", "example"] = "none"
+    """`client`: every client's update is clipped and the sum gets Gaussian noise.  `example`: DP-SGD on the client."""
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of what one client (or one example's gradient) adds to a sum."""
+    noise_multiplier: Annotated[float, Field(ge=0)] = 1.0
+    """Standard deviation of the noise, in units of `clip`."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    epsilon: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none)] = None
+    """Budget: the run stops before the round (a client: before the work) that would exceed it; "none": no budget."""
+
+
+class RobustConfig(_Section):
+    """`[robust]`: what keeps a few bad clients from spoiling a round; not possible under secure sums."""
+
+    filter: Literal["none", "krum", "multi_krum", "geometric_median", "median", "trimmed_mean"] = "none"
+    """Krum and the geometric median compare products B·A, never factors; `median` and `trimmed_mean` are taken
+    coordinate by coordinate, for methods whose clients send one plain vector."""
+    attackers: PositiveInt = 1
+    """f: how many of a round's clients may be bad."""
+    max_norm: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none)] = None
+    """An update whose change of the weights is larger in Frobenius norm is rejected; "none": any size."""
+
+
+class WireConfig(_Section):
+    """`[wire]`: the types in which tensors travel. What is computed from them is float32 always."""
+
+    up: Literal["float32", "bfloat16", "int8"] = "float32"
+    """From the clients; `int8` has a scale for every row. Secure sums send 64-bit integers instead."""
+    down: Literal["float32", "bfloat16", "int8"] = "float32"
+
+
+class DeploymentConfig(_Section):
+    """`[deployment]`: a federation of real sites; nothing here matters where all clients are in one process."""
+
+    wait: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds to wait for enough sites before a round, at most."""
+    deadline: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds that a site has for one answer."""
+    oversample: Annotated[float, Field(ge=0.0, le=4.0)] = 0.0
+    """Share of clients asked beyond those that a round needs; the last to answer are then not waited for."""
+    order: Literal["sorted", "arrival"] = "sorted"
+    """`sorted`: updates are folded in the order of the clients' ids, the same bits every time.  `arrival`: as they
+    come."""
+    patience: PositiveInt = 2
+    """Answers that a site may miss in a row before it is left out for `quarantine` rounds."""
+    quarantine: PositiveInt = 3
+    poll: Annotated[float, Field(gt=0, le=10)] = 0.1
+    """Seconds between two looks for answers."""
+
+
 class EngineConfig(_Section):
     """`[engine]`: how the work is done on this machine. Engines agree to rounding; how many workers changes nothing."""
 
@@ -220,6 +281,10 @@ class Config(_Section):
     federation: FederationConfig = FederationConfig()
     local: LocalConfig = LocalConfig()
     server: ServerConfig = ServerConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    robust: RobustConfig = RobustConfig()
+    wire: WireConfig = WireConfig()
+    deployment: DeploymentConfig = DeploymentConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: EngineConfig = EngineConfig()
     method: dict[str, Any] = Field(default_factory=lambda: {"name": "glora"})

@@ -15,15 +15,23 @@ import torch
 from fedspan import checkpoint, cohort, parallel
 from fedspan.checkpoint import Checkpoint, write_bytes
 from fedspan.config import Config
-from fedspan.data import Encoded, encode
+from fedspan.coordinator import Coordinator
+from fedspan.data import Encoded
 from fedspan.data import load as load_data
 from fedspan.diagnostics import measure
 from fedspan.federation import Client, make_clients, participants, pooled
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, Request
-from fedspan.models import FederatedModel, build, load_processor
+from fedspan.models import FederatedModel
 from fedspan.models.quantised import base_size
-from fedspan.rounds import WINDOW, Standing, run_round
+from fedspan.narrow import Narrow
+from fedspan.port import Port
+from fedspan.preparing import base_model, device_of, encoded
+from fedspan.privacy.fixed_point import FixedPoint
+from fedspan.privacy.summing import Sum
+from fedspan.robust import screen
+from fedspan.rounds import Standing, conduct
+from fedspan.sites import WINDOW, Answer, Here
 from fedspan.train import Assignment, LocalResult, num_steps
 from fedspan.workers import Crew, Exam, Kit, count, crew
 
@@ -57,10 +65,19 @@ class Job:
     metrics: tuple[str, ...]
     crew: Crew
     num_workers: int
+    coordinator: Coordinator | None = None
+    """Of a federation whose clients are elsewhere."""
+    total: Sum | None = None
+    """How sums are taken, where nothing but sums may be known."""
 
     @classmethod
-    def prepare(cls, config: Config, method: Method, out: Path, on_event: OnEvent) -> Job:
+    def prepare(cls, config: Config, method: Method, out: Path, on_event: OnEvent, port: Port | None = None) -> Job:
         """Read everything that a run needs.
+
+        Parameters
+        ----------
+        port
+            Through which the clients are reached; none: they are simulated here.
 
         Raises
         ------
@@ -69,37 +86,33 @@ class Job:
         """
         torch.set_num_threads(config.threads)
         corpus = load_data(config.data, config.seed)
-        clients = make_clients(config, corpus)
+        coordinator = None
+        if port is None:
+            clients = make_clients(config, corpus)
+        else:
+            coordinator = Coordinator(port, config, method, out, lambda line: on_event(Event("site", {"line": line})))
+            clients = coordinator.gather()
         drawn = len(participants(config, clients, 0))
         if config.federation.min_success > drawn and not method.info.pooled:
             raise ValueError(
                 f"federation.min_success = {config.federation.min_success}: {drawn} clients take part in a round"
             )
-        processor = load_processor(config.model.name, corpus.kind)
-        rows = {"train": corpus.train, "test": corpus.test} | (
-            {"unseen": corpus.unseen} if corpus.unseen is not None else {}
-        )
-        data = {split: encode(part, processor, config.data) for split, part in rows.items()}
-        device = _device(config.device)
+        processor, data = encoded(config, corpus)
+        device = device_of(config.device)
         num_workers = count(config, device, max(drawn, -(-len(data["test"]) // config.evaluation.batch_size)))
-        texts = data["train"].texts
-        model = build(
-            config.model.name,
-            corpus.kind,
-            trains=method.info.trains,
-            num_labels=corpus.num_labels,
-            target_modules=config.adapter.target_modules,
+        model = base_model(
+            config,
+            method,
+            corpus,
+            data,
             max_rank=max(client.rank for client in clients),
-            rslora=config.adapter.rslora,
-            dropout=config.adapter.dropout,
-            dtype=config.model.dtype,
             device=device if num_workers == 1 else torch.device("cpu"),
-            seed=config.seed,
-            label_names=corpus.label_names,
-            regression=corpus.num_labels == 1,
-            pad_token_id=texts.pad if texts is not None else None,
-            quantise=config.model.quantise,
         )
+        initial = model.dense()
+        if coordinator is not None:
+            shapes = {name: list(shape) for name, shape in model.modules().items()}
+            shapes |= {f"dense {name}": list(t.shape) for name, t in initial.items()}
+            clients = coordinator.agree(model.digest(), shapes, initial, clients)
         return cls(
             config=config,
             method=method,
@@ -107,12 +120,14 @@ class Job:
             on_event=on_event,
             clients=clients,
             model=model,
-            initial_dense=model.dense(),
+            initial_dense=initial,
             processor=processor,
             data=data,
             metrics=corpus.metrics,
             crew=crew(Kit(config, model, data, processor, corpus.metrics), num_workers, device),
             num_workers=num_workers,
+            coordinator=coordinator,
+            total=_total(config),
         )
 
     def emit(self, kind: str, **data: Any) -> None:
@@ -243,12 +258,72 @@ class Federation:
 
     def _one_round(self, round_num: int, last: bool) -> None:
         job, config = self.job, self.job.config
-        drawn = participants(config, self.clients, round_num)
-        steps = {c.client_id: num_steps(config.local, len(c.indices)) for c in drawn}
-        cohort = drawn
+        cohort = self._cohort(round_num)
+
+        def on_answer(answer: Answer, done: int) -> None:
+            job.emit(
+                "client",
+                phase=self.phase,
+                round_num=round_num + 1,
+                client_id=answer.client.client_id,
+                done=done,
+                cohort=len(cohort),
+                train_loss=answer.train_loss,
+            )
+
+        saved = self.saved
+        wanted = config.evaluation.diagnostics
+        if wanted == "auto":
+            wanted = self.method.info.trains == "adapter" and len(cohort) <= WINDOW
+        observed = wanted and self.phase == "federation" and job.coordinator is None
+        controlled = self.method.info.pooled or self.method.info.alone
+        # The workers have nothing to do while the server works.
+        with parallel.threads(job.num_workers * config.threads):
+            standing, record = conduct(
+                self.method,
+                Standing(saved.state, saved.client_states, saved.seen, saved.counted),
+                cohort,
+                job.coordinator or self._here(cohort),
+                min_success=1 if self.method.info.pooled else config.federation.min_success,
+                sums=job.total is not None and not controlled,
+                screen=screen(config, self.method),
+                on_answer=on_answer,
+                observe=partial(measure, base=job.initial_dense) if observed else None,
+            )
+        self.saved = replace(
+            saved,
+            state=standing.state,
+            client_states=standing.client_states,
+            seen=standing.seen,
+            counted=standing.counted,
+        )
+        every = config.evaluation.every
+        due = self.phase == "federation" and (last or (round_num + 1) % every == 0)
+        if due and self.method.info.personalised:
+            record["eval"] = self.personal_metrics() if last and job.coordinator is None else None
+        else:
+            full = self.method.broadcast(standing.state, Request(None)) if due else None
+            record["eval"] = job.evaluate([job.exam(full, whole=False)])[0] if full is not None else None
+        self.saved = replace(self.saved, history=(*saved.history, record))
+        checkpoint.write(self.path, self.saved)
+        self._write_history()
+        job.emit("round", phase=self.phase, record=record)
+
+    def _cohort(self, round_num: int) -> list[Client]:
+        """Who takes part in a round."""
         if self.method.info.pooled:
-            cohort = pooled(self.clients)
-            steps = {cohort[0].client_id: sum(steps.values())}
+            return pooled(self.clients)
+        if self.job.coordinator is not None:
+            return self.job.coordinator.draw(self.clients, round_num)
+        return participants(self.job.config, self.clients, round_num)
+
+    def _here(self, cohort: Sequence[Client]) -> Here:
+        """The clients of this process."""
+        job, config = self.job, self.job.config
+        steps = {c.client_id: num_steps(config.local, len(c.indices)) for c in cohort}
+        if self.method.info.pooled:
+            drawn = participants(config, self.clients, self.saved.state.round_num)
+            steps = {cohort[0].client_id: sum(num_steps(config.local, len(c.indices)) for c in drawn)}
 
         def work(window: Sequence[tuple[Client, Broadcast]], number: int) -> Iterable[tuple[LocalResult, float]]:
             assignments = [
@@ -257,46 +332,14 @@ class Federation:
             ]
             return job.crew.train(assignments, number, self.engine)
 
-        def on_client(client: Client, result: LocalResult, done: int) -> None:
-            job.emit(
-                "client",
-                phase=self.phase,
-                round_num=round_num + 1,
-                client_id=client.client_id,
-                done=done,
-                cohort=len(cohort),
-                train_loss=result.train_loss,
-            )
-
-        saved = self.saved
-        wanted = config.evaluation.diagnostics
-        if wanted == "auto":
-            wanted = self.method.info.trains == "adapter" and len(cohort) <= WINDOW
-        observed = wanted and self.phase == "federation"
-        # The workers have nothing to do while the server works.
-        with parallel.threads(job.num_workers * config.threads):
-            standing, record = run_round(
-                self.method,
-                Standing(saved.state, saved.client_states, saved.seen),
-                cohort,
-                work,
-                weighting=config.federation.weighting,
-                min_success=1 if self.method.info.pooled else config.federation.min_success,
-                on_client=on_client,
-                observe=partial(measure, base=job.initial_dense) if observed else None,
-            )
-        self.saved = replace(saved, state=standing.state, client_states=standing.client_states, seen=standing.seen)
-        every = config.evaluation.every
-        due = self.phase == "federation" and (last or (round_num + 1) % every == 0)
-        if due and self.method.info.personalised:
-            record["eval"] = self.personal_metrics() if last else None
-        else:
-            full = self.method.broadcast(standing.state, Request(None)) if due else None
-            record["eval"] = job.evaluate([job.exam(full, whole=False)])[0] if full is not None else None
-        self.saved = replace(self.saved, history=(*saved.history, record))
-        checkpoint.write(self.path, self.saved)
-        self._write_history()
-        job.emit("round", phase=self.phase, record=record)
+        return Here(
+            self.method,
+            work,
+            self.saved.client_states,
+            weighting=config.federation.weighting,
+            narrow=Narrow("float32" if job.total else config.wire.up, config.wire.down),
+            total=job.total,
+        )
 
     def personal_metrics(self, own_data: bool = False) -> dict[str, float]:
         """The mean over the clients of what each one's own model scores on everybody's test data.
@@ -326,15 +369,12 @@ class Federation:
             write_bytes(self.job.out / "metrics.jsonl", "".join(lines).encode())
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device = {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
-    return device
+def _total(config: Config) -> Sum | None:
+    """How this run takes its sums; none: updates are folded as they are."""
+    p = config.privacy
+    if not p.secure_sums and not p.fixed_point:
+        return None
+    return Sum(FixedPoint(p.fraction_bits), p.secure_sums, p.threshold, str(config.seed))
 
 
 def to_json(value: object, indent: int | None = None) -> str:

@@ -21,10 +21,17 @@ class Client:
     """Its training examples, as rows of the corpus's training data."""
     holdout: np.ndarray
     """Its own examples kept back for evaluation; may be empty."""
+    stated: int | None = None
+    """How many examples a client says that it has whose data is elsewhere."""
+
+    @property
+    def num_examples(self) -> int:
+        """Its training examples."""
+        return len(self.indices) if self.stated is None else self.stated
 
     def weight(self, weighting: str) -> float:
         """What it counts for in averages."""
-        return float(len(self.indices)) if weighting == "examples" else 1.0
+        return float(self.num_examples) if weighting == "examples" else 1.0
 
 
 def make_clients(config: Config, corpus: Corpus) -> list[Client]:

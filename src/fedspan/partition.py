@@ -13,6 +13,7 @@ import numpy as np
 Generator = np.random.Generator
 
 _PARTICIPANTS = 0x70617274  # keeps this draw apart from others that use (seed, round)
+_POISSON = 0x636F696E
 
 PRESETS: Mapping[str, tuple[Mapping[str, int], ...]] = {
     "dolly-ftg-2": (
@@ -223,6 +224,26 @@ def participants(num_clients: int, participation: float, min_clients: int, seed:
     size = min(num_clients, max(1, min_clients, int(participation * num_clients + 0.5)))
     rng = np.random.default_rng([_PARTICIPANTS, seed, round_num])
     return sorted(rng.choice(num_clients, size=size, replace=False).tolist())
+
+
+def poisson_participants(num_clients: int, participation: float, secret: int, round_num: int) -> list[int]:
+    """Sorted indices of the clients of a round, each drawn by a coin of its own; there may be none.
+
+    What amplifies differential privacy by sampling is that nobody knows whether a client is in a round, and that the
+    clients do not displace each other: so the coins are the secret's, not the run's seed's, and their number is free.
+
+    Raises
+    ------
+    ValueError
+        If the share is not in (0, 1], or the secret or the round is negative.
+    """
+    if not 0 < participation <= 1:
+        raise ValueError(f"participation = {participation}: expected a share above 0 and up to 1")
+    if secret < 0 or round_num < 0:
+        raise ValueError("a negative secret or round: expected 0 or more")
+    coins = np.random.default_rng([_POISSON, secret, round_num]).random(num_clients)
+    drawn: list[int] = np.flatnonzero(coins < participation).tolist()
+    return drawn
 
 
 def _check(num_examples: int, num_clients: int) -> None:

@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from fedspan.federation import Client
 from fedspan.memory import peak_memory, reset_peak_memory
 from fedspan.methods.base import Method, ServerState
-from fedspan.methods.folds import Exchange, Partial
+from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, ClientState, Request, Update
-from fedspan.traffic import broadcast_bytes, partial_bytes, parts, payload_bytes, payload_tensors, state_bytes
+from fedspan.privacy.summing import Layout
+from fedspan.sites import Answer, Here, Question, Sites, Work, begin, unlearnt
+from fedspan.traffic import broadcast_bytes, partial_bytes, state_bytes
 from fedspan.train import LocalResult
 
-WINDOW = 64
-"""Clients that are told to start at once. It bounds what a round holds beside the server's own fold, however many
-clients take part; within it the work is grouped, and spread over processes, as whoever does it likes."""
-
-Work = Callable[[Sequence[tuple[Client, Broadcast]], int], Iterable[tuple[LocalResult, float]]]
-"""(clients and what each starts from, round) -> what each learnt, in that order, and the busy seconds it took.
-
-Results are taken one by one, so that a generator need not hold them all. Raises nothing for a bad update: that is
-checked here."""
-
-
-_Answer = tuple[Client, LocalResult, Broadcast]
+if TYPE_CHECKING:
+    from fedspan.robust import Screen
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +41,9 @@ class Observation:
 Observe = Callable[[Observation], Mapping[str, Any]]
 """What it measures joins the round's record."""
 
+OnAnswer = Callable[[Answer, int], None]
+"""Called with every valid answer to a question that trains, and how many there are by now."""
+
 
 class RoundFailed(ValueError):
     """Too few valid updates came back; the run stands where it was before the round."""
@@ -62,7 +55,11 @@ class Standing:
 
     state: ServerState
     client_states: Mapping[str, ClientState] = field(default_factory=dict)
+    """Of clients that live in this process."""
     seen: Mapping[str, int] = field(default_factory=dict)
+    """Client -> the newest patch version that it holds."""
+    counted: Mapping[str, int] = field(default_factory=dict)
+    """Client -> how many rounds were finished when its answer last counted."""
 
 
 def run_round(
@@ -76,11 +73,40 @@ def run_round(
     on_client: Callable[[Client, LocalResult, int], None] | None = None,
     observe: Observe | None = None,
 ) -> tuple[Standing, dict[str, Any]]:
+    """`conduct` with clients that live in this process and whose local work is `work`."""
+
+    def on_answer(answer: Answer, done: int) -> None:
+        if on_client is not None and answer.result is not None:
+            on_client(answer.client, answer.result, done)
+
+    here = Here(method, work, standing.client_states, weighting=weighting)
+    return conduct(method, standing, cohort, here, min_success=min_success, on_answer=on_answer, observe=observe)
+
+
+def conduct(
+    method: Method,
+    standing: Standing,
+    cohort: Sequence[Client],
+    sites: Sites,
+    *,
+    min_success: int = 1,
+    sums: bool = False,
+    screen: Screen | None = None,
+    on_answer: OnAnswer | None = None,
+    observe: Observe | None = None,
+) -> tuple[Standing, dict[str, Any]]:
     """Broadcast, train, fold, finish, for every exchange of the round.
 
-    Updates are folded one by one in sorted client order, so the result does not depend on who answered first. An
-    update with a NaN or an infinity, or with other shapes than were sent, is left out and named in the record; one
-    that is wrong before it is encoded does not leave its site.
+    Updates are folded one by one in the order in which `sites` hands them over: sorted by client id, unless it was
+    told otherwise, so that the result does not depend on who answered first. One that is wrong is left out and named
+    in the record.
+
+    Parameters
+    ----------
+    sums
+        Learn nothing but the sum of an exchange's answers.
+    screen
+        What filters the answers before they are folded.
 
     Returns
     -------
@@ -92,16 +118,16 @@ def run_round(
     RoundFailed
         When fewer than `min_success` updates were valid.
     """
-    run = _Round(method, work, weighting, on_client, observe is not None, standing)
+    run = _Round(method, sites, sums, screen, on_answer, observe is not None, standing)
     active = sorted(cohort, key=lambda c: c.client_id)
     due = [number for number, exchange in enumerate(method.exchanges) if exchange.due(run.round_num)]
-    for number, following in zip(due, (*due[1:], None), strict=True):
+    for place, (number, following) in enumerate(zip(due, (*due[1:], None), strict=True)):
         again = following is not None and method.exchanges[following].ask == "again"
-        active = run.exchange(number, active, again)
+        active = run.exchange(number, active, (place, len(due)), again)
         if len(active) < max(1, min_success):
             raise RoundFailed(_too_few(run.round_num, len(active), min_success, run.tally.rejected))
         run.finish()
-    weights = {c.client_id: c.weight(weighting) for c in active}
+    weights = {c.client_id: run.weights[c.client_id] for c in active}
     record = {
         "round_num": run.round_num + 1,
         "method": method.info.name,
@@ -109,12 +135,15 @@ def run_round(
         "train_loss": sum(run.losses[c] * w for c, w in weights.items()) / sum(weights.values()),
         "eval": None,
         **run.tally.record(),
+        **sites.costs(),
     }
-    if observe is not None:
+    if observe is not None and run.trained:
         updates, broadcasts = zip(*run.trained, strict=True)
         record |= observe(Observation(method, run.before, run.state, updates, broadcasts, standing.client_states))
-    seen = {**standing.seen, **{client.client_id: run.version for client in active}}
-    return Standing(run.state, run.client_states, seen), record
+    ids = [client.client_id for client in active]
+    seen = {**standing.seen, **dict.fromkeys(ids, run.version)}
+    counted = {**standing.counted, **dict.fromkeys(ids, run.round_num + 1)}
+    return Standing(run.state, sites.states(), seen, counted), record
 
 
 class _Round:
@@ -123,93 +152,148 @@ class _Round:
     def __init__(
         self,
         method: Method,
-        work: Work,
-        weighting: str,
-        on_client: Callable[[Client, LocalResult, int], None] | None,
+        sites: Sites,
+        sums: bool,
+        screen: Screen | None,
+        on_answer: OnAnswer | None,
         observed: bool,
         standing: Standing,
     ) -> None:
-        self.method, self.work, self.weighting = method, work, weighting
-        self.on_client, self.observed = on_client, observed
+        self.method, self.sites, self.sums, self.screen = method, sites, sums, screen
+        self.on_answer, self.observed = on_answer, observed
         self.state = self.before = standing.state
-        self.client_states, self.seen = dict(standing.client_states), standing.seen
+        self.standing = standing
         self.round_num = standing.state.round_num
         self.version = 0
         """Of the patches that the clients were sent."""
         self.partial = Partial()
-        self.learnt: dict[str, LocalResult] = {}
-        """What is held because the next exchange asks about it again."""
         self.losses: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
         self.trained: list[tuple[Update, Broadcast]] = []
+        self.started: Broadcast | None = None
+        """What the client of largest rank would have started training from, for the layout of sums."""
         self.tally = _Tally()
 
-    def exchange(self, number: int, clients: Sequence[Client], again: bool) -> list[Client]:
+    def exchange(self, number: int, clients: Sequence[Client], place: tuple[int, int], again: bool) -> list[Client]:
         """Ask everyone and fold the answers; who answered well.
 
         Parameters
         ----------
+        place
+            Which of how many exchanges of this round it is.
         again
             The next exchange asks about the same answers.
         """
         exchange = self.method.exchanges[number]
         self.state = replace(self.state, exchange=number)
         self.partial, self.version = Partial(), self.state.patches.version if self.state.patches else 0
-        told = _Told(self.method, self.state, self.client_states, self.seen, self.tally)
-        held, self.learnt = self.learnt, {}
         if exchange.ask == "train":
             self.before = self.state
-        if exchange.ask == "again":
-            answers = told.ask(clients, held)
-        else:
-            answers = told.work(clients, self.work, self.round_num, exchange.ask == "gradient")
-        answered: list[Client] = []
-        for client, result, sent in answers:
-            update = self._checked(exchange, client, result, sent, len(answered))
-            if update is None:
+        question = Question(
+            self.state.template,
+            self.round_num,
+            number,
+            exchange,
+            place,
+            again,
+            self.standing.counted,
+            self.standing.seen,
+            self.version,
+        )
+        told = _Told(self.method, self.state, self.standing.seen, self.tally)
+        if self.sums:
+            return self._summed(question, clients, told)
+        answered: list[Answer] = []
+        for answer in self._waited(self.sites.ask(question, clients, told.broadcast)):
+            if not self._counts(question, answer, len(answered)):
                 continue
-            if again:
-                self.learnt[client.client_id] = result
-            answered.append(client)
-            with self.tally.server():
-                self.partial = exchange.fold.add(self.partial, update)
-        return answered
-
-    def _checked(
-        self, exchange: Exchange, client: Client, result: LocalResult, sent: Broadcast, answered: int
-    ) -> Update | None:
-        """What leaves the site; none where something is wrong with it, which is then noted."""
-        rejected, key = self.tally.rejected, client.client_id
-        if exchange.ask != "again":
-            problem = _problem(result.update, _expected(self.state, sent))
-            if problem is not None:
-                rejected[key] = problem
-                return None
-            self.tally.optimizer_bytes = max(self.tally.optimizer_bytes, result.optimizer_bytes)
-        if exchange.ask == "train":
-            self.losses[key] = result.train_loss
-            if self.on_client is not None:
-                self.on_client(client, result, answered + 1)
-        weight = client.weight(self.weighting)
-        began = time.perf_counter()
-        update, kept = self.method.encode(result.update, sent, self.client_states.get(key))
-        self.tally.client_seconds += time.perf_counter() - began
-        update = replace(update, num_examples=weight)
-        self.tally.bytes_up += payload_bytes(update)
-        if not all(bool(torch.isfinite(t).all()) for t in payload_tensors(update)):
-            # What was trained is finite, but a norm or a product of it need not be.
-            rejected[key] = "what it sent holds NaN or infinity"
-            return None
-        if self.observed and exchange.ask == "train":
-            self.trained.append((replace(result.update, num_examples=weight), sent))
-        if kept is not None:
-            self.client_states[key] = kept
-        return update
+            answer = replace(answer, result=None, started=None)
+            if self.screen is None:
+                self._fold(question, answer.update)
+                answer = replace(answer, update=None)
+            answered.append(answer)
+        if self.screen is not None:
+            answered = self._screened(question, self.screen, answered, told)
+        return [answer.client for answer in answered]
 
     def finish(self) -> None:
         """The server's step of this exchange."""
         with self.tally.server(), self.tally.memory(self.state, self.partial):
             self.state, diagnostics = self.method.finish(self.state, self.partial)
         self.tally.diagnostics |= diagnostics
+
+    def _waited(self, answers: Iterator[Answer]) -> Iterator[Answer]:
+        """The answers, with the time that they were waited for on the tally."""
+        while True:
+            began, busy = time.perf_counter(), self.tally.server_seconds
+            answer = next(answers, None)
+            # What the server does while it is asked what to send is its own time.
+            served = self.tally.server_seconds - busy
+            self.tally.train_wall_seconds += time.perf_counter() - began - served
+            if answer is None:
+                return
+            yield answer
+
+    def _counts(self, question: Question, answer: Answer, answered: int) -> bool:
+        """Whether the answer is one; what is wrong with it is noted."""
+        tally, key = self.tally, answer.client.client_id
+        tally.client_seconds += answer.seconds
+        tally.bytes_up += answer.bytes_up
+        if answer.problem is not None:
+            tally.rejected[key] = answer.problem
+            return False
+        tally.optimizer_bytes = max(tally.optimizer_bytes, answer.optimizer_bytes)
+        if question.exchange.ask == "train":
+            self.losses[key] = answer.train_loss
+            if self.on_answer is not None:
+                self.on_answer(answer, answered + 1)
+            if self.observed and answer.result is not None and answer.started is not None:
+                self.trained.append((replace(answer.result.update, num_examples=answer.weight), answer.started))
+        self.weights[key] = answer.weight
+        return True
+
+    def _fold(self, question: Question, update: Update | None) -> None:
+        if update is not None:
+            with self.tally.server():
+                self.partial = question.exchange.fold.add(self.partial, update)
+
+    def _screened(self, question: Question, screen: Screen, answers: list[Answer], told: _Told) -> list[Answer]:
+        """The answers that the filter lets pass, folded as it gives them."""
+        updates = [answer.update for answer in answers if answer.update is not None]
+        if not updates:
+            return []
+        with self.tally.server():
+            sent = [told.made_for(answer.client) for answer in answers]
+            found = screen(updates, sent)
+        self.tally.rejected |= found.rejected
+        self.tally.diagnostics |= found.diagnostics
+        for update in found.updates:
+            self._fold(question, update)
+        return [replace(a, update=None) for a in answers if a.client.client_id not in found.rejected]
+
+    def _summed(self, question: Question, clients: Sequence[Client], told: _Told) -> list[Client]:
+        """The same from the sum of the answers alone."""
+        if not clients:
+            return []
+        layout = self._layout(question, clients, told)
+        began = time.perf_counter()
+        found = self.sites.sum(question, clients, told.broadcast, layout)
+        self.tally.train_wall_seconds += time.perf_counter() - began
+        self.partial = found.partial
+        valid = [a for number, a in enumerate(found.answers) if self._counts(question, a, number)]
+        if question.exchange.ask == "train":
+            # Of the clients' own losses nothing is known: the mean stands for each.
+            self.losses = dict.fromkeys(self.losses, found.train_loss)
+        return [answer.client for answer in valid]
+
+    def _layout(self, question: Question, clients: Sequence[Client], told: _Told) -> Layout:
+        """The layout of what the client of largest rank sends, found by having it learn nothing."""
+        largest = max(clients, key=lambda c: c.rank)
+        started = begin(self.method, question, told.made_for(largest), None)
+        if question.exchange.ask != "again":
+            self.started = started
+        learnt = unlearnt(self.state.template, self.started or started)
+        return Layout.of(self.method.encode(learnt, started, None)[0])
 
 
 @dataclass(slots=True)
@@ -260,41 +344,23 @@ class _Told:
 
     method: Method
     state: ServerState
-    client_states: Mapping[str, ClientState]
     seen: Mapping[str, int]
     tally: _Tally
     made: dict[Request, Broadcast] = field(default_factory=dict)
 
-    def work(self, clients: Sequence[Client], work: Work, round_num: int, gradient: bool) -> Iterator[_Answer]:
-        """What everyone learns from where it starts, or its gradient there, a window of clients at a time."""
-        for start in range(0, len(clients), WINDOW):
-            window: list[tuple[Client, Broadcast]] = []
-            for client in clients[start : start + WINDOW]:
-                own = self.client_states.get(client.client_id)
-                sent = self.method.start(self.broadcast(client), own)
-                recipe = replace(sent.recipe, gradient=gradient)
-                window.append((client, sent if recipe == sent.recipe else replace(sent, recipe=recipe)))
-            began = time.perf_counter()
-            for (client, broadcast), (result, seconds) in zip(window, work(window, round_num), strict=True):
-                self.tally.train_wall_seconds += time.perf_counter() - began
-                self.tally.client_seconds += seconds
-                yield client, result, broadcast
-                began = time.perf_counter()
-
-    def ask(self, clients: Sequence[Client], learnt: Mapping[str, LocalResult]) -> Iterator[_Answer]:
-        """What everyone has learnt before, beside another question about it."""
-        for client in clients:
-            yield client, learnt[client.client_id], self.broadcast(client)
-
     def broadcast(self, client: Client) -> Broadcast:
         """What this client is sent."""
+        broadcast = self.made_for(client)
+        self.tally.bytes_down += broadcast_bytes(broadcast)
+        return broadcast
+
+    def made_for(self, client: Client) -> Broadcast:
+        """The same, looked at and not sent."""
         request = Request(client.rank, self.seen.get(client.client_id, 0))
         if request not in self.made:
             with self.tally.server():
                 self.made[request] = self.method.broadcast(self.state, request)
-        broadcast = self.made[request]
-        self.tally.bytes_down += broadcast_bytes(broadcast)
-        return broadcast
+        return self.made[request]
 
 
 def _too_few(round_num: int, valid: int, wanted: int, rejected: Mapping[str, str]) -> str:
@@ -303,25 +369,3 @@ def _too_few(round_num: int, valid: int, wanted: int, rejected: Mapping[str, str
         f"round {round_num + 1}: {valid} valid updates, federation.min_success = {wanted}; "
         f"{len(rejected)} rejected{first}"
     )
-
-
-def _expected(state: ServerState, sent: Broadcast) -> dict[str, torch.Size]:
-    """The shapes of what training, or a gradient, comes to."""
-    if sent.recipe.gradient:
-        return {f"{name}/gradient": torch.Size(shape) for name, shape in state.template.modules.items()}
-    expected = {f"{name}/{part}": t.shape for name, f in sent.adapter.items() for part, t in parts(f)}
-    return expected | {name: t.shape for name, t in sent.dense.items()}
-
-
-def _problem(update: Update, expected: Mapping[str, torch.Size]) -> str | None:
-    """What is wrong with an update, or none."""
-    got = {f"{name}/{part}": t for name, payload in update.modules.items() for part, t in parts(payload)}
-    got |= dict(update.dense)
-    if got.keys() != expected.keys():
-        return f"names {sorted(got.keys() ^ expected.keys())[0]}, which was not asked for or is missing"
-    for name, value in got.items():
-        if value.shape != expected[name]:
-            return f"{name} has shape {tuple(value.shape)}, expected {tuple(expected[name])}"
-        if not bool(torch.isfinite(value).all()):
-            return f"{name} holds NaN or infinity"
-    return None

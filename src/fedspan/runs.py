@@ -23,6 +23,7 @@ from fedspan.lowrank import LowRank
 from fedspan.methods.messages import Broadcast, Factors, Request
 from fedspan.methods.readout import received
 from fedspan.metrics import METRICS
+from fedspan.port import Port
 
 __all__ = ["Event", "OnEvent", "Result", "resume", "run"]
 
@@ -44,13 +45,15 @@ def _silent(event: Event) -> None:
     pass
 
 
-def run(config: Config, out: Path | None = None, on_event: OnEvent = _silent) -> Result:
+def run(config: Config, out: Path | None = None, on_event: OnEvent = _silent, port: Port | None = None) -> Result:
     """Run a federation into a new folder.
 
     Parameters
     ----------
     out
         The run folder; none: `runs/METHOD-TIME`.
+    port
+        Through which the clients are reached; none: they are simulated in this process.
 
     Raises
     ------
@@ -63,19 +66,21 @@ def run(config: Config, out: Path | None = None, on_event: OnEvent = _silent) ->
         hint = f"; `fedspan resume {folder}` goes on with it" if (folder / "config.toml").exists() else ""
         raise ValueError(f"{folder} exists and is not empty: expected a new folder{hint}")
     config = _with_absolute_paths(config)
-    job = Job.prepare(config, method, folder, on_event)
+    job = Job.prepare(config, method, folder, on_event, port)
     main = job.federation("federation", method, job.clients)  # what does not fit is refused while there is no folder
     write_bytes(folder / "config.toml", to_toml(config).encode())
     return _execute(job, main)
 
 
-def resume(out: Path, on_event: OnEvent = _silent, workers: int | None = None) -> Result:
+def resume(out: Path, on_event: OnEvent = _silent, workers: int | None = None, port: Port | None = None) -> Result:
     """Go on with an interrupted run; it ends with the same bits as if it had never stopped.
 
     Parameters
     ----------
     workers
         Processes, where not as many as the run's own settings say.
+    port
+        As `run` has it.
 
     Raises
     ------
@@ -87,8 +92,19 @@ def resume(out: Path, on_event: OnEvent = _silent, workers: int | None = None) -
     config = load_config(out / "config.toml")
     if workers is not None:
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"workers": workers})})
-    job = Job.prepare(config, demands.chosen(config), out, on_event)
-    return _execute(job, job.federation("federation", job.method, job.clients))
+    return _execute(*_prepared(config, out, on_event, port))
+
+
+def _prepared(config: Config, out: Path, on_event: OnEvent, port: Port | None) -> tuple[Job, Federation]:
+    job = Job.prepare(config, demands.chosen(config), out, on_event, port)
+    return job, job.federation("federation", job.method, job.clients)
+
+
+def serve(config: Config, out: Path, on_event: OnEvent, port: Port) -> Result:
+    """Lead a federation of sites that are reached through `port`: from the start, or from where its folder stands."""
+    if (out / "config.toml").exists():
+        return resume(out, on_event, port=port)
+    return run(config, out, on_event, port)
 
 
 def _with_absolute_paths(config: Config) -> Config:
@@ -112,6 +128,8 @@ def _execute(job: Job, main: Federation) -> Result:
     """Everything that is still to be done, from wherever the folder stands."""
     with closing(job):
         began = time.perf_counter()
+        if job.coordinator is not None:
+            job.coordinator.enrol()
         job.announce(main)
         base = _base(job, main)
         main.advance(job.config.federation.rounds)
@@ -137,7 +155,7 @@ def _base(job: Job, main: Federation) -> Figures | None:
 
 def _local_control(job: Job) -> Figures | None:
     """Every client alone, on the same schedule; the mean of the clients' figures."""
-    if not job.config.evaluation.local or job.method.info.alone:
+    if not job.config.evaluation.local or job.method.info.alone or job.coordinator is not None:
         return None
     control = methods.create({"name": "local", "trains": job.method.info.trains})
     alone = job.federation("local", control, job.clients)
@@ -148,6 +166,8 @@ def _local_control(job: Job) -> Figures | None:
 def _final(job: Job, main: Federation) -> dict[str, Any]:
     """What the clients end with, and the server's full state, on the whole test data and on unseen data."""
     state, method = main.saved.state, job.method
+    if method.info.personalised and job.coordinator is not None:
+        return {}  # the clients' own models are at the sites
     if method.info.personalised:
         personal = {"clients": main.personal_metrics()}
         if any(len(client.holdout) for client in job.clients):
@@ -194,7 +214,7 @@ def _export(job: Job, main: Federation) -> Path | None:
     """The result as other libraries read it: a PEFT adapter folder, one for every client, or a whole model."""
     info = job.method.info
     if info.personalised:
-        if info.trains == "adapter" and not info.alone:
+        if info.trains == "adapter" and not info.alone and job.coordinator is None:
             _export_personal(job, main)
         return None
     broadcast = job.method.broadcast(main.saved.state, Request(None))
@@ -253,14 +273,14 @@ def _summary(
         "metric": metric,
         "higher_is_better": METRICS[metric].higher_is_better,
         "base": headline(base),
-        "local": headline(final["clients"] if job.method.info.alone else local),
-        "federated": headline(final["clients"]),
+        "local": headline(final.get("clients") if job.method.info.alone else local),
+        "federated": headline(final.get("clients")),
         "server": headline(final.get("server")),
         "unseen": headline(final.get("unseen")),
         "per_rank": {str(rank): values[metric] for rank, values in final.get("per_rank", {}).items()},
         "metrics": {"base": base, "local": local, **final},
         "totals": totals,
-        "clients": [{"client_id": c.client_id, "rank": c.rank, "num_examples": len(c.indices)} for c in job.clients],
+        "clients": [{"client_id": c.client_id, "rank": c.rank, "num_examples": c.num_examples} for c in job.clients],
         "seed": job.config.seed,
         "versions": _versions(),
     }

@@ -18,6 +18,7 @@ from fedspan.galore import GaloreAdamW
 from fedspan.methods.messages import Broadcast, Update, Vector
 from fedspan.models import FederatedModel, seeded
 from fedspan.models.losses import client_losses
+from fedspan.privacy.example_dp import clipped_sum, parts_of, private_gradients
 from fedspan.seeding import generator
 
 
@@ -45,6 +46,8 @@ class Assignment:
     steps: int
     weight: float
     """What this client counts for in averages."""
+    secret: int | None = None
+    """The site's own, which nobody else knows: what its noise is drawn from."""
 
 
 def num_steps(config: LocalConfig, num_examples: int) -> int:
@@ -79,8 +82,12 @@ def autocast(model: FederatedModel, config: Config) -> AbstractContextManager[An
 
 def work_on(model: FederatedModel, work: Assignment, data: Encoded, config: Config, round_num: int) -> LocalResult:
     """What one client answers: what it learns, or a gradient where that is asked for."""
-    asked = gradient if work.broadcast.recipe.gradient else train
-    return asked(model, work, data, config, round_num)
+    private = config.privacy.dp == "example"
+    if work.broadcast.recipe.gradient:
+        if private:
+            raise ValueError("privacy.dp = 'example': a gradient was asked for that no noise is added to")
+        return gradient(model, work, data, config, round_num)
+    return (train_privately if private else train)(model, work, data, config, round_num)
 
 
 def train(model: FederatedModel, work: Assignment, data: Encoded, config: Config, round_num: int) -> LocalResult:
@@ -119,6 +126,51 @@ def train(model: FederatedModel, work: Assignment, data: Encoded, config: Config
     moments = _second_moments(optimizer, moved)
     update = Update(work.client_id, work.weight, model.adapter(), model.dense(), moments, rates)
     return LocalResult(update, float(total) / work.steps, work.steps, _state_bytes(optimizer))
+
+
+def train_privately(
+    model: FederatedModel, work: Assignment, data: Encoded, config: Config, round_num: int
+) -> LocalResult:
+    """`train` by DP-SGD: with g_i the gradient of example i alone, each step goes along
+
+        (Σ_i g_i · min(1, C/‖g_i‖) + N(0, (zC)² I)) / (q n),    i by independent coins of q = min(1, batch_size/n).
+
+    Each example's loss is the mean over its own answer tokens; `local.clip_norm` has nothing left to do. The local
+    optimizer takes these gradients as it would any others. The mean loss is not told, since nothing hides what it says
+    of the examples: it is NaN.
+
+    Source: Abadi et al. 2016, "Deep Learning with Differential Privacy" (1607.00133); the gradients per example are
+    those of one adapter per example in one pass (`models.stacked`).
+    """
+    sent, local, recipe = work.broadcast, config.local, work.broadcast.recipe
+    model.check(recipe)
+    examples = data.subset(work.rows)
+    sampled, width = min(1.0, local.batch_size / len(examples)), min(2 * local.batch_size, len(examples))
+    rates = [rate(local, step, work.steps) for step in range(work.steps)]
+    with (
+        private_gradients(model, sent, config.privacy, work.secret, width) as private,
+        model.training(),
+        seeded(config.seed, round_num, work.client_id, "dropout"),
+    ):
+        weights = nn.Parameter(private.weights())
+        optimizer = plain_optimizer([{"params": [weights]}], local)
+        for step, now in enumerate(rates):
+            mark = private.mark(weights, round_num, work.client_id, step)
+            total = torch.zeros_like(weights.data)
+            for part in parts_of(private.chosen(mark, len(examples), sampled), width):
+                batch = {name: value.to(model.device) for name, value in examples.batch(part).items()}
+                with autocast(model, config):
+                    own = private.of(batch)
+                total += clipped_sum(own, config.privacy.clip)
+            weights.grad = private.noised(total, mark, sampled * len(examples))
+            if recipe.tail_penalty is not None:
+                weights.grad += private.penalty(*recipe.tail_penalty)
+            for group in optimizer.param_groups:
+                group["lr"] = now
+            optimizer.step()
+            private.put(weights.data)
+        update = Update(work.client_id, work.weight, private.adapter(), private.dense(), {}, sum(rates))
+    return LocalResult(update, math.nan, work.steps, _state_bytes(optimizer))
 
 
 def gradient(model: FederatedModel, work: Assignment, data: Encoded, config: Config, round_num: int) -> LocalResult:

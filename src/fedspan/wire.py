@@ -18,7 +18,7 @@ from fedspan.lowrank import LowRank
 from fedspan.methods.messages import Factors, GaloreOptions, Payload, Recipe, Subspace, Tensors, Vector
 from fedspan.methods.patches import Patch
 
-_LINE = 64
+LINE = 64
 """Where torch's own allocator would place a tensor: some BLAS kernels round differently elsewhere."""
 
 
@@ -64,7 +64,7 @@ def pack(message: Any, tensors: Sequence[Tensor]) -> tuple[bytes, Tensor]:
         # As a clone would be: dense, with the strides' order kept, so what a model that loads it here would hold.
         strides = torch.empty_like(tensor, device="meta").stride()
         laid.append((str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), strides, end))
-        end += -(-tensor.numel() * tensor.element_size() // _LINE) * _LINE
+        end += -(-tensor.numel() * tensor.element_size() // LINE) * LINE
     buffer = torch.empty(end, dtype=torch.uint8)
     for tensor, (_, shape, strides, start) in zip(tensors, laid, strict=True):
         place = buffer[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype)

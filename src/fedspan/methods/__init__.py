@@ -23,6 +23,7 @@ from fedspan.methods.flora_na import flora_na
 from fedspan.methods.full_weights import fedavg, fedftg
 from fedspan.methods.glora import flexlora, glora
 from fedspan.methods.glora_plus import glora_plus
+from fedspan.methods.glora_sums import glora_sums
 from fedspan.methods.hetlora import hetlora
 from fedspan.methods.lora_fair import lora_fair, lora_fair_ridge
 from fedspan.methods.raflora import raflora
@@ -35,6 +36,7 @@ from fedspan.naming import nearest
 METHODS: Mapping[str, Callable[..., Method]] = {
     "glora": glora,
     "glora_plus": glora_plus,
+    "glora_sums": glora_sums,
     "flexlora": flexlora,
     "raflora": raflora,
     "flora": flora,

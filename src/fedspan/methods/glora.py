@@ -186,7 +186,7 @@ def _product_server(info: MethodInfo, options: _Options) -> Method:
             return Sums([term(u, name) for u in partial.collected], weights)
 
         outcome = _pushed(
-            state, _outcome(_solve(state, sums, len(weights), options), options.server_rank == "auto"), options
+            state, outcome_of(_solve(state, sums, len(weights), options), options.server_rank == "auto"), options
         )
         return advance(state, modules=outcome.modules, dense=partial.mean_dense()), outcome.diagnostics
 
@@ -227,11 +227,16 @@ def _terms(state: ServerState, options: _Options) -> Terms:
     return term
 
 
+def kept_rank(template: Template, server_rank: int | Literal["double"] | None) -> int:
+    """R."""
+    if isinstance(server_rank, int):
+        return server_rank
+    return template.rank * (2 if server_rank == "double" else 1)
+
+
 def _wanted(state: ServerState, shape: tuple[int, int], options: _Options) -> Wanted:
     automatic = options.server_rank == "auto"
-    largest = state.template.rank
-    relative = {None: largest, "double": 2 * largest, "auto": max(shape)}
-    rank = options.server_rank if isinstance(options.server_rank, int) else relative[options.server_rank]
+    rank = max(shape) if options.server_rank == "auto" else kept_rank(state.template, options.server_rank)
     # With more directions each, the old state, which all clients hold, would outvote everything new.
     vote = None if options.update == "replace" else state.template.rank if automatic else rank
     tolerance = options.tolerance if automatic else None
@@ -247,7 +252,7 @@ def _dialogue(state: ServerState, name: str, options: _Options) -> Dialogue:
 
 def _conversation(state: ServerState, options: _Options) -> Conversation:
     talks = {name: _dialogue(state, name, options) for name in state.modules}
-    return _pushed(state, _outcome((yield from spectral.together(talks))), options)
+    return _pushed(state, outcome_of((yield from spectral.together(talks))), options)
 
 
 def _pushed(state: ServerState, outcome: Outcome, options: _Options) -> Outcome:
@@ -306,7 +311,8 @@ def _batches(template: Template, num_clients: int) -> Iterable[list[str]]:
         yield from (names[i : i + size] for i in range(0, len(names), size))
 
 
-def _outcome(found: Mapping[str, Found], certified: bool = False) -> Outcome:
+def outcome_of(found: Mapping[str, Found], certified: bool = False) -> Outcome:
+    """The modules of the next state, and how much of T is not in them."""
     lost, total = (sum(getattr(x, part) for x in found.values()) for part in ("lost_squared", "size_squared"))
     rank = max(x.state.rank for x in found.values())
     error = (lost / total) ** 0.5 if total > 0 else 0.0

@@ -27,7 +27,7 @@ from fedspan.seeding import generator
 from fedspan.subspace import column_spans
 
 _OVERSAMPLING = 8
-_PROBES = 8
+PROBES = 8
 _EXACT = 192
 """Up to this min(m, n, c) the exact algebra is taken: measured, the two cross between 150 and 300."""
 
@@ -143,6 +143,12 @@ def _ordered(u: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return u @ turn, turn.mT @ c
 
 
+def arranged(u: Tensor, c: Tensor) -> LowRank:
+    """U·C in the form of its SVD without directions of rounding, U (m, R) orthonormal or with columns of zeros."""
+    turned, rows = (x[0] for x in _ordered(u[None], c[None]))
+    return _first(turned, rows, int(turned.any(dim=0).sum()))
+
+
 def _within(wanted: Wanted, found: Found) -> Found:
     """The fewest leading directions that leave out at most the tolerance's share of T (or all of them)."""
     if wanted.tolerance is None:
@@ -162,12 +168,12 @@ def dialogue(shape: tuple[int, int], wanted: Wanted, *key: object) -> Dialogue:
 def _energy(shape: tuple[int, int], wanted: Wanted, key: tuple[object, ...]) -> Dialogue:
     m, n = shape
     width = min(wanted.rank + _OVERSAMPLING, m, n)
-    (y,) = yield (Question("times", _gaussian(n, width, *key, "range")),)
+    (y,) = yield (Question("times", gaussian(n, width, *key, "range")),)
     first = _orthonormal(y)
     (z,) = yield (Question("adjoint", first),)
     (y,) = yield (Question("times", _orthonormal(z)),)
-    second = _beside(first, y)
-    probes = _gaussian(m, _PROBES, *key, "probes").to(y)
+    second = beside(first, y)
+    probes = gaussian(m, PROBES, *key, "probes").to(y)
     (answer,) = yield (Question("adjoint", torch.cat([second, probes], dim=1)),)
     q = torch.cat([first, second], dim=1)
     c = torch.cat([z, answer[:, : second.shape[1]]], dim=1).mT  # Qᵀ T
@@ -181,14 +187,13 @@ def _energy(shape: tuple[int, int], wanted: Wanted, key: tuple[object, ...]) -> 
 
 def _projectors(shape: tuple[int, int], wanted: Wanted, key: tuple[object, ...]) -> Dialogue:
     sides: tuple[Literal["columns", "rows"], ...] = ("columns", "rows") if wanted.both_sides else ("columns",)
-    widths = [min(wanted.rank + _OVERSAMPLING, size) for size in shape]
-    first = [_orthonormal(_gaussian(*at, *key, side)) for *at, side in zip(shape, widths, sides, strict=False)]
+    first = [first_block(size, wanted.rank, *key, side) for size, side in zip(shape, sides, strict=False)]
     seen = yield tuple(Question(side, x, wanted.vote) for side, x in zip(sides, first, strict=True))
-    second = [_beside(x.to(y), y) for x, y in zip(first, seen, strict=True)]
+    second = [beside(x.to(y), y) for x, y in zip(first, seen, strict=True)]
     again = yield tuple(Question(side, x, wanted.vote) for side, x in zip(sides, second, strict=True))
     blocks = zip(first, second, seen, again, strict=True)
     u, *rest = (nystrom(torch.cat([x.to(y), w], 1), torch.cat([y, z], 1), wanted.rank) for x, w, y, z in blocks)
-    probes = _gaussian(shape[0], _PROBES, *key, "probes").to(u)
+    probes = gaussian(shape[0], PROBES, *key, "probes").to(u)
     (answer,) = yield (Question("adjoint", torch.cat([u, probes], dim=1)),)
     c = answer[:, : u.shape[1]].mT  # Uᵀ T
     lost = _left_out(answer[:, u.shape[1] :], probes, u, c)
@@ -196,9 +201,7 @@ def _projectors(shape: tuple[int, int], wanted: Wanted, key: tuple[object, ...])
     for v in rest:
         inside = (c @ v) @ v.mT
         lost, c = lost + float(_squares(c - inside)), inside
-    if wanted.ordered:
-        u, c = (x[0] for x in _ordered(u[None], c[None]))
-    return Found(_first(u, c, int(u.any(dim=0).sum())), lost, size, True)
+    return Found(arranged(u, c) if wanted.ordered else _first(u, c, u.shape[1]), lost, size, True)
 
 
 def _left_out(seen: Tensor, probes: Tensor, u: Tensor, c: Tensor) -> float:
@@ -206,13 +209,19 @@ def _left_out(seen: Tensor, probes: Tensor, u: Tensor, c: Tensor) -> float:
     return float(_squares(seen - c.mT @ (u.mT @ probes))) / probes.shape[1]
 
 
-def _beside(x: Tensor, y: Tensor) -> Tensor:
+def first_block(size: int, rank: int, *key: object) -> Tensor:
+    """Ω (size, min(R + 8, size)) with orthonormal columns: what a projector sum is asked about first."""
+    return _orthonormal(gaussian(size, min(rank + _OVERSAMPLING, size), *key))
+
+
+def beside(x: Tensor, y: Tensor) -> Tensor:
     """An orthonormal basis of what Y adds to the orthonormal X, as wide as Y or as there is room for."""
     # One QR of both: what is left of a Y that adds nothing is rounding, and only Householder keeps that orthogonal.
     return _orthonormal(torch.cat([x, y], dim=1))[:, x.shape[1] :]
 
 
-def _gaussian(rows: int, columns: int, *key: object) -> Tensor:
+def gaussian(rows: int, columns: int, *key: object) -> Tensor:
+    """Independent standard normal numbers (rows, columns) that depend on nothing but the key."""
     return torch.randn((rows, columns), generator=generator(*key))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -96,6 +97,19 @@ class FederatedModel:
         grad = weight.grad.detach().float().cpu()
         turned = self.trains == "adapter" and is_conv1d(base_layer(self.layers[name]))
         return (grad.T if turned else grad).contiguous()
+
+    def digest(self) -> str:
+        """SHA-256 over the untouched base, names, types, shapes and bits, to be taken before anything is loaded.
+
+        Two sites that tell the same digest hold the same base to the bit.
+        """
+        found = hashlib.sha256()
+        held = {name: t for name, t in self.model.state_dict().items() if ".lora_" not in name}
+        for name in sorted(held):
+            tensor = held[name].detach().cpu().contiguous()
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            found.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+        return found.hexdigest()
 
     def check(self, recipe: Recipe) -> None:
         """Raise a ValueError for a recipe that does not fit this model's layers."""

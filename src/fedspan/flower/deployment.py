@@ -1,0 +1,321 @@
+"""A deployment as a folder: what the server needs, what each site is given, and what starts it all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from fedspan.config import Config, to_toml
+from fedspan.flower import certificates
+
+PORT = 8443
+"""Where sites reach the proxy."""
+_RUNTIME_PORT = 8601
+_LOCAL = ("localhost", "127.0.0.1")
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+_RECORD = "deployment.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One site: its folder's name, who it is in the federation, and the port between its own two processes."""
+
+    name: str
+    client_id: str
+    runtime_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """Everything that the files of a deployment say, but the keys."""
+
+    hosts: tuple[str, ...]
+    """Names and addresses of the server; sites use the first."""
+    port: int
+    superlink_port: int
+    sites: tuple[Site, ...]
+
+    @property
+    def local(self) -> bool:
+        """Whether the server is for this machine alone."""
+        return all(host in _LOCAL for host in self.hosts)
+
+    @property
+    def listen(self) -> str:
+        """Where the proxy listens."""
+        return "127.0.0.1" if self.local else "0.0.0.0"
+
+    @property
+    def server(self) -> str:
+        """What sites connect to."""
+        host = self.hosts[0]
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+
+def plan(
+    sites: Sequence[str],
+    hosts: Sequence[str] = (),
+    port: int = PORT,
+    superlink_port: int | None = None,
+    runtime_ports: Sequence[int] = (),
+) -> Deployment:
+    """A deployment for these sites, which are the federation's clients in this order.
+
+    Parameters
+    ----------
+    sites
+        Their names: lower-case letters, digits and dashes.
+    hosts
+        Names and addresses of the server; none: this machine alone.
+    port, superlink_port, runtime_ports
+        Of the proxy, of the SuperLink behind it (none: the one after), and between each site's own processes.
+
+    Raises
+    ------
+    ValueError
+        For a name, a host or a port that cannot be one, or that is there twice.
+    """
+    for name in sites:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"site {name!r}: expected lower-case letters, digits and dashes, 32 at most")
+        if list(sites).count(name) > 1:
+            raise ValueError(f"site {name!r} is there twice: expected different names")
+    if not sites:
+        raise ValueError("no sites: expected at least one")
+    behind = port + 1 if superlink_port is None else superlink_port
+    inner = list(runtime_ports) or [_RUNTIME_PORT + k for k in range(len(sites))]
+    for number in (port, behind, *inner):
+        if not 0 < number < 65536:
+            raise ValueError(f"port {number}: expected one between 1 and 65535")
+    if len({port, behind, *inner}) < 2 + len(inner):
+        raise ValueError(
+            f"port {port} meets {behind} or one of the sites' ports {inner[0]} to {inner[-1]}: expected another"
+        )
+    ids = client_ids(len(sites))
+    return Deployment(
+        tuple(hosts) or _LOCAL[:1],
+        port,
+        behind,
+        tuple(Site(name, client_id, inner[k]) for k, (name, client_id) in enumerate(zip(sites, ids, strict=True))),
+    )
+
+
+def client_ids(count: int) -> list[str]:
+    """The clients' ids as a federation in one process names them."""
+    width = len(str(count - 1))
+    return [f"client-{k:0{width}d}" for k in range(count)]
+
+
+def write(folder: Path, deployment: Deployment, config: Config) -> None:
+    """Write a whole deployment with new keys into a new folder, or nothing.
+
+    Raises
+    ------
+    ValueError
+        When the folder exists and is not empty, or the configuration is for another number of clients.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty: expected a new folder")
+    clients = config.federation.num_clients
+    if clients != len(deployment.sites):
+        raise ValueError(f"federation.num_clients = {clients}: expected {len(deployment.sites)}, one for each site")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Made under another name, so that a half-written deployment is never taken for a whole one; 0700, for the keys.
+    making = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for path, content, mode in _files(deployment, config):
+            target = making / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _put(target, content, mode)
+        (making / "server" / "runs").mkdir()
+        for inner in making.rglob("*/"):
+            inner.chmod(0o700)
+        making.rename(folder)
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
+
+
+def read(folder: Path) -> Deployment:
+    """The deployment in a folder that `write` made.
+
+    Raises
+    ------
+    ValueError
+        When it holds none.
+    """
+    try:
+        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        sites = tuple(Site(**site) for site in record["sites"])
+        return Deployment(tuple(record["hosts"]), int(record["port"]), int(record["superlink_port"]), sites)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder} holds no deployment: expected a folder that `fedspan flower init` made") from None
+
+
+def renew_keys(site: Path) -> tuple[str, str]:
+    """Make a site's node key, identity and runtime key anew in its folder.
+
+    Returns
+    -------
+    tuple
+        The site's client id, and its new public identity for every site's `sites.json`; its own is changed.
+
+    Raises
+    ------
+    ValueError
+        When the folder is no site's.
+    """
+    try:
+        client_id = tomllib.loads((site / "site.toml").read_text(encoding="utf-8"))["client_id"]
+        known = json.loads((site / "sites.json").read_text(encoding="utf-8"))
+        comment = (site / "node.pub").read_text(encoding="utf-8").split()[-1]
+    except (OSError, ValueError, KeyError, IndexError):
+        raise ValueError(f"{site} is no site's folder: expected one that `fedspan flower init` made") from None
+    node, identity = certificates.node_key(comment), certificates.identity_key()
+    known[client_id] = identity.public.decode()
+    for name, content, mode in (
+        ("node.key", node.private, _SECRET),
+        ("node.pub", node.public, _OPEN),
+        ("identity.key", identity.private, _SECRET),
+        ("runtime.key", secrets.token_bytes(32), _SECRET),
+        ("sites.json", _json(known), _OPEN),
+    ):
+        new = site / f".{name}.new"
+        new.unlink(missing_ok=True)
+        _put(new, content, mode)
+        new.replace(site / name)
+    return client_id, known[client_id]
+
+
+_File = tuple[str, bytes, int]
+_OPEN, _SECRET, _SCRIPT = 0o644, 0o600, 0o755
+
+
+def _files(deployment: Deployment, config: Config) -> Iterator[_File]:
+    """Every file: its path, content and mode."""
+    authority = certificates.authority(f"fedspan federation at {deployment.hosts[0]}")
+    # The proxy and the server's own commands reach the SuperLink under the local names.
+    hosts = [*deployment.hosts, *_LOCAL, "superlink"]
+    server = certificates.server_certificate(authority, hosts)
+    nodes = {site.name: certificates.node_key(site.name) for site in deployment.sites}
+    identities = {site.name: certificates.identity_key() for site in deployment.sites}
+    settings = to_toml(config).encode()
+    known = {site.client_id: identities[site.name].public.decode() for site in deployment.sites}
+    peers = _json(known)
+
+    yield "ca/ca.key", authority.private, _SECRET
+    yield "ca/ca.crt", authority.public, _OPEN
+    yield _RECORD, _record(deployment), _OPEN
+    yield "README.md", _fill("README.md", _values(deployment)), _OPEN
+    yield "docker-compose.yml", _fill("compose.yml", _values(deployment)), _OPEN
+    for path, content, mode in _server(deployment):
+        yield f"server/{path}", content, mode
+    yield "server/config.toml", settings, _OPEN
+    yield "server/sites.json", peers, _OPEN
+    yield "server/ca.crt", authority.public, _OPEN
+    yield "server/server.crt", server.public, _OPEN
+    yield "server/server.key", server.private, _SECRET
+    for name, key in nodes.items():
+        yield f"server/nodes/{name}.pub", key.public, _OPEN
+    for site in deployment.sites:
+        for path, content, mode in _site(deployment, site):
+            yield f"sites/{site.name}/{path}", content, mode
+        home = f"sites/{site.name}"
+        yield f"{home}/config.toml", settings, _OPEN
+        yield f"{home}/sites.json", peers, _OPEN
+        yield f"{home}/ca.crt", authority.public, _OPEN
+        yield f"{home}/node.key", nodes[site.name].private, _SECRET
+        yield f"{home}/node.pub", nodes[site.name].public, _OPEN
+        yield f"{home}/identity.key", identities[site.name].private, _SECRET
+        # Shared by the site's own two processes, so that other users of its machine cannot take its messages.
+        yield f"{home}/runtime.key", secrets.token_bytes(32), _SECRET
+
+
+def _server(deployment: Deployment) -> Iterator[_File]:
+    values = _values(deployment)
+    for script in ("superlink.sh", "proxy.sh", "register.sh", "run.sh"):
+        yield script, _fill(script, values), _SCRIPT
+    yield "environment.sh", _fill("environment.sh", values), _OPEN
+    yield "nginx.conf", _fill("nginx.conf", values), _OPEN
+    yield "listen.conf", _fill("listen.conf", values), _OPEN
+    yield "app/pyproject.toml", _fill("app.toml", values), _OPEN
+    yield "compose.yml", _fill("compose.server.yml", values), _OPEN
+    # In a container the gate must be reachable from outside of it.
+    yield "container/listen.conf", _fill("listen.conf", {**values, "LISTEN": "0.0.0.0"}), _OPEN
+    yield from _container()
+
+
+def _site(deployment: Deployment, site: Site) -> Iterator[_File]:
+    values = {
+        **_values(deployment),
+        "NAME": site.name,
+        "CLIENT_ID": site.client_id,
+        "RUNTIME_PORT": str(site.runtime_port),
+    }
+    yield "start.sh", _fill("start.sh", values), _SCRIPT
+    yield "environment.sh", _fill("environment.sh", values), _OPEN
+    yield "site.toml", _fill("site.toml", values), _OPEN
+    yield "compose.yml", _fill("compose.site.yml", values), _OPEN
+    yield from _container()
+
+
+def _container() -> Iterator[_File]:
+    yield "container/Dockerfile", _fill("Dockerfile", {}), _OPEN
+    yield "container/wheels/.keep", b"", _OPEN
+
+
+def _values(deployment: Deployment) -> dict[str, str]:
+    count = len(deployment.sites)
+    extended = [
+        f"  {site.name}:\n    extends: {{file: sites/{site.name}/compose.yml, service: {site.name}}}\n"
+        f'    environment: {{FEDSPAN_SERVER: "superlink:{deployment.port}"}}\n    depends_on: [proxy]'
+        for site in deployment.sites
+    ]
+    return {
+        "PORT": str(deployment.port),
+        "SUPERLINK_PORT": str(deployment.superlink_port),
+        "LISTEN": deployment.listen,
+        "SERVER": deployment.server,
+        "NUM_SITES": "one site" if count == 1 else f"{count} sites",
+        "COUNT": str(count),
+        "SITES": "\n".join(extended),
+    }
+
+
+def _record(deployment: Deployment) -> bytes:
+    record = {
+        "hosts": deployment.hosts,
+        "port": deployment.port,
+        "superlink_port": deployment.superlink_port,
+        "sites": [
+            {"name": site.name, "client_id": site.client_id, "runtime_port": site.runtime_port}
+            for site in deployment.sites
+        ],
+    }
+    return _json(record)
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _put(path: Path, content: bytes, mode: int) -> None:
+    """Write a new file that is never more open than it shall be."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(content)
+    path.chmod(mode)  # whatever the umask is
+
+
+def _fill(name: str, values: Mapping[str, str]) -> bytes:
+    """A template with every `@KEY@` replaced."""
+    text = (resources.files("fedspan.flower") / "templates" / name).read_text(encoding="utf-8")
+    return re.sub(r"@([A-Z_]+)@", lambda found: values[found[1]], text).encode()

@@ -1,0 +1,20 @@
+#!/bin/sh
+# 2. The gate for the sites: of all that the SuperLink answers, the fleet API alone. FEDSPAN_PROXY=python takes the
+#    gate that comes with fedspan where there is no nginx.
+set -eu
+cd "$(dirname "$0")"
+. ./environment.sh
+mkdir -p state
+case "${FEDSPAN_PROXY:-nginx}" in
+nginx)
+    exec nginx -p "$PWD" -e stderr -c "$PWD/nginx.conf" -g "daemon off; ${FEDSPAN_NGINX:-}"
+    ;;
+python)
+    exec "$PYTHON" -m fedspan.flower.gate --host @LISTEN@ --port @PORT@ --upstream localhost:@SUPERLINK_PORT@ \
+        --certificate server.crt --key server.key --ca ca.crt
+    ;;
+*)
+    echo "FEDSPAN_PROXY=$FEDSPAN_PROXY: expected nginx or python" >&2
+    exit 2
+    ;;
+esac

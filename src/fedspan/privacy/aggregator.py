@@ -1,0 +1,159 @@
+"""The server's side of one secure sum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from fedspan.privacy import primitives
+from fedspan.privacy.fixed_point import Words
+from fedspan.privacy.primitives import SECRET
+from fedspan.privacy.roster import SEALED, Roster, SumFailed, check_id, commitment, too_few
+
+
+class Aggregator:
+    """Collects one sum, Σ x_u over those who stayed, of which each part comes masked: see `Participant`.
+
+    It holds one running sum, never two clients' vectors.
+
+    Parameters
+    ----------
+    session
+        As the participants have it.
+    threshold
+        How many must stay: more than half of those who advertise, at least two.
+    num_words
+        Length of the vectors; none: `expect` tells it later.
+    trusted
+        Public identity keys by client. A badly signed key then ends here, with its client's name.
+
+    Raises
+    ------
+    SumFailed
+        When fewer than `threshold` clients did what was due.
+    ValueError
+        Naming the client, when what it sent is not what it should be. It changes nothing: go on without it.
+    """
+
+    def __init__(
+        self, session: bytes, threshold: int, num_words: int | None = None, trusted: Mapping[str, bytes] | None = None
+    ) -> None:
+        self.session, self.threshold = session, threshold
+        self._trusted = trusted
+        self._roster: Roster | None = None
+        self._sharers: tuple[str, ...] = ()
+        self._added: set[str] = set()
+        self._total: Words | None = None
+        self._closed = self._done = False
+        if num_words is not None:
+            self.expect(num_words)
+
+    def expect(self, num_words: int) -> None:
+        """Fix the length of the vectors, once."""
+        if self._total is not None or num_words < 1:
+            raise ValueError(f"num_words = {num_words}: expected a positive number, once")
+        self._total = np.zeros(num_words, np.uint64)
+
+    def keys(self, advertised: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Take what clients advertised; what is to be told to each of them, beside the threshold."""
+        if self._roster is not None:
+            raise ValueError("the keys of this sum were collected already: expected once")
+        for client_id in advertised:
+            check_id(client_id)
+        if len(advertised) < self.threshold:
+            raise too_few(len(advertised), self.threshold, "advertised keys")
+        self._roster = Roster.read(self.session, advertised, self.threshold, self._trusted)
+        return dict(sorted(advertised.items()))
+
+    def route(self, sent: Mapping[str, Mapping[str, bytes]]) -> dict[str, dict[str, bytes]]:
+        """Take what each client shares with the others (sender -> recipient -> sealed); what each is to be handed."""
+        roster = self._listed()
+        if self._sharers:
+            raise ValueError("the shares of this sum were routed already: expected once")
+        for sender, shares in sorted(sent.items()):
+            if sender not in roster.ids or set(shares) != set(roster.ids) - {sender}:
+                raise ValueError(f"shares from {sender!r}: expected one for each of the others in {list(roster.ids)}")
+            if any(not isinstance(s, bytes) or len(s) != SEALED for s in shares.values()):
+                raise ValueError(f"shares from {sender!r}: expected {SEALED} bytes each")
+        if len(sent) < self.threshold:
+            raise too_few(len(sent), self.threshold, "shared their secrets")
+        self._sharers = tuple(sorted(sent))
+        return {to: {who: sent[who][to] for who in self._sharers if who != to} for to in self._sharers}
+
+    def add(self, client_id: str, masked: Words) -> None:
+        """Add one client's masked vector to the running sum."""
+        if self._total is None:
+            raise ValueError("the length of the vectors is not known: expected a call of expect first")
+        if client_id not in self._sharers:
+            raise ValueError(f"a vector from {client_id!r}: expected one of {list(self._sharers)}, who have shared")
+        if client_id in self._added:
+            raise ValueError(f"a second vector from {client_id!r}: expected one")
+        if self._closed:
+            raise ValueError(f"the vector of {client_id!r} is late: the survivors were named already")
+        if masked.dtype != np.uint64 or masked.shape != self._total.shape:
+            raise ValueError(
+                f"the vector of {client_id!r} is {masked.dtype} in shape {masked.shape}: expected uint64 in "
+                f"{self._total.shape}"
+            )
+        self._total += masked
+        self._added.add(client_id)
+
+    def survivors(self) -> list[str]:
+        """Whose vectors are in the sum: what to ask everyone among them to unmask for. Nothing is added after that."""
+        if len(self._added) < self.threshold:
+            raise too_few(len(self._added), self.threshold, "sent their vectors")
+        self._closed = True
+        return sorted(self._added)
+
+    def total(self, answers: Mapping[str, bytes]) -> Words:
+        """The sum, without masks, from what the survivors answered: (num_words,) of uint64, once."""
+        roster = self._listed()
+        if self._done or self._total is None:
+            raise ValueError("this sum was unmasked already: expected once")
+        survivors = self.survivors()
+        told = {client_id: self._read(client_id, content) for client_id, content in sorted(answers.items())}
+        if len(told) < self.threshold:
+            raise too_few(len(told), self.threshold, "helped to unmask")
+        helpers = list(told)[: self.threshold]
+        secrets = {u: primitives.combine({roster.place(v): told[v][u] for v in helpers}) for u in self._sharers}
+        for client_id, secret in secrets.items():
+            self._check(client_id, secret)
+        self._done = True
+        plus: list[bytes] = []
+        minus: list[bytes] = []
+        for client_id, secret in secrets.items():
+            if client_id in self._added:
+                minus.append(roster.own_key(secret, client_id))
+                continue
+            # A survivor v < u has added the mask that it shares with u, one above has subtracted it.
+            for other in survivors:
+                (minus if other < client_id else plus).append(roster.pair_key(secret, client_id, other))
+        primitives.add_masks(self._total, plus, minus)
+        return self._total
+
+    def _read(self, client_id: str, content: bytes) -> dict[str, bytes]:
+        """By client of the masks, the share of it that one answer holds."""
+        if client_id not in self._added:
+            raise ValueError(f"an answer from {client_id!r}: expected one of {sorted(self._added)}")
+        size = SECRET * (1 + len(self._sharers))
+        if not isinstance(content, bytes) or len(content) != size:
+            raise ValueError(f"the answer of {client_id!r}: expected {size} bytes")
+        if content[:SECRET] != self._listed().answer(client_id, self._added):
+            raise ValueError(f"the answer of {client_id!r} is of another sum, or for other survivors")
+        return {u: content[SECRET * i : SECRET * (i + 1)] for i, u in enumerate(self._sharers, 1)}
+
+    def _check(self, client_id: str, secret: bytes) -> None:
+        """Whether what was put together is what the client has advertised, so that no wrong sum can come out."""
+        advert = self._listed().adverts[client_id]
+        if client_id in self._added:
+            fits = commitment(self.session, client_id, secret) == advert.commitment
+        else:
+            fits = primitives.public_key(secret) == advert.mask
+        if not fits:
+            raise SumFailed(f"the shares of {client_id!r} that came do not fit its keys: the sum is given up")
+
+    def _listed(self) -> Roster:
+        if self._roster is None:
+            raise ValueError("no keys were collected: expected a call of keys first")
+        return self._roster

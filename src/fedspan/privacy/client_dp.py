@@ -1,0 +1,287 @@
+"""Client-level differential privacy around a method: what one client adds to a sum is bounded, and the sum is noised.
+
+Shapes: B (m, r), A (r, n); K clients counted; q the share of clients that is drawn, N clients in the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from fedspan.methods.base import Method, ServerState
+from fedspan.methods.folds import Partial
+from fedspan.methods.messages import (
+    Broadcast,
+    ClientState,
+    Diagnostics,
+    Factors,
+    Request,
+    Tensors,
+    Update,
+    Vector,
+)
+from fedspan.privacy.frames import Frame, frames_of
+from fedspan.privacy.gaussian import fingerprint, normal
+
+Key = tuple[str, str]
+"""(module, part), or ("", name) of a dense weight."""
+Flat = dict[Key, Tensor]
+
+_MARGIN = 1 - 2.0**-20
+"""A clipped vector stays this much below C, so that no rounding on its way takes it above."""
+_STATELESS = next(f.default for f in fields(Method) if f.name == "start")
+
+
+def refusal(method: Method) -> str | None:
+    """Why this method cannot be made private for its clients, or none."""
+    info = method.info
+    if info.pooled or info.alone:
+        return "it is a control, not a federation"
+    if not method.secure_sum:
+        return "its server needs every client's own update, and noise is added to sums alone"
+    if info.personalised or method.start is not _STATELESS:
+        return "its clients keep something of their own between rounds, for which nothing is proven here"
+    if not info.gauge_invariant:
+        return "how large its update is depends on the gauge in which the factors happen to be written"
+    return None
+
+
+def with_client_dp(
+    method: Method, clip: float, noise_multiplier: float, expected: float, secret: Callable[[], int] | None = None
+) -> Method:
+    """The method with client-level differential privacy: with v_k what client k adds to an exchange's sum,
+
+        site     v_k ← v_k · min(1, C / ‖v_k‖);
+        server   Σ_k v_k + N(0, (z C)² I),  divided by q N.
+
+    v_k is the *change* that the client makes, over all modules and dense weights together: what it sends minus what an
+    unchanged client would send, which everybody knows. Where no model is trained from what was sent, or more is asked
+    about it afterwards (sketches, gradients, cores), it is what the client sends, as it is.
+
+    *Gauge.* Where one factor is trained beside another that is everybody's, v_k is the change of the product s·B·A in
+    an orthonormal basis of the fixed factor (see `fedspan.privacy.frames`): ‖v_k‖ is ‖s·ΔB·A‖_F, whatever the gauge,
+    and the noise is isotropic in the space of products. Noise on B's own entries would not do: with ‖s·ΔB·A‖_F
+    bounded, ΔB itself is not.
+
+    *Weights.* Every client counts 1, and the sum is divided by the number of clients that is expected, qN, not by how
+    many came: that number would tell whether a client is in the run. So a round in which nobody is drawn is a round
+    like any other, its step the noise alone; drawing again would make the coins dependent.
+
+    *Noise* is drawn by `fedspan.privacy.gaussian` from the secret, the round, the exchange and the sum itself: a
+    resumed run that comes to the same sum draws the same noise, and one that comes to another sum other noise, so that
+    two different sums are never released under one noise, whose difference would be bare.
+
+    Source: McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models" (1710.06963); Geyer et al.
+    2017 (1712.07557); for one trained factor Sun et al. 2024 (2403.12313).
+    Differences: norms and noise in the space of products; equal weights; noise that depends on the sum it hides.
+
+    The result is the same with secure sums beneath, which do not look into what they add.
+
+    Parameters
+    ----------
+    clip
+        C, in units of ‖ΔW‖_F (of the vector itself, for sketches and gradients).
+    noise_multiplier
+        z; 0: clipping alone, without privacy.
+    expected
+        q N.
+    secret
+        Tells the server's secret, called when there is noise to draw; none: at a site, which draws none.
+
+    Raises
+    ------
+    ValueError
+        For a method that cannot be made private this way; for a value out of range.
+    """
+    reason = refusal(method)
+    if reason is not None:
+        raise ValueError(f"client-level privacy: {method.info.name}: {reason}")
+    rule = _Rule(method, clip, noise_multiplier, expected, secret)
+    info = replace(method.info, title=f"{method.info.title} + client-level DP", exact=False)
+    return replace(method, info=info, encode=rule.encode, finish=rule.finish, vector=None, converse=None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    method: Method
+    clip: float
+    noise_multiplier: float
+    expected: float
+    secret: Callable[[], int] | None
+
+    def __post_init__(self) -> None:
+        for name, least in (("clip", True), ("noise_multiplier", False), ("expected", True)):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0 or (least and value == 0):
+                raise ValueError(f"{name} = {value}: expected {'above' if least else 'at least'} 0")
+
+    def encode(self, update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[Update, ClientState | None]:
+        """What leaves the site: the clipped change, in float32 or wider."""
+        answer, keep = self.method.encode(update, sent, kept)
+        if keep is not None:
+            raise ValueError(f"client-level privacy: {self.method.info.name} keeps something on its clients")
+        space = self._space(sent, answer, asked=not _trained(update))
+        change = space.coordinates(_flat(answer))
+        norm = math.sqrt(sum(float(x.square().sum()) for x in change.values()))
+        scale = 1.0 if norm <= self.clip * _MARGIN else self.clip * _MARGIN / norm
+        return _unflat({key: (x * scale).to(space.dtypes[key]) for key, x in change.items()}, answer), None
+
+    def finish(self, state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
+        """The server's step on the noised mean."""
+        if partial.collected or abs(partial.weight - partial.num_clients) > 1e-6 * partial.num_clients:
+            raise ValueError(
+                f"client-level privacy: a sum of weight {partial.weight} over {partial.num_clients} clients: expected "
+                f"every client to count 1 (federation.weighting = 'equal')"
+            )
+        sent = self.method.broadcast(state, Request(None))
+        unchanged, asked = self._unchanged(state, sent)
+        answer, _ = self.method.encode(unchanged, sent, None)
+        space = self._space(sent, answer, asked)
+        total = _padded(_summed(partial), space.shapes)
+        noise = self._noise(state, total)
+        mean = {key: (total[key] + noise[key]) / self.expected for key in total}
+        size, count = (
+            math.sqrt(sum(float(x.square().sum()) for x in mean.values())),
+            sum(map(Tensor.numel, mean.values())),
+        )
+        values = space.answer(mean)
+        inner = Partial(
+            # Not how many came: nothing that follows may depend on it.
+            num_clients=max(1, round(self.expected)),
+            weight=1.0,
+            dense={name: x for (module, name), x in values.items() if not module},
+            sums=_nested(values),
+        )
+        after, diagnostics = self.method.finish(state, inner)
+        # Of the noised sum, so they tell no more than it does.
+        expected_noise = self.noise_multiplier * self.clip * math.sqrt(count) / self.expected
+        return after, {**diagnostics, "dp_step_norm": size, "dp_noise_norm": expected_noise}
+
+    def _noise(self, state: ServerState, total: Flat) -> Flat:
+        spread = self.noise_multiplier * self.clip
+        if spread == 0:
+            return {key: torch.zeros_like(x) for key, x in total.items()}
+        if self.secret is None:
+            raise ValueError("client-level privacy: the server has no secret to draw noise from")
+        secret, names = self.secret(), sorted(total)
+        mark = fingerprint(("/".join(key), total[key]) for key in names)
+        key = ("client", state.round_num, state.exchange, mark)
+        drawn = {name: normal(secret, *key, *name, shape=total[name].shape) for name in names}
+        return {name: spread * x for name, x in drawn.items()}
+
+    def _space(self, sent: Broadcast, answer: Update, asked: bool) -> _Space:
+        """Where an answer to `sent` lives.
+
+        Parameters
+        ----------
+        asked
+            It is the answer to a question about the client, not the model that it trained.
+        """
+        shapes = {key: tuple(x.shape) for key, x in _flat(answer).items()}
+        dtypes = {key: torch.promote_types(x.dtype, torch.float32) for key, x in _flat(answer).items()}
+        dense = {("", name): sent.dense[name].double() for name in answer.dense if name in sent.dense}
+        if asked or self.method.exchanges[-1].ask != "train":
+            return _Space(shapes, dtypes, dense, {})
+        start = Update("unchanged", 1.0, dict(sent.adapter), dict(sent.dense))
+        reference = {key: x.double() for key, x in _flat(self.method.encode(start, sent, None)[0]).items()}
+        return _Space(shapes, dtypes, reference | dense, frames_of(self.method, sent))
+
+    def _unchanged(self, state: ServerState, sent: Broadcast) -> tuple[Update, bool]:
+        """An update of nothing, of the largest shapes that there can be, and whether it is not one that is trained."""
+        template, exchanges = state.template, self.method.exchanges
+        root = state.exchange
+        while exchanges[root].ask == "again":
+            root -= 1
+        if exchanges[root].ask == "gradient":
+            nothing = {name: Vector({"gradient": torch.zeros(shape)}) for name, shape in template.modules.items()}
+            return Update("unchanged", 1.0, nothing, {}), True
+        modules = dict(sent.adapter)
+        if exchanges[state.exchange].ask == "again" and self.method.info.trains == "adapter":
+            r = template.rank
+            modules = {
+                name: Factors(torch.zeros(m, r), torch.zeros(r, n), template.scaling(r))
+                for name, (m, n) in template.modules.items()
+            }
+        return Update("unchanged", 1.0, modules, dict(sent.dense)), exchanges[state.exchange].ask == "again"
+
+
+@dataclass(frozen=True, slots=True)
+class _Space:
+    """The vector space of one exchange's answers, and where its zero lies."""
+
+    shapes: Mapping[Key, tuple[int, ...]]
+    dtypes: Mapping[Key, torch.dtype]
+    zero: Mapping[Key, Tensor]
+    """What an unchanged client would send; what is missing is 0."""
+    frames: Mapping[str, Frame]
+    """Of the modules whose product has another norm than what is sent."""
+
+    def coordinates(self, answer: Flat) -> Flat:
+        """The change, in float64: orthonormal coordinates of the products where there is a frame."""
+        found: Flat = {}
+        for key, x in answer.items():
+            change = x.double() - self.zero[key] if key in self.zero else x.double()
+            found[key] = self.frames[key[0]].into(change) if key[0] in self.frames else change
+        return found
+
+    def answer(self, coordinates: Flat) -> Flat:
+        """What `coordinates` were taken of."""
+        found: Flat = {}
+        for key, x in coordinates.items():
+            change = self.frames[key[0]].out(x) if key[0] in self.frames else x
+            found[key] = (self.zero[key] + change if key in self.zero else change).to(self.dtypes[key])
+        return found
+
+
+def _trained(update: Update) -> bool:
+    """A gradient is a vector, what was trained is factors or dense weights."""
+    return not any(isinstance(payload, Vector) for payload in update.modules.values())
+
+
+def _flat(answer: Update) -> Flat:
+    found: Flat = {("", name): x for name, x in answer.dense.items()}
+    for module, payload in answer.modules.items():
+        if not isinstance(payload, Vector):
+            raise ValueError(f"client-level privacy: {module} is sent as a {type(payload).__name__}: expected a vector")
+        found |= {(module, part): x for part, x in payload.values.items()}
+    return found
+
+
+def _unflat(values: Flat, like: Update) -> Update:
+    """What leaves the site; everything else about the client stays there."""
+    modules = {name: Vector(held) for name, held in _nested(values).items()}
+    dense = {name: x for (module, name), x in values.items() if not module}
+    return Update(like.client_id, 1.0, modules, dense)
+
+
+def _nested(values: Flat) -> dict[str, Tensors]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for (module, part), x in values.items():
+        if module:
+            found.setdefault(module, {})[part] = x
+    return dict(found)
+
+
+def _summed(partial: Partial) -> Flat:
+    found: Flat = {("", name): x.double() for name, x in partial.dense.items()}
+    return found | {(module, part): x.double() for module, held in partial.sums.items() for part, x in held.items()}
+
+
+def _padded(total: Flat, shapes: Mapping[Key, tuple[int, ...]]) -> Flat:
+    """The sum in its full shapes, whoever took part and whether anybody did."""
+    if not total.keys() <= shapes.keys() or (total and total.keys() != shapes.keys()):
+        raise ValueError(f"a sum that names {sorted(total.keys() ^ shapes.keys())[0]}: expected what was asked for")
+    found: Flat = {}
+    for key, shape in shapes.items():
+        whole = torch.zeros(shape, dtype=torch.float64)
+        if key in total:
+            part = total[key]
+            if part.ndim != len(shape) or any(x > y for x, y in zip(part.shape, shape, strict=True)):
+                raise ValueError(f"a sum of {key} in shape {tuple(part.shape)}: expected at most {shape}")
+            whole[tuple(slice(size) for size in part.shape)] = part
+        found[key] = whole
+    return found

@@ -1,0 +1,97 @@
+"""Real numbers as 64-bit integers: sums that come out the same in every order, under masks or without them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Words = npt.NDArray[np.uint64]
+_LARGEST = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class FixedPoint:
+    """encode(x) = round(2^f·x) mod 2^64, ties to even, and decode(w) = 2^-f·w with w read as a signed integer.
+
+    Laws: Σ encode(x_k) mod 2^64 does not depend on order or grouping; decode(Σ encode(x_k)) is the exact sum of
+    the rounded x_k (the float64 nearest to it, where it has more than 53 bits: beyond 2^(53-f));
+    |decode(encode(x)) - x| ≤ 2^-(f+1).
+
+    Differences: Bonawitz et al. (2017, doi 10.1145/3133956.3133982) and the quantisers built for it clip to a range
+    chosen beforehand. Here a value out of range is an error, and the range is whatever cannot wrap.
+
+    Parameters
+    ----------
+    fraction_bits
+        f, from 1 to 62.
+    """
+
+    fraction_bits: int = 32
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.fraction_bits <= 62:
+            raise ValueError(f"fraction_bits = {self.fraction_bits}: expected 1 to 62")
+
+    def limit(self, num_clients: int) -> float:
+        """The largest |x| that each of `num_clients` clients can add without any chance that the sum wraps."""
+        return math.ldexp(self._largest(num_clients), -self.fraction_bits)
+
+    def _largest(self, num_clients: int) -> float:
+        """The largest float64 that is at most (2^63 - 1)/num_clients."""
+        if num_clients < 1:
+            raise ValueError(f"num_clients = {num_clients}: expected at least 1")
+        whole = _LARGEST // num_clients
+        # float() rounds to nearest, which may be up: for one client to 2^63, which wraps.
+        return float(whole) if int(float(whole)) <= whole else math.nextafter(float(whole), 0.0)
+
+    def encode(self, values: Tensor, num_clients: int) -> Words:
+        """One client's numbers for a sum over at most `num_clients` clients, flattened.
+
+        Parameters
+        ----------
+        values
+            float32 or float64, any shape.
+
+        Returns
+        -------
+        np.ndarray
+            (values.numel(),) of uint64.
+
+        Raises
+        ------
+        ValueError
+            Naming the first value that is not finite, or so large that the sum could wrap.
+        """
+        if values.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"values of {values.dtype}: expected float32 or float64")
+        largest = self._largest(num_clients)
+        exact = values.detach().to("cpu", torch.float64).reshape(-1).numpy()
+        with np.errstate(over="ignore"):  # infinity is out of range, as it should be
+            scaled = exact * math.ldexp(1.0, self.fraction_bits)
+        np.rint(scaled, out=scaled)
+        outside = ~(np.abs(scaled) <= largest)  # not >: that is false for NaN
+        if outside.any():
+            place = int(outside.argmax())
+            raise ValueError(
+                f"value {float(exact[place])!r} at {place} does not fit the fixed point: expected at most "
+                f"{self.limit(num_clients):.6g} in size for a sum over {num_clients} clients"
+            )
+        return scaled.astype(np.int64).view(np.uint64)
+
+    def decode(self, total: Words) -> Tensor:
+        """The sum as real numbers: float64 (n,).
+
+        Raises
+        ------
+        ValueError
+            When `total` is not a vector of uint64.
+        """
+        if total.dtype != np.uint64 or total.ndim != 1:
+            raise ValueError(f"a sum of {total.dtype} in shape {total.shape}: expected a vector of uint64")
+        scale = math.ldexp(1.0, -self.fraction_bits)
+        return torch.from_numpy(total.view(np.int64).astype(np.float64) * scale)

@@ -1,0 +1,198 @@
+"""Sums of which the server learns nothing but the sum: one of them, several after one set-up, all in one process.
+
+The two sides are `Participant` and `Aggregator`; what passes between them are bytes, and one vector of 64-bit words a
+client. Four trips make a sum: keys, shares, vectors, unmasking. `RoundParticipant` and `RoundAggregator` make the
+first two once for several sums, each of which has keys and secrets of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import copy
+from typing import TypeVar
+
+from fedspan.privacy import primitives
+from fedspan.privacy.aggregator import Aggregator
+from fedspan.privacy.fixed_point import Words
+from fedspan.privacy.participant import Participant
+from fedspan.privacy.primitives import Ed25519PrivateKey
+from fedspan.privacy.roster import SumFailed
+
+__all__ = [
+    "Aggregator",
+    "Participant",
+    "RoundAggregator",
+    "RoundParticipant",
+    "SumFailed",
+    "sum_in_process",
+]
+
+
+T = TypeVar("T")
+
+
+class RoundParticipant:
+    """One client in `num_sums` sums of a round: a `Participant` for each, set up together.
+
+    Parameters
+    ----------
+    session
+        Names the round: run and round number. The sums' own sessions are made of it.
+    num_sums
+        At least one.
+    signer, trusted
+        As of `Participant`.
+    """
+
+    def __init__(
+        self,
+        session: bytes,
+        client_id: str,
+        num_sums: int,
+        signer: Ed25519PrivateKey | None = None,
+        trusted: Mapping[str, bytes] | None = None,
+    ) -> None:
+        self.sums = tuple(
+            Participant(name, client_id, signer=signer, trusted=trusted) for name in _sessions(session, num_sums)
+        )
+
+    def advertise(self) -> bytes:
+        """This client's keys for all the sums."""
+        return primitives.pack(*(one.advertise() for one in self.sums))
+
+    def share(self, keys: Mapping[str, bytes], threshold: int) -> dict[str, bytes]:
+        """Shares of this client's secrets of all the sums, sealed for each of the others."""
+        told = _each(keys, len(self.sums))
+        return _joined([one.share(told[i], threshold) for i, one in enumerate(self.sums)])
+
+    def receive(self, shares: Mapping[str, bytes]) -> None:
+        """Take what the others have shared, for all the sums."""
+        told = _each(shares, len(self.sums))
+        for i, one in enumerate(self.sums):
+            one.receive(told[i])
+
+    def mask(self, index: int, vector: Words) -> Words:
+        """The vector of one sum, under its masks."""
+        return _numbered(self.sums, index).mask(vector)
+
+    def unmask(self, index: int, survivors: Sequence[str]) -> bytes:
+        """The shares that unmask one sum."""
+        return _numbered(self.sums, index).unmask(survivors)
+
+
+class RoundAggregator:
+    """The server's side of `num_sums` sums of a round: an `Aggregator` for each, set up together.
+
+    A client that missed one sum may take part in the next, as the shares for it lie with the others already.
+    """
+
+    def __init__(
+        self, session: bytes, threshold: int, num_sums: int, trusted: Mapping[str, bytes] | None = None
+    ) -> None:
+        self.sums = tuple(Aggregator(name, threshold, trusted=trusted) for name in _sessions(session, num_sums))
+
+    def keys(self, advertised: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Take what clients advertised; what is to be told to each of them, beside the threshold."""
+        told = _each(advertised, len(self.sums))
+        trial = tuple(map(copy, self.sums))  # a bad client must not leave some of the sums set up and some not
+        keys = _joined([one.keys(told[i]) for i, one in enumerate(trial)])
+        self.sums = trial
+        return keys
+
+    def route(self, sent: Mapping[str, Mapping[str, bytes]]) -> dict[str, dict[str, bytes]]:
+        """Take what each client shares (sender -> recipient -> sealed); what each recipient is to be handed."""
+        told = {sender: _each(shares, len(self.sums)) for sender, shares in sent.items()}
+        trial = tuple(map(copy, self.sums))
+        routed = [one.route({sender: told[sender][i] for sender in told}) for i, one in enumerate(trial)]
+        self.sums = trial
+        return {to: _joined([each[to] for each in routed]) for to in routed[0]}
+
+    def sum(self, index: int, num_words: int) -> Aggregator:
+        """One of the sums, ready for vectors of so many words; asked for once."""
+        one = _numbered(self.sums, index)
+        one.expect(num_words)
+        return one
+
+
+def sum_in_process(
+    vectors: Mapping[str, Words],
+    threshold: int,
+    session: bytes,
+    lost: Collection[str] = (),
+    late: Collection[str] = (),
+    watch: Callable[[str, Words], None] | None = None,
+) -> Words:
+    """The whole protocol between simulated clients.
+
+    Parameters
+    ----------
+    vectors
+        By client, (num_words,) of uint64, all of one length.
+    threshold
+        How many must stay: more than half of the clients, at least two.
+    session
+        Names the sum.
+    lost
+        Clients that vanish before they mask: they are not in the sum.
+    late
+        Clients that vanish after they have sent their vector: they are in the sum, and do not help to unmask it.
+    watch
+        Called with each client's masked vector, as the server sees it.
+
+    Returns
+    -------
+    np.ndarray
+        Σ over all but the lost, mod 2^64: (num_words,) of uint64.
+
+    Raises
+    ------
+    SumFailed
+        When fewer than `threshold` stayed.
+    ValueError
+        When lengths or types differ, or the threshold is no majority.
+    """
+    unknown = sorted({*lost, *late} - set(vectors))
+    if unknown:
+        raise ValueError(f"lost or late clients {unknown}: expected some of {sorted(vectors)}")
+    server = Aggregator(session, threshold)
+    clients = {client_id: Participant(session, client_id) for client_id in sorted(vectors)}
+    keys = server.keys({client_id: one.advertise() for client_id, one in clients.items()})
+    handed = server.route({client_id: one.share(keys, threshold) for client_id, one in clients.items()})
+    server.expect(len(next(iter(vectors.values()))))
+    for client_id, one in clients.items():
+        if client_id in lost:
+            continue
+        masked = one.mask(vectors[client_id], handed[client_id])
+        if watch is not None:
+            watch(client_id, masked)
+        server.add(client_id, masked)
+    survivors = server.survivors()
+    return server.total({i: clients[i].unmask(survivors) for i in survivors if i not in late})
+
+
+def _sessions(session: bytes, num_sums: int) -> list[bytes]:
+    if num_sums < 1:
+        raise ValueError(f"num_sums = {num_sums}: expected at least 1")
+    return [primitives.pack(session, b"sum", str(i).encode()) for i in range(num_sums)]
+
+
+def _numbered(sums: Sequence[T], index: int) -> T:
+    if not 0 <= index < len(sums):
+        raise ValueError(f"sum {index} of {len(sums)}: expected 0 to {len(sums) - 1}")
+    return sums[index]
+
+
+def _each(told: Mapping[str, bytes], num_sums: int) -> list[dict[str, bytes]]:
+    """By sum, what each client said of it."""
+    apart: dict[str, list[bytes]] = {}
+    for client_id, content in told.items():
+        try:
+            apart[client_id] = primitives.unpack(content, num_sums)
+        except ValueError as error:
+            raise ValueError(f"what came from {client_id!r} for {num_sums} sums is wrong: {error}") from None
+    return [{client_id: parts[i] for client_id, parts in apart.items()} for i in range(num_sums)]
+
+
+def _joined(told: Sequence[Mapping[str, bytes]]) -> dict[str, bytes]:
+    """By client, what is said of each of the sums."""
+    return {name: primitives.pack(*(each[name] for each in told)) for name in told[0]}

@@ -1,0 +1,457 @@
+"""One client's side of a federation, wherever it runs: its data and base in memory, its state on its own disk.
+
+A site is asked in bytes and answers in bytes (`fedspan.protocol`); who carries them is not its concern. It checks
+that a message belongs to this run, this base and these settings before it uses anything of it, and what it keeps
+between rounds never leaves it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import tomllib
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save
+from torch import Tensor
+
+from fedspan import agreement, demands, protocol
+from fedspan import config as settings
+from fedspan.checkpoint import read_tensors, write_bytes
+from fedspan.config import Config
+from fedspan.data import Corpus
+from fedspan.data import load as load_data
+from fedspan.federation import Client, make_clients
+from fedspan.lowrank import LowRank
+from fedspan.methods.base import Method
+from fedspan.methods.messages import Broadcast, ClientState, Request, Tensors
+from fedspan.methods.patches import Patch, patch_sum
+from fedspan.narrow import Narrow
+from fedspan.preparing import base_model, device_of, encoded
+from fedspan.privacy.fixed_point import FixedPoint
+from fedspan.privacy.summing import Layout
+from fedspan.sites import Question, begin, respond, unlearnt
+from fedspan.train import Assignment, LocalResult, num_steps
+from fedspan.workers import Alone, Kit
+
+
+class Refused(ValueError):
+    """A message that this site does not act on, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a site's folder says: `site.toml` beside the federation's `config.toml`."""
+
+    config: Config
+    client_id: str
+    rank: int | None = None
+    """What it can train; none: as the federation's settings say."""
+    own_data: bool = False
+    """All of `data.train` is this client's, instead of its part of the federation's partition."""
+    identity: bytes | None = None
+    """The private Ed25519 key that signs its keys for secure sums, raw."""
+    trusted: Mapping[str, bytes] | None = None
+    """The public ones of all sites."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Settings:
+        """The settings of that folder.
+
+        Raises
+        ------
+        ValueError
+            For a file that is missing or wrong, in one line.
+        """
+        path = folder / "site.toml"
+        try:
+            told = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"cannot read {path}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid TOML: {error}") from None
+        known = {"client_id", "rank", "identity", "config", "device", "threads", "data", "model"}
+        odd = sorted(told.keys() - known)
+        if odd:
+            raise ValueError(f"{path}: unknown key {odd[0]!r}, expected one of {', '.join(sorted(known))}")
+        client_id = told.get("client_id")
+        if not isinstance(client_id, str) or not client_id:
+            raise ValueError(f"{path}: client_id = {client_id!r}, expected the name that the server knows this site by")
+        rank = told.get("rank")
+        if rank is not None and (not isinstance(rank, int) or rank < 1):
+            raise ValueError(f"{path}: rank = {rank!r}, expected a count")
+        with_own = [
+            f"{section}.{key}={_toml(value)}"
+            for section in ("data", "model")
+            for key, value in told.get(section, {}).items()
+        ]
+        with_own += [f"{key}={_toml(told[key])}" for key in ("device", "threads") if key in told]
+        config = settings.load(folder / told.get("config", "config.toml"), with_own)
+        identity, trusted = _identities(folder, told.get("identity"))
+        return cls(config, client_id, rank, "train" in told.get("data", {}), identity, trusted)
+
+
+def _toml(value: object) -> str:
+    return json.dumps(value)  # JSON's strings, numbers, booleans and arrays are TOML's too
+
+
+def _identities(folder: Path, name: str | None) -> tuple[bytes | None, dict[str, bytes] | None]:
+    """This site's private key and everybody's public ones."""
+    if name is None:
+        return None, None
+    from cryptography.hazmat.primitives import serialization
+
+    try:
+        key = serialization.load_pem_private_key((folder / name).read_bytes(), None)
+        sites = json.loads((folder / "sites.json").read_text(encoding="utf-8"))
+        trusted = {client: bytes.fromhex(public) for client, public in sites.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder}: identity = {name!r} or sites.json cannot be read ({error})") from None
+    raw = serialization.Encoding.Raw, serialization.PrivateFormat.Raw, serialization.NoEncryption()
+    return key.private_bytes(*raw), trusted
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The base and the data in memory."""
+
+    kit: Kit
+    initial: Tensors
+    """Heads and trained weights of the untouched base."""
+    base: str
+    """The untouched base's digest."""
+
+    @classmethod
+    def of(cls, config: Config, method: Method, corpus: Corpus, max_rank: int) -> Loaded:
+        """Read and built as the configuration says."""
+        processor, data = encoded(config, corpus)
+        model = base_model(config, method, corpus, data, max_rank=max_rank, device=device_of(config.device))
+        return cls(Kit(config, model, data, processor, corpus.metrics), model.dense(), model.digest())
+
+
+class Site:
+    """Answers a server's messages about one client.
+
+    Parameters
+    ----------
+    given
+        As `Settings.read` has it, or made by hand for a simulation.
+    folder
+        Where the client's state is kept.
+    loaded
+        The base and data, where another client of this process has loaded the same ones already.
+    """
+
+    def __init__(self, given: Settings, folder: Path, loaded: Loaded | None = None) -> None:
+        self.given, self.folder = given, folder
+        self.config = given.config
+        torch.set_num_threads(given.config.threads)
+        self.method: Method = demands.chosen(given.config)
+        corpus = load_data(given.config.data, given.config.seed)
+        self.client = self._client(corpus)
+        self.loaded = Loaded.of(given.config, self.method, corpus, self.client.rank) if loaded is None else loaded
+        self.alone = Alone(self.loaded.kit)
+        self._derived: Broadcast | None = None
+        self.terms = agreement.terms(given.config)
+        self._memory = _Memory(folder / "state")
+        self._learnt: LocalResult | None = None
+        self._state: ClientState | None = None
+        self._told: tuple[str, int] = ("", 0)
+        """Run and newest count of rounds that the server has named."""
+        self._sums: Any = None
+        """The secure sums of the round at hand, and the session that they belong to."""
+
+    def _client(self, corpus: Corpus) -> Client:
+        given, config = self.given, self.config
+        if not given.own_data:
+            found = {c.client_id: c for c in make_clients(config, corpus)}
+            if given.client_id not in found:
+                raise ValueError(f"client_id = {given.client_id!r}: expected one of {', '.join(sorted(found))}")
+            client = found[given.client_id]
+            return client if given.rank is None else replace(client, rank=given.rank)
+        ranks = {config.federation.ranks} if isinstance(config.federation.ranks, int) else set(demands.ranks(config))
+        if given.rank is None and len(ranks) != 1:
+            raise ValueError(f"{given.client_id} has no rank: expected `rank` in its site.toml, since ranks differ")
+        rows = np.arange(len(corpus.train))
+        rng = np.random.default_rng([config.seed, 3, zlib.crc32(given.client_id.encode())])
+        kept = round(len(rows) * config.data.client_holdout)
+        order = rng.permutation(rows)
+        rank = given.rank if given.rank is not None else next(iter(ranks))
+        return Client(given.client_id, rank, np.sort(order[kept:]), np.sort(order[:kept]))
+
+    def answer(self, content: bytes) -> bytes:
+        """The answer to one message; what is wrong with it is an answer too."""
+        parcel = protocol.Parcel()
+        try:
+            message, tensors = protocol.decode(content)
+            kinds: Mapping[str, Callable[..., dict[str, Any]]] = {
+                "hello": self._hello,
+                "ask": self._ask,
+                "advertise": self._advertise,
+                "share": self._share,
+                "unmask": self._unmask,
+            }
+            kind = message.get("kind")
+            if not isinstance(kind, str) or kind not in kinds:
+                raise Refused(f"a message of kind {kind!r}: expected one of {', '.join(kinds)}")
+            told = kinds[kind](message, tensors, parcel)
+            told |= {key: message[key] for key in ("run", "round", "number") if key in message}
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            line = " ".join(str(error).split()) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            parcel = protocol.Parcel()
+            told = {"problem": line}
+        return protocol.encode({"client_id": self.client.client_id, **told}, parcel)
+
+    def _hello(self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.Parcel) -> dict[str, Any]:
+        shapes = {name: list(shape) for name, shape in self.loaded.kit.model.modules().items()}
+        shapes |= {f"dense {name}": list(t.shape) for name, t in self.loaded.initial.items()}
+        hidden = self.config.privacy.secure_sums or self.config.privacy.dp != "none"
+        return {
+            "rank": self.client.rank,
+            # How much data a site has is its own business where only sums may be known.
+            "num_examples": None if hidden else self.client.num_examples,
+            "base": self.loaded.base,
+            "terms": self.terms,
+            "shapes": shapes,
+        }
+
+    def _check(self, message: Mapping[str, Any]) -> None:
+        """That a message belongs to this federation, and is not an old one.
+
+        Raises
+        ------
+        Refused
+            When it does not.
+        """
+        for key, own in (("terms", agreement.digest(self.terms)), ("base", self.loaded.base)):
+            if message.get(key) != own:
+                raise Refused(
+                    f"a message for other {'settings' if key == 'terms' else 'base weights'}: say hello first"
+                )
+        run, round_num, counted = message["run"], message["round"], message["counted"]
+        if not isinstance(run, str) or not run.isalnum() or type(round_num) is not int or type(counted) is not int:
+            raise Refused(f"run {run!r}, round {round_num!r}, counted {counted!r}: expected a name and two counts")
+        known_run, newest = self._told
+        if run == known_run and not counted >= newest:
+            raise Refused(f"a message from before round {newest}, which this site has seen finished")
+        if counted > round_num or round_num < 0:
+            raise Refused(f"round {round_num} after {counted} finished rounds: expected the next one")
+        self._told = (run, counted)
+
+    def _ask(self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.Parcel) -> dict[str, Any]:
+        self._check(message)
+        question = self._question(message)
+        sent = self._received(message, tensors, question)
+        first = question.exchange.ask != "again"
+        if question.place[0] == 0:
+            self._state = self._remembered(message["run"], message["counted"], question)
+        began = time.perf_counter()
+        if first:
+            started = begin(self.method, question, sent, self._state)
+            self._learnt = self._work(started, question.round_num)
+        else:
+            started = sent
+        if self._learnt is None:
+            raise Refused("a question about what this site learnt, which it does not hold any more")
+        # What is rounded on the way is rounded here, so that it is the very update that arrives.
+        narrow = Narrow("float32")
+        weight = self.client.weight(self.config.federation.weighting)
+        said = respond(self.method, question, self._learnt, started, self._state, narrow, weight)
+        seconds = time.perf_counter() - began
+        if said.problem is not None:
+            raise Refused(said.problem)
+        assert said.update is not None
+        if said.kept is not None:
+            self._state = said.kept
+            self._memory.keep(message["run"], question.round_num + 1, said.kept)
+        told: dict[str, Any] = {"seconds": seconds, "optimizer_bytes": self._learnt.optimizer_bytes}
+        if "sum" in message:
+            words = self._words(message["sum"], said.update, self._learnt.train_loss, tensors)
+            told["words"] = parcel.put(torch.from_numpy(words.view(np.int64)))
+        else:
+            told["train_loss"] = self._learnt.train_loss
+            told["update"] = protocol.put_update(parcel, said.update, self.config.wire.up)
+        if not question.keep:
+            self._learnt = None
+        return told
+
+    def _remembered(self, run: str, counted: int, question: Question) -> ClientState | None:
+        """This client's state after the last round whose answer counted."""
+        state = self._memory.state(run, counted)
+        if state is None and counted and self._derived is not None:
+            started = begin(self.method, question, self._derived, None)
+            if self.method.encode(unlearnt(question.template, started), started, None)[1] is not None:
+                raise Refused(f"the server counts on this site's state after round {counted}, which it does not hold")
+        return state
+
+    def _question(self, message: Mapping[str, Any]) -> Question:
+        number, (place, of) = message["number"], message["place"]
+        if not 0 <= number < len(self.method.exchanges):
+            raise Refused(f"exchange {number}: {self.method.info.name} has {len(self.method.exchanges)}")
+        model, a = self.loaded.kit.model, self.config.adapter
+        template = model.template(message["rank"], a.alpha, a.rslora, self.config.seed, message["num_clients"])
+        exchange = self.method.exchanges[number]
+        return Question(template, message["round"], number, exchange, (place, of), bool(message["keep"]))
+
+    def _received(self, message: Mapping[str, Any], tensors: Sequence[Tensor], question: Question) -> Broadcast:
+        """What was sent, whole again."""
+        if question.place[0] == 0 or self._derived is None:
+            state = self.method.init(question.template, self.loaded.initial)
+            state = replace(state, round_num=question.round_num)
+            self._derived = self.method.broadcast(state, Request(self.client.rank))
+        patch = self._memory.patch(message["run"], message["patch"], protocol.get_news(message["patch"], tensors))
+        return protocol.get_broadcast(message["broadcast"], tensors, self._derived, patch)
+
+    def _work(self, started: Broadcast, round_num: int) -> LocalResult:
+        client, config = self.client, self.config
+        self.loaded.kit.model.check_fits(started)
+        steps = num_steps(config.local, client.num_examples)
+        weight = client.weight(config.federation.weighting)
+        assignment = Assignment(client.client_id, started, client.indices, steps, weight)
+        engine = "cohort" if config.engine.name == "cohort" else "sequential"
+        ((result, _),) = self.alone.train([assignment], round_num, engine)
+        return result
+
+    def _words(
+        self, told: Mapping[str, Any], update: Any, train_loss: float, tensors: Sequence[Tensor]
+    ) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        """The answer as words of a sum, masked where the settings ask for it."""
+        p = self.config.privacy
+        layout = Layout.from_json(told["layout"])
+        values = layout.flatten(replace(update, client_id=self.client.client_id), train_loss)
+        words = FixedPoint(p.fraction_bits).encode(values, told["num_clients"])
+        if not p.secure_sums:
+            return words
+        sums = self._secure(told["session"])
+        if "shares" in told:
+            sums.receive(_bytes_by_name(told["shares"], tensors))
+        masked: np.ndarray[Any, np.dtype[np.uint64]] = sums.mask(told["index"], words)
+        return masked
+
+    def _secure(self, session: str) -> Any:
+        """This site's side of the secure sums of that name."""
+        if self._sums is None or self._sums[0] != session:
+            raise Refused("a secure sum that this site has no keys for: it was restarted, or joined too late")
+        return self._sums[1]
+
+    def _advertise(
+        self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.Parcel
+    ) -> dict[str, Any]:
+        from fedspan.privacy.secure_sum import RoundParticipant  # which needs the extra `secure`
+
+        self._check(message)
+        session = message["session"]
+        signer = None
+        if self.given.identity is not None:
+            from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+            signer = Ed25519PrivateKey.from_private_bytes(self.given.identity)
+        whole = f"{message['run']}/{message['round']}/{session}".encode()
+        sums = RoundParticipant(whole, self.client.client_id, message["num_sums"], signer, self.given.trusted)
+        self._sums = (session, sums)
+        return {"keys": protocol.put_bytes(parcel, sums.advertise())}
+
+    def _share(self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.Parcel) -> dict[str, Any]:
+        sums = self._secure(message["session"])
+        num_clients, threshold = len(message["keys"]), message["threshold"]
+        if threshold < self.config.privacy.threshold * num_clients - 1e-9:
+            raise Refused(f"a threshold of {threshold} for {num_clients} clients: expected privacy.threshold of them")
+        sealed = sums.share(_bytes_by_name(message["keys"], tensors), threshold)
+        return {"shares": {other: protocol.put_bytes(parcel, content) for other, content in sealed.items()}}
+
+    def _unmask(self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.Parcel) -> dict[str, Any]:
+        sums = self._secure(message["session"])
+        return {"unmask": protocol.put_bytes(parcel, sums.unmask(message["index"], message["survivors"]))}
+
+
+def _bytes_by_name(places: Mapping[str, int], tensors: Sequence[Tensor]) -> dict[str, bytes]:
+    return {name: protocol.get_bytes(tensors, place) for name, place in places.items()}
+
+
+class _Memory:
+    """What a client keeps on its own disk: its state, and the patch on its base, each by the rounds it is of.
+
+    The server names the round whose answer last counted, so what a client made of an answer that was lost is never
+    used: the file of the last round that counted lies beside it until the server has named a later one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._patch: tuple[tuple[str, int], dict[str, Patch]] | None = None
+
+    def state(self, run: str, counted: int) -> ClientState | None:
+        """The state after that many rounds; none: there is none."""
+        folder = self.folder / run
+        for path in folder.glob("client-*.safetensors"):
+            if int(path.stem.removeprefix("client-")) < counted:
+                path.unlink()
+        path = folder / f"client-{counted}.safetensors"
+        return self._read(path) if path.exists() else None
+
+    def keep(self, run: str, finished: int, state: ClientState) -> None:
+        """The state after that many rounds, should the answer count."""
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+        write_bytes(self.folder / run / f"client-{finished}.safetensors", save(tensors))
+
+    def patch(self, run: str, told: Mapping[str, Any], news: Sequence[Mapping[str, Patch]]) -> dict[str, Patch]:
+        """The whole patch, after what is new has been added to what is held.
+
+        Raises
+        ------
+        Refused
+            When the server counts on a version that this site does not hold.
+        """
+        seen, version = told["seen"], told["version"]
+        if told["whole"]:
+            total = dict(news[-1]) if news else {}
+        else:
+            total = dict(self._held(run, seen))
+            for increment in news:
+                for name, patch in increment.items():
+                    total[name] = patch_sum(total.get(name), patch)
+        if not version:
+            return total
+        if self._patch is None or self._patch[0] != (run, version):
+            self._patch = ((run, version), total)
+            self._write(run, version, seen, total)
+        return self._patch[1]
+
+    def _held(self, run: str, seen: int) -> Mapping[str, Patch]:
+        if seen == 0:
+            return {}
+        if self._patch is not None and self._patch[0] == (run, seen):
+            return self._patch[1]
+        path = self.folder / run / f"patch-{seen}.safetensors"
+        if not path.exists():
+            raise Refused(f"the server counts on version {seen} of the patch, which this site does not hold")
+        held: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in self._read(path).items():
+            name, _, part = key.rpartition("/")
+            held.setdefault(name, {})[part] = tensor
+        return {name: x["w"] if "w" in x else LowRank(x["b"], x["a"]) for name, x in held.items()}
+
+    def _write(self, run: str, version: int, seen: int, total: Mapping[str, Patch]) -> None:
+        flat: dict[str, Tensor] = {}
+        for name, p in total.items():
+            flat |= {f"{name}/b": p.b, f"{name}/a": p.a} if isinstance(p, LowRank) else {f"{name}/w": p}
+        folder = self.folder / run
+        write_bytes(folder / f"patch-{version}.safetensors", save({k: t.contiguous().clone() for k, t in flat.items()}))
+        for path in folder.glob("patch-*.safetensors"):
+            if int(path.stem.removeprefix("patch-")) not in (version, seen):
+                with suppress(OSError):
+                    path.unlink()
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Tensor]:
+        try:
+            return read_tensors(path, "fedspan")[1]
+        except SafetensorError as error:
+            raise Refused(f"{path.name} is damaged ({error}): this site's state is lost") from None

@@ -1,0 +1,276 @@
+"""Where clients are: what a round asks of them, what comes back, and the clients that live in this process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+
+from fedspan.federation import Client
+from fedspan.methods.base import Method
+from fedspan.methods.folds import Exchange, Partial
+from fedspan.methods.messages import Broadcast, ClientState, Template, Update, Vector
+from fedspan.narrow import EXACT, Narrow, narrowed_broadcast, narrowed_update
+from fedspan.privacy.summing import Layout, Sum
+from fedspan.traffic import parts, payload_tensors
+from fedspan.train import LocalResult
+
+WINDOW = 64
+"""Clients that are told to start at once. It bounds what a round holds beside the server's own fold, however many
+clients take part; within it the work is grouped, and spread over processes, as whoever does it likes."""
+
+Work = Callable[[Sequence[tuple[Client, Broadcast]], int], Iterable[tuple[LocalResult, float]]]
+"""(clients and what each starts from, round) -> what each learnt, in that order, and the busy seconds it took.
+
+Results are taken one by one, so that a generator need not hold them all. Raises nothing for a bad update: that is
+checked here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What one exchange asks of every client."""
+
+    template: Template
+    round_num: int
+    number: int
+    """Of the exchange, in the method's list."""
+    exchange: Exchange
+    place: tuple[int, int]
+    """(i, n): it is the i-th, from 0, of the n exchanges of this round."""
+    keep: bool
+    """The next exchange asks about the same answers: what was learnt is kept until then."""
+    counted: Mapping[str, int] = field(default_factory=dict)
+    """Client -> how many rounds were finished when its answer last counted: its state is the one of then."""
+    seen: Mapping[str, int] = field(default_factory=dict)
+    """Client -> the newest patch version that it holds."""
+    version: int = 0
+    """Of the patch that is sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one client answered."""
+
+    client: Client
+    update: Update | None
+    """What left the site, with the weight that counts; none where there was a problem, or a sum alone is known."""
+    problem: str | None = None
+    weight: float = 1.0
+    """What it counts for; 1 where a sum hides it."""
+    train_loss: float = 0.0
+    seconds: float = 0.0
+    """Busy seconds of the site."""
+    bytes_up: int = 0
+    optimizer_bytes: int = 0
+    result: LocalResult | None = None
+    """What training came to, where the client lives in this process."""
+    started: Broadcast | None = None
+    """What it started from, likewise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """The answers to one question as their sum."""
+
+    partial: Partial
+    train_loss: float
+    """The weighted mean."""
+    answers: Sequence[Answer]
+    """Who was counted, and who was not and why."""
+
+
+Tell = Callable[[Client], Broadcast]
+"""What a client is sent."""
+
+
+class Sites(Protocol):
+    """Whoever carries a question to clients and their answers back."""
+
+    def ask(self, question: Question, clients: Sequence[Client], tell: Tell) -> Iterator[Answer]:
+        """Every client's answer, or its problem, in the order in which they are to be folded."""
+
+    def sum(self, question: Question, clients: Sequence[Client], tell: Tell, layout: Layout) -> Summed:
+        """The sum of the answers without the answers: what secure sums, or their arithmetic, come to."""
+
+    def states(self) -> Mapping[str, ClientState]:
+        """What the clients keep, where this process keeps it for them."""
+
+    def costs(self) -> Mapping[str, Any]:
+        """What the round cost this transport, for its record."""
+
+
+class Here:
+    """Simulated clients: their states are held here, and `work` does what they do.
+
+    Parameters
+    ----------
+    client_states
+        Left as they are: what the round changes is in `states`.
+    narrow
+        The types in which tensors would travel.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        work: Work,
+        client_states: Mapping[str, ClientState],
+        *,
+        weighting: str = "examples",
+        narrow: Narrow = EXACT,
+        total: Sum | None = None,
+    ) -> None:
+        self.method, self.work, self.weighting, self.narrow, self.total = method, work, weighting, narrow, total
+        self._states = dict(client_states)
+        self._learnt: dict[str, Answer] = {}
+        """What is held because the next exchange asks about it again."""
+        self._arrived: dict[int, tuple[Broadcast, Broadcast]] = {}
+        """What was told, and what of it arrives, by the identity of the first: clients share it."""
+
+    def ask(self, question: Question, clients: Sequence[Client], tell: Tell) -> Iterator[Answer]:
+        """The answers in the clients' order, each taken before the next one is worked out."""
+        held, self._learnt = self._learnt, {}
+        self._arrived = {}
+        again = question.exchange.ask == "again"
+        for answer in self._again(clients, tell, held) if again else self._working(question, clients, tell):
+            done = self._encoded(question, answer)
+            if done.problem is None and question.keep:
+                self._learnt[answer.client.client_id] = answer
+            yield done
+
+    def sum(self, question: Question, clients: Sequence[Client], tell: Tell, layout: Layout) -> Summed:
+        """The same answers, flattened, summed in fixed point and forgotten."""
+        if self.total is None:
+            raise ValueError("sums were not prepared for: expected a Sum")
+        answers: list[Answer] = []
+        adding = self.total.begin(layout, len(clients))
+        for answer in self.ask(question, clients, tell):
+            if answer.update is not None:
+                problem = adding.add(answer.update, answer.train_loss)
+                answer = replace(answer, update=None, problem=problem, weight=1.0, bytes_up=8 * layout.num_words)
+            answers.append(answer)
+        partial, loss = adding.partial(question.round_num, question.number)
+        return Summed(partial, loss, answers)
+
+    def states(self) -> Mapping[str, ClientState]:
+        """What the clients keep now."""
+        return self._states
+
+    def costs(self) -> Mapping[str, Any]:
+        """Nothing was sent."""
+        return {}
+
+    def _working(self, question: Question, clients: Sequence[Client], tell: Tell) -> Iterator[Answer]:
+        """What everyone learns from where it starts, or its gradient there, a window of clients at a time."""
+        for start in range(0, len(clients), WINDOW):
+            window: list[tuple[Client, Broadcast]] = []
+            for client in clients[start : start + WINDOW]:
+                sent = self._arrives(tell(client))
+                window.append((client, begin(self.method, question, sent, self._states.get(client.client_id))))
+            results = self.work(window, question.round_num)
+            for (client, sent), (result, seconds) in zip(window, results, strict=True):
+                weight = client.weight(self.weighting)
+                yield Answer(
+                    client, None, None, weight, result.train_loss, seconds, 0, result.optimizer_bytes, result, sent
+                )
+
+    def _again(self, clients: Sequence[Client], tell: Tell, held: Mapping[str, Answer]) -> Iterator[Answer]:
+        """What everyone has learnt before, beside another question about it."""
+        for client in clients:
+            sent = self._arrives(tell(client))
+            yield replace(held[client.client_id], started=sent, seconds=0.0)
+
+    def _arrives(self, told: Broadcast) -> Broadcast:
+        if id(told) not in self._arrived:
+            self._arrived[id(told)] = (told, narrowed_broadcast(told, self.narrow.down))
+        return self._arrived[id(told)][1]
+
+    def _encoded(self, question: Question, answer: Answer) -> Answer:
+        assert answer.result is not None
+        assert answer.started is not None  # as both generators above make it
+        key = answer.client.client_id
+        began = time.perf_counter()
+        told = respond(
+            self.method, question, answer.result, answer.started, self._states.get(key), self.narrow, answer.weight
+        )
+        seconds = answer.seconds + time.perf_counter() - began
+        if told.problem is None and told.kept is not None:
+            self._states[key] = told.kept
+        return replace(answer, update=told.update, problem=told.problem, seconds=seconds, bytes_up=told.num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What a site says to one question, and what it keeps."""
+
+    update: Update | None
+    kept: ClientState | None = None
+    problem: str | None = None
+    num_bytes: int = 0
+
+
+def begin(method: Method, question: Question, sent: Broadcast, state: ClientState | None) -> Broadcast:
+    """On the site, before it works: what it starts from."""
+    started = method.start(sent, state)
+    gradient = question.exchange.ask == "gradient"
+    if started.recipe.gradient == gradient:
+        return started
+    return replace(started, recipe=replace(started.recipe, gradient=gradient))
+
+
+def respond(
+    method: Method,
+    question: Question,
+    result: LocalResult,
+    started: Broadcast,
+    state: ClientState | None,
+    narrow: Narrow,
+    weight: float,
+) -> Response:
+    """On the site, after it worked: what leaves it and what it keeps, or what is wrong.
+
+    An update with a NaN or an infinity, or with other shapes than were sent, does not leave the site.
+    """
+    if question.exchange.ask != "again":
+        problem = shapes_problem(result.update, expected(question.template, started))
+        if problem is not None:
+            return Response(None, problem=problem)
+    update, kept = method.encode(result.update, started, state)
+    if not all(bool(torch.isfinite(t).all()) for t in payload_tensors(update)):
+        # What was trained is finite, but a norm or a product of it need not be.
+        return Response(None, problem="what it sent holds NaN or infinity")
+    update, num_bytes = narrowed_update(replace(update, num_examples=weight), narrow.up)
+    return Response(update, kept, None, num_bytes)
+
+
+def unlearnt(template: Template, started: Broadcast) -> Update:
+    """An update of the shapes of a real one, from a client that learnt nothing."""
+    if started.recipe.gradient:
+        zero = {n: Vector({"gradient": torch.zeros(s)}) for n, s in template.modules.items()}
+        return Update("", 1.0, zero, {})
+    return Update("", 1.0, started.adapter, started.dense, rate_sum=1.0)
+
+
+def expected(template: Template, sent: Broadcast) -> dict[str, torch.Size]:
+    """The shapes of what training, or a gradient, comes to."""
+    if sent.recipe.gradient:
+        return {f"{name}/gradient": torch.Size(shape) for name, shape in template.modules.items()}
+    shapes = {f"{name}/{part}": t.shape for name, f in sent.adapter.items() for part, t in parts(f)}
+    return shapes | {name: t.shape for name, t in sent.dense.items()}
+
+
+def shapes_problem(update: Update, wanted: Mapping[str, torch.Size]) -> str | None:
+    """What is wrong with an update, or none."""
+    got = {f"{name}/{part}": t for name, payload in update.modules.items() for part, t in parts(payload)}
+    got |= dict(update.dense)
+    if got.keys() != wanted.keys():
+        return f"names {sorted(got.keys() ^ wanted.keys())[0]}, which was not asked for or is missing"
+    for name, value in got.items():
+        if value.shape != wanted[name]:
+            return f"{name} has shape {tuple(value.shape)}, expected {tuple(wanted[name])}"
+        if not bool(torch.isfinite(value).all()):
+            return f"{name} holds NaN or infinity"
+    return None

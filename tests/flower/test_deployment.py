@@ -1,0 +1,411 @@
+"""A deployment's folder: what is in it, who may read it, and whether other programs agree that it is right."""
+
+import json
+import re
+import shutil
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import tomllib
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from typer.testing import CliRunner
+
+from fedspan.config import load
+from fedspan.data.load import load as load_corpus
+from fedspan.federation import make_clients
+from fedspan.flower import certificates, commands, deployment, registry, trial
+from fedspan.flower.quiet import QUIET
+from fedspan.site import Settings
+
+SITES = ("charite", "mayo", "ucl")
+HOSTS = ("fed.example.org", "10.0.0.5", "::1")
+SECRET = {"ca.key", "server.key", "node.key", "identity.key", "runtime.key"}
+
+
+def config(num_clients: int = len(SITES), *settings: str):
+    return load(overrides=[f"federation.num_clients={num_clients}", *settings])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("deployments") / "fed"
+    deployment.write(folder, deployment.plan(SITES, HOSTS), config())
+    return folder
+
+
+def files(folder: Path) -> dict[str, Path]:
+    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_every_site_gets_its_own_keys_and_nobody_elses(made: Path) -> None:
+    keys = [path.read_bytes() for name, path in files(made).items() if path.name in SECRET]
+    assert len(keys) == 2 + 3 * len(SITES)
+    assert len(set(keys)) == len(keys)
+    everything = {name: path.read_bytes() for name, path in files(made).items()}
+    for name in SITES:
+        own = {path: content for path, content in everything.items() if path.startswith(f"sites/{name}/")}
+        assert {Path(path).name for path in own} >= {
+            *(
+                "site.toml",
+                "config.toml",
+                "ca.crt",
+                "node.key",
+                "node.pub",
+                "identity.key",
+                "runtime.key",
+                "sites.json",
+            ),
+            *("start.sh", "environment.sh", "compose.yml"),
+        }
+        for key in keys:
+            assert (key in own.values()) == any(key == own[path] for path in own if Path(path).name in SECRET)
+        assert everything[f"server/nodes/{name}.pub"] == own[f"sites/{name}/node.pub"]
+    # The authority's key is in its own folder alone, and no site's secret is at the server.
+    assert [name for name, content in everything.items() if content == everything["ca/ca.key"]] == ["ca/ca.key"]
+    assert {path.name for path in (made / "server").rglob("*.key")} == {"server.key"}
+
+
+def test_secrets_are_their_owners_alone_and_scripts_can_be_run(made: Path) -> None:
+    assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    for name, path in files(made).items():
+        mode = stat.S_IMODE(path.stat().st_mode)
+        private = b"PRIVATE KEY" in path.read_bytes() or path.name == "runtime.key"
+        assert private == (path.name in SECRET), name
+        runs = name.endswith(".sh") and path.name != "environment.sh"
+        assert mode == (0o600 if private else 0o755 if runs else 0o644), name
+
+
+def test_a_strange_umask_changes_no_mode(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; os.umask(int(sys.argv[2], 8))\nfrom pathlib import Path\n"
+        "from fedspan.config import load; from fedspan.flower import deployment\n"
+        "deployment.write(Path(sys.argv[1]), deployment.plan(['a']), load(overrides=['federation.num_clients=1']))"
+    )
+    for mask in ("000", "077"):
+        folder = tmp_path / mask
+        subprocess.run([sys.executable, "-c", code, str(folder), mask], check=True)
+        assert stat.S_IMODE((folder / "server/server.key").stat().st_mode) == 0o600
+        assert stat.S_IMODE((folder / "server/superlink.sh").stat().st_mode) == 0o755
+        assert stat.S_IMODE((folder / "sites").stat().st_mode) == 0o700
+
+
+def test_openssl_accepts_the_certificates_under_every_name(made: Path) -> None:
+    server, ca = made / "server/server.crt", made / "server/ca.crt"
+
+    def verified(*options: str) -> bool:
+        command = [
+            "openssl",
+            "verify",
+            "-x509_strict",
+            "-purpose",
+            "sslserver",
+            "-CAfile",
+            str(ca),
+            *options,
+            str(server),
+        ]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    assert verified()
+    for host in ("fed.example.org", "localhost", "superlink"):
+        assert verified("-verify_hostname", host), host
+    for address in ("10.0.0.5", "::1", "127.0.0.1"):
+        assert verified("-verify_ip", address), address
+    assert not verified("-verify_hostname", "other.example.org")
+    assert not verified("-verify_ip", "10.0.0.6")
+
+
+def test_certificates_say_no_more_than_they_should(made: Path) -> None:
+    ca = x509.load_pem_x509_certificate((made / "ca/ca.crt").read_bytes())
+    server = x509.load_pem_x509_certificate((made / "server/server.crt").read_bytes())
+    now = datetime.now(UTC)
+    assert round((server.not_valid_after_utc - now).total_seconds() / 86400) == 825
+    assert ca.not_valid_after_utc > server.not_valid_after_utc
+    assert server.not_valid_before_utc < now
+    assert ca.extensions.get_extension_for_class(x509.BasicConstraints).value == x509.BasicConstraints(True, 0)
+    assert not server.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    key = load_pem_private_key((made / "server/server.key").read_bytes(), None)
+    assert key.public_key() == server.public_key()
+
+
+def test_a_server_certificate_cannot_vouch_for_others(tmp_path: Path) -> None:
+    """Whoever has the server's key cannot make certificates that sites would take."""
+    authority = certificates.authority("a")
+    server = certificates.server_certificate(authority, ["localhost"])
+    forged = certificates.server_certificate(server, ["evil.example.org"])
+    for name, content in {"ca": authority.public, "server": server.public, "forged": forged.public}.items():
+        (tmp_path / name).write_bytes(content)
+    command = ["openssl", "verify", "-CAfile", str(tmp_path / "ca"), "-untrusted", str(tmp_path / "server")]
+    assert subprocess.run([*command, str(tmp_path / "server")], capture_output=True).returncode == 0
+    assert subprocess.run([*command, str(tmp_path / "forged")], capture_output=True).returncode != 0
+
+
+def test_ssh_keygen_reads_the_node_keys(made: Path, tmp_path: Path) -> None:
+    for name in SITES:
+        key = made / "sites" / name / "node.key"
+        told = subprocess.run(["ssh-keygen", "-y", "-f", str(key)], capture_output=True, text=True, check=True).stdout
+        public = (made / "server" / "nodes" / f"{name}.pub").read_text()
+        assert told.split()[:2] == public.split()[:2]
+        assert public.split() == ["ecdsa-sha2-nistp384", public.split()[1], name]
+    assert sorted(registry.keys(made / "server" / "nodes")) == sorted(SITES)
+
+
+def test_identities_are_those_of_the_clients_as_a_run_names_them(made: Path) -> None:
+    ids = deployment.client_ids(len(SITES))
+    for name, client_id in zip(SITES, ids, strict=True):
+        site = made / "sites" / name
+        told = tomllib.loads((site / "site.toml").read_text())
+        assert told == {"client_id": client_id, "identity": "identity.key"}
+        read = Settings.read(site)  # as a site reads its folder
+        assert (read.client_id, read.rank, read.own_data) == (client_id, None, False)
+        public = load_pem_private_key((site / told["identity"]).read_bytes(), None).public_key().public_bytes_raw()
+        known = json.loads((site / "sites.json").read_text())
+        assert sorted(known) == ids
+        assert bytes.fromhex(known[client_id]) == public
+        assert read.trusted is not None
+        assert read.trusted[client_id] == public
+
+
+@pytest.mark.parametrize("count", [1, 3, 11])
+def test_client_ids_are_those_of_a_run_in_one_process(count: int) -> None:
+    settings = config(count, "federation.partition='iid'")
+    clients = make_clients(settings, load_corpus(settings.data, settings.seed))
+    assert [client.client_id for client in clients] == deployment.client_ids(count)
+
+
+def test_configurations_are_the_same_everywhere_and_complete(made: Path) -> None:
+    server = load(made / "server/config.toml")
+    assert server == config()
+    for name in SITES:
+        assert load(made / "sites" / name / "config.toml") == server
+
+
+def test_nothing_names_this_machine(made: Path) -> None:
+    strange = [str(made), str(Path.home()), str(Path(sys.prefix)), socket.gethostname()]
+    for name, path in files(made).items():
+        if path.name in SECRET:
+            continue
+        text = path.read_text()
+        assert not [word for word in strange if word in text], name
+        assert not re.search(r"@[A-Z_]+@", text), name
+    assert "fed.example.org:8443" in (made / "sites/mayo/start.sh").read_text()
+
+
+def test_shells_parse_the_scripts(made: Path) -> None:
+    for name, path in files(made).items():
+        if name.endswith(".sh"):
+            subprocess.run(["sh", "-n", str(path)], check=True)
+
+
+def test_scripts_tell_flower_to_keep_to_itself(made: Path) -> None:
+    for folder in (made / "server", made / "sites/ucl"):
+        script = ". ./environment.sh; env; umask"
+        given = {"PATH": "/usr/bin:/bin", "NO_PROXY": "a.org", "FLWR_INTERNAL_GRPC_CONTROL_API": "1"}
+        told = subprocess.run(["sh", "-c", script], cwd=folder, env=given, capture_output=True, text=True, check=True)
+        lines = told.stdout.splitlines()
+        assert {f"{name}={value}" for name, value in QUIET.items()} <= set(lines)
+        assert f"FLWR_HOME={folder}/flwr" in lines
+        assert {"NO_PROXY=localhost,127.0.0.1,a.org", "no_proxy=localhost,127.0.0.1,a.org"} <= set(lines)
+        assert not [line for line in lines if line.startswith("FLWR_INTERNAL_GRPC")]
+        assert lines[-1] == "0077"
+    superlink = (made / "server/superlink.sh").read_text()
+    assert "--enable-supernode-auth --disable-runtime-dependency-installation" in superlink
+    # Without it, any user of a site's machine could take the site's messages.
+    assert (made / "sites/ucl/start.sh").read_text().count('--superexec-auth-secret-file "$PWD/runtime.key"') == 2
+
+
+def test_a_strange_run_name_is_refused(made: Path) -> None:
+    for name in ("../x", 'a"b', ".hidden", "a b"):
+        done = subprocess.run([made / "server/run.sh", name], capture_output=True, text=True)
+        assert (done.returncode, done.stderr.startswith("run name")) == (2, True), name
+    shutil.rmtree(made / "server/flwr")
+
+
+@pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="needs nginx")
+def test_nginx_takes_its_configuration(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "server"
+    shutil.copytree(made / "server", folder)
+    (folder / "state").mkdir()
+    nginx = shutil.which("nginx", path="/usr/sbin:/usr/bin")
+    command = [nginx, "-t", "-p", str(folder), "-e", "stderr", "-c", str(folder / "nginx.conf")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (folder / "server.crt").unlink()
+    assert subprocess.run(command, capture_output=True).returncode != 0
+
+
+def test_a_deployment_for_one_machine_listens_to_it_alone(made: Path, tmp_path: Path) -> None:
+    assert (made / "server/listen.conf").read_text() == "listen 0.0.0.0:8443 ssl;\n"
+    deployment.write(tmp_path / "here", deployment.plan(["a"]), config(1))
+    assert (tmp_path / "here/server/listen.conf").read_text() == "listen 127.0.0.1:8443 ssl;\n"
+    assert "--host 127.0.0.1" in (made / "server/superlink.sh").read_text()
+
+
+def test_compose_files_hold_together(made: Path) -> None:
+    top = yaml.safe_load((made / "docker-compose.yml").read_text())
+    assert top["include"] == ["server/compose.yml"]
+    server = yaml.safe_load((made / "server/compose.yml").read_text())["services"]
+    assert set(top["services"]) == set(SITES)
+    for name, service in top["services"].items():
+        extended = service["extends"]
+        site = yaml.safe_load((made / extended["file"]).read_text())["services"][extended["service"]]
+        assert (made / "sites" / name / site["command"][0]).stat().st_mode & 0o100
+        assert (made / "sites" / name / site["build"] / "Dockerfile").exists()
+        assert "ports" not in site, "nobody connects to a site"
+        assert set(service["depends_on"]) <= set(server)
+    # The gate's is the only open port; the control API stays inside.
+    assert [service["ports"] for service in server.values() if "ports" in service] == [["8443:8443"]]
+    for name, service in server.items():
+        script = (service.get("entrypoint") or service["command"])[0]
+        assert (made / "server" / script).exists(), name
+
+
+def test_the_bundle_carries_no_code_and_flower_takes_it(made: Path) -> None:
+    from flwr.cli.build import build_fab_from_disk
+    from flwr.common.config import get_fab_config
+
+    assert [path.name for path in (made / "server/app").iterdir()] == ["pyproject.toml"]
+    told = get_fab_config(build_fab_from_disk(made / "server/app"))
+    assert told["tool"]["flwr"]["app"]["components"] == {
+        "serverapp": "fedspan.flower.server_app:app",
+        "clientapp": "fedspan.flower.client_app:app",
+    }
+
+
+def test_read_gives_back_what_was_planned(made: Path, tmp_path: Path) -> None:
+    assert deployment.read(made) == deployment.plan(SITES, HOSTS)
+    with pytest.raises(ValueError, match=r"holds no deployment: expected a folder that `fedspan flower init` made"):
+        deployment.read(tmp_path)
+
+
+def test_a_site_makes_its_own_keys(made: Path, tmp_path: Path) -> None:
+    site = tmp_path / "mayo"
+    shutil.copytree(made / "sites/mayo", site)
+    before = {path.name: path.read_bytes() for path in site.iterdir() if path.is_file()}
+    client_id, public = deployment.renew_keys(site)
+    after = {path.name: path.read_bytes() for path in site.iterdir() if path.is_file()}
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"node.key", "node.pub", "identity.key", "runtime.key", "sites.json"}
+    assert set(after) == set(before)
+    assert all(stat.S_IMODE((site / name).stat().st_mode) == 0o600 for name in changed & SECRET)
+    key = load_pem_private_key(after["identity.key"], None)
+    assert bytes.fromhex(public) == key.public_key().public_bytes_raw()
+    known, old = json.loads(after["sites.json"]), json.loads(before["sites.json"])
+    assert known == {**old, client_id: public} != old
+    with pytest.raises(ValueError, match="is no site's folder"):
+        deployment.renew_keys(tmp_path)
+
+
+REFUSED = [
+    ({"sites": []}, "no sites: expected at least one"),
+    ({"sites": ["a", "b", "a"]}, "site 'a' is there twice"),
+    ({"sites": ["../a"]}, "expected lower-case letters"),
+    ({"sites": ["A"]}, "expected lower-case letters"),
+    ({"sites": [""]}, "expected lower-case letters"),
+    ({"sites": ["a" * 33]}, "expected lower-case letters"),
+    ({"sites": ["a"], "port": 0}, "port 0: expected one between 1 and 65535"),
+    ({"sites": ["a"], "port": 65535}, "port 65536: expected one"),
+    ({"sites": ["a"], "port": 8601}, "meets"),
+    ({"sites": ["a"], "hosts": ["x;y"]}, "host 'x;y': expected a DNS name or an IP address"),
+    ({"sites": ["a"], "hosts": ["1.2.3"]}, "host '1.2.3'"),
+    ({"sites": ["a"], "hosts": ["-x.org"]}, "host '-x.org'"),
+    ({"sites": ["a"], "hosts": ["x.org:1"]}, "host 'x.org:1'"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), REFUSED)
+def test_what_cannot_be_is_refused_and_leaves_nothing(tmp_path: Path, given: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        deployment.write(tmp_path / "fed", deployment.plan(**given), config(max(1, len(given["sites"]))))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_and_another_number_of_clients_are_refused(tmp_path: Path) -> None:
+    plan = deployment.plan(["a"])
+    with pytest.raises(ValueError, match=r"federation.num_clients = 3: expected 1, one for each site"):
+        deployment.write(tmp_path / "fed", plan, config(3))
+    (tmp_path / "fed").mkdir()
+    deployment.write(tmp_path / "fed", plan, config(1))  # an empty one is as good as none
+    before = {name: path.read_bytes() for name, path in files(tmp_path).items()}
+    with pytest.raises(ValueError, match="exists and is not empty: expected a new folder"):
+        deployment.write(tmp_path / "fed", plan, config(1))
+    assert {name: path.read_bytes() for name, path in files(tmp_path).items()} == before
+
+
+def test_an_interrupted_init_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(certificates, "identity_key", broken)
+    with pytest.raises(KeyboardInterrupt):
+        deployment.write(tmp_path / "fed", deployment.plan(["a"]), config(1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tls_with_the_certificates_works_and_a_stranger_is_refused(made: Path, tmp_path: Path) -> None:
+    """Python's own TLS, on a socket pair."""
+
+    def shake(ca: bytes, name: str) -> None:
+        (tmp_path / "trusted").write_bytes(ca)
+        trust = ssl.create_default_context(cafile=str(tmp_path / "trusted"))
+        own = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        own.load_cert_chain(made / "server/server.crt", made / "server/server.key")
+        to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = trust.wrap_bio(to_client, to_server, server_hostname=name)
+        server = own.wrap_bio(to_server, to_client, server_side=True)
+        for _ in range(3):
+            for side in (client, server):
+                try:
+                    side.do_handshake()
+                except ssl.SSLWantReadError:
+                    continue
+
+    ca = (made / "ca/ca.crt").read_bytes()
+    shake(ca, "fed.example.org")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake(ca, "other.example.org")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        shake(certificates.authority("another").public, "fed.example.org")
+
+
+def test_the_command_writes_a_deployment(tmp_path: Path) -> None:
+    runner, folder = CliRunner(), tmp_path / "fed"
+    done = runner.invoke(commands.app, ["init", str(folder), "--sites", "north, south", "--host", "fed.example.org"])
+    assert done.exit_code == 0, done.output
+    assert deployment.read(folder) == deployment.plan(["north", "south"], ["fed.example.org"])
+    assert load(folder / "server/config.toml").federation.num_clients == 2
+    refused = runner.invoke(commands.app, ["init", str(folder), "--sites", "2"])
+    assert isinstance(refused.exception, ValueError)
+    assert "exists and is not empty" in str(refused.exception)
+    for sites, said in (("0", "expected at least one"), ("a,,b", "expected lower-case letters")):
+        refused = runner.invoke(commands.app, ["init", str(tmp_path / "other"), "--sites", sites])
+        assert said in str(refused.exception)
+    # What the method cannot do is told now, not between the hospitals.
+    impossible = ["--sites", "2", "--set", "method.name=flora", "--set", "federation.sums_only=true"]
+    assert isinstance(runner.invoke(commands.app, ["init", str(tmp_path / "other"), *impossible]).exception, ValueError)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_trial_refuses_what_is_no_trial(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"is a deployment for fed.example.org: expected one for localhost"):
+        trial.up(made, print, proxy="python")
+    trial.prepare(tmp_path / "here", ["a"], config(1))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", deployment.read(tmp_path / "here").port))
+        taken.listen()
+        with pytest.raises(ValueError, match="is in use: expected it to be free"):
+            trial.up(tmp_path / "here", print, proxy="python")
+    with pytest.raises(ValueError, match="proxy 'apache': expected nginx, python, or auto"):
+        trial.chosen_proxy("apache")
+    monkeypatch.setattr(trial, "_path", lambda: str(tmp_path))
+    with pytest.raises(ValueError, match=r"nginx is not installed: install it .* or take .* --proxy python"):
+        trial.chosen_proxy("nginx")
+    assert trial.chosen_proxy("auto") == "python"

@@ -1,0 +1,336 @@
+"""Who may connect to a federation, and what its proxy lets through: a real SuperLink behind nginx and the gate."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.proto.control_pb2 import ListNodesRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, RegisterNodeFleetRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from fedspan.config import load
+from fedspan.flower import certificates, registry, trial
+from fedspan.flower.deployment import Deployment
+from fedspan.flower.household import Household
+from fedspan.flower.runtime import Lost, Runtime
+
+SITES = ("north", "south", "spare")
+PROXIES = [
+    pytest.param("nginx", marks=pytest.mark.skipif(trial.chosen_proxy("auto") != "nginx", reason="needs nginx")),
+    "python",
+]
+HEARTBEAT = 30.0
+
+Key = ec.EllipticCurvePrivateKey
+
+
+@dataclass(frozen=True)
+class Server:
+    """A SuperLink with its proxies."""
+
+    folder: Path
+    plan: Deployment
+    house: Household
+    ports: dict[str, int]
+    runtimes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def ca(self) -> Path:
+        return self.folder / "server/ca.crt"
+
+    def key(self, site: str) -> Key:
+        key = load_ssh_private_key((self.folder / "sites" / site / "node.key").read_bytes(), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        return key
+
+    def status(self) -> dict[str, str]:
+        """Every registered node's, from the control API, which this machine alone can reach."""
+        client = registry.connect(f"localhost:{self.plan.superlink_port}", self.ca)
+        try:
+            return {node.name: node.status for node in registry.nodes(client)}
+        finally:
+            client.close()
+
+    def start_node(self, name: str, key: Path, ca: Path, port: int) -> int:
+        """The port of its runtime API, which asks for the site's runtime key."""
+        runtime = trial.free_ports(1)[0]
+        command = [sys.executable, "-m", "fedspan.flower.node", "--superlink", f"localhost:{port}"]
+        command += ["--root-certificates", str(ca), "--auth-supernode-private-key", str(key)]
+        command += ["--isolation", "process", "--host", "127.0.0.1", "--port", str(runtime)]
+        command += ["--superexec-auth-secret-file", str(key.with_name("runtime.key"))]
+        self.house.start(name, command, self.folder, {"FLWR_HOME": str(self.folder / "home")})
+        return runtime
+
+    def log(self, name: str) -> str:
+        return (self.folder / "logs" / f"{name}.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("security") / "fed"
+    plan = trial.prepare(folder, SITES, load(overrides=["federation.num_clients=3"]))
+    (folder / "server/nodes/spare.pub").unlink()  # known to nobody
+    first = trial.chosen_proxy("auto")
+    with Household(folder / "logs") as house:
+        trial.start(house, folder, plan, first, lambda line: None, sites=False)
+        ports = {first: plan.port}
+        if first != "python":
+            ports["python"] = trial.free_ports(1)[0]
+            gate = [sys.executable, "-m", "fedspan.flower.gate", "--host", "127.0.0.1", "--port", str(ports["python"])]
+            gate += ["--upstream", f"localhost:{plan.superlink_port}", "--ca", "ca.crt"]
+            house.start("gate", [*gate, "--certificate", "server.crt", "--key", "server.key"], folder / "server", {})
+            house.wait("gate", lambda: trial.answers(ports["python"], folder / "server/ca.crt"), trial.READY)
+        yield Server(folder, plan, house, ports)
+
+
+@pytest.fixture(scope="module")
+def connected(server: Server) -> Server:
+    """A registered node behind each proxy, which are all online."""
+    for site, kind in zip(("north", "south"), ("python", trial.chosen_proxy("auto")), strict=True):
+        key = server.folder / "sites" / site / "node.key"
+        server.runtimes[site] = server.start_node(site, key, server.ca, server.ports[kind])
+    for site in ("north", "south"):
+        server.house.wait(site, lambda site=site: server.status()[site] == "online", 30)
+    return server
+
+
+def fleet(server: Server, port: int, signing: Key, shown: Key | None = None, ca: Path | None = None) -> FleetHttpClient:
+    """Flower's own client of the fleet API."""
+    public = (shown or signing).public_key()
+    return FleetHttpClient.from_server_address(
+        f"localhost:{port}",
+        False,
+        (ca or server.ca).read_bytes(),
+        [RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(signing, public)],
+    )
+
+
+def activation(key: Key) -> ActivateNodeRequest:
+    return ActivateNodeRequest(public_key=public_key_to_bytes(key.public_key()), heartbeat_interval=HEARTBEAT)
+
+
+def test_registered_nodes_connect_through_either_proxy(connected: Server) -> None:
+    assert connected.status() == {"north": "online", "south": "online"}
+
+
+@pytest.mark.parametrize("kind", PROXIES)
+def test_an_unregistered_key_is_refused(connected: Server, kind: str) -> None:
+    with fleet(connected, connected.ports[kind], key := connected.key("spare")) as client:
+        with pytest.raises(httpx.HTTPStatusError, match="activate-node") as refused:
+            client.ActivateNode(activation(key))
+        # Nor can it register itself.
+        with pytest.raises(httpx.HTTPStatusError, match="register-node") as barred:
+            client.RegisterNode(RegisterNodeFleetRequest(public_key=public_key_to_bytes(key.public_key())))
+    assert refused.value.response.status_code == 412
+    assert "must be registered via the CLI" in barred.value.response.text
+    assert "spare" not in connected.status()
+
+
+def test_a_supernode_with_an_unregistered_key_ends(connected: Server) -> None:
+    key = connected.folder / "sites/spare/node.key"
+    connected.start_node("stranger", key, connected.ca, connected.plan.port)
+    with pytest.raises(ValueError, match=r"^stranger ended \(exit status [1-9]"):
+        connected.house.wait("stranger", lambda: False, 30)
+    assert "Failed to initialize the connection to the SuperLink" in connected.log("stranger")
+
+
+@pytest.mark.parametrize("kind", PROXIES)
+def test_a_key_that_is_in_use_is_refused(connected: Server, kind: str) -> None:
+    key = connected.key("north")
+    client = fleet(connected, connected.ports[kind], key)
+    with client, pytest.raises(httpx.HTTPStatusError) as refused:
+        client.ActivateNode(activation(key))
+    assert refused.value.response.status_code == 412
+    assert connected.status()["north"] == "online"
+
+
+@pytest.mark.parametrize("kind", PROXIES)
+def test_nobody_speaks_for_another(connected: Server, kind: str) -> None:
+    """A public key is no secret: without its private key, and with another node's id, it opens nothing."""
+    client = registry.connect(f"localhost:{connected.plan.superlink_port}", connected.ca)
+    ids = {node.name: node.node_id for node in registry.nodes(client)}
+    client.close()
+    north, south, stranger = connected.key("north"), connected.key("south"), generate_key_pairs()[0]
+    asking = PullMessagesRequest(node=Node(node_id=ids["north"]))
+    for signing, shown in ((stranger, north), (south, south), (stranger, stranger)):
+        strange = fleet(connected, connected.ports[kind], signing, shown)
+        with strange, pytest.raises(httpx.HTTPStatusError) as refused:
+            strange.PullMessages(asking)
+        assert refused.value.response.status_code == 401
+    with fleet(connected, connected.ports[kind], north) as own:  # it itself may, so that the refusals mean something
+        own.PullMessages(asking)
+
+
+@pytest.mark.parametrize("kind", PROXIES)
+def test_a_server_that_another_authority_vouches_for_is_refused(connected: Server, kind: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.crt"
+    other.write_bytes(certificates.authority("another").public)
+    key = connected.key("north")
+    client = fleet(connected, connected.ports[kind], key, ca=other)
+    with client, pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+        client.ActivateNode(activation(key))
+    with pytest.raises(ValueError, match="belongs to another server"):
+        trial.answers(connected.ports[kind], other)
+
+
+def test_another_user_of_a_sites_machine_gets_no_task(connected: Server) -> None:
+    address, key = f"127.0.0.1:{connected.runtimes['north']}", connected.folder / "sites/north/runtime.key"
+    for secret in (None, b"guessed", (connected.folder / "sites/south/runtime.key").read_bytes()):
+        with pytest.raises(Lost, match="401"):
+            Runtime(address, secret=secret).acquire()
+    assert Runtime(address, secret=key.read_bytes()).acquire() is False
+
+
+HIDDEN = [
+    *("/v1/control/list-nodes", "/v1/control/register-node", "/v1/control/start-run", "/v1/runtime/acquire-task"),
+    *("/", "/docs", "/openapi.json", "/health", "/v1/fleet", "/v1/fleet/", "/v1", "//v1/control/list-nodes"),
+    # Ways around a rule on the beginning of a path.
+    *("/v1/fleet/../control/list-nodes", "/v1/fleet/%2e%2e/control/list-nodes", "/v1/fleet/..%2fcontrol/list-nodes"),
+    *("/v1/fleet/.././control/list-nodes", "/v1/fleet/pull-messages/../../control/list-nodes"),
+    *(
+        "/v1/fleet//../control/list-nodes",
+        "/v1/fleet/%252e%252e/control/list-nodes",
+        "/v1/fleet/..;/control/list-nodes",
+    ),
+    *("/v1/fleet\\..\\control\\list-nodes", "/V1/FLEET/pull-messages", "/v1/fleet/pull-messages/", "/v1/fleet/x%0ay"),
+    *("/v1/fleet/pull-messages%00", "/v1/fleet/pull-messages%20HTTP/1.1", "https://localhost/v1/control/list-nodes"),
+]
+# These are tidied up by one proxy into an allowed call, which is what then arrives, or refused by the other.
+TIDIED = ["/v1/control/../fleet/pull-messages", "/v1/control/list-nodes%3f/../../fleet/pull-messages"]
+
+
+def ask(server: Server, port: int, path: str, method: str = "POST", head: str = "") -> int:
+    """Send a request whose path nothing tidies up on this side; the status."""
+    body = ListNodesRequest().SerializeToString()
+    head = head or f"Host: localhost\r\nContent-Length: {len(body)}\r\nContent-Type: {PROTOBUF_MEDIA_TYPE}\r\n"
+    trust = ssl.create_default_context(cafile=str(server.ca))
+    with (
+        socket.create_connection(("127.0.0.1", port), 10) as plain,
+        trust.wrap_socket(plain, server_hostname="localhost") as channel,
+    ):
+        channel.sendall(f"{method} {path} HTTP/1.1\r\n{head}Connection: close\r\n\r\n".encode("latin-1") + body)
+        answer = b""
+        while part := channel.recv(65536):
+            answer += part
+    return int(answer.split()[1])
+
+
+def upstream_requests(server: Server) -> list[str]:
+    """What reached the SuperLink, beside the connected nodes' and the tests' own looking."""
+    return [line for line in server.log("superlink").splitlines() if '"' in line and "/v1/fleet/" not in line]
+
+
+@pytest.mark.parametrize("kind", PROXIES)
+def test_the_control_and_runtime_apis_stay_behind_the_proxy(server: Server, kind: str) -> None:
+    before = upstream_requests(server)
+    for path in HIDDEN:
+        # 400: no valid request to begin with.
+        assert ask(server, server.ports[kind], path) in (400, 403), path
+    for method in ("GET", "PUT", "DELETE", "OPTIONS", "HEAD"):
+        assert ask(server, server.ports[kind], "/v1/fleet/pull-messages", method) == 403, method
+    for path in TIDIED:
+        assert ask(server, server.ports[kind], path) in (400, 401, 403, 415, 422), path
+    assert upstream_requests(server) == before
+    # The SuperLink itself answers, so that it is the proxy that refuses; and an allowed call passes it.
+    assert ask(server, server.plan.superlink_port, "/v1/control/list-nodes") == 200
+    assert upstream_requests(server) != before
+    assert ask(server, server.ports[kind], "/v1/fleet/pull-messages") not in (403, 404, 502)
+
+
+@pytest.mark.parametrize("kind", PROXIES)
+def test_a_second_request_cannot_be_hidden_in_a_first(server: Server, kind: str) -> None:
+    """Both lengths at once, as in request smuggling: whatever the proxy makes of it, no control call arrives."""
+    before = upstream_requests(server)
+    hidden = "0\r\n\r\nPOST /v1/control/list-nodes HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"
+    lengths = f"Host: localhost\r\nContent-Length: {len(hidden)}\r\nTransfer-Encoding: chunked\r\n"
+    for head in (f"{lengths}\r\n{hidden}", f"{lengths.replace(': chunked', ' : chunked')}\r\n{hidden}"):
+        try:
+            status = ask(server, server.ports[kind], "/v1/fleet/pull-messages", head=head)
+        except (OSError, IndexError):
+            continue  # hung up on
+        assert status >= 400
+    assert upstream_requests(server) == before
+
+
+@pytest.mark.parametrize("kind", PROXIES)
+def test_a_proxy_passes_nothing_to_a_server_that_it_cannot_trust(server: Server, kind: str, tmp_path: Path) -> None:
+    folder, port = tmp_path / "server", trial.free_ports(1)[0]
+    shutil.copytree(server.folder / "server", folder)
+    (folder / "ca.crt").write_bytes(certificates.authority("another").public)
+    (folder / "listen.conf").write_text(f"listen 127.0.0.1:{port} ssl;")
+    script = (folder / "proxy.sh").read_text().replace(f"--port {server.plan.port}", f"--port {port}")
+    (folder / "proxy.sh").write_text(script)
+    given = {"PATH": trial._path(), "PYTHON": sys.executable, "FEDSPAN_PROXY": kind}
+    server.house.start(f"distrustful-{kind}", ["./proxy.sh"], folder, {**given, "FEDSPAN_NGINX": "master_process off;"})
+    server.house.wait(f"distrustful-{kind}", lambda: trial.answers(port, server.ca), trial.READY)
+    before = server.log("superlink").count("/v1/fleet/get-fab")
+    assert ask(server, port, "/v1/fleet/get-fab") == 502
+    assert server.log("superlink").count("/v1/fleet/get-fab") == before
+    assert ask(server, server.ports[kind], "/v1/fleet/get-fab") != 502
+    assert server.log("superlink").count("/v1/fleet/get-fab") == before + 1
+
+
+def test_the_superlink_is_reached_from_this_machine_alone(server: Server) -> None:
+    """It listens on the loopback, and its older gRPC interfaces, which would be open on every address, do not run."""
+    listening = {line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if " 0A " in line}
+    port = f"{server.plan.superlink_port:04X}"
+    assert {entry for entry in listening if entry.endswith(port)} == {f"0100007F:{port}"}
+    own = {name for name in ("9092", "9093") if f'{name}"' in server.log("superlink")}
+    assert own == set()
+
+
+def test_plain_http_is_refused(server: Server) -> None:
+    for kind, port in server.ports.items():
+        url = f"http://localhost:{port}/v1/fleet/pull-messages"
+        if kind == "nginx":
+            assert httpx.post(url, trust_env=False).status_code == 400
+        else:
+            with pytest.raises(httpx.TransportError):
+                httpx.post(url, trust_env=False)
+
+
+def test_the_folder_of_keys_says_who_is_registered(connected: Server, tmp_path: Path) -> None:
+    client = registry.connect(f"localhost:{connected.plan.superlink_port}", connected.ca)
+    keys = registry.keys(connected.folder / "server/nodes")
+    assert registry.agree(client, keys) == ([], [])
+    (tmp_path / "spare.pub").write_bytes((connected.folder / "sites/spare/node.pub").read_bytes())
+    more = {**keys, **registry.keys(tmp_path)}
+    assert registry.agree(client, more) == (["spare"], [])
+    assert connected.status()["spare"] == "registered"
+    # One that is shut out is shut out at once, though it is connected.
+    assert registry.agree(client, {"north": keys["north"]}) == ([], ["south", "spare"])
+    client.close()
+    assert connected.status() == {"north": "online"}
+    end = time.monotonic() + 40
+    while connected.house.ended("south") is None and time.monotonic() < end:
+        time.sleep(0.1)
+    assert connected.house.ended("south") is not None
+
+
+def test_keys_that_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no public key"):
+        registry.keys(tmp_path)
+    key = certificates.node_key("a").public
+    (tmp_path / "a.pub").write_bytes(key)
+    (tmp_path / "b.pub").write_bytes(key)
+    with pytest.raises(ValueError, match="holds the key of a too"):
+        registry.keys(tmp_path)
+    (tmp_path / "b.pub").write_bytes(b"ssh-ed25519 AAAA x")
+    with pytest.raises(ValueError, match="holds no public key on a NIST curve"):
+        registry.keys(tmp_path)

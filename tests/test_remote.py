@@ -1,0 +1,594 @@
+"""A server and its sites in bytes: the same bits as in one process, and what happens when a site misbehaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from ports import MemoryPort, make_sites
+from test_run import NAMES, Stop
+
+from fedspan import checkpoint, protocol
+from fedspan.config import Config
+from fedspan.engine import Event
+from fedspan.federation import participants
+from fedspan.lowrank import LowRank
+from fedspan.methods import METHODS
+from fedspan.protocol import Malformed
+from fedspan.rounds import RoundFailed
+from fedspan.runs import run, serve
+from fedspan.site import Site
+
+REMOTE = [name for name in NAMES if not METHODS[name]().info.pooled and not METHODS[name]().info.alone]
+SUMS = [name for name in REMOTE if METHODS[name]().secure_sum]
+IDS = [f"client-{k}" for k in range(4)]
+
+
+def settings(base: Path, texts: Path, name: str = "flexlora", /, **sections: Any) -> Config:
+    """Four clients, three of them in each of three rounds, one after the other."""
+    federation = {"rounds": 3, "participation": 0.75, **sections.pop("federation", {})}
+    return tiny.config(
+        base,
+        texts,
+        name,
+        federation=federation,
+        evaluation={"every": 9, "diagnostics": False, "per_rank": False, "base": False},
+        engine={"name": "sequential", **sections.pop("engine", {})},
+        deployment={"wait": 20, "deadline": 30, **sections.pop("deployment", {})},
+        **sections,
+    )
+
+
+class Federation:
+    """Sites in memory, and a server's folder."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.sites = make_sites(config, IDS, folder / "sites")
+        self.port = MemoryPort({f"node-{k}": site.answer for k, site in enumerate(self.sites.values())})
+        self.lines: list[str] = []
+
+    def serve(self, on_event: Callable[[Event], None] | None = None) -> list[dict[str, Any]]:
+        """The run's records."""
+
+        def listen(event: Event) -> None:
+            if event.kind == "site":
+                self.lines.append(event.data["line"])
+            if on_event is not None:
+                on_event(event)
+
+        return serve(self.config, self.folder / "run", listen, self.port).history
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return state_of(self.folder / "run")
+
+    def restart(self, client_id: str) -> None:
+        """The site's process ends and another begins, on the same disk."""
+        old = self.sites[client_id]
+        fresh = Site(old.given, old.folder, old.loaded)
+        self.sites[client_id] = fresh
+        self.port.nodes_here[f"node-{IDS.index(client_id)}"] = fresh.answer
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    return tiny.state_tensors(checkpoint.read(folder / "checkpoint" / "federation.safetensors").state)
+
+
+def spoiled(change: Callable[[dict[str, Any], list[torch.Tensor]], None]) -> Callable[[bytes], bytes]:
+    """An answer with its head or tensors changed in place."""
+
+    def spoil(content: bytes) -> bytes:
+        head, tensors = protocol.decode(content)
+        change(head, tensors)
+        parcel = protocol.Parcel()
+        for tensor in tensors:
+            parcel.put(tensor)
+        return protocol.encode({k: v for k, v in head.items() if k not in ("schema", "places")}, parcel)
+
+    return spoil
+
+
+# The same bits
+
+
+@pytest.mark.parametrize("name", REMOTE)
+def test_sites_come_to_the_bits_of_one_process(bases: dict[str, Path], texts: Path, tmp_path: Path, name: str) -> None:
+    """Partial participation, so that clients come back to states and patches that they left rounds ago."""
+    config = settings(bases["bert"], texts, name)
+    run(config, tmp_path / "here")
+    fed = Federation(config, tmp_path)
+    history = fed.serve()
+    tiny.same(fed.state(), state_of(tmp_path / "here"))
+    assert all(not record["rejected"] for record in history)
+    assert all(record["wire_up"] > record["bytes_up"] > 0 for record in history)
+
+
+@pytest.mark.parametrize("name", ["hetlora", "glora", "flora", "ffa_lora"])
+def test_mixed_ranks(bases: dict[str, Path], texts: Path, tmp_path: Path, name: str) -> None:
+    config = settings(bases["bert"], texts, name, federation={"ranks": (2, 8, 4, 3), "rounds": 2})
+    run(config, tmp_path / "here")
+    fed = Federation(config, tmp_path)
+    fed.serve()
+    tiny.same(fed.state(), state_of(tmp_path / "here"))
+
+
+@pytest.mark.parametrize("up", ["bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["flexlora", "ffa_lora"])
+def test_narrow_payloads_are_rounded_alike_and_are_smaller(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, name: str, up: str
+) -> None:
+    config = settings(bases["bert"], texts, name, wire={"up": up, "down": up}, federation={"rounds": 2})
+    here = run(config, tmp_path / "here").history
+    fed = Federation(config, tmp_path)
+    there = fed.serve()
+    tiny.same(fed.state(), state_of(tmp_path / "here"))
+    wide = run(settings(bases["bert"], texts, name, federation={"rounds": 2}), tmp_path / "wide").history
+    assert here[1]["bytes_up"] == there[1]["bytes_up"] < wide[1]["bytes_up"] * (0.75 if up == "bfloat16" else 0.6)
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_secure_sums_come_to_the_bits_of_fixed_point_in_one_process(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, name: str
+) -> None:
+    """The masks cancel to the bit; the server's records hold no update of a single client."""
+    one = {"rounds": 2}
+    run(settings(bases["bert"], texts, name, privacy={"fixed_point": True}, federation=one), tmp_path / "fixed")
+    masked = settings(bases["bert"], texts, name, privacy={"secure_sums": True}, federation=one)
+    run(masked, tmp_path / "here")
+    fed = Federation(masked, tmp_path)
+    fed.serve()
+    tiny.same(fed.state(), state_of(tmp_path / "fixed"))
+    tiny.same(fed.state(), state_of(tmp_path / "here"))
+
+
+def test_the_server_sees_masked_words_alone(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    """What passes the port under secure sums holds no tensor of an update, no loss and no count of examples."""
+    fed = Federation(settings(bases["bert"], texts, "ffa_lora", privacy={"secure_sums": True}), tmp_path)
+    seen: list[dict[str, Any]] = []
+    for node, answer in list(fed.port.nodes_here.items()):
+
+        def watched(content: bytes, answer: Callable[[bytes], bytes] = answer) -> bytes:
+            told = answer(content)
+            seen.append(protocol.decode(told)[0])
+            return told
+
+        fed.port.nodes_here[node] = watched
+    fed.serve()
+    assert {frozenset(m) & {"update", "train_loss"} for m in seen} == {frozenset()}
+    assert {m["num_examples"] for m in seen if "num_examples" in m} == {None}
+    # Two clients' words of one round have nothing in common, and neither is near the fixed point of a small number.
+    assert sum("words" in m for m in seen) == 9
+
+
+# Going on
+
+
+def stop_in_round_2(event: Event) -> None:
+    if event.kind == "client" and event.data["round_num"] == 2:
+        raise Stop
+
+@pytest.mark.parametrize("name", ["scaffold", "flora", "fed_sb", "fedsa_lora"])
+def test_a_server_that_was_cut_off_goes_on_to_the_same_bits(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, name: str
+) -> None:
+    """In the middle of round 2, after its clients have answered: what they kept of it is not used again."""
+    config = settings(bases["bert"], texts, name)
+    run(config, tmp_path / "here")
+    fed = Federation(config, tmp_path)
+    with pytest.raises(Stop):
+        fed.serve(stop_in_round_2)
+    fed.restart("client-1")
+    fed.serve()
+    tiny.same(fed.state(), state_of(tmp_path / "here"))
+
+
+@pytest.mark.parametrize("name", ["scaffold", "flora"])
+def test_a_site_whose_process_was_restarted_has_its_state(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, name: str
+) -> None:
+    config = settings(bases["bert"], texts, name)
+    run(config, tmp_path / "here")
+    fed = Federation(config, tmp_path)
+
+    def between(event: Event) -> None:
+        if event.kind == "round":
+            for client_id in IDS:
+                fed.restart(client_id)
+
+    fed.serve(between)
+    tiny.same(fed.state(), state_of(tmp_path / "here"))
+
+
+def test_a_lost_answer_leaves_no_trace_in_the_sites_state(
+    bases: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    """client-1 works in round 1 and its answer is lost: in round 2 it starts from what it was before."""
+    config = settings(bases["bert"], texts, "scaffold", federation={"participation": 1.0})
+    fed, twin = Federation(config, tmp_path / "a"), Federation(config, tmp_path / "b")
+    for lost, which in ((True, fed), (False, twin)):
+
+        def mishap(node: str, head: dict[str, Any], content: bytes, lost: bool = lost, which: Any = which) -> Any:
+            if node == "node-1" and head["kind"] == "ask" and head["round"] == 1:
+                if lost:
+                    which.port.nodes_here[node](content)  # it does its work for nothing
+                return "the line was cut"
+            return None
+
+        which.port.mishap = mishap
+        history = which.serve()
+        assert history[1]["rejected"] == {"client-1": "the line was cut"}
+    tiny.same(fed.state(), twin.state())
+
+
+def test_a_site_that_lost_its_disk_says_so(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    config = settings(bases["bert"], texts, "scaffold", federation={"participation": 1.0})
+    fed = Federation(config, tmp_path)
+
+    def between(event: Event) -> None:
+        if event.kind == "round" and event.data["record"]["round_num"] == 1:
+            for path in (fed.folder / "sites" / "client-2").rglob("client-*.safetensors"):
+                path.unlink()
+            fed.restart("client-2")
+
+    history = fed.serve(between)
+    assert "which it does not hold" in history[1]["rejected"]["client-2"]
+
+
+# Bad answers
+
+BAD: dict[str, tuple[Callable[[dict[str, Any], list[torch.Tensor]], None], str]] = {
+    "NaN": (lambda head, tensors: tensors[0].fill_(float("nan")), "NaN or infinity"),
+    "infinity": (lambda head, tensors: tensors[-1].view(-1)[:1].fill_(float("inf")), "NaN or infinity"),
+    "a shape": (lambda head, tensors: tensors.__setitem__(0, tensors[0][:1].clone()), "has shape"),
+    "a missing name": (lambda head, tensors: head["update"]["dense"].popitem(), "not asked for or is missing"),
+    "another round": (lambda head, tensors: head.update(round=7), "answered for round 7"),
+    "another run": (lambda head, tensors: head.update(run="x"), "answered for run 'x'"),
+    "another exchange": (lambda head, tensors: head.update(number=1), "answered for number 1"),
+    "another client": (lambda head, tensors: head.update(client_id="client-0"), "answered as 'client-0'"),
+    "many examples": (lambda head, tensors: head["update"].update(num_examples=1e9), "examples: it said"),
+    "a place outside": (lambda head, tensors: head["update"]["dense"].update({"x": 10**6}), "damaged update"),
+    "no update": (lambda head, tensors: head.pop("update"), "damaged update"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_answer_is_left_out_and_named(bases: dict[str, Path], texts: Path, tmp_path: Path, kind: str) -> None:
+    """The others' round is what it would have been without that client."""
+    config = settings(bases["bert"], texts, federation={"participation": 1.0, "rounds": 1})
+    change, expected = BAD[kind]
+    fed, without = Federation(config, tmp_path / "a"), Federation(config, tmp_path / "b")
+
+    def mishap(node: str, head: dict[str, Any], content: bytes) -> bytes | None:
+        if node != "node-2" or head["kind"] != "ask":
+            return None
+        return spoiled(change)(fed.port.nodes_here[node](content))
+
+    fed.port.mishap = mishap
+    without.port.mishap = lambda node, head, content: "gone" if node == "node-2" and head["kind"] == "ask" else None
+    rejected = fed.serve()[0]["rejected"]
+    assert list(rejected) == ["client-2"]
+    assert expected in rejected["client-2"]
+    without.serve()
+    tiny.same(fed.state(), without.state())
+
+
+def test_an_answer_of_the_round_before_is_no_answer(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    fed = Federation(settings(bases["bert"], texts, federation={"participation": 1.0}), tmp_path)
+    kept: dict[str, bytes] = {}
+
+    def mishap(node: str, head: dict[str, Any], content: bytes) -> bytes | None:
+        if head["kind"] != "ask" or node not in ("node-0", "node-1"):
+            return None
+        told = fed.port.nodes_here[node](content)
+        if head["round"] == 1:
+            return kept[node] if node == "node-0" else kept["node-0"]  # its own old one, and another client's
+        kept[node] = told
+        return told
+
+    fed.port.mishap = mishap
+    rejected = fed.serve()[1]["rejected"]
+    assert "answered for round 0" in rejected["client-0"]
+    assert "answered as 'client-0'" in rejected["client-1"]
+
+
+def test_a_site_refuses_an_old_round_another_base_and_other_settings(
+    bases: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    fed = Federation(settings(bases["bert"], texts, federation={"participation": 1.0}), tmp_path)
+    asked: list[bytes] = []
+
+    def mishap(node: str, head: dict[str, Any], content: bytes) -> None:
+        if head["kind"] == "ask" and node == "node-0":
+            asked.append(content)
+
+    fed.port.mishap = mishap
+    fed.serve()
+    site = fed.sites["client-0"]
+
+    def told(content: bytes) -> str:
+        return str(protocol.decode(site.answer(content))[0]["problem"])
+
+    assert "from before round 2" in told(asked[0])
+    assert "other base weights" in told(spoiled(lambda head, tensors: head.update(base="0" * 64))(asked[-1]))
+    assert "other settings" in told(spoiled(lambda head, tensors: head.update(terms="x"))(asked[-1]))
+    assert "kind 'drop'" in told(spoiled(lambda head, tensors: head.update(kind="drop"))(asked[-1]))
+    assert "no fedspan message" in told(b"hello")
+
+
+# Who is taken in
+
+
+def test_a_site_with_other_settings_or_another_base_is_left_out(
+    bases: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    config = settings(bases["bert"], texts)
+    fed = Federation(config, tmp_path)
+    odd = make_sites(settings(bases["bert"], texts, local={"steps": 3}), ["client-0"], tmp_path / "odd")["client-0"]
+    fed.port.nodes_here["node-0"] = odd.answer
+    other = fed.sites["client-1"]
+    other.loaded = replace(other.loaded, base="0" * 64)
+    history = fed.serve()
+    lines = "\n".join(fed.lines)
+    assert "local.steps is 3 on the site and 2 on the server" in lines
+    assert "base weights are not the server's" in lines
+    told = json.loads((tmp_path / "run" / "sites.json").read_text())
+    assert [c["client_id"] for c in told["clients"]] == ["client-2", "client-3"]
+    assert all(record["num_clients"] == 2 for record in history)
+
+
+def test_a_second_node_of_one_client_is_not_taken_in(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    config = settings(bases["bert"], texts, federation={"num_clients": 4, "rounds": 1})
+    fed = Federation(config, tmp_path)
+    fed.port.nodes_here["node-9"] = fed.port.nodes_here["node-0"]
+    del fed.port.nodes_here["node-3"]
+    fed.serve()
+    assert any("client-0 is here already" in line for line in fed.lines)
+
+
+def test_too_few_sites_end_the_wait(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    config = settings(bases["bert"], texts, federation={"min_success": 3})
+    fed = Federation(config, tmp_path)
+    for node in ("node-0", "node-1"):
+        del fed.port.nodes_here[node]
+    with pytest.raises(ValueError, match=r"2 of 4 sites came within deployment.wait = 20 s: expected at least 3"):
+        fed.serve()
+    assert fed.port.clock >= 20
+    assert not (tmp_path / "run").exists()
+
+
+def test_controls_need_no_sites(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a control for one process"):
+        serve(settings(bases["bert"], texts, "centralised"), tmp_path / "run", lambda e: None, MemoryPort({}))
+
+
+# Silence
+
+
+def test_a_silent_site_is_waited_for_once_a_round_and_then_left_out(
+    bases: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    config = settings(
+        bases["bert"],
+        texts,
+        federation={"participation": 1.0, "rounds": 6},
+        deployment={"patience": 2, "quarantine": 2, "deadline": 5},
+    )
+    fed = Federation(config, tmp_path)
+    fed.port.mishap = lambda node, head, content: "" if node == "node-3" and head["kind"] == "ask" else None
+    history = fed.serve()
+    silent = {"client-3": "did not answer within 5 s"}
+    assert [record["rejected"] for record in history] == [silent, silent, {}, {}, silent, silent]
+    waits = [record["waited_seconds"] for record in history]
+    assert all((wait >= 5) == bool(record["rejected"]) for wait, record in zip(waits, history, strict=True))
+    assert any("client-3 has been silent 2 times" in line for line in fed.lines)
+
+
+def test_a_node_that_is_gone_is_waited_for_and_then_missed(
+    bases: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    fed = Federation(settings(bases["bert"], texts, federation={"participation": 1.0, "rounds": 2}), tmp_path)
+
+    def leave(event: Event) -> None:
+        if event.kind == "round":
+            fed.port.nodes_here.pop("node-2", None)
+
+    history = fed.serve(leave)
+    assert history[1]["rejected"] == {"client-2": "is not connected"}
+    assert fed.port.clock >= 20
+
+
+def test_a_node_that_comes_back_under_another_name_is_known_again(
+    bases: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    config = settings(bases["bert"], texts, federation={"participation": 1.0, "rounds": 2})
+    run(config, tmp_path / "here")
+    fed = Federation(config, tmp_path)
+
+    def move(event: Event) -> None:
+        if event.kind == "round" and "node-2" in fed.port.nodes_here:
+            fed.port.nodes_here["node-7"] = fed.port.nodes_here.pop("node-2")
+
+    fed.serve(move)
+    tiny.same(fed.state(), state_of(tmp_path / "here"))
+
+
+def test_too_few_answers_fail_the_round_and_the_run_goes_on_later(
+    bases: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    config = settings(bases["bert"], texts, federation={"min_success": 3})
+    run(config, tmp_path / "here")
+    fed = Federation(config, tmp_path)
+    drawn = participants(config, [s.client for s in fed.sites.values()], 1)
+    bad = f"node-{IDS.index(drawn[0].client_id)}"
+    fed.port.mishap = lambda node, head, content: (
+        "out of order" if node == bad and head["kind"] == "ask" and head["round"] == 1 else None
+    )
+    with pytest.raises(RoundFailed, match=r"round 2: 2 valid updates.*out of order"):
+        fed.serve()
+    fed.port.mishap = None
+    fed.serve()
+    tiny.same(fed.state(), state_of(tmp_path / "here"))
+
+
+def test_over_sampling_does_not_wait_for_the_last(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    config = settings(
+        bases["bert"],
+        texts,
+        federation={"participation": 0.5, "rounds": 2},
+        deployment={"oversample": 1.0, "deadline": 30, "order": "arrival"},
+    )
+    fed = Federation(config, tmp_path)
+    fed.port.mishap = lambda node, head, content: "" if node in ("node-1", "node-2") and head["kind"] == "ask" else None
+    history = fed.serve()
+    for record in history:
+        assert record["num_clients"] == 2
+        assert set(record["rejected"].values()) == {"was not waited for"}
+        assert record["waited_seconds"] < 5
+
+
+def test_answers_in_any_order_come_to_the_same_bits(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    config = settings(bases["bert"], texts, "fedit", federation={"participation": 1.0})
+    run(config, tmp_path / "here")
+    fed = Federation(config, tmp_path)
+    poll = fed.port.poll
+    fed.port.poll = lambda: poll()[::-1]  # type: ignore[method-assign]
+    fed.serve()
+    tiny.same(fed.state(), state_of(tmp_path / "here"))
+
+
+# Secure sums with drop-outs
+
+
+@pytest.mark.parametrize("kind", ["advertise", "share", "ask", "unmask"])
+def test_one_site_of_four_may_drop_out_of_a_secure_sum_anywhere(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, kind: str
+) -> None:
+    """Before its vector is in, the sum is that of the other three; after, of all four: exactly."""
+    sections = {"federation": {"participation": 1.0, "rounds": 1}}
+    config = settings(bases["bert"], texts, "ffa_lora", privacy={"secure_sums": True}, **sections)
+    fed = Federation(config, tmp_path / "a")
+    fed.port.mishap = lambda node, head, content: "gone" if node == "node-1" and head["kind"] == kind else None
+    history = fed.serve()
+    plain = Federation(settings(bases["bert"], texts, "ffa_lora", privacy={"fixed_point": True}, **sections), tmp_path / "b")
+    if kind != "unmask":
+        plain.port.mishap = lambda node, head, content: "gone" if node == "node-1" and head["kind"] == "ask" else None
+    plain.serve()
+    assert history[0]["num_clients"] == (4 if kind == "unmask" else 3)
+    tiny.same(fed.state(), plain.state())
+
+
+def test_two_of_four_are_too_many_and_nothing_is_changed(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    config = settings(
+        bases["bert"], texts, "ffa_lora", privacy={"secure_sums": True}, federation={"participation": 1.0, "rounds": 2}
+    )
+    fed = Federation(config, tmp_path)
+    fed.port.mishap = lambda node, head, content: (
+        "gone" if node in ("node-1", "node-2") and head["kind"] == "unmask" and head["round"] == 1 else None
+    )
+    with pytest.raises(ValueError, match="2"):
+        fed.serve()
+    before = fed.state()
+    assert len(checkpoint.read(tmp_path / "run" / "checkpoint" / "federation.safetensors").history) == 1
+    fed.port.mishap = None
+    fed.serve()
+    assert any(not torch.equal(before[name], value) for name, value in fed.state().items())
+
+
+# The bytes
+
+
+def test_messages_come_back_as_they_were() -> None:
+    parcel = protocol.Parcel()
+    rng = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(5, 7, generator=rng), torch.randn(4, 6, generator=rng).T, torch.arange(3), torch.zeros(0, 3)]
+    places = [parcel.put(t) for t in tensors]
+    head, got = protocol.decode(protocol.encode({"kind": "x", "places_of": places}, parcel))
+    for place, tensor in zip(head["places_of"], tensors, strict=True):
+        assert got[place].stride() == tensor.stride() or not tensor.numel()
+        assert torch.equal(got[place], tensor)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_narrow_tensors_err_by_half_a_step_at_most(kind: Any) -> None:
+    parcel = protocol.Parcel(kind=kind)
+    x = torch.randn(20, 30, generator=torch.Generator().manual_seed(2)) * torch.logspace(-6, 6, 20)[:, None]
+    place = parcel.put(x)
+    _, got = protocol.decode(protocol.encode({}, parcel))
+    step = x.abs().amax(dim=1, keepdim=True) / 127 if kind == "int8" else x.abs() * 2.0**-7
+    assert bool(((got[place] - x).abs() <= step / 2 * 1.001).all())
+
+
+def test_every_damaged_byte_is_found_or_harmless() -> None:
+    """A message with one byte changed or its end missing is refused, or decodes to tensors of the same shapes."""
+    parcel = protocol.Parcel()
+    parcel.put(torch.ones(3, 5))
+    parcel.put(torch.zeros(8, dtype=torch.int64))
+    content = protocol.encode({"kind": "ask"}, parcel)
+    refused = 0
+    for position in range(len(content)):
+        for bad in (content[:position], content[:position] + bytes([content[position] ^ 0x11]) + content[position + 1 :]):
+            try:
+                _, tensors = protocol.decode(bad)
+            except Malformed:
+                refused += 1
+            else:
+                assert sum(t.numel() * t.element_size() for t in tensors) <= len(content)
+    assert refused >= len(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda t: t.update(size=10**6), "buffer"),
+        (lambda t: t["tensors"][0].__setitem__(0, "os.system"), "type"),
+        (lambda t: t["tensors"][0].__setitem__(1, [10**9, 10**9]), "fit"),
+        (lambda t: t["tensors"][0].__setitem__(2, [0, 0]), "dense"),
+        (lambda t: t["tensors"][0].__setitem__(2, [-1, 5]), "counts"),
+        (lambda t: t["tensors"][0].__setitem__(3, -64), "counts"),
+        (lambda t: t["message"].update(schema=99), "schema 99"),
+        (lambda t: t["message"].update(places=[[5]]), "damaged"),
+    ],
+)
+def test_a_head_that_lies_is_refused(change: Callable[[dict[str, Any]], None], expected: str) -> None:
+    parcel = protocol.Parcel()
+    parcel.put(torch.ones(3, 5))
+    content = protocol.encode({"kind": "ask"}, parcel)
+    start = 8
+    length = int.from_bytes(content[4:8], "big")
+    told: dict[str, Any] = json.loads(content[start : start + length])
+    change(told)
+    head = json.dumps(told).encode()
+    with pytest.raises(Malformed, match=expected):
+        protocol.decode(content[:4] + len(head).to_bytes(4, "big") + head + content[start + length :])
+
+
+def test_a_patch_is_put_together_as_the_server_does(tmp_path: Path) -> None:
+    """Increments onto what is held, whole patches, and dense ones, from the disk of a restarted process too."""
+    from fedspan.methods.patches import PatchLog
+    from fedspan.site import _Memory
+
+    rng = torch.Generator().manual_seed(3)
+
+    def increment() -> Mapping[str, LowRank]:
+        return {"x": LowRank(torch.randn(12, 3, generator=rng), torch.randn(3, 9, generator=rng))}
+
+    log = PatchLog({})
+    seen = 0
+    for version in range(1, 9):
+        log = log.append(increment())
+        if version in (3, 4):
+            continue  # away
+        news = log.since(seen)
+        whole = len(news) == 1 and news[0] is log.total
+        told = {"whole": whole, "seen": seen, "version": log.version}
+        got = _Memory(tmp_path).patch("run", told, news)["x"]
+        want = log.total["x"]
+        pairs = zip((got.b, got.a), (want.b, want.a), strict=True) if isinstance(want, LowRank) else [(got, want)]
+        assert all(torch.equal(x, y) for x, y in pairs)  # type: ignore[arg-type]
+        seen = log.version

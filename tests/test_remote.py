@@ -39,7 +39,7 @@ def settings(base: Path, texts: Path, name: str = "flexlora", /, **sections: Any
         name,
         federation=federation,
         evaluation={"every": 9, "diagnostics": False, "per_rank": False, "base": False},
-        engine={"name": "sequential", **sections.pop("engine", {})},
+        engine={"name": "sequential", **sections.pop("engine", {})},  # the cohort agrees to rounding alone
         deployment={"wait": 20, "deadline": 30, **sections.pop("deployment", {})},
         **sections,
     )
@@ -360,6 +360,14 @@ def test_too_few_sites_end_the_wait(bases: dict[str, Path], texts: Path, tmp_pat
         fed.serve()
     assert fed.port.clock >= 20
     assert not (tmp_path / "run").exists()
+
+
+def test_the_server_needs_no_engine(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    """Its own settings say `auto`, which is for work that it does not do."""
+    fed = Federation(settings(bases["bert"], texts, engine={"name": "auto"}, federation={"rounds": 1}), tmp_path)
+    seen: dict[str, Any] = {}
+    fed.serve(lambda event: seen.update(event.data) if event.kind == "start" else None)
+    assert seen["engine"] == "sites"
 
 
 def test_controls_need_no_sites(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from fedspan.arguments import NearestNames, WithWeights, method_options, parse_rank, parse_weights
+from fedspan.flower import commands as flower_commands
 
 if TYPE_CHECKING:
     from fedspan.engine import Event
@@ -33,6 +34,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.add_typer(flower_commands.app, name="flower", short_help="Deploy a federation of real sites over Flower.")
+
 _Config = Annotated[
     Path | None,
     typer.Argument(metavar="CONFIG.toml", help="Settings; none: the embedded default.", show_default=False),
@@ -46,7 +49,8 @@ _Engine = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="cohort (many clients in one pass), sequential, or auto: the cohort where it applies and is faster.",
+        help="cohort (many clients in one pass), sequential, or auto: the cohort where it applies and is faster; "
+        "flower-simulation: sites and server as messages over Flower's simulation engine.",
     ),
 ]
 _Workers = Annotated[
@@ -98,6 +102,7 @@ def run(
       fedspan run --set method.name=flora --set federation.rounds=20
       fedspan run my.toml --out runs/mine           your own model and data
       fedspan run --engine sequential --workers 1   one client after the other, in one process
+      fedspan run --engine flower-simulation        the same bits, as messages over Flower's simulation
 
     The run folder holds config.toml (fully resolved), metrics.jsonl (one object per round), summary.json,
     checkpoint/, and adapter/ in PEFT's format (model/ for methods that train full weights).
@@ -105,13 +110,19 @@ def run(
     """
     from fedspan.config import load
 
-    given = {"engine.name": engine, "engine.workers": workers}
+    simulated = engine == "flower-simulation"
+    given = {"engine.name": "sequential" if simulated else engine, "engine.workers": workers}
     options = [f"{key}={value}" for key, value in given.items() if value is not None]
     loaded = load(
         config, [*(settings or ()), *options]
     )  # before the slow imports: a typing mistake is answered at once
 
     def work(on_event: Callable[[Event], None]) -> Result:
+        if simulated:
+            from fedspan.flower import simulation
+            from fedspan.runs import new_folder
+
+            return simulation.run(loaded, new_folder(loaded, out), on_event)
         from fedspan import run as run_federation
 
         return run_federation(loaded, out, on_event)

@@ -302,10 +302,14 @@ class Coordinator:
                 problems[client_id] = told
                 continue
             words, answer = told
-            if adding is not None:
-                adding.add(client_id, words)
-            else:
-                total += words
+            try:
+                if adding is not None:
+                    adding.add(client_id, words)
+                else:
+                    total += words
+            except ValueError as error:
+                problems[client_id] = str(error)
+                continue
             answers.append(replace(answer, client=by_id[client_id]))
         if setup is not None:
             total = self._unmasked(question, setup, adding)
@@ -355,16 +359,26 @@ class Coordinator:
                 try:
                     if isinstance(reply, str):
                         raise ValueError(reply)
-                    found[client_id] = read(reply[0], reply[1])
+                    found[client_id] = read(client_id, reply[0], reply[1])
                 except (ValueError, KeyError, TypeError, IndexError) as error:
                     problems[client_id] = " ".join(str(error).split())
             return found
+
+        def advert(client_id: str, told: Mapping[str, Any], tensors: Sequence[Tensor]) -> bytes:
+            content = protocol.get_bytes(tensors, told["keys"])
+            aggregator.check_advert(client_id, content)
+            return content
+
+        def shares(client_id: str, told: Mapping[str, Any], tensors: Sequence[Tensor]) -> dict[str, bytes]:
+            sealed = {other: protocol.get_bytes(tensors, place) for other, place in told["shares"].items()}
+            aggregator.check_shares(client_id, sealed)
+            return sealed
 
         ids = [c.client_id for c in clients]
         adverts = collect(
             {"kind": "advertise", "num_sums": question.place[1]},
             ids,
-            lambda m, t: protocol.get_bytes(t, m["keys"]),
+            advert,
             protocol.Parcel(),
         )
         keys = aggregator.keys(adverts)
@@ -373,7 +387,7 @@ class Coordinator:
         sealed = collect(
             {"kind": "share", "keys": told, "threshold": threshold},
             sorted(adverts),
-            lambda m, t: {other: protocol.get_bytes(t, place) for other, place in m["shares"].items()},
+            shares,
             parcel,
         )
         self._setup = _Setup(session, aggregator, aggregator.route(sealed))
@@ -383,11 +397,16 @@ class Coordinator:
         survivors = adding.survivors()
         head = {"kind": "unmask", "session": setup.session, "index": question.place[0], "survivors": survivors}
         content = protocol.encode({**self._head(question), **head}, protocol.Parcel())
-        answers = {
-            client_id: protocol.get_bytes(reply[1], reply[0]["unmask"])
-            for client_id, reply in self._trip(question, dict.fromkeys(survivors, content), len(survivors))
-            if not isinstance(reply, str)
-        }
+        answers: dict[str, bytes] = {}
+        for client_id, reply in self._trip(question, dict.fromkeys(survivors, content), len(survivors)):
+            try:
+                if isinstance(reply, str):
+                    raise ValueError(reply)
+                told = protocol.get_bytes(reply[1], reply[0]["unmask"])
+                adding.check_answer(client_id, told)
+                answers[client_id] = told
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                self.tell(f"{client_id} does not help to unmask the sum: {' '.join(str(error).split())}")
         total: np.ndarray[Any, np.dtype[np.uint64]] = adding.total(answers)
         return total
 

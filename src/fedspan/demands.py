@@ -19,7 +19,7 @@ from fedspan.robust.rehearsal import averages_factors
 
 
 def chosen(config: Config, secret: Callable[[], int] | None = None) -> Method:
-    """The method that the configuration names, with a server optimizer and its clients' privacy where that is asked for.
+    """The method that the configuration names, with a server optimizer and client-level privacy where asked for.
 
     Parameters
     ----------

@@ -170,8 +170,8 @@ class Job:
         initial = Checkpoint(method.init(template, self.initial_dense))
         recipe = method.broadcast(initial.state, Request(None)).recipe
         self.model.check(recipe)
-        engine, reason = c.engine.name, None
-        if engine != "sequential":
+        engine, reason = c.engine.name if self.coordinator is None else "sites", None
+        if engine not in ("sequential", "sites"):
             reason = cohort.applies(self.model, self.data["train"], recipe, c)
         if reason is not None:
             if engine == "cohort":
@@ -220,7 +220,8 @@ class Federation:
     start: Checkpoint
     saved: Checkpoint
     engine: str
-    """What the local work is done by: `auto`, which is the cohort where it is faster, `cohort` or `sequential`."""
+    """What the local work is done by: `auto`, which is the cohort where it is faster, `cohort`, `sequential`, or
+    `sites`, which do it themselves."""
     reason: str | None
     """Why it is not the cohort, where that was not wished."""
 
@@ -229,8 +230,9 @@ class Federation:
         return self.method.broadcast(self.start.state, Request(None))
 
     def engine_used(self) -> tuple[str, str | None]:
-        """`cohort` or `sequential` as the first round will have it, and why not the cohort where it was not refused."""
-        if self.engine == "sequential":
+        """`cohort`, `sequential` or `sites` as the first round will have it, and why not the cohort where it was not
+        refused."""
+        if self.engine in ("sequential", "sites"):
             return self.engine, self.reason
         config, data = self.job.config, self.job.data["train"]
         drawn = pooled(self.clients) if self.method.info.pooled else participants(config, self.clients, 0)

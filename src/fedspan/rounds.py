@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedspan.federation import Client
 from fedspan.memory import peak_memory, reset_peak_memory
@@ -14,12 +14,10 @@ from fedspan.methods.base import Method, ServerState
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, ClientState, Request, Update
 from fedspan.privacy.summing import Layout
+from fedspan.robust import Screen
 from fedspan.sites import Answer, Here, Question, Sites, Work, begin, unlearnt
 from fedspan.traffic import broadcast_bytes, partial_bytes, state_bytes
 from fedspan.train import LocalResult
-
-if TYPE_CHECKING:
-    from fedspan.robust import Screen
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +262,7 @@ class _Round:
             return []
         with self.tally.server():
             sent = [told.made_for(answer.client) for answer in answers]
-            found = screen(updates, sent)
+            found = screen(updates, sent, ask=question.exchange.ask, bad=len(self.tally.rejected))
         self.tally.rejected |= found.rejected
         self.tally.diagnostics |= found.diagnostics
         for update in found.updates:

@@ -61,15 +61,27 @@ def run(config: Config, out: Path | None = None, on_event: OnEvent = _silent, po
         For anything wrong with the configuration, the data or the model, before any training starts.
     """
     method = demands.chosen(config)
-    folder = out or Path("runs") / f"{method.info.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        hint = f"; `fedspan resume {folder}` goes on with it" if (folder / "config.toml").exists() else ""
-        raise ValueError(f"{folder} exists and is not empty: expected a new folder{hint}")
+    folder = new_folder(config, out)
     config = _with_absolute_paths(config)
     job = Job.prepare(config, method, folder, on_event, port)
     main = job.federation("federation", method, job.clients)  # what does not fit is refused while there is no folder
     write_bytes(folder / "config.toml", to_toml(config).encode())
     return _execute(job, main)
+
+
+def new_folder(config: Config, out: Path | None) -> Path:
+    """Where a new run goes: `out`, or a folder of its own under `runs`.
+
+    Raises
+    ------
+    ValueError
+        When there is something already.
+    """
+    folder = out or Path("runs") / f"{config.method['name']}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        hint = f"; `fedspan resume {folder}` goes on with it" if (folder / "config.toml").exists() else ""
+        raise ValueError(f"{folder} exists and is not empty: expected a new folder{hint}")
+    return folder
 
 
 def resume(out: Path, on_event: OnEvent = _silent, workers: int | None = None, port: Port | None = None) -> Result:
@@ -89,6 +101,8 @@ def resume(out: Path, on_event: OnEvent = _silent, workers: int | None = None, p
     """
     if not (out / "config.toml").exists():
         raise ValueError(f"{out} holds no run (no config.toml): expected the folder of an earlier `fedspan run`")
+    if port is None and (out / "sites.json").exists():
+        raise ValueError(f"the clients of {out} are at their sites: expected the server that led them to go on with it")
     config = load_config(out / "config.toml")
     if workers is not None:
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"workers": workers})})

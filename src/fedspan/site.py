@@ -119,6 +119,10 @@ def _identities(folder: Path, name: str | None) -> tuple[bytes | None, dict[str,
     return key.private_bytes(*raw), trusted
 
 
+def _silent(line: str) -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """The base and the data in memory."""
@@ -148,10 +152,14 @@ class Site:
         Where the client's state is kept.
     loaded
         The base and data, where another client of this process has loaded the same ones already.
+    say
+        Told what is for the site's own eyes.
     """
 
-    def __init__(self, given: Settings, folder: Path, loaded: Loaded | None = None) -> None:
-        self.given, self.folder = given, folder
+    def __init__(
+        self, given: Settings, folder: Path, loaded: Loaded | None = None, say: Callable[[str], None] = _silent
+    ) -> None:
+        self.given, self.folder, self.say = given, folder, say
         self.config = given.config
         torch.set_num_threads(given.config.threads)
         self.method: Method = demands.chosen(given.config)
@@ -326,8 +334,12 @@ class Site:
         """The answer as words of a sum, masked where the settings ask for it."""
         p = self.config.privacy
         layout = Layout.from_json(told["layout"])
-        values = layout.flatten(replace(update, client_id=self.client.client_id), train_loss)
-        words = FixedPoint(p.fraction_bits).encode(values, told["num_clients"])
+        try:
+            words = FixedPoint(p.fraction_bits).encode(layout.flatten(update, train_loss), told["num_clients"])
+        except ValueError as error:
+            # The line names a number of this client's, which is nobody's business.
+            self.say(str(error))
+            raise Refused("what it learnt does not fit the fixed point of the sum") from None
         if not p.secure_sums:
             return words
         sums = self._secure(told["session"])
@@ -369,6 +381,7 @@ class Site:
 
     def _unmask(self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.Parcel) -> dict[str, Any]:
         sums = self._secure(message["session"])
+        self._memory.unmasking(message["run"], f"{message['round']}/{message['index']}", message["survivors"])
         return {"unmask": protocol.put_bytes(parcel, sums.unmask(message["index"], message["survivors"]))}
 
 
@@ -448,6 +461,25 @@ class _Memory:
             if int(path.stem.removeprefix("patch-")) not in (version, seen):
                 with suppress(OSError):
                     path.unlink()
+
+    def unmasking(self, run: str, sum_name: str, survivors: Sequence[str]) -> None:
+        """Note whose sum is unmasked: of one sum's clients no other choice is ever unmasked, or the difference of two
+        sums would tell what one client sent.
+
+        Raises
+        ------
+        Refused
+            For another choice.
+        """
+        path = self.folder / run / "unmasked.json"
+        held: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        chosen = sorted(survivors)
+        if held.setdefault(sum_name, chosen) != chosen:
+            raise Refused(
+                f"sum {sum_name} was unmasked for other clients before: their difference would tell of one of them; "
+                f"whoever is responsible for this site may allow it by removing {path.name} from its state"
+            )
+        write_bytes(path, json.dumps(held).encode())
 
     @staticmethod
     def _read(path: Path) -> dict[str, Tensor]:

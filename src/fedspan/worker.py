@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedspan.calls import Listener
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from fedspan.site import Settings, Site  # torch, transformers: a caller waits meanwhile
 
-        site = Site(Settings.read(given.folder), given.folder)
+        site = Site(Settings.read(given.folder), given.folder, say=lambda line: print(line, flush=True))
     except ValueError as error:
         line = " ".join(str(error).split())
         print(f"fedspan: {line}", file=sys.stderr)
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _refusing(line: str):  # type: ignore[no-untyped-def]
+def _refusing(line: str) -> Callable[[bytes], bytes]:
     def answer(content: bytes) -> bytes:
         raise ValueError(line)
 

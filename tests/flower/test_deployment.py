@@ -174,7 +174,7 @@ def test_identities_are_those_of_the_clients_as_a_run_names_them(made: Path) -> 
         assert read.trusted[client_id] == public
 
 
-@pytest.mark.parametrize("count", [1, 3, 11])
+@pytest.mark.parametrize("count", [1, 10, 11])
 def test_client_ids_are_those_of_a_run_in_one_process(count: int) -> None:
     settings = config(count, "federation.partition='iid'")
     clients = make_clients(settings, load_corpus(settings.data, settings.seed))
@@ -189,12 +189,13 @@ def test_configurations_are_the_same_everywhere_and_complete(made: Path) -> None
 
 
 def test_nothing_names_this_machine(made: Path) -> None:
-    strange = [str(made), str(Path.home()), str(Path(sys.prefix)), socket.gethostname()]
+    strange = [re.escape(str(place)) for place in (made, Path.home(), Path(sys.prefix))]
+    strange.append(rf"\b{re.escape(socket.gethostname())}\b")
     for name, path in files(made).items():
-        if path.name in SECRET:
+        if path.name in SECRET or path.suffix in (".crt", ".pub"):  # what looks like words there is none
             continue
         text = path.read_text()
-        assert not [word for word in strange if word in text], name
+        assert not [word for word in strange if re.search(word, text)], name
         assert not re.search(r"@[A-Z_]+@", text), name
     assert "fed.example.org:8443" in (made / "sites/mayo/start.sh").read_text()
 

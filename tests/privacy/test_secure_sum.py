@@ -450,8 +450,9 @@ def test_keys_of_another_session_or_shape_are_refused() -> None:
         **{name: change(keys["basel"]) for name, change in CHANGES.items() if name not in ("last bit", "middle")},
     }
     for content in wrong.values():
-        with pytest.raises(ValueError, match=r"the (advert|keys) of 'basel'"):
-            run.server.keys(keys | {"basel": content})
+        for check in (run.server.keys, lambda told: run.server.check_advert("basel", told["basel"])):
+            with pytest.raises(ValueError, match=r"the (advert|keys) of 'basel'"):
+                check(keys | {"basel": content})
     copied = keys["basel"][:32] + keys["cadiz"][32:]
     with pytest.raises(ValueError, match="two of the advertised keys are the same"):
         run.server.keys(keys | {"basel": copied})
@@ -493,6 +494,8 @@ def test_answers_of_others_and_of_other_sums_are_refused() -> None:
     for told, wrong in cases.items():
         with pytest.raises(ValueError, match=told):
             run.server.total(answers | wrong)
+        with pytest.raises(ValueError, match=told):
+            run.server.check_answer(*next(iter(wrong.items())))
     with pytest.raises(SumFailed, match="2 clients helped to unmask, 3 were needed"):
         run.server.total({name: answers[name] for name in ("amiens", "basel")})
     run.server.total(answers)
@@ -561,8 +564,14 @@ def test_several_sums_of_a_round_share_the_set_up_and_no_secret() -> None:
     for bad in ((first, b""), (second, first), (first, first)):  # one sum's keys are of no use in another
         with pytest.raises(ValueError, match="the advert of 'basel'"):
             server.keys(adverts | {"basel": primitives.pack(*bad)})
+        with pytest.raises(ValueError, match="the advert of 'basel'"):
+            server.check_advert("basel", primitives.pack(*bad))
+    server.check_advert("basel", adverts["basel"])
     keys = server.keys(adverts)  # a bad client leaves none of the sums half set up
     sent = {name: one.share(keys, 3) for name, one in clients.items()}
+    server.check_shares("basel", sent["basel"])
+    with pytest.raises(ValueError, match="shares from 'cadiz'"):
+        server.check_shares("cadiz", sent["basel"])
     for name, shares in server.route(sent).items():
         clients[name].receive(shares)
     secrets = [s for one in clients.values() for p in one.sums for s in (p._seed, p._private, p._channel)]

@@ -291,7 +291,7 @@ REFUSALS = [
     ({"privacy": {"secure_sums": True}}, "fedavg", "krum", "with privacy.secure_sums = true the server sees no"),
     ({"privacy": {"fixed_point": True}}, "fedavg", "median", "with privacy.fixed_point = true the server sees no"),
     ({"federation": {"sums_only": True}}, "fedavg", "median", "with federation.sums_only = true the server sees no"),
-    ({"privacy": {"dp": "client"}}, "fedavg", "median", "hide no client"),
+    ({"privacy": {"dp": "client"}, "federation": {"weighting": "equal"}}, "fedavg", "median", "hide no client"),
     ({}, "fedit", "median", "fedit sends factors in a gauge of each client's own"),
     ({}, "hetlora", "trimmed_mean", "hetlora sends factors in a gauge of each client's own"),
     ({"federation": {"ranks": [2, 4] * 4}}, "ffa_lora", "median", "federation.ranks differ; .*: .*fedavg"),

@@ -27,7 +27,12 @@ PATIENCE = 5.0
 _LOOK = 0.05
 _ORNAMENT = re.compile(r"\x1b\[[0-9;]*m|[\u2500-\u257f]")
 """Colours and frames."""
-_TELLING = re.compile(r"(?i)\berror\b|Error:|unable to")
+# What says most of a log: an exception, then what calls itself an error, then anything.
+_TELLING = (
+    re.compile(r"^\w*(Error|Exception|Lost|Refused)\b.*:"),
+    re.compile(r"(?i)\berror\b|unable to"),
+    re.compile(""),
+)
 
 
 class Household:
@@ -133,8 +138,8 @@ class Household:
         lines = [" ".join(line.split()) for line in text.splitlines() if any(map(str.isalnum, line))]
         if not lines:
             return f"; {path} is empty"
-        telling = [line for line in lines if _TELLING.search(line)] or lines
-        return f": {telling[-1][:300]}; all of it is in {path}"
+        said = next(found for telling in _TELLING if (found := [line for line in lines if telling.search(line)]))
+        return f": {said[-1][:300]}; all of it is in {path}"
 
 
 def marked(mark: str) -> list[int]:

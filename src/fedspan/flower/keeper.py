@@ -16,6 +16,9 @@ _LOOK = 0.05
 _STEADY = 60.0
 """A worker that lived so long was no bad start."""
 _LONGEST_PAUSE = 30.0
+_LOADING = 900.0
+"""Seconds that a worker may take before its first answer: killed for a question that came meanwhile, it would begin
+anew, and never end where the base takes longer to load than a question may wait."""
 
 
 class Keeper:
@@ -36,7 +39,7 @@ class Keeper:
         self.folder = folder
         self.command = command or [sys.executable, "-m", "fedspan.worker", str(folder), "--lifeline"]
         self._process: subprocess.Popen[bytes] | None = None
-        self._started, self._pause = float("-inf"), 0.0
+        self._started, self._pause, self._proven = float("-inf"), 0.0, False
 
     @property
     def pid(self) -> int | None:
@@ -49,12 +52,12 @@ class Keeper:
             return True
         now = time.monotonic()
         if self._process is not None:
-            if now - self._started > _STEADY:
+            if self._proven or now - self._started > _STEADY:
                 self._pause = 0.0
             if now < self._started + self._pause:
                 return False
         self._pause = min(_LONGEST_PAUSE, 2 * self._pause + 1)
-        self._started = now
+        self._started, self._proven = now, False
         calls.socket_path(self.folder).unlink(missing_ok=True)  # of one that was killed: nobody listens there
         self._process = subprocess.Popen(self.command, stdin=subprocess.PIPE)
         return True
@@ -70,13 +73,16 @@ class Keeper:
         end = time.monotonic() + timeout
         self._await(end)
         try:
-            return calls.call(folder, content, max(_LOOK, end - time.monotonic()))
+            answer = calls.call(folder, content, max(_LOOK, end - time.monotonic()))
         except calls.CallTimedOut:
-            # Whatever it is still at is not wanted any more, and would keep the next question waiting.
-            self.kill()
-            self._pause = 0.0
-            self.ensure()
+            if self._proven or time.monotonic() - self._started > _LOADING:
+                # Whatever it is still at is not wanted any more, and would keep the next question waiting.
+                self.kill()
+                self._pause = 0.0
+                self.ensure()
             raise
+        self._proven = True
+        return answer
 
     def _await(self, end: float) -> None:
         """Until the worker listens."""

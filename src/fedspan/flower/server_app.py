@@ -16,7 +16,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedspan import config as settings
-from fedspan import coordinator
+from fedspan import runs
 from fedspan.engine import Event
 from fedspan.flower.port import GridPort
 
@@ -29,7 +29,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run or resume the federation to its end."""
     folder, name = _where(context)
     config = settings.load(folder / "config.toml")
-    result = coordinator.serve(config, folder / "runs" / name, said(sys.stdout.write), GridPort(grid, name))
+    result = runs.serve(config, folder / "runs" / name, said(sys.stdout.write), GridPort(grid, name))
     sys.stdout.write(f"summary: {result.out / 'summary.json'}\n")
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import threading
+import tomllib
 from pathlib import Path
 
 from fedspan import config as settings
-from fedspan import coordinator, demands
+from fedspan import demands, runs
 from fedspan.config import Config, to_toml
 from fedspan.data import load as load_data
 from fedspan.engine import OnEvent
@@ -50,7 +51,7 @@ def run(config: Config, out: Path, on_event: OnEvent) -> Result:
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        results.append(coordinator.serve(config, out, on_event, GridPort(grid, "simulation")))
+        results.append(runs.serve(config, out, on_event, GridPort(grid, "simulation")))
 
     on_gpu = device_of(config.device).type == "cuda"
     run_simulation(
@@ -84,12 +85,12 @@ def client_app(config: str, folder: str) -> ClientApp:
     return app
 
 
-_HELD: dict[tuple[str, str], Household] = {}
+_HELD: dict[tuple[str, str], Everybody] = {}
 """What Ray's process keeps between messages; it has nowhere else to keep anything."""
 _AT_WORK = threading.Lock()
 
 
-class Household:
+class Everybody:
     """All sites of a federation in one process: one base and one set of data for all of them."""
 
     def __init__(self, config: Config, folder: Path) -> None:
@@ -115,7 +116,7 @@ def answered(message: Message, context: Context, config: str, folder: str) -> Me
         number = int(context.node_config["partition-id"])
         with _AT_WORK:
             if (config, folder) not in _HELD:
-                _HELD[config, folder] = Household(settings.parse(config), Path(folder))
+                _HELD[config, folder] = Everybody(settings.from_mapping(tomllib.loads(config)), Path(folder))
             return Message(records.pack(_HELD[config, folder].site(number).answer(content)), reply_to=message)
     except Exception as error:
         return refusal(message, error)

@@ -32,7 +32,7 @@ from flwr.supercore import log
 from fedspan.flower import tensors
 from fedspan.flower.tensors import figures, received, reply
 from fedspan.methods.base import Method, ServerState, aggregate
-from fedspan.methods.messages import Broadcast, Recipe, Request, Template, Tensors, Update
+from fedspan.methods.messages import Broadcast, Factors, Recipe, Request, Template, Tensors, Update
 from fedspan.seeding import generator
 
 __all__ = ["FedspanStrategy", "figures", "received", "reply"]
@@ -108,6 +108,7 @@ class FedspanStrategy(Strategy):
         """Client id -> the node that first used it."""
         for rank in self._all_ranks():
             _check_broadcast(method, self.broadcast(rank))
+        _check_later(method)
 
     @classmethod
     def from_arrays(
@@ -283,5 +284,23 @@ def _check_broadcast(method: Method, sent: Broadcast) -> None:
     if sent.patch or sent.correction or sent.subspaces or sent.moments or sent.recipe != plain:
         raise ValueError(
             f"{method.info.name} sends its clients more than factors and weights: expected nothing else; "
+            "`fedspan flower init` makes its app"
+        )
+
+
+def _check_later(method: Method) -> None:
+    """That it goes on as it begins: some methods add to their clients' base once clients differ."""
+    weights = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+    state = method.init(Template({"x": (2, 2)}, 1), {"x": weights})
+    updates = []
+    for name, shift in (("a", 1.0), ("b", 2.0)):
+        sent = method.broadcast(state, Request(1))
+        modules = {k: Factors(f.b + weights[:, :1] * shift, f.a + shift, f.scaling) for k, f in sent.adapter.items()}
+        dense = {k: x + shift for k, x in sent.dense.items()}
+        updates.append(method.encode(Update(name, 1.0, modules, dense), sent, None)[0])
+    state, _ = aggregate(method, state, updates)
+    if state.patches is not None:
+        raise ValueError(
+            f"{method.info.name} adds to its clients' base: expected factors and weights alone; "
             "`fedspan flower init` makes its app"
         )

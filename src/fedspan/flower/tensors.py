@@ -124,7 +124,7 @@ def sender_of(message: Message, server_round: int) -> tuple[str, float]:
     config = _config(message)
     client_id, num_examples = config.get("client-id"), config.get("num-examples")
     if config.get("round") != server_round:
-        raise ValueError(f"it is of round {config.get('round')}, expected {server_round}")
+        raise ValueError(f"it is of round {config.get('round')!r}, expected {server_round}")
     if not isinstance(client_id, str) or not client_id:
         raise ValueError(f"client-id = {client_id!r}, expected the site's name")
     if not isinstance(num_examples, float) or not (math.isfinite(num_examples) and num_examples > 0):

@@ -9,7 +9,7 @@ import numpy as np
 from fedspan.privacy import primitives
 from fedspan.privacy.fixed_point import Words
 from fedspan.privacy.primitives import SECRET
-from fedspan.privacy.roster import SEALED, Roster, SumFailed, check_id, commitment, too_few
+from fedspan.privacy.roster import SEALED, Advert, Roster, SumFailed, check_id, commitment, too_few
 
 
 class Aggregator:
@@ -33,7 +33,8 @@ class Aggregator:
     SumFailed
         When fewer than `threshold` clients did what was due.
     ValueError
-        Naming the client, when what it sent is not what it should be. It changes nothing: go on without it.
+        Naming the client, when what it sent is not what it should be. It changes nothing: go on without it. The
+        `check_` functions say the same of one client's message alone, before the others' have come.
     """
 
     def __init__(
@@ -55,6 +56,10 @@ class Aggregator:
             raise ValueError(f"num_words = {num_words}: expected a positive number, once")
         self._total = np.zeros(num_words, np.uint64)
 
+    def check_advert(self, client_id: str, content: bytes) -> None:
+        """Whether one client's keys can go to the others."""
+        Advert.read(content, self.session, check_id(client_id), self._trusted)
+
     def keys(self, advertised: Mapping[str, bytes]) -> dict[str, bytes]:
         """Take what clients advertised; what is to be told to each of them, beside the threshold."""
         if self._roster is not None:
@@ -66,16 +71,20 @@ class Aggregator:
         self._roster = Roster.read(self.session, advertised, self.threshold, self._trusted)
         return dict(sorted(advertised.items()))
 
+    def check_shares(self, sender: str, shares: Mapping[str, bytes]) -> None:
+        """Whether what one client shares is for each of the others, and of the right size: more cannot be seen."""
+        ids = self._listed().ids
+        if sender not in ids or set(shares) != set(ids) - {sender}:
+            raise ValueError(f"shares from {sender!r}: expected one for each of the others in {list(ids)}")
+        if any(not isinstance(s, bytes) or len(s) != SEALED for s in shares.values()):
+            raise ValueError(f"shares from {sender!r}: expected {SEALED} bytes each")
+
     def route(self, sent: Mapping[str, Mapping[str, bytes]]) -> dict[str, dict[str, bytes]]:
         """Take what each client shares with the others (sender -> recipient -> sealed); what each is to be handed."""
-        roster = self._listed()
         if self._sharers:
             raise ValueError("the shares of this sum were routed already: expected once")
         for sender, shares in sorted(sent.items()):
-            if sender not in roster.ids or set(shares) != set(roster.ids) - {sender}:
-                raise ValueError(f"shares from {sender!r}: expected one for each of the others in {list(roster.ids)}")
-            if any(not isinstance(s, bytes) or len(s) != SEALED for s in shares.values()):
-                raise ValueError(f"shares from {sender!r}: expected {SEALED} bytes each")
+            self.check_shares(sender, shares)
         if len(sent) < self.threshold:
             raise too_few(len(sent), self.threshold, "shared their secrets")
         self._sharers = tuple(sorted(sent))
@@ -105,6 +114,10 @@ class Aggregator:
             raise too_few(len(self._added), self.threshold, "sent their vectors")
         self._closed = True
         return sorted(self._added)
+
+    def check_answer(self, client_id: str, content: bytes) -> None:
+        """Whether one survivor's answer is of this sum and these survivors; its shares show only in `total`."""
+        self._read(client_id, content)
 
     def total(self, answers: Mapping[str, bytes]) -> Words:
         """The sum, without masks, from what the survivors answered: (num_words,) of uint64, once."""

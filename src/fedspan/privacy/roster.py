@@ -39,8 +39,11 @@ class Advert:
         return message("advert", session, client_id) + body + signature
 
     @classmethod
-    def read(cls, content: bytes, session: bytes, client_id: str, identity: bytes | None) -> Advert:
-        """Check and take apart what a client sent; with an identity key, its signature too."""
+    def read(cls, content: bytes, session: bytes, client_id: str, trusted: Mapping[str, bytes] | None) -> Advert:
+        """Check and take apart what a client sent; where identity keys are known, its signature too."""
+        if trusted is not None and check_id(client_id) not in trusted:
+            raise ValueError(f"{client_id!r} takes part, but no identity key is known for it")
+        identity = None if trusted is None else trusted[client_id]
         body = body_of(content, "advert", session, client_id)
         if len(body) not in (3 * SECRET, 3 * SECRET + SIGNATURE):
             raise ValueError(f"the keys of {client_id!r} have {len(body)} bytes: expected {3 * SECRET}, or a signature")
@@ -77,12 +80,7 @@ class Roster:
         """
         ids = tuple(sorted(advertised))
         check_threshold(threshold, len(ids))
-        adverts = {}
-        for client_id in ids:
-            if trusted is not None and client_id not in trusted:
-                raise ValueError(f"{client_id!r} takes part, but no identity key is known for it")
-            identity = None if trusted is None else trusted[client_id]
-            adverts[client_id] = Advert.read(advertised[client_id], session, client_id, identity)
+        adverts = {i: Advert.read(advertised[i], session, i, trusted) for i in ids}
         keys = [key for advert in adverts.values() for key in (advert.channel, advert.mask)]
         if len(set(keys)) != len(keys):
             raise ValueError("two of the advertised keys are the same: expected fresh keys from every client")

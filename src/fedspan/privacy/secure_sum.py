@@ -91,6 +91,11 @@ class RoundAggregator:
     ) -> None:
         self.sums = tuple(Aggregator(name, threshold, trusted=trusted) for name in _sessions(session, num_sums))
 
+    def check_advert(self, client_id: str, content: bytes) -> None:
+        """Whether one client's keys can go to the others."""
+        for one, told in zip(self.sums, _each({client_id: content}, len(self.sums)), strict=True):
+            one.check_advert(client_id, told[client_id])
+
     def keys(self, advertised: Mapping[str, bytes]) -> dict[str, bytes]:
         """Take what clients advertised; what is to be told to each of them, beside the threshold."""
         told = _each(advertised, len(self.sums))
@@ -98,6 +103,11 @@ class RoundAggregator:
         keys = _joined([one.keys(told[i]) for i, one in enumerate(trial)])
         self.sums = trial
         return keys
+
+    def check_shares(self, sender: str, shares: Mapping[str, bytes]) -> None:
+        """Whether what one client shares is for each of the others, and of the right size: more cannot be seen."""
+        for one, told in zip(self.sums, _each(shares, len(self.sums)), strict=True):
+            one.check_shares(sender, told)
 
     def route(self, sent: Mapping[str, Mapping[str, bytes]]) -> dict[str, dict[str, bytes]]:
         """Take what each client shares (sender -> recipient -> sealed); what each recipient is to be handed."""

@@ -1,8 +1,8 @@
 """A client's answer as one vector, so that the server need not see more than the sum of the vectors.
 
-A client's vector holds n_k, n_k times its training loss, and n_k times every number that it would have sent, in a
-layout that all clients share; a factor of smaller rank fills the leading rows or columns. The sum is what a fold over
-the answers is.
+A client's vector holds n_k, n_k again where it tells its training loss, n_k times that loss, and n_k times every
+number that it would have sent, in a layout that all clients share; a factor of smaller rank fills the leading rows or
+columns. The sum is what a fold over the answers is.
 """
 
 from __future__ import annotations
@@ -10,21 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Update
+from fedspan.privacy.fixed_point import FixedPoint, Words
 from fedspan.traffic import parts
 
-if TYPE_CHECKING:
-    from fedspan.privacy.fixed_point import FixedPoint
-
-Words = np.ndarray[Any, np.dtype[np.uint64]]
 Shape = tuple[int, ...]
+_HEAD = 3
+"""Words before the tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +45,15 @@ class Layout:
     def num_words(self) -> int:
         """Numbers in the vector."""
         shapes = [*self.dense.values(), *(s for held in self.modules.values() for s in held.values())]
-        return 2 + sum(math.prod(shape) for shape in shapes)
+        return _HEAD + sum(math.prod(shape) for shape in shapes)
 
     def flatten(self, update: Update, train_loss: float) -> Tensor:
-        """n, n·loss and n·x, (num_words,) in float64.
+        """n, n, n·loss and n·x, (num_words,) in float64.
+
+        Parameters
+        ----------
+        train_loss
+            NaN where it is not told.
 
         Raises
         ------
@@ -64,14 +67,15 @@ class Layout:
         wanted |= {(name, part): shape for name, x in self.modules.items() for part, shape in x.items()}
         if held.keys() != wanted.keys():
             raise ValueError(f"the answer names other tensors than the sum: {sorted(held.keys() ^ wanted.keys())[0]}")
-        pieces = [torch.tensor([weight, weight * train_loss], dtype=torch.float64)]
+        told = (weight, weight * train_loss) if math.isfinite(train_loss) else (0.0, 0.0)
+        pieces = [torch.tensor([weight, *told], dtype=torch.float64)]
         pieces += [_padded(held[key], shape, key).flatten() * weight for key, shape in wanted.items()]
         return torch.cat(pieces)
 
     def partial(self, total: Tensor, num_clients: int) -> tuple[Partial, float]:
         """The fold that this sum over `num_clients` clients stands for, and their mean loss."""
-        weight, loss = float(total[0]), float(total[1])
-        start = 2
+        weight, told, loss = total[:_HEAD].tolist()
+        start = _HEAD
 
         def take(shape: Shape) -> Tensor:
             nonlocal start
@@ -81,7 +85,7 @@ class Layout:
 
         dense = {name: take(shape) for name, shape in self.dense.items()}
         sums = {name: {part: take(shape) for part, shape in held.items()} for name, held in self.modules.items()}
-        return Partial(num_clients, weight, dense, sums), loss / weight
+        return Partial(num_clients, weight, dense, sums), loss / told if told else math.nan
 
     def to_json(self) -> dict[str, Any]:
         """For a message."""

@@ -19,4 +19,4 @@ case "$name" in
     exit 2
     ;;
 esac
-exec flwr run app fedspan --stream -c "run=\"$name\""
+exec flwr run app fedspan --stream -c "run-name=\"$name\""

@@ -1,0 +1,9 @@
+"""What the tests of the Flower folder share; without flwr they are skipped."""
+
+import os
+
+import pytest
+
+pytest.importorskip("flwr")
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")

@@ -1,5 +1,7 @@
 # make demo   install into .venv and run the main job on the embedded data
 # make test   install with the development extra, then lint, types and the whole test suite
+# make demo-flower   four authenticated sites behind TLS and a proxy on this machine, under secure sums
+# make test-faults   whole deployments that are made to fail; minutes
 
 PYTHON ?= python3
 VENV   := .venv
@@ -11,13 +13,29 @@ JOBS   ?= 2
 # Tests need no network, and one thread per process is fastest for small models.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo digits test lint types check install dev clean
+.PHONY: demo digits demo-flower test-faults test lint types check install dev clean
 
 demo: install
 	$(BIN)/fedspan run
 
 digits: install
 	$(BIN)/fedspan run --set data.task=builtin:digits
+
+# The same federation twice: between real processes under secure sums, and in one process without masks.
+TRIAL  ?= runs/flower-$(shell date +%Y%m%d-%H%M%S)
+FEDERATION := --set method.name=glora_sums --set federation.num_clients=4 --set federation.participation=1.0 \
+  --set 'federation.ranks=[2,4,8,16]' --set federation.rounds=6
+
+demo-flower: $(VENV)/.flower
+	$(BIN)/fedspan flower up $(TRIAL) --sites 4 $(FEDERATION) --set privacy.secure_sums=true --run federation
+	$(BIN)/fedspan run --out $(TRIAL)/here --engine sequential $(FEDERATION) --set privacy.fixed_point=true \
+	  --set evaluation.local=false > $(TRIAL)/logs/here.log
+	@cmp $(TRIAL)/here/adapter/adapter_model.safetensors \
+	  $(TRIAL)/server/runs/federation/adapter/adapter_model.safetensors && \
+	  echo "the adapter has the same bits as that of \`fedspan run\` in one process without masks"
+
+test-faults: dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/faults -m faults
 
 test: dev lint types check
 
@@ -42,9 +60,13 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml constraints/cpu.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e .
 	@touch $@
 
+$(VENV)/.flower: $(BIN)/python pyproject.toml constraints/cpu.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[flower]'
+	@touch $@ $(VENV)/.installed
+
 $(VENV)/.dev: $(BIN)/python pyproject.toml constraints/cpu.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) -e '.[dev]'
-	@touch $@ $(VENV)/.installed
+	@touch $@ $(VENV)/.installed $(VENV)/.flower
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

@@ -173,6 +173,7 @@ def stop_in_round_2(event: Event) -> None:
     if event.kind == "client" and event.data["round_num"] == 2:
         raise Stop
 
+
 @pytest.mark.parametrize("name", ["scaffold", "flora", "fed_sb", "fedsa_lora"])
 def test_a_server_that_was_cut_off_goes_on_to_the_same_bits(
     bases: dict[str, Path], texts: Path, tmp_path: Path, name: str
@@ -205,9 +206,7 @@ def test_a_site_whose_process_was_restarted_has_its_state(
     tiny.same(fed.state(), state_of(tmp_path / "here"))
 
 
-def test_a_lost_answer_leaves_no_trace_in_the_sites_state(
-    bases: dict[str, Path], texts: Path, tmp_path: Path
-) -> None:
+def test_a_lost_answer_leaves_no_trace_in_the_sites_state(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
     """client-1 works in round 1 and its answer is lost: in round 2 it starts from what it was before."""
     config = settings(bases["bert"], texts, "scaffold", federation={"participation": 1.0})
     fed, twin = Federation(config, tmp_path / "a"), Federation(config, tmp_path / "b")
@@ -397,9 +396,7 @@ def test_a_silent_site_is_waited_for_once_a_round_and_then_left_out(
     assert any("client-3 has been silent 2 times" in line for line in fed.lines)
 
 
-def test_a_node_that_is_gone_is_waited_for_and_then_missed(
-    bases: dict[str, Path], texts: Path, tmp_path: Path
-) -> None:
+def test_a_node_that_is_gone_is_waited_for_and_then_missed(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
     fed = Federation(settings(bases["bert"], texts, federation={"participation": 1.0, "rounds": 2}), tmp_path)
 
     def leave(event: Event) -> None:
@@ -483,7 +480,9 @@ def test_one_site_of_four_may_drop_out_of_a_secure_sum_anywhere(
     fed = Federation(config, tmp_path / "a")
     fed.port.mishap = lambda node, head, content: "gone" if node == "node-1" and head["kind"] == kind else None
     history = fed.serve()
-    plain = Federation(settings(bases["bert"], texts, "ffa_lora", privacy={"fixed_point": True}, **sections), tmp_path / "b")
+    plain = Federation(
+        settings(bases["bert"], texts, "ffa_lora", privacy={"fixed_point": True}, **sections), tmp_path / "b"
+    )
     if kind != "unmask":
         plain.port.mishap = lambda node, head, content: "gone" if node == "node-1" and head["kind"] == "ask" else None
     plain.serve()
@@ -506,6 +505,31 @@ def test_two_of_four_are_too_many_and_nothing_is_changed(bases: dict[str, Path],
     fed.port.mishap = None
     fed.serve()
     assert any(not torch.equal(before[name], value) for name, value in fed.state().items())
+
+
+def test_no_two_choices_of_clients_are_unmasked_for_one_sum(
+    bases: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    """Asked again for the same round without client-3, the sites refuse: the difference would be client-3's update."""
+    config = settings(
+        bases["bert"], texts, "ffa_lora", privacy={"secure_sums": True}, federation={"participation": 1.0, "rounds": 1}
+    )
+    fed = Federation(config, tmp_path)
+
+    def cut(event: Event) -> None:
+        if event.kind == "client":
+            raise Stop  # the sum is unmasked by now, and the server claims to have lost it
+
+    with pytest.raises(Stop):
+        fed.serve(cut)
+    fed.port.mishap = lambda node, head, content: "gone" if node == "node-3" and head["kind"] != "hello" else None
+    for client_id in IDS:
+        fed.restart(client_id)
+    with pytest.raises(ValueError, match="helped to unmask"):
+        fed.serve()
+    assert sum("their difference would tell of one of them" in line for line in fed.lines) == 3
+    fed.port.mishap = None
+    fed.serve()  # the same clients again: nothing that was not told before
 
 
 # The bytes
@@ -540,7 +564,10 @@ def test_every_damaged_byte_is_found_or_harmless() -> None:
     content = protocol.encode({"kind": "ask"}, parcel)
     refused = 0
     for position in range(len(content)):
-        for bad in (content[:position], content[:position] + bytes([content[position] ^ 0x11]) + content[position + 1 :]):
+        for bad in (
+            content[:position],
+            content[:position] + bytes([content[position] ^ 0x11]) + content[position + 1 :],
+        ):
             try:
                 _, tensors = protocol.decode(bad)
             except Malformed:

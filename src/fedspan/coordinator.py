@@ -60,6 +60,8 @@ class _Costs:
     trips: int = 0
     waited_seconds: float = 0.0
     """From the sending of messages until the last answer that was waited for."""
+    slowest_seconds: float = 0.0
+    """Of it, how long the busiest site was at work, trip by trip: the rest is the way there and back."""
 
 
 @dataclass(slots=True)
@@ -334,6 +336,7 @@ class Coordinator:
             "wire_down": costs.wire_down,
             "trips": costs.trips,
             "waited_seconds": costs.waited_seconds,
+            "slowest_seconds": costs.slowest_seconds,
         }
 
     # Secure sums
@@ -487,7 +490,7 @@ class Coordinator:
                 strict=True,
             )
         )
-        got = 0
+        got, slowest = 0, 0.0
         while tickets and got < enough and self.port.now() - began < d.deadline:
             for delivery in self.port.poll():
                 client_id = tickets.pop(delivery.ticket, None)
@@ -495,12 +498,15 @@ class Coordinator:
                     continue
                 reply = self._read(client_id, question, delivery)
                 self._note(client_id, question, missed=delivery.content is None)
-                got += not isinstance(reply, str)
+                if not isinstance(reply, str):
+                    got += 1
+                    slowest = max(slowest, _busy(reply[0]))
                 yield client_id, reply
             if tickets and got < enough:
                 self.port.sleep(d.poll)
         self.port.forget(list(tickets))
         self._costs.waited_seconds += self.port.now() - began
+        self._costs.slowest_seconds += slowest
         for client_id in tickets.values():
             late = got >= enough
             if not late:
@@ -625,6 +631,11 @@ def _tensors(payload: Any) -> list[Tensor]:
         return list(payload.values())
     values = getattr(payload, "values", None)
     return list(values.values()) if values is not None else [payload.b, payload.a]
+
+
+def _busy(told: Mapping[str, Any]) -> float:
+    seconds = told.get("seconds", 0.0)
+    return float(seconds) if isinstance(seconds, int | float) and math.isfinite(seconds) else 0.0
 
 
 def _problem(client: Client, reason: str) -> Answer:

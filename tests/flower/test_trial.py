@@ -9,8 +9,13 @@ from pathlib import Path
 
 import pytest
 
+import fedspan
+from fedspan.config import load
+from fedspan.flower import trial
+
 COMMAND = [sys.executable, "-c", "from fedspan.flower.commands import app; app()", "up"]
-SMALL = ["--sites", "2", "--set", "federation.rounds=2", "--set", "local.steps=2", "--set", "data.max_test=20"]
+SETTINGS = ["federation.rounds=2", "federation.participation=1.0", "local.steps=2", "data.max_test=20"]
+SMALL = ["--sites", "2", *(word for setting in SETTINGS for word in ("--set", setting))]
 
 
 def processes_in(folder: Path) -> list[int]:
@@ -33,6 +38,26 @@ def none_within(folder: Path, seconds: float) -> bool:
             return False
         time.sleep(0.1)
     return True
+
+
+@pytest.mark.slow
+def test_a_whole_federation_gives_the_same_bits_as_one_process(tmp_path: Path) -> None:
+    """TLS, node keys, the proxy and four kinds of processes are on the way, and change nothing."""
+    folder, alone = tmp_path / "fed", tmp_path / "alone"
+    done = subprocess.run([*COMMAND, str(folder), *SMALL], capture_output=True, text=True, cwd="/", timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert none_within(folder, 5)
+    for said in ("2 sites registered", "round 2: 2 sites", "untouched base", "federation (GLoRA)"):
+        assert said in done.stdout
+    settings = [*SETTINGS, "federation.num_clients=2", "evaluation.local=false", "engine.name=sequential"]
+    fedspan.run(load(overrides=settings), alone)
+    result = folder / "server/runs/trial-1"
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        assert (result / name).read_bytes() == (alone / name).read_bytes(), name
+    if trial.chosen_proxy("auto") == "nginx":
+        assert "/v1/fleet/push-messages" in (folder / "server/state/access.log").read_text()
+    # What is on the disk is its owner's alone, the SuperLink's database with the messages too.
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (folder / "server/state").iterdir())
 
 
 @pytest.mark.parametrize(

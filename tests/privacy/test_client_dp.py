@@ -296,6 +296,9 @@ def test_noise_depends_on_the_secret_and_on_the_sum() -> None:
         start = replace(state, round_num=number)
         bare, noisy = (play(make("ffa_lora", 0.5, z, 3.0, secret), start, [4, 4], first)[0] for z in (0.0, 1.0))
         noises.append(vector(noisy) - vector(bare))
+    for number in (0, 1):  # nobody came in either round: the same sum
+        after, _ = make("ffa_lora", 0.5, 1.0).finish(replace(state, round_num=number), Partial())
+        noises.append(vector(after) - vector(state))
     for i, x in enumerate(noises):
         for y in noises[i + 1 :]:
             assert abs(float(torch.nn.functional.cosine_similarity(x, y, dim=0))) < 5 / math.sqrt(int((x != 0).sum()))

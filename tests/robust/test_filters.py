@@ -20,7 +20,7 @@ from fedspan import config as settings
 from fedspan.demands import chosen
 from fedspan.lowrank import LowRank
 from fedspan.methods import METHODS
-from fedspan.methods.messages import Broadcast, Factors, Update
+from fedspan.methods.messages import Broadcast, Factors, Update, Vector
 from fedspan.robust import Screened, refusal, screen
 from fedspan.robust.distances import Cohort, product_squares
 from fedspan.robust.filters import FILTERS, bounded_claims, krum_scores, weiszfeld
@@ -124,6 +124,25 @@ def test_the_size_of_an_update_is_that_of_its_change(name: str) -> None:
     still = cohort(stage, [replace(u, client_id=str(k)) for k, u in enumerate(idle)])
     assert all(still.size(k) < 1e-12 for k in range(5))
     assert all(cohort(stage).size(k) > 0.1 for k in range(5))
+
+
+def test_what_a_client_did_not_learn_is_no_change() -> None:
+    """SCAFFOLD's corrections are the server's: the change of a control is what was sent of it."""
+    stage = attacks.stage(METHODS["scaffold"](), 5, rounds=2)
+    assert all(bool(t.any()) for t in stage.sent[0].correction.values())
+    idle = cohort(stage).idle[0]
+    assert idle is not None
+    assert not any(bool(t.any()) for p in idle.modules.values() if isinstance(p, Vector) for t in p.values.values())
+
+
+def test_the_limit_is_of_the_norm_and_of_training_alone() -> None:
+    stage = attacks.stage(METHODS["fedavg"](), 5)
+    size = cohort(stage).size(2)
+    one = replace(stage, updates=stage.updates[2:3], sent=stage.sent[2:3])
+    assert list(screened(one, one.updates, max_norm=0.99 * size).rejected) == ["client-02"]
+    assert not screened(one, one.updates, max_norm=1.01 * size).rejected
+    # A gradient or a sketch is no change of the weights.
+    assert not screened(one, one.updates, max_norm=0.99 * size, ask="gradient").rejected
 
 
 def test_no_matrix_is_formed() -> None:
@@ -296,6 +315,7 @@ REFUSALS = [
     ({}, "hetlora", "trimmed_mean", "hetlora sends factors in a gauge of each client's own"),
     ({"federation": {"ranks": [2, 4] * 4}}, "ffa_lora", "median", "federation.ranks differ; .*: .*fedavg"),
     ({}, "fed_sb", "krum", "asks its clients more than once"),
+    ({"robust": {"max_norm": 1.0}}, "glora_sums", "none", "glora_sums sends sketches of what was trained"),
     ({}, "centralised", "krum", "has no update of one client"),
     ({"federation": {"participation": 0.5}}, "fedavg", "krum", "4 clients take part in a round, expected at least 5"),
     ({"robust": {"attackers": 3}}, "fedit", "geometric_median", "8 clients .* at least 10 with robust.attackers = 3"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import threading
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedspan import config as settings
@@ -30,7 +33,9 @@ from fedspan.flower.port import GridPort  # noqa: E402
 
 
 def run(config: Config, out: Path, on_event: OnEvent) -> Result:
-    """Run or resume a federation of simulated sites; the same bits as `fedspan.run`.
+    """Run or resume a federation of simulated sites.
+
+    The same bits as `fedspan.run` with `engine.name = "sequential"`, which is how a site trains unless told otherwise.
 
     Ray starts one process that holds the base, the data and all sites between messages: what a site keeps from one
     message of a round to the next is in its memory, so its messages must not go from process to process. The
@@ -54,16 +59,31 @@ def run(config: Config, out: Path, on_event: OnEvent) -> Result:
         results.append(runs.serve(config, out, on_event, GridPort(grid, "simulation")))
 
     on_gpu = device_of(config.device).type == "cuda"
-    run_simulation(
-        server,
-        client_app(to_toml(config), str(out / "sites")),
-        len(clients),
-        backend_config={
-            "init_args": {"num_cpus": 1, "include_dashboard": False},
-            "client_resources": {"num_cpus": 1, "num_gpus": 1.0 if on_gpu else 0.0},
-        },
-    )
+    with _errors_only():
+        run_simulation(
+            server,
+            client_app(to_toml(config), str((out / "sites").resolve())),
+            len(clients),
+            backend_config={
+                "init_args": {"num_cpus": 1, "include_dashboard": False},
+                "client_resources": {"num_cpus": 1, "num_gpus": 1.0 if on_gpu else 0.0},
+            },
+        )
     return results[0]
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Flower logs what it does, and that this function is to go; our own events say what matters."""
+    logger = logging.getLogger("flwr")
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.ERROR)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def client_app(config: str, folder: str) -> ClientApp:

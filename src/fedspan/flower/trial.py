@@ -39,7 +39,7 @@ class Outcome:
     """The run's folder."""
     summary: dict[str, Any]
     seconds: Mapping[str, float]
-    """From the first process to the first round, through the rounds, and for taking everything down."""
+    """`start`: until the first round is done; `rounds`: from there to the result; `end`: for taking everything down."""
 
 
 def prepare(folder: Path, sites: Sequence[str], config: Config) -> Deployment:
@@ -174,7 +174,7 @@ def _from_anywhere(config: Config) -> Config:
 
 
 def _federate(house: Household, plan: Deployment, out: Path, say: Say, deadline: float) -> tuple[float, float]:
-    """Start the run and follow it to its end; when its first round ended, and its last."""
+    """Start the run and follow it to its end; when its first round was done, and when all was."""
     server = out.parent.parent
     house.start("run", ["./run.sh", out.name], server, {"PATH": _path(), "PYTHON": sys.executable})
     records = _Tail(out / "metrics.jsonl")
@@ -200,7 +200,8 @@ def _federate(house: Household, plan: Deployment, out: Path, say: Say, deadline:
 
 def round_line(record: Mapping[str, Any]) -> str:
     """A round's record of `metrics.jsonl` in one line."""
-    parts = [f"round {record['round_num']}: {record['num_clients']} sites"]
+    count = record["num_clients"]
+    parts = [f"round {record['round_num']}: {count} site{'s' * (count != 1)}"]
     parts += [f"{name} {value:.3f}" for name, value in (record.get("eval") or {}).items()]
     if record.get("rejected"):
         parts.append("left out: " + "; ".join(f"{who} ({why})" for who, why in record["rejected"].items()))

@@ -1,0 +1,229 @@
+"""A deployment whose parts can be started, killed and started again one by one, and several runs on it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from ports import MemoryPort, make_sites
+
+from fedspan import checkpoint
+from fedspan.config import Config, to_toml
+from fedspan.flower import deployment, trial
+from fedspan.flower.household import MARK, Household
+from fedspan.runs import serve
+
+INJECT = Path(__file__).parent / "inject"
+SITES = ["client-0", "client-1", "client-2"]
+
+
+def until(so: Callable[[], bool], seconds: float, what: str) -> float:
+    """Wait; the seconds that it took."""
+    began = time.monotonic()
+    while not so():
+        assert time.monotonic() - began < seconds, f"not within {seconds:g} s: {what}"
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+@dataclass
+class Run:
+    """One start of `run.sh`."""
+
+    name: str
+    out: Path
+    log: Path
+    began: float
+    process: str
+    """As the household knows it."""
+
+    def records(self) -> list[dict[str, Any]]:
+        path = self.out / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def finished(self) -> bool:
+        return (self.out / "summary.json").exists()
+
+    def said(self, pattern: str = "") -> list[str]:
+        """What the server said of its sites, and why it ended."""
+        text = re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text(errors="replace"))
+        found = [line.partition("site: line=")[2] for line in text.splitlines() if "site: line=" in line]
+        found += [line.strip() for line in text.splitlines() if re.search(r"^\S*(Error|Failed|Exception)\b.*: ", line)]
+        return [line for line in found if re.search(pattern, line)]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return state_of(self.out)
+
+
+def state_of(out: Path) -> dict[str, torch.Tensor]:
+    """The server's state after the last finished round."""
+    return tiny.state_tensors(checkpoint.read(out / "checkpoint" / "federation.safetensors").state)
+
+
+@dataclass
+class Deployed:
+    """SuperLink, proxy and sites on this machine."""
+
+    house: Household
+    folder: Path
+    plan: deployment.Deployment
+    config: Config
+    mishaps: Path
+    _count: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _named: dict[str, str] = field(default_factory=dict)
+    """Part -> the name of its latest process in the household."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"PATH": trial._path(), "PYTHON": sys.executable}
+
+    # Parts
+
+    def start(self, part: str, command: Sequence[str] = ("./start.sh",)) -> str:
+        """Start a part anew: `superlink`, `proxy` or a site."""
+        name = f"{part}-{next(self._count)}"
+        server, extra = self.folder / "server", dict(self.environment)
+        if part == "superlink":
+            where, command = server, ["./superlink.sh"]
+        elif part == "proxy":
+            where, command = server, ["./proxy.sh"]
+            extra |= {"FEDSPAN_PROXY": trial.chosen_proxy("auto"), "FEDSPAN_NGINX": "master_process off;"}
+        elif part in SITES:
+            where = self.folder / "sites" / part
+            extra |= {"PYTHONPATH": str(INJECT), "FEDSPAN_MISHAPS": str(self.mishaps)}
+        else:
+            where = server
+        self.house.start(name, command, where, extra)
+        self._named[part] = name
+        port = {"superlink": self.plan.superlink_port, "proxy": self.plan.port}.get(part)
+        if port is not None:
+            self.house.wait(name, lambda: trial.answers(port, server / "ca.crt"), trial.READY)
+        return name
+
+    def ended(self, part: str) -> int | None:
+        """The exit status of a part's latest process."""
+        return self.house.ended(self._named[part])
+
+    def log(self, part: str) -> str:
+        return (self.folder / "logs" / f"{self._named[part]}.log").read_text(errors="replace")
+
+    def pids(self, *words: str, site: str | None = None) -> list[int]:
+        """Of this deployment's processes, those whose command line has all of these words."""
+        found = []
+        mark = f"{MARK}={self.house._mark}".encode()
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if mark not in (entry / "environ").read_bytes().split(b"\0"):
+                    continue
+                line = (entry / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+                place = os.readlink(entry / "cwd")
+            except OSError:
+                continue
+            inside = site is None or Path(place) == self.folder / "sites" / site
+            if inside and line and all(word in line for word in words) and int(entry.name) != os.getpid():
+                found.append(int(entry.name))
+        return found
+
+    def kill(self, *words: str, site: str | None = None) -> None:
+        """`kill -9` for those processes, of which there must be some."""
+        found = self.pids(*words, site=site)
+        assert found, f"no process of {words} in {site}"
+        for pid in found:
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: not set(found) & set(self.pids(*words, site=site)), 10, f"{words} ended")
+
+    def configure(self, **sections: Mapping[str, Any]) -> None:
+        """Other settings for the server alone, such as its deadline."""
+        tree = self.config.model_dump()
+        for section, values in sections.items():
+            tree[section] = {**tree[section], **values}
+        self.server_config = Config.model_validate(tree)
+        (self.folder / "server" / "config.toml").write_text(to_toml(self.server_config))
+
+    def settle(self, config: Config) -> None:
+        """Other settings for everyone; the workers begin anew."""
+        self.config = config
+        for site in SITES:
+            (self.folder / "sites" / site / "config.toml").write_text(to_toml(config))
+        self.configure()
+        self.kill("fedspan.worker")
+
+    # Mishaps
+
+    def order(self, site: str, **order: Any) -> None:
+        """Have something go wrong at that site, once: `do`, `at` a kind of message of a `round` (from 0)."""
+        path = self.mishaps / f"{site}.json"
+        held = json.loads(path.read_text()) if path.exists() else []
+        path.write_text(json.dumps([*held, {"where": "worker", "at": "ask", **order}]))
+
+    def happened(self) -> int:
+        """How many mishaps there have been."""
+        path = self.mishaps / "done.jsonl"
+        return len(path.read_text().splitlines()) if path.exists() else 0
+
+    # Runs
+
+    def begin(self, name: str) -> Run:
+        """Start a run, or go on with one."""
+        process = f"run-{name}-{next(self._count)}"
+        self.house.start(process, ["./run.sh", name], self.folder / "server", self.environment)
+        out = self.folder / "server" / "runs" / name
+        return Run(name, out, self.folder / "logs" / f"{process}.log", time.monotonic(), process)
+
+    def end(self, run: Run, seconds: float = 300) -> float:
+        """Wait until a run is over, its process too; the seconds since its start."""
+        until(lambda: self.house.ended(run.process) is not None, seconds, f"the end of {run.name}: {run.log.read_text()[-2000:]}")
+        until(lambda: not self.pids("flwr-serverapp"), 30, "the ServerApp's end")
+        return time.monotonic() - run.began
+
+    def reference(self, folder: Path, lost: Mapping[str, Sequence[int]], **sections: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """What the federation comes to in this process when those clients' answers are missing in those rounds."""
+        tree = self.server_config.model_dump()
+        for section, values in sections.items():
+            tree[section] = {**tree[section], **values}
+        config = Config.model_validate(tree)
+        sites = make_sites(config, SITES, folder / "sites")
+        port = MemoryPort({name: site.answer for name, site in sites.items()})
+
+        def mishap(node: str, told: dict[str, Any], content: bytes) -> str | None:
+            return "gone" if told["kind"] == "ask" and told["round"] in lost.get(node, ()) else None
+
+        port.mishap = mishap
+        serve(config, folder / "run", lambda event: None, port)
+        return state_of(folder / "run")
+
+
+@contextmanager
+def deployed(folder: Path, config: Config) -> Iterator[Deployed]:
+    """A deployment with SuperLink and proxy up and the sites registered, not yet started."""
+    trial.prepare(folder, SITES, config)
+    mishaps = folder / "mishaps"
+    mishaps.mkdir()
+    with Household(folder / "logs") as house:
+        made = Deployed(house, folder.resolve(), deployment.read(folder), config, mishaps.resolve())
+        made.configure()
+        made.start("superlink")
+        made.start("proxy")
+        house.finish(made.start("register", ["./register.sh"]), trial.READY)
+        yield made
+
+
+def lost(run: Run) -> dict[str, list[int]]:
+    """Client -> the rounds (from 0) in which its answer did not count."""
+    found: dict[str, list[int]] = {}
+    for record in run.records():
+        for client in record["rejected"]:
+            found.setdefault(client, []).append(record["round_num"] - 1)
+    return found

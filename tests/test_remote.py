@@ -241,6 +241,12 @@ def test_a_site_that_lost_its_disk_says_so(bases: dict[str, Path], texts: Path, 
 
 # Bad answers
 
+
+def rescale(modules: dict[str, Any]) -> None:
+    """The first module's scaling doubled."""
+    next(iter(modules.values()))[""][2] *= 2
+
+
 BAD: dict[str, tuple[Callable[[dict[str, Any], list[torch.Tensor]], None], str]] = {
     "NaN": (lambda head, tensors: tensors[0].fill_(float("nan")), "NaN or infinity"),
     "infinity": (lambda head, tensors: tensors[-1].view(-1)[:1].fill_(float("inf")), "NaN or infinity"),
@@ -250,6 +256,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any], list[torch.Tensor]], None], str]]
     "another run": (lambda head, tensors: head.update(run="x"), "answered for run 'x'"),
     "another exchange": (lambda head, tensors: head.update(number=1), "answered for number 1"),
     "another client": (lambda head, tensors: head.update(client_id="client-0"), "answered as 'client-0'"),
+    "a scaling": (lambda head, tensors: rescale(head["update"]["modules"]), "scales its factors by"),
     "many examples": (lambda head, tensors: head["update"].update(num_examples=1e9), "examples: it said"),
     "a place outside": (lambda head, tensors: head["update"]["dense"].update({"x": 10**6}), "damaged update"),
     "no update": (lambda head, tensors: head.pop("update"), "damaged update"),

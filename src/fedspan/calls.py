@@ -60,7 +60,7 @@ def call(folder: Path, content: bytes, timeout: float) -> bytes:
             failed, length = _HEAD.unpack(_exactly(channel, _HEAD.size))
             answer = _exactly(channel, length)
     except TimeoutError:
-        raise CallTimedOut(f"the worker of {folder.name} did not answer within {timeout:g} s") from None
+        raise CallTimedOut(f"the worker of {folder.name} did not answer within {timeout:.3g} s") from None
     except (OSError, EOFError) as error:
         raise CallFailed(f"the worker of {folder.name} cannot be asked ({error})") from None
     if failed:

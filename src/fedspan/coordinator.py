@@ -21,10 +21,10 @@ from torch import Tensor
 from fedspan import agreement, protocol
 from fedspan.checkpoint import write_bytes
 from fedspan.config import Config
-from fedspan.federation import Client, participants
+from fedspan.federation import Client
 from fedspan.methods.base import Method
 from fedspan.methods.folds import Partial
-from fedspan.methods.messages import Broadcast, ClientState, Request, Tensors, Update
+from fedspan.methods.messages import Broadcast, ClientState, Factors, Request, Tensors, Update
 from fedspan.narrow import packed_bytes
 from fedspan.port import Delivery, Port
 from fedspan.privacy.fixed_point import FixedPoint
@@ -35,8 +35,17 @@ _NONE = np.zeros(0, dtype=np.int64)
 _AGAIN = 2.0
 """Seconds after which a node that could not say hello is asked once more."""
 
+_Wanted = tuple[Mapping[str, tuple[int, ...]], Mapping[str, float]]
+"""Shapes and scalings of an answer."""
 Reply = tuple[dict[str, Any], list[Tensor], int]
 """Head, tensors and bytes of an answer."""
+
+
+class _Missing(str):
+    """Why nothing came of a question, which speaks of the line and not of the client."""
+
+
+_ABSENT = _Missing("is not connected")
 
 
 @dataclass(slots=True)
@@ -239,16 +248,17 @@ class Coordinator:
         self.members[client_id] = _Member(node, client, shapes, base)
         self.tell(f"{client_id} is here, rank {rank}")
 
-    def draw(self, clients: Sequence[Client], round_num: int) -> list[Client]:
-        """Who is asked in a round: as in one process, but for those in quarantine, and some more where that is set."""
-        drawn = participants(self.config, list(clients), round_num)
+    def draw(self, drawn: Sequence[Client], clients: Sequence[Client], round_num: int) -> list[Client]:
+        """Who is asked in a round for which `drawn` were drawn: they, but for those in quarantine, and some more where
+        that is set."""
         self._needed = len(drawn)
         away = {name for name, m in self.members.items() if m.absent_until > round_num}
         chosen = [c for c in drawn if c.client_id not in away]
         wanted = len(drawn) + math.ceil(self.config.deployment.oversample * len(drawn))
         rest = [c for c in clients if c not in drawn and c.client_id not in away]
         order = np.random.default_rng([self.config.seed, 4, round_num]).permutation(len(rest))
-        chosen += [rest[i] for i in order[: max(0, wanted - len(chosen))]] if len(away) or wanted > len(drawn) else []
+        if (away or wanted > len(drawn)) and self.config.privacy.dp != "client":  # whose coins nothing replaces
+            chosen += [rest[i] for i in order[: max(0, wanted - len(chosen))]]
         return chosen
 
     # One exchange
@@ -259,11 +269,11 @@ class Coordinator:
         messages = {c.client_id: self._message(question, c, tell(c), checks) for c in self._ready(question, clients)}
         waiting = sorted(c.client_id for c in clients)
         by_id = {c.client_id: c for c in clients}
-        held: dict[str, Answer] = {c: _problem(by_id[c], "is not connected") for c in waiting if c not in messages}
+        held: dict[str, Answer] = {c: _problem(by_id[c], _ABSENT) for c in waiting if c not in messages}
         ordered = self.config.deployment.order == "sorted"
         for client_id, reply in self._trip(question, messages, self._enough(question)):
             client = by_id[client_id]
-            answer = _problem(client, reply) if isinstance(reply, str) else checks.answer(client, *reply)
+            answer = checks.answer(client, *reply) if isinstance(reply, tuple) else _problem(client, reply)
             if not ordered:
                 waiting.remove(client_id)
                 yield answer
@@ -299,7 +309,7 @@ class Coordinator:
         total = np.zeros(layout.num_words, dtype=np.uint64)
         answers: list[Answer] = []
         for client_id, reply in self._trip(question, messages, self._enough(question)):
-            told = reply if isinstance(reply, str) else checks.words(client_id, layout.num_words, *reply)
+            told = checks.words(client_id, layout.num_words, *reply) if isinstance(reply, tuple) else reply
             if isinstance(told, str):
                 problems[client_id] = told
                 continue
@@ -316,7 +326,7 @@ class Coordinator:
         if setup is not None:
             total = self._unmasked(question, setup, adding)
         for client_id in sorted(by_id.keys() - {a.client.client_id for a in answers}):
-            answers.append(_problem(by_id[client_id], problems.get(client_id, "is not connected")))
+            answers.append(_problem(by_id[client_id], problems.get(client_id, _ABSENT)))
         answers.sort(key=lambda a: a.client.client_id)
         count = sum(a.problem is None for a in answers)
         if not count:
@@ -511,12 +521,13 @@ class Coordinator:
             late = got >= enough
             if not late:
                 self._note(client_id, question, missed=True)
-            yield client_id, "was not waited for" if late else f"did not answer within {d.deadline:g} s"
+            reason = "was not waited for" if late else f"did not answer within {d.deadline:g} s"
+            yield client_id, _Missing(reason)
 
     def _read(self, client_id: str, question: Question, delivery: Delivery) -> Reply | str:
         """An answer that belongs to what was asked, or what is wrong with it."""
         if delivery.content is None:
-            return delivery.error or "gave no answer"
+            return _Missing(delivery.error or "gave no answer")
         self._costs.wire_up += len(delivery.content)
         try:
             told, tensors = protocol.decode(delivery.content)
@@ -546,8 +557,8 @@ class _Checks:
     coordinator: Coordinator
     question: Question
     _derived: dict[int, Broadcast] = field(default_factory=dict)
-    _wanted: dict[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
-    _by_broadcast: dict[int, tuple[Broadcast, Mapping[str, tuple[int, ...]]]] = field(default_factory=dict)
+    _wanted: dict[str, _Wanted] = field(default_factory=dict)
+    _by_broadcast: dict[int, tuple[Broadcast, _Wanted]] = field(default_factory=dict)
 
     def derived(self, rank: int) -> Broadcast:
         """What a site of that rank works out by itself."""
@@ -571,21 +582,30 @@ class _Checks:
             if q.exchange.ask != "again":
                 raw[client.rank] = unlearnt(q.template, started)
             told = method.encode(raw[client.rank], started, None)[0]
-            self._by_broadcast[key] = (sent, protocol.shapes(told))
+            self._by_broadcast[key] = (sent, (protocol.shapes(told), _scalings(told)))
         self._wanted[client.client_id] = self._by_broadcast[key][1]
 
     def answer(self, client: Client, told: Mapping[str, Any], tensors: Sequence[Tensor], size: int) -> Answer:
         """One client's update, or what is wrong with it."""
         try:
             update = protocol.get_update(told["update"], tensors, client.client_id)
-            loss, seconds, held = float(told["train_loss"]), float(told["seconds"]), int(told["optimizer_bytes"])
+            loss = math.nan if told["train_loss"] is None else float(told["train_loss"])
+            seconds, held = float(told["seconds"]), int(told["optimizer_bytes"])
         except (ValueError, KeyError, TypeError, IndexError) as error:
             return _problem(client, f"sent a damaged update ({type(error).__name__}: {error})")
         problem = self._problem(client, update)
         if problem is not None:
             return _problem(client, problem)
         kind = self.coordinator.config.wire.up
-        return Answer(client, update, None, update.num_examples, loss, seconds, packed_bytes(update, kind), held)
+        return Answer(
+            client,
+            update,
+            weight=update.num_examples,
+            train_loss=loss,
+            seconds=seconds,
+            bytes_up=packed_bytes(update, kind),
+            optimizer_bytes=held,
+        )
 
     def words(
         self, client_id: str, num_words: int, told: Mapping[str, Any], tensors: Sequence[Tensor], size: int
@@ -598,11 +618,14 @@ class _Checks:
         if vector.dtype != torch.int64 or tuple(vector.shape) != (num_words,):
             return f"sent a vector of {vector.dtype} in shape {tuple(vector.shape)}: expected {num_words} words"
         client = self.coordinator.members[client_id].client
-        answer = Answer(client, None, None, 1.0, 0.0, seconds, 8 * num_words, held)
+        answer = Answer(client, None, seconds=seconds, bytes_up=8 * num_words, optimizer_bytes=held)
         return vector.contiguous().numpy().view(np.uint64), answer
 
     def _problem(self, client: Client, update: Update) -> str | None:
-        wanted = self._wanted[client.client_id]
+        wanted, scalings = self._wanted[client.client_id]
+        for name, scaling in _scalings(update).items():
+            if scaling != scalings.get(name):
+                return f"scales its factors of {name} by {scaling:g}: expected {scalings.get(name, 1.0):g}"
         got = protocol.shapes(update)
         moments = {name: shape for name, shape in got.items() if name.startswith("moments/")}
         got = {name: shape for name, shape in got.items() if name not in moments}
@@ -626,6 +649,11 @@ class _Checks:
         return None
 
 
+def _scalings(update: Update) -> dict[str, float]:
+    """Every module's scaling, where it is one of factors."""
+    return {name: p.scaling for name, p in update.modules.items() if isinstance(p, Factors)}
+
+
 def _tensors(payload: Any) -> list[Tensor]:
     if isinstance(payload, Mapping):
         return list(payload.values())
@@ -639,4 +667,4 @@ def _busy(told: Mapping[str, Any]) -> float:
 
 
 def _problem(client: Client, reason: str) -> Answer:
-    return Answer(client, None, reason, 0.0)
+    return Answer(client, None, reason, isinstance(reason, _Missing), 0.0)

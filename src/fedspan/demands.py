@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib import import_module
 
 import numpy as np
 
@@ -79,10 +80,28 @@ def _check_vector(method: Method) -> None:
 
 
 def _check_sums(method: Method, config: Config) -> None:
-    if config.federation.sums_only and not method.secure_sum:
+    f, p = config.federation, config.privacy
+    asked = {
+        "federation.sums_only": f.sums_only,
+        "privacy.secure_sums": p.secure_sums,
+        "privacy.fixed_point": p.fixed_point,
+    }
+    for key in (key for key, given in asked.items() if given):
+        if not method.secure_sum:
+            raise ValueError(
+                f"{key} = true, but the server of {method.info.name} needs every client's own update; "
+                f"methods that need sums alone: {_able(lambda m: m.secure_sum)}"
+            )
+    if not p.secure_sums or method.info.pooled or method.info.alone:
+        return
+    import_module("fedspan.privacy.primitives")  # which says what to install where that is missing
+    drawn = len(partition.participants(f.num_clients, f.participation, f.min_clients, config.seed, 0))
+    if drawn < 2:
+        raise ValueError("privacy.secure_sums = true: one client takes part in a round, whose sum hides nothing")
+    if p.dp == "client" and f.participation < 1:
         raise ValueError(
-            f"federation.sums_only = true, but the server of {method.info.name} needs every client's own update; "
-            f"methods that need sums alone: {_able(lambda m: m.secure_sum)}"
+            "privacy.secure_sums = true: the coins of privacy.dp = 'client' may draw one client alone, whose sum hides "
+            "nothing; expected federation.participation = 1"
         )
 
 

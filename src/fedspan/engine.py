@@ -14,10 +14,11 @@ import torch
 
 from fedspan import checkpoint, cohort, parallel
 from fedspan.checkpoint import Checkpoint, write_bytes
-from fedspan.config import Config
+from fedspan.config import Config, LocalConfig
 from fedspan.coordinator import Coordinator
 from fedspan.data import Encoded
 from fedspan.data import load as load_data
+from fedspan.demands import client_account
 from fedspan.diagnostics import measure
 from fedspan.federation import Client, make_clients, participants, pooled
 from fedspan.methods.base import Method
@@ -28,6 +29,7 @@ from fedspan.narrow import Narrow
 from fedspan.port import Port
 from fedspan.preparing import base_model, device_of, encoded
 from fedspan.privacy.fixed_point import FixedPoint
+from fedspan.privacy.spending import Examples, secret_of
 from fedspan.privacy.summing import Sum
 from fedspan.robust import screen
 from fedspan.rounds import Standing, conduct
@@ -69,6 +71,10 @@ class Job:
     """Of a federation whose clients are elsewhere."""
     total: Sum | None = None
     """How sums are taken, where nothing but sums may be known."""
+    secret: Callable[[], int] | None = None
+    """The server's, which noise and coins are drawn from."""
+    examples: Examples | None = None
+    """What simulated clients have spent of their examples' privacy."""
 
     @classmethod
     def prepare(cls, config: Config, method: Method, out: Path, on_event: OnEvent, port: Port | None = None) -> Job:
@@ -92,7 +98,9 @@ class Job:
         else:
             coordinator = Coordinator(port, config, method, out, lambda line: on_event(Event("site", {"line": line})))
             clients = coordinator.gather()
-        drawn = len(participants(config, clients, 0))
+        drawn = round(config.federation.participation * len(clients)) or 1
+        if config.privacy.dp != "client":
+            drawn = len(participants(config, clients, 0))
         if config.federation.min_success > drawn and not method.info.pooled:
             raise ValueError(
                 f"federation.min_success = {config.federation.min_success}: {drawn} clients take part in a round"
@@ -128,6 +136,8 @@ class Job:
             num_workers=num_workers,
             coordinator=coordinator,
             total=_total(config),
+            secret=secret_of(out),
+            examples=Examples(config, out) if config.privacy.dp == "example" and port is None else None,
         )
 
     def emit(self, kind: str, **data: Any) -> None:
@@ -235,7 +245,7 @@ class Federation:
         if self.engine in ("sequential", "sites"):
             return self.engine, self.reason
         config, data = self.job.config, self.job.data["train"]
-        drawn = pooled(self.clients) if self.method.info.pooled else participants(config, self.clients, 0)
+        drawn = pooled(self.clients) if self.method.info.pooled else self._drawn(0)
         sent = {rank: self.method.broadcast(self.start.state, Request(rank)) for rank in {c.rank for c in drawn}}
         work = [
             Assignment(c.client_id, sent[c.rank], c.indices, num_steps(config.local, len(c.indices)), 1.0)
@@ -256,6 +266,10 @@ class Federation:
         self.job.emit("phase", phase=self.phase, total=rounds, done=done)
         self._write_history()
         for round_num in range(done, rounds):
+            spent = self._overspent(round_num)
+            if spent is not None:
+                self.job.emit("budget", line=spent)
+                break
             self._one_round(round_num, last=round_num + 1 == rounds)
 
     def _one_round(self, round_num: int, last: bool) -> None:
@@ -286,7 +300,7 @@ class Federation:
                 Standing(saved.state, saved.client_states, saved.seen, saved.counted),
                 cohort,
                 job.coordinator or self._here(cohort),
-                min_success=1 if self.method.info.pooled else config.federation.min_success,
+                min_success=self._fewest(),
                 sums=job.total is not None and not controlled,
                 screen=screen(config, self.method),
                 on_answer=on_answer,
@@ -299,6 +313,7 @@ class Federation:
             seen=standing.seen,
             counted=standing.counted,
         )
+        record |= self._spent(round_num + 1)
         every = config.evaluation.every
         due = self.phase == "federation" and (last or (round_num + 1) % every == 0)
         if due and self.method.info.personalised:
@@ -315,21 +330,70 @@ class Federation:
         """Who takes part in a round."""
         if self.method.info.pooled:
             return pooled(self.clients)
+        drawn = self._drawn(round_num)
         if self.job.coordinator is not None:
-            return self.job.coordinator.draw(self.clients, round_num)
-        return participants(self.job.config, self.clients, round_num)
+            return self.job.coordinator.draw(drawn, self.clients, round_num)
+        if self.job.examples is None or self.phase != "federation":
+            return drawn
+        local = self.job.config.local
+        able = [c for c in drawn if self.job.examples.allows(c.client_id, *_amount(c, local))]
+        if len(able) < len(drawn):
+            self.job.emit("budget", line=f"{len(drawn) - len(able)} clients have spent their privacy budget")
+        return able
+
+    def _drawn(self, round_num: int) -> list[Client]:
+        return participants(self.job.config, self.clients, round_num, self.job.secret)
+
+    def _fewest(self) -> int:
+        """Valid answers that a round needs."""
+        config = self.job.config
+        if self.method.info.pooled:
+            return 1
+        # How many came must not decide anything where it is nobody's business who is in a round.
+        return 0 if config.privacy.dp == "client" and self.phase == "federation" else config.federation.min_success
+
+    def _overspent(self, round_num: int) -> str | None:
+        """Why a round may not begin, where the clients' privacy does not allow it."""
+        privacy = self.job.config.privacy
+        if self.phase != "federation" or privacy.epsilon is None:
+            return None
+        if privacy.dp == "client":
+            account = client_account(self.method, self.job.config)
+            if account.allows(round_num):
+                return None
+            return f"the privacy budget of {privacy.epsilon:g} is spent after {round_num} rounds"
+        if self.job.examples is None or self._cohort(round_num):
+            return None
+        return f"all clients of round {round_num + 1} have spent their privacy budget of {privacy.epsilon:g}"
+
+    def _spent(self, rounds: int) -> dict[str, float]:
+        """What the run has cost of its clients' privacy by now, for a round's record."""
+        if self.phase != "federation" or self.job.config.privacy.dp == "none":
+            return {}
+        if self.job.examples is not None:
+            return {"epsilon": self.job.examples.spent()}
+        if self.job.config.privacy.dp == "example":
+            return {}  # the sites keep their own ledgers
+        return {"epsilon": client_account(self.method, self.job.config).spent(rounds)}
 
     def _here(self, cohort: Sequence[Client]) -> Here:
         """The clients of this process."""
         job, config = self.job, self.job.config
         steps = {c.client_id: num_steps(config.local, len(c.indices)) for c in cohort}
         if self.method.info.pooled:
-            drawn = participants(config, self.clients, self.saved.state.round_num)
+            drawn = self._drawn(self.saved.state.round_num)
             steps = {cohort[0].client_id: sum(num_steps(config.local, len(c.indices)) for c in drawn)}
 
         def work(window: Sequence[tuple[Client, Broadcast]], number: int) -> Iterable[tuple[LocalResult, float]]:
             assignments = [
-                Assignment(c.client_id, sent, c.indices, steps[c.client_id], c.weight(config.federation.weighting))
+                Assignment(
+                    c.client_id,
+                    sent,
+                    c.indices,
+                    steps[c.client_id],
+                    c.weight(config.federation.weighting),
+                    self._charged(c, steps[c.client_id]),
+                )
                 for c, sent in window
             ]
             return job.crew.train(assignments, number, self.engine)
@@ -342,6 +406,15 @@ class Federation:
             narrow=Narrow("float32" if job.total else config.wire.up, config.wire.down),
             total=job.total,
         )
+
+    def _charged(self, client: Client, steps: int) -> int | None:
+        """The secret of a client that trains by DP-SGD, whose ledger counts the work first; the controls release
+        nothing that anybody sees."""
+        if self.job.examples is None:
+            return None
+        if self.phase != "federation":
+            return 0
+        return self.job.examples.charge(client.client_id, len(client.indices), steps)
 
     def personal_metrics(self, own_data: bool = False) -> dict[str, float]:
         """The mean over the clients of what each one's own model scores on everybody's test data.
@@ -369,6 +442,11 @@ class Federation:
         if self.phase == "federation":
             lines = [to_json(record) + "\n" for record in self.saved.history]
             write_bytes(self.job.out / "metrics.jsonl", "".join(lines).encode())
+
+
+def _amount(client: Client, local: LocalConfig) -> tuple[int, int]:
+    """Examples, and steps of a round."""
+    return len(client.indices), num_steps(local, len(client.indices))
 
 
 def _total(config: Config) -> Sum | None:

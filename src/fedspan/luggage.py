@@ -67,6 +67,7 @@ class Luggage:
             "rows": parcel.put(torch.as_tensor(a.rows)),
             "steps": a.steps,
             "weight": a.weight,
+            "secret": a.secret,
         }
 
 
@@ -94,7 +95,7 @@ class Shelf:
     def assignment(self, told: Mapping[str, Any], tensors: Sequence[Tensor]) -> Assignment:
         """The assignment."""
         sent, rows = self.broadcast(told["broadcast"], tensors), tensors[told["rows"]].numpy()
-        return Assignment(told["client_id"], sent, rows, told["steps"], told["weight"])
+        return Assignment(told["client_id"], sent, rows, told["steps"], told["weight"], told["secret"])
 
 
 def put_result(parcel: wire.Parcel, result: LocalResult) -> dict[str, Any]:

@@ -125,6 +125,8 @@ class Lines:
             self._print(_LABELS.get(data["phase"], data["phase"]) + going_on)
         elif event.kind == "round":
             self._round(data["record"])
+        elif event.kind in ("site", "budget"):
+            self._print(data["line"])
 
     def _round(self, record: Mapping[str, Any]) -> None:
         self._at.done = record["round_num"]
@@ -181,6 +183,8 @@ class Live:
             self._client(data)
         elif event.kind == "round":
             self._round(data["record"])
+        elif event.kind in ("site", "budget"):
+            self.progress.console.print(escape(data["line"]), highlight=False)
         elif event.kind == "end":
             self._finish()
 

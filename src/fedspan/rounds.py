@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -114,7 +115,7 @@ def conduct(
     Raises
     ------
     RoundFailed
-        When fewer than `min_success` updates were valid.
+        When fewer than `min_success` updates were valid. With 0, which few methods can take, a round may be empty.
     """
     run = _Round(method, sites, sums, screen, on_answer, observe is not None, standing)
     active = sorted(cohort, key=lambda c: c.client_id)
@@ -122,7 +123,7 @@ def conduct(
     for place, (number, following) in enumerate(zip(due, (*due[1:], None), strict=True)):
         again = following is not None and method.exchanges[following].ask == "again"
         active = run.exchange(number, active, (place, len(due)), again)
-        if len(active) < max(1, min_success):
+        if len(active) < min_success:
             raise RoundFailed(_too_few(run.round_num, len(active), min_success, run.tally.rejected))
         run.finish()
     weights = {c.client_id: run.weights[c.client_id] for c in active}
@@ -130,7 +131,7 @@ def conduct(
         "round_num": run.round_num + 1,
         "method": method.info.name,
         "num_clients": len(active),
-        "train_loss": sum(run.losses[c] * w for c, w in weights.items()) / sum(weights.values()),
+        "train_loss": sum(run.losses[c] * w for c, w in weights.items()) / (sum(weights.values()) or math.nan),
         "eval": None,
         **run.tally.record(),
         **sites.costs(),
@@ -239,6 +240,7 @@ class _Round:
         tally.bytes_up += answer.bytes_up
         if answer.problem is not None:
             tally.rejected[key] = answer.problem
+            tally.bad += not answer.absent
             return False
         tally.optimizer_bytes = max(tally.optimizer_bytes, answer.optimizer_bytes)
         if question.exchange.ask == "train":
@@ -262,8 +264,9 @@ class _Round:
             return []
         with self.tally.server():
             sent = [told.made_for(answer.client) for answer in answers]
-            found = screen(updates, sent, ask=question.exchange.ask, bad=len(self.tally.rejected))
+            found = screen(updates, sent, ask=question.exchange.ask, bad=self.tally.bad)
         self.tally.rejected |= found.rejected
+        self.tally.bad += len(found.rejected)
         self.tally.diagnostics |= found.diagnostics
         for update in found.updates:
             self._fold(question, update)
@@ -306,6 +309,8 @@ class _Tally:
     peak_server_bytes: int = 0
     optimizer_bytes: int = 0
     """The largest that a client's local optimizer held."""
+    bad: int = 0
+    """Clients that answered, and wrongly."""
     rejected: dict[str, str] = field(default_factory=dict)
     diagnostics: dict[str, Any] = field(default_factory=dict)
 

@@ -24,6 +24,7 @@ from fedspan.methods.messages import Broadcast, Factors, Request
 from fedspan.methods.readout import received
 from fedspan.metrics import METRICS
 from fedspan.port import Port
+from fedspan.privacy.spending import secret_of
 
 __all__ = ["Event", "OnEvent", "Result", "resume", "run"]
 
@@ -60,8 +61,8 @@ def run(config: Config, out: Path | None = None, on_event: OnEvent = _silent, po
     ValueError
         For anything wrong with the configuration, the data or the model, before any training starts.
     """
-    method = demands.chosen(config)
     folder = new_folder(config, out)
+    method = demands.chosen(config, secret_of(folder))
     config = _with_absolute_paths(config)
     job = Job.prepare(config, method, folder, on_event, port)
     main = job.federation("federation", method, job.clients)  # what does not fit is refused while there is no folder
@@ -110,7 +111,7 @@ def resume(out: Path, on_event: OnEvent = _silent, workers: int | None = None, p
 
 
 def _prepared(config: Config, out: Path, on_event: OnEvent, port: Port | None) -> tuple[Job, Federation]:
-    job = Job.prepare(config, demands.chosen(config), out, on_event, port)
+    job = Job.prepare(config, demands.chosen(config, secret_of(out)), out, on_event, port)
     return job, job.federation("federation", job.method, job.clients)
 
 

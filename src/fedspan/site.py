@@ -8,6 +8,7 @@ between rounds never leaves it.
 from __future__ import annotations
 
 import json
+import math
 import time
 import tomllib
 import zlib
@@ -37,6 +38,7 @@ from fedspan.methods.patches import Patch, patch_sum
 from fedspan.narrow import Narrow
 from fedspan.preparing import base_model, device_of, encoded
 from fedspan.privacy.fixed_point import FixedPoint
+from fedspan.privacy.spending import Examples
 from fedspan.privacy.summing import Layout
 from fedspan.sites import Question, begin, respond, unlearnt
 from fedspan.train import Assignment, LocalResult, num_steps
@@ -170,6 +172,7 @@ class Site:
         self._derived: Broadcast | None = None
         self.terms = agreement.terms(given.config)
         self._memory = _Memory(folder / "state")
+        self._examples = Examples(given.config, folder) if given.config.privacy.dp == "example" else None
         self._learnt: LocalResult | None = None
         self._state: ClientState | None = None
         self._told: tuple[str, int] = ("", 0)
@@ -285,7 +288,8 @@ class Site:
             words = self._words(message["sum"], said.update, self._learnt.train_loss, tensors)
             told["words"] = parcel.put(torch.from_numpy(words.view(np.int64)))
         else:
-            told["train_loss"] = self._learnt.train_loss
+            loss = self._learnt.train_loss
+            told["train_loss"] = loss if math.isfinite(loss) else None
             told["update"] = protocol.put_update(parcel, said.update, self.config.wire.up)
         if not question.keep:
             self._learnt = None
@@ -323,7 +327,10 @@ class Site:
         self.loaded.kit.model.check_fits(started)
         steps = num_steps(config.local, client.num_examples)
         weight = client.weight(config.federation.weighting)
-        assignment = Assignment(client.client_id, started, client.indices, steps, weight)
+        secret = None
+        if self._examples is not None:
+            secret = self._examples.charge(client.client_id, client.num_examples, steps)
+        assignment = Assignment(client.client_id, started, client.indices, steps, weight, secret)
         engine = "cohort" if config.engine.name == "cohort" else "sequential"
         ((result, _),) = self.alone.train([assignment], round_num, engine)
         return result

@@ -58,6 +58,8 @@ class Answer:
     update: Update | None
     """What left the site, with the weight that counts; none where there was a problem, or a sum alone is known."""
     problem: str | None = None
+    absent: bool = False
+    """The problem is that nothing came, which speaks of the line and not of the client."""
     weight: float = 1.0
     """What it counts for; 1 where a sum hides it."""
     train_loss: float = 0.0
@@ -174,7 +176,14 @@ class Here:
             for (client, sent), (result, seconds) in zip(window, results, strict=True):
                 weight = client.weight(self.weighting)
                 yield Answer(
-                    client, None, None, weight, result.train_loss, seconds, 0, result.optimizer_bytes, result, sent
+                    client,
+                    None,
+                    weight=weight,
+                    train_loss=result.train_loss,
+                    seconds=seconds,
+                    optimizer_bytes=result.optimizer_bytes,
+                    result=result,
+                    started=sent,
                 )
 
     def _again(self, clients: Sequence[Client], tell: Tell, held: Mapping[str, Answer]) -> Iterator[Answer]:

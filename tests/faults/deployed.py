@@ -184,11 +184,17 @@ class Deployed:
 
     def end(self, run: Run, seconds: float = 300) -> float:
         """Wait until a run is over, its process too; the seconds since its start."""
-        until(lambda: self.house.ended(run.process) is not None, seconds, f"the end of {run.name}: {run.log.read_text()[-2000:]}")
+        until(
+            lambda: self.house.ended(run.process) is not None,
+            seconds,
+            f"the end of {run.name}: {run.log.read_text()[-2000:]}",
+        )
         until(lambda: not self.pids("flwr-serverapp"), 30, "the ServerApp's end")
         return time.monotonic() - run.began
 
-    def reference(self, folder: Path, lost: Mapping[str, Sequence[int]], **sections: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    def reference(
+        self, folder: Path, lost: Mapping[str, Sequence[int]], **sections: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
         """What the federation comes to in this process when those clients' answers are missing in those rounds."""
         tree = self.server_config.model_dump()
         for section, values in sections.items():

@@ -54,14 +54,14 @@ def started_pids(logs: Path) -> list[int]:
 
 def test_nothing_survives_a_parent_that_is_killed(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PARENT, str(tmp_path), "stay", "trap '' TERM;"]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         assert parent.stdout is not None
         mark = parent.stdout.readline().strip()
         pids = started_pids(tmp_path)
         assert all(is_alive(pid) for pid in pids)
         assert len(marked(mark)) >= 3  # the two that carry the mark, and the first one's child
-        parent.send_signal(signal.SIGKILL)
+        os.killpg(parent.pid, signal.SIGKILL)  # with whatever is in its group
         parent.wait(10)
         assert gone_within(pids, 15)
         assert marked(mark) == []

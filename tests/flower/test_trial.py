@@ -80,7 +80,8 @@ def test_nothing_is_left_when_the_command_is_ended(
                 break
         assert len(processes_in(tmp_path / "fed")) >= alive
         command.send_signal(number)
-        command.wait(30)
+        rest = command.communicate(timeout=60)[0]
+        assert ("taking everything down" in rest) == (number != signal.SIGKILL)
         assert none_within(tmp_path / "fed", 20)
     finally:
         command.kill()

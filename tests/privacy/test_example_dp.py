@@ -20,6 +20,7 @@ from fedspan import cohort
 from fedspan.config import Config, DataConfig, LocalConfig, PrivacyConfig
 from fedspan.data import Encoded, Rows, encode
 from fedspan.methods import METHODS
+from fedspan.methods.folds import SUM, Exchange
 from fedspan.methods.messages import Broadcast, Recipe
 from fedspan.models import FederatedModel
 from fedspan.models.losses import client_losses
@@ -307,6 +308,8 @@ def test_which_methods_can() -> None:
     able = {name for name, factory in METHODS.items() if refusal(factory()) is None}
     assert {"glora", "fedit", "ffa_lora", "hetlora", "flora", "fedsa_lora", "rolora", "glora_sums"} <= able
     assert not {"fedavg", "fedftg", "fed_sb", "shared_galore", "scaffold", "fedprox"} & able
+    asking = replace(METHODS["ffa_lora"](), exchanges=(Exchange(SUM, "gradient"), Exchange(SUM)))
+    assert refusal(asking) == "its clients answer with a gradient that no noise was added to"
 
 
 def test_the_cohort_leaves_it_to_one_client_at_a_time(bases: dict[str, Path], data: dict[str, Encoded]) -> None:

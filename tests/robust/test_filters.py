@@ -105,6 +105,20 @@ def test_distances_do_not_depend_on_the_gauge(name: str) -> None:
     assert float(other.crossings()[3, 0]) > 1e5 * float(plain.crossings()[3, 0])
 
 
+def test_crossings_are_what_averaging_factors_loses() -> None:
+    """T − B̄Ā = ½ Σ p_i p_j (s_i B_i − s_j B_j)(A_i − A_j), and those terms are what is measured."""
+    stage = attacks.stage(METHODS["fedit"](), 5)
+    pairs = [[u.factors(name).delta() for u in stage.updates] for name in attacks.SHAPES]
+    squares, lost = torch.zeros(5, 5, dtype=torch.float64), []
+    for held in pairs:
+        b, a = torch.stack([x.b.double() for x in held]), torch.stack([x.a.double() for x in held])
+        terms = (b[:, None] - b) @ (a[:, None] - a)
+        squares += terms.square().sum(dim=(-2, -1))
+        lost.append((b @ a).mean(dim=0) - b.mean(dim=0) @ a.mean(dim=0))
+        torch.testing.assert_close(terms.mean(dim=(0, 1)) / 2, lost[-1], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(cohort(stage).crossings(), squares.sqrt(), rtol=1e-9, atol=1e-9)
+
+
 def test_changes_are_compared_where_clients_were_sent_different_things() -> None:
     """A client of rank 2 lacks what its readout left out; that is no difference in what it learnt."""
     stage = attacks.stage(METHODS["flexlora"](), 6, ranks=(2, 8), rounds=2)

@@ -88,6 +88,7 @@ class Executor:
             reply = self._app(message, context)
         except BaseException as error:
             if not isinstance(error, Exception):  # told to end in the middle: the server need not wait for nothing
+                self._runtime.hurry()
                 with suppress(Exception):
                     self._runtime.push(refusal(message, "the site is being shut down"), context)
                 raise

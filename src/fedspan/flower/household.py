@@ -64,7 +64,7 @@ class Household:
         for _, alike in itertools.groupby(reversed(self._processes.values()), lambda process: process.args):
             processes = list(alike)
             _end([process.pid for process in processes], functools.partial(_any_group_lives, processes))
-        _end(marked(self._mark), lambda: bool(marked(self._mark)), groups=False)
+        # What these have left behind in sessions of its own, the watcher ends.
         assert self._watcher.stdin is not None
         self._watcher.stdin.close()
         self._watcher.wait()

@@ -16,8 +16,11 @@ from typing import Any
 from fedspan.flower.pace import Pace, quicken
 from fedspan.flower.quiet import hush
 
-POLL = 0.2
+POLL = 1.0
 """Seconds between two looks for messages at most."""
+_SOON = 0.15
+"""Seconds between two looks after a message: each is a request to the SuperLink, which has one process for all sites
+and takes some milliseconds for it."""
 
 
 class Naps:
@@ -30,17 +33,17 @@ class Naps:
     """
 
     def __init__(self, most: float) -> None:
-        self._most, self._answer, self._awaited = most, Pace(most), False
+        self._message, self._answer, self._answering = Pace(most, min(most, _SOON)), Pace(most), False
 
     def sleep(self, seconds: float) -> None:
         """Sleep for `seconds`, or less."""
-        # The loop asks for 3 s while there is no message: looking for one is a request to the SuperLink, which has
-        # one process for all sites. It asks for 0.5 s while there is no answer: that look costs nothing.
-        awaited = seconds < 1
-        if awaited and not self._awaited:
-            self._answer.restart()
-        self._awaited = awaited
-        time.sleep(min(seconds, self._answer.seconds() if awaited else self._most))
+        # The loop asks for 3 s while there is no message, and for 0.5 s while there is no answer to one.
+        answering = seconds < 1
+        pace = self._answer if answering else self._message
+        if answering != self._answering:
+            pace.restart()
+        self._answering = answering
+        time.sleep(min(seconds, pace.seconds()))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(time, name)

@@ -73,18 +73,19 @@ class Runtime:
         if secret is not None:
             interceptors.append(SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={_ACQUIRE}))
         # Not Flower's own invoker: that one retries for ever, and ends the process when a task has expired.
+        self._retries = RetryInvoker(
+            lambda: exponential(base_delay=0.1, max_delay=2),
+            httpx.HTTPError,
+            max_tries=None,
+            max_time=PATIENCE,
+            should_giveup=_is_final,
+        )
         self._client = RuntimeHttpClient.from_server_address(
             address,
             root_certificates is None,
             None if root_certificates is None else Path(root_certificates).read_bytes(),
             interceptors,
-            retry_invoker=RetryInvoker(
-                lambda: exponential(base_delay=0.1, max_delay=2),
-                httpx.HTTPError,
-                max_tries=None,
-                max_time=PATIENCE,
-                should_giveup=_is_final,
-            ),
+            retry_invoker=self._retries,
         )
         self._beaten = threading.Lock()
 
@@ -145,6 +146,10 @@ class Runtime:
                 self._client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
             except (httpx.HTTPError, OSError):
                 return  # the next beat, or the answer itself, will tell
+
+    def hurry(self) -> None:
+        """From now on wait for nobody: this process is about to end, and what ends it may have ended the SuperNode."""
+        self._retries.max_tries = 1
 
     def close(self) -> None:
         """Close the connection."""

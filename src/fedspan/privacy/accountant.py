@@ -42,7 +42,7 @@ class Event:
 def require() -> None:
     """Raise a ValueError where the accountant is not installed."""
     try:
-        import dp_accounting  # type: ignore[import-untyped]  # noqa: F401
+        import dp_accounting  # noqa: F401
     except ImportError:
         raise ValueError("privacy.dp needs the accountant: pip install 'fedspan[dp]'") from None
 
@@ -50,8 +50,8 @@ def require() -> None:
 def epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
     """ε of `steps` sums with noise N(0, (zC)²), each over a Poisson sample of rate q, at that δ.
 
-    Neighbours differ by one client (or example) that is there or not. The value is an upper bound, by at most 2 % (the
-    grid of the privacy loss, rounded upwards); infinite for z = 0.
+    Neighbours differ by one client (or example) that is there or not. The value is an upper bound, by at most 2 % or
+    0.02 (the grid of the privacy loss, rounded upwards); infinite for z = 0.
 
     Source: Meiser and Mohammadi 2018 (2017/1034, eprint) and Koskela et al. 2020 (1906.03049) for privacy loss
     distributions, Doroshenko et al. 2022 (2207.04380) for the discretisation; the sampled Gaussian mechanism is that of

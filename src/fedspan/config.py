@@ -312,6 +312,23 @@ def load(path: Path | None = None, overrides: Iterable[str] = ()) -> Config:
     return from_mapping(tree)
 
 
+def with_absolute_paths(config: Config) -> Config:
+    """Files and folders by their whole path, so that the settings mean the same from anywhere."""
+
+    def absolute(name: str) -> str:
+        path = Path(name).expanduser()
+        return str(path.resolve()) if path.exists() else name
+
+    data, model = config.data, config.model
+    paths = {part: tuple(map(absolute, getattr(data, part))) for part in ("train", "test", "unseen")}
+    return config.model_copy(
+        update={
+            "data": data.model_copy(update=paths if data.task == "files" else {}),
+            "model": model.model_copy(update={"name": absolute(model.name)}),
+        }
+    )
+
+
 def from_mapping(tree: Mapping[str, Any]) -> Config:
     """Validate a nested mapping, with this library's defaults for the task where the mapping is silent."""
     tree = _with_task_defaults(tree)

@@ -16,7 +16,7 @@ import torch
 
 from fedspan import demands, lowrank, methods
 from fedspan.checkpoint import write_bytes
-from fedspan.config import Config, to_toml
+from fedspan.config import Config, to_toml, with_absolute_paths
 from fedspan.config import load as load_config
 from fedspan.engine import Event, Federation, Job, OnEvent, mean_figures, to_json
 from fedspan.lowrank import LowRank
@@ -63,7 +63,7 @@ def run(config: Config, out: Path | None = None, on_event: OnEvent = _silent, po
     """
     folder = new_folder(config, out)
     method = demands.chosen(config, secret_of(folder))
-    config = _with_absolute_paths(config)
+    config = with_absolute_paths(config)
     job = Job.prepare(config, method, folder, on_event, port)
     main = job.federation("federation", method, job.clients)  # what does not fit is refused while there is no folder
     write_bytes(folder / "config.toml", to_toml(config).encode())
@@ -120,23 +120,6 @@ def serve(config: Config, out: Path, on_event: OnEvent, port: Port) -> Result:
     if (out / "config.toml").exists():
         return resume(out, on_event, port=port)
     return run(config, out, on_event, port)
-
-
-def _with_absolute_paths(config: Config) -> Config:
-    """Files and folders by their whole path, so that a run can be resumed from anywhere."""
-
-    def absolute(name: str) -> str:
-        path = Path(name).expanduser()
-        return str(path.resolve()) if path.exists() else name
-
-    data, model = config.data, config.model
-    paths = {part: tuple(map(absolute, getattr(data, part))) for part in ("train", "test", "unseen")}
-    return config.model_copy(
-        update={
-            "data": data.model_copy(update=paths if data.task == "files" else {}),
-            "model": model.model_copy(update={"name": absolute(model.name)}),
-        }
-    )
 
 
 def _execute(job: Job, main: Federation) -> Result:

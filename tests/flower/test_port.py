@@ -56,6 +56,15 @@ def test_what_is_answered_is_what_was_sent(size: int) -> None:
         assert port.poll() == []
 
 
+def test_what_is_large_travels_in_pieces_and_what_is_small_in_one() -> None:
+    """Flower sends a configuration whole, however large, and an array in pieces of 5 MiB, which a proxy lets through."""
+    assert not records.pack(b"x" * records.SMALL).array_records
+    large = records.pack(b"x" * (records.SMALL + 1))
+    assert sum(len(value) for value in large.config_records["fedspan"].values() if isinstance(value, bytes)) == 0
+    (array,) = large.array_records["fedspan-content"].values()
+    assert array.stype == records.SERIALISATION
+
+
 def test_a_failure_is_answered_at_once_and_in_one_line() -> None:
     with field(client_app(failing, HERE)) as made:
         port = GridPort(made.grid, "test")

@@ -87,7 +87,7 @@ def up(
     \b
     Examples:
       fedspan flower up trial --sites 4
-      fedspan flower up trial --sites 4 --set privacy.secure_sums=true --set federation.rounds=6
+      fedspan flower up trial --sites 4 --set method.name=glora_sums --set privacy.secure_sums=true
 
     Server, proxy and sites are separate processes with TLS, node keys and the proxy's rules, as between real
     machines. A folder that does not exist is made first, on free ports. Every process's log is in DIR/logs.

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fedspan.config import Config
+from fedspan.config import Config, with_absolute_paths
 from fedspan.flower import deployment
 from fedspan.flower.deployment import Deployment
 from fedspan.flower.household import Household
@@ -46,7 +46,7 @@ def prepare(folder: Path, sites: Sequence[str], config: Config) -> Deployment:
     """Write a deployment for a trial, on ports that are free now."""
     taken = free_ports(len(sites) + 2)
     made = deployment.plan(sites, (), taken[0], taken[1], taken[2:])
-    deployment.write(folder, made, _from_anywhere(config))
+    deployment.write(folder, made, with_absolute_paths(config))
     return made
 
 
@@ -156,21 +156,6 @@ def free_ports(count: int) -> list[int]:
     finally:
         for each in held:
             each.close()
-
-
-def _from_anywhere(config: Config) -> Config:
-    """Files and folders by their whole path: the trial's processes work in folders of their own."""
-
-    def whole(name: str) -> str:
-        path = Path(name).expanduser()
-        return str(path.resolve()) if path.exists() else name
-
-    data = config.data
-    if data.task == "files":
-        parts = {part: tuple(map(whole, getattr(data, part))) for part in ("train", "test", "unseen")}
-        data = data.model_copy(update=parts)
-    model = config.model.model_copy(update={"name": whole(config.model.name)})
-    return config.model_copy(update={"data": data, "model": model})
 
 
 def _federate(house: Household, plan: Deployment, out: Path, say: Say, deadline: float) -> tuple[float, float]:

@@ -256,7 +256,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any], list[torch.Tensor]], None], str]]
     "another run": (lambda head, tensors: head.update(run="x"), "answered for run 'x'"),
     "another exchange": (lambda head, tensors: head.update(number=1), "answered for number 1"),
     "another client": (lambda head, tensors: head.update(client_id="client-0"), "answered as 'client-0'"),
-    "a scaling": (lambda head, tensors: rescale(head["update"]["modules"]), "scales its factors by"),
+    "a scaling": (lambda head, tensors: rescale(head["update"]["modules"]), "scales its factors of"),
     "many examples": (lambda head, tensors: head["update"].update(num_examples=1e9), "examples: it said"),
     "a place outside": (lambda head, tensors: head["update"]["dense"].update({"x": 10**6}), "damaged update"),
     "no update": (lambda head, tensors: head.pop("update"), "damaged update"),
@@ -613,7 +613,7 @@ def test_a_head_that_lies_is_refused(change: Callable[[dict[str, Any]], None], e
 def test_a_patch_is_put_together_as_the_server_does(tmp_path: Path) -> None:
     """Increments onto what is held, whole patches, and dense ones, from the disk of a restarted process too."""
     from fedspan.methods.patches import PatchLog
-    from fedspan.site import _Memory
+    from fedspan.site.memory import Memory
 
     rng = torch.Generator().manual_seed(3)
 
@@ -629,7 +629,7 @@ def test_a_patch_is_put_together_as_the_server_does(tmp_path: Path) -> None:
         news = log.since(seen)
         whole = len(news) == 1 and news[0] is log.total
         told = {"whole": whole, "seen": seen, "version": log.version}
-        got = _Memory(tmp_path).patch("run", told, news)["x"]
+        got = Memory(tmp_path).patch("run", told, news)["x"]
         want = log.total["x"]
         pairs = zip((got.b, got.a), (want.b, want.a), strict=True) if isinstance(want, LowRank) else [(got, want)]
         assert all(torch.equal(x, y) for x, y in pairs)  # type: ignore[arg-type]

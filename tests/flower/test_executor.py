@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.app import Context, Message, RecordDict
@@ -19,6 +20,7 @@ from supernodes import SuperNode, free_port, supernode
 
 from fedspan.flower import node as node_command
 from fedspan.flower import records
+from fedspan.flower.client_app import refusal
 from fedspan.flower.executor import Executor
 from fedspan.flower.runtime import Lost, Runtime
 
@@ -160,6 +162,57 @@ def test_whoever_does_not_share_the_secret_gets_no_task() -> None:
         with closing(Runtime(f"127.0.0.1:{made.port}", secret=b"s" * 32)) as friend:
             assert friend.acquire()
             assert records.unpack(friend.pull()[0]) == (b"who", 60.0)
+
+
+def test_a_task_in_hand_is_kept_alive_and_one_that_is_done_is_not() -> None:
+    """A SuperNode gives up a task that shows no sign of life for half a minute."""
+    with supernode() as made, closing(Runtime(f"127.0.0.1:{made.port}")) as runtime:
+        made.put(records.pack(b"?", 60.0), records.MESSAGE_TYPE)
+        assert runtime.acquire()
+        message, context = runtime.pull()
+        (held,) = made.state.task_token_store.values()
+        until = held.active_until
+        runtime.beat()
+        assert (held.active_until - until).total_seconds() > 20
+        runtime.push(refusal(message, "no"), context)
+        sent: list[object] = []
+        runtime._client.SendTaskHeartbeat = sent.append  # type: ignore[method-assign,assignment]
+        runtime.beat()
+        assert not sent
+
+
+class Away:
+    """A runtime whose SuperNode is away for a while."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks, self.executor = looks, None
+
+    def acquire(self) -> bool:
+        self.looks -= 1
+        if self.looks:
+            raise Lost("connection refused")
+        self.executor.stop()
+        return False
+
+
+class Idle:
+    """A keeper of nothing."""
+
+    def ensure(self) -> bool:
+        return True
+
+
+def test_a_supernode_that_is_away_for_long_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fedspan.flower.executor._RETRY", 0.01)
+    runtime: Any = Away(4)
+    keeper: Any = Idle()
+    runtime.executor = Executor(runtime, ClientApp())
+    runtime.executor.run(keeper)
+    assert [r.message for r in caplog.records if "waiting for it" in r.message] == [
+        "the SuperNode cannot be reached, waiting for it: connection refused"
+    ]
 
 
 def test_an_answer_that_cannot_be_pushed_is_refused_instead() -> None:

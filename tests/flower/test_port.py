@@ -57,7 +57,7 @@ def test_what_is_answered_is_what_was_sent(size: int) -> None:
 
 
 def test_what_is_large_travels_in_pieces_and_what_is_small_in_one() -> None:
-    """Flower sends a configuration whole, however large, and an array in pieces of 5 MiB, which a proxy lets through."""
+    """Flower sends a configuration whole, however large, and an array in pieces of 5 MiB."""
     assert not records.pack(b"x" * records.SMALL).array_records
     large = records.pack(b"x" * (records.SMALL + 1))
     assert sum(len(value) for value in large.config_records["fedspan"].values() if isinstance(value, bytes)) == 0

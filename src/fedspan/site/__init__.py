@@ -7,118 +7,37 @@ between rounds never leaves it.
 
 from __future__ import annotations
 
-import json
 import math
 import time
-import tomllib
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save
 from torch import Tensor
 
 from fedspan import agreement, demands, protocol
-from fedspan import config as settings
-from fedspan.checkpoint import read_tensors, write_bytes
 from fedspan.config import Config
 from fedspan.data import Corpus
 from fedspan.data import load as load_data
 from fedspan.federation import Client, make_clients
-from fedspan.lowrank import LowRank
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, ClientState, Request, Tensors
-from fedspan.methods.patches import Patch, patch_sum
 from fedspan.narrow import Narrow
 from fedspan.preparing import base_model, device_of, encoded
 from fedspan.privacy.fixed_point import FixedPoint
 from fedspan.privacy.spending import Examples
 from fedspan.privacy.summing import Layout
+from fedspan.site.memory import Memory, Refused
+from fedspan.site.settings import Settings
 from fedspan.sites import Question, begin, respond, unlearnt
 from fedspan.train import Assignment, LocalResult, num_steps
 from fedspan.workers import Alone, Kit
 
-
-class Refused(ValueError):
-    """A message that this site does not act on, and why."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a site's folder says: `site.toml` beside the federation's `config.toml`."""
-
-    config: Config
-    client_id: str
-    rank: int | None = None
-    """What it can train; none: as the federation's settings say."""
-    own_data: bool = False
-    """All of `data.train` is this client's, instead of its part of the federation's partition."""
-    identity: bytes | None = None
-    """The private Ed25519 key that signs its keys for secure sums, raw."""
-    trusted: Mapping[str, bytes] | None = None
-    """The public ones of all sites."""
-
-    @classmethod
-    def read(cls, folder: Path) -> Settings:
-        """The settings of that folder.
-
-        Raises
-        ------
-        ValueError
-            For a file that is missing or wrong, in one line.
-        """
-        path = folder / "site.toml"
-        try:
-            told = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid TOML: {error}") from None
-        known = {"client_id", "rank", "identity", "config", "device", "threads", "data", "model"}
-        odd = sorted(told.keys() - known)
-        if odd:
-            raise ValueError(f"{path}: unknown key {odd[0]!r}, expected one of {', '.join(sorted(known))}")
-        client_id = told.get("client_id")
-        if not isinstance(client_id, str) or not client_id:
-            raise ValueError(f"{path}: client_id = {client_id!r}, expected the name that the server knows this site by")
-        rank = told.get("rank")
-        if rank is not None and (not isinstance(rank, int) or rank < 1):
-            raise ValueError(f"{path}: rank = {rank!r}, expected a count")
-        with_own = [
-            f"{section}.{key}={_toml(value)}"
-            for section in ("data", "model")
-            for key, value in told.get(section, {}).items()
-        ]
-        with_own += [f"{key}={_toml(told[key])}" for key in ("device", "threads") if key in told]
-        config = settings.load(folder / told.get("config", "config.toml"), with_own)
-        identity, trusted = _identities(folder, told.get("identity"))
-        return cls(config, client_id, rank, "train" in told.get("data", {}), identity, trusted)
-
-
-def _toml(value: object) -> str:
-    return json.dumps(value)  # JSON's strings, numbers, booleans and arrays are TOML's too
-
-
-def _identities(folder: Path, name: str | None) -> tuple[bytes | None, dict[str, bytes] | None]:
-    """This site's private key and everybody's public ones."""
-    if name is None:
-        return None, None
-    from cryptography.hazmat.primitives import serialization
-
-    try:
-        key = serialization.load_pem_private_key((folder / name).read_bytes(), None)
-        sites = json.loads((folder / "sites.json").read_text(encoding="utf-8"))
-        trusted = {client: bytes.fromhex(public) for client, public in sites.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder}: identity = {name!r} or sites.json cannot be read ({error})") from None
-    raw = serialization.Encoding.Raw, serialization.PrivateFormat.Raw, serialization.NoEncryption()
-    return key.private_bytes(*raw), trusted
+__all__ = ["Loaded", "Refused", "Settings", "Site"]
 
 
 def _silent(line: str) -> None:
@@ -171,7 +90,7 @@ class Site:
         self.alone = Alone(self.loaded.kit)
         self._derived: Broadcast | None = None
         self.terms = agreement.terms(given.config)
-        self._memory = _Memory(folder / "state")
+        self._memory = Memory(folder / "state")
         self._examples = Examples(given.config, folder) if given.config.privacy.dp == "example" else None
         self._learnt: LocalResult | None = None
         self._state: ClientState | None = None
@@ -394,103 +313,3 @@ class Site:
 
 def _bytes_by_name(places: Mapping[str, int], tensors: Sequence[Tensor]) -> dict[str, bytes]:
     return {name: protocol.get_bytes(tensors, place) for name, place in places.items()}
-
-
-class _Memory:
-    """What a client keeps on its own disk: its state, and the patch on its base, each by the rounds it is of.
-
-    The server names the round whose answer last counted, so what a client made of an answer that was lost is never
-    used: the file of the last round that counted lies beside it until the server has named a later one.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._patch: tuple[tuple[str, int], dict[str, Patch]] | None = None
-
-    def state(self, run: str, counted: int) -> ClientState | None:
-        """The state after that many rounds; none: there is none."""
-        folder = self.folder / run
-        for path in folder.glob("client-*.safetensors"):
-            if int(path.stem.removeprefix("client-")) < counted:
-                path.unlink()
-        path = folder / f"client-{counted}.safetensors"
-        return self._read(path) if path.exists() else None
-
-    def keep(self, run: str, finished: int, state: ClientState) -> None:
-        """The state after that many rounds, should the answer count."""
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
-        write_bytes(self.folder / run / f"client-{finished}.safetensors", save(tensors))
-
-    def patch(self, run: str, told: Mapping[str, Any], news: Sequence[Mapping[str, Patch]]) -> dict[str, Patch]:
-        """The whole patch, after what is new has been added to what is held.
-
-        Raises
-        ------
-        Refused
-            When the server counts on a version that this site does not hold.
-        """
-        seen, version = told["seen"], told["version"]
-        if told["whole"]:
-            total = dict(news[-1]) if news else {}
-        else:
-            total = dict(self._held(run, seen))
-            for increment in news:
-                for name, patch in increment.items():
-                    total[name] = patch_sum(total.get(name), patch)
-        if not version:
-            return total
-        if self._patch is None or self._patch[0] != (run, version):
-            self._patch = ((run, version), total)
-            self._write(run, version, seen, total)
-        return self._patch[1]
-
-    def _held(self, run: str, seen: int) -> Mapping[str, Patch]:
-        if seen == 0:
-            return {}
-        if self._patch is not None and self._patch[0] == (run, seen):
-            return self._patch[1]
-        path = self.folder / run / f"patch-{seen}.safetensors"
-        if not path.exists():
-            raise Refused(f"the server counts on version {seen} of the patch, which this site does not hold")
-        held: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in self._read(path).items():
-            name, _, part = key.rpartition("/")
-            held.setdefault(name, {})[part] = tensor
-        return {name: x["w"] if "w" in x else LowRank(x["b"], x["a"]) for name, x in held.items()}
-
-    def _write(self, run: str, version: int, seen: int, total: Mapping[str, Patch]) -> None:
-        flat: dict[str, Tensor] = {}
-        for name, p in total.items():
-            flat |= {f"{name}/b": p.b, f"{name}/a": p.a} if isinstance(p, LowRank) else {f"{name}/w": p}
-        folder = self.folder / run
-        write_bytes(folder / f"patch-{version}.safetensors", save({k: t.contiguous().clone() for k, t in flat.items()}))
-        for path in folder.glob("patch-*.safetensors"):
-            if int(path.stem.removeprefix("patch-")) not in (version, seen):
-                with suppress(OSError):
-                    path.unlink()
-
-    def unmasking(self, run: str, sum_name: str, survivors: Sequence[str]) -> None:
-        """Note whose sum is unmasked: of one sum's clients no other choice is ever unmasked, or the difference of two
-        sums would tell what one client sent.
-
-        Raises
-        ------
-        Refused
-            For another choice.
-        """
-        path = self.folder / run / "unmasked.json"
-        held: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        chosen = sorted(survivors)
-        if held.setdefault(sum_name, chosen) != chosen:
-            raise Refused(
-                f"sum {sum_name} was unmasked for other clients before: their difference would tell of one of them; "
-                f"whoever is responsible for this site may allow it by removing {path.name} from its state"
-            )
-        write_bytes(path, json.dumps(held).encode())
-
-    @staticmethod
-    def _read(path: Path) -> dict[str, Tensor]:
-        try:
-            return read_tensors(path, "fedspan")[1]
-        except SafetensorError as error:
-            raise Refused(f"{path.name} is damaged ({error}): this site's state is lost") from None

@@ -514,6 +514,26 @@ def test_two_of_four_are_too_many_and_nothing_is_changed(bases: dict[str, Path],
     assert any(not torch.equal(before[name], value) for name, value in fed.state().items())
 
 
+def test_keys_are_exchanged_for_several_rounds_at_once(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    """Two trips a round instead of four, until somebody has lost its keys: then once more, to the same bits."""
+    one = {"participation": 1.0, "rounds": 6}
+    masked = {"secure_sums": True, "rounds_ahead": 4}
+    config = settings(bases["bert"], texts, "ffa_lora", privacy=masked, federation=one)
+    fed = Federation(config, tmp_path / "a")
+    trips = [record["trips"] for record in fed.serve()]
+    assert trips == [4, 2, 2, 2, 4, 2]
+    other = Federation(config, tmp_path / "b")
+
+    def restart(event: Event) -> None:
+        if event.kind == "round" and event.data["record"]["round_num"] == 1:
+            other.restart("client-2")
+
+    history = other.serve(restart)
+    assert [record["trips"] for record in history] == [4, 2, 4, 2, 2, 2]
+    assert "has no keys for" in history[1]["rejected"]["client-2"]
+    assert [record["num_clients"] for record in history] == [4, 3, 4, 4, 4, 4]
+
+
 def test_no_two_choices_of_clients_are_unmasked_for_one_sum(
     bases: dict[str, Path], texts: Path, tmp_path: Path
 ) -> None:

@@ -56,7 +56,8 @@ def call(folder: Path, content: bytes, timeout: float) -> bytes:
             channel.settimeout(timeout)
             channel.connect(os.fspath(socket_path(folder)))
             channel.sendall(_LENGTH.pack(len(content)))
-            channel.sendall(content)
+            if content:  # or an answer to nothing could come first, and end the connection
+                channel.sendall(content)
             failed, length = _HEAD.unpack(_exactly(channel, _HEAD.size))
             answer = _exactly(channel, length)
     except TimeoutError:

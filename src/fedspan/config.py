@@ -199,6 +199,8 @@ class PrivacyConfig(_Section):
     """Of the 64-bit fixed point that secure sums are taken in."""
     threshold: Annotated[float, Field(gt=0.5, le=1.0)] = 0.6
     """Share of a round's clients that must stay until its end for the sum to be recovered; no fewer can unmask."""
+    rounds_ahead: PositiveInt = 8
+    """Between real sites: for how many rounds keys and shares are exchanged at once, while the same sites take part."""
     dp: Literal["none", "client", "example"] = "none"
     """`client`: every client's update is clipped and the sum gets Gaussian noise.  `example`: DP-SGD on the client."""
     clip: Annotated[float, Field(gt=0)] = 1.0

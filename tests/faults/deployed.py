@@ -60,8 +60,13 @@ class Run:
         """What the server said of its sites, and why it ended."""
         text = re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text(errors="replace"))
         found = [line.partition("site: line=")[2] for line in text.splitlines() if "site: line=" in line]
-        found += [line.strip() for line in text.splitlines() if re.search(r"^\S*(Error|Failed|Exception)\b.*: ", line)]
+        found += [line for line in text.splitlines() if line.startswith("fedspan: ")]
         return [line for line in found if re.search(pattern, line)]
+
+    def why(self) -> str:
+        """The one line that it ended with."""
+        (line,) = self.said("^fedspan: ")
+        return line.removeprefix("fedspan: ")
 
     def state(self) -> dict[str, torch.Tensor]:
         return state_of(self.out)

@@ -122,22 +122,18 @@ class Coordinator:
             When fewer clients stayed than can unmask the sum.
         """
         checks = self._checks(question)
-        masked, arithmetic = self.config.privacy.secure_sums, FixedPoint(self.config.privacy.fraction_bits)
-        by_id = {c.client_id: c for c in clients}
-        problems: dict[str, str] = {}
+        p, by_id = self.config.privacy, {c.client_id: c for c in clients}
         ready = self._ready(question, clients)
-        if masked and question.place[0] == 0:
-            how = Sum(arithmetic, True, self.config.privacy.threshold)
-            self._setup, lost = set_up(self._trips, how, question, self._head(question), ready)
-            problems |= lost
-        setup = self._setup if masked else None
-        extra: dict[str, Any] = {"layout": layout.to_json(), "num_clients": len(ready), "index": question.place[0]}
+        problems = self._keys(question, ready) if p.secure_sums else {}
+        setup = self._setup if p.secure_sums else None
+        index = setup.left.pop(0) if setup is not None else 0
+        adding: Any = setup.aggregator.sum(index, layout.num_words) if setup is not None else None
+        extra: dict[str, Any] = {"layout": layout.to_json(), "num_clients": len(ready), "index": index}
         messages: dict[str, bytes] = {}
         for client in ready:
-            if client.client_id in problems or (setup is not None and client.client_id not in setup.handed):
+            if client.client_id in problems or (setup is not None and client.client_id not in setup.clients):
                 continue
             messages[client.client_id] = self._message(question, client, tell(client), checks, extra, setup)
-        adding: Any = setup.aggregator.sum(question.place[0], layout.num_words) if setup is not None else None
         total = np.zeros(layout.num_words, dtype=np.uint64)
         answers: list[Answer] = []
         for client_id, reply in self._trips.go(question, messages, self._enough(question)):
@@ -156,14 +152,16 @@ class Coordinator:
                 continue
             answers.append(answer)
         if setup is not None:
-            total = unmasked(self._trips, question, self._head(question), setup, adding, self.tell)
+            total = unmasked(self._trips, question, self._head(question), setup.session, index, adding, self.tell)
         for client_id in sorted(by_id.keys() - {a.client.client_id for a in answers}):
             answers.append(problem(by_id[client_id], problems.get(client_id, ABSENT)))
         answers.sort(key=lambda a: a.client.client_id)
+        if setup is not None and problems:
+            setup.stale = True
         count = sum(a.problem is None for a in answers)
         if not count:
             return Summed(Partial(), 0.0, answers)
-        partial, loss = layout.partial(arithmetic.decode(total), count)
+        partial, loss = layout.partial(FixedPoint(p.fraction_bits).decode(total), count)
         return Summed(partial, loss, answers)
 
     def states(self) -> Mapping[str, ClientState]:
@@ -173,6 +171,16 @@ class Coordinator:
     def costs(self) -> Mapping[str, Any]:
         """What the round cost on the wire."""
         return self._trips.costs()
+
+    def _keys(self, question: Question, clients: Sequence[Client]) -> dict[str, str]:
+        """Have secure sums ready for this round; what was wrong with whom."""
+        if question.place[0] or (self._setup is not None and self._setup.serves(clients, question.place[1])):
+            return {}
+        p = self.config.privacy
+        how = Sum(FixedPoint(p.fraction_bits), True, p.threshold)
+        ahead = min(p.rounds_ahead, self.config.federation.rounds - question.round_num)
+        self._setup, problems = set_up(self._trips, how, question, self._head(question), clients, ahead)
+        return problems
 
     def _checks(self, question: Question) -> Checks:
         return Checks(self.config, self.method, question, self._initial, self._raw)
@@ -214,11 +222,9 @@ class Coordinator:
             head["sum"] = dict(extra)
             if setup is not None:
                 head["sum"]["session"] = setup.session
-                if question.place[0] == 0:
-                    handed = setup.handed[client.client_id]
-                    head["sum"]["shares"] = {
-                        other: protocol.put_bytes(parcel, content) for other, content in handed.items()
-                    }
+                shares = setup.handed.pop(client.client_id, None)
+                if shares is not None:
+                    head["sum"]["shares"] = {name: protocol.put_bytes(parcel, x) for name, x in shares.items()}
         return protocol.encode(head, parcel)
 
     def _ready(self, question: Question, clients: Sequence[Client]) -> list[Client]:

@@ -1,4 +1,7 @@
-"""The trips of a round's secure sums, at the server: keys and shares before the vectors, unmasking after them."""
+"""The trips of secure sums, at the server: keys and shares before the vectors, unmasking after them.
+
+Keys and shares are exchanged for several rounds at once, fresh ones for every sum: two trips less in each of them.
+"""
 
 from __future__ import annotations
 
@@ -20,25 +23,37 @@ _Read = Callable[[str, Mapping[str, Any], Sequence[Tensor]], Any]
 _DAMAGED = (ValueError, KeyError, TypeError, IndexError)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Setup:
-    """The secure sums of one round, ready for vectors."""
+    """Secure sums that are ready for vectors."""
 
     session: str
     aggregator: Any
-    handed: Mapping[str, Mapping[str, bytes]]
-    """Recipient -> sender -> what it shares with it, sealed."""
+    handed: dict[str, dict[str, bytes]]
+    """Recipient -> sender -> what it shares with it, sealed; of those who have not been told yet."""
+    clients: frozenset[str]
+    left: list[int]
+    """The sums that have not been taken yet."""
+    stale: bool = False
+    """Somebody has no keys for it any more: the next round begins with new ones."""
+
+    def serves(self, clients: Sequence[Client], num_sums: int) -> bool:
+        """Whether it is good for a round of these clients. One that is missing counts as dropped out."""
+        ids = {client.client_id for client in clients}
+        return not self.stale and ids <= self.clients and len(self.left) >= num_sums
 
 
 def set_up(
-    trips: Trips, how: Sum, question: Question, head: Mapping[str, Any], clients: Sequence[Client]
+    trips: Trips, how: Sum, question: Question, head: Mapping[str, Any], clients: Sequence[Client], rounds: int
 ) -> tuple[Setup, dict[str, str]]:
-    """Have the clients agree on keys, and share their secrets, for all sums of this round.
+    """Have the clients agree on keys, and share their secrets, for all sums of this round and those after it.
 
     Parameters
     ----------
     head
         What every message of the exchange names.
+    rounds
+        For how many rounds.
 
     Returns
     -------
@@ -54,7 +69,8 @@ def set_up(
 
     session, threshold = secrets.token_hex(8), how.needed(len(clients))
     whole = f"{head['run']}/{question.round_num}/{session}".encode()
-    aggregator = RoundAggregator(whole, threshold, question.place[1])
+    num_sums = rounds * question.place[1]
+    aggregator = RoundAggregator(whole, threshold, num_sums)
     problems: dict[str, str] = {}
 
     def collect(told: Mapping[str, Any], parcel: protocol.Parcel, to: Sequence[str], read: _Read) -> dict[str, Any]:
@@ -80,18 +96,32 @@ def set_up(
         aggregator.check_shares(client_id, sealed)
         return sealed
 
-    asked = {"kind": "advertise", "num_sums": question.place[1]}
+    asked = {"kind": "advertise", "num_sums": num_sums}
     adverts = collect(asked, protocol.Parcel(), [c.client_id for c in clients], advert)
     parcel = protocol.Parcel()
     keys = {name: protocol.put_bytes(parcel, content) for name, content in aggregator.keys(adverts).items()}
     sealed = collect({"kind": "share", "keys": keys, "threshold": threshold}, parcel, sorted(adverts), shares)
-    return Setup(session, aggregator, aggregator.route(sealed)), problems
+    handed: dict[str, dict[str, bytes]] = aggregator.route(sealed)
+    return Setup(session, aggregator, handed, frozenset(handed), list(range(num_sums))), problems
 
 
 def unmasked(
-    trips: Trips, question: Question, head: Mapping[str, Any], setup: Setup, adding: Any, tell: Callable[[str], None]
+    trips: Trips,
+    question: Question,
+    head: Mapping[str, Any],
+    session: str,
+    index: int,
+    adding: Any,
+    tell: Callable[[str], None],
 ) -> Words:
     """The sum of the vectors that came, with the help of those who sent them.
+
+    Parameters
+    ----------
+    index
+        Which of the session's sums.
+    adding
+        The aggregator of that sum.
 
     Raises
     ------
@@ -99,7 +129,7 @@ def unmasked(
         When fewer than the threshold help.
     """
     survivors = adding.survivors()
-    told = {"kind": "unmask", "session": setup.session, "index": question.place[0], "survivors": survivors}
+    told = {"kind": "unmask", "session": session, "index": index, "survivors": survivors}
     content = protocol.encode({**head, **told}, protocol.Parcel())
     answers: dict[str, bytes] = {}
     for client_id, reply in trips.go(question, dict.fromkeys(survivors, content)):

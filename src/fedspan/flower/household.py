@@ -27,8 +27,9 @@ PATIENCE = 5.0
 _LOOK = 0.05
 _ORNAMENT = re.compile(r"\x1b\[[0-9;]*m|[\u2500-\u257f]")
 """Colours and frames."""
-# What says most of a log: an exception, then what calls itself an error, then anything.
+# What says most of a log: our own last line, an exception, then what calls itself an error, then anything.
 _TELLING = (
+    re.compile(r"^fedspan: "),
     re.compile(r"^\w*(Error|Exception|Lost|Refused)\b.*:"),
     re.compile(r"(?i)\berror\b|unable to"),
     re.compile(""),

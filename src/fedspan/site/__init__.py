@@ -307,7 +307,7 @@ class Site:
 
     def _unmask(self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.Parcel) -> dict[str, Any]:
         sums = self._secure(message["session"])
-        self._memory.unmasking(message["run"], f"{message['round']}/{message['index']}", message["survivors"])
+        self._memory.unmasking(message["run"], f"{message['round']}/{message['place'][0]}", message["survivors"])
         return {"unmask": protocol.put_bytes(parcel, sums.unmask(message["index"], message["survivors"]))}
 
 

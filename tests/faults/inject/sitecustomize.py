@@ -55,6 +55,13 @@ def spoiled(content: bytes, change: Callable[[list[Any]], None]) -> bytes:
     return protocol.encode({k: v for k, v in told.items() if k not in ("schema", "places")}, parcel)
 
 
+def pause(seconds: float) -> None:
+    """So long, or until somebody says go on."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not (FOLDER / "go on").exists():
+        time.sleep(0.05)
+
+
 def from_file(path: Path) -> bytes:
     while not path.exists():
         time.sleep(0.05)
@@ -89,7 +96,7 @@ def in_worker(site: str, answer: Callable[[bytes], bytes]) -> Callable[[bytes], 
             case "hang":
                 after_training(lambda: time.sleep(3600))
             case "wait":
-                after_training(lambda: time.sleep(order["seconds"]))
+                after_training(lambda: pause(order["seconds"]))
         told = answer(content)
         match order["do"]:
             case "NaN":

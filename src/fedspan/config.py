@@ -184,7 +184,8 @@ class EvaluationConfig(_Section):
     """In the last evaluation, measure what a client of each rank receives."""
     diagnostics: bool | Literal["auto"] = "auto"
     """Measure every round's server step: distance from the ideal update, ranks, angles; `fedspan inspect` shows it.
-    `auto`: where adapters are trained and at most 64 clients take part, since it holds their updates until it is done.
+    `auto`: where adapters are trained and at most 64 clients take part, since it holds their updates until it is done,
+    and no `[privacy]` hides these from the server.
     """
 
 

@@ -290,7 +290,8 @@ class Federation:
         saved = self.saved
         wanted = config.evaluation.diagnostics
         if wanted == "auto":
-            wanted = self.method.info.trains == "adapter" and len(cohort) <= WINDOW
+            hidden = job.total is not None or config.privacy.dp != "none"  # it looks at every client's own update
+            wanted = self.method.info.trains == "adapter" and len(cohort) <= WINDOW and not hidden
         observed = wanted and self.phase == "federation" and job.coordinator is None
         controlled = self.method.info.pooled or self.method.info.alone
         # The workers have nothing to do while the server works.

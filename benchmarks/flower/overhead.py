@@ -1,0 +1,79 @@
+"""What a round of a deployed federation costs beyond the sites' own work: four sites on loopback, TLS, node keys, proxy.
+
+    python benchmarks/flower/overhead.py [--rounds 8] [--out benchmarks/flower/results.jsonl]
+
+Each arm is one `fedspan flower up` of the embedded task. A line holds every round's seconds: waited for answers, of
+them the busiest site's own work trip by trip, the server's step, and the whole round from one record to the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FEDERATION = {
+    "federation.num_clients": "4",
+    "federation.participation": "1.0",
+    "federation.ranks": "[2,4,8,16]",
+    "evaluation.base": "false",
+    "evaluation.every": "1000",
+}
+ARMS = {
+    "glora": {"method.name": "glora"},
+    "glora_sums, fixed point": {"method.name": "glora_sums", "privacy.fixed_point": "true"},
+    "glora_sums, secure": {"method.name": "glora_sums", "privacy.secure_sums": "true"},
+    "ffa_lora, secure": {"method.name": "ffa_lora", "privacy.secure_sums": "true"},
+}
+
+
+def main() -> None:
+    """Run every arm and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.jsonl")
+    given = parser.parse_args()
+    lines = [measure(name, {**FEDERATION, **arm}, given.rounds) for name, arm in ARMS.items()]
+    given.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    print("| | trips a round | round | at the sites | the way, and waiting | server's step |")
+    print("|---|---|---|---|---|---|")
+    for line in lines:
+        print(row(line))
+
+
+def measure(name: str, settings: dict[str, str], rounds: int) -> dict[str, object]:
+    """One deployment, up and down again."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "fedspan", "flower", "up", f"{folder}/trial", "--sites", "4", "--run", "one"]
+        for key, value in {**settings, "federation.rounds": str(rounds)}.items():
+            command += ["--set", f"{key}={value}"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        records = (Path(folder) / "trial" / "server" / "runs" / "one" / "metrics.jsonl").read_text().splitlines()
+    kept = ("trips", "waited_seconds", "slowest_seconds", "server_seconds", "wire_up", "wire_down")
+    found = [{key: record[key] for key in kept} for record in map(json.loads, records)]
+    machine = {"cores": os.cpu_count(), "system": platform.platform(), "load": os.getloadavg()[0]}
+    return {"arm": name, "rounds": found, "machine": machine}
+
+
+def row(line: dict[str, object]) -> str:
+    """Medians over the rounds after the first, in seconds."""
+    rounds: list[dict[str, float]] = line["rounds"][1:]  # type: ignore[index]
+
+    def median(pick: object) -> float:
+        return statistics.median(pick(r) for r in rounds)  # type: ignore[operator]
+
+    waited, slowest = median(lambda r: r["waited_seconds"]), median(lambda r: r["slowest_seconds"])
+    way = median(lambda r: r["waited_seconds"] - r["slowest_seconds"])
+    step = median(lambda r: r["server_seconds"])
+    trips = "–".join(str(int(t)) for t in sorted({r["trips"] for r in line["rounds"]}))  # type: ignore[union-attr]
+    return f"| {line['arm']} | {trips} | {waited + step:.2f} s | {slowest:.2f} s | {way:.2f} s | {step:.2f} s |"
+
+
+if __name__ == "__main__":
+    main()

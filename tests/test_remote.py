@@ -166,6 +166,26 @@ def test_the_server_sees_masked_words_alone(bases: dict[str, Path], texts: Path,
     assert sum("words" in m for m in seen) == 9
 
 
+def test_a_server_cannot_talk_a_site_out_of_secure_sums(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    """The same question without its sum would be answered with the bare update: the site's own settings forbid it."""
+    fed = Federation(
+        settings(bases["bert"], texts, "ffa_lora", privacy={"secure_sums": True}, federation={"rounds": 1}), tmp_path
+    )
+    asked: list[tuple[str, bytes]] = []
+
+    def mishap(node: str, head: dict[str, Any], content: bytes) -> None:
+        if head["kind"] == "ask":
+            asked.append((node, content))
+
+    fed.port.mishap = mishap
+    fed.serve()
+    node, content = asked[0]
+    bare = spoiled(lambda head, tensors: head.pop("sum"))(content)
+    told = protocol.decode(fed.port.nodes_here[node](bare))[0]
+    assert "only sums may be known" in told["problem"]
+    assert not {"update", "words", "train_loss"} & told.keys()
+
+
 # Going on
 
 

@@ -107,7 +107,8 @@ class Deployed:
             extra |= {"FEDSPAN_PROXY": trial.chosen_proxy("auto"), "FEDSPAN_NGINX": "master_process off;"}
         elif part in SITES:
             where = self.folder / "sites" / part
-            extra |= {"PYTHONPATH": str(INJECT), "FEDSPAN_MISHAPS": str(self.mishaps)}
+            paths = [str(INJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            extra |= {"PYTHONPATH": os.pathsep.join(paths), "FEDSPAN_MISHAPS": str(self.mishaps)}
         else:
             where = server
         self.house.start(name, command, where, extra)

@@ -172,12 +172,18 @@ class Site:
         known_run, newest = self._told
         if run == known_run and not counted >= newest:
             raise Refused(f"a message from before round {newest}, which this site has seen finished")
+        for key in ("number", "rank", "num_clients"):
+            if type(message[key]) is not int or not 0 <= message[key] < 2**31:
+                raise Refused(f"{key} = {message[key]!r}: expected a count")
         if counted > round_num or round_num < 0:
             raise Refused(f"round {round_num} after {counted} finished rounds: expected the next one")
         self._told = (run, counted)
 
     def _ask(self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.Parcel) -> dict[str, Any]:
         self._check(message)
+        p = self.config.privacy
+        if (p.secure_sums or p.fixed_point) != ("sum" in message):
+            raise Refused("a question for this site's own update, where only sums may be known: its settings forbid it")
         question = self._question(message)
         sent = self._received(message, tensors, question)
         first = question.exchange.ask != "again"

@@ -139,7 +139,7 @@ def test_config_prints_what_it_would_read(tmp_path: Path) -> None:
     [
         (["rnu"], ["unknown command 'rnu'", "did you mean 'run'?"]),
         (["merg", "a"], ["did you mean 'merge'?"]),
-        (["run", "--otu", "x"], ["no such option: --otu", "`fedspan run --help`"]),
+        (["run", "--otu", "x"], ["no such option", "--otu", "`fedspan run --help`"]),
         (["run", "a.toml", "b.toml"], ["unexpected extra argument", "b.toml"]),
         (["run", "none.toml"], ["none.toml", "No such file"]),
         (["resume"], ["missing argument 'DIR'"]),

@@ -32,12 +32,12 @@ class Checkpoint:
     client_states: Mapping[str, ClientState] = field(default_factory=dict)
     seen: Mapping[str, int] = field(default_factory=dict)
     """Client -> newest patch version that it holds."""
-    counted: Mapping[str, int] = field(default_factory=dict)
-    """Client -> how many rounds were finished when its answer last counted."""
     history: tuple[Mapping[str, Any], ...] = ()
     """One record per finished round."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """What else the run has measured so far."""
+    counted: Mapping[str, int] = field(default_factory=dict)
+    """Client -> how many rounds were finished when its answer last counted."""
 
 
 def write(path: Path, checkpoint: Checkpoint) -> None:
@@ -162,7 +162,7 @@ def _unpack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoin
         _load(meta["extra"], tensors),
     )
     clients = {client: _load(keys, tensors) for client, keys in meta["client_states"].items()}
-    return Checkpoint(state, clients, meta["seen"], meta["counted"], tuple(meta["history"]), meta["notes"])
+    return Checkpoint(state, clients, meta["seen"], tuple(meta["history"]), meta["notes"], meta["counted"])
 
 
 def _named(held: Mapping[str, Tensor], prefix: str, tensors: dict[str, Tensor]) -> dict[str, str]:

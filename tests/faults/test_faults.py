@@ -229,8 +229,8 @@ def test_a_sites_process_is_killed(up: Deployed, tmp_path: Path, outcomes: Outco
     waited = [round(record["waited_seconds"]) for record in run.records()]
     outcomes(
         f"a site's {what} is killed (kill -9) in round 2, the site started again",
-        f"its start was refused {refused} times, it ran {taken:.0f} s after the first try; {counts(run)} sites in the "
-        f"rounds, which waited {waited} s",
+        f"the SuperLink refused {refused} of its starts (Flower's exit 305); it ran {taken:.0f} s after the first; "
+        f"{counts(run)} sites in the rounds, which waited {waited} s",
         rejections(run),
         time.monotonic() - run.began,
     )

@@ -26,17 +26,18 @@ def step(size, rank=4, clients=3, **options):
     method = create({"name": sys.argv[1], **options})
     template = Template({"layer": (size, size)}, rank, alpha=8.0)
     state = method.init(template, {})
-    peaks = []
+    peaks, learnt = [], {}
     for number, exchange in enumerate(method.exchanges):
         state = replace(state, exchange=number)
         sent = method.start(method.broadcast(state, Request(rank)), None)
-        start = sent.adapter["layer"]
         encoded = []
         for k in range(clients):
             if exchange.ask == "train":
-                trained = Factors(torch.randn_like(start.b), start.a, start.scaling)
-            else:
-                trained = Vector({"gradient": torch.randn(size, size)})
+                start = sent.adapter["layer"]
+                learnt[k] = Factors(torch.randn_like(start.b), start.a, start.scaling)
+            elif exchange.ask == "gradient":
+                learnt[k] = Vector({"gradient": torch.randn(size, size)})
+            trained = learnt[k]  # a question asked again is about the same
             encoded.append(method.encode(Update(f"c{k}", 10.0, {"layer": trained}, {}), sent, None)[0])
         before = reset_peak_memory()
         state, _ = aggregate(method, state, encoded)

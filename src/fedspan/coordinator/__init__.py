@@ -152,7 +152,7 @@ class Coordinator:
                 continue
             answers.append(answer)
         if setup is not None:
-            total = unmasked(self._trips, question, self._head(question), setup.session, index, adding, self.tell)
+            total = unmasked(self._trips, question, self._head(question), setup, index, adding, self.tell)
         for client_id in sorted(by_id.keys() - {a.client.client_id for a in answers}):
             answers.append(problem(by_id[client_id], problems.get(client_id, ABSENT)))
         answers.sort(key=lambda a: a.client.client_id)

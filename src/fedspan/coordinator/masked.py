@@ -109,7 +109,7 @@ def unmasked(
     trips: Trips,
     question: Question,
     head: Mapping[str, Any],
-    session: str,
+    setup: Setup,
     index: int,
     adding: Any,
     tell: Callable[[str], None],
@@ -118,8 +118,10 @@ def unmasked(
 
     Parameters
     ----------
+    setup
+        Stale from here on when somebody who sent a vector does not help: it may have lost its keys.
     index
-        Which of the session's sums.
+        Which of its sums.
     adding
         The aggregator of that sum.
 
@@ -129,7 +131,7 @@ def unmasked(
         When fewer than the threshold help.
     """
     survivors = adding.survivors()
-    told = {"kind": "unmask", "session": session, "index": index, "survivors": survivors}
+    told = {"kind": "unmask", "session": setup.session, "index": index, "survivors": survivors}
     content = protocol.encode({**head, **told}, protocol.Parcel())
     answers: dict[str, bytes] = {}
     for client_id, reply in trips.go(question, dict.fromkeys(survivors, content)):
@@ -140,6 +142,7 @@ def unmasked(
             adding.check_answer(client_id, share)
             answers[client_id] = share
         except _DAMAGED as error:
+            setup.stale = True
             tell(f"{client_id} does not help to unmask the sum: {' '.join(str(error).split())}")
     total: Words = adding.total(answers)
     return total

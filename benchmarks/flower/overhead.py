@@ -1,4 +1,4 @@
-"""What a round of a deployed federation costs beyond the sites' own work: four sites on loopback, TLS, node keys, proxy.
+"""What a round of a deployed federation costs beyond the sites' own work: four on loopback, TLS, node keys, a proxy.
 
     python benchmarks/flower/overhead.py [--rounds 8] [--out benchmarks/flower/results.jsonl]
 

@@ -22,6 +22,7 @@ BEGIN, END = "<!-- results: made by benchmarks/table.py -->", "<!-- end of resul
 HEADLINES = {
     "glora",
     "glora_plus",
+    "glora_sums",
     "flexlora",
     "raflora",
     "fedex_lora",

@@ -272,7 +272,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Any], list[torch.Tensor]], None], str]]
     "infinity": (lambda head, tensors: tensors[-1].view(-1)[:1].fill_(float("inf")), "NaN or infinity"),
     "a shape": (lambda head, tensors: tensors.__setitem__(0, tensors[0][:1].clone()), "has shape"),
     "a missing name": (lambda head, tensors: head["update"]["dense"].popitem(), "not asked for or is missing"),
-    "another round": (lambda head, tensors: head.update(round=7), "answered for round 7"),
+    "another round": (lambda head, tensors: head.update(round=7), "answered for round 8"),
     "another run": (lambda head, tensors: head.update(run="x"), "answered for run 'x'"),
     "another exchange": (lambda head, tensors: head.update(number=1), "answered for number 1"),
     "another client": (lambda head, tensors: head.update(client_id="client-0"), "answered as 'client-0'"),
@@ -319,7 +319,7 @@ def test_an_answer_of_the_round_before_is_no_answer(bases: dict[str, Path], text
 
     fed.port.mishap = mishap
     rejected = fed.serve()[1]["rejected"]
-    assert "answered for round 0" in rejected["client-0"]
+    assert "answered for round 1" in rejected["client-0"]
     assert "answered as 'client-0'" in rejected["client-1"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -284,7 +285,7 @@ class Federation:
                 client_id=answer.client.client_id,
                 done=done,
                 cohort=len(cohort),
-                train_loss=answer.train_loss,
+                train_loss=None if math.isnan(answer.train_loss) else answer.train_loss,
             )
 
         saved = self.saved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -63,6 +64,7 @@ class Answer:
     weight: float = 1.0
     """What it counts for; 1 where a sum hides it."""
     train_loss: float = 0.0
+    """NaN where a sum hides it."""
     seconds: float = 0.0
     """Busy seconds of the site."""
     bytes_up: int = 0
@@ -152,7 +154,14 @@ class Here:
         for answer in self.ask(question, clients, tell):
             if answer.update is not None:
                 problem = adding.add(answer.update, answer.train_loss)
-                answer = replace(answer, update=None, problem=problem, weight=1.0, bytes_up=8 * layout.num_words)
+                answer = replace(
+                    answer,
+                    update=None,
+                    problem=problem,
+                    weight=1.0,
+                    train_loss=math.nan,
+                    bytes_up=8 * layout.num_words,
+                )
             answers.append(answer)
         partial, loss = adding.partial(question.round_num, question.number)
         return Summed(partial, loss, answers)

@@ -98,7 +98,9 @@ class Checks:
             return f"sent a damaged vector ({type(error).__name__}: {error})"
         if vector.dtype != torch.int64 or tuple(vector.shape) != (num_words,):
             return f"sent a vector of {vector.dtype} in shape {tuple(vector.shape)}: expected {num_words} words"
-        answer = Answer(client, None, seconds=seconds, bytes_up=8 * num_words, optimizer_bytes=held)
+        answer = Answer(
+            client, None, train_loss=math.nan, seconds=seconds, bytes_up=8 * num_words, optimizer_bytes=held
+        )
         return vector.contiguous().numpy().view(np.uint64), answer
 
     def _wrong(self, client: Client, update: Update) -> str | None:

@@ -183,8 +183,10 @@ class Roll:
                 raise ValueError(f"{client_id} has rank {rank}: {self.method.info.name} needs one rank for all")
             shapes, base = dict(told["shapes"]), str(told["base"])
         except (ValueError, KeyError, TypeError) as error:
-            self._refused[node] = f"node {node}: {' '.join(str(error).split())}"
-            self.tell(f"a node is not taken in: {self._refused[node]}")
+            reason = f"node {node}: {' '.join(str(error).split())}"
+            if self._refused.get(node) != reason:  # it is asked again and again, and told of once
+                self.tell(f"a node is not taken in: {reason}")
+            self._refused[node] = reason
             return
         held = self.members.get(client_id)
         if held is not None and held.node in self.port.nodes():

@@ -104,8 +104,11 @@ class Trips:
         if "problem" in told:
             return str(told["problem"])
         for key, own in (("run", self.roll.run), ("round", question.round_num), ("number", question.number)):
-            if told.get(key) != own:
-                return f"answered for {key} {told.get(key)!r}: expected {own!r}"
+            got = told.get(key)
+            if got != own and key == "round" and type(got) is int:
+                return f"answered for round {got + 1}: expected {question.round_num + 1}"  # people count from one
+            if got != own:
+                return f"answered for {key} {got!r}: expected {own!r}"
         return told, tensors
 
 

@@ -16,7 +16,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 FEDERATION = {
     "federation.num_clients": "4",
@@ -47,7 +49,7 @@ def main() -> None:
         print(row(line))
 
 
-def measure(name: str, settings: dict[str, str], rounds: int) -> dict[str, object]:
+def measure(name: str, settings: dict[str, str], rounds: int) -> dict[str, Any]:
     """One deployment, up and down again."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fedspan", "flower", "up", f"{folder}/trial", "--sites", "4", "--run", "one"]
@@ -61,17 +63,17 @@ def measure(name: str, settings: dict[str, str], rounds: int) -> dict[str, objec
     return {"arm": name, "rounds": found, "machine": machine}
 
 
-def row(line: dict[str, object]) -> str:
+def row(line: dict[str, Any]) -> str:
     """Medians over the rounds after the first, in seconds."""
-    rounds: list[dict[str, float]] = line["rounds"][1:]  # type: ignore[index]
+    rounds: list[dict[str, float]] = line["rounds"]
 
-    def median(pick: object) -> float:
-        return statistics.median(pick(r) for r in rounds)  # type: ignore[operator]
+    def median(pick: Callable[[dict[str, float]], float]) -> float:
+        return statistics.median(map(pick, rounds[1:]))
 
     waited, slowest = median(lambda r: r["waited_seconds"]), median(lambda r: r["slowest_seconds"])
     way = median(lambda r: r["waited_seconds"] - r["slowest_seconds"])
     step = median(lambda r: r["server_seconds"])
-    trips = "–".join(str(int(t)) for t in sorted({r["trips"] for r in line["rounds"]}))  # type: ignore[union-attr]
+    trips = "–".join(str(int(count)) for count in sorted({r["trips"] for r in rounds}))
     return f"| {line['arm']} | {trips} | {waited + step:.2f} s | {slowest:.2f} s | {way:.2f} s | {step:.2f} s |"
 
 

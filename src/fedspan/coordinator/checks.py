@@ -23,7 +23,7 @@ from fedspan.sites import Answer, Question, begin, unlearnt
 
 _Wanted = tuple[Mapping[str, tuple[int, ...]], Mapping[str, float]]
 """Shapes and scalings of an answer."""
-_DAMAGED = (ValueError, KeyError, TypeError, IndexError)
+DAMAGED = (ValueError, KeyError, TypeError, IndexError)
 """What reading a head that lies comes to."""
 
 
@@ -72,7 +72,7 @@ class Checks:
             update = protocol.get_update(told["update"], tensors, client.client_id)
             loss = math.nan if told["train_loss"] is None else float(told["train_loss"])
             seconds, held = float(told["seconds"]), int(told["optimizer_bytes"])
-        except _DAMAGED as error:
+        except DAMAGED as error:
             return problem(client, f"sent a damaged update ({type(error).__name__}: {error})")
         wrong = self._wrong(client, update)
         if wrong is not None:
@@ -94,7 +94,7 @@ class Checks:
         """One client's part of a sum, or what is wrong with it."""
         try:
             vector, seconds, held = tensors[told["words"]], float(told["seconds"]), int(told["optimizer_bytes"])
-        except _DAMAGED as error:
+        except DAMAGED as error:
             return f"sent a damaged vector ({type(error).__name__}: {error})"
         if vector.dtype != torch.int64 or tuple(vector.shape) != (num_words,):
             return f"sent a vector of {vector.dtype} in shape {tuple(vector.shape)}: expected {num_words} words"

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from fedspan import protocol
+from fedspan.coordinator.checks import DAMAGED
 from fedspan.coordinator.trips import Trips
 from fedspan.federation import Client
 from fedspan.privacy.fixed_point import Words
@@ -20,7 +21,6 @@ from fedspan.privacy.summing import Sum
 from fedspan.sites import Question
 
 _Read = Callable[[str, Mapping[str, Any], Sequence[Tensor]], Any]
-_DAMAGED = (ValueError, KeyError, TypeError, IndexError)
 
 
 @dataclass(slots=True)
@@ -82,7 +82,7 @@ def set_up(
                 if isinstance(reply, str):
                     raise ValueError(reply)
                 found[client_id] = read(client_id, *reply)
-            except _DAMAGED as error:
+            except DAMAGED as error:
                 problems[client_id] = " ".join(str(error).split())
         return found
 
@@ -141,7 +141,7 @@ def unmasked(
             share = protocol.get_bytes(reply[1], reply[0]["unmask"])
             adding.check_answer(client_id, share)
             answers[client_id] = share
-        except _DAMAGED as error:
+        except DAMAGED as error:
             setup.stale = True
             tell(f"{client_id} does not help to unmask the sum: {' '.join(str(error).split())}")
     total: Words = adding.total(answers)

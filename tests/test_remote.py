@@ -23,7 +23,7 @@ from fedspan.methods import METHODS
 from fedspan.protocol import Malformed
 from fedspan.rounds import RoundFailed
 from fedspan.runs import run, serve
-from fedspan.site import Site
+from fedspan.site import Settings, Site
 
 REMOTE = [name for name in NAMES if not METHODS[name]().info.pooled and not METHODS[name]().info.alone]
 SUMS = [name for name in REMOTE if METHODS[name]().secure_sum]
@@ -366,6 +366,37 @@ def test_a_site_with_other_settings_or_another_base_is_left_out(
     told = json.loads((tmp_path / "run" / "sites.json").read_text())
     assert [c["client_id"] for c in told["clients"]] == ["client-2", "client-3"]
     assert all(record["num_clients"] == 2 for record in history)
+
+
+def test_sites_with_files_of_their_own(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    """Each site has its own rows, of its own number, and the server only a sample to evaluate on: the result is that
+    of one process with one file a client."""
+    rows = tiny.words(60)
+    files = [tiny.write_jsonl(tmp_path / f"{k}.jsonl", rows[:12] if k == 0 else rows[12:60]) for k in range(2)]
+    sample = tiny.write_jsonl(tmp_path / "sample.jsonl", tiny.words(48))
+    federation = {"num_clients": 2, "participation": 1.0, "rounds": 2}
+    served = settings(bases["bert"], sample, federation=federation, data={"test": [str(sample)]})
+    names = ["charite", "mayo"]
+    sites: dict[str, Site] = {}
+    for name, file in zip(names, files, strict=True):
+        config = settings(bases["bert"], file, federation=federation, data={"test": [str(sample)]})
+        sites[name] = Site(Settings(config, name, 4, own_data=True), tmp_path / name)
+    port = MemoryPort({name: site.answer for name, site in sites.items()})
+    history = serve(served, tmp_path / "run", lambda event: None, port).history
+    assert [record["rejected"] for record in history] == [{}, {}]
+    told = json.loads((tmp_path / "run" / "sites.json").read_text())["clients"]
+    assert [(c["client_id"], c["num_examples"]) for c in told] == [("charite", 12), ("mayo", 48)]
+
+
+def test_a_site_whose_data_has_other_labels_is_left_out(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    """Its head would have another shape than everybody's."""
+    config = settings(bases["bert"], texts, federation={"rounds": 1, "participation": 1.0})
+    fed = Federation(config, tmp_path)
+    two = tiny.write_jsonl(tmp_path / "two.jsonl", [row for row in tiny.words() if row["label"] != "z"])
+    odd = settings(bases["bert"], two, federation={"rounds": 1, "participation": 1.0})
+    fed.port.nodes_here["node-0"] = Site(Settings(odd, "client-0", 4, own_data=True), tmp_path / "odd").answer
+    assert fed.serve()[0]["num_clients"] == 3
+    assert any("client-0 is left out: its model holds dense" in line for line in fed.lines)
 
 
 def test_a_second_node_of_one_client_is_not_taken_in(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:

@@ -13,23 +13,30 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+
+from fedspan import config as settings
+from fedspan.methods import METHODS
+from fedspan.robust import Filter, refusal, screen
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "robust"))  # the attacks are those of the tests
 
-import attacks  # noqa: E402
-import flipped  # noqa: E402
-
-from fedspan import config as settings  # noqa: E402
-from fedspan.methods import METHODS  # noqa: E402
-from fedspan.robust import refusal, screen  # noqa: E402
+attacks, flipped = import_module("attacks"), import_module("flipped")
 
 TRIED = ("fedit", "flexlora", "glora", "ffa_lora", "fedavg")
-FILTERS = ("none", "krum", "multi_krum", "geometric_median", "median", "trimmed_mean")
+FILTERS: tuple[Filter | Literal["none"], ...] = (
+    "none",
+    "krum",
+    "multi_krum",
+    "geometric_median",
+    "median",
+    "trimmed_mean",
+)
 NUM, BAD = 9, (1, 5)
 PAGE = ROOT / "docs" / "robust.md"
 RUNS = (("none", 0), ("none", 2), ("krum", 2), ("multi_krum", 2), ("geometric_median", 2))
@@ -51,7 +58,7 @@ def figures() -> Iterator[dict[str, Any]]:
             updates = attacks.mixed(stage, BAD, act)
             for kind in FILTERS:
                 line: dict[str, Any] = {"attack": attack, "method": name, "filter": kind, "error": None}
-                if refusal(method, kind, False, False) is None:  # type: ignore[arg-type]
+                if refusal(method, kind, False, False) is None:
                     robust = {"filter": kind, "attackers": len(BAD)}
                     found = screen(settings.from_mapping({"method": {"name": name}, "robust": robust}), method)
                     kept = updates if found is None else found(updates, stage.sent).updates

@@ -2,3 +2,7 @@
 
 It needs the extra `fedspan[flower]`.
 """
+
+from fedspan.flower.quiet import hush
+
+hush()  # here, because this file runs before any other of the folder can import flwr

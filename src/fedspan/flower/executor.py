@@ -26,17 +26,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from flwr.clientapp import ClientApp
+from flwr.supercore.auth import load_superexec_auth_secret
+
+from fedspan.flower.client_app import client_app, refusal
 from fedspan.flower.keeper import Keeper
 from fedspan.flower.pace import Pace
-from fedspan.flower.quiet import hush
-
-hush()
-
-from flwr.clientapp import ClientApp  # noqa: E402
-from flwr.supercore.auth import load_superexec_auth_secret  # noqa: E402
-
-from fedspan.flower.client_app import client_app, refusal  # noqa: E402
-from fedspan.flower.runtime import Lost, Runtime  # noqa: E402
+from fedspan.flower.runtime import Lost, Runtime
 
 POLL = 0.1
 """Seconds between two looks for a task at most."""

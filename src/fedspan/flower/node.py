@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedspan.flower.pace import Pace, quicken
-from fedspan.flower.quiet import hush
 
 POLL = 1.0
 """Seconds between two looks for messages at most."""
@@ -85,7 +84,6 @@ def own_arguments(arguments: Sequence[str]) -> tuple[float, list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the SuperNode until it is told to end."""
-    hush()
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
     try:

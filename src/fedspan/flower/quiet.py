@@ -14,6 +14,6 @@ QUIET = {
 
 
 def hush() -> None:
-    """Set them where they are not set; to be called before flwr or ray is imported."""
+    """Set them where they are not set, before flwr or ray is imported."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)

@@ -12,17 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedspan.flower.quiet import hush
-
-hush()
-
-import httpx  # noqa: E402
-from cryptography.hazmat.primitives.asymmetric import ec  # noqa: E402
-from cryptography.hazmat.primitives.serialization import load_ssh_public_key  # noqa: E402
-from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest  # noqa: E402
-from flwr.supercore.control import ControlHttpClient  # noqa: E402
-from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor  # noqa: E402
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes  # noqa: E402
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
+from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 _GONE = "unregistered"
 _PATIENCE = 60.0

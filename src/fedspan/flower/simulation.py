@@ -10,26 +10,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
 from fedspan import config as settings
 from fedspan import demands, runs
 from fedspan.config import Config, to_toml
 from fedspan.data import load as load_data
 from fedspan.engine import OnEvent
 from fedspan.federation import make_clients
-from fedspan.flower.quiet import hush
+from fedspan.flower import records
+from fedspan.flower.client_app import refusal
+from fedspan.flower.port import GridPort
 from fedspan.preparing import device_of
 from fedspan.runs import Result
 from fedspan.site import Loaded, Settings, Site
-
-hush()
-
-from flwr.app import Context, Message  # noqa: E402
-from flwr.clientapp import ClientApp  # noqa: E402
-from flwr.serverapp import Grid, ServerApp  # noqa: E402
-
-from fedspan.flower import records  # noqa: E402
-from fedspan.flower.client_app import refusal  # noqa: E402
-from fedspan.flower.port import GridPort  # noqa: E402
 
 
 def run(config: Config, out: Path, on_event: OnEvent) -> Result:

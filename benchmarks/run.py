@@ -50,7 +50,7 @@ def main() -> None:
     suite = tomllib.loads(text)
     # Recorded as the code is loaded, not as a line is written: the tree may move on while a long suite runs.
     loaded = revision()
-    import_module("fedspan.runs")
+    import_module("fedspan.runs.execution")
     index, count = map(int, arguments.shard.split("/"))
     arms = [arm for k, arm in enumerate(suite["arm"]) if k % count == index]
     wanted = set(filter(None, arguments.arms.split(",")))
@@ -113,7 +113,7 @@ class Arm:
     ) -> dict[str, Any]:
         """The line of one run, from the results where it is there, otherwise made."""
         from fedspan import config as settings
-        from fedspan.runs import resume, run
+        from fedspan.runs.execution import resume, run
 
         tree = merged(merged(self.suite["config"], condition.get("config", {})), changes)
         tree = merged(tree, self.arm.get("config", {}))

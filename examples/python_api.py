@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import fedspan
-from fedspan import lowrank
+from fedspan.algebra import lowrank
 
 
 def a_short_run(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Pretrain the small vision transformer shipped in ``fedspan/builtin/bases/vit``, on generated glyphs only.
 
-    python recipes/pretrain_vit.py --out src/fedspan/builtin/bases/vit
+    python recipes/pretrain_vit.py --out src/fedspan/data/builtin/bases/vit
 
 A glyph class is a fixed random drawing of lines, polylines and elliptic arcs, held as cubic Bezier strokes.
 A picture of it moves every control point a little, applies a random affine map, draws the strokes with a

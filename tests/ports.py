@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedspan import protocol
 from fedspan.config import Config
-from fedspan.port import Delivery
-from fedspan.site import Loaded, Settings, Site
+from fedspan.site.site import Loaded, Settings, Site
+from fedspan.wire import protocol
+from fedspan.wire.transport import Delivery
 
 Answer = Callable[[bytes], bytes]
 

@@ -12,23 +12,20 @@ import fedspan
 
 PACKAGE = Path(fedspan.__file__).parent
 
-# From the bottom up. A file imports from lower layers only; a folder is one unit, without cycles inside.
+# From the bottom up. Every unit is a folder of the package, or one of its few loose modules; it imports from lower
+# layers only, and has no cycles inside.
 LAYERS = (
-    {"naming", "seeding", "parallel", "memory", "lowrank", "builtin", "calls", "port"},
-    {"subspace", "partition", "metrics", "config", "galore"},
-    {"methods", "agreement"},
-    {"adapters", "data", "wire", "traffic", "robust"},
-    {"models", "checkpoint", "compatibility", "narrow"},
-    {"privacy", "preparing", "protocol"},
-    {"demands", "evaluate", "train", "merging", "spool", "processes"},
-    {"federation", "cohort", "streaming", "luggage"},
-    {"workers", "sites"},
-    {"rounds", "coordinator", "site"},
-    {"diagnostics", "worker"},
-    {"engine"},
+    {"support"},
+    {"algebra", "config"},
+    {"methods"},
+    {"adapters", "data", "wire", "robust", "streaming"},
+    {"models", "merging"},
+    {"privacy"},
+    {"client"},
+    {"federation"},
+    {"server", "site", "diagnostics"},
     {"runs"},
-    {"progress", "arguments"},
-    {"report"},
+    {"display"},
     {"inspection", "bench", "flower"},
     {"cli"},
     {"__main__"},
@@ -38,13 +35,13 @@ DOORS = {
     "transformers": {"models.loading", "bench.peers"},
     "peft": {"models.build", "bench.peers"},
     "datasets": {"data.hub"},
-    "matplotlib": {"report", "bench.plot", "inspection.picture"},
+    "matplotlib": {"display.report", "bench.plot", "inspection.picture"},
     "bitsandbytes": {"models.quantised"},
     "flwr": {f"flower.{path.stem}" for path in (PACKAGE / "flower").glob("*.py")},
     "dp_accounting": {"privacy.accountant"},
     "Crypto": {"privacy.primitives"},
-    "rich": {"cli", "progress", "report", "inspection.display", "flower.commands"},
-    "typer": {"cli", "arguments", "flower.commands"},
+    "rich": {"cli.main", "display.progress", "display.report", "inspection.tables", "cli.flower_commands"},
+    "typer": {"cli.main", "cli.arguments", "cli.flower_commands"},
 }
 PICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -125,15 +122,18 @@ def test_only_commands_print() -> None:
     for name, path in MODULES.items():
         calls = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
         printing = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
-        assert not printing or name in ("cli", "worker"), name
+        assert not printing or name in ("cli.main", "site.worker"), name
 
 
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        ("import fedspan, fedspan.cli", "torch transformers peft datasets numpy pydantic sklearn matplotlib"),
-        ("import fedspan.subspace, fedspan.methods, fedspan.merging", "transformers peft datasets sklearn typer"),
-        ("import fedspan.runs", "transformers peft datasets typer rich matplotlib"),
+        ("import fedspan, fedspan.cli.main", "torch transformers peft datasets numpy pydantic sklearn matplotlib"),
+        (
+            "import fedspan.algebra.subspace, fedspan.methods, fedspan.merging.one_shot",
+            "transformers peft datasets sklearn typer",
+        ),
+        ("import fedspan.runs.execution", "transformers peft datasets typer rich matplotlib"),
     ],
 )
 def test_imports_stay_light(statement: str, absent: str) -> None:
@@ -146,8 +146,8 @@ def test_public_names_are_what_they_say() -> None:
     """And no file takes a function's name: importing it would hide the function."""
     assert not {path.stem for path in PACKAGE.iterdir()} & set(fedspan._HOME)
     code = (
-        "import fedspan, fedspan.runs; from fedspan import run, merge;"
-        "assert callable(run) and callable(merge) and fedspan.runs.Result is fedspan.Result;"
+        "import fedspan, fedspan.runs.execution; from fedspan import run, merge;"
+        "assert callable(run) and callable(merge) and fedspan.runs.execution.Result is fedspan.Result;"
         "assert all(getattr(fedspan, n) is not None for n in fedspan.__all__); assert fedspan.__version__"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,18 +17,18 @@ import pytest
 import torch
 
 from fedspan import config as settings
-from fedspan import rounds
+from fedspan.algebra.lowrank import LowRank
+from fedspan.client.executors import Alone
+from fedspan.client.training import Assignment, LocalResult
 from fedspan.config import Config
-from fedspan.federation import Client
-from fedspan.lowrank import LowRank
+from fedspan.federation import rounds
+from fedspan.federation.clients import Client
+from fedspan.federation.rounds import Standing
 from fedspan.methods import METHODS
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.messages import Broadcast, Factors, Recipe, Template, Update, Vector
 from fedspan.models import FederatedModel, build, load_processor
-from fedspan.rounds import Standing
-from fedspan.seeding import generator
-from fedspan.train import Assignment, LocalResult
-from fedspan.workers import Alone
+from fedspan.support.seeding import generator
 
 SIZE = 32
 KIND = {"llama": "instruction", "gpt2": "instruction", "bert": "classification", "vit": "image"}
@@ -277,7 +277,7 @@ One = Callable[[Client, Broadcast, int], LocalResult]
 def run_round(
     method: Method, standing: Standing, cohort: Sequence[Client], work: One, **options: Any
 ) -> tuple[Standing, dict[str, Any]]:
-    """`fedspan.rounds.run_round` where every client's work is told by itself."""
+    """`fedspan.federation.rounds.run_round` where every client's work is told by itself."""
 
     def many(window: Sequence[tuple[Client, Broadcast]], round_num: int) -> Iterator[tuple[LocalResult, float]]:
         return ((work(client, sent, round_num), 0.25) for client, sent in window)

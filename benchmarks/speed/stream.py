@@ -32,14 +32,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedspan import parallel
-from fedspan.lowrank import LowRank, distance, norm
+from fedspan.algebra.lowrank import LowRank, distance, norm
 from fedspan.methods import create
 from fedspan.methods.base import aggregate
 from fedspan.methods.messages import Factors, Payload, Template, Update
-from fedspan.seeding import generator
-from fedspan.spool import Spool
 from fedspan.streaming import Progress, aggregate_stream
+from fedspan.streaming.spool import Spool
+from fedspan.support import parallel
+from fedspan.support.seeding import generator
 
 NOISE = 0.3
 """‖E‖_F over ‖U S‖_F, and ‖F‖_F over ‖V‖_F."""

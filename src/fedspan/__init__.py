@@ -7,8 +7,7 @@
     print(result.summary["base"], result.summary["local"], result.summary["federated"], result.adapter)
 
 Importing the package imports no tensor library: every name below is looked up when it is first used. The
-algebra (`fedspan.lowrank`, `fedspan.subspace`) and the methods (`fedspan.methods`) need torch and nothing of
-transformers.
+algebra (`fedspan.algebra`) and the methods (`fedspan.methods`) need torch and nothing of transformers.
 """
 
 from __future__ import annotations
@@ -18,19 +17,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedspan.algebra.lowrank import LowRank as LowRank
     from fedspan.config import Config as Config
     from fedspan.config import load as load_config
-    from fedspan.engine import Event as Event
-    from fedspan.lowrank import LowRank as LowRank
-    from fedspan.merging import MergeReport as MergeReport
-    from fedspan.merging import merge as merge
+    from fedspan.merging.one_shot import MergeReport as MergeReport
+    from fedspan.merging.one_shot import merge as merge
     from fedspan.methods import METHODS as METHODS
     from fedspan.methods import create as create_method
     from fedspan.methods.base import Method as Method
     from fedspan.methods.base import aggregate as aggregate
-    from fedspan.runs import Result as Result
-    from fedspan.runs import resume as resume
-    from fedspan.runs import run as run
+    from fedspan.runs.engine import Event as Event
+    from fedspan.runs.execution import Result as Result
+    from fedspan.runs.execution import resume as resume
+    from fedspan.runs.execution import run as run
 
 __all__ = [
     "METHODS",
@@ -51,17 +50,17 @@ __all__ = [
 _HOME: Mapping[str, tuple[str, str]] = {
     "METHODS": ("fedspan.methods", "METHODS"),
     "Config": ("fedspan.config", "Config"),
-    "Event": ("fedspan.engine", "Event"),
-    "LowRank": ("fedspan.lowrank", "LowRank"),
-    "MergeReport": ("fedspan.merging", "MergeReport"),
+    "Event": ("fedspan.runs.engine", "Event"),
+    "LowRank": ("fedspan.algebra.lowrank", "LowRank"),
+    "MergeReport": ("fedspan.merging.one_shot", "MergeReport"),
     "Method": ("fedspan.methods.base", "Method"),
-    "Result": ("fedspan.runs", "Result"),
+    "Result": ("fedspan.runs.execution", "Result"),
     "aggregate": ("fedspan.methods.base", "aggregate"),
     "create_method": ("fedspan.methods", "create"),
     "load_config": ("fedspan.config", "load"),
-    "merge": ("fedspan.merging", "merge"),
-    "resume": ("fedspan.runs", "resume"),
-    "run": ("fedspan.runs", "run"),
+    "merge": ("fedspan.merging.one_shot", "merge"),
+    "resume": ("fedspan.runs.execution", "resume"),
+    "run": ("fedspan.runs.execution", "run"),
 }
 
 

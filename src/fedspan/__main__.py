@@ -2,6 +2,6 @@
 
 import sys
 
-from fedspan.cli import main
+from fedspan.cli.main import main
 
 sys.exit(main())

@@ -19,11 +19,11 @@ import tiny
 import torch
 from ports import MemoryPort, make_sites
 
-from fedspan import checkpoint
 from fedspan.config import Config, to_toml
 from fedspan.flower import deployment, trial
-from fedspan.flower.household import MARK, Household
-from fedspan.runs import serve
+from fedspan.flower.process_tree import MARK, Household
+from fedspan.runs import checkpoint
+from fedspan.runs.execution import serve
 
 INJECT = Path(__file__).parent / "inject"
 SITES = ["client-0", "client-1", "client-2"]
@@ -164,7 +164,7 @@ class Deployed:
         for site in SITES:
             (self.folder / "sites" / site / "config.toml").write_text(to_toml(config))
         self.configure()
-        self.kill("fedspan.worker")
+        self.kill("fedspan.site.worker")
 
     # Mishaps
 

@@ -150,12 +150,12 @@ def test_another_base(up: Deployed, bases: dict[str, Path], tmp_path: Path, outc
     before = toml.read_text()
     try:
         toml.write_text(f'{before}\n[model]\nname = "{other}"\n')
-        up.kill("fedspan.worker", site="client-2")
+        up.kill("fedspan.site.worker", site="client-2")
         run = up.begin("base")
         up.end(run)
     finally:
         toml.write_text(before)
-        up.kill("fedspan.worker", site="client-2")
+        up.kill("fedspan.site.worker", site="client-2")
     assert run.finished(), run.said()
     assert counts(run) == [2, 2, 2]
     (line,) = run.said("left out")
@@ -165,14 +165,14 @@ def test_another_base(up: Deployed, bases: dict[str, Path], tmp_path: Path, outc
 
 def test_a_worker_that_hangs(up: Deployed, tmp_path: Path, outcomes: Outcome) -> None:
     up.order("client-1", round=1, do="hang")
-    before = up.pids("fedspan.worker", site="client-1")
+    before = up.pids("fedspan.site.worker", site="client-1")
     run = up.begin("hang")
     up.end(run)
     assert run.finished(), run.said()
     assert counts(run) == [3, 2, 3]
     record = run.records()[1]
     assert "did not answer within" in record["rejected"]["client-1"]
-    assert not set(before) & set(up.pids("fedspan.worker", site="client-1"))
+    assert not set(before) & set(up.pids("fedspan.site.worker", site="client-1"))
     same_as_reference(up, run, tmp_path)
     outcomes(
         f"a site's worker hangs (deadline {DEADLINE} s)",
@@ -216,10 +216,10 @@ def test_a_sites_process_is_killed(up: Deployed, tmp_path: Path, outcomes: Outco
     """The script that started both ends when either does; it is started again, as a service manager would."""
     up.configure(federation={"rounds": 4})
     run = in_round_2(up, f"killed-{what.lower()}")
-    worker = up.pids("fedspan.worker", site="client-1")
+    worker = up.pids("fedspan.site.worker", site="client-1")
     up.kill(f"fedspan.flower.{'node' if what == 'SuperNode' else 'executor'}", site="client-1")
     until(lambda: up.ended("client-1") is not None, 20, "start.sh ends")
-    until(lambda: not set(worker) & set(up.pids("fedspan.worker", site="client-1")), 20, "the worker ends")
+    until(lambda: not set(worker) & set(up.pids("fedspan.site.worker", site="client-1")), 20, "the worker ends")
     refused, taken = start_again(up, "client-1")
     up.end(run, 400)
     assert run.finished(), run.said()

@@ -7,7 +7,7 @@ import threading
 import time
 from pathlib import Path
 
-from fedspan.calls import Listener
+from fedspan.wire.unix_socket import Listener
 
 
 def answer(content: bytes) -> bytes:

@@ -12,10 +12,10 @@ import pytest
 import tiny
 import torch
 
-from fedspan import checkpoint
 from fedspan.config import Config
 from fedspan.flower import deployment, trial
-from fedspan.runs import run
+from fedspan.runs import checkpoint
+from fedspan.runs.execution import run
 
 pytest.importorskip("cryptography")
 

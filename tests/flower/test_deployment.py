@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 
 from fedspan.config import load
 from fedspan.data.load import load as load_corpus
-from fedspan.federation import make_clients
-from fedspan.flower import certificates, commands, deployment, registry, trial
-from fedspan.flower.quiet import QUIET
-from fedspan.site import Settings
+from fedspan.federation.clients import make_clients
+from fedspan.flower import certificates, commands, deployment, node_keys, trial
+from fedspan.flower.log_levels import QUIET
+from fedspan.site.site import Settings
 
 SITES = ("charite", "mayo", "ucl")
 HOSTS = ("fed.example.org", "10.0.0.5", "::1")
@@ -155,7 +155,7 @@ def test_ssh_keygen_reads_the_node_keys(made: Path, tmp_path: Path) -> None:
         public = (made / "server" / "nodes" / f"{name}.pub").read_text()
         assert told.split()[:2] == public.split()[:2]
         assert public.split() == ["ecdsa-sha2-nistp384", public.split()[1], name]
-    assert sorted(registry.keys(made / "server" / "nodes")) == sorted(SITES)
+    assert sorted(node_keys.keys(made / "server" / "nodes")) == sorted(SITES)
 
 
 def test_identities_are_those_of_the_clients_as_a_run_names_them(made: Path) -> None:

@@ -25,9 +25,9 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedspan.config import load
-from fedspan.flower import certificates, registry, trial
+from fedspan.flower import certificates, node_keys, trial
 from fedspan.flower.deployment import Deployment
-from fedspan.flower.household import Household
+from fedspan.flower.process_tree import Household
 from fedspan.flower.runtime import Lost, Runtime
 
 SITES = ("north", "south", "spare")
@@ -61,9 +61,9 @@ class Server:
 
     def status(self) -> dict[str, str]:
         """Every registered node's, from the control API, which this machine alone can reach."""
-        client = registry.connect(f"localhost:{self.plan.superlink_port}", self.ca)
+        client = node_keys.connect(f"localhost:{self.plan.superlink_port}", self.ca)
         try:
-            return {node.name: node.status for node in registry.nodes(client)}
+            return {node.name: node.status for node in node_keys.nodes(client)}
         finally:
             client.close()
 
@@ -92,7 +92,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         ports = {first: plan.port}
         if first != "python":
             ports["python"] = trial.free_ports(1)[0]
-            gate = [sys.executable, "-m", "fedspan.flower.gate", "--host", "127.0.0.1", "--port", str(ports["python"])]
+            gate = [sys.executable, "-m", "fedspan.flower.proxy", "--host", "127.0.0.1", "--port", str(ports["python"])]
             gate += ["--upstream", f"localhost:{plan.superlink_port}", "--ca", "ca.crt"]
             house.start("gate", [*gate, "--certificate", "server.crt", "--key", "server.key"], folder / "server", {})
             house.wait("gate", lambda: trial.answers(ports["python"], folder / "server/ca.crt"), trial.READY)
@@ -163,8 +163,8 @@ def test_a_key_that_is_in_use_is_refused(connected: Server, kind: str) -> None:
 @pytest.mark.parametrize("kind", PROXIES)
 def test_nobody_speaks_for_another(connected: Server, kind: str) -> None:
     """A public key is no secret: without its private key, and with another node's id, it opens nothing."""
-    client = registry.connect(f"localhost:{connected.plan.superlink_port}", connected.ca)
-    ids = {node.name: node.node_id for node in registry.nodes(client)}
+    client = node_keys.connect(f"localhost:{connected.plan.superlink_port}", connected.ca)
+    ids = {node.name: node.node_id for node in node_keys.nodes(client)}
     client.close()
     north, south, stranger = connected.key("north"), connected.key("south"), generate_key_pairs()[0]
     asking = PullMessagesRequest(node=Node(node_id=ids["north"]))
@@ -306,15 +306,15 @@ def test_plain_http_is_refused(server: Server) -> None:
 
 
 def test_the_folder_of_keys_says_who_is_registered(connected: Server, tmp_path: Path) -> None:
-    client = registry.connect(f"localhost:{connected.plan.superlink_port}", connected.ca)
-    keys = registry.keys(connected.folder / "server/nodes")
-    assert registry.agree(client, keys) == ([], [])
+    client = node_keys.connect(f"localhost:{connected.plan.superlink_port}", connected.ca)
+    keys = node_keys.keys(connected.folder / "server/nodes")
+    assert node_keys.agree(client, keys) == ([], [])
     (tmp_path / "spare.pub").write_bytes((connected.folder / "sites/spare/node.pub").read_bytes())
-    more = {**keys, **registry.keys(tmp_path)}
-    assert registry.agree(client, more) == (["spare"], [])
+    more = {**keys, **node_keys.keys(tmp_path)}
+    assert node_keys.agree(client, more) == (["spare"], [])
     assert connected.status()["spare"] == "registered"
     # One that is shut out is shut out at once, though it is connected.
-    assert registry.agree(client, {"north": keys["north"]}) == ([], ["south", "spare"])
+    assert node_keys.agree(client, {"north": keys["north"]}) == ([], ["south", "spare"])
     client.close()
     assert connected.status() == {"north": "online"}
     end = time.monotonic() + 40
@@ -325,12 +325,12 @@ def test_the_folder_of_keys_says_who_is_registered(connected: Server, tmp_path: 
 
 def test_keys_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no public key"):
-        registry.keys(tmp_path)
+        node_keys.keys(tmp_path)
     key = certificates.node_key("a").public
     (tmp_path / "a.pub").write_bytes(key)
     (tmp_path / "b.pub").write_bytes(key)
     with pytest.raises(ValueError, match="holds the key of a too"):
-        registry.keys(tmp_path)
+        node_keys.keys(tmp_path)
     (tmp_path / "b.pub").write_bytes(b"ssh-ed25519 AAAA x")
     with pytest.raises(ValueError, match="holds no public key on a NIST curve"):
-        registry.keys(tmp_path)
+        node_keys.keys(tmp_path)

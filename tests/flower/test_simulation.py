@@ -11,8 +11,8 @@ import tiny
 from safetensors.torch import load_file
 
 import fedspan
-from fedspan.engine import Event
 from fedspan.flower import simulation
+from fedspan.runs.engine import Event
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from fedspan.flower.strategy import FedspanStrategy, figures, received, reply
 from fedspan.methods import METHODS
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.messages import Broadcast, Factors, Request, Template, Update
-from fedspan.seeding import generator
+from fedspan.support.seeding import generator
 
 SHAPES = {"layers.0.q": (7, 5), "layers.1.v": (4, 9)}
 TEMPLATE = Template(SHAPES, rank=4, alpha=8.0, seed=3)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from fedspan.lowrank import LowRank
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods import METHODS
 from fedspan.methods.base import Method, MethodInfo, ServerState, aggregate
 from fedspan.methods.messages import Broadcast, Diagnostics, Factors, Request, Subspace, Template, Update, Vector

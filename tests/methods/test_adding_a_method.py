@@ -14,7 +14,7 @@ from federations import Case, assert_same, build, distance, gauge, received, reg
 
 from fedspan import methods
 from fedspan.methods.base import Method
-from fedspan.runs import run
+from fedspan.runs.execution import run
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_a_method.md"
 Factory = Callable[..., Method]

@@ -29,8 +29,6 @@ from federations import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedspan import checkpoint
-from fedspan.checkpoint import Checkpoint
 from fedspan.methods import (
     fedit,
     fedrot_lora,
@@ -46,6 +44,8 @@ from fedspan.methods import (
 )
 from fedspan.methods.base import Method, ServerState, aggregate
 from fedspan.methods.messages import Broadcast, Factors, Request, Template, Update
+from fedspan.runs import checkpoint
+from fedspan.runs.checkpoint import Checkpoint
 
 laws = settings(deadline=None, max_examples=15, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)

@@ -22,8 +22,8 @@ from fedspan.methods.base import Method, ServerState, aggregate
 from fedspan.methods.folds import Partial
 from fedspan.methods.glora_sums import glora_sums
 from fedspan.methods.messages import Factors, Request, Update
-from fedspan.narrow import narrowed_update
-from fedspan.traffic import parts
+from fedspan.wire.precision import narrowed_update
+from fedspan.wire.sizes import parts
 
 FEW: dict[str, Any] = {"shapes": ((60, 50), (48, 64)), "ranks": (4, 4, 2, 1, 3), "counts": (5, 1, 20, 7, 3)}
 """Σ r_k = 14 directions, just what l = 14 columns show at R = 6."""

@@ -33,7 +33,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peaks import LargestTensor
 
-from fedspan.lowrank import LowRank
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import aggregate
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Factors, Payload, Request, Update, Vector

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedspan.client.training import Assignment, train
 from fedspan.config import Config, DataConfig, LocalConfig
 from fedspan.data import Encoded, Rows, encode
 from fedspan.methods import fedavg, fedftg, fedit, ffa_lora, flora, glora
@@ -25,7 +26,6 @@ from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Request, Template, Update
 from fedspan.methods.scaffold import scaffold
 from fedspan.methods.server_optimizers import Kind, fedadam, fedavgm, fedyogi, with_server_optimizer
-from fedspan.train import Assignment, train
 
 laws = settings(deadline=None, max_examples=20, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)

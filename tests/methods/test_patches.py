@@ -13,7 +13,7 @@ from federations import Array, array, assert_same, build, received, served, weig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedspan.lowrank import LowRank
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods import fedex_lora, flora
 from fedspan.methods.messages import Request
 from fedspan.methods.patches import Patch, PatchLog, patch_dense, patch_numel

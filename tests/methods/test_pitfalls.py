@@ -13,7 +13,7 @@ import pytest
 import torch
 from federations import ADAPTER, FEDERATED, Case, array, assert_same, build, distance, received, served, weighted_sum
 
-from fedspan.lowrank import LowRank
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods import METHODS
 from fedspan.methods.messages import Factors, Request, Template, Vector
 from fedspan.methods.readout import fresh_a

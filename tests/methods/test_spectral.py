@@ -14,13 +14,13 @@ from federations import Array, Federation, array, assert_same, build, distance, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedspan import parallel
-from fedspan.lowrank import LowRank
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods import METHODS, create, flexlora, glora
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.messages import Diagnostics, Factors, Request, Update
-from fedspan.methods.questions import Question, Sums, Term, add_sums, partial_sums, shares_of
+from fedspan.methods.queries import Question, Sums, Term, add_sums, partial_sums, shares_of
 from fedspan.methods.spectral import Wanted, answered, dialogue, exactly, prefers_exact
+from fedspan.support import parallel
 
 laws = settings(deadline=None, max_examples=10, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from test_train import LOCAL, tasks
 from torch import Tensor
 
+from fedspan.client.training import Assignment, LocalResult, work_on
 from fedspan.config import Config
 from fedspan.data import Encoded
-from fedspan.federation import Client
+from fedspan.federation.clients import Client
+from fedspan.federation.rounds import Standing
 from fedspan.methods.base import Method, ServerState, aggregate
 from fedspan.methods.fed_sb import fed_sb
 from fedspan.methods.fedgalore import fedgalore
@@ -29,8 +31,6 @@ from fedspan.methods.messages import Broadcast, GaloreOptions, Request, Subspace
 from fedspan.methods.patches import patch_dense
 from fedspan.methods.server_optimizers import with_server_optimizer
 from fedspan.methods.shared_galore import shared_galore
-from fedspan.rounds import Standing
-from fedspan.train import Assignment, LocalResult, work_on
 
 __all__ = ["tasks"]  # the fixture
 laws = settings(deadline=None, max_examples=15, derandomize=True)

@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from methods.federations import build
 from tiny import fake_work, same_state, standing
 
-from fedspan import partition
+from fedspan.client.training import LocalResult
+from fedspan.data import partition
 from fedspan.methods import METHODS
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, Factors, Recipe, Request, Template, Update, Vector
 from fedspan.privacy.client_dp import refusal, with_client_dp
 from fedspan.privacy.gaussian import kept_secret, normal, uniform
-from fedspan.train import LocalResult
 
 SECRET = 0x5EC12E7
 ABLE = [name for name, factory in METHODS.items() if refusal(factory()) is None]

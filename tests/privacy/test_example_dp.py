@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedspan import cohort
+from fedspan.client import cohort
+from fedspan.client.training import Assignment, LocalResult, train, work_on
 from fedspan.config import Config, DataConfig, LocalConfig, PrivacyConfig
 from fedspan.data import Encoded, Rows, encode
 from fedspan.methods import METHODS
@@ -26,8 +27,7 @@ from fedspan.models import FederatedModel
 from fedspan.models.losses import client_losses
 from fedspan.privacy.accountant import Event, epsilon
 from fedspan.privacy.example_dp import Ledger, PrivateGradients, clipped_sum, private_gradients, refusal, release
-from fedspan.seeding import generator
-from fedspan.train import Assignment, LocalResult, train, work_on
+from fedspan.support.seeding import generator
 
 SECRET = 0x5EC12E7
 NUM = 24

@@ -12,7 +12,7 @@ import torch
 
 from fedspan.methods.base import Method, ServerState, aggregate
 from fedspan.methods.messages import Broadcast, Factors, Payload, Request, Template, Update, Vector
-from fedspan.seeding import generator
+from fedspan.support.seeding import generator
 
 SHAPES = {"one": (40, 30), "two": (24, 24)}
 

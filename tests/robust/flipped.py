@@ -9,7 +9,7 @@ import numpy as np
 
 import fedspan
 from fedspan import config as settings
-from fedspan.builtin import digits
+from fedspan.data.builtin import digits
 
 
 def write(folder: Path, num_clients: int = 7, num_bad: int = 1) -> tuple[list[str], str]:

@@ -19,13 +19,14 @@ import tiny
 import torch
 
 from fedspan import config as settings
-from fedspan import robust, rounds
-from fedspan.federation import Client
+from fedspan import robust
+from fedspan.client.training import LocalResult
+from fedspan.federation import rounds
+from fedspan.federation.clients import Client
+from fedspan.federation.simulated import Here
 from fedspan.methods import METHODS
 from fedspan.methods.messages import Broadcast, Factors, Request, Update
 from fedspan.robust.distances import Cohort
-from fedspan.sites import Here
-from fedspan.train import LocalResult
 
 NUM, BAD = 9, (1, 5)
 METHODS_TRIED = ("fedit", "flexlora", "glora", "ffa_lora", "fedavg")

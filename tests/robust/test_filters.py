@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from peaks import LargestTensor
 
 from fedspan import config as settings
-from fedspan.demands import chosen
-from fedspan.lowrank import LowRank
+from fedspan.algebra.lowrank import LowRank
+from fedspan.federation.requirements import chosen
 from fedspan.methods import METHODS
 from fedspan.methods.messages import Broadcast, Factors, Update, Vector
 from fedspan.robust import Screened, refusal, screen
 from fedspan.robust.distances import Cohort, product_squares
 from fedspan.robust.filters import FILTERS, bounded_claims, krum_scores, weiszfeld
 from fedspan.robust.rehearsal import averages_factors, sends_pairs
-from fedspan.seeding import generator
+from fedspan.support.seeding import generator
 
 PAIRS = {"glora", "glora_plus", "flexlora", "raflora", "flora", "fedex_lora", "lora_fair", "lora_fair_ridge"} | {
     "flora_na",

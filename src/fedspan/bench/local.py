@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedspan import cohort
 from fedspan.bench import tiny
 from fedspan.bench.peers import PlainLoop, TrainerLoop
-from fedspan.bench.seats import Job
+from fedspan.bench.process_pool import Job
+from fedspan.client import cohort
+from fedspan.client.training import Assignment, batches
 from fedspan.config import Config, from_mapping
 from fedspan.data import Encoded, encode
 from fedspan.data.rows import Rows
 from fedspan.methods.messages import Broadcast
 from fedspan.methods.readout import fresh_adapter
 from fedspan.models import FederatedModel, build, load_processor
-from fedspan.seeding import generator
-from fedspan.train import Assignment, batches
+from fedspan.support.seeding import generator
 
 ENGINES = ("sequential", "cohort")
 SEED = 0

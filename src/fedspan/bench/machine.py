@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedspan.memory import peak_memory, reset_peak_memory
+from fedspan.support.peak_memory import peak_memory, reset_peak_memory
 
 _GEMM = 1024
 _READ = 2**26  # float32 numbers: 256 MiB, more than a core's share of any cache

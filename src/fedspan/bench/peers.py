@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedspan.algebra.lowrank import LowRank
 from fedspan.bench.tiny import TARGETS
-from fedspan.lowrank import LowRank
 from fedspan.methods.messages import Factors
 from fedspan.models.loading import quiet
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
-from fedspan.bench import clients, galore, rounds, scaling, server, table
+from fedspan.bench import clients_suite, galore_suite, rounds_suite, scaling_suite, server_suite, table
 from fedspan.bench.harness import Bench, Options, read_results
-from fedspan.naming import nearest
+from fedspan.support.suggest import nearest
 
 SUITES: Mapping[str, Callable[[Bench], None]] = {
-    "server": server.run,
-    "clients": clients.run,
-    "rounds": rounds.run,
-    "scaling": scaling.run,
-    "galore": galore.run,
+    "server": server_suite.run,
+    "clients": clients_suite.run,
+    "rounds": rounds_suite.run,
+    "scaling": scaling_suite.run,
+    "galore": galore_suite.run,
 }
 
 

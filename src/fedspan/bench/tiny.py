@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedspan.seeding import generator
+from fedspan.support.seeding import generator
 
 VOCABULARY = 256
 END = 1

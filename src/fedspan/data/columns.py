@@ -13,7 +13,7 @@ from fedspan.config import DataConfig
 from fedspan.data.images import as_images, find_column
 from fedspan.data.rows import Kind, Rows
 from fedspan.data.tables import Table
-from fedspan.naming import nearest
+from fedspan.support.suggest import nearest
 
 _REGRESSION_METRICS = ("pearson", "spearman")
 _TEXT_COLUMNS = (("text",), ("sentence",), ("sentence1", "sentence2"))  # tried in this order

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedspan.data.tables import Table, npz_names, read_npz
-from fedspan.naming import nearest
+from fedspan.support.suggest import nearest
 
 _SPLITS = ("train_", "test_", "unseen_")
 _SUFFIXES = (".png", ".jpg", ".jpeg")

@@ -12,10 +12,10 @@ from fedspan.config import DataConfig
 from fedspan.data import hub
 from fedspan.data.columns import infer_kind, learn_labels, to_rows
 from fedspan.data.images import folder_table, has_split, npz_table
+from fedspan.data.metrics import GLUE_COLUMNS, GLUE_METRICS, GLUE_NUM_LABELS
 from fedspan.data.rows import Corpus, Kind, Rows, concatenate
 from fedspan.data.tables import Table, read_table
-from fedspan.metrics import GLUE_COLUMNS, GLUE_METRICS, GLUE_NUM_LABELS
-from fedspan.naming import nearest
+from fedspan.support.suggest import nearest
 
 _TASK_SIZES = {"train": 150, "test": 20}  # generated examples of one builtin task
 _HOLDOUT, _MAX_TRAIN, _MAX_TEST, _MAX_UNSEEN = range(4)  # purposes of a generator
@@ -93,7 +93,7 @@ def _check_builtin(config: DataConfig) -> None:
 
 
 def _builtin_tasks(config: DataConfig, seed: int) -> Corpus:
-    from fedspan.builtin.tasks import TASKS, examples
+    from fedspan.data.builtin.tasks import TASKS, examples
 
     def rows(names: Sequence[str], split: str) -> Rows:
         found = [row for name in names for row in examples(name, _TASK_SIZES[split], seed, split)]
@@ -107,7 +107,7 @@ def _builtin_tasks(config: DataConfig, seed: int) -> Corpus:
 
 
 def _builtin_digits(config: DataConfig, seed: int) -> Corpus:
-    from fedspan.builtin import digits
+    from fedspan.data.builtin import digits
 
     found = digits.load(seed)
     train, test = (

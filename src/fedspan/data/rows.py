@@ -83,7 +83,7 @@ class Corpus:
     num_labels
         Number of classes; 1 for regression; 0 for instruction data.
     metrics
-        Names in :data:`fedspan.metrics.METRICS`; the first is the one a summary shows.
+        Names in :data:`fedspan.data.metrics.METRICS`; the first is the one a summary shows.
     """
 
     kind: Kind

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fedspan.naming import nearest
+from fedspan.support.suggest import nearest
 
 _T = TypeVar("_T")
 ABSENT = object()  # marks a key that one row lacks although others have it

@@ -13,13 +13,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from fedspan import lowrank
-from fedspan.lowrank import LowRank
+from fedspan.algebra import lowrank
+from fedspan.algebra.lowrank import LowRank
+from fedspan.federation.rounds import Observation
 from fedspan.methods.base import ServerState
 from fedspan.methods.messages import Broadcast, Factors, Request, Tensors
 from fedspan.methods.patches import Patch
 from fedspan.methods.readout import fresh_a
-from fedspan.rounds import Observation
 
 T = TypeVar("T")
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedspan import lowrank
+from fedspan.algebra import lowrank
+from fedspan.federation.rounds import Observation
 from fedspan.methods.base import ServerState, aggregate
 from fedspan.methods.messages import Factors, Request, Update
-from fedspan.rounds import Observation
-from fedspan.seeding import generator
+from fedspan.support.seeding import generator
 
 CONDITION = 10.0
 """‖G‖·‖G⁻¹‖ of the gauges: moderate, so that rounding stays rounding in float32."""

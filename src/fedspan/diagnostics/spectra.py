@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedspan import lowrank
-from fedspan.seeding import generator
-from fedspan.subspace import principal_angles
+from fedspan.algebra import lowrank
+from fedspan.algebra.subspace import principal_angles
+from fedspan.support.seeding import generator
 
 SKETCH_RANK = 32
 """Directions that are known of a matrix that is too large for its whole spectrum."""

@@ -3,6 +3,6 @@
 It needs the extra `fedspan[flower]`.
 """
 
-from fedspan.flower.quiet import hush
+from fedspan.flower.log_levels import hush
 
 hush()  # here, because this file runs before any other of the folder can import flwr

@@ -1,7 +1,7 @@
 """A site's ClientApp: takes the bytes out of a message, has the site's worker answer them, and puts the answer back.
 
 It imports neither torch nor a model: Flower may start it anew for every message. `app` runs under Flower's own
-`flower-superexec` too; `fedspan.flower.executor` keeps it loaded between messages.
+`flower-superexec` too; `fedspan.flower.client_app_process` keeps it loaded between messages.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from flwr.app.error import Error
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from fedspan import calls
 from fedspan.flower import records
+from fedspan.wire import unix_socket
 
 SITE = "FEDSPAN_SITE"
 SHARE = 0.9
 """Of a message's lifetime is the worker's; the rest is left for the way, so that a refusal arrives in time too."""
 
 Call = Callable[[Path, bytes, float], bytes]
-"""(site's folder, content, seconds) -> answer, as `fedspan.calls.call`."""
+"""(site's folder, content, seconds) -> answer, as `fedspan.wire.unix_socket.call`."""
 
 
-def client_app(call: Call = calls.call, site: Path | None = None, most: float = float("inf")) -> ClientApp:
+def client_app(call: Call = unix_socket.call, site: Path | None = None, most: float = float("inf")) -> ClientApp:
     """The app that asks with `call`.
 
     Parameters

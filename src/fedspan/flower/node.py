@@ -2,7 +2,7 @@
 
 Flower's SuperNode sleeps for 3 seconds whenever it found no message, and looks for its ClientApp's answer every half
 a second. A round of secure sums is about six messages long, so those naps would be most of it. This command is
-Flower's own with the naps of `fedspan.flower.pace` in their place; all other arguments are Flower's.
+Flower's own with the naps of `fedspan.flower.backoff` in their place; all other arguments are Flower's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from fedspan.flower.pace import Pace, quicken
+from fedspan.flower.backoff import Pace, quicken
 
 POLL = 1.0
 """Seconds between two looks for messages at most."""

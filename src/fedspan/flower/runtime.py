@@ -29,7 +29,7 @@ from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
-from fedspan.flower.pace import FIRST
+from fedspan.flower.backoff import FIRST
 from fedspan.flower.records import one_line
 
 PATIENCE = 20.0

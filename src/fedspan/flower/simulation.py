@@ -15,17 +15,18 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedspan import config as settings
-from fedspan import demands, runs
+from fedspan.client.setup import device_of
 from fedspan.config import Config, to_toml
 from fedspan.data import load as load_data
-from fedspan.engine import OnEvent
-from fedspan.federation import make_clients
+from fedspan.federation import requirements
+from fedspan.federation.clients import make_clients
 from fedspan.flower import records
 from fedspan.flower.client_app import refusal
-from fedspan.flower.port import GridPort
-from fedspan.preparing import device_of
-from fedspan.runs import Result
-from fedspan.site import Loaded, Settings, Site
+from fedspan.flower.grid_transport import GridPort
+from fedspan.runs import execution
+from fedspan.runs.engine import OnEvent
+from fedspan.runs.execution import Result
+from fedspan.site.site import Loaded, Settings, Site
 
 
 def run(config: Config, out: Path, on_event: OnEvent) -> Result:
@@ -52,7 +53,7 @@ def run(config: Config, out: Path, on_event: OnEvent) -> Result:
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        results.append(runs.serve(config, out, on_event, GridPort(grid, "simulation")))
+        results.append(execution.serve(config, out, on_event, GridPort(grid, "simulation")))
 
     on_gpu = device_of(config.device).type == "cuda"
     with _errors_only():
@@ -114,7 +115,7 @@ class Everybody:
         corpus = load_data(config.data, config.seed)
         self._clients = sorted(make_clients(config, corpus), key=lambda client: client.client_id)
         largest = max(client.rank for client in self._clients)
-        self._loaded = Loaded.of(config, demands.chosen(config), corpus, largest)
+        self._loaded = Loaded.of(config, requirements.chosen(config), corpus, largest)
         self._sites: dict[str, Site] = {}
 
     def site(self, number: int) -> Site:

@@ -33,7 +33,7 @@ from fedspan.flower import tensors
 from fedspan.flower.tensors import figures, received, reply
 from fedspan.methods.base import Method, ServerState, aggregate
 from fedspan.methods.messages import Broadcast, Factors, Recipe, Request, Template, Tensors, Update
-from fedspan.seeding import generator
+from fedspan.support.seeding import generator
 
 __all__ = ["FedspanStrategy", "figures", "received", "reply"]
 

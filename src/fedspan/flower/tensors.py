@@ -17,7 +17,7 @@ from torch import Tensor
 from fedspan.flower.records import one_line
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, Factors, Payload, Recipe, Template, Tensors, Update, Vector
-from fedspan.traffic import parts
+from fedspan.wire.sizes import parts
 
 ARRAYS, CONFIG, METRICS = "arrays", "fedspan", "metrics"
 _PAIRS = ((".lora_A.weight", ".lora_B.weight"), ("/a", "/b"))

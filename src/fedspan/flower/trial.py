@@ -22,7 +22,7 @@ from typing import Any
 from fedspan.config import Config, with_absolute_paths
 from fedspan.flower import deployment
 from fedspan.flower.deployment import Deployment
-from fedspan.flower.household import Household
+from fedspan.flower.process_tree import Household
 
 Say = Callable[[str], None]
 

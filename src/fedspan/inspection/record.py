@@ -9,8 +9,8 @@ from typing import Any
 
 from fedspan import methods
 from fedspan.config import load
+from fedspan.display.report import read_run
 from fedspan.methods.base import MethodInfo
-from fedspan.report import read_run
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from fedspan.methods.rolora import rolora
 from fedspan.methods.scaffold import scaffold
 from fedspan.methods.server_optimizers import fedadam, fedavgm, fedyogi
 from fedspan.methods.shared_galore import shared_galore
-from fedspan.naming import nearest
+from fedspan.support.suggest import nearest
 
 METHODS: Mapping[str, Callable[..., Method]] = {
     "glora": glora,

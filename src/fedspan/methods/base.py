@@ -13,7 +13,7 @@ Between the exchanges of a round the site keeps its own update. `state.exchange`
 server's functions which exchange they are in, and what is broadcast tells `encode`.
 
 A method is one frozen `Method`, made by a factory whose keyword arguments are its options. Nothing here knows
-a model, a file or a network. Shapes: B (m, r), A (r, n), as in `fedspan.lowrank`.
+a model, a file or a network. Shapes: B (m, r), A (r, n), as in `fedspan.algebra.lowrank`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, Literal
 from fedspan.methods.folds import Exchange, Partial
 from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Request, Template, Tensors, Update
 from fedspan.methods.patches import PatchLog
-from fedspan.methods.questions import Conversation, Terms, own_terms
+from fedspan.methods.queries import Conversation, Terms, own_terms
 
 
 @dataclass(frozen=True, slots=True)

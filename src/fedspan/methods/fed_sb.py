@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedspan import lowrank
+from fedspan.algebra import lowrank
 from fedspan.methods.base import Direct, Method, MethodInfo, ServerState, advance
 from fedspan.methods.fedit import check_rank
 from fedspan.methods.folds import SUM, Exchange, Partial
@@ -29,7 +29,7 @@ from fedspan.methods.messages import (
 )
 from fedspan.methods.patches import PatchLog
 from fedspan.methods.readout import fresh_adapter
-from fedspan.seeding import generator
+from fedspan.support.seeding import generator
 
 _OVERSAMPLING = 8
 _ESTIMATE = 2

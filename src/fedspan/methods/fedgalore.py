@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedspan import lowrank
+from fedspan.algebra import lowrank
+from fedspan.algebra.subspace import consensus
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import COLLECT, Exchange, Partial
 from fedspan.methods.full_weights import WEIGHTS, OnRefresh, Side, SVDKind, average_weights, galore_options
 from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Recipe, Request, Tensors, Update
-from fedspan.subspace import consensus
 
 
 def fedgalore(

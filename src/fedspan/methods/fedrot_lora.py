@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedspan import lowrank
+from fedspan.algebra import lowrank
 from fedspan.methods.base import Method
 from fedspan.methods.fedit import fedit
 from fedspan.methods.messages import Broadcast, ClientState, Factors, Update

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedspan import lowrank, parallel
-from fedspan.lowrank import LowRank
+from fedspan.algebra import lowrank
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.fedit import check_rank, factors_of, init_factors
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, Diagnostics, Request, Template, Tensors
 from fedspan.methods.patches import Patch, PatchLog, patch_sum
 from fedspan.methods.readout import fresh_adapter
+from fedspan.support import parallel
 
 
 def patches_of(state: ServerState) -> PatchLog:

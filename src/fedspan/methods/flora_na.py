@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedspan import lowrank
-from fedspan.lowrank import LowRank
+from fedspan.algebra import lowrank
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import Method
 from fedspan.methods.fedit import fedit
 from fedspan.methods.lora_fair import nearer

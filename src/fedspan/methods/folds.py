@@ -8,8 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from fedspan import lowrank
-from fedspan.lowrank import LowRank
+from fedspan.algebra import lowrank
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.messages import Payload, Tensors, Update, Vector
 
 

@@ -10,16 +10,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fedspan import lowrank, parallel
-from fedspan.lowrank import LowRank
+from fedspan.algebra import lowrank
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods import spectral
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, Diagnostics, Factors, Request, Template, Tensors, Update
 from fedspan.methods.momentum import extrapolated, previous
-from fedspan.methods.questions import Conversation, Outcome, Sums, Term, Terms, own_terms
+from fedspan.methods.queries import Conversation, Outcome, Sums, Term, Terms, own_terms
 from fedspan.methods.readout import Balance, fresh_adapter, leading_adapter
 from fedspan.methods.spectral import Dialogue, Found, Wanted
+from fedspan.support import parallel
 
 Algebra = Literal["auto", "exact", "randomized"]
 Start = Literal["readout", "state", "split"]

@@ -13,24 +13,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedspan import parallel
 from fedspan.methods import spectral
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import SUM, Exchange, Partial
 from fedspan.methods.glora import glora, kept_rank, outcome_of
-from fedspan.methods.messages import (
-    Broadcast,
-    ClientState,
-    Diagnostics,
-    Request,
-    Subspace,
-    Template,
-    Update,
-    Vector,
-)
-from fedspan.methods.questions import Question, Sums, own_terms
+from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Request, Subspace, Template, Update, Vector
+from fedspan.methods.queries import Question, Sums, own_terms
 from fedspan.methods.readout import Balance
 from fedspan.methods.spectral import PROBES, Found
+from fedspan.support import parallel
 
 _PARTS = _SKETCH, _BASIS, _LEFT, _RIGHT = "columns", "adjoint", "left", "right"
 """What a client is asked, by the last part of its name in `Broadcast.subspaces`: P_k times it, X_kᵀ times it, and the

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from fedspan import lowrank
+from fedspan.algebra import lowrank
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import SUM, Exchange, Partial
 from fedspan.methods.messages import (

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedspan import lowrank, parallel
-from fedspan.lowrank import LowRank
+from fedspan.algebra import lowrank
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.fedit import fedit
 from fedspan.methods.folds import Exchange, Partial
 from fedspan.methods.messages import Diagnostics
+from fedspan.support import parallel
 
 Refine = Callable[[Sequence[LowRank], Sequence[float], LowRank], LowRank]
 """(B_k A_k of the clients, p_k, FedIT's mean pair) -> the pair that is broadcast."""

@@ -1,6 +1,6 @@
 """What servers and clients say to each other, and what is fixed for both: plain frozen data.
 
-Shapes: B (m, r), A (r, n), as in `fedspan.lowrank`.
+Shapes: B (m, r), A (r, n), as in `fedspan.algebra.lowrank`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fedspan import lowrank
-from fedspan.lowrank import LowRank
+from fedspan.algebra import lowrank
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.patches import Patch
 
 Tensors = Mapping[str, Tensor]
@@ -74,7 +74,7 @@ Payload = Factors | Vector
 
 @dataclass(frozen=True, slots=True)
 class GaloreOptions:
-    """Local GaLore (Zhao et al. 2024, 2403.03507): see `fedspan.galore`."""
+    """Local GaLore (Zhao et al. 2024, 2403.03507): see `fedspan.algebra.galore`."""
 
     rank: int = 8
     update_gap: int = 50

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedspan import lowrank, parallel
-from fedspan.lowrank import LowRank
+from fedspan.algebra import lowrank
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import ServerState
 from fedspan.methods.messages import Tensors
-from fedspan.methods.questions import Outcome
+from fedspan.methods.queries import Outcome
+from fedspan.support import parallel
 
 Limits = Callable[[str], tuple[int, float | None]]
 """Module -> R, and the share of the sum's norm up to which fewer directions are kept; none: R of them."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedspan import lowrank
-from fedspan.lowrank import LowRank
+from fedspan.algebra import lowrank
+from fedspan.algebra.lowrank import LowRank
 
 Patch = LowRank | Tensor
 """A frozen addition to one base weight: low-rank while that is smaller, dense otherwise."""

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedspan import lowrank
-from fedspan.lowrank import LowRank
+from fedspan.algebra import lowrank
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.folds import Partial
 from fedspan.methods.glora import Algebra, flexlora

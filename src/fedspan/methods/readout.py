@@ -8,10 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedspan import lowrank
-from fedspan.lowrank import LowRank
+from fedspan.algebra import lowrank
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.messages import Broadcast, Factors, Template
-from fedspan.seeding import generator
+from fedspan.support.seeding import generator
 
 Balance = Literal["init", "even", "root"]
 FRESH = 1 / math.sqrt(3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedspan import lowrank
+from fedspan.algebra import lowrank
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.fedit import check_rank, factors_of, fedit, init_factors
 from fedspan.methods.folds import SUM, Exchange, Partial

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from fedspan.lowrank import promote
+from fedspan.algebra.lowrank import promote
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import SUM, Exchange, Partial
 from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Request, Template, Tensors, Update, Vector

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedspan import lowrank
-from fedspan.galore import projector, takes_left
-from fedspan.lowrank import LowRank
+from fedspan.algebra import lowrank
+from fedspan.algebra.galore import projector, takes_left
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import Direct, Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import SUM, Exchange, Partial
 from fedspan.methods.messages import (
@@ -31,7 +31,7 @@ from fedspan.methods.messages import (
 )
 from fedspan.methods.patches import Patch, PatchLog, patch_sum
 from fedspan.methods.spectral import nystrom
-from fedspan.seeding import generator
+from fedspan.support.seeding import generator
 
 Basis = Literal["projector", "energy", "seeded"]
 _OVERSAMPLING = 8

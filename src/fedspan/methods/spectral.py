@@ -3,12 +3,12 @@
 Shapes: X_k (m, n) of rank r_k, c = Σ r_k; U (m, R) orthonormal, C (R, n); l = R + 8 columns are asked about.
 
 One rule by shape, `prefers_exact`: while c, m or n is small, or R is not small beside all three, the exact algebra of
-`fedspan.lowrank` is also the cheapest, at O(c²(m+n)). Above, U comes from a block Krylov space of two blocks (Musco and
-Musco 2015, 1504.05477), which costs no product more than one power step of a randomized range finder does, since the
-answers about both blocks are at hand: of T and Tᵀ for the energy; of the projector sum, by a Nyström approximation
-(Gittens and Mahoney 2016, 1303.1849), for the consensus. Both are conversations in sums, of O(c(m+n)l) work and
-O((m+n)l) memory. What they lose is estimated, without bias, from Gaussian probes that ride in the last question. Test
-matrix and probes have a key of their own, so a result does not depend on anything else that was drawn.
+`fedspan.algebra.lowrank` is also the cheapest, at O(c²(m+n)). Above, U comes from a block Krylov space of two blocks
+(Musco and Musco 2015, 1504.05477), which costs no product more than one power step of a randomized range finder does,
+since the answers about both blocks are at hand: of T and Tᵀ for the energy; of the projector sum, by a Nyström
+approximation (Gittens and Mahoney 2016, 1303.1849), for the consensus. Both are conversations in sums, of O(c(m+n)l)
+work and O((m+n)l) memory. What they lose is estimated, without bias, from Gaussian probes that ride in the last
+question. Test matrix and probes have a key of their own, so a result does not depend on anything else that was drawn.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedspan import lowrank
-from fedspan.lowrank import LowRank
-from fedspan.methods.questions import Answers, Question, Questions, Sums, weighted_pairs
-from fedspan.seeding import generator
-from fedspan.subspace import column_spans
+from fedspan.algebra import lowrank
+from fedspan.algebra.lowrank import LowRank
+from fedspan.algebra.subspace import column_spans
+from fedspan.methods.queries import Answers, Question, Questions, Sums, weighted_pairs
+from fedspan.support.seeding import generator
 
 _OVERSAMPLING = 8
 PROBES = 8

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedspan.models import quantised
-from fedspan.models.federated import FederatedModel, Trains
+from fedspan.models.federated_model import FederatedModel, Trains
 from fedspan.models.layers import in_float32, is_conv1d, shape_of
 from fedspan.models.loading import Kind, head_names, load_base, seeded, without
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedspan.lowrank import LowRank
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.messages import Factors
 from fedspan.methods.patches import Patch
 

@@ -9,9 +9,9 @@ from typing import Any, Literal, cast
 
 import torch
 
-from fedspan.builtin import base_path
+from fedspan.data.builtin import base_path
 from fedspan.models import quantised
-from fedspan.seeding import generator
+from fedspan.support.seeding import generator
 
 Kind = Literal["instruction", "classification", "image"]
 

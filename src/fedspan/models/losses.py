@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedspan.models.federated import FederatedModel
+from fedspan.models.federated_model import FederatedModel
 
 _IGNORED = -100
 

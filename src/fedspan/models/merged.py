@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedspan.models.federated import FederatedModel
+from fedspan.models.federated_model import FederatedModel
 from fedspan.models.layers import base_layer, factors_of, is_conv1d
 
 LARGEST = 2**25

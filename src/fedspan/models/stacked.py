@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedspan.methods.messages import Broadcast, Factors, Recipe
-from fedspan.models.federated import FederatedModel
+from fedspan.models.federated_model import FederatedModel
 from fedspan.models.layers import base_layer, dropout_of, is_conv1d
 from fedspan.models.streams import NotRowwise
 

@@ -14,16 +14,7 @@ from torch import Tensor
 
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.folds import Partial
-from fedspan.methods.messages import (
-    Broadcast,
-    ClientState,
-    Diagnostics,
-    Factors,
-    Request,
-    Tensors,
-    Update,
-    Vector,
-)
+from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Factors, Request, Tensors, Update, Vector
 from fedspan.privacy.frames import Frame, frames_of
 from fedspan.privacy.gaussian import fingerprint, normal
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Update
 from fedspan.privacy.fixed_point import FixedPoint, Words
-from fedspan.traffic import parts
+from fedspan.wire.sizes import parts
 
 Shape = tuple[int, ...]
 _HEAD = 3

@@ -67,7 +67,7 @@ class Screen(Protocol):
 def screen(config: Config, method: Method) -> Screen | None:
     """The filter that `[robust]` asks for; none where it asks for nothing, or where nobody learns from another.
 
-    The configuration has been through `fedspan.demands`, which refuses what a method cannot have.
+    The configuration has been through `fedspan.federation.requirements`, which refuses what a method cannot have.
     """
     asked = config.robust
     if (asked.filter == "none" and asked.max_norm is None) or method.info.pooled or method.info.alone:

@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedspan import lowrank, parallel
-from fedspan.lowrank import LowRank
+from fedspan.algebra import lowrank
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, Factors, Tensors, Update, Vector
+from fedspan.support import parallel
 
 
 @dataclass(frozen=True, slots=True)

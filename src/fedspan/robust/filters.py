@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedspan import lowrank
+from fedspan.algebra import lowrank
 from fedspan.methods.messages import Payload, Tensors, Update, Vector
 from fedspan.robust.distances import Cohort, padded
 

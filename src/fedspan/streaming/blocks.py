@@ -1,6 +1,6 @@
 """What a block of updates adds to a pass: the method's own sum, or the answers to its questions.
 
-Shapes: B (m, r), A (r, n), as in `fedspan.lowrank`.
+Shapes: B (m, r), A (r, n), as in `fedspan.algebra.lowrank`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fedspan.methods.folds import SUM, Partial
 from fedspan.methods.messages import Factors, Update
-from fedspan.methods.questions import Questions, Term, Terms, partial_sums
-from fedspan.spool import is_finite
+from fedspan.methods.queries import Questions, Term, Terms, partial_sums
+from fedspan.streaming.spool import is_finite
 
 
 def sum_of(updates: Sequence[Update], dense: bool) -> Partial:

@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from fedspan.checkpoint import read_tensors, write_bytes
-from fedspan.lowrank import LowRank
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.folds import Partial
-from fedspan.methods.questions import Questions
+from fedspan.methods.queries import Questions
+from fedspan.support.files import read_tensors, write_bytes
 
 _FORMAT = 1
 

@@ -11,7 +11,7 @@ from fedspan.methods import METHODS
 from fedspan.methods.base import Method, ServerState, advance
 from fedspan.methods.folds import SUM, Partial
 from fedspan.methods.messages import Diagnostics, Update
-from fedspan.methods.questions import Answers, Conversation, Outcome, Questions
+from fedspan.methods.queries import Answers, Conversation, Outcome, Questions
 from fedspan.streaming import saved
 from fedspan.streaming.blocks import answers_of, sum_of
 from fedspan.streaming.saved import Pass, Saved

@@ -45,7 +45,7 @@ def due(where: str, site: str, message: dict[str, Any]) -> dict[str, Any] | None
 
 def spoiled(content: bytes, change: Callable[[list[Any]], None]) -> bytes:
     """An answer with its tensors changed in place."""
-    from fedspan import protocol
+    from fedspan.wire import protocol
 
     told, tensors = protocol.decode(content)
     change(tensors)
@@ -117,13 +117,13 @@ def in_worker(site: str, answer: Callable[[bytes], bytes]) -> Callable[[bytes], 
 def install() -> None:
     """Put the mishaps where they belong in this process."""
     words = sys.orig_argv
-    if "fedspan.worker" in words:
-        from fedspan import calls
+    if "fedspan.site.worker" in words:
+        from fedspan.wire import unix_socket
 
-        site, serve = Path(words[words.index("fedspan.worker") + 1]).name, calls.Listener.serve
-        calls.Listener.serve = lambda self, answer: serve(self, in_worker(site, answer))  # type: ignore[method-assign]
-    elif "fedspan.flower.executor" in words:
-        from fedspan.flower.keeper import Keeper
+        site, serve = Path(words[words.index("fedspan.site.worker") + 1]).name, unix_socket.Listener.serve
+        unix_socket.Listener.serve = lambda self, answer: serve(self, in_worker(site, answer))  # type: ignore[method-assign]
+    elif "fedspan.flower.client_app_process" in words:
+        from fedspan.flower.worker_supervisor import Keeper
 
         call = Keeper.call
 

@@ -1,0 +1,1 @@
+"""PEFT LoRA adapter folders, read and written strictly, and whether they belong together."""

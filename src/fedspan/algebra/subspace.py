@@ -1,0 +1,147 @@
+"""Column spaces of low-rank updates: bases, the consensus of several, angles between two.
+
+Shapes: B (m, r), A (r, n); Q_k (m, q_k) orthonormal; P_k = Q_k Q_kᵀ its projector, never formed; U (m, R) the
+consensus basis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedspan.algebra import lowrank
+from fedspan.algebra.lowrank import LowRank
+
+_WORST, _WORST_WIDER = 1e2, 1e6
+"""The largest ‖G⁻¹‖ of a Gram matrix with unit diagonal that is whitened, in the factors' own precision and in float64
+for float32 factors. What rounding of G does to projector and basis is ‖G⁻¹‖·eps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The space of the orthonormal columns of B·Z: a basis that costs r×r numbers beside the factor it stands on."""
+
+    b: Tensor  # (m, r)
+    z: Tensor  # (r, q)
+
+    @property
+    def basis(self) -> Tensor:
+        """Q = B·Z (m, q)."""
+        return self.b.to(self.z.dtype) @ self.z
+
+
+def column_basis(x: LowRank, max_rank: int | None = None) -> Tensor:
+    """Orthonormal basis of col(B·A): the left singular vectors above rounding.
+
+    The column space of the *product*, so that neither the gauge, nor its conditioning, nor a zero factor on
+    either side changes it. A zero update gives no column.
+
+    Parameters
+    ----------
+    max_rank
+        Keep at most so many directions, those of largest singular value.
+
+    Returns
+    -------
+    Tensor
+        (m, q) with q ≤ r.
+    """
+    f = lowrank.svd(x)
+    keep = lowrank.numerical_rank(f.s, lowrank.term_size(x))
+    return f.u[:, : keep if max_rank is None else min(keep, max_rank)]
+
+
+def column_spans(terms: Sequence[LowRank], max_rank: int | None = None) -> list[Span]:
+    """The column spaces of many products, of any shapes, as `column_basis` gives them but without a QR of each.
+
+    Where B and A, columns and rows scaled to length 1, are far from dependent, Cholesky factors of their r×r Gram
+    matrices do what the triangular factors of two QRs would (CholeskyQR; Yamamoto et al. 2015 on its rounding): the
+    product then has full rank for certain, and B·Z spans it. Grams that are too ill-conditioned in float32 are made
+    again in float64, and products that are so there, or near rank deficiency, take the QR.
+    """
+    spans: dict[int, Span] = {}
+    for dtype in (None, torch.float64):
+        groups: dict[object, list[int]] = {}
+        for i, x in enumerate(terms):
+            if i not in spans and x.rank and lowrank.promote(x.b).dtype != dtype:
+                groups.setdefault((x.rank, x.b.dtype, x.b.device), []).append(i)
+        for members in groups.values():
+            spans |= _whitened(terms, members, dtype, max_rank)
+    for i, x in enumerate(terms):
+        if i not in spans:
+            q = column_basis(x, max_rank)
+            spans[i] = Span(q, torch.eye(q.shape[1], dtype=q.dtype, device=q.device))
+    return [spans[i] for i in range(len(terms))]
+
+
+def _whitened(
+    terms: Sequence[LowRank], members: Sequence[int], dtype: torch.dtype | None, max_rank: int | None
+) -> dict[int, Span]:
+    """The spans of those members, all of one rank and type, that Grams in that precision give safely."""
+    kind = torch.promote_types(terms[members[0]].b.dtype, torch.float32)
+    left, z, worst_b, size_b = _triangle(_grams([terms[i].b for i in members], dtype or kind))
+    right, _, worst_a, size_a = _triangle(_grams([terms[i].a.mT for i in members], dtype or kind))
+    sizes = size_b * size_a  # (k, r)
+    # σ_min(B A) ≥ σ_min of the scaled B × the smallest term × σ_min of the scaled A; σ_1 and term_size ≤ Σ sizes.
+    certain = sizes.min(dim=1).values / (worst_b * worst_a).sqrt()
+    rounding = 4 * sizes.shape[1] * torch.finfo(kind).eps * sizes.sum(dim=1)
+    limit = _WORST if dtype is None else _WORST_WIDER
+    # Not >=, or a product of zeros would pass; a NaN fails.
+    safe = (worst_b < limit) & (worst_a < limit) & (certain > rounding)
+    if max_rank is not None and max_rank < z.shape[2]:
+        z[safe] @= torch.linalg.svd(left[safe] @ right[safe].mT)[0]
+        z = z[:, :, :max_rank]
+    z = z.to(kind)
+    return {i: Span(terms[i].b, basis) for i, basis, ok in zip(members, z, safe.tolist(), strict=True) if ok}
+
+
+def _grams(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """XᵀX (k, r, r) of factors (·, r), multiplied in that precision."""
+    return torch.stack([x.mT @ x for x in (factor.to(dtype) for factor in factors)]).double()
+
+
+def _triangle(grams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(R, Z, ‖G⁻¹‖_F, lengths): B Z orthonormal and B = (B Z) R for the Grams BᵀB (k, r, r), G at unit diagonal."""
+    lengths = grams.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    unit = grams / (lengths[:, :, None] * lengths[:, None, :])
+    lower, failed = torch.linalg.cholesky_ex(unit)
+    eye = torch.eye(grams.shape[1], dtype=grams.dtype, device=grams.device).expand_as(grams)
+    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+    worst = torch.linalg.matrix_norm(inverse.mT @ inverse)
+    worst = torch.where((failed == 0) & worst.isfinite(), worst, torch.inf)
+    return lower.mT * lengths[:, None, :], inverse.mT / lengths[:, :, None], worst, lengths
+
+
+def consensus(bases: Sequence[Tensor], weights: Sequence[float], rank: int) -> tuple[Tensor, Tensor]:
+    """Top-`rank` eigenvectors of the weighted projector sum Σ p_k Q_k Q_kᵀ.
+
+    They are the left singular vectors of [√p_1 Q_1 … √p_K Q_K], so no m×m matrix is formed. Chen et al. 2026
+    (2605.06733) call this the consensus update subspace; the formula is our reconstruction of it.
+
+    Returns
+    -------
+    tuple[Tensor, Tensor]
+        U (m, R') orthonormal with R' ≤ rank (fewer when the union of the spaces is smaller), and all
+        eigenvalues of the projector sum, decreasing: 1 where every client agrees.
+    """
+    stacked = torch.cat([q * w**0.5 for q, w in zip(bases, weights, strict=True)], dim=1)
+    if stacked.shape[1] == 0:
+        return stacked, stacked.new_zeros(0)
+    u, s = lowrank.left_singular(stacked, rank)
+    return u[:, : lowrank.numerical_rank(s)], s.square()
+
+
+def principal_angles(u: Tensor, v: Tensor) -> Tensor:
+    """Angles in radians, increasing, between span(U) and span(V), both orthonormal (Björck and Golub 1973).
+
+    Small angles are taken from their sine: the cosine alone cannot tell 1e-4 from 0 in float32.
+    """
+    # The smaller space is measured against the larger.
+    small, large = (u, v) if u.shape[1] <= v.shape[1] else (v, u)
+    overlap = large.mT @ small
+    cosines = torch.linalg.svdvals(overlap).clamp(max=1.0)
+    sines = torch.linalg.svdvals(small - large @ overlap).flip(0).clamp(max=1.0)
+    return torch.where(cosines.square() < 0.5, torch.arccos(cosines), torch.arcsin(sines))

@@ -1,0 +1,130 @@
+"""Suite (d): time and peak memory of a server step as clients and layers grow, all updates held or streamed.
+
+Both arms take the same updates from the same source, which makes each when it is asked for it; making them is in
+the time of both, and timed alone as `source`. What a round's updates take together is the suite's floor in bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from fedspan.bench import machine
+from fedspan.bench.harness import Arm, Bench, CaseKey, Floor
+from fedspan.bench.server_suite import OVERSAMPLING, draw_factors
+from fedspan.methods import METHODS
+from fedspan.methods.base import Method, ServerState, aggregate
+from fedspan.methods.messages import Factors, Template, Update
+from fedspan.streaming import aggregate_stream
+from fedspan.support.seeding import generator
+
+SUITE = "scaling"
+METHOD_NAMES = ("glora", "flexlora", "fedit")
+ARMS = ("source", *(f"{name} {how}" for name in METHOD_NAMES for how in ("held", "streamed")))
+_POOL = 32
+"""Different factor pairs that the clients' updates are made of."""
+
+
+def run(bench: Bench) -> None:
+    """Clients at one layer, then layers at a fixed number of clients."""
+    for case in _grid(bench.options.quick):
+        _measure(bench, case)
+
+
+def _grid(quick: bool) -> Iterator[CaseKey]:
+    d, rank = (256, 8) if quick else (1024, 16)
+    for k in (10, 100, 1000) if quick else (10, 100, 1000, 10_000):
+        yield {"d": d, "r": rank, "layers": 1, "K": k}
+    for layers in (4,) if quick else (4, 16, 64):
+        yield {"d": d, "r": rank, "layers": layers, "K": 100}
+
+
+@dataclass(frozen=True, slots=True)
+class Synthetic:
+    """K clients' updates, made anew at every iteration, the same each time."""
+
+    pool: list[Factors]
+    num_clients: int
+    num_layers: int
+
+    def __iter__(self) -> Iterator[Update]:
+        for k in range(self.num_clients):
+            modules = {}
+            for layer in range(self.num_layers):
+                f = self.pool[(k + 7 * layer) % len(self.pool)]
+                # A cheap change that makes it the client's own, in memory of its own.
+                modules[f"layer{layer:03d}"] = Factors(f.b * (1 + (k % 97) / 97), f.a.clone(), f.scaling)
+            yield Update(f"client-{k:06d}", 1.0, modules, {})
+
+
+def _measure(bench: Bench, case: CaseKey) -> None:
+    if not bench.missing(SUITE, case, ARMS):
+        return
+    d, rank, layers, k = (int(case[name]) for name in ("d", "r", "layers", "K"))
+    device = bench.options.device
+    source = Synthetic(draw_factors(d, rank, _POOL, device), k, layers)
+    template = Template({f"layer{i:03d}": (d, d) for i in range(layers)}, rank, alpha=16.0)
+    held = 4.0 * k * layers * 2 * d * rank
+    arms = [Arm("source", partial(_drain, source))]
+    for name in METHOD_NAMES:
+        method = METHODS[name]()
+        state = method.init(template, {})
+        if bench.fits(4 * held):
+            arms.append(_arm(f"{name} held", partial(_held, method, state, source), device))
+        else:
+            bench.skip(SUITE, case, f"{name} held", f"the updates alone take {held / 2**30:.1f} GiB")
+        arms.append(_arm(f"{name} streamed", partial(_streamed, method, state, source), device))
+    floor = Floor(held, 4 * 2.0 * 2 * d * k * layers * rank * (rank + OVERSAMPLING))  # as in the server suite
+    bench.measure(SUITE, case, arms, floor=floor, check=_agreement)
+
+
+def _arm(name: str, work: Callable[[], ServerState], device: torch.device) -> Arm:
+    def run() -> tuple[ServerState, int]:
+        before = machine.start_peak(device)
+        state = work()
+        return state, machine.peak(device) - before
+
+    return Arm(name, run, details=_memory)
+
+
+def _memory(output: tuple[ServerState, int]) -> Mapping[str, int]:
+    return {"peak_bytes": output[1]}
+
+
+def _drain(source: Synthetic) -> None:
+    for _ in source:
+        pass
+
+
+def _held(method: Method, state: ServerState, source: Synthetic) -> ServerState:
+    return aggregate(method, state, list(source))[0]
+
+
+def _streamed(method: Method, state: ServerState, source: Synthetic) -> ServerState:
+    return aggregate_stream(method, state, source)[0]
+
+
+def _agreement(outputs: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """How far a streamed result is from the held one, as a product, on 8 random vectors."""
+    found: dict[str, Mapping[str, float]] = {}
+    for name in METHOD_NAMES:
+        if f"{name} held" not in outputs or f"{name} streamed" not in outputs:
+            continue
+        products = [_products(outputs[f"{name} {how}"][0]) for how in ("held", "streamed")]
+        pairs = zip(*products, strict=True)
+        distance = max(float((x - y).norm() / x.norm()) for x, y in pairs)
+        found[f"{name} streamed"] = {"distance": distance, "agrees": distance <= 0.05}
+    return found
+
+
+def _products(state: ServerState) -> list[torch.Tensor]:
+    products = []
+    for held in state.modules.values():
+        left, right = (held["u"], held["c"]) if "u" in held else (held["b"], held["a"])
+        x = torch.randn((right.shape[1], 8), generator=generator("bench", "probe")).to(right.device)
+        products.append(left @ (right @ x))
+    return products

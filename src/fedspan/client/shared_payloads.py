@@ -1,0 +1,127 @@
+"""What of broadcasts and updates goes to which process: what clients share is sent once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedspan.client.training import Assignment, LocalResult
+from fedspan.methods.messages import Broadcast, Update
+from fedspan.wire import packing
+
+_Put = Callable[[packing.Parcel, Any], dict[str, Any]]
+_Get = Callable[[Any, Sequence[Tensor]], Any]
+_PARTS: Mapping[str, tuple[_Put, _Get]] = {
+    "adapter": (packing.put_factors, packing.get_factors),
+    "dense": (packing.put_dense, packing.get_dense),
+    "patch": (packing.put_patch, packing.get_patch),
+    "correction": (packing.put_dense, packing.get_dense),
+    "subspaces": (packing.put_subspaces, packing.get_subspaces),
+    "moments": (packing.put_dense, packing.get_dense),
+}
+"""What of a broadcast travels to a process, and how; `news` is for whoever counts bytes."""
+
+
+class Luggage:
+    """What is sent of broadcasts: each part once to each process, for as long as the work at hand names it."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, tuple[int, object]] = {}
+        """Of the parts of the work at hand, by their identity; they are held so that it stays theirs."""
+        self._next = 0
+
+    def expect(self, broadcasts: Sequence[Broadcast]) -> None:
+        """The work at hand names these."""
+        before, self._numbers = self._numbers, {}
+        for broadcast in broadcasts:
+            for part in (getattr(broadcast, name) for name in _PARTS):
+                if id(part) not in self._numbers:
+                    self._numbers[id(part)] = before.get(id(part), (self._next, part))
+                    self._next += 1
+
+    def forget(self, held: set[int]) -> list[int]:
+        """What a process holds and will not be asked about."""
+        gone = held - {number for number, _ in self._numbers.values()}
+        held -= gone
+        return sorted(gone)
+
+    def broadcast(self, parcel: packing.Parcel, held: set[int], b: Broadcast) -> dict[str, Any]:
+        """A broadcast's description, with what this process lacks of it."""
+        told: dict[str, Any] = {"recipe": packing.put_recipe(b.recipe), "seeded": sorted(b.seeded)}
+        for name, (put, _) in _PARTS.items():
+            part = getattr(b, name)
+            number, _ = self._numbers[id(part)]
+            new = number not in held
+            held.add(number)
+            told[name] = [number, put(parcel, part) if new else None]
+        return told
+
+    def assignment(self, parcel: packing.Parcel, held: set[int], a: Assignment) -> dict[str, Any]:
+        """An assignment's description."""
+        return {
+            "client_id": a.client_id,
+            "broadcast": self.broadcast(parcel, held, a.broadcast),
+            "rows": parcel.put(torch.as_tensor(a.rows)),
+            "steps": a.steps,
+            "weight": a.weight,
+            "secret": a.secret,
+        }
+
+
+class Shelf:
+    """What a process was sent of broadcasts and still holds."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Any] = {}
+
+    def forget(self, numbers: Sequence[int]) -> None:
+        """These parts will not be named again."""
+        for number in numbers:
+            del self._held[number]
+
+    def broadcast(self, told: Mapping[str, Any], tensors: Sequence[Tensor]) -> Broadcast:
+        """The broadcast; a part that was sent before is the very object that it was then."""
+        found: dict[str, Any] = {}
+        for name, (_, get) in _PARTS.items():
+            number, new = told[name]
+            if new is not None:
+                self._held[number] = get(new, tensors)
+            found[name] = self._held[number]
+        return Broadcast(**found, recipe=packing.get_recipe(told["recipe"]), seeded=frozenset(told["seeded"]))
+
+    def assignment(self, told: Mapping[str, Any], tensors: Sequence[Tensor]) -> Assignment:
+        """The assignment."""
+        sent, rows = self.broadcast(told["broadcast"], tensors), tensors[told["rows"]].numpy()
+        return Assignment(told["client_id"], sent, rows, told["steps"], told["weight"], told["secret"])
+
+
+def put_result(parcel: packing.Parcel, result: LocalResult) -> dict[str, Any]:
+    """The description of what a client learnt."""
+    update = result.update
+    return {
+        "client_id": update.client_id,
+        "num_examples": update.num_examples,
+        "modules": packing.put_payloads(parcel, update.modules),
+        "dense": packing.put_dense(parcel, update.dense),
+        "moments": packing.put_dense(parcel, update.moments),
+        "rate_sum": update.rate_sum,
+        "train_loss": result.train_loss,
+        "steps": result.steps,
+        "optimizer_bytes": result.optimizer_bytes,
+    }
+
+
+def get_result(told: Mapping[str, Any], tensors: Sequence[Tensor]) -> LocalResult:
+    """What a client learnt."""
+    update = Update(
+        told["client_id"],
+        told["num_examples"],
+        packing.get_payloads(told["modules"], tensors),
+        packing.get_dense(told["dense"], tensors),
+        packing.get_dense(told["moments"], tensors),
+        told["rate_sum"],
+    )
+    return LocalResult(update, told["train_loss"], told["steps"], told["optimizer_bytes"])

@@ -1,0 +1,1 @@
+"""Progress, tables and pictures of runs."""

@@ -1,0 +1,264 @@
+"""What a run shows while it works: a live display on a terminal, one plain line per round anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from fedspan.runs.engine import Event
+
+_LABELS = {
+    "base": "untouched base",
+    "federation": "federation",
+    "local": "clients alone",
+    "final": "last evaluation",
+}
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in the unit a reader wants: 950 B, 4.2 kB, 13.1 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(num_bytes) < 999.5:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 05 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def number(value: float | None) -> str:
+    """A figure with the digits that matter; an en dash for one that was not measured."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
+
+
+@dataclass(slots=True)
+class Progression:
+    """How far the phase at hand is, from the events so far; the clock is the caller's."""
+
+    phase: str = ""
+    total: int = 0
+    done: float = 0.0
+    """Rounds, with the clients of the round at hand counted as a fraction of it."""
+    _began: float = 0.0
+    _began_at: float = 0.0
+
+    def begin(self, phase: str, total: int, done: int, now: float) -> None:
+        """A phase starts, at round `done` when a run goes on."""
+        self.phase, self.total, self.done = phase, total, done
+        self._began, self._began_at = now, done
+
+    def seconds_left(self, now: float) -> float | None:
+        """Seconds to the end of the phase at the pace so far; none while there is no pace yet."""
+        gone = self.done - self._began_at
+        if gone <= 0:
+            return None
+        return (now - self._began) / gone * (self.total - self.done)
+
+
+def _main_metric(started: Mapping[str, Any], evaluated: Mapping[str, float]) -> str | None:
+    named = started.get("metric")
+    return named if named in evaluated else next((name for name in evaluated if name != "loss"), None)
+
+
+def _title(data: Mapping[str, Any]) -> str:
+    ranks = sorted(set(data["ranks"]))
+    held = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    clients = "client" if data["num_clients"] == 1 else "clients"
+    return (
+        f"{data['method']} on {data['task']}: {data['num_clients']} {clients}, {held}, "
+        f"{data['rounds']} rounds; {data['model']} of {data['base_parameters']:,} parameters, "
+        f"{data['trained_parameters']:,} trained"
+    )
+
+
+def _engine(data: Mapping[str, Any]) -> str:
+    why = f" ({data['reason']})" if data["reason"] else ""
+    processes = "1 process" if data["workers"] == 1 else f"{data['workers']} processes"
+    return f"{data['engine']} engine{why}, {processes}"
+
+
+def _rejected(record: Mapping[str, Any]) -> list[str]:
+    return [
+        f"round {record['round_num']}: the update of {client} was left out: {reason}"
+        for client, reason in record.get("rejected", {}).items()
+    ]
+
+
+@dataclass(slots=True)
+class Lines:
+    """One line per round, for logs and pipes."""
+
+    console: Console
+    _started: Mapping[str, Any] = field(default_factory=dict)
+    _at: Progression = field(default_factory=Progression)
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        data = event.data
+        if event.kind == "start":
+            self._started = data
+            self._print(f"{_title(data)}; folder {data['out']}")
+            self._print(_engine(data))
+        elif event.kind == "phase":
+            self._at.begin(data["phase"], data["total"], data["done"], time.monotonic())
+            going_on = f", from round {data['done'] + 1}" if 0 < data["done"] < data["total"] else ""
+            self._print(_LABELS.get(data["phase"], data["phase"]) + going_on)
+        elif event.kind == "round":
+            self._round(data["record"])
+        elif event.kind in ("site", "budget"):
+            self._print(data["line"])
+
+    def _round(self, record: Mapping[str, Any]) -> None:
+        self._at.done = record["round_num"]
+        parts = [f"round {record['round_num']}/{self._at.total}", f"loss {number(record['train_loss'])}"]
+        evaluated = record.get("eval") or {}
+        metric = _main_metric(self._started, evaluated)
+        if metric is not None:
+            parts.append(f"{metric} {number(evaluated[metric])}")
+        parts.append(f"{record['num_clients']} clients")
+        parts.append(f"up {size(record['bytes_up'])}, down {size(record['bytes_down'])}")
+        left = self._at.seconds_left(time.monotonic())
+        if left:
+            parts.append(f"{duration(left)} left")
+        for line in _rejected(record):
+            self._print(f"  {line}")
+        self._print("  " + "  ".join(parts))
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.file.flush()  # a pipe would otherwise hold the lines back for minutes
+
+
+class _Left(ProgressColumn):
+    """Time left of a phase, or the time it took; asked again ten times a second."""
+
+    def render(self, task: Task) -> Text:
+        seconds = task.fields["left"](task)
+        if task.finished:
+            return Text(f"{duration(task.finished_time or 0.0)}", style="dim")
+        return Text("" if seconds is None else f"{duration(seconds)} left")
+
+
+@dataclass(slots=True)
+class Live:
+    """A bar for every phase, with loss, metric and time left."""
+
+    progress: Progress
+    _loading: TaskID
+    _started: Mapping[str, Any] = field(default_factory=dict)
+    _at: Progression = field(default_factory=Progression)
+    _task: TaskID | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        data = event.data
+        if event.kind == "start":
+            self.progress.remove_task(self._loading)
+            self._started = data
+            self.progress.console.print(f"[bold]{escape(_title(data))}[/]", highlight=False)
+            self.progress.console.print(escape(_engine(data)), style="dim", highlight=False)
+        elif event.kind == "phase":
+            self._phase(data)
+        elif event.kind == "client":
+            self._client(data)
+        elif event.kind == "round":
+            self._round(data["record"])
+        elif event.kind in ("site", "budget"):
+            self.progress.console.print(escape(data["line"]), highlight=False)
+        elif event.kind == "end":
+            self._finish()
+
+    def _phase(self, data: Mapping[str, Any]) -> None:
+        self._finish()
+        phase, total, done = data["phase"], data["total"], data["done"]
+        self._at.begin(phase, total, done, time.monotonic())
+        counts_rounds = phase in ("federation", "local")
+        self._task = _row(
+            self.progress,
+            _LABELS.get(phase, phase),
+            total if counts_rounds else None,
+            done,
+            status=f"{done}/{total} rounds" if counts_rounds else "",
+            left=self._left,
+        )
+
+    def _finish(self) -> None:
+        if self._task is not None:
+            self.progress.update(self._task, total=self._at.total, completed=self._at.total)
+            self._task = None
+
+    def _left(self, task: Task) -> float | None:
+        return self._at.seconds_left(time.monotonic()) if task.total is not None else None
+
+    def _client(self, data: Mapping[str, Any]) -> None:
+        if self._task is None:
+            return
+        round_num, done, cohort = data["round_num"], data["done"], data["cohort"]
+        # The server's work and the evaluation come after the last client of a round.
+        self._at.done = round_num - 1 + done / (cohort + 1)
+        self.progress.update(
+            self._task,
+            completed=self._at.done,
+            status=f"{round_num - 1}/{self._at.total} rounds, {done}/{cohort} clients",
+        )
+
+    def _round(self, record: Mapping[str, Any]) -> None:
+        if self._task is None:
+            return
+        self._at.done = record["round_num"]
+        figures = [f"loss {number(record['train_loss'])}"]
+        evaluated = record.get("eval") or {}
+        metric = _main_metric(self._started, evaluated)
+        if metric is not None:
+            figures.append(f"{metric} [bold]{number(evaluated[metric])}[/]")
+        for line in _rejected(record):
+            self.progress.console.print(escape(line), style="yellow", highlight=False)
+        self.progress.update(
+            self._task,
+            completed=self._at.done,
+            status=f"{record['round_num']}/{self._at.total} rounds",
+            figures="  ".join(figures),
+        )
+
+
+@contextmanager
+def follow(console: Console) -> Iterator[Lines | Live]:
+    """A listener for a run's events: live on a terminal, plain lines otherwise."""
+    if not console.is_terminal:
+        yield Lines(console)
+        return
+    columns: list[ProgressColumn] = [TextColumn("{task.description}")]
+    roomy = console.width >= 95
+    if roomy:
+        columns.append(BarColumn(bar_width=min(24, console.width - 85)))
+    status = TextColumn("{task.fields[status]}", table_column=Column(min_width=26 if roomy else None))
+    columns += [status, TextColumn("{task.fields[figures]}"), _Left()]
+    # Redrawing takes time from training, which holds the interpreter.
+    with Progress(*columns, console=console, refresh_per_second=4) as progress:
+        yield Live(progress, _row(progress, "loading"))
+
+
+def _row(progress: Progress, label: str, total: int | None = None, done: int = 0, **fields: Any) -> TaskID:
+    return progress.add_task(
+        label, total=total, completed=done, **{"status": "", "figures": "", "left": lambda task: None, **fields}
+    )

@@ -1,0 +1,383 @@
+"""One-shot merging: a method's server rule applied once to PEFT adapter folders from anywhere.
+
+Shapes: B (m, r), A (r, n) per module; p_k = w_k / Σ w; T = Σ p_k s_k B_k A_k, the true average, is what
+averaging the fine-tuned models' weights would give.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedspan.adapters.compatibility import check_compatible
+from fedspan.adapters.peft_folder import CARRIED, Adapter, check_free, load, save
+from fedspan.algebra import lowrank
+from fedspan.algebra.lowrank import LowRank
+from fedspan.methods import METHODS
+from fedspan.methods.base import Method, ServerState, aggregate
+from fedspan.methods.messages import Broadcast, Factors, Request, Template, Update
+from fedspan.methods.readout import received
+from fedspan.support import parallel
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What a merge did, and what it cost. All losses are shares of a Frobenius norm, 0 for none."""
+
+    method: str
+    shares: tuple[float, ...]
+    """p_k, in the order of the folders."""
+    rank: int
+    """r of the written adapter."""
+    ranks: Mapping[str, int]
+    """Directions written, per module."""
+    full_ranks: Mapping[str, int]
+    """Directions of the method's result, per module: the rank that holds all of it."""
+    lost: Mapping[str, float]
+    """‖result − written‖ / ‖result‖ per module: what the rank limit cut off the method's result."""
+    lost_overall: float
+    """The same over all modules together."""
+    distance: Mapping[str, float]
+    """‖T − written‖ / ‖T‖ per module: how far the written adapter is from the true average."""
+    distance_overall: float
+    """The same over all modules together."""
+    num_dense: int
+    """Whole weights (heads) averaged."""
+    diagnostics: Mapping[str, float]
+    """What the method measured of itself."""
+
+    def lines(self) -> list[str]:
+        """The report in a few sentences, one each."""
+        shares = ", ".join(f"{share:.4g}" for share in self.shares)
+        heads = f" and {self.num_dense} whole weights" if self.num_dense else ""
+        lines = [
+            f"{self.method}: {len(self.shares)} adapters (weights {shares}) merged into one "
+            f"of rank {self.rank}, {len(self.ranks)} modules{heads}."
+        ]
+        cut = [name for name, full in self.full_ranks.items() if full > self.ranks[name]]
+        if cut:
+            worst = max(cut, key=lambda name: self.lost[name])
+            lines.append(
+                f"The rank does not hold all of it: {len(cut)} modules were cut and {self.lost_overall:.3%} "
+                f"of the norm is lost (most in {worst}, {self.lost[worst]:.3%}); "
+                f"rank {max(self.full_ranks.values())} would hold everything."
+            )
+        else:
+            lines.append(f"The adapter holds all that {self.method} gives.")
+        lines.append(f"Distance from the average of the updates themselves: {self.distance_overall:.3%} of its norm.")
+        return lines
+
+    def __str__(self) -> str:
+        return " ".join(self.lines())
+
+
+def merge(
+    folders: Sequence[Path],
+    method: Method,
+    *,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    out: Path,
+) -> MergeReport:
+    """Merge PEFT LoRA folders by the server rule of `method` and write the result as one PEFT folder.
+
+    Parameters
+    ----------
+    weights
+        One positive weight per folder, such as its number of examples; none: equal.
+    rank
+        The largest rank that may be written; none: whatever holds the result.
+    out
+        A new or empty folder; it is written whole or not at all.
+
+    Raises
+    ------
+    ValueError
+        See `combine` and `fedspan.adapters.load`; or `out` is not empty.
+    """
+    out = Path(out)
+    check_free(out)
+    _check_arguments(len(folders), method, weights, rank)
+    adapters = [load(Path(folder)) for folder in folders]
+    result, report = combine(adapters, method, weights=weights, rank=rank, names=[str(folder) for folder in folders])
+    config = result.config
+    save(
+        out,
+        result.factors,
+        base_model=config["base_model_name_or_path"],
+        task_type=config["task_type"],
+        dense=result.dense,
+        modules_to_save=result.modules_to_save,
+        fan_in_fan_out=config["fan_in_fan_out"],
+        embeddings=result.embeddings,
+        frozen=result.frozen,
+        carried={key: config[key] for key in CARRIED if key in config},
+    )
+    return report
+
+
+def combine(
+    adapters: Sequence[Adapter],
+    method: Method,
+    *,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    names: Sequence[str] | None = None,
+) -> tuple[Adapter, MergeReport]:
+    """`merge` without files.
+
+    Every adapter counts as the answer of one client in a first round. What a client would then receive,
+    adapter plus patch on its base, is joined into one pair per module by the QR core, and cut to `rank`
+    by its SVD: the best approximation of that rank (Eckart and Young 1936), whichever way the method
+    serves smaller clients.
+
+    Each scaling is folded into its B first, so the method sees a common scaling of 1. Methods that work
+    on products cannot tell. FedIT averages B without its scaling; with one scaling s in a module, s·B̄Ā =
+    (Σ p_k s B_k)·Ā, so folding changes nothing there either, and modules may differ from each other. With
+    several scalings in one module its result would depend on which factor holds them, and it is refused.
+    FedEx-LoRA's means and residual add up to T however the factors are split, so there folding is always
+    right.
+
+    Methods that freeze A are allowed where all adapters have the same A, bit for bit (a smaller one being
+    the first rows of the larger): then that A is used.
+
+    Parameters
+    ----------
+    names
+        What errors call the adapters; none: by number.
+
+    Raises
+    ------
+    ValueError
+        For a method that cannot merge in one shot, or not these adapters, naming those that can; for weights
+        or a rank out of range; for adapters of different bases, modules, shapes or heads, naming the adapter.
+    """
+    _check_arguments(len(adapters), method, weights, rank)
+    labels = [f"adapter {i}" for i in range(len(adapters))] if names is None else list(names)
+    check_compatible(labels, adapters)
+    template, state = _start(labels, adapters, method)
+    sent = method.broadcast(state, Request(rank=None))
+    counts = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
+    updates = [
+        # The index leads, padded, so that clients are folded in the order of the folders.
+        method.encode(_update(f"{i:06d}", adapter, count), sent, None)[0]
+        for i, (adapter, count) in enumerate(zip(adapters, counts, strict=True))
+    ]
+    with parallel.threads(os.cpu_count() or 1):
+        state, diagnostics = aggregate(method, state, updates)
+    answer = method.broadcast(state, Request(rank=None))
+    shares = [count / math.fsum(counts) for count in counts]
+    factors: dict[str, Factors] = {}
+    tally = _Tally({}, {}, {}, {})
+    for name in template.modules:
+        target = lowrank.stack([_delta(adapter.factors[name]) for adapter in adapters], shares)
+        factors[name] = _fit(tally, name, received(answer, name), target, rank)
+    dense = _dense(labels, adapters, answer)
+    frozen = {name: tensor for adapter in adapters for name, tensor in adapter.frozen.items()}
+    result = Adapter(factors, dense, _common_config(adapters), adapters[0].embeddings, frozen)
+    written = max(1, *tally.kept.values())
+    return result, tally.report(method, shares, written, len(dense), diagnostics)
+
+
+def _why_not(method: Method) -> str | None:
+    """Why the method has no rule for adapters that are merged once; none when it has."""
+    if method.info.pooled:
+        return "pools the data and aggregates nothing"
+    if method.info.personalised:
+        return "leaves each client a model of its own"
+    if method.info.trains != "adapter":
+        return "averages weights, not adapters"
+    if len(method.exchanges) != 1:
+        return f"needs {len(method.exchanges)} exchanges with its clients"
+    return None
+
+
+def _freezes_a(method: Method) -> bool:
+    state = method.init(Template({"probe": (1, 1)}, 1), {})
+    return not method.broadcast(state, Request(rank=None)).recipe.train_a
+
+
+def _able(hetero_rank: bool = False) -> str:
+    """The names of the methods that can merge any adapters, or any of mixed ranks."""
+    methods = {name: factory() for name, factory in METHODS.items()}
+    return ", ".join(
+        name
+        for name, method in methods.items()
+        if _why_not(method) is None and not _freezes_a(method) and (method.info.hetero_rank or not hetero_rank)
+    )
+
+
+def _check_arguments(number: int, method: Method, weights: Sequence[float] | None, rank: int | None) -> None:
+    reason = _why_not(method)
+    if reason is not None:
+        raise ValueError(f"{method.info.name} {reason}: expected a method that can merge: {_able()}")
+    if number == 0:
+        raise ValueError("no adapter to merge: expected at least one folder")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank = {rank!r}: expected a whole number of at least 1")
+    if weights is None:
+        return
+    if len(weights) != number:
+        raise ValueError(f"{len(weights)} weights for {number} adapters: expected one each")
+    for weight in weights:
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"weight {weight}: expected a finite number above 0")
+
+
+def _start(labels: Sequence[str], adapters: Sequence[Adapter], method: Method) -> tuple[Template, ServerState]:
+    """The template, with a common scaling of 1, and the state before the round."""
+    info, frozen_a = method.info, _freezes_a(method)
+    shapes = {name: f.delta().shape for name, f in adapters[0].factors.items()}
+    ranks = {name: [adapter.factors[name].rank for adapter in adapters] for name in shapes}
+    if not info.hetero_rank:
+        _check_one(labels, info.name, "rank", {name: list(r) for name, r in ranks.items()})
+        if not info.exact:
+            scalings = {name: [a.factors[name].scaling for a in adapters] for name in shapes}
+            _check_one(labels, info.name, "scaling", scalings)
+    size = max(max(r) for r in ranks.values())
+    if info.exact and info.hetero_rank and not frozen_a:
+        # The server keeps enough directions to be exact: all that the clients' column spaces span together. The
+        # rank of T does not suffice, it is at most n where n < m, and a projector of that rank would lose some.
+        size = max(size, *(min(max(m, n), sum(ranks[name])) for name, (m, n) in shapes.items()))
+    template = Template(shapes, size, alpha=float(size))
+    state = method.init(template, adapters[0].dense)
+    return template, _with_common_a(labels, adapters, method, state) if frozen_a else state
+
+
+def _check_one(labels: Sequence[str], name: str, what: str, values: Mapping[str, Sequence[float]]) -> None:
+    for module, given in values.items():
+        for label, value in zip(labels, given, strict=True):
+            if not math.isclose(value, given[0], rel_tol=1e-9):
+                found = f"{module} has {given[0]:g} in {labels[0]} and {value:g} in {label}"
+                able = _able(hetero_rank=True)
+                raise ValueError(f"{name} needs one {what} per module; {found}: expected one of {able}")
+
+
+def _with_common_a(
+    labels: Sequence[str], adapters: Sequence[Adapter], method: Method, state: ServerState
+) -> ServerState:
+    """The state with the A that all adapters share, where the method would have drawn one."""
+    size = state.template.rank
+    modules = dict(state.modules)
+    differ = []
+    for name, kept in state.modules.items():
+        all_a = [_delta(adapter.factors[name]).a for adapter in adapters]
+        largest = max(all_a, key=len)
+        if not all(torch.equal(a, largest[: len(a)]) for a in all_a):
+            differ.append(name)
+        modules[name] = {
+            **kept,
+            "a": torch.cat([largest, largest.new_zeros((size - len(largest), largest.shape[1]))]),
+        }
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise ValueError(
+            f"{method.info.name} averages B for one frozen A, but lora_A is not the same in all adapters for "
+            f"{', '.join(differ[:3])}{more}: expected a method that can merge them: {_able(hetero_rank=True)}"
+        )
+    return replace(state, modules=modules)
+
+
+def _delta(f: Factors) -> LowRank:
+    """s·B·A in float64 where the file has it, in float32 otherwise."""
+    delta = f.delta()
+    dtype = torch.promote_types(delta.b.dtype, delta.a.dtype)
+    return LowRank(delta.b.to(dtype), delta.a.to(dtype))
+
+
+def _update(client_id: str, adapter: Adapter, count: float) -> Update:
+    """The adapter as a client's answer: scaling 1, and one rank for all its modules, as in a federation."""
+    rank = max(f.rank for f in adapter.factors.values())
+    modules = {}
+    for name, f in adapter.factors.items():
+        x = _delta(f)
+        b = torch.cat([x.b, x.b.new_zeros((x.shape[0], rank - x.rank))], dim=1)
+        a = torch.cat([x.a, x.a.new_zeros((rank - x.rank, x.shape[1]))], dim=0)
+        modules[name] = Factors(b, a, 1.0)
+    dense = {name: tensor for name, tensor in adapter.dense.items() if tensor.is_floating_point()}
+    return Update(client_id, count, modules, dense)
+
+
+def _dense(labels: Sequence[str], adapters: Sequence[Adapter], answer: Broadcast) -> dict[str, Tensor]:
+    """The averaged whole weights; those that are bitwise equal everywhere stay so."""
+    dense: dict[str, Tensor] = {}
+    for name, tensor in adapters[0].dense.items():
+        odd = [label for label, x in zip(labels, adapters, strict=True) if not torch.equal(x.dense[name], tensor)]
+        if not odd:
+            dense[name] = tensor
+        elif tensor.is_floating_point():
+            dense[name] = answer.dense[name]
+        else:
+            raise ValueError(f"{odd[0]}: {name} is {tensor.dtype} and not that of {labels[0]}: expected equal integers")
+    return dense
+
+
+def _common_config(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    first = adapters[0].config
+    saved = dict.fromkeys(name for adapter in adapters for name in adapter.modules_to_save)
+    config = {key: first[key] for key in CARRIED if first.get(key) is not None}
+    return {
+        **config,
+        "base_model_name_or_path": first.get("base_model_name_or_path"),
+        "task_type": next((t for a in adapters if (t := a.config.get("task_type"))), None),
+        "modules_to_save": list(saved),
+        "fan_in_fan_out": bool(first.get("fan_in_fan_out")),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Tally:
+    """What was kept and lost, gathered module by module; norms, not shares."""
+
+    kept: dict[str, int]
+    full: dict[str, int]
+    lost: dict[str, tuple[float, float]]
+    distance: dict[str, tuple[float, float]]
+
+    def report(
+        self,
+        method: Method,
+        shares: Sequence[float],
+        rank: int,
+        num_dense: int,
+        diagnostics: Mapping[str, float],
+    ) -> MergeReport:
+        return MergeReport(
+            method.info.name,
+            tuple(shares),
+            rank,
+            self.kept,
+            self.full,
+            {name: _share(*pair) for name, pair in self.lost.items()},
+            _share(*(math.hypot(*norms) for norms in zip(*self.lost.values(), strict=True))),
+            {name: _share(*pair) for name, pair in self.distance.items()},
+            _share(*(math.hypot(*norms) for norms in zip(*self.distance.values(), strict=True))),
+            num_dense,
+            diagnostics,
+        )
+
+
+def _share(part: float, whole: float) -> float:
+    if whole > 0:
+        return part / whole
+    return 0.0 if part == 0 else math.inf
+
+
+def _fit(tally: _Tally, name: str, result: LowRank, target: LowRank, rank: int | None) -> Factors:
+    """The result as a balanced pair of at most `rank` directions, with what that costs noted down."""
+    f = lowrank.svd(result)
+    full = lowrank.numerical_rank(f.s)
+    keep = full if rank is None else min(full, rank)
+    root = f.s[:keep].sqrt()
+    factors = Factors(f.u[:, :keep] * root, root[:, None] * f.vh[:keep], 1.0)
+    tally.kept[name], tally.full[name] = keep, full
+    tally.lost[name] = float(f.s[keep:].norm()), float(f.s.norm())
+    tally.distance[name] = lowrank.distance(target, factors.delta()), lowrank.norm(target)
+    return factors

@@ -1,0 +1,1 @@
+"""Messages between a server and its sites: their bytes, their precision, their sizes, and the transport interface."""

@@ -1,0 +1,609 @@
+"""A server and its sites in bytes: the same bits as in one process, and what happens when a site misbehaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from ports import MemoryPort, make_sites
+from test_run import NAMES, Stop
+
+from fedspan.config import Config
+from fedspan.federation.clients import participants
+from fedspan.federation.rounds import RoundFailed
+from fedspan.methods import METHODS
+from fedspan.runs import checkpoint
+from fedspan.runs.engine import Event
+from fedspan.runs.execution import run, serve
+from fedspan.site.site import Settings, Site
+from fedspan.wire import protocol
+
+REMOTE = [name for name in NAMES if not METHODS[name]().info.pooled and not METHODS[name]().info.alone]
+SUMS = [name for name in REMOTE if METHODS[name]().secure_sum]
+IDS = [f"client-{k}" for k in range(4)]
+
+
+def settings(base: Path, texts: Path, name: str = "flexlora", /, **sections: Any) -> Config:
+    """Four clients, three of them in each of three rounds, one after the other."""
+    federation = {"rounds": 3, "participation": 0.75, **sections.pop("federation", {})}
+    return tiny.config(
+        base,
+        texts,
+        name,
+        federation=federation,
+        evaluation={"every": 9, "diagnostics": False, "per_rank": False, "base": False},
+        engine={"name": "sequential", **sections.pop("engine", {})},  # the cohort agrees to rounding alone
+        deployment={"wait": 20, "deadline": 30, **sections.pop("deployment", {})},
+        **sections,
+    )
+
+
+class Federation:
+    """Sites in memory, and a server's folder."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.sites = make_sites(config, IDS, folder / "sites")
+        self.port = MemoryPort({f"node-{k}": site.answer for k, site in enumerate(self.sites.values())})
+        self.lines: list[str] = []
+
+    def serve(self, on_event: Callable[[Event], None] | None = None) -> list[dict[str, Any]]:
+        """The run's records."""
+
+        def listen(event: Event) -> None:
+            if event.kind == "site":
+                self.lines.append(event.data["line"])
+            if on_event is not None:
+                on_event(event)
+
+        return serve(self.config, self.folder / "run", listen, self.port).history
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return state_of(self.folder / "run")
+
+    def restart(self, client_id: str) -> None:
+        """The site's process ends and another begins, on the same disk."""
+        old = self.sites[client_id]
+        fresh = Site(old.given, old.folder, old.loaded)
+        self.sites[client_id] = fresh
+        self.port.nodes_here[f"node-{IDS.index(client_id)}"] = fresh.answer
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    return tiny.state_tensors(checkpoint.read(folder / "checkpoint" / "federation.safetensors").state)
+
+
+def spoiled(change: Callable[[dict[str, Any], list[torch.Tensor]], None]) -> Callable[[bytes], bytes]:
+    """An answer with its head or tensors changed in place."""
+
+    def spoil(content: bytes) -> bytes:
+        head, tensors = protocol.decode(content)
+        change(head, tensors)
+        parcel = protocol.Parcel()
+        for tensor in tensors:
+            parcel.put(tensor)
+        return protocol.encode({k: v for k, v in head.items() if k not in ("schema", "places")}, parcel)
+
+    return spoil
+
+
+# The same bits
+
+
+@pytest.mark.parametrize("name", REMOTE)
+def test_sites_come_to_the_bits_of_one_process(bases: dict[str, Path], texts: Path, tmp_path: Path, name: str) -> None:
+    """Partial participation, so that clients come back to states and patches that they left rounds ago."""
+    config = settings(bases["bert"], texts, name)
+    run(config, tmp_path / "here")
+    fed = Federation(config, tmp_path)
+    history = fed.serve()
+    tiny.same(fed.state(), state_of(tmp_path / "here"))
+    assert all(not record["rejected"] for record in history)
+    assert all(record["wire_up"] > record["bytes_up"] > 0 for record in history)
+
+
+@pytest.mark.parametrize("name", ["hetlora", "glora", "flora", "ffa_lora"])
+def test_mixed_ranks(bases: dict[str, Path], texts: Path, tmp_path: Path, name: str) -> None:
+    config = settings(bases["bert"], texts, name, federation={"ranks": (2, 8, 4, 3), "rounds": 2})
+    run(config, tmp_path / "here")
+    fed = Federation(config, tmp_path)
+    fed.serve()
+    tiny.same(fed.state(), state_of(tmp_path / "here"))
+
+
+@pytest.mark.parametrize("up", ["bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["flexlora", "ffa_lora"])
+def test_narrow_payloads_are_rounded_alike_and_are_smaller(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, name: str, up: str
+) -> None:
+    config = settings(bases["bert"], texts, name, wire={"up": up, "down": up}, federation={"rounds": 2})
+    here = run(config, tmp_path / "here").history
+    fed = Federation(config, tmp_path)
+    there = fed.serve()
+    tiny.same(fed.state(), state_of(tmp_path / "here"))
+    wide = run(settings(bases["bert"], texts, name, federation={"rounds": 2}), tmp_path / "wide").history
+    assert here[1]["bytes_up"] == there[1]["bytes_up"] < wide[1]["bytes_up"] * (0.75 if up == "bfloat16" else 0.6)
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_secure_sums_come_to_the_bits_of_fixed_point_in_one_process(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, name: str
+) -> None:
+    """The masks cancel to the bit; the server's records hold no update of a single client."""
+    one = {"rounds": 2}
+    run(settings(bases["bert"], texts, name, privacy={"fixed_point": True}, federation=one), tmp_path / "fixed")
+    masked = settings(bases["bert"], texts, name, privacy={"secure_sums": True}, federation=one)
+    run(masked, tmp_path / "here")
+    fed = Federation(masked, tmp_path)
+    fed.serve()
+    tiny.same(fed.state(), state_of(tmp_path / "fixed"))
+    tiny.same(fed.state(), state_of(tmp_path / "here"))
+
+
+def test_the_server_sees_masked_words_alone(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    """What passes the port under secure sums holds no tensor of an update, no loss and no count of examples."""
+    fed = Federation(settings(bases["bert"], texts, "ffa_lora", privacy={"secure_sums": True}), tmp_path)
+    seen: list[dict[str, Any]] = []
+    for node, answer in list(fed.port.nodes_here.items()):
+
+        def watched(content: bytes, answer: Callable[[bytes], bytes] = answer) -> bytes:
+            told = answer(content)
+            seen.append(protocol.decode(told)[0])
+            return told
+
+        fed.port.nodes_here[node] = watched
+    fed.serve()
+    assert {frozenset(m) & {"update", "train_loss"} for m in seen} == {frozenset()}
+    assert {m["num_examples"] for m in seen if "num_examples" in m} == {None}
+    # Two clients' words of one round have nothing in common, and neither is near the fixed point of a small number.
+    assert sum("words" in m for m in seen) == 9
+
+
+def test_a_server_cannot_talk_a_site_out_of_secure_sums(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    """The same question without its sum would be answered with the bare update: the site's own settings forbid it."""
+    fed = Federation(
+        settings(bases["bert"], texts, "ffa_lora", privacy={"secure_sums": True}, federation={"rounds": 1}), tmp_path
+    )
+    asked: list[tuple[str, bytes]] = []
+
+    def mishap(node: str, head: dict[str, Any], content: bytes) -> None:
+        if head["kind"] == "ask":
+            asked.append((node, content))
+
+    fed.port.mishap = mishap
+    fed.serve()
+    node, content = asked[0]
+    bare = spoiled(lambda head, tensors: head.pop("sum"))(content)
+    told = protocol.decode(fed.port.nodes_here[node](bare))[0]
+    assert "only sums may be known" in told["problem"]
+    assert not {"update", "words", "train_loss"} & told.keys()
+
+
+# Going on
+
+
+def stop_in_round_2(event: Event) -> None:
+    if event.kind == "client" and event.data["round_num"] == 2:
+        raise Stop
+
+
+@pytest.mark.parametrize("name", ["scaffold", "flora", "fed_sb", "fedsa_lora"])
+def test_a_server_that_was_cut_off_goes_on_to_the_same_bits(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, name: str
+) -> None:
+    """In the middle of round 2, after its clients have answered: what they kept of it is not used again."""
+    config = settings(bases["bert"], texts, name)
+    run(config, tmp_path / "here")
+    fed = Federation(config, tmp_path)
+    with pytest.raises(Stop):
+        fed.serve(stop_in_round_2)
+    fed.restart("client-1")
+    fed.serve()
+    tiny.same(fed.state(), state_of(tmp_path / "here"))
+
+
+@pytest.mark.parametrize("name", ["scaffold", "flora"])
+def test_a_site_whose_process_was_restarted_has_its_state(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, name: str
+) -> None:
+    config = settings(bases["bert"], texts, name)
+    run(config, tmp_path / "here")
+    fed = Federation(config, tmp_path)
+
+    def between(event: Event) -> None:
+        if event.kind == "round":
+            for client_id in IDS:
+                fed.restart(client_id)
+
+    fed.serve(between)
+    tiny.same(fed.state(), state_of(tmp_path / "here"))
+
+
+def test_a_lost_answer_leaves_no_trace_in_the_sites_state(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    """client-1 works in round 1 and its answer is lost: in round 2 it starts from what it was before."""
+    config = settings(bases["bert"], texts, "scaffold", federation={"participation": 1.0})
+    fed, twin = Federation(config, tmp_path / "a"), Federation(config, tmp_path / "b")
+    for lost, which in ((True, fed), (False, twin)):
+
+        def mishap(node: str, head: dict[str, Any], content: bytes, lost: bool = lost, which: Any = which) -> Any:
+            if node == "node-1" and head["kind"] == "ask" and head["round"] == 1:
+                if lost:
+                    which.port.nodes_here[node](content)  # it does its work for nothing
+                return "the line was cut"
+            return None
+
+        which.port.mishap = mishap
+        history = which.serve()
+        assert history[1]["rejected"] == {"client-1": "the line was cut"}
+    tiny.same(fed.state(), twin.state())
+
+
+def test_a_site_that_lost_its_disk_says_so(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    config = settings(bases["bert"], texts, "scaffold", federation={"participation": 1.0})
+    fed = Federation(config, tmp_path)
+
+    def between(event: Event) -> None:
+        if event.kind == "round" and event.data["record"]["round_num"] == 1:
+            for path in (fed.folder / "sites" / "client-2").rglob("client-*.safetensors"):
+                path.unlink()
+            fed.restart("client-2")
+
+    history = fed.serve(between)
+    assert "which it does not hold" in history[1]["rejected"]["client-2"]
+
+
+# Bad answers
+
+
+def rescale(modules: dict[str, Any]) -> None:
+    """The first module's scaling doubled."""
+    next(iter(modules.values()))[""][2] *= 2
+
+
+BAD: dict[str, tuple[Callable[[dict[str, Any], list[torch.Tensor]], None], str]] = {
+    "NaN": (lambda head, tensors: tensors[0].fill_(float("nan")), "NaN or infinity"),
+    "infinity": (lambda head, tensors: tensors[-1].view(-1)[:1].fill_(float("inf")), "NaN or infinity"),
+    "a shape": (lambda head, tensors: tensors.__setitem__(0, tensors[0][:1].clone()), "has shape"),
+    "a missing name": (lambda head, tensors: head["update"]["dense"].popitem(), "not asked for or is missing"),
+    "another round": (lambda head, tensors: head.update(round=7), "answered for round 8"),
+    "another run": (lambda head, tensors: head.update(run="x"), "answered for run 'x'"),
+    "another exchange": (lambda head, tensors: head.update(number=1), "answered for number 1"),
+    "another client": (lambda head, tensors: head.update(client_id="client-0"), "answered as 'client-0'"),
+    "a scaling": (lambda head, tensors: rescale(head["update"]["modules"]), "scales its factors of"),
+    "many examples": (lambda head, tensors: head["update"].update(num_examples=1e9), "examples: it said"),
+    "a place outside": (lambda head, tensors: head["update"]["dense"].update({"x": 10**6}), "damaged update"),
+    "no update": (lambda head, tensors: head.pop("update"), "damaged update"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_answer_is_left_out_and_named(bases: dict[str, Path], texts: Path, tmp_path: Path, kind: str) -> None:
+    """The others' round is what it would have been without that client."""
+    config = settings(bases["bert"], texts, federation={"participation": 1.0, "rounds": 1})
+    change, expected = BAD[kind]
+    fed, without = Federation(config, tmp_path / "a"), Federation(config, tmp_path / "b")
+
+    def mishap(node: str, head: dict[str, Any], content: bytes) -> bytes | None:
+        if node != "node-2" or head["kind"] != "ask":
+            return None
+        return spoiled(change)(fed.port.nodes_here[node](content))
+
+    fed.port.mishap = mishap
+    without.port.mishap = lambda node, head, content: "gone" if node == "node-2" and head["kind"] == "ask" else None
+    rejected = fed.serve()[0]["rejected"]
+    assert list(rejected) == ["client-2"]
+    assert expected in rejected["client-2"]
+    without.serve()
+    tiny.same(fed.state(), without.state())
+
+
+def test_an_answer_of_the_round_before_is_no_answer(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    fed = Federation(settings(bases["bert"], texts, federation={"participation": 1.0}), tmp_path)
+    kept: dict[str, bytes] = {}
+
+    def mishap(node: str, head: dict[str, Any], content: bytes) -> bytes | None:
+        if head["kind"] != "ask" or node not in ("node-0", "node-1"):
+            return None
+        told = fed.port.nodes_here[node](content)
+        if head["round"] == 1:
+            return kept[node] if node == "node-0" else kept["node-0"]  # its own old one, and another client's
+        kept[node] = told
+        return told
+
+    fed.port.mishap = mishap
+    rejected = fed.serve()[1]["rejected"]
+    assert "answered for round 1" in rejected["client-0"]
+    assert "answered as 'client-0'" in rejected["client-1"]
+
+
+def test_a_site_refuses_an_old_round_another_base_and_other_settings(
+    bases: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    fed = Federation(settings(bases["bert"], texts, federation={"participation": 1.0}), tmp_path)
+    asked: list[bytes] = []
+
+    def mishap(node: str, head: dict[str, Any], content: bytes) -> None:
+        if head["kind"] == "ask" and node == "node-0":
+            asked.append(content)
+
+    fed.port.mishap = mishap
+    fed.serve()
+    site = fed.sites["client-0"]
+
+    def told(content: bytes) -> str:
+        return str(protocol.decode(site.answer(content))[0]["problem"])
+
+    assert "from before round 2" in told(asked[0])
+    assert "other base weights" in told(spoiled(lambda head, tensors: head.update(base="0" * 64))(asked[-1]))
+    assert "other settings" in told(spoiled(lambda head, tensors: head.update(terms="x"))(asked[-1]))
+    assert "kind 'drop'" in told(spoiled(lambda head, tensors: head.update(kind="drop"))(asked[-1]))
+    assert "no fedspan message" in told(b"hello")
+
+
+# Who is taken in
+
+
+def test_a_site_with_other_settings_or_another_base_is_left_out(
+    bases: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    config = settings(bases["bert"], texts)
+    fed = Federation(config, tmp_path)
+    odd = make_sites(settings(bases["bert"], texts, local={"steps": 3}), ["client-0"], tmp_path / "odd")["client-0"]
+    fed.port.nodes_here["node-0"] = odd.answer
+    other = fed.sites["client-1"]
+    other.loaded = replace(other.loaded, base="0" * 64)
+    history = fed.serve()
+    lines = "\n".join(fed.lines)
+    assert "local.steps is 3 on the site and 2 on the server" in lines
+    assert "base weights are not the server's" in lines
+    told = json.loads((tmp_path / "run" / "sites.json").read_text())
+    assert [c["client_id"] for c in told["clients"]] == ["client-2", "client-3"]
+    assert all(record["num_clients"] == 2 for record in history)
+
+
+def test_sites_with_files_of_their_own(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    """Each site has its own rows, of its own number, and the server only a sample to evaluate on: the result is that
+    of one process with one file a client."""
+    rows = tiny.words(60)
+    files = [tiny.write_jsonl(tmp_path / f"{k}.jsonl", rows[:12] if k == 0 else rows[12:60]) for k in range(2)]
+    sample = tiny.write_jsonl(tmp_path / "sample.jsonl", tiny.words(48))
+    federation = {"num_clients": 2, "participation": 1.0, "rounds": 2}
+    served = settings(bases["bert"], sample, federation=federation, data={"test": [str(sample)]})
+    names = ["charite", "mayo"]
+    sites: dict[str, Site] = {}
+    for name, file in zip(names, files, strict=True):
+        config = settings(bases["bert"], file, federation=federation, data={"test": [str(sample)]})
+        sites[name] = Site(Settings(config, name, 4, own_data=True), tmp_path / name)
+    port = MemoryPort({name: site.answer for name, site in sites.items()})
+    history = serve(served, tmp_path / "run", lambda event: None, port).history
+    assert [record["rejected"] for record in history] == [{}, {}]
+    told = json.loads((tmp_path / "run" / "sites.json").read_text())["clients"]
+    assert [(c["client_id"], c["num_examples"]) for c in told] == [("charite", 12), ("mayo", 48)]
+
+
+def test_a_site_whose_data_has_other_labels_is_left_out(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    """Its head would have another shape than everybody's."""
+    config = settings(bases["bert"], texts, federation={"rounds": 1, "participation": 1.0})
+    fed = Federation(config, tmp_path)
+    two = tiny.write_jsonl(tmp_path / "two.jsonl", [row for row in tiny.words() if row["label"] != "z"])
+    odd = settings(bases["bert"], two, federation={"rounds": 1, "participation": 1.0})
+    fed.port.nodes_here["node-0"] = Site(Settings(odd, "client-0", 4, own_data=True), tmp_path / "odd").answer
+    assert fed.serve()[0]["num_clients"] == 3
+    assert any("client-0 is left out: its model holds dense" in line for line in fed.lines)
+
+
+def test_a_second_node_of_one_client_is_not_taken_in(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    config = settings(bases["bert"], texts, federation={"num_clients": 4, "rounds": 1})
+    fed = Federation(config, tmp_path)
+    fed.port.nodes_here["node-9"] = fed.port.nodes_here["node-0"]
+    del fed.port.nodes_here["node-3"]
+    fed.serve()
+    assert any("client-0 is here already" in line for line in fed.lines)
+
+
+def test_too_few_sites_end_the_wait(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    config = settings(bases["bert"], texts, federation={"min_success": 3})
+    fed = Federation(config, tmp_path)
+    for node in ("node-0", "node-1"):
+        del fed.port.nodes_here[node]
+    with pytest.raises(ValueError, match=r"2 of 4 sites came within deployment.wait = 20 s: expected at least 3"):
+        fed.serve()
+    assert fed.port.clock >= 20
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_server_needs_no_engine(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    """Its own settings say `auto`, which is for work that it does not do."""
+    fed = Federation(settings(bases["bert"], texts, engine={"name": "auto"}, federation={"rounds": 1}), tmp_path)
+    seen: dict[str, Any] = {}
+    fed.serve(lambda event: seen.update(event.data) if event.kind == "start" else None)
+    assert seen["engine"] == "sites"
+
+
+def test_controls_need_no_sites(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a control for one process"):
+        serve(settings(bases["bert"], texts, "centralised"), tmp_path / "run", lambda e: None, MemoryPort({}))
+
+
+# Silence
+
+
+def test_a_silent_site_is_waited_for_once_a_round_and_then_left_out(
+    bases: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    config = settings(
+        bases["bert"],
+        texts,
+        federation={"participation": 1.0, "rounds": 6},
+        deployment={"patience": 2, "quarantine": 2, "deadline": 5},
+    )
+    fed = Federation(config, tmp_path)
+    fed.port.mishap = lambda node, head, content: "" if node == "node-3" and head["kind"] == "ask" else None
+    history = fed.serve()
+    silent = {"client-3": "did not answer within 5 s"}
+    assert [record["rejected"] for record in history] == [silent, silent, {}, {}, silent, silent]
+    waits = [record["waited_seconds"] for record in history]
+    assert all((wait >= 5) == bool(record["rejected"]) for wait, record in zip(waits, history, strict=True))
+    assert any("client-3 has been silent 2 times" in line for line in fed.lines)
+
+
+def test_a_node_that_is_gone_is_waited_for_and_then_missed(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    fed = Federation(settings(bases["bert"], texts, federation={"participation": 1.0, "rounds": 2}), tmp_path)
+
+    def leave(event: Event) -> None:
+        if event.kind == "round":
+            fed.port.nodes_here.pop("node-2", None)
+
+    history = fed.serve(leave)
+    assert history[1]["rejected"] == {"client-2": "is not connected"}
+    assert fed.port.clock >= 20
+
+
+def test_a_node_that_comes_back_under_another_name_is_known_again(
+    bases: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    config = settings(bases["bert"], texts, federation={"participation": 1.0, "rounds": 2})
+    run(config, tmp_path / "here")
+    fed = Federation(config, tmp_path)
+
+    def move(event: Event) -> None:
+        if event.kind == "round" and "node-2" in fed.port.nodes_here:
+            fed.port.nodes_here["node-7"] = fed.port.nodes_here.pop("node-2")
+
+    fed.serve(move)
+    tiny.same(fed.state(), state_of(tmp_path / "here"))
+
+
+def test_too_few_answers_fail_the_round_and_the_run_goes_on_later(
+    bases: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    config = settings(bases["bert"], texts, federation={"min_success": 3})
+    run(config, tmp_path / "here")
+    fed = Federation(config, tmp_path)
+    drawn = participants(config, [s.client for s in fed.sites.values()], 1)
+    bad = f"node-{IDS.index(drawn[0].client_id)}"
+    fed.port.mishap = lambda node, head, content: (
+        "out of order" if node == bad and head["kind"] == "ask" and head["round"] == 1 else None
+    )
+    with pytest.raises(RoundFailed, match=r"round 2: 2 valid updates.*out of order"):
+        fed.serve()
+    fed.port.mishap = None
+    fed.serve()
+    tiny.same(fed.state(), state_of(tmp_path / "here"))
+
+
+def test_over_sampling_does_not_wait_for_the_last(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    config = settings(
+        bases["bert"],
+        texts,
+        federation={"participation": 0.5, "rounds": 2},
+        deployment={"oversample": 1.0, "deadline": 30, "order": "arrival"},
+    )
+    fed = Federation(config, tmp_path)
+    fed.port.mishap = lambda node, head, content: "" if node in ("node-1", "node-2") and head["kind"] == "ask" else None
+    history = fed.serve()
+    for record in history:
+        assert record["num_clients"] == 2
+        assert set(record["rejected"].values()) == {"was not waited for"}
+        assert record["waited_seconds"] < 5
+
+
+def test_answers_in_any_order_come_to_the_same_bits(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    config = settings(bases["bert"], texts, "fedit", federation={"participation": 1.0})
+    run(config, tmp_path / "here")
+    fed = Federation(config, tmp_path)
+    poll = fed.port.poll
+    fed.port.poll = lambda: poll()[::-1]  # type: ignore[method-assign]
+    fed.serve()
+    tiny.same(fed.state(), state_of(tmp_path / "here"))
+
+
+# Secure sums with drop-outs
+
+
+@pytest.mark.parametrize("kind", ["advertise", "share", "ask", "unmask"])
+def test_one_site_of_four_may_drop_out_of_a_secure_sum_anywhere(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, kind: str
+) -> None:
+    """Before its vector is in, the sum is that of the other three; after, of all four: exactly."""
+    sections = {"federation": {"participation": 1.0, "rounds": 1}}
+    config = settings(bases["bert"], texts, "ffa_lora", privacy={"secure_sums": True}, **sections)
+    fed = Federation(config, tmp_path / "a")
+    fed.port.mishap = lambda node, head, content: "gone" if node == "node-1" and head["kind"] == kind else None
+    history = fed.serve()
+    plain = Federation(
+        settings(bases["bert"], texts, "ffa_lora", privacy={"fixed_point": True}, **sections), tmp_path / "b"
+    )
+    if kind != "unmask":
+        plain.port.mishap = lambda node, head, content: "gone" if node == "node-1" and head["kind"] == "ask" else None
+    plain.serve()
+    assert history[0]["num_clients"] == (4 if kind == "unmask" else 3)
+    tiny.same(fed.state(), plain.state())
+
+
+def test_two_of_four_are_too_many_and_nothing_is_changed(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    config = settings(
+        bases["bert"], texts, "ffa_lora", privacy={"secure_sums": True}, federation={"participation": 1.0, "rounds": 2}
+    )
+    fed = Federation(config, tmp_path)
+    fed.port.mishap = lambda node, head, content: (
+        "gone" if node in ("node-1", "node-2") and head["kind"] == "unmask" and head["round"] == 1 else None
+    )
+    with pytest.raises(ValueError, match="2"):
+        fed.serve()
+    before = fed.state()
+    assert len(checkpoint.read(tmp_path / "run" / "checkpoint" / "federation.safetensors").history) == 1
+    fed.port.mishap = None
+    fed.serve()
+    assert any(not torch.equal(before[name], value) for name, value in fed.state().items())
+
+
+def test_keys_are_exchanged_for_several_rounds_at_once(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    """Two trips a round instead of four, until somebody has lost its keys: then once more, to the same bits."""
+    one = {"participation": 1.0, "rounds": 6}
+    masked = {"secure_sums": True, "rounds_ahead": 4}
+    config = settings(bases["bert"], texts, "ffa_lora", privacy=masked, federation=one)
+    fed = Federation(config, tmp_path / "a")
+    trips = [record["trips"] for record in fed.serve()]
+    assert trips == [4, 2, 2, 2, 4, 2]
+    other = Federation(config, tmp_path / "b")
+
+    def restart(event: Event) -> None:
+        if event.kind == "round" and event.data["record"]["round_num"] == 1:
+            other.restart("client-2")
+
+    history = other.serve(restart)
+    assert [record["trips"] for record in history] == [4, 2, 4, 2, 2, 2]
+    assert "has no keys for" in history[1]["rejected"]["client-2"]
+    assert [record["num_clients"] for record in history] == [4, 3, 4, 4, 4, 4]
+
+
+def test_no_two_choices_of_clients_are_unmasked_for_one_sum(
+    bases: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    """Asked again for the same round without client-3, the sites refuse: the difference would be client-3's update."""
+    config = settings(
+        bases["bert"], texts, "ffa_lora", privacy={"secure_sums": True}, federation={"participation": 1.0, "rounds": 1}
+    )
+    fed = Federation(config, tmp_path)
+
+    def cut(event: Event) -> None:
+        if event.kind == "client":
+            raise Stop  # the sum is unmasked by now, and the server claims to have lost it
+
+    with pytest.raises(Stop):
+        fed.serve(cut)
+    fed.port.mishap = lambda node, head, content: "gone" if node == "node-3" and head["kind"] != "hello" else None
+    for client_id in IDS:
+        fed.restart(client_id)
+    with pytest.raises(ValueError, match="helped to unmask"):
+        fed.serve()
+    assert sum("their difference would tell of one of them" in line for line in fed.lines) == 3
+    fed.port.mishap = None
+    fed.serve()  # the same clients again: nothing that was not told before

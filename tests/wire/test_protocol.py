@@ -1,0 +1,108 @@
+"""The bytes between a server and its sites: what is sent arrives, and what lies is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedspan.algebra.lowrank import LowRank
+from fedspan.methods.patches import PatchLog
+from fedspan.site.storage import Memory
+from fedspan.wire import protocol
+from fedspan.wire.protocol import Malformed
+
+
+def test_messages_come_back_as_they_were() -> None:
+    parcel = protocol.Parcel()
+    rng = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(5, 7, generator=rng), torch.randn(4, 6, generator=rng).T, torch.arange(3), torch.zeros(0, 3)]
+    places = [parcel.put(t) for t in tensors]
+    head, got = protocol.decode(protocol.encode({"kind": "x", "places_of": places}, parcel))
+    for place, tensor in zip(head["places_of"], tensors, strict=True):
+        assert got[place].stride() == tensor.stride() or not tensor.numel()
+        assert torch.equal(got[place], tensor)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_narrow_tensors_err_by_half_a_step_at_most(kind: Any) -> None:
+    parcel = protocol.Parcel(kind=kind)
+    x = torch.randn(20, 30, generator=torch.Generator().manual_seed(2)) * torch.logspace(-6, 6, 20)[:, None]
+    place = parcel.put(x)
+    _, got = protocol.decode(protocol.encode({}, parcel))
+    step = x.abs().amax(dim=1, keepdim=True) / 127 if kind == "int8" else x.abs() * 2.0**-7
+    assert bool(((got[place] - x).abs() <= step / 2 * 1.001).all())
+
+
+def test_every_damaged_byte_is_found_or_harmless() -> None:
+    """A message with one byte changed or its end missing is refused, or decodes to tensors of the same shapes."""
+    parcel = protocol.Parcel()
+    parcel.put(torch.ones(3, 5))
+    parcel.put(torch.zeros(8, dtype=torch.int64))
+    content = protocol.encode({"kind": "ask"}, parcel)
+    refused = 0
+    for position in range(len(content)):
+        for bad in (
+            content[:position],
+            content[:position] + bytes([content[position] ^ 0x11]) + content[position + 1 :],
+        ):
+            try:
+                _, tensors = protocol.decode(bad)
+            except Malformed:
+                refused += 1
+            else:
+                assert sum(t.numel() * t.element_size() for t in tensors) <= len(content)
+    assert refused >= len(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda t: t.update(size=10**6), "buffer"),
+        (lambda t: t["tensors"][0].__setitem__(0, "os.system"), "type"),
+        (lambda t: t["tensors"][0].__setitem__(1, [10**9, 10**9]), "fit"),
+        (lambda t: t["tensors"][0].__setitem__(2, [0, 0]), "dense"),
+        (lambda t: t["tensors"][0].__setitem__(2, [-1, 5]), "counts"),
+        (lambda t: t["tensors"][0].__setitem__(3, -64), "counts"),
+        (lambda t: t["message"].update(schema=99), "schema 99"),
+        (lambda t: t["message"].update(places=[[5]]), "damaged"),
+    ],
+)
+def test_a_head_that_lies_is_refused(change: Callable[[dict[str, Any]], None], expected: str) -> None:
+    parcel = protocol.Parcel()
+    parcel.put(torch.ones(3, 5))
+    content = protocol.encode({"kind": "ask"}, parcel)
+    start = 8
+    length = int.from_bytes(content[4:8], "big")
+    told: dict[str, Any] = json.loads(content[start : start + length])
+    change(told)
+    head = json.dumps(told).encode()
+    with pytest.raises(Malformed, match=expected):
+        protocol.decode(content[:4] + len(head).to_bytes(4, "big") + head + content[start + length :])
+
+
+def test_a_patch_is_put_together_as_the_server_does(tmp_path: Path) -> None:
+    """Increments onto what is held, whole patches, and dense ones, from the disk of a restarted process too."""
+    rng = torch.Generator().manual_seed(3)
+
+    def increment() -> Mapping[str, LowRank]:
+        return {"x": LowRank(torch.randn(12, 3, generator=rng), torch.randn(3, 9, generator=rng))}
+
+    log = PatchLog({})
+    seen = 0
+    for version in range(1, 9):
+        log = log.append(increment())
+        if version in (3, 4):
+            continue  # away
+        news = log.since(seen)
+        whole = len(news) == 1 and news[0] is log.total
+        told = {"whole": whole, "seen": seen, "version": log.version}
+        got = Memory(tmp_path).patch("run", told, news)["x"]
+        want = log.total["x"]
+        pairs = zip((got.b, got.a), (want.b, want.a), strict=True) if isinstance(want, LowRank) else [(got, want)]
+        assert all(torch.equal(x, y) for x, y in pairs)  # type: ignore[arg-type]
+        seen = log.version

@@ -18,12 +18,12 @@ import torch
 
 from fedspan import config as settings
 from fedspan.algebra.lowrank import LowRank
-from fedspan.client.executors import Alone
+from fedspan.client.executors import InlineExecutor
 from fedspan.client.training import Assignment, LocalResult
 from fedspan.config import Config
 from fedspan.federation import rounds
 from fedspan.federation.clients import Client
-from fedspan.federation.rounds import Standing
+from fedspan.federation.rounds import RunState
 from fedspan.methods import METHODS
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.messages import Broadcast, Factors, Recipe, Template, Update, Vector
@@ -218,12 +218,12 @@ def clients(*ranks: int, sizes: tuple[int, ...] = ()) -> list[Client]:
     return [Client(f"client-{k}", r, np.arange(n), none) for k, (r, n) in enumerate(zip(ranks, counts, strict=True))]
 
 
-def standing(method: Method, rank: int, shapes: Mapping[str, tuple[int, int]] = SHAPES, seed: int = 1) -> Standing:
+def run_state(method: Method, rank: int, shapes: Mapping[str, tuple[int, int]] = SHAPES, seed: int = 1) -> RunState:
     """A method before its first round, over two matrices and a head."""
     rng = generator("standing")
     weights = shapes if method.info.trains != "adapter" else {}
     dense = {name: torch.randn(shape, generator=rng) for name, shape in {**weights, "head": HEAD}.items()}
-    return Standing(method.init(Template(dict(shapes), rank, 8.0, False, seed), dense))
+    return RunState(method.init(Template(dict(shapes), rank, 8.0, False, seed), dense))
 
 
 def fake_work(client: Client, sent: Broadcast, round_num: int) -> LocalResult:
@@ -260,29 +260,29 @@ Change = Callable[[Assignment, LocalResult, int], LocalResult]
 
 def intercept(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
     """Have `change` look at everything that a client learns, in the order of the clients, and alter it if it likes."""
-    train = Alone.train
+    train = InlineExecutor.train
 
     def work(
-        self: Alone, given: Sequence[Assignment], round_num: int, engine: str
+        self: InlineExecutor, given: Sequence[Assignment], round_num: int, engine: str
     ) -> Iterator[tuple[LocalResult, float]]:
         for assignment, (result, seconds) in zip(given, train(self, given, round_num, engine), strict=True):
             yield change(assignment, result, round_num), seconds
 
-    monkeypatch.setattr(Alone, "train", work)
+    monkeypatch.setattr(InlineExecutor, "train", work)
 
 
 One = Callable[[Client, Broadcast, int], LocalResult]
 
 
 def run_round(
-    method: Method, standing: Standing, cohort: Sequence[Client], work: One, **options: Any
-) -> tuple[Standing, dict[str, Any]]:
+    method: Method, run_state: RunState, cohort: Sequence[Client], work: One, **options: Any
+) -> tuple[RunState, dict[str, Any]]:
     """`fedspan.federation.rounds.run_round` where every client's work is told by itself."""
 
     def many(window: Sequence[tuple[Client, Broadcast]], round_num: int) -> Iterator[tuple[LocalResult, float]]:
         return ((work(client, sent, round_num), 0.25) for client, sent in window)
 
-    return rounds.run_round(method, standing, cohort, many, **options)
+    return rounds.run_round(method, run_state, cohort, many, **options)
 
 
 def state_tensors(state: ServerState) -> dict[str, torch.Tensor]:
@@ -306,7 +306,7 @@ def same_state(x: ServerState, y: ServerState) -> None:
     same(state_tensors(x), state_tensors(y))
 
 
-def same_standing(x: Standing, y: Standing) -> None:
+def same_standing(x: RunState, y: RunState) -> None:
     """The same bits in the server's state and in what every client keeps."""
     same_state(x.state, y.state)
     assert x.seen == y.seen

@@ -57,7 +57,7 @@ def measure(name: str, settings: dict[str, str], rounds: int) -> dict[str, Any]:
             command += ["--set", f"{key}={value}"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
         records = (Path(folder) / "trial" / "server" / "runs" / "one" / "metrics.jsonl").read_text().splitlines()
-    kept = ("trips", "waited_seconds", "slowest_seconds", "server_seconds", "wire_up", "wire_down")
+    kept = ("round_trips", "waited_seconds", "slowest_seconds", "server_seconds", "wire_up", "wire_down")
     found = [{key: record[key] for key in kept} for record in map(json.loads, records)]
     machine = {"cores": os.cpu_count(), "system": platform.platform(), "load": os.getloadavg()[0]}
     return {"arm": name, "rounds": found, "machine": machine}
@@ -73,7 +73,7 @@ def row(line: dict[str, Any]) -> str:
     waited, slowest = median(lambda r: r["waited_seconds"]), median(lambda r: r["slowest_seconds"])
     way = median(lambda r: r["waited_seconds"] - r["slowest_seconds"])
     step = median(lambda r: r["server_seconds"])
-    trips = "–".join(str(int(count)) for count in sorted({r["trips"] for r in rounds}))
+    trips = "–".join(str(int(count)) for count in sorted({r["round_trips"] for r in rounds}))
     return f"| {line['arm']} | {trips} | {waited + step:.2f} s | {slowest:.2f} s | {way:.2f} s | {step:.2f} s |"
 
 

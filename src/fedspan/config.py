@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -148,7 +149,7 @@ class LocalConfig(_Section):
     @model_validator(mode="after")
     def _one_budget(self) -> LocalConfig:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError("give local.steps or local.epochs, not both")
+            raise FedspanError("give local.steps or local.epochs, not both")
         return self
 
 
@@ -307,9 +308,9 @@ def load(path: Path | None = None, overrides: Iterable[str] = ()) -> Config:
         try:
             tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise ValueError(f"cannot read the config {path}: {error.strerror}") from None
+            raise FedspanError(f"cannot read the config {path}: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid TOML: {error}") from None
+            raise FedspanError(f"{path} is not valid TOML: {error}") from None
     for item in overrides:
         _set(tree, item)
     return from_mapping(tree)
@@ -338,7 +339,7 @@ def from_mapping(tree: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ValueError(_one_line(error)) from None
+        raise FedspanError(_one_line(error)) from None
 
 
 _TASK_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
@@ -367,7 +368,7 @@ def _set(tree: dict[str, Any], item: str) -> None:
     """Apply one `a.b=value`; the value is TOML, or a bare string when it is not."""
     key, separator, text = item.partition("=")
     if not separator or not key.strip():
-        raise ValueError(f"--set {item!r}: expected key=value, such as federation.rounds=20")
+        raise FedspanError(f"--set {item!r}: expected key=value, such as federation.rounds=20")
     try:
         value: Any = tomllib.loads(f"x = {text}")["x"]
     except tomllib.TOMLDecodeError:
@@ -377,7 +378,7 @@ def _set(tree: dict[str, Any], item: str) -> None:
     for parent in parents:
         child = node.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ValueError(f"--set {item!r}: {parent} is a value, not a section")
+            raise FedspanError(f"--set {item!r}: {parent} is a value, not a section")
         node = child
     node[last] = value
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from fedspan.algebra.lowrank import LowRank
 from fedspan.client import cohort, shared_payloads
-from fedspan.client.executors import Together, count
+from fedspan.client.executors import ProcessExecutor, count
 from fedspan.client.processes import Processes, ProcessLost, start_method
 from fedspan.config import Config
 from fedspan.methods import create
@@ -161,9 +161,9 @@ def test_a_run_goes_on_with_another_number_of_processes(bases: dict[str, Path], 
 
 
 def started(job: Job) -> list[int]:
-    assert isinstance(job.crew, Together)
-    job.crew.processes.start()
-    return job.crew.processes.pids()
+    assert isinstance(job.executor, ProcessExecutor)
+    job.executor.processes.start()
+    return job.executor.processes.pids()
 
 
 @pytest.fixture
@@ -277,13 +277,13 @@ def test_results_of_a_round_given_up_are_not_those_of_the_next(job: Job) -> None
     job.on_event = stop_at_client
     with pytest.raises(StopEarly):
         main.advance(1)
-    assert isinstance(job.crew, Together)
-    pids = job.crew.processes.pids()
+    assert isinstance(job.executor, ProcessExecutor)
+    pids = job.executor.processes.pids()
     job.on_event = lambda event: None
-    figures = job.evaluate([job.exam(main.initial()), job.exam(main.initial(), whole=False)])
+    figures = job.evaluate([job.evaluation_task(main.initial()), job.evaluation_task(main.initial(), whole=False)])
     assert figures[0] == figures[1]
     assert gone(pids) == []
-    assert len(job.crew.processes.pids()) == 2
+    assert len(job.executor.processes.pids()) == 2
 
 
 class StopEarly(Exception):

@@ -330,10 +330,10 @@ def test_what_does_not_apply_is_none_and_never_zero() -> None:
 def test_every_method_can_be_observed_in_every_round(name: str) -> None:
     """Through the round loop: the record can be written as JSON, and gauge figures are as the method claims."""
     case = BY_ID[name]
-    method, standing = case.make(), tiny.standing(case.make(), 4)
+    method, run_state = case.make(), tiny.run_state(case.make(), 4)
     people = tiny.clients(4) if case.info.pooled else tiny.clients(2 if case.info.hetero_rank else 4, 4, 4)
     for _ in range(2):
-        standing, record = tiny.run_round(method, standing, people, tiny.fake_work, observe=measure)
+        run_state, record = tiny.run_round(method, run_state, people, tiny.fake_work, observe=measure)
         found = json.loads(json.dumps(record, allow_nan=False))["diagnostics"]
         sensitivity = found["gauge_sensitivity"]
         if sensitivity is not None:

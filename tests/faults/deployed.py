@@ -21,7 +21,7 @@ from ports import MemoryPort, make_sites
 
 from fedspan.config import Config, to_toml
 from fedspan.flower import deployment, trial
-from fedspan.flower.process_tree import MARK, Household
+from fedspan.flower.process_tree import MARK, ProcessTree
 from fedspan.runs import checkpoint
 from fedspan.runs.execution import serve
 
@@ -81,7 +81,7 @@ def state_of(out: Path) -> dict[str, torch.Tensor]:
 class Deployed:
     """SuperLink, proxy and sites on this machine."""
 
-    house: Household
+    house: ProcessTree
     folder: Path
     plan: deployment.Deployment
     config: Config
@@ -223,7 +223,7 @@ def deployed(folder: Path, config: Config) -> Iterator[Deployed]:
     trial.prepare(folder, SITES, config)
     mishaps = folder / "mishaps"
     mishaps.mkdir()
-    with Household(folder / "logs") as house:
+    with ProcessTree(folder / "logs") as house:
         made = Deployed(house, folder.resolve(), deployment.read(folder), config, mishaps.resolve())
         made.configure()
         made.start("superlink")

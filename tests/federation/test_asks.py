@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedspan.client.cohort import plan
 from fedspan.client.cohort import work as work_together
-from fedspan.client.shared_payloads import Luggage, Shelf, get_result, put_result
+from fedspan.client.shared_payloads import PayloadCache, SharedPayloads, get_result, put_result
 from fedspan.client.training import Assignment, LocalResult, batches, work_on
 from fedspan.config import Config, EngineConfig, LocalConfig
 from fedspan.data import Encoded
@@ -209,9 +209,9 @@ def test_all_that_is_asked_and_answered_crosses_between_processes() -> None:
         moments={"m/b": x["a"]},
     )
     given = Assignment("c", sent, np.arange(3), 4, 1.5)
-    luggage, parcel = Luggage(), packing.Parcel()
+    luggage, parcel = SharedPayloads(), packing.Parcel()
     luggage.expect([sent])
-    got = Shelf().assignment(*crossed(luggage.assignment(parcel, set(), given), parcel.tensors)).broadcast
+    got = PayloadCache().assignment(*crossed(luggage.assignment(parcel, set(), given), parcel.tensors)).broadcast
     assert got.recipe == recipe
     assert got.seeded == sent.seeded
     for one, other in ((got.correction, sent.correction), (got.moments, sent.moments), (got.dense, sent.dense)):

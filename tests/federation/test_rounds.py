@@ -16,7 +16,7 @@ from fedspan.algebra.lowrank import LowRank
 from fedspan.client.training import LocalResult
 from fedspan.federation import rounds, simulated
 from fedspan.federation.clients import Client
-from fedspan.federation.rounds import RoundFailed, Standing
+from fedspan.federation.rounds import RoundFailed, RunState
 from fedspan.methods import METHODS
 from fedspan.methods.base import Method, ServerState, advance
 from fedspan.methods.folds import COLLECT, SUM, Exchange, Partial
@@ -33,15 +33,15 @@ def go(
     method: Method,
     cohorts: list[list[Client]],
     work: Work = tiny.fake_work,
-    start: Standing | None = None,
+    start: RunState | None = None,
     **options: Any,
-) -> tuple[Standing, list[dict[str, Any]]]:
+) -> tuple[RunState, list[dict[str, Any]]]:
     rank = max(c.rank for cohort in cohorts for c in cohort)
-    standing, records = start or tiny.standing(method, rank), []
+    run_state, records = start or tiny.run_state(method, rank), []
     for cohort in cohorts:
-        standing, record = tiny.run_round(method, standing, cohort, work, **options)
+        run_state, record = tiny.run_round(method, run_state, cohort, work, **options)
         records.append(record)
-    return standing, records
+    return run_state, records
 
 
 def ranks_for(name: str) -> tuple[int, ...]:
@@ -61,7 +61,7 @@ def test_two_rounds_are_two_rounds_wherever_they_were_cut(name: str) -> None:
     people = tiny.clients(*ranks_for(name))
     method = METHODS[name]()
     whole, records = go(method, [people[:2], people[1:]])
-    half, first = go(method, [people[:2]], start=tiny.standing(method, 4))
+    half, first = go(method, [people[:2]], start=tiny.run_state(method, 4))
     again, second = go(METHODS[name](), [people[1:]], start=half)
     tiny.same_standing(whole, again)
     assert [r["round_num"] for r in records] == [1, 2]
@@ -162,11 +162,11 @@ def test_what_overflows_only_when_it_is_encoded_is_rejected_too() -> None:
         return replace(result, update=replace(result.update, modules=modules))
 
     method = METHODS["hetlora"]()
-    standing, record = tiny.run_round(method, tiny.standing(method, 4), people, work)
+    run_state, record = tiny.run_round(method, tiny.run_state(method, 4), people, work)
     assert list(record["rejected"]) == ["client-0"]
-    assert set(standing.client_states) == {"client-1"}
-    alone, _ = tiny.run_round(method, tiny.standing(method, 4), people[1:], tiny.fake_work)
-    tiny.same_standing(standing, alone)
+    assert set(run_state.client_states) == {"client-1"}
+    alone, _ = tiny.run_round(method, tiny.run_state(method, 4), people[1:], tiny.fake_work)
+    tiny.same_standing(run_state, alone)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -194,7 +194,7 @@ def test_a_round_without_anybody_fails_at_once() -> None:
     """No waiting for clients that do not come."""
     method = METHODS["fedit"]()
     with pytest.raises(RoundFailed, match="0 valid updates"):
-        tiny.run_round(method, tiny.standing(method, 4), [], tiny.fake_work)
+        tiny.run_round(method, tiny.run_state(method, 4), [], tiny.fake_work)
 
 
 TRAFFIC: Mapping[str, Callable[[int], tuple[int, int]]] = {
@@ -243,7 +243,7 @@ def test_flora_sends_each_client_what_it_has_missed() -> None:
     """The increment of a round with c summed ranks is c(m+n) numbers; who was away for two rounds fetches two."""
     zero, one, two = tiny.clients(1, 1, 1)
     method = METHODS["flora"]()
-    standing, records = go(method, [[zero, one], [zero, two], [zero, one], [two]])
+    run_state, records = go(method, [[zero, one], [zero, two], [zero, one], [two]])
     head, increment = 4 * HEAD, 4 * 2 * WIDTH
     assert [r["bytes_down"] for r in records] == [
         2 * head,
@@ -251,16 +251,16 @@ def test_flora_sends_each_client_what_it_has_missed() -> None:
         2 * head + increment + 2 * increment,  # one was away in the second round
         head + 2 * increment,  # two holds the first round's, and misses two
     ]
-    assert standing.seen == {"client-0": 2, "client-1": 2, "client-2": 3}
-    assert standing.state.patches is not None
-    assert standing.state.patches.version == 4
+    assert run_state.seen == {"client-0": 2, "client-1": 2, "client-2": 3}
+    assert run_state.state.patches is not None
+    assert run_state.state.patches.version == 4
 
 
 def test_a_client_away_for_long_fetches_the_whole_patch_once() -> None:
     """Never more than the dense matrices, however many increments it missed."""
     zero, one = tiny.clients(4, 4)
-    standing, _ = go(METHODS["flora"](), [[zero]] * 12)
-    _, record = tiny.run_round(METHODS["flora"](), standing, [one], tiny.fake_work)
+    run_state, _ = go(METHODS["flora"](), [[zero]] * 12)
+    _, record = tiny.run_round(METHODS["flora"](), run_state, [one], tiny.fake_work)
     whole = sum(m * n for m, n in tiny.SHAPES.values())
     assert record["bytes_down"] == 4 * (whole + HEAD)
 
@@ -297,7 +297,7 @@ def test_what_a_client_keeps_depends_on_nobody_else() -> None:
     people = tiny.clients(2, 4, 3)
     together, _ = go(METHODS["local"](), [people] * 3)
     for client in people:
-        alone, _ = go(METHODS["local"](), [[client]] * 3, start=tiny.standing(METHODS["local"](), 4))
+        alone, _ = go(METHODS["local"](), [[client]] * 3, start=tiny.run_state(METHODS["local"](), 4))
         tiny.same(alone.client_states[client.client_id], together.client_states[client.client_id])
     assert set(together.client_states) == {c.client_id for c in people}
 
@@ -310,10 +310,10 @@ def test_a_client_goes_on_from_its_own_weights() -> None:
         return tiny.fake_work(client, sent, round_num)
 
     people = tiny.clients(2, 3)
-    standing, _ = go(METHODS["local"](), [people], work)
-    go(METHODS["local"](), [people], work, start=standing)
+    run_state, _ = go(METHODS["local"](), [people], work)
+    go(METHODS["local"](), [people], work, start=run_state)
     for client in people:
-        kept = standing.client_states[client.client_id]
+        kept = run_state.client_states[client.client_id]
         for module, f in started[client.client_id, 1].adapter.items():
             assert torch.equal(f.a, kept[f"{module}/a"])
             assert torch.equal(f.b, kept[f"{module}/b"])
@@ -361,12 +361,12 @@ def test_the_same_question_is_answered_once() -> None:
 def test_weights_are_by_examples_or_equal(weighting: str) -> None:
     people = tiny.clients(2, 2, sizes=(30, 10))
     method = METHODS["fedit"]()
-    start = tiny.standing(method, 2)
-    standing, record = tiny.run_round(method, start, people, tiny.fake_work, weighting=weighting)
+    start = tiny.run_state(method, 2)
+    run_state, record = tiny.run_round(method, start, people, tiny.fake_work, weighting=weighting)
     sent = method.broadcast(start.state, Request(2))
     shares = (0.75, 0.25) if weighting == "examples" else (0.5, 0.5)
     heads = [tiny.fake_work(c, sent, 0).update.dense["head"] for c in people]
-    torch.testing.assert_close(standing.state.dense["head"], shares[0] * heads[0] + shares[1] * heads[1])
+    torch.testing.assert_close(run_state.state.dense["head"], shares[0] * heads[0] + shares[1] * heads[1])
     assert record["train_loss"] == 1.0
 
 
@@ -419,12 +419,12 @@ def test_a_round_of_two_exchanges_trains_once_and_asks_twice() -> None:
         trained.append(client.client_id)
         return tiny.fake_work(client, sent, round_num)
 
-    standing, (record,) = go(method, [tiny.clients(2, 2)], work)
+    run_state, (record,) = go(method, [tiny.clients(2, 2)], work)
     assert trained == ["client-0", "client-1"]
     assert [c[2] for c in calls if c[0] == "broadcast"] == [0, 1]
     assert [c[1] for c in calls if c[0] == "encode"] == ["client-0", "client-1"] * 2
-    assert all(float(held["a"].abs().max()) <= 1 for held in standing.state.modules.values())
-    assert (standing.state.round_num, standing.state.exchange) == (1, 0)
+    assert all(float(held["a"].abs().max()) <= 1 for held in run_state.state.modules.values())
+    assert (run_state.state.round_num, run_state.state.exchange) == (1, 0)
     assert record["second"] == 1.0
     # Up: one number each, then A each. Down: factors and head, then the factors again and one number.
     rank_a, both = 2 * sum(n for _, n in tiny.SHAPES.values()), 2 * WIDTH
@@ -437,7 +437,7 @@ def test_progress_is_told_client_by_client() -> None:
     method = METHODS["fedit"]()
     tiny.run_round(
         method,
-        tiny.standing(method, 2),
+        tiny.run_state(method, 2),
         tiny.clients(2, 2, 2),
         tiny.fake_work,
         on_client=lambda client, result, done: told.append((client.client_id, done)),
@@ -450,7 +450,7 @@ def test_the_server_holds_no_more_than_it_says() -> None:
     shapes = {f"layer{i}": (2048, 2048) for i in range(4)}
     method = METHODS["glora"]()
     people = tiny.clients(4, 4, 4)
-    _, record = tiny.run_round(method, tiny.standing(method, 4, shapes), people, tiny.fake_work)
+    _, record = tiny.run_round(method, tiny.run_state(method, 4, shapes), people, tiny.fake_work)
     updates = 3 * 4 * 4 * (2048 + 2048) * 4  # clients × layers × rank × (m + n) × bytes
     assert updates < record["peak_server_bytes"] < updates + 2048 * 2048 * 4
 
@@ -468,7 +468,7 @@ def test_clients_start_in_windows_that_change_no_bit(name: str, monkeypatch: pyt
             yield tiny.fake_work(client, sent, round_num), 2.0
 
     monkeypatch.setattr(simulated, "WINDOW", 3)
-    cut, again = rounds.run_round(method, tiny.standing(method, 4), people[::-1], work)
+    cut, again = rounds.run_round(method, tiny.run_state(method, 4), people[::-1], work)
     tiny.same_standing(whole, cut)
     assert [len(window) for window in told] == [3, 3, 1]
     assert [client for window in told for client in window] == sorted(c.client_id for c in people)
@@ -491,7 +491,7 @@ def test_what_a_client_learnt_is_let_go_once_it_is_folded() -> None:
             del result
             most = max(most, sum(ref() is not None for ref in held))
 
-    rounds.run_round(METHODS["fedit"](), tiny.standing(METHODS["fedit"](), 4), tiny.clients(*[4] * 6), work)
+    rounds.run_round(METHODS["fedit"](), tiny.run_state(METHODS["fedit"](), 4), tiny.clients(*[4] * 6), work)
     assert most <= 2
 
 
@@ -506,4 +506,4 @@ def astuple_shallow(result: LocalResult) -> tuple[Any, ...]:
 def test_whoever_answers_for_too_few_is_found_out() -> None:
     method = METHODS["fedit"]()
     with pytest.raises(ValueError, match="zip"):
-        rounds.run_round(method, tiny.standing(method, 4), tiny.clients(4, 4), lambda window, number: [])
+        rounds.run_round(method, tiny.run_state(method, 4), tiny.clients(4, 4), lambda window, number: [])

@@ -28,7 +28,7 @@ from fedspan.flower.runtime import Lost, Runtime
 HERE = Path(__file__).parent
 START = """
 import sys
-from fedspan.flower.executor import main
+from fedspan.flower.client_app_process import main
 site, *rest = sys.argv[1:]
 main(["--site", site, *rest], command=[sys.executable, {stand_in!r}, site, "--lifeline"])
 """

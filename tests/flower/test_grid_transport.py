@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from grids import Field, field
 
 from fedspan.flower import records
-from fedspan.flower.backoff import Pace
+from fedspan.flower.backoff import Backoff
 from fedspan.flower.client_app import SHARE, client_app
 from fedspan.flower.grid_transport import GridPort
 from fedspan.wire.transport import Delivery
@@ -205,7 +205,7 @@ def test_a_lifetime_is_positive() -> None:
 
 def test_the_pace_is_a_quarter_of_the_wait_within_its_bounds() -> None:
     now = 0.0
-    pace = Pace(2.0, 0.1, lambda: now)
+    pace = Backoff(2.0, 0.1, lambda: now)
     assert pace.seconds() == 0.1
     now = 4.0
     assert pace.seconds() == 1.0
@@ -214,4 +214,4 @@ def test_the_pace_is_a_quarter_of_the_wait_within_its_bounds() -> None:
     pace.restart()
     assert pace.seconds() == 0.1
     with pytest.raises(ValueError, match="poll = 0"):
-        Pace(0.0)
+        Backoff(0.0)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from fedspan.flower.process_tree import Household, marked
+from fedspan.flower.process_tree import ProcessTree, marked
 
 # One that starts another in a session of its own, and one whose environment is empty and that may ignore SIGTERM.
 PARENT = """
 import sys, time
 from pathlib import Path
-from fedspan.flower.household import Household
+from fedspan.flower.process_tree import Household
 with Household(Path(sys.argv[1])) as house:
     house.start("detaching", ["sh", "-c", "setsid sleep 1000 & echo $!; echo $$; sleep 1000"], Path("."), {})
     stubborn = sys.argv[3] + "echo $$; while :; do sleep 0.1; done"
@@ -78,7 +78,7 @@ def test_leaving_ends_everything(tmp_path: Path) -> None:
 
 def test_an_error_ends_everything_and_is_told_with_the_last_line(tmp_path: Path) -> None:
     def fail() -> None:
-        with Household(tmp_path) as house:
+        with ProcessTree(tmp_path) as house:
             house.start("long", ["sh", "-c", "echo $$; sleep 1000"], tmp_path, {})
             house.wait("long", lambda: (tmp_path / "long.log").read_text() != "", 10)
             house.start("short", ["sh", "-c", "echo hello; echo and this went wrong; exit 3"], tmp_path, {})
@@ -91,7 +91,7 @@ def test_an_error_ends_everything_and_is_told_with_the_last_line(tmp_path: Path)
 
 def test_processes_end_in_reverse_order(tmp_path: Path) -> None:
     said = tmp_path / "said"
-    with Household(tmp_path / "logs") as house:
+    with ProcessTree(tmp_path / "logs") as house:
         for name in ("first", "second"):
             script = f"trap 'echo {name} >>{said}; exit 0' TERM; touch {tmp_path / name}; while :; do sleep 0.05; done"
             house.start(name, ["sh", "-c", script], tmp_path, {})

@@ -27,7 +27,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from fedspan.config import load
 from fedspan.flower import certificates, node_keys, trial
 from fedspan.flower.deployment import Deployment
-from fedspan.flower.process_tree import Household
+from fedspan.flower.process_tree import ProcessTree
 from fedspan.flower.runtime import Lost, Runtime
 
 SITES = ("north", "south", "spare")
@@ -46,7 +46,7 @@ class Server:
 
     folder: Path
     plan: Deployment
-    house: Household
+    house: ProcessTree
     ports: dict[str, int]
     runtimes: dict[str, int] = field(default_factory=dict)
 
@@ -87,7 +87,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     plan = trial.prepare(folder, SITES, load(overrides=["federation.num_clients=3"]))
     (folder / "server/nodes/spare.pub").unlink()  # known to nobody
     first = trial.chosen_proxy("auto")
-    with Household(folder / "logs") as house:
+    with ProcessTree(folder / "logs") as house:
         trial.start(house, folder, plan, first, lambda line: None, sites=False)
         ports = {first: plan.port}
         if first != "python":

@@ -22,7 +22,7 @@ from fedspan.methods.base import Method, ServerState, aggregate
 from fedspan.methods.folds import Partial
 from fedspan.methods.glora_sums import glora_sums
 from fedspan.methods.messages import Factors, Request, Update
-from fedspan.wire.precision import narrowed_update
+from fedspan.wire.precision import rounded_update
 from fedspan.wire.sizes import parts
 
 FEW: dict[str, Any] = {"shapes": ((60, 50), (48, 64)), "ranks": (4, 4, 2, 1, 3), "counts": (5, 1, 20, 7, 3)}
@@ -278,7 +278,7 @@ def test_narrow_sums_lose_no_more_than_their_rounding(
     exact = held(served(fed)[0])
     assert_same(exact, fed.ideal, 1e-4)
     monkeypatch.setattr(
-        federations, "encoded", lambda fed, updates=None: [narrowed_update(u, kind)[0] for u in encoded(fed, updates)]
+        federations, "encoded", lambda fed, updates=None: [rounded_update(u, kind)[0] for u in encoded(fed, updates)]
     )
     assert_same(held(served(fed)[0]), fed.ideal, worse)
 

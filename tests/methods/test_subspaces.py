@@ -21,7 +21,7 @@ from fedspan.client.training import Assignment, LocalResult, work_on
 from fedspan.config import Config
 from fedspan.data import Encoded
 from fedspan.federation.clients import Client
-from fedspan.federation.rounds import Standing
+from fedspan.federation.rounds import RunState
 from fedspan.methods.base import Method, ServerState, aggregate
 from fedspan.methods.fed_sb import fed_sb
 from fedspan.methods.fedgalore import fedgalore
@@ -493,11 +493,11 @@ def run(method: Method, bases: dict[str, Path], data: Encoded, rounds: int, base
         given = Assignment(client.client_id, sent, rows[client.client_id], 3, 1.0)
         return work_on(model, given, data, Config(local=LOCAL), round_num)
 
-    standings = [Standing(method.init(model.template(rank, 8.0, False, 0), model.dense()))]
+    standings = [RunState(method.init(model.template(rank, 8.0, False, 0), model.dense()))]
     records = []
     for _ in range(rounds):
-        standing, record = tiny.run_round(method, standings[-1], cohort, work)
-        standings.append(standing)
+        run_state, record = tiny.run_round(method, standings[-1], cohort, work)
+        standings.append(run_state)
         records.append(record)
     return model, standings, records
 
@@ -507,7 +507,7 @@ def run(method: Method, bases: dict[str, Path], data: Encoded, rounds: int, base
 def test_a_real_model_learns_in_shared_subspaces(bases: dict[str, Path], tasks: Encoded, kind: Any, base: str) -> None:
     """Each round moves every target by its r directions more, and costs the coordinates' bytes; the loss falls."""
     _, standings, records = run(shared_galore(rank=2, basis=kind, scale=2.0), bases, tasks, 5, base)
-    dense, shapes = [standing.state.dense for standing in standings], standings[0].state.template.modules
+    dense, shapes = [run_state.state.dense for run_state in standings], standings[0].state.template.modules
     free = sum(t.numel() for n, t in dense[0].items() if n not in shapes)
     asked = sum(2 * min(10, *s) * min(s) for s in shapes.values()) if kind != "seeded" else 0
     held = sum(2 * max(s) for s in shapes.values())
@@ -531,7 +531,7 @@ def test_a_real_model_learns_in_the_core_alone(bases: dict[str, Path], tasks: En
     method = fed_sb()
     _, standings, records = run(method, bases, tasks, 5)
     shapes = standings[0].state.template.modules
-    sent = [method.broadcast(standing.state, Request(4, 1)) for standing in standings[1:]]
+    sent = [method.broadcast(run_state.state, Request(4, 1)) for run_state in standings[1:]]
     for name in shapes:
         assert all(torch.equal(s.adapter[name].b, sent[0].adapter[name].b) for s in sent)
         assert float(sent[-1].adapter[name].a.norm()) > 0

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods.federations import build
-from tiny import fake_work, same_state, standing
+from tiny import fake_work, run_state, same_state
 
 from fedspan.client.training import LocalResult
 from fedspan.data import partition
@@ -104,7 +104,7 @@ def test_the_methods_that_can_are_the_exact_ones_in_sums() -> None:
 @pytest.mark.parametrize("name", ABLE)
 def test_without_noise_and_with_room_it_is_the_method_itself(name: str) -> None:
     """Clip 1e9, z = 0, everybody expected and there: two rounds end where the plain method with equal weights ends."""
-    state, private = (standing(plain(name), 3).state for _ in range(2))
+    state, private = (run_state(plain(name), 3).state for _ in range(2))
     for _ in range(2):
         state, _ = play(plain(name), state, [3, 3, 3])
         private, _ = play(make(name), private, [3, 3, 3])
@@ -115,7 +115,7 @@ def test_without_noise_and_with_room_it_is_the_method_itself(name: str) -> None:
 @pytest.mark.parametrize("name", ABLE)
 @pytest.mark.parametrize("clip", [1e-3, 0.7])
 def test_nobody_sends_more_than_the_clip(name: str, clip: float) -> None:
-    state = standing(plain(name), 4).state
+    state = run_state(plain(name), 4).state
     clipped = 0
     for _ in range(2):
         state, sent = play(make(name, clip), state, [4, 4])
@@ -130,14 +130,14 @@ def test_nobody_sends_more_than_the_clip(name: str, clip: float) -> None:
 @pytest.mark.parametrize("name", ABLE)
 def test_a_round_without_anybody_is_a_step_of_noise(name: str) -> None:
     """Two rounds with nobody: every state has the method's shapes, is finite, and the noise has moved it."""
-    method, state = make(name, 0.5, 1.0), standing(plain(name), 3).state
+    method, state = make(name, 0.5, 1.0), run_state(plain(name), 3).state
     shapes = _shapes(play(plain(name), state, [3])[0])
     for _ in range(2):
         before, (state, _) = state, play(method, state, [])
         assert state.round_num == before.round_num + 1
         assert _shapes(state) == shapes
         assert bool(torch.isfinite(vector(state)).all())
-    first = standing(plain(name), 3).state
+    first = run_state(plain(name), 3).state
     assert not torch.equal(vector(state)[-12:], vector(first)[-12:])  # the head
 
 
@@ -148,7 +148,7 @@ def _shapes(state: ServerState) -> dict[str, tuple[int, ...]]:
 
 def test_mixed_ranks_move_what_they_train_and_nothing_else() -> None:
     """FFA-LoRA at ranks 2 and 4: the mean of the changes of the products, those of rank 2 counting in its two alone."""
-    state = play(plain("ffa_lora"), standing(plain("ffa_lora"), 4).state, [4, 4])[0]
+    state = play(plain("ffa_lora"), run_state(plain("ffa_lora"), 4).state, [4, 4])[0]
     after, _ = play(make("ffa_lora", expected=2.0), state, [2, 4])
     for name, held in state.modules.items():
         want = held["sb"].double().clone()
@@ -251,7 +251,7 @@ SHAPES = {"one": (64, 40), "two": (48, 48)}
 def test_the_noise_on_weights_has_the_variance_it_claims(name: str, expected: float) -> None:
     """n = 4876 entries, N(0, (zC/qN)²) each: mean within 5/√n of 0, variance within 5·√(2/n) of 1, kurtosis 3."""
     clip, z = 0.7, 1.3
-    state = standing(plain(name), 4, SHAPES).state
+    state = run_state(plain(name), 4, SHAPES).state
     bare, noisy = (play(make(name, clip, noise, expected), state, [4, 4])[0] for noise in (0.0, z))
     gap = (vector(noisy) - vector(bare)) / (z * clip / expected)
     n = len(gap)
@@ -287,7 +287,7 @@ def test_the_noise_on_a_factor_is_isotropic_on_products() -> None:
 
 def test_noise_depends_on_the_secret_and_on_the_sum() -> None:
     """The same sum and secret: the same bits. Another secret, round, or sum: independent noise."""
-    state = standing(plain("ffa_lora"), 4).state
+    state = run_state(plain("ffa_lora"), 4).state
     once, _ = play(make("ffa_lora", 0.5, 1.0), state, [4, 4])
     again, _ = play(make("ffa_lora", 0.5, 1.0), state, [4, 4])
     same_state(once, again)
@@ -305,7 +305,7 @@ def test_noise_depends_on_the_secret_and_on_the_sum() -> None:
 
 
 def test_weights_other_than_one_are_refused() -> None:
-    method, state = make("fedavg", 1.0, 1.0), standing(plain("fedavg"), 3).state
+    method, state = make("fedavg", 1.0, 1.0), run_state(plain("fedavg"), 3).state
     told = method.broadcast(state, Request(3))
     answer, _ = method.encode(fake_work(_Client("client-0"), told, 0).update, told, None)  # type: ignore[arg-type]
     partial = method.exchanges[0].fold.add(Partial(), replace(answer, num_examples=40.0))
@@ -314,7 +314,7 @@ def test_weights_other_than_one_are_refused() -> None:
 
 
 def test_a_site_has_no_secret_and_draws_no_noise() -> None:
-    state = standing(plain("fedavg"), 3).state
+    state = run_state(plain("fedavg"), 3).state
     site = with_client_dp(plain("fedavg"), 0.5, 1.0, 1.0)
     told = site.broadcast(state, Request(3))
     update = fake_work(_Client("client-0"), told, 0).update  # type: ignore[arg-type]
@@ -340,7 +340,7 @@ def test_what_is_out_of_range_is_refused(changes: Mapping[str, float], said: str
 
 def test_a_diverged_update_is_seen() -> None:
     """NaN stays NaN, so that whoever checks what leaves a site still refuses it."""
-    state = standing(plain("fedavg"), 3).state
+    state = run_state(plain("fedavg"), 3).state
     told = make("fedavg").broadcast(state, Request(3))
     update = fake_work(_Client("client-0"), told, 0).update  # type: ignore[arg-type]
     for bad in (math.nan, math.inf):

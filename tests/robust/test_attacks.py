@@ -23,7 +23,7 @@ from fedspan import robust
 from fedspan.client.training import LocalResult
 from fedspan.federation import rounds
 from fedspan.federation.clients import Client
-from fedspan.federation.simulated import Here
+from fedspan.federation.simulated import SimulatedClients
 from fedspan.methods import METHODS
 from fedspan.methods.messages import Broadcast, Factors, Request, Update
 from fedspan.robust.distances import Cohort
@@ -208,13 +208,13 @@ def test_numbers_that_are_none_never_reach_a_filter(value: float, filter: str) -
     def work(window: Sequence[tuple[Client, Broadcast]], round_num: int) -> Iterator[tuple[LocalResult, float]]:
         return ((bad(client, sent, round_num), 0.0) for client, sent in window)
 
-    here = Here(method, work, {})
-    standing, record = rounds.conduct(
-        method, tiny.standing(method, 4), clients, here, screen=screen_of("glora", filter, attackers=1)
+    here = SimulatedClients(method, work, {})
+    run_state, record = rounds.conduct(
+        method, tiny.run_state(method, 4), clients, here, screen=screen_of("glora", filter, attackers=1)
     )
     assert sorted(record["rejected"]) == ["client-3"]
-    assert standing.state.round_num == 1
-    assert all(bool(t.isfinite().all()) for t in tiny.state_tensors(standing.state).values())
+    assert run_state.state.round_num == 1
+    assert all(bool(t.isfinite().all()) for t in tiny.state_tensors(run_state.state).values())
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from fedspan.runs import checkpoint
 from fedspan.runs.checkpoint import Checkpoint
 from fedspan.methods import METHODS
 from fedspan.methods.base import Method
-from fedspan.federation.rounds import Standing
+from fedspan.federation.rounds import RunState
 from fedspan.support.seeding import generator
 
 SMALL = {"one": (6, 5), "two": (5, 5)}
@@ -34,20 +34,20 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def stand(method: Method, rounds: int, ranks: tuple[int, ...], shapes: dict[str, tuple[int, int]]) -> Standing:
-    standing, people = tiny.standing(method, max(ranks), shapes), tiny.clients(*ranks)
+def stand(method: Method, rounds: int, ranks: tuple[int, ...], shapes: dict[str, tuple[int, int]]) -> RunState:
+    run_state, people = tiny.run_state(method, max(ranks), shapes), tiny.clients(*ranks)
     for i in range(rounds):
         cohort = people if i % 2 == 0 else people[: i % len(people) + 1]
-        standing, _ = tiny.run_round(method, standing, cohort, tiny.fake_work)
-    return standing
+        run_state, _ = tiny.run_round(method, run_state, cohort, tiny.fake_work)
+    return run_state
 
 
-def kept(standing: Standing, **extra: Any) -> Checkpoint:
-    return Checkpoint(standing.state, standing.client_states, standing.seen, **extra)
+def kept(run_state: RunState, **extra: Any) -> Checkpoint:
+    return Checkpoint(run_state.state, run_state.client_states, run_state.seen, **extra)
 
 
 def same(x: Checkpoint, y: Checkpoint) -> None:
-    pairs = [Standing(c.state, c.client_states, c.seen) for c in (x, y)]
+    pairs = [RunState(c.state, c.client_states, c.seen) for c in (x, y)]
     tiny.same_standing(*pairs)
     assert json.dumps([x.history, x.notes]) == json.dumps([y.history, y.notes])
 
@@ -79,7 +79,7 @@ def test_going_on_from_a_file_is_going_on(tmp_path: Path, name: str) -> None:
     before = stand(method, 2, (2, 2, 2), SMALL)
     checkpoint.write(tmp_path / "c", kept(before))
     read = checkpoint.read(tmp_path / "c")
-    from_file = Standing(read.state, read.client_states, read.seen)
+    from_file = RunState(read.state, read.client_states, read.seen)
     tiny.same_standing(*(tiny.run_round(method, s, people, tiny.fake_work)[0] for s in (before, from_file)))
 
 
@@ -94,12 +94,12 @@ def test_going_on_from_a_file_is_going_on(tmp_path: Path, name: str) -> None:
 def test_patch_logs_of_any_length_and_shape_come_back(
     tmp_path: Path, seed: int, rounds: int, ranks: list[int], size: tuple[int, int], notes: dict[str, Any]
 ) -> None:
-    standing = stand(METHODS["flora"](), rounds, tuple(ranks), {"one": size, "two": size[::-1]})
+    run_state = stand(METHODS["flora"](), rounds, tuple(ranks), {"one": size, "two": size[::-1]})
     rng = generator(seed)
     extra = {
         f"client/{i}": {"a/b": torch.randn(i, 2, generator=rng), "half": torch.ones(i).bfloat16()} for i in range(3)
     }
-    written = Checkpoint(standing.state, extra, standing.seen, (), notes)
+    written = Checkpoint(run_state.state, extra, run_state.seen, (), notes)
     checkpoint.write(tmp_path / "c", written)
     same(checkpoint.read(tmp_path / "c"), written)
 

@@ -80,9 +80,9 @@ def test_updates_of_a_round_are_not_carried_into_the_next() -> None:
 
     method = replace(base, finish=finish)
     people = tiny.clients(2, 2, 2)
-    standing = tiny.standing(method, 2)
+    run_state = tiny.run_state(method, 2)
     for cohort in (people, people[:1], people[1:]):
-        standing, _ = tiny.run_round(method, standing, cohort, tiny.fake_work)
+        run_state, _ = tiny.run_round(method, run_state, cohort, tiny.fake_work)
     assert folds == [
         (3, ["client-0", "client-1", "client-2"], 60.0),
         (1, ["client-0"], 10.0),
@@ -201,8 +201,8 @@ def test_one_bad_client_of_many_does_not_stop_training() -> None:
         return replace(result, update=replace(result.update, dense={"head": torch.full(tiny.HEAD, torch.nan)}))
 
     method = METHODS["fedit"]()
-    standing, people = tiny.standing(method, 2), tiny.clients(2, 2, 2)
+    run_state, people = tiny.run_state(method, 2), tiny.clients(2, 2, 2)
     for _ in range(3):
-        standing, record = tiny.run_round(method, standing, people, work, min_success=2)
+        run_state, record = tiny.run_round(method, run_state, people, work, min_success=2)
         assert record["num_clients"] == 2
-    assert standing.state.round_num == 3
+    assert run_state.state.round_num == 3

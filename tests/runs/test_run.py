@@ -357,7 +357,7 @@ def test_the_centralised_control_trains_on_everything_as_long_as_the_cohort(
     job = Job.prepare(config, create(config.method), tmp_path / "none", lambda event: None)
     main = replace(job, out=result.out).federation("federation", job.method, job.clients)
     whole = job.method.broadcast(main.saved.state, engine.Request(None))
-    found = job.evaluate([job.exam(whole, split="train", rows=c.holdout) for c in people])
+    found = job.evaluate([job.evaluation_task(whole, split="train", rows=c.holdout) for c in people])
     assert own == pytest.approx(sum(f["loss"] for f in found) / len(found))
 
 
@@ -399,8 +399,8 @@ def test_a_decoder_without_padding_token_classifies_alike_at_every_batch_size(
     sent = job.federation("federation", job.method, job.clients).initial()
     figures = []
     for size in (1, 16):
-        job.crew.kit.config = tiny.config(base, texts, "fedit", evaluation={"batch_size": size})
-        figures += job.evaluate([job.exam(sent)])
+        job.executor.context.config = tiny.config(base, texts, "fedit", evaluation={"batch_size": size})
+        figures += job.evaluate([job.evaluation_task(sent)])
     assert figures[0] == pytest.approx(figures[1], rel=2e-6)
 
 

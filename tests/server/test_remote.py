@@ -570,7 +570,7 @@ def test_keys_are_exchanged_for_several_rounds_at_once(bases: dict[str, Path], t
     masked = {"secure_sums": True, "rounds_ahead": 4}
     config = settings(bases["bert"], texts, "ffa_lora", privacy=masked, federation=one)
     fed = Federation(config, tmp_path / "a")
-    trips = [record["trips"] for record in fed.serve()]
+    trips = [record["round_trips"] for record in fed.serve()]
     assert trips == [4, 2, 2, 2, 4, 2]
     other = Federation(config, tmp_path / "b")
 
@@ -579,7 +579,7 @@ def test_keys_are_exchanged_for_several_rounds_at_once(bases: dict[str, Path], t
             other.restart("client-2")
 
     history = other.serve(restart)
-    assert [record["trips"] for record in history] == [4, 2, 4, 2, 2, 2]
+    assert [record["round_trips"] for record in history] == [4, 2, 4, 2, 2, 2]
     assert "has no keys for" in history[1]["rejected"]["client-2"]
     assert [record["num_clients"] for record in history] == [4, 3, 4, 4, 4, 4]
 

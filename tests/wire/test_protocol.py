@@ -12,7 +12,7 @@ import torch
 
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.patches import PatchLog
-from fedspan.site.storage import Memory
+from fedspan.site.storage import SiteStorage
 from fedspan.wire import protocol
 from fedspan.wire.protocol import Malformed
 
@@ -101,7 +101,7 @@ def test_a_patch_is_put_together_as_the_server_does(tmp_path: Path) -> None:
         news = log.since(seen)
         whole = len(news) == 1 and news[0] is log.total
         told = {"whole": whole, "seen": seen, "version": log.version}
-        got = Memory(tmp_path).patch("run", told, news)["x"]
+        got = SiteStorage(tmp_path).patch("run", told, news)["x"]
         want = log.total["x"]
         pairs = zip((got.b, got.a), (want.b, want.a), strict=True) if isinstance(want, LowRank) else [(got, want)]
         assert all(torch.equal(x, y) for x, y in pairs)  # type: ignore[arg-type]

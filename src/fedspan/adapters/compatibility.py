@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fedspan.adapters.peft_folder import Adapter
+from fedspan.support.errors import FedspanError
 
 
 def check_compatible(labels: Sequence[str], adapters: Sequence[Adapter]) -> None:
@@ -22,35 +23,35 @@ def check_compatible(labels: Sequence[str], adapters: Sequence[Adapter]) -> None
     for label, adapter in zip(labels[1:], adapters[1:], strict=True):
         if _base(adapter) != _base(first):
             bases = f"{label} adapts {_base(adapter)!r}, {labels[0]} adapts {_base(first)!r}"
-            raise ValueError(f"{bases}: expected one base model")
+            raise FedspanError(f"{bases}: expected one base model")
         _same_names(label, labels[0], "adapts other modules", adapter.factors, first.factors)
         _same_names(label, labels[0], "saves other whole weights", adapter.dense, first.dense)
         for name, f in adapter.factors.items():
             if f.delta().shape != first.factors[name].delta().shape:
-                raise ValueError(
+                raise FedspanError(
                     f"{label}: {name} is {f.delta().shape}: expected {first.factors[name].delta().shape}, "
                     f"as in {labels[0]}"
                 )
         for name, tensor in adapter.dense.items():
             if tensor.shape != first.dense[name].shape:
-                raise ValueError(
+                raise FedspanError(
                     f"{label}: {name} is {tuple(tensor.shape)}: expected {tuple(first.dense[name].shape)}, "
                     f"as in {labels[0]}"
                 )
         for name, tensor in adapter.frozen.items():
             if not torch.equal(tensor, first.frozen.get(name, tensor)):
-                raise ValueError(f"{label}: the base's {name} is not that of {labels[0]}: expected one base")
+                raise FedspanError(f"{label}: the base's {name} is not that of {labels[0]}: expected one base")
         for what in ("embeddings", "fan_in_fan_out", "ensure_weight_tying"):
             mine, theirs = _trait(adapter, what), _trait(first, what)
             if mine != theirs:
-                raise ValueError(f"{label}: {what} is {mine!r}: expected {theirs!r}, as in {labels[0]}")
+                raise FedspanError(f"{label}: {what} is {mine!r}: expected {theirs!r}, as in {labels[0]}")
 
     # An adapter made without a task type fits them all.
     tasks = {a.config.get("task_type"): label for label, a in zip(labels, adapters, strict=True)}
     tasks.pop(None, None)
     if len(tasks) > 1:
         given = " and ".join(f"{task!r} in {label}" for task, label in tasks.items())
-        raise ValueError(f"task_type is {given}: expected one")
+        raise FedspanError(f"task_type is {given}: expected one")
 
 
 def _base(adapter: Adapter) -> str | None:
@@ -68,4 +69,4 @@ def _same_names(label: str, first: str, problem: str, mine: Mapping[str, Any], t
     odd = sorted(mine.keys() ^ theirs.keys())
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise ValueError(f"{label} {problem} than {first} ({', '.join(odd[:3])}{more}): expected the same ones")
+        raise FedspanError(f"{label} {problem} than {first} ({', '.join(odd[:3])}{more}): expected the same ones")

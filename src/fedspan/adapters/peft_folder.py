@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedspan.methods.messages import Factors
+from fedspan.support.errors import FedspanError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -101,7 +102,7 @@ def load(path: Path) -> Adapter:
     rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if not key.startswith(_PREFIX):
-            raise ValueError(f"{path}: tensor {key!r}: expected names that start with {_PREFIX!r}")
+            raise FedspanError(f"{path}: tensor {key!r}: expected names that start with {_PREFIX!r}")
         name = key.removeprefix(_PREFIX)
         found = _LORA.fullmatch(name)
         # PEFT keeps embedding factors as bare parameters and the others as weights of linear layers.
@@ -112,26 +113,26 @@ def load(path: Path) -> Adapter:
         if found["embedding"]:
             embeddings.add(found["module"])
     if not sides:
-        raise ValueError(f"{path / WEIGHTS_NAME} holds no lora_A and lora_B: expected a LoRA adapter")
+        raise FedspanError(f"{path / WEIGHTS_NAME} holds no lora_A and lora_B: expected a LoRA adapter")
     factors = {module: _factors(path, config, module, pair) for module, pair in sides.items()}
     dense, frozen = _sort_rest(path, config, factors, rest)
     if config.get("ensure_weight_tying") and embeddings:
-        raise ValueError(f"{path}: ensure_weight_tying and adapters on embeddings: expected one of them")
+        raise FedspanError(f"{path}: ensure_weight_tying and adapters on embeddings: expected one of them")
     return Adapter(factors, dense, config, frozenset(embeddings), frozen)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
-        raise ValueError(f"{path} is no folder: expected a PEFT adapter folder")
+        raise FedspanError(f"{path} is no folder: expected a PEFT adapter folder")
     file = path / CONFIG_NAME
     if not file.is_file():
-        raise ValueError(f"{path} holds no {CONFIG_NAME}: expected a PEFT adapter folder")
+        raise FedspanError(f"{path} holds no {CONFIG_NAME}: expected a PEFT adapter folder")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # a decoding error is one too
-        raise ValueError(f"{file} is not valid JSON ({error}): expected a PEFT config") from None
+        raise FedspanError(f"{file} is not valid JSON ({error}): expected a PEFT config") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{file} holds a JSON {type(config).__name__}: expected an object")
+        raise FedspanError(f"{file} holds a JSON {type(config).__name__}: expected an object")
     _check_kind(path, config)
     _check_numbers(path, config)
     return config
@@ -140,62 +141,62 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
     """Refuse every option under which the update is not s·B·A added to an unchanged base."""
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type {config.get('peft_type')!r}: expected 'LORA'")
+        raise FedspanError(f"{path}: peft_type {config.get('peft_type')!r}: expected 'LORA'")
     for key, reason in _UNSUPPORTED.items():
         if config.get(key):
-            raise ValueError(f"{path}: {key} is set ({reason}): expected a plain LoRA adapter")
+            raise FedspanError(f"{path}: {key} is set ({reason}): expected a plain LoRA adapter")
     if config.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias={config['bias']!r} also trains biases of the base: expected 'none'")
+        raise FedspanError(f"{path}: bias={config['bias']!r} also trains biases of the base: expected 'none'")
     init = config.get("init_lora_weights", True)
     if isinstance(init, bool) or init in _KNOWN_INITS:
         return
     problem = f"{path}: init_lora_weights={init!r} changes the base weights, so it fits no other base"
     if isinstance(init, str) and init.startswith(_CONVERTIBLE_INITS):
-        raise ValueError(
+        raise FedspanError(
             f"{problem}: expected an adapter converted to plain LoRA by PEFT's "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     if init == "loftq":
-        raise ValueError(f"{problem}: expected an adapter trained on the original base")
+        raise FedspanError(f"{problem}: expected an adapter trained on the original base")
     known = ", ".join(map(repr, _KNOWN_INITS))
-    raise ValueError(f"{path}: init_lora_weights={init!r}: expected true, false or one of {known}")
+    raise FedspanError(f"{path}: init_lora_weights={init!r}: expected true, false or one of {known}")
 
 
 def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     for key, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         if not isinstance(pattern, dict):
-            raise ValueError(f"{path}: {key} = {pattern!r}: expected an object of module patterns")
+            raise FedspanError(f"{path}: {key} = {pattern!r}: expected an object of module patterns")
         for expression in pattern:
             try:
                 re.compile(expression)
             except re.error as error:
                 problem = f"{path}: {key} {expression!r} ({error})"
-                raise ValueError(f"{problem}: expected a regular expression") from None
+                raise FedspanError(f"{problem}: expected a regular expression") from None
     for key, value in (("r", config.get("r")), *ranks.items()):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{path}: rank {key} = {value!r}: expected a whole number of at least 1")
+            raise FedspanError(f"{path}: rank {key} = {value!r}: expected a whole number of at least 1")
     for key, value in (("lora_alpha", config.get("lora_alpha")), *alphas.items()):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{path}: alpha {key} = {value!r}: expected a finite number")
+            raise FedspanError(f"{path}: alpha {key} = {value!r}: expected a finite number")
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
-        raise ValueError(f"{path}: modules_to_save = {saved!r}: expected a list of names")
+        raise FedspanError(f"{path}: modules_to_save = {saved!r}: expected a list of names")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     file = path / WEIGHTS_NAME
     if not file.is_file():
         if (path / "adapter_model.bin").exists():
-            raise ValueError(
+            raise FedspanError(
                 f"{path} holds adapter_model.bin, a pickle, which is never opened: "
                 f"expected {WEIGHTS_NAME}, as save_pretrained(..., safe_serialization=True) writes it"
             )
-        raise ValueError(f"{path} holds no {WEIGHTS_NAME}: expected a PEFT adapter folder")
+        raise FedspanError(f"{path} holds no {WEIGHTS_NAME}: expected a PEFT adapter folder")
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read ({error}): expected a whole safetensors file") from None
+        raise FedspanError(f"{file} cannot be read ({error}): expected a whole safetensors file") from None
     _check_finite(path, tensors)
     return tensors
 
@@ -203,7 +204,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: tensor {name!r} holds NaN or infinite values: expected finite ones")
+            raise FedspanError(f"{path}: tensor {name!r} holds NaN or infinite values: expected finite ones")
 
 
 def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -221,25 +222,25 @@ def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any
 def _factors(path: Path, config: Mapping[str, Any], module: str, pair: Mapping[str, Tensor]) -> Factors:
     for side, other in (("A", "B"), ("B", "A")):
         if side not in pair:
-            raise ValueError(f"{path}: {module} has lora_{other} without lora_{side}: expected both")
+            raise FedspanError(f"{path}: {module} has lora_{other} without lora_{side}: expected both")
     for side, tensor in pair.items():
         if tensor.ndim != 2:
-            raise ValueError(
+            raise FedspanError(
                 f"{path}: {module}: lora_{side} has shape {tuple(tensor.shape)}: expected a matrix "
                 "(adapters on convolutions and stacked experts are not supported)"
             )
         if tensor.dtype not in _FLOATS:
-            raise ValueError(f"{path}: {module}: lora_{side} is {tensor.dtype}: expected 16 to 64 bit floats")
+            raise FedspanError(f"{path}: {module}: lora_{side} is {tensor.dtype}: expected 16 to 64 bit floats")
     a, b = pair["A"], pair["B"]
     rank = pattern_value(config.get("rank_pattern") or {}, module, config["r"])
     if a.shape[0] != rank or b.shape[1] != rank:
-        raise ValueError(
+        raise FedspanError(
             f"{path}: {module}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}: "
             f"expected ({rank}, in) and (out, {rank}), the config's rank"
         )
     if 0 in a.shape or 0 in b.shape:
         shapes = f"lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}"
-        raise ValueError(f"{path}: {module}: {shapes}: expected no empty side")
+        raise FedspanError(f"{path}: {module}: {shapes}: expected no empty side")
     alpha = pattern_value(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
     return Factors(b, a, float(alpha / (rank**0.5 if config.get("use_rslora") else rank)))
 
@@ -269,12 +270,12 @@ def _sort_rest(
         elif ".lora_" not in name and _is_embedding(name):
             frozen[name] = tensor
         else:
-            raise ValueError(
+            raise FedspanError(
                 f"{path}: tensor {_PREFIX + name!r} is none that this adapter should hold: "
                 "expected lora_A, lora_B and modules_to_save weights"
             )
     if saved and not dense:
-        raise ValueError(f"{path}: modules_to_save = {list(saved)}: expected weights of theirs in {WEIGHTS_NAME}")
+        raise FedspanError(f"{path}: modules_to_save = {list(saved)}: expected weights of theirs in {WEIGHTS_NAME}")
     return dense, frozen
 
 
@@ -357,7 +358,7 @@ def save(
 def check_free(path: Path) -> None:
     """Refuse an output path that is a file or a folder with something in it."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists already: expected a new or empty folder")
+        raise FedspanError(f"{path} exists already: expected a new or empty folder")
 
 
 def _check_parts(
@@ -369,23 +370,23 @@ def _check_parts(
     carried: Mapping[str, Any],
 ) -> None:
     if not factors:
-        raise ValueError(f"{path}: no module to write: expected at least one factor pair")
+        raise FedspanError(f"{path}: no module to write: expected at least one factor pair")
     for module, f in factors.items():
         if f.b.ndim != 2 or f.a.ndim != 2 or f.b.shape[1] != f.a.shape[0]:
             shapes = f"{tuple(f.b.shape)} and {tuple(f.a.shape)}"
-            raise ValueError(f"{path}: {module}: factors {shapes}: expected (m, r) and (r, n)")
+            raise FedspanError(f"{path}: {module}: factors {shapes}: expected (m, r) and (r, n)")
         if _is_saved(f"{module}.weight", modules_to_save):
             # PEFT would not adapt it, and leave its factors unread.
-            raise ValueError(f"{path}: {module} has factors and is in modules_to_save: expected one of the two")
+            raise FedspanError(f"{path}: {module} has factors and is in modules_to_save: expected one of the two")
     for module in embeddings:
         if module not in factors:
-            raise ValueError(f"{path}: embedding {module!r} has no factors: expected a module with factors")
+            raise FedspanError(f"{path}: embedding {module!r} has no factors: expected a module with factors")
     for name in whole:
         if not _is_saved(name, modules_to_save) and not _is_embedding(name):
-            raise ValueError(f"{path}: weight {name!r}: expected one in modules_to_save {list(modules_to_save)}")
+            raise FedspanError(f"{path}: weight {name!r}: expected one in modules_to_save {list(modules_to_save)}")
     for key in carried:
         if key not in CARRIED:
-            raise ValueError(f"{path}: config entry {key!r}: expected one of {', '.join(CARRIED)}")
+            raise FedspanError(f"{path}: config entry {key!r}: expected one of {', '.join(CARRIED)}")
 
 
 def _padded(f: Factors, rank: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from fedspan.support.errors import FedspanError
 from fedspan.support.seeding import generator
 
 SVDKind = Literal["exact", "randomized", "power"]
@@ -158,15 +159,15 @@ class GaloreAdamW(torch.optim.Optimizer):
         """
         group = next((g for g in self.param_groups if any(p is parameter for p in g["params"])), None)
         if group is None:
-            raise ValueError(f"a parameter of shape {tuple(parameter.shape)}: expected one of this optimizer's")
+            raise FedspanError(f"a parameter of shape {tuple(parameter.shape)}: expected one of this optimizer's")
         state = self.state[parameter]
         if state:
-            raise ValueError(f"second moments after {int(state['step'])} steps: expected before the first")
+            raise FedspanError(f"second moments after {int(state['step'])} steps: expected before the first")
         expected = _moment_shape(parameter.shape, group["rank"], group["side"])
         if tuple(second_moment.shape) != expected:
-            raise ValueError(f"second moments of shape {tuple(second_moment.shape)}: expected {expected}")
+            raise FedspanError(f"second moments of shape {tuple(second_moment.shape)}: expected {expected}")
         if not bool((second_moment >= 0).all()):  # a NaN fails too
-            raise ValueError(f"second moments down to {float(second_moment.min())}: expected none below 0")
+            raise FedspanError(f"second moments down to {float(second_moment.min())}: expected none below 0")
         state["step"] = torch.zeros((), dtype=torch.int64)
         state["seeded"] = torch.ones(())
         state["exp_avg_sq"] = second_moment.detach().to(parameter, copy=True)
@@ -213,28 +214,28 @@ def _moment_shape(shape: Sequence[int], rank: int | None, side: Side) -> tuple[i
 def _check_group(group: dict[str, Any]) -> None:
     beta1, beta2 = group["betas"]
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ValueError(f"betas = {tuple(group['betas'])}: expected both at least 0 and below 1")
+        raise FedspanError(f"betas = {tuple(group['betas'])}: expected both at least 0 and below 1")
     for name in ("lr", "eps", "weight_decay", "scale"):
         if not group[name] >= 0:
-            raise ValueError(f"{name} = {group[name]}: expected at least 0")
+            raise FedspanError(f"{name} = {group[name]}: expected at least 0")
     for p in group["params"]:
         if p.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"a parameter of type {p.dtype}: expected torch.float32 or torch.float64")
+            raise FedspanError(f"a parameter of type {p.dtype}: expected torch.float32 or torch.float64")
     if group["rank"] is None:
         return
     for name in ("rank", "update_gap"):
         if group[name] < 1:
-            raise ValueError(f"{name} = {group[name]}: expected at least 1")
+            raise FedspanError(f"{name} = {group[name]}: expected at least 1")
     for name, kind in (("svd", SVDKind), ("side", Side), ("on_refresh", OnRefresh)):
         choices = get_args(kind)
         if group[name] not in choices:
-            raise ValueError(f"{name} = {group[name]!r}: expected one of {', '.join(choices)}")
+            raise FedspanError(f"{name} = {group[name]!r}: expected one of {', '.join(choices)}")
     for p in group["params"]:
         if p.ndim != 2:
-            raise ValueError(f"a projected parameter of shape {tuple(p.shape)}: expected a matrix (m, n)")
+            raise FedspanError(f"a projected parameter of shape {tuple(p.shape)}: expected a matrix (m, n)")
         if group["rank"] > min(p.shape):
             fits = f"expected at most {min(p.shape)}"
-            raise ValueError(f"rank = {group['rank']} for a layer of shape {tuple(p.shape)}: {fits}")
+            raise FedspanError(f"rank = {group['rank']} for a layer of shape {tuple(p.shape)}: {fits}")
 
 
 def _step(p: Tensor, state: dict[str, Tensor], group: dict[str, Any], index: int) -> None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedspan.support.errors import FedspanError
+
 
 def promote(x: Tensor) -> Tensor:
     """At least float32: half-precision factors are accumulated in float32."""
@@ -32,7 +34,7 @@ class LowRank:
 
     def __post_init__(self) -> None:
         if self.b.ndim != 2 or self.a.ndim != 2 or self.b.shape[1] != self.a.shape[0]:
-            raise ValueError(
+            raise FedspanError(
                 f"factors of shapes {tuple(self.b.shape)} and {tuple(self.a.shape)}: expected (m, r) and (r, n)"
             )
 
@@ -84,10 +86,10 @@ def stack(terms: Sequence[LowRank], weights: Sequence[float] | None = None) -> L
         When there is no term, or the terms' shapes differ.
     """
     if not terms:
-        raise ValueError("an empty sum of low-rank terms has no shape: expected at least one term")
+        raise FedspanError("an empty sum of low-rank terms has no shape: expected at least one term")
     shapes = {term.shape for term in terms}
     if len(shapes) != 1:
-        raise ValueError(f"low-rank terms of different shapes {sorted(shapes)}: expected one shape")
+        raise FedspanError(f"low-rank terms of different shapes {sorted(shapes)}: expected one shape")
     factors = [1.0] * len(terms) if weights is None else weights
     return LowRank(
         torch.cat([promote(term.b) * w for term, w in zip(terms, factors, strict=True)], dim=1),

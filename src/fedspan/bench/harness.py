@@ -17,6 +17,7 @@ import torch
 
 from fedspan.bench import machine
 from fedspan.bench.machine import Machine
+from fedspan.support.errors import FedspanError
 
 CaseKey = Mapping[str, int | str]
 _SHORTEST = 0.005
@@ -280,7 +281,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in whole.splitlines()]
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}): expected one JSON object a line") from None
+        raise FedspanError(f"{path} is damaged ({error}): expected one JSON object a line") from None
 
 
 def summarise(times: Sequence[float]) -> dict[str, Any]:

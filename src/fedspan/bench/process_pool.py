@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from fedspan.bench.harness import Options
+from fedspan.support.errors import FedspanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +100,8 @@ def _answer(seat: subprocess.Popen[str]) -> dict[str, Any]:
     assert seat.stdout is not None
     line = seat.stdout.readline()
     if not line:
-        raise ValueError(f"a benchmark process ended with code {seat.wait()}: its own message is above")
+        raise FedspanError(f"a benchmark process ended with code {seat.wait()}: its own message is above")
     answer: dict[str, Any] = json.loads(line)
     if "error" in answer:
-        raise ValueError(f"a benchmark process failed: {answer['error']}")
+        raise FedspanError(f"a benchmark process failed: {answer['error']}")
     return answer

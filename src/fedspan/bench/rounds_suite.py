@@ -31,6 +31,7 @@ from fedspan.bench.local import encoded, load_model
 from fedspan.bench.process_pool import Job
 from fedspan.methods.messages import Broadcast, Factors
 from fedspan.methods.readout import fresh_adapter
+from fedspan.support.errors import FedspanError
 
 SUITE = "rounds"
 LENGTH = 32
@@ -114,7 +115,7 @@ def _execute(program: Program, folder: Path, options: Options, outputs: list[Map
     seconds = time.perf_counter() - began
     if done.returncode != 0 or not out.exists():
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise ValueError(f"{program.name} ended with code {done.returncode}: {last}")
+        raise FedspanError(f"{program.name} ended with code {done.returncode}: {last}")
     outputs.append(json.loads(out.read_text(encoding="utf-8")))
     return Timed(seconds, outputs[-1])
 

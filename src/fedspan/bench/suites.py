@@ -10,6 +10,7 @@ import torch
 
 from fedspan.bench import clients_suite, galore_suite, rounds_suite, scaling_suite, server_suite, table
 from fedspan.bench.harness import Bench, Options, read_results
+from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
 
 SUITES: Mapping[str, Callable[[Bench], None]] = {
@@ -36,7 +37,7 @@ def run(names: Sequence[str], options: Options, say: Callable[[str], None]) -> l
     """
     for name in names:
         if name not in SUITES:
-            raise ValueError(f"unknown suite {name!r}{nearest(name, SUITES)}")
+            raise FedspanError(f"unknown suite {name!r}{nearest(name, SUITES)}")
     _check(options)
     torch.set_num_threads(options.threads)
     bench = Bench(options, say)
@@ -70,15 +71,15 @@ def device_of(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name!r}: expected cpu or cuda") from None
+        raise FedspanError(f"--device {name!r}: expected cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: no GPU can be used here")
+        raise FedspanError(f"--device {name}: no GPU can be used here")
     return device
 
 
 def _check(options: Options) -> None:
     for name in ("threads", "repeat", "processes"):
         if getattr(options, name) < 1:
-            raise ValueError(f"--{name} {getattr(options, name)}: expected at least 1")
+            raise FedspanError(f"--{name} {getattr(options, name)}: expected at least 1")
     if not options.budget > 0:
-        raise ValueError(f"--budget {options.budget}: expected seconds above 0")
+        raise FedspanError(f"--budget {options.budget}: expected seconds above 0")

@@ -8,6 +8,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
+from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
 
 
@@ -17,7 +18,7 @@ class NearestNames(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Refuse an unknown command in our own words."""
         if args and not args[0].startswith("-") and args[0] not in self.commands:
-            raise ValueError(f"unknown command {args[0]!r}{nearest(args[0], self.commands)}")
+            raise FedspanError(f"unknown command {args[0]!r}{nearest(args[0], self.commands)}")
         return super().resolve_command(ctx, args)
 
 
@@ -58,7 +59,7 @@ def parse_weights(given: Sequence[str]) -> list[float] | None:
     texts = [text.strip() for item in given for text in item.split(",") if text.strip()]
     for text in texts:
         if not _is_number(text):
-            raise ValueError(f"--weights {text!r}: expected numbers, such as --weights 3 1")
+            raise FedspanError(f"--weights {text!r}: expected numbers, such as --weights 3 1")
     return [float(text) for text in texts] or None
 
 
@@ -73,7 +74,7 @@ def parse_rank(text: str | None) -> int | None:
     try:
         return None if text is None else int(text)
     except ValueError:
-        raise ValueError(f"--rank {text!r}: expected a whole number, such as --rank 8") from None
+        raise FedspanError(f"--rank {text!r}: expected a whole number, such as --rank 8") from None
 
 
 def _is_number(text: str) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedspan.cli.arguments import NearestNames
+from fedspan.support.errors import FedspanError
 
 if TYPE_CHECKING:
     from fedspan.config import Config
@@ -99,7 +100,7 @@ def up(
         names, loaded = _federation(config, sites, settings)
         trial.prepare(folder, names, loaded)
     elif config is not None or sites is not None or settings:
-        raise ValueError(f"{folder} is set up already: expected no --sites, --set or config, or a new folder")
+        raise FedspanError(f"{folder} is set up already: expected no --sites, --set or config, or a new folder")
     outcome = trial.up(folder, typer.echo, proxy=proxy, timeout=timeout, run=run)
     _show(outcome)
 
@@ -132,7 +133,7 @@ def _federation(path: Path | None, sites: str | None, settings: list[str] | None
     text = str(given.federation.num_clients) if sites is None else sites
     if text.isdecimal():
         if int(text) < 1:
-            raise ValueError(f"--sites {text}: expected at least one")
+            raise FedspanError(f"--sites {text}: expected at least one")
         names = client_ids(int(text))
     else:
         names = [name.strip() for name in text.split(",")]

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from fedspan.cli import flower_commands
 from fedspan.cli.arguments import NearestNames, WithWeights, method_options, parse_rank, parse_weights
+from fedspan.support.errors import FedspanError
 
 if TYPE_CHECKING:
     from fedspan.runs.engine import Event
@@ -363,7 +364,7 @@ def _choice(item: str) -> tuple[str, frozenset[str]]:
     """`d=768,2048` as a key and its values."""
     key, separator, values = item.partition("=")
     if not (key and separator and values):
-        raise ValueError(f"--only {item!r}: expected KEY=VALUE, such as d=4096")
+        raise FedspanError(f"--only {item!r}: expected KEY=VALUE, such as d=4096")
     return key, frozenset(values.split(","))
 
 
@@ -386,7 +387,7 @@ def _federate(work: Callable[[Callable[[Event], None]], Result], folder: Path | 
         stopped = began or ([] if folder is None else [str(folder)])
         raise _Interrupted("interrupted" + _go_on(stopped)) from None
     except (ValueError, OSError) as error:
-        raise ValueError(_message(error) + _go_on(began)) from error
+        raise FedspanError(_message(error) + _go_on(began)) from error
     from fedspan.display import report
 
     console.print()

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from fedspan.client.training import Assignment, LocalResult, autocast, batches, plain_optimizer, rate, work_on
 from fedspan.config import Config, LocalConfig
 from fedspan.data import Encoded
-from fedspan.methods.messages import Broadcast, Recipe, Update
-from fedspan.methods.patches import Patch
+from fedspan.methods.messages import Broadcast, Recipe, Tensors, Update
+from fedspan.methods.patches import patch_tensors
 from fedspan.models import FederatedModel
 from fedspan.models.losses import client_losses
 from fedspan.models.stacked import Stack, head_layers, stacked
@@ -149,15 +149,11 @@ def _together(x: Broadcast, y: Broadcast) -> bool:
 def _same_patch(x: Broadcast, y: Broadcast) -> bool:
     if x.patch is y.patch or x.patch.keys() != y.patch.keys():
         return x.patch is y.patch
-    pairs = [(_tensors(x.patch[name]), _tensors(y.patch[name])) for name in x.patch]
-    return all(
-        len(one) == len(other) and all(torch.equal(s, t) for s, t in zip(one, other, strict=True))
-        for one, other in pairs
-    )
+    return all(_same_tensors(patch_tensors(x.patch[name]), patch_tensors(y.patch[name])) for name in x.patch)
 
 
-def _tensors(patch: Patch) -> list[Tensor]:
-    return [patch] if isinstance(patch, Tensor) else [patch.b, patch.a]
+def _same_tensors(x: Tensors, y: Tensors) -> bool:
+    return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
 
 
 def _cohort_size(

@@ -23,7 +23,7 @@ from torch import Tensor
 from fedspan.client import cohort
 from fedspan.client.evaluation import Answers, answer, batches, figures, writes
 from fedspan.client.processes import Message, Processes, Task, start_method
-from fedspan.client.shared_payloads import Luggage, Shelf, get_result, put_result
+from fedspan.client.shared_payloads import PayloadCache, SharedPayloads, get_result, put_result
 from fedspan.client.training import Assignment, LocalResult
 from fedspan.config import Config
 from fedspan.data import Encoded
@@ -37,7 +37,7 @@ Trained = tuple[LocalResult, float]
 
 
 @dataclass(slots=True)
-class Kit:
+class WorkContext:
     """What every process needs to work."""
 
     config: Config
@@ -47,10 +47,10 @@ class Kit:
     processor: Any
     metrics: tuple[str, ...]
 
-    def examples(self, exam: Exam) -> Encoded:
+    def examples(self, evaluation_task: EvaluationTask) -> Encoded:
         """What the exam is held on."""
-        whole = self.data[exam.split]
-        return whole if exam.rows is None else whole.subset(exam.rows)
+        whole = self.data[evaluation_task.split]
+        return whole if evaluation_task.rows is None else whole.subset(evaluation_task.rows)
 
     def settings(self, engine: str) -> Config:
         """The run's, with the engine that this work is done by."""
@@ -63,7 +63,7 @@ class Kit:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Exam:
+class EvaluationTask:
     """One model to be judged on one set of examples."""
 
     broadcast: Broadcast
@@ -72,22 +72,22 @@ class Exam:
     """Positions in the split; none: all of it."""
 
 
-class Crew(Protocol):
+class Executor(Protocol):
     """Who does the work."""
 
-    kit: Kit
+    context: WorkContext
 
     def train(self, assignments: Sequence[Assignment], round_num: int, engine: str) -> Iterator[Trained]:
         """What every client learns, in the order of the assignments."""
 
-    def evaluate(self, exams: Sequence[Exam]) -> list[dict[str, float]]:
+    def evaluate(self, evaluation_tasks: Sequence[EvaluationTask]) -> list[dict[str, float]]:
         """The figures of every exam."""
 
     def close(self) -> None:
         """End every process that was started."""
 
 
-def crew(kit: Kit, num_workers: int, device: torch.device) -> Crew:
+def create_executor(context: WorkContext, num_workers: int, device: torch.device) -> Executor:
     """This process alone for one worker, otherwise so many processes; none is started yet.
 
     Parameters
@@ -96,10 +96,10 @@ def crew(kit: Kit, num_workers: int, device: torch.device) -> Crew:
         Where the work is done. With several workers the kit's own model stays on the CPU, and each worker's goes to
         a device of this kind.
     """
-    return Alone(kit) if num_workers == 1 else Together(kit, num_workers, device)
+    return InlineExecutor(context) if num_workers == 1 else ProcessExecutor(context, num_workers, device)
 
 
-def count(config: Config, device: torch.device, most: int) -> int:
+def num_worker_processes(config: Config, device: torch.device, most: int) -> int:
     """Worker processes of a run.
 
     Parameters
@@ -121,31 +121,31 @@ def count(config: Config, device: torch.device, most: int) -> int:
 
 
 @dataclass(slots=True)
-class Alone:
+class InlineExecutor:
     """This process does everything."""
 
-    kit: Kit
+    context: WorkContext
 
     def train(self, assignments: Sequence[Assignment], round_num: int, engine: str) -> Iterator[Trained]:
         """What every client learns, in the order of the assignments."""
-        kit, config = self.kit, self.kit.settings(engine)
-        data = kit.data["train"]
+        context, config = self.context, self.context.settings(engine)
+        data = context.data["train"]
         order = _Order()
         # The costliest need not come first where nobody waits for it: whoever is asked for first does.
-        for group in sorted(cohort.plan(kit.model, data, assignments, config), key=min):
+        for group in sorted(cohort.plan(context.model, data, assignments, config), key=min):
             began = time.perf_counter()
-            results = cohort.work(kit.model, data, [assignments[i] for i in group], config, round_num)
+            results = cohort.work(context.model, data, [assignments[i] for i in group], config, round_num)
             yield from order.add(group, results, time.perf_counter() - began)
 
-    def evaluate(self, exams: Sequence[Exam]) -> list[dict[str, float]]:
+    def evaluate(self, evaluation_tasks: Sequence[EvaluationTask]) -> list[dict[str, float]]:
         """The figures of every exam."""
-        return [self._evaluate(exam) for exam in exams]
+        return [self._evaluate(evaluation_task) for evaluation_task in evaluation_tasks]
 
-    def _evaluate(self, exam: Exam) -> dict[str, float]:
-        kit, examples = self.kit, self.kit.examples(exam)
-        kit.model.load(exam.broadcast)
-        cut = batches(examples, kit.config.evaluation.batch_size)
-        return figures(examples, kit.metrics, cut, [kit.answer(examples, b) for b in cut])
+    def _evaluate(self, evaluation_task: EvaluationTask) -> dict[str, float]:
+        context, examples = self.context, self.context.examples(evaluation_task)
+        context.model.load(evaluation_task.broadcast)
+        cut = batches(examples, context.config.evaluation.batch_size)
+        return figures(examples, context.metrics, cut, [context.answer(examples, b) for b in cut])
 
     def close(self) -> None:
         """Nothing was started."""
@@ -166,56 +166,56 @@ class _Order:
             self.next += 1
 
 
-class Together:
+class ProcessExecutor:
     """Processes share the work; this one plans it, hands it out and puts the results together."""
 
-    def __init__(self, kit: Kit, num_workers: int, device: torch.device) -> None:
-        self.kit = kit
+    def __init__(self, context: WorkContext, num_workers: int, device: torch.device) -> None:
+        self.context = context
         # As the workers hold it, for a plan that asks where the model is.
-        self._planned = replace(kit.model, device=device)
-        method = start_method(device, kit.config.threads)
+        self._planned = replace(context.model, device=device)
+        method = start_method(device, context.config.threads)
         places = [_place(device, number) for number in range(num_workers)]
-        self.processes = Processes(_Worker, [(kit, place, method == "spawn") for place in places], method)
-        self._luggage = Luggage()
+        self.processes = Processes(_Worker, [(context, place, method == "spawn") for place in places], method)
+        self._shared_payloads = SharedPayloads()
         self._warm = False
 
     def train(self, assignments: Sequence[Assignment], round_num: int, engine: str) -> Iterator[Trained]:
         """What every client learns, in the order of the assignments."""
-        groups = cohort.plan(self._planned, self.kit.data["train"], assignments, self.kit.settings(engine))
-        self._luggage.expect([a.broadcast for a in assignments])
+        groups = cohort.plan(self._planned, self.context.data["train"], assignments, self.context.settings(engine))
+        self._shared_payloads.expect([a.broadcast for a in assignments])
 
         def task(group: Sequence[int]) -> Task:
             def message(held: set[int]) -> Message:
                 parcel = packing.Parcel()
-                told: dict[str, Any] = {"work": "train", "round_num": round_num, "engine": engine}
-                told["clients"] = [self._luggage.assignment(parcel, held, assignments[i]) for i in group]
-                told["forget"] = self._luggage.forget(held)
-                return told, parcel.tensors
+                header: dict[str, Any] = {"work": "train", "round_num": round_num, "engine": engine}
+                header["clients"] = [self._shared_payloads.assignment(parcel, held, assignments[i]) for i in group]
+                header["forget"] = self._shared_payloads.forget(held)
+                return header, parcel.tensors
 
             return message
 
         order = _Order()
-        for number, told, tensors in self.processes.run([task(group) for group in groups]):
-            results = [get_result(x, tensors) for x in told["results"]]
-            yield from order.add(groups[number], results, told["seconds"])
+        for number, header, tensors in self.processes.run([task(group) for group in groups]):
+            results = [get_result(x, tensors) for x in header["results"]]
+            yield from order.add(groups[number], results, header["seconds"])
 
-    def evaluate(self, exams: Sequence[Exam]) -> list[dict[str, float]]:
+    def evaluate(self, evaluation_tasks: Sequence[EvaluationTask]) -> list[dict[str, float]]:
         """The figures of every exam."""
-        kit = self.kit
-        examples = [kit.examples(exam) for exam in exams]
-        cuts = [batches(x, kit.config.evaluation.batch_size) for x in examples]
+        context = self.context
+        examples = [context.examples(evaluation_task) for evaluation_task in evaluation_tasks]
+        cuts = [batches(x, context.config.evaluation.batch_size) for x in examples]
         papers = [(e, b) for e, cut in enumerate(cuts) for b in range(len(cut))]
-        self._luggage.expect([exam.broadcast for exam in exams])
+        self._shared_payloads.expect([evaluation_task.broadcast for evaluation_task in evaluation_tasks])
 
         def task(e: int, b: int) -> Task:
             def message(held: set[int]) -> Message:
-                parcel, rows = packing.Parcel(), exams[e].rows
-                told: dict[str, Any] = {"work": "evaluate", "split": exams[e].split}
-                told["rows"] = None if rows is None else parcel.put(torch.as_tensor(rows))
-                told["indices"] = parcel.put(torch.tensor(cuts[e][b]))
-                told["broadcast"] = self._luggage.broadcast(parcel, held, exams[e].broadcast)
-                told["forget"] = self._luggage.forget(held)
-                return told, parcel.tensors
+                parcel, rows = packing.Parcel(), evaluation_tasks[e].rows
+                header: dict[str, Any] = {"work": "evaluate", "split": evaluation_tasks[e].split}
+                header["rows"] = None if rows is None else parcel.put(torch.as_tensor(rows))
+                header["indices"] = parcel.put(torch.tensor(cuts[e][b]))
+                header["broadcast"] = self._shared_payloads.broadcast(parcel, held, evaluation_tasks[e].broadcast)
+                header["forget"] = self._shared_payloads.forget(held)
+                return header, parcel.tensors
 
             return message
 
@@ -223,12 +223,12 @@ class Together:
         if not self._warm:
             # What the metrics import takes a second: the time is there while the others work.
             self._warm = True
-            threading.Thread(target=_import_metrics, args=(kit,), daemon=True).start()
+            threading.Thread(target=_import_metrics, args=(context,), daemon=True).start()
         found: dict[tuple[int, int], Answers] = {}
-        for number, told, _ in self.processes.run([task(e, b) for e, b in papers]):
-            found[papers[number]] = Answers(told["loss"], told["count"], told["predictions"])
+        for number, header, _ in self.processes.run([task(e, b) for e, b in papers]):
+            found[papers[number]] = Answers(header["loss"], header["count"], header["predictions"])
         return [
-            figures(x, kit.metrics, cut, [found[e, b] for b in range(len(cut))])
+            figures(x, context.metrics, cut, [found[e, b] for b in range(len(cut))])
             for e, (x, cut) in enumerate(zip(examples, cuts, strict=True))
         ]
 
@@ -244,12 +244,12 @@ def _place(device: torch.device, number: int) -> torch.device:
     return torch.device("cuda", number % torch.cuda.device_count())
 
 
-def _import_metrics(kit: Kit) -> None:
+def _import_metrics(context: WorkContext) -> None:
     """Have every metric import what it needs."""
-    sample = kit.data["test"].references[:2]
+    sample = context.data["test"].references[:2]
     # Whatever is wrong with a metric is said where the figures are worked out.
     with contextlib.suppress(Exception):
-        for name in kit.metrics:
+        for name in context.metrics:
             if name != "perplexity":
                 METRICS[name].score(sample, sample)
 
@@ -257,7 +257,7 @@ def _import_metrics(kit: Kit) -> None:
 class _Worker:
     """What a worker process answers."""
 
-    def __init__(self, kit: Kit, device: torch.device, shared: bool) -> None:
+    def __init__(self, context: WorkContext, device: torch.device, shared: bool) -> None:
         """Take the kit to this process.
 
         Parameters
@@ -265,33 +265,35 @@ class _Worker:
         shared
             The kit's tensors are other processes' too, and what is trained in place must not be.
         """
-        torch.set_num_threads(kit.config.threads)
-        model = kit.model
+        torch.set_num_threads(context.config.threads)
+        model = context.model
         if model.device != device:
             model.model.to(device)
             model.device = device
         elif shared:
             for parameter in model.dense_parameters.values():
                 parameter.data = parameter.data.clone()
-        self.kit, self.shelf = kit, Shelf()
+        self.context, self.cache = context, PayloadCache()
 
-    def __call__(self, told: Mapping[str, Any], tensors: list[Tensor]) -> Message:
+    def __call__(self, header: Mapping[str, Any], tensors: list[Tensor]) -> Message:
         """The answer to one task."""
-        self.shelf.forget(told["forget"])
-        return self._train(told, tensors) if told["work"] == "train" else self._evaluate(told, tensors)
+        self.cache.forget(header["forget"])
+        return self._train(header, tensors) if header["work"] == "train" else self._evaluate(header, tensors)
 
-    def _train(self, told: Mapping[str, Any], tensors: Sequence[Tensor]) -> Message:
-        kit = self.kit
-        group = [self.shelf.assignment(x, tensors) for x in told["clients"]]
+    def _train(self, header: Mapping[str, Any], tensors: Sequence[Tensor]) -> Message:
+        context = self.context
+        group = [self.cache.assignment(x, tensors) for x in header["clients"]]
         began = time.perf_counter()
-        results = cohort.work(kit.model, kit.data["train"], group, kit.settings(told["engine"]), told["round_num"])
+        results = cohort.work(
+            context.model, context.data["train"], group, context.settings(header["engine"]), header["round_num"]
+        )
         seconds = time.perf_counter() - began
         parcel = packing.Parcel()
         return {"results": [put_result(parcel, x) for x in results], "seconds": seconds}, parcel.tensors
 
-    def _evaluate(self, told: Mapping[str, Any], tensors: Sequence[Tensor]) -> Message:
-        rows = None if told["rows"] is None else tensors[told["rows"]].numpy()
-        exam = Exam(self.shelf.broadcast(told["broadcast"], tensors), told["split"], rows)
-        self.kit.model.load(exam.broadcast)
-        answers = self.kit.answer(self.kit.examples(exam), tensors[told["indices"]].tolist())
+    def _evaluate(self, header: Mapping[str, Any], tensors: Sequence[Tensor]) -> Message:
+        rows = None if header["rows"] is None else tensors[header["rows"]].numpy()
+        evaluation_task = EvaluationTask(self.cache.broadcast(header["broadcast"], tensors), header["split"], rows)
+        self.context.model.load(evaluation_task.broadcast)
+        answers = self.context.answer(self.context.examples(evaluation_task), tensors[header["indices"]].tolist())
         return {"loss": answers.loss, "count": answers.count, "predictions": answers.predictions}, ()

@@ -20,6 +20,7 @@ import torch
 import torch.multiprocessing as mp  # which teaches spawn to hand tensors over in shared memory
 from torch import Tensor
 
+from fedspan.support.errors import FedspanError
 from fedspan.wire import packing
 
 Message = tuple[Any, Sequence[Tensor]]
@@ -34,7 +35,7 @@ _PATIENCE = 5.0
 """Seconds that a process has to end after it was told to, before it is killed."""
 
 
-class ProcessLost(ValueError):
+class ProcessLost(FedspanError):
     """A process ended without having been told to."""
 
 
@@ -156,7 +157,7 @@ class Processes:
 @contextlib.contextmanager
 def _forking() -> Iterator[None]:
     """What keeps a fork quiet and small."""
-    told = os.environ.get("TOKENIZERS_PARALLELISM")
+    header = os.environ.get("TOKENIZERS_PARALLELISM")
     # Otherwise the tokenizers' own threads are warned about in every child.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.freeze()  # a child's garbage collector would touch, and so copy, every page of the parent's objects
@@ -167,10 +168,10 @@ def _forking() -> Iterator[None]:
             yield
     finally:
         gc.unfreeze()
-        if told is None:
+        if header is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
-            os.environ["TOKENIZERS_PARALLELISM"] = told
+            os.environ["TOKENIZERS_PARALLELISM"] = header
 
 
 def _serve(channel: Any, others: Sequence[Any], make: Callable[..., Answer], given: tuple[Any, ...]) -> None:
@@ -213,19 +214,19 @@ def _told(error: Exception) -> dict[str, Any]:
     }
 
 
-def _raised(told: Mapping[str, Any]) -> Exception:
+def _raised(header: Mapping[str, Any]) -> Exception:
     """The error of another process, as if it had been raised here."""
-    text = told["text"]
+    text = header["text"]
     common: dict[str, type[Exception]] = {c.__name__: c for c in (ValueError, MemoryError, RuntimeError, TypeError)}
     common["OutOfMemoryError"] = torch.OutOfMemoryError
     error: Exception
-    if told["os"] is not None and told["os"][0] is not None:
-        error = OSError(*told["os"])
-    elif told["class"] in common:
-        error = common[told["class"]](text)
+    if header["os"] is not None and header["os"][0] is not None:
+        error = OSError(*header["os"])
+    elif header["class"] in common:
+        error = common[header["class"]](text)
     else:
-        error = RuntimeError(f"{told['class']}: {text}")
-    error.add_note(f"in a worker process:\n{told['trace']}")
+        error = RuntimeError(f"{header['class']}: {text}")
+    error.add_note(f"in a worker process:\n{header['trace']}")
     return error
 
 

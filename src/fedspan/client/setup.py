@@ -11,6 +11,7 @@ from fedspan.config import Config
 from fedspan.data import Corpus, Encoded, encode
 from fedspan.methods.base import Method
 from fedspan.models import FederatedModel, build, load_processor
+from fedspan.support.errors import FedspanError
 
 
 def encoded(config: Config, corpus: Corpus) -> tuple[Any, dict[str, Encoded]]:
@@ -60,5 +61,5 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device = {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
+        raise FedspanError(f"device = {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
     return device

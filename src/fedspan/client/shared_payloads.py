@@ -25,7 +25,7 @@ _PARTS: Mapping[str, tuple[_Put, _Get]] = {
 """What of a broadcast travels to a process, and how; `news` is for whoever counts bytes."""
 
 
-class Luggage:
+class SharedPayloads:
     """What is sent of broadcasts: each part once to each process, for as long as the work at hand names it."""
 
     def __init__(self) -> None:
@@ -50,14 +50,14 @@ class Luggage:
 
     def broadcast(self, parcel: packing.Parcel, held: set[int], b: Broadcast) -> dict[str, Any]:
         """A broadcast's description, with what this process lacks of it."""
-        told: dict[str, Any] = {"recipe": packing.put_recipe(b.recipe), "seeded": sorted(b.seeded)}
+        header: dict[str, Any] = {"recipe": packing.put_recipe(b.recipe), "seeded": sorted(b.seeded)}
         for name, (put, _) in _PARTS.items():
             part = getattr(b, name)
             number, _ = self._numbers[id(part)]
             new = number not in held
             held.add(number)
-            told[name] = [number, put(parcel, part) if new else None]
-        return told
+            header[name] = [number, put(parcel, part) if new else None]
+        return header
 
     def assignment(self, parcel: packing.Parcel, held: set[int], a: Assignment) -> dict[str, Any]:
         """An assignment's description."""
@@ -71,7 +71,7 @@ class Luggage:
         }
 
 
-class Shelf:
+class PayloadCache:
     """What a process was sent of broadcasts and still holds."""
 
     def __init__(self) -> None:
@@ -82,20 +82,20 @@ class Shelf:
         for number in numbers:
             del self._held[number]
 
-    def broadcast(self, told: Mapping[str, Any], tensors: Sequence[Tensor]) -> Broadcast:
+    def broadcast(self, header: Mapping[str, Any], tensors: Sequence[Tensor]) -> Broadcast:
         """The broadcast; a part that was sent before is the very object that it was then."""
         found: dict[str, Any] = {}
         for name, (_, get) in _PARTS.items():
-            number, new = told[name]
+            number, new = header[name]
             if new is not None:
                 self._held[number] = get(new, tensors)
             found[name] = self._held[number]
-        return Broadcast(**found, recipe=packing.get_recipe(told["recipe"]), seeded=frozenset(told["seeded"]))
+        return Broadcast(**found, recipe=packing.get_recipe(header["recipe"]), seeded=frozenset(header["seeded"]))
 
-    def assignment(self, told: Mapping[str, Any], tensors: Sequence[Tensor]) -> Assignment:
+    def assignment(self, header: Mapping[str, Any], tensors: Sequence[Tensor]) -> Assignment:
         """The assignment."""
-        sent, rows = self.broadcast(told["broadcast"], tensors), tensors[told["rows"]].numpy()
-        return Assignment(told["client_id"], sent, rows, told["steps"], told["weight"], told["secret"])
+        sent, rows = self.broadcast(header["broadcast"], tensors), tensors[header["rows"]].numpy()
+        return Assignment(header["client_id"], sent, rows, header["steps"], header["weight"], header["secret"])
 
 
 def put_result(parcel: packing.Parcel, result: LocalResult) -> dict[str, Any]:
@@ -114,14 +114,14 @@ def put_result(parcel: packing.Parcel, result: LocalResult) -> dict[str, Any]:
     }
 
 
-def get_result(told: Mapping[str, Any], tensors: Sequence[Tensor]) -> LocalResult:
+def get_result(header: Mapping[str, Any], tensors: Sequence[Tensor]) -> LocalResult:
     """What a client learnt."""
     update = Update(
-        told["client_id"],
-        told["num_examples"],
-        packing.get_payloads(told["modules"], tensors),
-        packing.get_dense(told["dense"], tensors),
-        packing.get_dense(told["moments"], tensors),
-        told["rate_sum"],
+        header["client_id"],
+        header["num_examples"],
+        packing.get_payloads(header["modules"], tensors),
+        packing.get_dense(header["dense"], tensors),
+        packing.get_dense(header["moments"], tensors),
+        header["rate_sum"],
     )
-    return LocalResult(update, told["train_loss"], told["steps"], told["optimizer_bytes"])
+    return LocalResult(update, header["train_loss"], header["steps"], header["optimizer_bytes"])

@@ -19,6 +19,7 @@ from fedspan.methods.messages import Broadcast, Update, Vector
 from fedspan.models import FederatedModel, seeded
 from fedspan.models.losses import client_losses
 from fedspan.privacy.example_dp import clipped_sum, parts_of, private_gradients
+from fedspan.support.errors import FedspanError
 from fedspan.support.seeding import generator
 
 
@@ -85,7 +86,7 @@ def work_on(model: FederatedModel, work: Assignment, data: Encoded, config: Conf
     private = config.privacy.dp == "example"
     if work.broadcast.recipe.gradient:
         if private:
-            raise ValueError("privacy.dp = 'example': a gradient was asked for that no noise is added to")
+            raise FedspanError("privacy.dp = 'example': a gradient was asked for that no noise is added to")
         return gradient(model, work, data, config, round_num)
     return (train_privately if private else train)(model, work, data, config, round_num)
 

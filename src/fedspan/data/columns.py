@@ -13,6 +13,7 @@ from fedspan.config import DataConfig
 from fedspan.data.images import as_images, find_column
 from fedspan.data.rows import Kind, Rows
 from fedspan.data.tables import Table
+from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
 
 _REGRESSION_METRICS = ("pearson", "spearman")
@@ -40,7 +41,7 @@ def infer_kind(table: Table, config: DataConfig) -> Kind:
         return "image"
     if config.label_column in table.columns:
         return "classification"
-    raise ValueError(
+    raise FedspanError(
         f"{table.source} has the columns {', '.join(table.columns)}: expected {config.output_column!r} "
         f"(data.output_column), {config.image_column!r} (data.image_column) or {config.label_column!r} "
         "(data.label_column)"
@@ -78,12 +79,12 @@ def to_rows(table: Table, kind: Kind, config: DataConfig) -> Rows:
 def _instructions(table: Table, config: DataConfig) -> tuple[list[tuple[str, str]], list[str]]:
     names = {"instruction_column": config.instruction_column, "input_column": config.input_column}
     if not any(names.values()):
-        raise ValueError("data.instruction_column and data.input_column are both empty: expected at least one")
+        raise FedspanError("data.instruction_column and data.input_column are both empty: expected at least one")
     empty = [""] * table.num_rows
     parts = []
     for key, name in names.items():
         if name and name not in table.columns:
-            raise ValueError(
+            raise FedspanError(
                 f'{table.source} has no column {name!r} (data.{key}; "" says that there is none)'
                 f"{nearest(name, table.columns)}"
             )
@@ -94,12 +95,12 @@ def _instructions(table: Table, config: DataConfig) -> tuple[list[tuple[str, str
 def _text_names(table: Table, config: DataConfig) -> Sequence[str]:
     if config.text_columns:
         if len(config.text_columns) > 2:
-            raise ValueError(f"data.text_columns = {list(config.text_columns)}: expected one text or a pair")
+            raise FedspanError(f"data.text_columns = {list(config.text_columns)}: expected one text or a pair")
         return config.text_columns
     for names in _TEXT_COLUMNS:
         if all(name in table.columns for name in names):
             return names
-    raise ValueError(f"{table.source} has no column 'text' (data.text_columns){nearest('text', table.columns)}")
+    raise FedspanError(f"{table.source} has no column 'text' (data.text_columns){nearest('text', table.columns)}")
 
 
 def _texts(table: Table, name: str, key: str, optional: bool = False) -> list[str]:
@@ -109,7 +110,7 @@ def _texts(table: Table, name: str, key: str, optional: bool = False) -> list[st
             value = ""
         if not isinstance(value, str | int | float | np.str_) or isinstance(value, bool):
             found = "null" if value is None else type(value).__name__
-            raise ValueError(f"row {row} of {table.source}: {name!r} ({key}) is {found}: expected text")
+            raise FedspanError(f"row {row} of {table.source}: {name!r} ({key}) is {found}: expected text")
         texts.append(str(value))
     return texts
 
@@ -150,15 +151,15 @@ class Labels:
         if self.form == "name":
             assert self.names is not None
             if value not in self.names:
-                raise ValueError(f"{where} has the label {value!r}{nearest(str(value), self.names)}")
+                raise FedspanError(f"{where} has the label {value!r}{nearest(str(value), self.names)}")
             return self.names.index(value)
         number = _number(value)
         if self.form == "number":
             if number is None:
-                raise ValueError(f"{where} has the label {value!r}: expected a finite number (regression)")
+                raise FedspanError(f"{where} has the label {value!r}: expected a finite number (regression)")
             return number
         if number is None or number != int(number) or not 0 <= number < self.num_labels:
-            raise ValueError(f"{where} has the label {value!r}: expected 0..{self.num_labels - 1}")
+            raise FedspanError(f"{where} has the label {value!r}: expected 0..{self.num_labels - 1}")
         return int(number)
 
 
@@ -176,14 +177,14 @@ def learn_labels(raw: Sequence[Any], source: str, metric: str | None, names: tup
     """
     for row, value in enumerate(raw, 1):
         if value is None or value == "":
-            raise ValueError(f"row {row} of {source} has no label: expected one")
+            raise FedspanError(f"row {row} of {source} has no label: expected one")
         if not isinstance(value, str | int | float):
-            raise ValueError(f"row {row} of {source} has a {type(value).__name__} as label: expected text or number")
+            raise FedspanError(f"row {row} of {source} has a {type(value).__name__} as label: expected text or number")
     if metric in _REGRESSION_METRICS:
         return Labels("number", 1)
     values = set(raw)
     if len(values) == 1:
-        raise ValueError(f"{source} has the single label {raw[0]!r}: expected two or more")
+        raise FedspanError(f"{source} has the single label {raw[0]!r}: expected two or more")
     numbers = {_number(value) for value in values}
     whole = {int(number) for number in numbers if number is not None and number == int(number)}
     if len(whole) == len(numbers):
@@ -191,13 +192,13 @@ def learn_labels(raw: Sequence[Any], source: str, metric: str | None, names: tup
         if whole != set(range(size)) and (names is None or not whole <= set(range(size))):
             if all(isinstance(value, str) for value in values):
                 return _named(values)
-            raise ValueError(f"{source} has the labels {_some(whole)}: expected 0..n-1 with none missing")
+            raise FedspanError(f"{source} has the labels {_some(whole)}: expected 0..n-1 with none missing")
         return Labels("id", size, names)
     if all(isinstance(value, str) for value in values):
         return _named(values)
     if None in numbers:
-        raise ValueError(f"{source} has the labels {_some(values)}: expected all names or all whole numbers")
-    raise ValueError(
+        raise FedspanError(f"{source} has the labels {_some(values)}: expected all names or all whole numbers")
+    raise FedspanError(
         f"{source} has fractional labels such as {_some(values)}: for regression set data.metric to "
         f"{' or '.join(_REGRESSION_METRICS)}"
     )

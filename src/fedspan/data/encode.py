@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedspan.config import DataConfig
 from fedspan.data.rows import Kind, Rows
+from fedspan.support.errors import FedspanError
 
 IGNORED = -100  # the label that cross_entropy leaves out of the loss
 _IMAGES_AT_ONCE = 256
@@ -111,7 +112,7 @@ class Encoded:
             For other data.
         """
         if self.texts is None or self.texts.prompt_lengths is None:
-            raise ValueError(f"{self.kind} data has no prompts: expected instruction data")
+            raise FedspanError(f"{self.kind} data has no prompts: expected instruction data")
         return self.texts.left_padded_prompts(self._rows(indices))
 
     @property
@@ -168,7 +169,7 @@ def encode(rows: Rows, processor: Any, config: DataConfig) -> Encoded:
         For an unusable template, a tokenizer that lacks what is needed, or rows without tokens.
     """
     if not len(rows):
-        raise ValueError("no rows to encode: expected at least one")
+        raise FedspanError("no rows to encode: expected at least one")
     texts, pixels = None, None
     if rows.kind == "instruction":
         texts = _encode_instructions(rows, processor, config)
@@ -194,7 +195,7 @@ def fill(template: str, inputs: Sequence[tuple[str, str]], tokenizer: Any) -> li
     """
     if template == "chat":
         if not getattr(tokenizer, "chat_template", None):
-            raise ValueError(
+            raise FedspanError(
                 "data.template = 'chat': this tokenizer has no chat template; expected a text "
                 "with {instruction} and {input}"
             )
@@ -202,9 +203,9 @@ def fill(template: str, inputs: Sequence[tuple[str, str]], tokenizer: Any) -> li
     try:
         names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
     except ValueError as error:
-        raise ValueError(f"data.template = {template!r}: {error}") from None
+        raise FedspanError(f"data.template = {template!r}: {error}") from None
     if not names or not names <= {"instruction", "input"}:
-        raise ValueError(
+        raise FedspanError(
             f"data.template = {template!r}: expected {{instruction}}, {{input}} or both, and no other name"
         )
     return [template.format(instruction=instruction, input=text) for instruction, text in inputs]
@@ -218,10 +219,10 @@ def _chat(instruction: str, text: str, tokenizer: Any) -> str:
 
 def _encode_instructions(rows: Rows, tokenizer: Any, config: DataConfig) -> _Texts:
     if config.max_length < 2:
-        raise ValueError(f"data.max_length = {config.max_length}: expected 2 or more for instruction data")
+        raise FedspanError(f"data.max_length = {config.max_length}: expected 2 or more for instruction data")
     end = tokenizer.eos_token_id
     if end is None:
-        raise ValueError("the tokenizer has no end token (eos_token): expected one, to learn where answers end")
+        raise FedspanError("the tokenizer has no end token (eos_token): expected one, to learn where answers end")
     leading = [] if config.template == "chat" else _leading_tokens(tokenizer)
     prompts = _tokens(tokenizer, fill(config.template, list(rows.inputs), tokenizer))
     answers = _tokens(tokenizer, rows.targets)
@@ -232,7 +233,7 @@ def _encode_instructions(rows: Rows, tokenizer: Any, config: DataConfig) -> _Tex
         if not special and len(prompt) and prompt[0] == tokenizer.bos_token_id:  # a chat template writes it out
             special, prompt = [int(prompt[0])], prompt[1:]
         if not special and not len(prompt):
-            raise ValueError(f"the prompt of row {row} has no tokens: expected at least one before the answer")
+            raise FedspanError(f"the prompt of row {row} has no tokens: expected at least one before the answer")
         least = len(special) or 1
         answer = np.append(answer, end)[: max(1, config.max_length - least)]
         room = config.max_length - len(special) - len(answer)
@@ -248,7 +249,7 @@ def _leading_tokens(tokenizer: Any) -> list[int]:
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:
             return list(full[:start])
-    raise ValueError("the tokenizer changes a text's own tokens when it adds special ones: expected it to keep them")
+    raise FedspanError("the tokenizer changes a text's own tokens when it adds special ones: expected it to keep them")
 
 
 def _tokens(tokenizer: Any, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
@@ -272,7 +273,7 @@ def _encode_texts(rows: Rows, tokenizer: Any, config: DataConfig) -> _Texts:
         types += [np.asarray(row, dtype=np.int64) for row in encoded.get("token_type_ids", ())]
     for row, sequence in enumerate(sequences, 1):
         if not len(sequence):
-            raise ValueError(f"the text of row {row} has no tokens: expected at least one")
+            raise FedspanError(f"the text of row {row} has no tokens: expected at least one")
     return _flat(sequences, types or None, None, tokenizer)
 
 
@@ -309,13 +310,13 @@ def _encode_images(images: Sequence[Any] | np.ndarray, processor: Any) -> Tensor
             # Said outright, because an image three pixels high could be taken for one with channels first.
             done = processor(images=coloured, return_tensors="pt", input_data_format="channels_last")
         except ValueError as error:
-            raise ValueError(
+            raise FedspanError(
                 f"the image processor failed on images {start}..{start + len(coloured) - 1} "
                 f"({_sizes(coloured)}): {str(error).splitlines()[0]}"
             ) from None
         parts.append(done["pixel_values"].to(torch.float32))
     if len({part.shape[1:] for part in parts}) != 1:
-        raise ValueError(f"images differ in size ({_sizes(images)}) and the processor does not resize them")
+        raise FedspanError(f"images differ in size ({_sizes(images)}) and the processor does not resize them")
     return torch.cat(parts)
 
 

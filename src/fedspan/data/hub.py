@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedspan.data.tables import Table
+from fedspan.support.errors import FedspanError
 
 
 def read_splits(
@@ -31,22 +32,22 @@ def read_splits(
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"loading {name} needs the datasets library: pip install 'fedspan[hub]'") from None
+        raise FedspanError(f"loading {name} needs the datasets library: pip install 'fedspan[hub]'") from None
     label = f"{name} ({subset})" if subset else name
     try:
         splits: Any = datasets.load_dataset(name, subset)
     # The library, the hub client and the network raise a dozen unrelated types.
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(
+        raise FedspanError(
             f"dataset {label} could not be read: {reason}; without a network give local files: data.train and data.test"
         ) from None
     if train not in splits:
-        raise ValueError(f"dataset {label} has no split {train!r} (data.train): expected one of {', '.join(splits)}")
+        raise FedspanError(f"dataset {label} has no split {train!r} (data.train): expected one of {', '.join(splits)}")
     if test is None:
         test = next((split for split in ("test", "validation") if split in splits), None)
     elif test not in splits:
-        raise ValueError(f"dataset {label} has no split {test!r} (data.test): expected one of {', '.join(splits)}")
+        raise FedspanError(f"dataset {label} has no split {test!r} (data.test): expected one of {', '.join(splits)}")
     tables = [_table(splits[split], f"{label}, {split}", label_column) for split in (train, test) if split]
     return tables[0], tables[1] if test else None
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedspan.data.tables import Table, npz_names, read_npz
+from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
 
 _SPLITS = ("train_", "test_", "unseen_")
@@ -36,7 +37,7 @@ def npz_table(path: Path, split: str) -> Table:
     names = npz_names(path)
     splits = sorted({name.split("_", 1)[0] for name in names if name.startswith(_SPLITS)})
     if splits and split not in splits:
-        raise ValueError(f"{path} has no arrays named {split}_…: expected one of its splits, {', '.join(splits)}")
+        raise FedspanError(f"{path} has no arrays named {split}_…: expected one of its splits, {', '.join(splits)}")
     prefix = f"{split}_" if splits else ""
     arrays = read_npz(path, [name for name in names if name.startswith(prefix) or name == "class_names"])
     classes = arrays.pop("class_names", None)
@@ -44,12 +45,12 @@ def npz_table(path: Path, split: str) -> Table:
     lengths = {prefix + name: len(array) if array.ndim else 0 for name, array in columns.items()}
     if len(set(lengths.values())) != 1 or not max(lengths.values(), default=0):
         found = ", ".join(f"{name} {length}" for name, length in lengths.items()) or "nothing"
-        raise ValueError(f"{path} holds {found}: expected arrays with one row per image")
+        raise FedspanError(f"{path} holds {found}: expected arrays with one row per image")
     kept = np.ones(next(iter(lengths.values())), dtype=bool)
     for name in [name for name in columns if name == "exclude" or name.startswith("dup_of_")]:
         mark = columns.pop(name)
         if mark.dtype != np.bool_ or mark.ndim != 1:
-            raise ValueError(f"{path}: {prefix}{name} is {mark.dtype} {mark.shape}: expected one boolean per image")
+            raise FedspanError(f"{path}: {prefix}{name} is {mark.dtype} {mark.shape}: expected one boolean per image")
         kept &= ~mark
     label_names = None if classes is None else tuple(str(name) for name in classes.reshape(-1))
     return Table(str(path), {name: array[kept] for name, array in columns.items()}, path.parent, label_names)
@@ -66,17 +67,17 @@ def folder_table(path: Path) -> Table:
     try:
         classes = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
+        raise FedspanError(f"cannot read {path}: {error.strerror or error}") from None
     files: list[Path] = []
     for folder in classes:
         if not folder.is_dir():
-            raise ValueError(f"{folder} lies beside the classes of {path}: expected one sub-folder per class")
+            raise FedspanError(f"{folder} lies beside the classes of {path}: expected one sub-folder per class")
         for file in sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".")):
             if file.suffix.lower() not in _SUFFIXES:
-                raise ValueError(f"{file} is no image: expected {', '.join(_SUFFIXES)} files in the folder of a class")
+                raise FedspanError(f"{file} is no image: expected {', '.join(_SUFFIXES)} files in a class's folder")
             files.append(file)
     if not files:
-        raise ValueError(f"{path} holds no images: expected one sub-folder of PNG or JPEG files per class")
+        raise FedspanError(f"{path} holds no images: expected one sub-folder of PNG or JPEG files per class")
     images = [decode(str(file), str(file), None) for file in files]
     return Table(str(path), {"image": images, "label": [file.parent.name for file in files]}, path)
 
@@ -87,7 +88,7 @@ def find_column(table: Table, wanted: str, names: Sequence[str], key: str) -> st
         if name in table.columns:
             return name
     usual = " or ".join(dict.fromkeys((wanted, *names)))
-    raise ValueError(f"{table.source} has no {usual} ({key}){nearest(wanted, table.columns)}")
+    raise FedspanError(f"{table.source} has no {usual} ({key}){nearest(wanted, table.columns)}")
 
 
 def as_images(values: Sequence[Any] | np.ndarray, source: str, root: Path | None) -> Sequence[Any] | np.ndarray:
@@ -101,7 +102,7 @@ def as_images(values: Sequence[Any] | np.ndarray, source: str, root: Path | None
     if isinstance(values, np.ndarray) and values.dtype != object and values.dtype.kind not in "US":
         array = values[..., 0] if values.ndim == 4 and values.shape[-1] == 1 else values
         if array.dtype != np.uint8 or not _is_image(array[0] if len(array) else array):
-            raise ValueError(
+            raise FedspanError(
                 f"{source} holds images as {values.dtype} {values.shape}: expected uint8 (N, H, W, 3) or (N, H, W)"
             )
         return array
@@ -125,8 +126,8 @@ def decode(value: Any, name: str, root: Path | None) -> np.ndarray:
         if isinstance(value, Image.Image):
             return np.asarray(value.convert("L" if value.mode in ("1", "L") else "RGB"))
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} is not a readable image: {error}") from None
-    raise ValueError(f"{name} is a {type(value).__name__}: expected an image, its bytes, or a file name")
+        raise FedspanError(f"{name} is not a readable image: {error}") from None
+    raise FedspanError(f"{name} is a {type(value).__name__}: expected an image, its bytes, or a file name")
 
 
 def _is_image(array: np.ndarray) -> bool:

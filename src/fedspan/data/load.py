@@ -15,6 +15,7 @@ from fedspan.data.images import folder_table, has_split, npz_table
 from fedspan.data.metrics import GLUE_COLUMNS, GLUE_METRICS, GLUE_NUM_LABELS
 from fedspan.data.rows import Corpus, Kind, Rows, concatenate
 from fedspan.data.tables import Table, read_table
+from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
 
 _TASK_SIZES = {"train": 150, "test": 20}  # generated examples of one builtin task
@@ -59,7 +60,7 @@ def load(config: DataConfig, seed: int) -> Corpus:
         One line naming the setting, file, column or row that is wrong and what was expected.
     """
     if seed < 0:
-        raise ValueError(f"seed = {seed}: expected 0 or more")
+        raise FedspanError(f"seed = {seed}: expected 0 or more")
     if config.task.startswith("builtin:"):
         _check_builtin(config)
     if config.task == "builtin:tasks":
@@ -73,11 +74,11 @@ def load(config: DataConfig, seed: int) -> Corpus:
     elif config.task == "files":
         corpus = _files(config, seed)
     else:
-        raise ValueError(
+        raise FedspanError(
             f"data.task = {config.task!r}: expected builtin:tasks, builtin:digits, glue/NAME, hub:NAME or files"
         )
     if config.kind not in (None, corpus.kind):
-        raise ValueError(f"data.kind = {config.kind!r}: {config.task} is {corpus.kind} data")
+        raise FedspanError(f"data.kind = {config.kind!r}: {config.task} is {corpus.kind} data")
     return _limited(_with_metric(corpus, config.metric), config, seed)
 
 
@@ -85,11 +86,11 @@ def _check_builtin(config: DataConfig) -> None:
     for key in ("train", "test", "unseen"):
         if getattr(config, key):
             names = list(getattr(config, key))
-            raise ValueError(f"data.{key} = {names} with data.task = {config.task!r}: expected data.task = 'files'")
+            raise FedspanError(f"data.{key} = {names} with data.task = {config.task!r}: expected data.task = 'files'")
     field = "task" if config.task == "builtin:tasks" else None
     if config.field_column not in (None, field):
         found = f"only the field {field!r}" if field else "no field"
-        raise ValueError(f"data.field_column = {config.field_column!r}: {config.task} has {found}")
+        raise FedspanError(f"data.field_column = {config.field_column!r}: {config.task} has {found}")
 
 
 def _builtin_tasks(config: DataConfig, seed: int) -> Corpus:
@@ -124,7 +125,7 @@ def _builtin_digits(config: DataConfig, seed: int) -> Corpus:
 
 def _glue(config: DataConfig, name: str, seed: int) -> Corpus:
     if name not in GLUE_METRICS:
-        raise ValueError(f"data.task = 'glue/{name}' is no GLUE task{nearest(name, GLUE_METRICS)}")
+        raise FedspanError(f"data.task = 'glue/{name}' is no GLUE task{nearest(name, GLUE_METRICS)}")
     metrics = GLUE_METRICS[name]
     official = config.model_copy(
         update={
@@ -140,7 +141,7 @@ def _glue(config: DataConfig, name: str, seed: int) -> Corpus:
         tables = _hub_tables(official.model_copy(update={"test": test}), "nyu-mll/glue", name)
         corpus = _from_tables(*tables, official, seed)
     if corpus.num_labels != GLUE_NUM_LABELS[name]:
-        raise ValueError(
+        raise FedspanError(
             f"the training data of glue/{name} has {corpus.num_labels} labels: expected {GLUE_NUM_LABELS[name]}"
         )
     return replace(corpus, metrics=metrics)
@@ -153,9 +154,9 @@ def _is_file(name: str) -> bool:
 def _hub_tables(config: DataConfig, name: str, subset: str | None) -> tuple[list[Table], list[Table], list[Table]]:
     for key, names in (("train", config.train), ("test", config.test)):
         if len(names) > 1:
-            raise ValueError(f"data.{key} = {list(names)}: expected the name of one split")
+            raise FedspanError(f"data.{key} = {list(names)}: expected the name of one split")
     if config.unseen:
-        raise ValueError(f"data.unseen = {list(config.unseen)} needs data.task = 'files'; use data.unseen_values")
+        raise FedspanError(f"data.unseen = {list(config.unseen)} needs data.task = 'files'; use data.unseen_values")
     train_split = config.train[0] if config.train else "train"
     test_split = config.test[0] if config.test else None
     train, test = hub.read_splits(name, subset, train_split, test_split, config.label_column)
@@ -164,7 +165,7 @@ def _hub_tables(config: DataConfig, name: str, subset: str | None) -> tuple[list
 
 def _files(config: DataConfig, seed: int) -> Corpus:
     if not config.train:
-        raise ValueError(f"data.task = {config.task!r} with no data.train: expected at least one file or folder")
+        raise FedspanError(f"data.task = {config.task!r} with no data.train: expected at least one file or folder")
     test_names = config.test
     if not test_names and len(config.train) == 1 and config.train[0].lower().endswith(".npz"):
         test_names = config.train if has_split(Path(config.train[0]), "test") else ()
@@ -177,7 +178,7 @@ def _files(config: DataConfig, seed: int) -> Corpus:
 
 def _read(path: Path, split: str) -> Table:
     if not path.exists():
-        raise ValueError(f"data.{split}: {path} does not exist")
+        raise FedspanError(f"data.{split}: {path} does not exist")
     if path.is_dir():
         return folder_table(path)
     return npz_table(path, split) if path.name.lower().endswith(".npz") else read_table(path)
@@ -226,16 +227,16 @@ def _apart(
         return np.arange(len(train)), train, test, unseen
     known = {*train.fields, *(test.fields if test else ()), *(unseen.fields if unseen else ())} - {""}
     if not known:
-        raise ValueError(
+        raise FedspanError(
             f"data.unseen_values = {list(config.unseen_values)}: the data has no field; expected data.field_column"
         )
     for value in config.unseen_values:
         if value not in known:
-            raise ValueError(f"data.unseen_values: no row has the value {value!r}{nearest(value, known)}")
+            raise FedspanError(f"data.unseen_values: no row has the value {value!r}{nearest(value, known)}")
     kept, apart = _divide(train, config.unseen_values)
     test_kept, test_apart = _divide(test, config.unseen_values) if test else (None, np.arange(0))
     if not len(kept) or (test_kept is not None and not len(test_kept)):
-        raise ValueError(
+        raise FedspanError(
             f"data.unseen_values = {list(config.unseen_values)} leaves no "
             f"{'test' if len(kept) else 'training'} rows: expected some"
         )
@@ -256,7 +257,7 @@ def _divide(rows: Rows, values: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 def _held_out(num_rows: int, holdout: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted indices held out, and the others; at least one each."""
     if num_rows < 2:
-        raise ValueError(
+        raise FedspanError(
             f"the training data has {num_rows} row: expected 2 or more to hold out test data, or data.test"
         )
     size = min(max(1, round(holdout * num_rows)), num_rows - 1)
@@ -270,9 +271,9 @@ def _with_metric(corpus: Corpus, metric: str | None) -> Corpus:
         return corpus
     possible = _METRICS_OF[corpus.kind]
     if metric not in possible:
-        raise ValueError(f"data.metric = {metric!r} for {corpus.kind} data{nearest(metric, possible)}")
+        raise FedspanError(f"data.metric = {metric!r} for {corpus.kind} data{nearest(metric, possible)}")
     if metric == "f1" and corpus.num_labels != 2:
-        raise ValueError(f"data.metric = 'f1' needs 2 labels, the data has {corpus.num_labels}: use 'macro_f1'")
+        raise FedspanError(f"data.metric = 'f1' needs 2 labels, the data has {corpus.num_labels}: use 'macro_f1'")
     return replace(corpus, metrics=(metric, *(name for name in corpus.metrics if name != metric)))
 
 

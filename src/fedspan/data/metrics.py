@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedspan.support.errors import FedspanError
+
 Score = Callable[[Sequence[Any], Sequence[Any]], float]
 
 
@@ -43,7 +45,7 @@ def f1(predictions: Sequence[int], references: Sequence[int]) -> float:
     _check(predictions, references)
     others = {*predictions, *references} - {0, 1}
     if others:
-        raise ValueError(f"f1 got the label {min(others)}: expected 0 and 1 (more classes: macro_f1)")
+        raise FedspanError(f"f1 got the label {min(others)}: expected 0 and 1 (more classes: macro_f1)")
     from sklearn.metrics import f1_score
 
     return float(f1_score(references, predictions, pos_label=1, average="binary", zero_division=0.0))
@@ -137,7 +139,7 @@ def perplexity(predictions: Sequence[float], references: Sequence[float]) -> flo
 
 def _check(predictions: Sequence[Any], references: Sequence[Any]) -> None:
     if len(predictions) != len(references) or not len(references):
-        raise ValueError(
+        raise FedspanError(
             f"{len(predictions)} predictions for {len(references)} references: expected as many, and at least one"
         )
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from fedspan.support.errors import FedspanError
+
 Generator = np.random.Generator
 
 _PARTICIPANTS = 0x70617274  # keeps this draw apart from others that use (seed, round)
@@ -53,7 +55,7 @@ def dirichlet(labels: Sequence[int] | np.ndarray, num_clients: int, alpha: float
     labels = np.asarray(labels)
     _check(len(labels), num_clients)
     if not 0 < alpha < np.inf:
-        raise ValueError(f"alpha = {alpha}: expected a positive number")
+        raise FedspanError(f"alpha = {alpha}: expected a positive number")
     parts: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
@@ -122,7 +124,7 @@ def preset(name: str, values: Sequence[str] | np.ndarray, rng: Generator) -> lis
         For an unknown preset, or a category without a single row.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
+        raise FedspanError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
     clients = PRESETS[name]
     values = np.asarray(values, dtype=str)
     parts: list[list[np.ndarray]] = [[] for _ in clients]
@@ -130,7 +132,7 @@ def preset(name: str, values: Sequence[str] | np.ndarray, rng: Generator) -> lis
         members = rng.permutation(np.flatnonzero(values == category))
         if not len(members):
             found = ", ".join(repr(str(value)) for value in np.unique(values)[:8]) or "none"
-            raise ValueError(f"preset {name!r} needs rows of {category!r}: expected some among the values {found}")
+            raise FedspanError(f"preset {name!r} needs rows of {category!r}: expected some among the values {found}")
         counts = _scaled([client.get(category, 0) for client in clients], len(members))
         pieces = np.split(members[: counts.sum()], np.cumsum(counts)[:-1])
         for part, piece in zip(parts, pieces, strict=True):
@@ -177,16 +179,18 @@ def draw_ranks(
     elif not isinstance(spec, str):
         ranks = list(spec)
         if len(ranks) != num_clients:
-            raise ValueError(f"federation.ranks lists {len(ranks)} ranks for {num_clients} clients: expected one each")
+            raise FedspanError(
+                f"federation.ranks lists {len(ranks)} ranks for {num_clients} clients: expected oneper client"
+            )
     else:
         choices = np.unique(np.asarray(values, dtype=np.int64))
         if not len(choices):
-            raise ValueError(f"ranks = {spec!r} draws from rank_values, which is empty: expected at least one rank")
+            raise FedspanError(f"ranks = {spec!r} draws from rank_values, which is empty: expected at least one rank")
         if choices[0] < 1:
-            raise ValueError(f"rank_values holds {choices[0]}: expected ranks of 1 or more")
+            raise FedspanError(f"rank_values holds {choices[0]}: expected ranks of 1 or more")
         ranks = rng.choice(choices, size=num_clients, p=_probabilities(spec, len(choices))).tolist()
     if min(ranks, default=1) < 1:
-        raise ValueError(f"rank {min(ranks)}: expected 1 or more")
+        raise FedspanError(f"rank {min(ranks)}: expected 1 or more")
     return tuple(ranks)
 
 
@@ -200,7 +204,7 @@ def _probabilities(name: str, num: int) -> np.ndarray:
     elif name == "heavy_tail":
         weights = 1.0 / positions**2
     else:
-        raise ValueError(f"ranks = {name!r}: expected a number, a list, uniform, normal or heavy_tail")
+        raise FedspanError(f"ranks = {name!r}: expected a number, a list, uniform, normal or heavy_tail")
     probabilities: np.ndarray = weights / weights.sum()
     return probabilities
 
@@ -216,11 +220,11 @@ def participants(num_clients: int, participation: float, min_clients: int, seed:
         If more clients are required than there are, the share is not in (0, 1], or the seed is negative.
     """
     if not 0 < participation <= 1:
-        raise ValueError(f"participation = {participation}: expected a share above 0 and up to 1")
+        raise FedspanError(f"participation = {participation}: expected a share above 0 and up to 1")
     if min_clients > num_clients:
-        raise ValueError(f"min_clients = {min_clients} with {num_clients} clients: expected at most as many")
+        raise FedspanError(f"min_clients = {min_clients} with {num_clients} clients: expected at most as many")
     if seed < 0 or round_num < 0:
-        raise ValueError(f"seed = {seed}, round_num = {round_num}: expected 0 or more")
+        raise FedspanError(f"seed = {seed}, round_num = {round_num}: expected 0 or more")
     size = min(num_clients, max(1, min_clients, int(participation * num_clients + 0.5)))
     rng = np.random.default_rng([_PARTICIPANTS, seed, round_num])
     return sorted(rng.choice(num_clients, size=size, replace=False).tolist())
@@ -238,9 +242,9 @@ def poisson_participants(num_clients: int, participation: float, secret: int, ro
         If the share is not in (0, 1], or the secret or the round is negative.
     """
     if not 0 < participation <= 1:
-        raise ValueError(f"participation = {participation}: expected a share above 0 and up to 1")
+        raise FedspanError(f"participation = {participation}: expected a share above 0 and up to 1")
     if secret < 0 or round_num < 0:
-        raise ValueError("a negative secret or round: expected 0 or more")
+        raise FedspanError("a negative secret or round: expected 0 or more")
     coins = np.random.default_rng([_POISSON, secret, round_num]).random(num_clients)
     drawn: list[int] = np.flatnonzero(coins < participation).tolist()
     return drawn
@@ -248,6 +252,6 @@ def poisson_participants(num_clients: int, participation: float, secret: int, ro
 
 def _check(num_examples: int, num_clients: int) -> None:
     if num_clients < 1:
-        raise ValueError(f"num_clients = {num_clients}: expected 1 or more")
+        raise FedspanError(f"num_clients = {num_clients}: expected 1 or more")
     if num_clients > num_examples:
-        raise ValueError(f"{num_clients} clients for {num_examples} examples: expected at most one client per example")
+        raise FedspanError(f"{num_clients} clients for {num_examples} examples: expected at most as many clients")

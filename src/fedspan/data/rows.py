@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedspan.support.errors import FedspanError
+
 Kind = Literal["instruction", "classification", "image"]
 
 
@@ -36,7 +38,7 @@ class Rows:
     def __post_init__(self) -> None:
         sizes = len(self.inputs), len(self.targets), len(self.fields)
         if len(set(sizes)) != 1:
-            raise ValueError(f"inputs, targets and fields have lengths {sizes}: expected equal lengths")
+            raise FedspanError(f"inputs, targets and fields have lengths {sizes}: expected equal lengths")
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
 
 _T = TypeVar("_T")
@@ -51,12 +52,12 @@ class Table:
             If there is none, naming the nearest, or if a row lacks it.
         """
         if name not in self.columns:
-            raise ValueError(f"{self.source} has no column {name!r} ({key}){nearest(name, self.columns)}")
+            raise FedspanError(f"{self.source} has no column {name!r} ({key}){nearest(name, self.columns)}")
         values = self.columns[name]
         if not isinstance(values, np.ndarray):
             for row, value in enumerate(values, 1):
                 if value is ABSENT:
-                    raise ValueError(f"row {row} of {self.source} has no {name!r} ({key}), unlike other rows")
+                    raise FedspanError(f"row {row} of {self.source} has no {name!r} ({key}), unlike other rows")
         return values
 
 
@@ -80,10 +81,10 @@ def read_table(path: Path) -> Table:
     name = path.name.lower().removesuffix(".gz")
     reader = next((read for suffix, read in _READERS.items() if name.endswith(suffix)), None)
     if reader is None:
-        raise ValueError(f"{path} is of no known type: expected {', '.join(_READERS)} (also .gz), .npz or a folder")
+        raise FedspanError(f"{path} is of no known type: expected {', '.join(_READERS)} (also .gz), .npz or a folder")
     table = reader(_content(path), path)
     if table.num_rows == 0:
-        raise ValueError(f"{path} holds no rows: expected at least one")
+        raise FedspanError(f"{path} holds no rows: expected at least one")
     return table
 
 
@@ -91,12 +92,12 @@ def _content(path: Path) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
+        raise FedspanError(f"cannot read {path}: {error.strerror or error}") from None
     if path.name.lower().endswith(".gz"):
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is not a complete gzip file: {error}") from None
+            raise FedspanError(f"{path} is not a complete gzip file: {error}") from None
     return content
 
 
@@ -104,7 +105,7 @@ def _text(content: bytes, path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is invalid") from None
+        raise FedspanError(f"{path} is not UTF-8 text: byte {error.start} is invalid") from None
 
 
 def _jsonl(content: bytes, path: Path) -> Table:
@@ -116,9 +117,9 @@ def _jsonl(content: bytes, path: Path) -> Table:
         try:
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}, is not valid JSON: {error}") from None
+            raise FedspanError(f"{path}, line {number}, is not valid JSON: {error}") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}, is {line.strip()[:40]}: expected an object with named columns")
+            raise FedspanError(f"{path}, line {number}, is {line.strip()[:40]}: expected an object with named columns")
         records.append(record)
     return from_records(records, str(path), path.parent)
 
@@ -128,9 +129,9 @@ def _json(content: bytes, path: Path) -> Table:
         records = json.loads(_text(content, path))
     except (json.JSONDecodeError, RecursionError) as error:
         hint = " (one object a line is .jsonl)" if "Extra data" in str(error) else ""
-        raise ValueError(f"{path} is not valid JSON: {error}{hint}") from None
+        raise FedspanError(f"{path} is not valid JSON: {error}{hint}") from None
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise ValueError(f"{path} is no list of objects: expected [{{column: value, …}}, …]")
+        raise FedspanError(f"{path} is no list of objects: expected [{{column: value, …}}, …]")
     return from_records(records, str(path), path.parent)
 
 
@@ -142,17 +143,17 @@ def _delimited(delimiter: str) -> Callable[[bytes, Path], Table]:
         try:
             for record in reader:
                 if record and records and len(record) != len(records[0]):
-                    raise ValueError(
+                    raise FedspanError(
                         f"{path}, line {reader.line_num}, has {len(record)} values: "
                         f"expected {len(records[0])}, as in the header"
                     )
                 if record:
                     records.append(record)
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}, is not valid CSV: {error}") from None
+            raise FedspanError(f"{path}, line {reader.line_num}, is not valid CSV: {error}") from None
         header, *rows = records or [[]]
         if len(set(header)) != len(header):
-            raise ValueError(f"{path} names a column twice in its header: {', '.join(header)}")
+            raise FedspanError(f"{path} names a column twice in its header: {', '.join(header)}")
         return Table(str(path), {name: [row[i] for row in rows] for i, name in enumerate(header)}, path.parent)
 
     return read
@@ -163,11 +164,11 @@ def _parquet(content: bytes, path: Path) -> Table:
         import pyarrow as arrow  # type: ignore[import-untyped]
         import pyarrow.parquet as parquet  # type: ignore[import-untyped]
     except ImportError:
-        raise ValueError(f"reading {path} needs pyarrow: pip install 'fedspan[hub]'") from None
+        raise FedspanError(f"reading {path} needs pyarrow: pip install 'fedspan[hub]'") from None
     try:
         table = parquet.read_table(io.BytesIO(content))
     except (arrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
+        raise FedspanError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
     return Table(str(path), {name: table.column(name).to_pylist() for name in table.column_names}, path.parent)
 
 
@@ -202,7 +203,7 @@ def _with_npz(path: Path, read: Callable[[Any], _T]) -> _T:
         with np.load(path, allow_pickle=False) as arrays:
             return read(arrays)
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
+        raise FedspanError(f"cannot read {path}: {error.strerror or error}") from None
     # A single .npy array is no context manager, hence the TypeError and AttributeError.
     except (
         ValueError,
@@ -213,4 +214,4 @@ def _with_npz(path: Path, read: Callable[[Any], _T]) -> _T:
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        raise ValueError(f"{path} is not a readable npz of plain arrays: {str(error).splitlines()[0]}") from None
+        raise FedspanError(f"{path} is not a readable npz of plain arrays: {str(error).splitlines()[0]}") from None

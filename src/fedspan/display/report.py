@@ -13,6 +13,7 @@ from rich.table import Table
 from fedspan import methods
 from fedspan.data.metrics import METRICS
 from fedspan.display.progress import number, size
+from fedspan.support.errors import FedspanError
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
@@ -121,13 +122,13 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """
     history = folder / "metrics.jsonl"
     if not history.exists():
-        raise ValueError(f"{folder} holds no metrics.jsonl: expected the folder of a `fedspan run`")
+        raise FedspanError(f"{folder} holds no metrics.jsonl: expected the folder of a `fedspan run`")
     summary = folder / "summary.json"
     try:
         rounds = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
         return json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}, rounds
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder}: metrics.jsonl or summary.json is damaged ({error})") from None
+        raise FedspanError(f"{folder}: metrics.jsonl or summary.json is damaged ({error})") from None
 
 
 _COLORS = ("#2a6fbb", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d1e", "#4d4d4d")
@@ -153,7 +154,7 @@ def plot(folders: Sequence[Path], out: Path, metric: str | None = None) -> Path:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'fedspan[plots]'") from None
+        raise FedspanError("plots need matplotlib: pip install 'fedspan[plots]'") from None
     runs = [(folder, *read_run(folder)) for folder in folders]
     name = metric or next((s["metric"] for _, s, _ in runs if s), None) or _first_metric(runs)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -162,7 +163,7 @@ def plot(folders: Sequence[Path], out: Path, metric: str | None = None) -> Path:
     for k, (folder, _, history) in enumerate(runs):
         evaluated = [r for r in history if name in (r.get("eval") or {})]
         if not evaluated:
-            raise ValueError(f"{folder}: no round was evaluated with {name!r}")
+            raise FedspanError(f"{folder}: no round was evaluated with {name!r}")
         sent = _cumulative(history)
         color = _COLORS[k % len(_COLORS)]
         values = [r["eval"][name] for r in evaluated]
@@ -188,7 +189,7 @@ def _first_metric(runs: Sequence[tuple[Path, Mapping[str, Any], Sequence[Mapping
             for name in record.get("eval") or {}:
                 if name != "loss":
                     return str(name)
-    raise ValueError(f"{runs[0][0]}: no round was evaluated yet")
+    raise FedspanError(f"{runs[0][0]}: no round was evaluated yet")
 
 
 def _cumulative(history: Sequence[Mapping[str, Any]]) -> dict[int, int]:

@@ -10,6 +10,7 @@ import numpy as np
 from fedspan.config import Config
 from fedspan.data import Corpus, partition
 from fedspan.federation import requirements
+from fedspan.support.errors import FedspanError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +61,7 @@ def make_clients(config: Config, corpus: Corpus) -> list[Client]:
         else:
             clients.append(client)
     if empty and not f.drop_empty:
-        raise ValueError(
+        raise FedspanError(
             f"{', '.join(empty)} got no data from the {f.partition} partition: give fewer clients or a larger "
             f"federation.alpha, or set federation.drop_empty = true"
         )
@@ -72,14 +73,14 @@ def _partition(config: Config, corpus: Corpus, rng: np.random.Generator) -> list
     if f.partition == "files":
         files = corpus.client_files or ()
         if len(files) != f.num_clients:
-            raise ValueError(
+            raise FedspanError(
                 f"federation.num_clients = {f.num_clients}, but data.train has {len(files)} files: expected as many"
             )
         return list(files)
     if f.partition == "preset":
         parts = partition.preset(f.preset, rows.fields, rng)
         if len(parts) != f.num_clients:
-            raise ValueError(
+            raise FedspanError(
                 f"federation.num_clients = {f.num_clients}: the preset {f.preset} has {len(parts)} clients"
             )
         return parts
@@ -87,7 +88,7 @@ def _partition(config: Config, corpus: Corpus, rng: np.random.Generator) -> list
         return partition.iid(len(rows), f.num_clients, rng)
     if f.partition == "by_field":
         if len(set(rows.fields)) < 2:
-            raise ValueError('federation.partition = "by_field" needs data.field_column with at least two values')
+            raise FedspanError('federation.partition = "by_field" needs data.field_column with at least two values')
         return partition.by_field(rows.fields, f.num_clients, rng)
     labels = rows.fields if corpus.kind == "instruction" else rows.targets
     return partition.dirichlet(np.asarray(labels), f.num_clients, f.alpha, rng)
@@ -109,7 +110,7 @@ def participants(
     f = config.federation
     if config.privacy.dp == "client" and f.participation < 1:
         if secret is None:
-            raise ValueError("privacy.dp = 'client' draws clients by secret coins: expected the server's secret")
+            raise FedspanError("privacy.dp = 'client' draws clients by secret coins: expected the server's secret")
         return [clients[i] for i in partition.poisson_participants(len(clients), f.participation, secret(), round_num)]
     chosen = partition.participants(len(clients), f.participation, f.min_clients, config.seed, round_num)
     return [clients[i] for i in chosen]

@@ -14,8 +14,8 @@ from fedspan.methods.base import Method
 from fedspan.methods.folds import Exchange, Partial
 from fedspan.methods.messages import Broadcast, ClientState, Template, Update, Vector
 from fedspan.privacy.summing import Layout
-from fedspan.wire.precision import Narrow, narrowed_update
-from fedspan.wire.sizes import parts, payload_tensors
+from fedspan.wire.precision import Precision, rounded_update
+from fedspan.wire.sizes import payload_tensors
 
 WINDOW = 64
 """Clients that are told to start at once. It bounds what a round holds beside the server's own fold, however many
@@ -84,17 +84,17 @@ class Summed:
     """Who was counted, and who was not and why."""
 
 
-Tell = Callable[[Client], Broadcast]
+BroadcastFor = Callable[[Client], Broadcast]
 """What a client is sent."""
 
 
 class Sites(Protocol):
     """Whoever carries a question to clients and their answers back."""
 
-    def ask(self, question: Question, clients: Sequence[Client], tell: Tell) -> Iterator[Answer]:
+    def ask(self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor) -> Iterator[Answer]:
         """Every client's answer, or its problem, in the order in which they are to be folded."""
 
-    def sum(self, question: Question, clients: Sequence[Client], tell: Tell, layout: Layout) -> Summed:
+    def sum(self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor, layout: Layout) -> Summed:
         """The sum of the answers without the answers: what secure sums, or their arithmetic, come to."""
 
     def states(self) -> Mapping[str, ClientState]:
@@ -129,7 +129,7 @@ def respond(
     result: LocalResult,
     started: Broadcast,
     state: ClientState | None,
-    narrow: Narrow,
+    precision: Precision,
     weight: float,
 ) -> Response:
     """On the site, after it worked: what leaves it and what it keeps, or what is wrong.
@@ -144,7 +144,7 @@ def respond(
     if not all(bool(torch.isfinite(t).all()) for t in payload_tensors(update)):
         # What was trained is finite, but a norm or a product of it need not be.
         return Response(None, problem="what it sent holds NaN or infinity")
-    update, num_bytes = narrowed_update(replace(update, num_examples=weight), narrow.up)
+    update, num_bytes = rounded_update(replace(update, num_examples=weight), precision.up)
     return Response(update, kept, None, num_bytes)
 
 
@@ -160,13 +160,13 @@ def expected(template: Template, sent: Broadcast) -> dict[str, torch.Size]:
     """The shapes of what training, or a gradient, comes to."""
     if sent.recipe.gradient:
         return {f"{name}/gradient": torch.Size(shape) for name, shape in template.modules.items()}
-    shapes = {f"{name}/{part}": t.shape for name, f in sent.adapter.items() for part, t in parts(f)}
+    shapes = {f"{name}/{part}": t.shape for name, f in sent.adapter.items() for part, t in f.tensors().items()}
     return shapes | {name: t.shape for name, t in sent.dense.items()}
 
 
 def shapes_problem(update: Update, wanted: Mapping[str, torch.Size]) -> str | None:
     """What is wrong with an update, or none."""
-    got = {f"{name}/{part}": t for name, payload in update.modules.items() for part, t in parts(payload)}
+    got = {f"{name}/{part}": t for name, payload in update.modules.items() for part, t in payload.tensors().items()}
     got |= dict(update.dense)
     if got.keys() != wanted.keys():
         return f"names {sorted(got.keys() ^ wanted.keys())[0]}, which was not asked for or is missing"

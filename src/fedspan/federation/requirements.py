@@ -18,6 +18,7 @@ from fedspan.models import quantised
 from fedspan.privacy import accountant, client_dp, example_dp
 from fedspan.robust.filters import least
 from fedspan.robust.rehearsal import averages_factors
+from fedspan.support.errors import FedspanError
 
 
 def chosen(config: Config, secret: Callable[[], int] | None = None) -> Method:
@@ -65,7 +66,7 @@ def _able(can: Callable[[Method], bool]) -> str:
 def _check_ranks(method: Method, asked: set[int]) -> None:
     if method.info.hetero_rank or method.info.pooled or len(asked) == 1:
         return
-    raise ValueError(
+    raise FedspanError(
         f"{method.info.name} needs one rank for all clients, but federation.ranks gives {sorted(asked)}; "
         f"methods that take mixed ranks: {_able(lambda m: m.info.hetero_rank)}"
     )
@@ -73,7 +74,7 @@ def _check_ranks(method: Method, asked: set[int]) -> None:
 
 def _check_vector(method: Method) -> None:
     if method.vector is None:
-        raise ValueError(
+        raise FedspanError(
             f"server.optimizer: {method.info.name} keeps no global model as one vector in coordinates that all clients "
             f"share, and on factor pairs the result would depend on their gauge; "
             f"methods that do: {_able(lambda m: m.vector is not None)}"
@@ -89,7 +90,7 @@ def _check_sums(method: Method, config: Config) -> None:
     }
     for key in (key for key, given in asked.items() if given):
         if not method.secure_sum:
-            raise ValueError(
+            raise FedspanError(
                 f"{key} = true, but the server of {method.info.name} needs every client's own update; "
                 f"methods that need sums alone: {_able(lambda m: m.secure_sum)}"
             )
@@ -98,9 +99,9 @@ def _check_sums(method: Method, config: Config) -> None:
     import_module("fedspan.privacy.primitives")  # which says what to install where that is missing
     drawn = len(partition.participants(f.num_clients, f.participation, f.min_clients, config.seed, 0))
     if drawn < 2:
-        raise ValueError("privacy.secure_sums = true: one client takes part in a round, whose sum hides nothing")
+        raise FedspanError("privacy.secure_sums = true: one client takes part in a round, whose sum hides nothing")
     if p.dp == "client" and f.participation < 1:
-        raise ValueError(
+        raise FedspanError(
             "privacy.secure_sums = true: the coins of privacy.dp = 'client' may draw one client alone, whose sum hides "
             "nothing; expected federation.participation = 1"
         )
@@ -108,13 +109,13 @@ def _check_sums(method: Method, config: Config) -> None:
 
 def _check_optimizer(method: Method, config: Config) -> None:
     if method.info.optimizer == "sgd" and config.local.optimizer != "sgd":
-        raise ValueError(
+        raise FedspanError(
             f"local.optimizer = '{config.local.optimizer}': {method.info.name} is correct with local SGD alone; "
             f"set local.optimizer = 'sgd', or ask for the heuristic with method.optimizer = 'adamw'"
         )
     recipe = method.broadcast(method.init(Template({}, 1), {}), Request(None)).recipe
     if recipe.galore is not None and config.local.optimizer != "adamw":
-        raise ValueError(
+        raise FedspanError(
             f"local.optimizer = '{config.local.optimizer}': {method.info.name} has GaLore in its clients, which is an "
             f"AdamW; expected 'adamw'"
         )
@@ -123,7 +124,7 @@ def _check_optimizer(method: Method, config: Config) -> None:
 def _check_base(method: Method, config: Config) -> None:
     quantised.check(config.model.quantise, method.info.trains)
     if config.model.quantise != "none" and any(exchange.ask == "gradient" for exchange in method.exchanges):
-        raise ValueError(
+        raise FedspanError(
             f"model.quantise = '{config.model.quantise}': {method.info.name} asks for the gradient of the base's "
             f"weights, which codes do not have; expected 'none'"
         )
@@ -140,9 +141,11 @@ def _check_robust(method: Method, config: Config) -> None:
         "federation.sums_only": f.sums_only,
     }
     for key in (key for key, given in hidden.items() if given):
-        raise ValueError(f"{first}: with {key} = true the server sees no client's update; expected false, or no filter")
+        raise FedspanError(
+            f"{first}: with {key} = true the server sees no client's update; expected false or no filter"
+        )
     if asked.filter != "none" and config.privacy.dp == "client":
-        raise ValueError(
+        raise FedspanError(
             f"{first}: what it does with one client's update depends on all others, so that the noise of "
             f"privacy.dp = 'client' would hide no client; expected 'none'"
         )
@@ -155,11 +158,11 @@ def _check_robust(method: Method, config: Config) -> None:
     reason = problem(method)
     if reason is not None:
         able = _able(lambda m: problem(m) is None)
-        raise ValueError(f"{first}: {method.info.name} {reason}; methods that can have it: {able}")
+        raise FedspanError(f"{first}: {method.info.name} {reason}; methods that can have it: {able}")
     cohort = len(partition.participants(f.num_clients, f.participation, f.min_clients, config.seed, 0))
     needed = least(asked.filter, asked.attackers, averages_factors(method)) if asked.filter != "none" else 1
     if cohort < needed:
-        raise ValueError(
+        raise FedspanError(
             f"{first}: {cohort} clients take part in a round, expected at least {needed} with "
             f"robust.attackers = {asked.attackers} for {method.info.name}"
         )
@@ -169,20 +172,20 @@ def _check_privacy(method: Method, config: Config) -> None:
     asked = config.privacy
     if asked.dp == "none":
         if asked.epsilon is not None:
-            raise ValueError(
+            raise FedspanError(
                 f"privacy.epsilon = {asked.epsilon:g} with privacy.dp = 'none': expected client or example"
             )
         return
     refusal = {"client": client_dp.refusal, "example": example_dp.refusal}[asked.dp]
     reason = refusal(method)
     if reason is not None:
-        raise ValueError(
+        raise FedspanError(
             f"privacy.dp = '{asked.dp}': {method.info.name}: {reason}; "
             f"methods that can: {_able(lambda m: refusal(m) is None)}"
         )
     accountant.require()
     if asked.epsilon is not None and asked.noise_multiplier == 0:
-        raise ValueError("privacy.noise_multiplier = 0: no noise stays within any privacy.epsilon; expected above 0")
+        raise FedspanError("privacy.noise_multiplier = 0: no noise stays within any privacy.epsilon; expected above 0")
     if asked.dp == "client":
         _check_client_privacy(method, config)
 
@@ -203,16 +206,16 @@ def _check_client_privacy(method: Method, config: Config) -> None:
         ]
     for key, given, expected, why in wanted:
         if given != expected:
-            raise ValueError(f"{key} = {given!r} with privacy.dp = 'client': {why}; expected {expected!r}")
+            raise FedspanError(f"{key} = {given!r} with privacy.dp = 'client': {why}; expected {expected!r}")
     if f.num_clients > 1 and asked.delta >= 1 / f.num_clients:
-        raise ValueError(
+        raise FedspanError(
             f"privacy.delta = {asked.delta:g}: at {f.num_clients} clients it allows to publish one of them whole; "
             f"expected well below {1 / f.num_clients:g}"
         )
     account = client_account(method, config)
     if not account.allows(0):
         z = accountant.noise_for(asked.epsilon or math.inf, f.participation, f.rounds, asked.delta)
-        raise ValueError(
+        raise FedspanError(
             f"privacy.epsilon = {asked.epsilon:g}: the first round alone spends {account.spent(1):.4g}; for "
             f"{f.rounds} rounds expected a privacy.noise_multiplier of {z:.3g} or more"
         )

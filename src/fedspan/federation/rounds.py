@@ -12,12 +12,13 @@ from typing import Any
 from fedspan.client.training import LocalResult
 from fedspan.federation.clients import Client
 from fedspan.federation.exchange import Answer, Question, Sites, Work, begin, unlearnt
-from fedspan.federation.simulated import Here
+from fedspan.federation.simulated import SimulatedClients
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, ClientState, Request, Update
 from fedspan.privacy.summing import Layout
 from fedspan.robust import Screen
+from fedspan.support.errors import FedspanError
 from fedspan.support.peak_memory import peak_memory, reset_peak_memory
 from fedspan.wire.sizes import broadcast_bytes, partial_bytes, state_bytes
 
@@ -45,12 +46,12 @@ OnAnswer = Callable[[Answer, int], None]
 """Called with every valid answer to a question that trains, and how many there are by now."""
 
 
-class RoundFailed(ValueError):
+class RoundFailed(FedspanError):
     """Too few valid updates came back; the run stands where it was before the round."""
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class RunState:
     """What one round hands to the next."""
 
     state: ServerState
@@ -64,7 +65,7 @@ class Standing:
 
 def run_round(
     method: Method,
-    standing: Standing,
+    run_state: RunState,
     cohort: Sequence[Client],
     work: Work,
     *,
@@ -72,20 +73,20 @@ def run_round(
     min_success: int = 1,
     on_client: Callable[[Client, LocalResult, int], None] | None = None,
     observe: Observe | None = None,
-) -> tuple[Standing, dict[str, Any]]:
+) -> tuple[RunState, dict[str, Any]]:
     """`conduct` with clients that live in this process and whose local work is `work`."""
 
     def on_answer(answer: Answer, done: int) -> None:
         if on_client is not None and answer.result is not None:
             on_client(answer.client, answer.result, done)
 
-    here = Here(method, work, standing.client_states, weighting=weighting)
-    return conduct(method, standing, cohort, here, min_success=min_success, on_answer=on_answer, observe=observe)
+    here = SimulatedClients(method, work, run_state.client_states, weighting=weighting)
+    return conduct(method, run_state, cohort, here, min_success=min_success, on_answer=on_answer, observe=observe)
 
 
 def conduct(
     method: Method,
-    standing: Standing,
+    run_state: RunState,
     cohort: Sequence[Client],
     sites: Sites,
     *,
@@ -94,7 +95,7 @@ def conduct(
     screen: Screen | None = None,
     on_answer: OnAnswer | None = None,
     observe: Observe | None = None,
-) -> tuple[Standing, dict[str, Any]]:
+) -> tuple[RunState, dict[str, Any]]:
     """Broadcast, train, fold, finish, for every exchange of the round.
 
     Updates are folded one by one in the order in which `sites` hands them over: sorted by client id, unless it was
@@ -118,7 +119,7 @@ def conduct(
     RoundFailed
         When fewer than `min_success` updates were valid. With 0, which few methods can take, a round may be empty.
     """
-    run = _Round(method, sites, sums, screen, on_answer, observe is not None, standing)
+    run = _Round(method, sites, sums, screen, on_answer, observe is not None, run_state)
     active = sorted(cohort, key=lambda c: c.client_id)
     due = [number for number, exchange in enumerate(method.exchanges) if exchange.due(run.round_num)]
     for place, (number, following) in enumerate(zip(due, (*due[1:], None), strict=True)):
@@ -139,11 +140,11 @@ def conduct(
     }
     if observe is not None and run.trained:
         updates, broadcasts = zip(*run.trained, strict=True)
-        record |= observe(Observation(method, run.before, run.state, updates, broadcasts, standing.client_states))
+        record |= observe(Observation(method, run.before, run.state, updates, broadcasts, run_state.client_states))
     ids = [client.client_id for client in active]
-    seen = {**standing.seen, **dict.fromkeys(ids, run.version)}
-    counted = {**standing.counted, **dict.fromkeys(ids, run.round_num + 1)}
-    return Standing(run.state, sites.states(), seen, counted), record
+    seen = {**run_state.seen, **dict.fromkeys(ids, run.version)}
+    counted = {**run_state.counted, **dict.fromkeys(ids, run.round_num + 1)}
+    return RunState(run.state, sites.states(), seen, counted), record
 
 
 class _Round:
@@ -157,13 +158,13 @@ class _Round:
         screen: Screen | None,
         on_answer: OnAnswer | None,
         observed: bool,
-        standing: Standing,
+        run_state: RunState,
     ) -> None:
         self.method, self.sites, self.sums, self.screen = method, sites, sums, screen
         self.on_answer, self.observed = on_answer, observed
-        self.state = self.before = standing.state
-        self.standing = standing
-        self.round_num = standing.state.round_num
+        self.state = self.before = run_state.state
+        self.run_state = run_state
+        self.round_num = run_state.state.round_num
         self.version = 0
         """Of the patches that the clients were sent."""
         self.partial = Partial()
@@ -196,15 +197,15 @@ class _Round:
             exchange,
             place,
             again,
-            self.standing.counted,
-            self.standing.seen,
+            self.run_state.counted,
+            self.run_state.seen,
             self.version,
         )
-        told = _Told(self.method, self.state, self.standing.seen, self.tally)
+        broadcasts = _Broadcasts(self.method, self.state, self.run_state.seen, self.tally)
         if self.sums:
-            return self._summed(question, clients, told)
+            return self._summed(question, clients, broadcasts)
         answered: list[Answer] = []
-        for answer in self._waited(self.sites.ask(question, clients, told.broadcast)):
+        for answer in self._waited(self.sites.ask(question, clients, broadcasts.broadcast)):
             if not self._counts(question, answer, len(answered)):
                 continue
             answer = replace(answer, result=None, started=None)
@@ -213,7 +214,7 @@ class _Round:
                 answer = replace(answer, update=None)
             answered.append(answer)
         if self.screen is not None:
-            answered = self._screened(question, self.screen, answered, told)
+            answered = self._screened(question, self.screen, answered, broadcasts)
         return [answer.client for answer in answered]
 
     def finish(self) -> None:
@@ -258,13 +259,15 @@ class _Round:
             with self.tally.server():
                 self.partial = question.exchange.fold.add(self.partial, update)
 
-    def _screened(self, question: Question, screen: Screen, answers: list[Answer], told: _Told) -> list[Answer]:
+    def _screened(
+        self, question: Question, screen: Screen, answers: list[Answer], broadcasts: _Broadcasts
+    ) -> list[Answer]:
         """The answers that the filter lets pass, folded as it gives them."""
         updates = [answer.update for answer in answers if answer.update is not None]
         if not updates:
             return []
         with self.tally.server():
-            sent = [told.made_for(answer.client) for answer in answers]
+            sent = [broadcasts.made_for(answer.client) for answer in answers]
             found = screen(updates, sent, ask=question.exchange.ask, bad=self.tally.bad)
         self.tally.rejected |= found.rejected
         self.tally.bad += len(found.rejected)
@@ -273,13 +276,13 @@ class _Round:
             self._fold(question, update)
         return [replace(a, update=None) for a in answers if a.client.client_id not in found.rejected]
 
-    def _summed(self, question: Question, clients: Sequence[Client], told: _Told) -> list[Client]:
+    def _summed(self, question: Question, clients: Sequence[Client], broadcasts: _Broadcasts) -> list[Client]:
         """The same from the sum of the answers alone."""
         if not clients:
             return []
-        layout = self._layout(question, clients, told)
+        layout = self._layout(question, clients, broadcasts)
         began = time.perf_counter()
-        found = self.sites.sum(question, clients, told.broadcast, layout)
+        found = self.sites.sum(question, clients, broadcasts.broadcast, layout)
         self.tally.train_wall_seconds += time.perf_counter() - began
         self.partial = found.partial
         valid = [a for number, a in enumerate(found.answers) if self._counts(question, a, number)]
@@ -288,10 +291,10 @@ class _Round:
             self.losses = dict.fromkeys(self.losses, found.train_loss)
         return [answer.client for answer in valid]
 
-    def _layout(self, question: Question, clients: Sequence[Client], told: _Told) -> Layout:
+    def _layout(self, question: Question, clients: Sequence[Client], broadcasts: _Broadcasts) -> Layout:
         """The layout of what the client of largest rank sends, found by having it learn nothing."""
         largest = max(clients, key=lambda c: c.rank)
-        started = begin(self.method, question, told.made_for(largest), None)
+        started = begin(self.method, question, broadcasts.made_for(largest), None)
         if question.exchange.ask != "again":
             self.started = started
         learnt = unlearnt(self.state.template, self.started or started)
@@ -343,7 +346,7 @@ class _Tally:
 
 
 @dataclass(slots=True)
-class _Told:
+class _Broadcasts:
     """One exchange with its clients: those that ask for the same thing are sent the same thing, worked out once."""
 
     method: Method

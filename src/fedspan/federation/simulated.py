@@ -9,14 +9,15 @@ from dataclasses import replace
 from typing import Any
 
 from fedspan.federation.clients import Client
-from fedspan.federation.exchange import WINDOW, Answer, Question, Summed, Tell, Work, begin, respond
+from fedspan.federation.exchange import WINDOW, Answer, BroadcastFor, Question, Summed, Work, begin, respond
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, ClientState
 from fedspan.privacy.summing import Layout, Sum
-from fedspan.wire.precision import EXACT, Narrow, narrowed_broadcast
+from fedspan.support.errors import FedspanError
+from fedspan.wire.precision import EXACT, Precision, rounded_broadcast
 
 
-class Here:
+class SimulatedClients:
     """Simulated clients: their states are held here, and `work` does what they do.
 
     Parameters
@@ -34,34 +35,36 @@ class Here:
         client_states: Mapping[str, ClientState],
         *,
         weighting: str = "examples",
-        narrow: Narrow = EXACT,
+        precision: Precision = EXACT,
         total: Sum | None = None,
     ) -> None:
-        self.method, self.work, self.weighting, self.narrow, self.total = method, work, weighting, narrow, total
+        self.method, self.work, self.weighting, self.precision, self.total = method, work, weighting, precision, total
         self._states = dict(client_states)
         self._learnt: dict[str, Answer] = {}
         """What is held because the next exchange asks about it again."""
         self._arrived: dict[int, tuple[Broadcast, Broadcast]] = {}
-        """What was told, and what of it arrives, by the identity of the first: clients share it."""
+        """What was sent, and what of it arrives, by the identity of the first: clients share it."""
 
-    def ask(self, question: Question, clients: Sequence[Client], tell: Tell) -> Iterator[Answer]:
+    def ask(self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor) -> Iterator[Answer]:
         """The answers in the clients' order, each taken before the next one is worked out."""
         held, self._learnt = self._learnt, {}
         self._arrived = {}
         again = question.exchange.ask == "again"
-        for answer in self._again(clients, tell, held) if again else self._working(question, clients, tell):
+        for answer in (
+            self._again(clients, broadcast_for, held) if again else self._working(question, clients, broadcast_for)
+        ):
             done = self._encoded(question, answer)
             if done.problem is None and question.keep:
                 self._learnt[answer.client.client_id] = answer
             yield done
 
-    def sum(self, question: Question, clients: Sequence[Client], tell: Tell, layout: Layout) -> Summed:
+    def sum(self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor, layout: Layout) -> Summed:
         """The same answers, flattened, summed in fixed point and forgotten."""
         if self.total is None:
-            raise ValueError("sums were not prepared for: expected a Sum")
+            raise FedspanError("sums were not prepared for: expected a Sum")
         answers: list[Answer] = []
         adding = self.total.begin(layout, len(clients))
-        for answer in self.ask(question, clients, tell):
+        for answer in self.ask(question, clients, broadcast_for):
             if answer.update is not None:
                 problem = adding.add(answer.update, answer.train_loss)
                 answer = replace(
@@ -84,12 +87,12 @@ class Here:
         """Nothing was sent."""
         return {}
 
-    def _working(self, question: Question, clients: Sequence[Client], tell: Tell) -> Iterator[Answer]:
+    def _working(self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor) -> Iterator[Answer]:
         """What everyone learns from where it starts, or its gradient there, a window of clients at a time."""
         for start in range(0, len(clients), WINDOW):
             window: list[tuple[Client, Broadcast]] = []
             for client in clients[start : start + WINDOW]:
-                sent = self._arrives(tell(client))
+                sent = self._arrives(broadcast_for(client))
                 window.append((client, begin(self.method, question, sent, self._states.get(client.client_id))))
             results = self.work(window, question.round_num)
             for (client, sent), (result, seconds) in zip(window, results, strict=True):
@@ -105,26 +108,30 @@ class Here:
                     started=sent,
                 )
 
-    def _again(self, clients: Sequence[Client], tell: Tell, held: Mapping[str, Answer]) -> Iterator[Answer]:
+    def _again(
+        self, clients: Sequence[Client], broadcast_for: BroadcastFor, held: Mapping[str, Answer]
+    ) -> Iterator[Answer]:
         """What everyone has learnt before, beside another question about it."""
         for client in clients:
-            sent = self._arrives(tell(client))
+            sent = self._arrives(broadcast_for(client))
             yield replace(held[client.client_id], started=sent, seconds=0.0)
 
-    def _arrives(self, told: Broadcast) -> Broadcast:
-        if id(told) not in self._arrived:
-            self._arrived[id(told)] = (told, narrowed_broadcast(told, self.narrow.down))
-        return self._arrived[id(told)][1]
+    def _arrives(self, sent: Broadcast) -> Broadcast:
+        if id(sent) not in self._arrived:
+            self._arrived[id(sent)] = (sent, rounded_broadcast(sent, self.precision.down))
+        return self._arrived[id(sent)][1]
 
     def _encoded(self, question: Question, answer: Answer) -> Answer:
         assert answer.result is not None
         assert answer.started is not None  # as both generators above make it
         key = answer.client.client_id
         began = time.perf_counter()
-        told = respond(
-            self.method, question, answer.result, answer.started, self._states.get(key), self.narrow, answer.weight
+        response = respond(
+            self.method, question, answer.result, answer.started, self._states.get(key), self.precision, answer.weight
         )
         seconds = answer.seconds + time.perf_counter() - began
-        if told.problem is None and told.kept is not None:
-            self._states[key] = told.kept
-        return replace(answer, update=told.update, problem=told.problem, seconds=seconds, bytes_up=told.num_bytes)
+        if response.problem is None and response.kept is not None:
+            self._states[key] = response.kept
+        return replace(
+            answer, update=response.update, problem=response.problem, seconds=seconds, bytes_up=response.num_bytes
+        )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from fedspan.support.errors import FedspanError
+
 FIRST = 0.02
 """Seconds before the second look."""
 SHARE = 0.25
 
 
-class Pace:
+class Backoff:
     """Waits for a fixed share of the time already waited, between `first` and `most` seconds.
 
     Whoever waits for something that comes after t seconds notices within a quarter of t, and never later than `most`;
@@ -19,7 +21,7 @@ class Pace:
 
     def __init__(self, most: float, first: float = FIRST, clock: Callable[[], float] = time.monotonic) -> None:
         if not most >= FIRST:
-            raise ValueError(f"poll = {most}: expected at least {FIRST} seconds")
+            raise FedspanError(f"poll = {most}: expected at least {FIRST} seconds")
         self.first, self.most = first, most
         self._clock = clock
         self.restart()

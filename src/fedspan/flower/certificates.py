@@ -17,6 +17,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedspan.support.errors import FedspanError
+
 AUTHORITY_DAYS = 3650
 SERVER_DAYS = 825
 """What the stricter TLS libraries take at most."""
@@ -67,11 +69,11 @@ def server_certificate(vouching: Pair, hosts: Sequence[str]) -> Pair:
         When a host is neither a DNS name nor an IP address.
     """
     if not hosts:
-        raise ValueError("a server certificate for no host: expected at least one name or address")
+        raise FedspanError("a server certificate for no host: expected at least one name or address")
     issuer = x509.load_pem_x509_certificate(vouching.public)
     signer = serialization.load_pem_private_key(vouching.private, None)
     if not isinstance(signer, ec.EllipticCurvePrivateKey):
-        raise ValueError("the authority's key is of another kind: expected one on an elliptic curve")
+        raise FedspanError("the authority's key is of another kind: expected one on an elliptic curve")
     key = ec.generate_private_key(ec.SECP384R1())
     builder = _builder(_name(hosts[0]), issuer.subject, key.public_key(), SERVER_DAYS)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -121,7 +123,7 @@ def _alternative(host: str) -> x509.GeneralName:
         pass
     labels = host.split(".")
     if not all(_is_label(label) for label in labels) or labels[-1].isdigit() or len(host) > 253:
-        raise ValueError(f"host {host!r}: expected a DNS name or an IP address, such as fed.example.org or 10.0.0.5")
+        raise FedspanError(f"host {host!r}: expected a DNS name or an IP address, such as fed.example.org or 10.0.0.5")
     return x509.DNSName(host)
 
 

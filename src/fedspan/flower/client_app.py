@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 from fedspan.flower import records
+from fedspan.support.errors import FedspanError
 from fedspan.wire import unix_socket
 
 SITE = "FEDSPAN_SITE"
@@ -60,7 +61,7 @@ def refusal(message: Message, error: object) -> Message:
 def _folder(context: Context) -> Path:
     named = context.node_config.get("site") or os.environ.get(SITE)
     if not named:
-        raise ValueError(f"this node names no site: expected site=FOLDER in its --node-config, or {SITE}")
+        raise FedspanError(f"this node names no site: expected site=FOLDER in its --node-config, or {SITE}")
     return Path(str(named))
 
 

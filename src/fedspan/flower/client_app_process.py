@@ -31,10 +31,11 @@ from typing import Any
 from flwr.clientapp import ClientApp
 from flwr.supercore.auth import load_superexec_auth_secret
 
-from fedspan.flower.backoff import Pace
+from fedspan.flower.backoff import Backoff
 from fedspan.flower.client_app import client_app, refusal
 from fedspan.flower.runtime import Lost, Runtime
-from fedspan.flower.worker_supervisor import Keeper
+from fedspan.flower.worker_supervisor import WorkerSupervisor
+from fedspan.support.errors import FedspanError
 
 POLL = 0.1
 """Seconds between two looks for a task at most."""
@@ -49,11 +50,11 @@ class Executor:
     """The loop: acquire, pull, answer, push."""
 
     def __init__(self, runtime: Runtime, app: ClientApp, poll: float = POLL) -> None:
-        self._runtime, self._app, self._pace = runtime, app, Pace(poll, poll / 2)
+        self._runtime, self._app, self._pace = runtime, app, Backoff(poll, poll / 2)
         self._ended = threading.Event()
         self._beating = threading.Thread(target=self._beat, daemon=True)
 
-    def run(self, keeper: Keeper) -> None:
+    def run(self, keeper: WorkerSupervisor) -> None:
         """Until the process is told to end. No task's failure ends it, nor does a SuperNode that is away."""
         self._beating.start()
         away = False
@@ -142,9 +143,9 @@ def main(arguments: Sequence[str] | None = None, command: Sequence[str] | None =
         signal.signal(number, _end)
     try:
         if not options.site.is_dir():
-            raise ValueError(f"--site {options.site}: expected a site's folder")
+            raise FedspanError(f"--site {options.site}: expected a site's folder")
         secret = load_superexec_auth_secret(options.superexec_auth_secret_file)
-        keeper = Keeper(options.site, command)
+        keeper = WorkerSupervisor(options.site, command)
         runtime = Runtime(options.runtime_api_address, options.root_certificates, secret)
         executor = Executor(runtime, client_app(keeper.call, options.site, options.deadline), options.poll)
     except (ValueError, OSError) as error:

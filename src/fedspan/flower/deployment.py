@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fedspan.config import Config, to_toml
 from fedspan.flower import certificates
+from fedspan.support.errors import FedspanError
 
 PORT = 8443
 """Where sites reach the proxy."""
@@ -86,18 +87,18 @@ def plan(
     """
     for name in sites:
         if not _NAME.fullmatch(name):
-            raise ValueError(f"site {name!r}: expected lower-case letters, digits and dashes, 32 at most")
+            raise FedspanError(f"site {name!r}: expected lower-case letters, digits and dashes, 32 at most")
         if list(sites).count(name) > 1:
-            raise ValueError(f"site {name!r} is there twice: expected different names")
+            raise FedspanError(f"site {name!r} is there twice: expected different names")
     if not sites:
-        raise ValueError("no sites: expected at least one")
+        raise FedspanError("no sites: expected at least one")
     behind = port + 1 if superlink_port is None else superlink_port
     inner = list(runtime_ports) or [_RUNTIME_PORT + k for k in range(len(sites))]
     for number in (port, behind, *inner):
         if not 0 < number < 65536:
-            raise ValueError(f"port {number}: expected one between 1 and 65535")
+            raise FedspanError(f"port {number}: expected one between 1 and 65535")
     if len({port, behind, *inner}) < 2 + len(inner):
-        raise ValueError(
+        raise FedspanError(
             f"port {port} meets {behind} or one of the sites' ports {inner[0]} to {inner[-1]}: expected another"
         )
     ids = client_ids(len(sites))
@@ -124,10 +125,10 @@ def write(folder: Path, deployment: Deployment, config: Config) -> None:
         When the folder exists and is not empty, or the configuration is for another number of clients.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty: expected a new folder")
+        raise FedspanError(f"{folder} exists and is not empty: expected a new folder")
     clients = config.federation.num_clients
     if clients != len(deployment.sites):
-        raise ValueError(f"federation.num_clients = {clients}: expected {len(deployment.sites)}, one for each site")
+        raise FedspanError(f"federation.num_clients = {clients}: expected {len(deployment.sites)}, one for each site")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Made under another name, so that a half-written deployment is never taken for a whole one; 0700, for the keys.
     making = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -158,7 +159,7 @@ def read(folder: Path) -> Deployment:
         sites = tuple(Site(**site) for site in record["sites"])
         return Deployment(tuple(record["hosts"]), int(record["port"]), int(record["superlink_port"]), sites)
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder} holds no deployment: expected a folder that `fedspan flower init` made") from None
+        raise FedspanError(f"{folder} holds no deployment: expected a folder that `fedspan flower init` made") from None
 
 
 def renew_keys(site: Path) -> tuple[str, str]:
@@ -179,7 +180,7 @@ def renew_keys(site: Path) -> tuple[str, str]:
         known = json.loads((site / "sites.json").read_text(encoding="utf-8"))
         comment = (site / "node.pub").read_text(encoding="utf-8").split()[-1]
     except (OSError, ValueError, KeyError, IndexError):
-        raise ValueError(f"{site} is no site's folder: expected one that `fedspan flower init` made") from None
+        raise FedspanError(f"{site} is no site's folder: expected one that `fedspan flower init` made") from None
     node, identity = certificates.node_key(comment), certificates.identity_key()
     known[client_id] = identity.public.decode()
     for name, content, mode in (
@@ -249,7 +250,7 @@ def _server(deployment: Deployment) -> Iterator[_File]:
     yield "listen.conf", _fill("listen.conf", values), _OPEN
     yield "app/pyproject.toml", _fill("app.toml", values), _OPEN
     yield "compose.yml", _fill("compose.server.yml", values), _OPEN
-    # In a container the gate must be reachable from outside of it.
+    # In a container the proxy must be reachable from outside of it.
     yield "container/listen.conf", _fill("listen.conf", {**values, "LISTEN": "0.0.0.0"}), _OPEN
     yield from _container()
 

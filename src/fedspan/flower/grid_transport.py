@@ -17,6 +17,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPu
 
 from fedspan.flower import records
 from fedspan.flower.backoff import quicken
+from fedspan.support.errors import FedspanError
 from fedspan.wire.transport import Delivery
 
 PATIENCE = 60.0
@@ -62,7 +63,7 @@ class GridPort:
     def send(self, messages: Sequence[tuple[str, bytes]], lifetime: float) -> list[str]:
         """Send; a message that Flower does not take comes back from `poll` with an error."""
         if not lifetime > 0:
-            raise ValueError(f"lifetime = {lifetime}: expected more than 0 seconds")
+            raise FedspanError(f"lifetime = {lifetime}: expected more than 0 seconds")
         tickets: list[str] = []
         packed = {content: records.pack(content, lifetime) for _, content in messages}
         # One by one: Flower says of a batch only how many it took. What is the same for all is uploaded once.

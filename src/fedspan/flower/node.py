@@ -13,7 +13,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from fedspan.flower.backoff import Pace, quicken
+from fedspan.flower.backoff import Backoff, quicken
+from fedspan.support.errors import FedspanError
 
 POLL = 1.0
 """Seconds between two looks for messages at most."""
@@ -32,7 +33,7 @@ class Naps:
     """
 
     def __init__(self, most: float) -> None:
-        self._message, self._answer, self._answering = Pace(most, min(most, _SOON)), Pace(most), False
+        self._message, self._answer, self._answering = Backoff(most, min(most, _SOON)), Backoff(most), False
 
     def sleep(self, seconds: float) -> None:
         """Sleep for `seconds`, or less."""
@@ -79,7 +80,7 @@ def own_arguments(arguments: Sequence[str]) -> tuple[float, list[str]]:
     try:
         return float(text), rest
     except ValueError:
-        raise ValueError(f"--poll {text!r}: expected a number of seconds") from None
+        raise FedspanError(f"--poll {text!r}: expected a number of seconds") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

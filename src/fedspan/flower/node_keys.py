@@ -22,6 +22,8 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
+from fedspan.support.errors import FedspanError
+
 _GONE = "unregistered"
 _PATIENCE = 60.0
 _PAUSE = 0.2
@@ -74,16 +76,16 @@ def keys(folder: Path) -> dict[str, bytes]:
         except ValueError:
             key = None
         if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise ValueError(
+            raise FedspanError(
                 f"{path} holds no public key on a NIST curve: expected one as ssh-keygen -t ecdsa makes it"
             )
         encoded = public_key_to_bytes(key)
         for name, other in found.items():
             if other == encoded:
-                raise ValueError(f"{path} holds the key of {name} too: expected a key of its own")
+                raise FedspanError(f"{path} holds the key of {name} too: expected a key of its own")
         found[path.stem] = encoded
     if not found:
-        raise ValueError(f"{folder} holds no public key: expected SITE.pub files")
+        raise FedspanError(f"{folder} holds no public key: expected SITE.pub files")
     return found
 
 
@@ -109,7 +111,7 @@ def _patiently(client: ControlHttpClient) -> None:
             return
         except httpx.TransportError as error:
             if time.monotonic() > end:
-                raise ValueError(f"the SuperLink does not answer ({error})") from None
+                raise FedspanError(f"the SuperLink does not answer ({error})") from None
         time.sleep(_PAUSE)
 
 

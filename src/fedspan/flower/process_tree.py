@@ -21,6 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from fedspan.support.errors import FedspanError
+
 MARK = "FEDSPAN_HOUSEHOLD"
 PATIENCE = 5.0
 """Seconds that a process has to end by itself."""
@@ -36,7 +38,7 @@ _TELLING = (
 )
 
 
-class Household:
+class ProcessTree:
     """Starts processes, and ends them in reverse order when it is left.
 
     Parameters
@@ -49,7 +51,7 @@ class Household:
         self._logs, self._mark = logs, secrets.token_hex(16)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def __enter__(self) -> Household:
+    def __enter__(self) -> ProcessTree:
         self._logs.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._watcher = subprocess.Popen(
             [sys.executable, "-m", "fedspan.flower.process_tree", self._mark],
@@ -109,9 +111,9 @@ class Household:
         end = time.monotonic() + seconds
         while not until():
             if self.ended(name) is not None:
-                raise ValueError(self.obituary(name))
+                raise FedspanError(self.obituary(name))
             if time.monotonic() > end:
-                raise ValueError(f"{name} was not ready after {seconds:g} s{self._last(name)}")
+                raise FedspanError(f"{name} was not ready after {seconds:g} s{self._last(name)}")
             time.sleep(_LOOK)
 
     def finish(self, name: str, seconds: float) -> None:
@@ -125,9 +127,9 @@ class Household:
         try:
             status = self._processes[name].wait(seconds)
         except subprocess.TimeoutExpired:
-            raise ValueError(f"{name} was not done after {seconds:g} s{self._last(name)}") from None
+            raise FedspanError(f"{name} was not done after {seconds:g} s{self._last(name)}") from None
         if status:
-            raise ValueError(self.obituary(name))
+            raise FedspanError(self.obituary(name))
 
     def obituary(self, name: str) -> str:
         """How a process ended, in one line."""

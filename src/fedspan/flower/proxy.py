@@ -32,7 +32,7 @@ _SECONDS = 60.0
 
 
 def create(upstream: str, ca: Path) -> Starlette:
-    """The gate as an ASGI application.
+    """The proxy as an ASGI application.
 
     Parameters
     ----------
@@ -104,7 +104,7 @@ async def _content(request: Request) -> bytes:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until told to end."""
-    parser = argparse.ArgumentParser(prog="python -m fedspan.flower.proxy", description="The gate before a SuperLink.")
+    parser = argparse.ArgumentParser(prog="python -m fedspan.flower.proxy", description="The proxy before a SuperLink.")
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", required=True, type=int)
     parser.add_argument("--upstream", required=True, metavar="HOST:PORT")

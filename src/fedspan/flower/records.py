@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from fedspan.support.errors import FedspanError
+
 MESSAGE_TYPE = "query.fedspan"
 SERIALISATION = "fedspan.bytes"
 """Ours, so that nobody takes the bytes for an array's."""
@@ -41,10 +43,10 @@ def unpack(message: Message) -> tuple[bytes, float]:
     records = message.content
     config = records.config_records.get(_CONFIG)
     if config is None:
-        raise ValueError(f"a message holds the records {sorted(records)}: expected {_CONFIG!r}")
+        raise FedspanError(f"a message holds the records {sorted(records)}: expected {_CONFIG!r}")
     lifetime = config.get(_LIFETIME)
     if not isinstance(lifetime, float):
-        raise ValueError(f"a message's lifetime is {lifetime!r}: expected a number of seconds")
+        raise FedspanError(f"a message's lifetime is {lifetime!r}: expected a number of seconds")
     content = config.get(_CONTENT)
     if isinstance(content, bytes):
         return content, lifetime
@@ -52,7 +54,7 @@ def unpack(message: Message) -> tuple[bytes, float]:
     array = None if arrays is None else arrays.get(_CONTENT)
     if array is None or array.stype != SERIALISATION:
         found = None if array is None else array.stype
-        raise ValueError(f"a message's content is of the type {found!r}: expected {SERIALISATION!r}")
+        raise FedspanError(f"a message's content is of the type {found!r}: expected {SERIALISATION!r}")
     return array.data, lifetime
 
 

@@ -24,6 +24,7 @@ from fedspan.flower.grid_transport import GridPort
 from fedspan.flower.records import one_line
 from fedspan.runs import execution
 from fedspan.runs.engine import Event
+from fedspan.support.errors import FedspanError
 
 SERVER_DIR = "FEDSPAN_SERVER_DIR"
 PATIENCE = 20.0
@@ -66,7 +67,7 @@ def leading(folder: Path, name: str, patience: float = PATIENCE) -> Iterator[Non
                 break
             except BlockingIOError:
                 if time.monotonic() > end:
-                    raise ValueError(f"another process leads the run {name!r}: expected it to have ended") from None
+                    raise FedspanError(f"another process leads the run {name!r}: expected it to have ended") from None
                 time.sleep(_LOOK)
         yield
 
@@ -97,8 +98,8 @@ def _where(context: Context) -> tuple[Path, str]:
     """The server's folder and the run's name."""
     named = context.run_config.get("server-dir") or os.environ.get(SERVER_DIR)
     if not named:
-        raise ValueError(f"no server folder: expected server-dir in the run's configuration, or {SERVER_DIR}")
+        raise FedspanError(f"no server folder: expected server-dir in the run's configuration, or {SERVER_DIR}")
     name = str(context.run_config.get("run-name") or "federation")
     if Path(name).name != name:
-        raise ValueError(f"run-name = {name!r}: expected a plain name")
+        raise FedspanError(f"run-name = {name!r}: expected a plain name")
     return Path(str(named)), name

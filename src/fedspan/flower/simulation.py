@@ -27,6 +27,7 @@ from fedspan.runs import execution
 from fedspan.runs.engine import OnEvent
 from fedspan.runs.execution import Result
 from fedspan.site.site import Loaded, Settings, Site
+from fedspan.support.errors import FedspanError
 
 
 def run(config: Config, out: Path, on_event: OnEvent) -> Result:
@@ -44,7 +45,7 @@ def run(config: Config, out: Path, on_event: OnEvent) -> Result:
         When Ray is missing, or for anything wrong with the settings, the data or the model.
     """
     if importlib.util.find_spec("ray") is None:
-        raise ValueError("the engine flower-simulation needs Ray: pip install 'flwr[simulation]>=1.41,<1.43'")
+        raise FedspanError("the engine flower-simulation needs Ray: pip install 'flwr[simulation]>=1.41,<1.43'")
     from flwr.simulation import run_simulation
 
     clients = make_clients(config, load_data(config.data, config.seed))

@@ -33,6 +33,7 @@ from fedspan.flower import tensors
 from fedspan.flower.tensors import figures, received, reply
 from fedspan.methods.base import Method, ServerState, aggregate
 from fedspan.methods.messages import Broadcast, Factors, Recipe, Request, Template, Tensors, Update
+from fedspan.support.errors import FedspanError
 from fedspan.support.seeding import generator
 
 __all__ = ["FedspanStrategy", "figures", "received", "reply"]
@@ -88,7 +89,7 @@ class FedspanStrategy(Strategy):
         lifetime: float = 3600.0,
     ) -> None:
         if not (0 < participation <= 1 and 0 <= evaluation <= 1 and min_nodes >= 1 and min_success >= 1):
-            raise ValueError(
+            raise FedspanError(
                 f"participation = {participation}, evaluation = {evaluation}, min_nodes = {min_nodes}, min_success = "
                 f"{min_success}: expected shares of at most 1 and counts of at least 1"
             )
@@ -163,7 +164,7 @@ class FedspanStrategy(Strategy):
             When too few nodes come within `wait` seconds, or `arrays` are not this strategy's own.
         """
         if not tensors.same(arrays, self.arrays()):
-            raise ValueError("start was given other arrays than this strategy's: expected strategy.arrays()")
+            raise FedspanError("start was given other arrays than this strategy's: expected strategy.arrays()")
         drawn = self._drawn(grid, self.participation, server_round, "train")
         self._asked = {node: self.broadcast(self._rank(node)) for node in drawn}
         return self._messages(self._asked, server_round, config, MessageType.TRAIN)
@@ -185,10 +186,10 @@ class FedspanStrategy(Strategy):
             node = message.metadata.src_node_id
             try:
                 if node not in self._asked:
-                    raise ValueError("it was not asked, or has answered before")
+                    raise FedspanError("it was not asked, or has answered before")
                 update = tensors.update_of(message, self.method, self._asked.pop(node), server_round)
                 if self._owners.setdefault(update.client_id, node) != node:
-                    raise ValueError(f"it calls itself {update.client_id!r}, which is another node's name")
+                    raise FedspanError(f"it calls itself {update.client_id!r}, which is another node's name")
                 updates[update.client_id] = update, tensors.metrics_of(message)
             except ValueError as error:
                 self._reject(str(node), str(error))
@@ -196,7 +197,7 @@ class FedspanStrategy(Strategy):
             self._reject(str(node), "no reply")
         if len(updates) < self.min_success:
             first = next((f": {node}: {why}" for node, why in self.rejected.items()), "")
-            raise ValueError(
+            raise FedspanError(
                 f"round {server_round}: {len(updates)} valid replies, min_success = {self.min_success}{first}"
             )
         self.state, told = aggregate(self.method, self.state, [update for update, _ in updates.values()])
@@ -239,14 +240,14 @@ class FedspanStrategy(Strategy):
         if not isinstance(self.ranks, Mapping):
             return self._all_ranks()[0]
         if node not in self.ranks:
-            raise ValueError(f"node {node} has no rank: expected one of {sorted(self.ranks)}")
+            raise FedspanError(f"node {node} has no rank: expected one of {sorted(self.ranks)}")
         return self.ranks[node]
 
     def _drawn(self, grid: Grid, share: float, server_round: int, purpose: str) -> list[int]:
         end = time.monotonic() + self.wait
         while len(nodes := sorted(grid.get_node_ids())) < self.min_nodes:
             if time.monotonic() > end:
-                raise ValueError(f"{len(nodes)} nodes after {self.wait:g} s: expected at least {self.min_nodes}")
+                raise FedspanError(f"{len(nodes)} nodes after {self.wait:g} s: expected at least {self.min_nodes}")
             time.sleep(min(_LOOK, self.wait))
         number = min(len(nodes), max(self.min_nodes, round(share * len(nodes))))
         order = torch.randperm(len(nodes), generator=generator(self.state.template.seed, server_round, purpose))
@@ -276,15 +277,15 @@ def _check_method(method: Method) -> None:
         (info.personalised or method.start is not start, "keeps something at its clients"),
     ):
         if wrong:
-            raise ValueError(f"{info.name} {reason}: expected one plain exchange; `fedspan flower init` makes its app")
+            raise FedspanError(f"{info.name} {reason}: expected one plain exchange; see `fedspan flower init`")
 
 
 def _check_broadcast(method: Method, sent: Broadcast) -> None:
     plain = Recipe(train_a=sent.recipe.train_a, train_b=sent.recipe.train_b, proximal=sent.recipe.proximal)
     if sent.patch or sent.correction or sent.subspaces or sent.moments or sent.recipe != plain:
-        raise ValueError(
+        raise FedspanError(
             f"{method.info.name} sends its clients more than factors and weights: expected nothing else; "
-            "`fedspan flower init` makes its app"
+            "see `fedspan flower init`"
         )
 
 
@@ -300,7 +301,7 @@ def _check_later(method: Method) -> None:
         updates.append(method.encode(Update(name, 1.0, modules, dense), sent, None)[0])
     state, _ = aggregate(method, state, updates)
     if state.patches is not None:
-        raise ValueError(
+        raise FedspanError(
             f"{method.info.name} adds to its clients' base: expected factors and weights alone; "
-            "`fedspan flower init` makes its app"
+            "see `fedspan flower init`"
         )

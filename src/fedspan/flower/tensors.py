@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fedspan.flower.records import one_line
 from fedspan.methods.base import Method
-from fedspan.methods.messages import Broadcast, Factors, Payload, Recipe, Template, Tensors, Update, Vector
-from fedspan.wire.sizes import parts
+from fedspan.methods.messages import Broadcast, Factors, Payload, Recipe, Template, Tensors, Update
+from fedspan.support.errors import FedspanError
 
 ARRAYS, CONFIG, METRICS = "arrays", "fedspan", "metrics"
 _PAIRS = ((".lora_A.weight", ".lora_B.weight"), ("/a", "/b"))
@@ -35,7 +35,7 @@ def received(message: Message) -> Broadcast:
     adapter: dict[str, Factors] = {}
     for name, scaling in zip(_list(config, "modules"), _list(config, "scalings"), strict=True):
         if not isinstance(name, str) or not isinstance(scaling, float):
-            raise ValueError(f"the module {name!r} has the scaling {scaling!r}: expected a name and a number")
+            raise FedspanError(f"the module {name!r} has the scaling {scaling!r}: expected a name and a number")
         adapter[name] = Factors(_taken(values, f"{name}/b"), _taken(values, f"{name}/a"), scaling)
     recipe = Recipe(
         train_a=bool(config["train-a"]), train_b=bool(config["train-b"]), proximal=_number(config, "proximal")
@@ -57,12 +57,12 @@ def reply(message: Message, method: Method, update: Update, metrics: Mapping[str
     """
     config = _config(message)
     if config.get("method") != method.info.name:
-        raise ValueError(f"the server runs {config.get('method')!r}: expected {method.info.name!r} as here")
+        raise FedspanError(f"the server runs {config.get('method')!r}: expected {method.info.name!r} as here")
     sent = received(message)
-    for name, payload in update.modules.items():
-        if isinstance(payload, Factors) and name in sent.adapter and payload.scaling != sent.adapter[name].scaling:
+    for name, scaling in update.scalings().items():
+        if name in sent.adapter and scaling != sent.adapter[name].scaling:
             # The scaling does not travel back: the server takes it for the one that it sent.
-            raise ValueError(f"{name} has scaling {payload.scaling}, expected {sent.adapter[name].scaling} as was sent")
+            raise FedspanError(f"{name} has scaling {scaling}, expected {sent.adapter[name].scaling} as was sent")
     encoded, _ = method.encode(update, sent, None)
     records = _answer(message, update.client_id, update.num_examples, metrics)
     records[ARRAYS] = _arrays(_payload(encoded.modules, encoded.dense))
@@ -108,27 +108,27 @@ def update_of(message: Message, method: Method, sent: Broadcast, server_round: i
     got = {} if record is None else dict(record.items())
     if got.keys() != wanted.keys():
         odd = sorted(got.keys() ^ wanted.keys())[0]
-        raise ValueError(f"it names {odd}, which was not asked for, or lacks it")
+        raise FedspanError(f"it names {odd}, which was not asked for, or lacks it")
     values = {name: _checked(name, got[name], wanted[name]) for name in wanted}
     modules: dict[str, Payload] = {}
     for name, payload in expected.modules.items():
-        own = {part: values.pop(f"{name}/{part}") for part, _ in parts(payload)}
-        modules[name] = Factors(own["b"], own["a"], payload.scaling) if isinstance(payload, Factors) else Vector(own)
+        own = {part: values.pop(f"{name}/{part}") for part in payload.tensors()}
+        modules[name] = payload.with_tensors(own)
     return Update(client_id, num_examples, modules, values)
 
 
 def sender_of(message: Message, server_round: int) -> tuple[str, float]:
     """Who answers, and for how many examples."""
     if message.has_error():
-        raise ValueError(one_line(message.error.reason or f"error {message.error.code}"))
+        raise FedspanError(one_line(message.error.reason or f"error {message.error.code}"))
     config = _config(message)
     client_id, num_examples = config.get("client-id"), config.get("num-examples")
     if config.get("round") != server_round:
-        raise ValueError(f"it is of round {config.get('round')!r}, expected {server_round}")
+        raise FedspanError(f"it is of round {config.get('round')!r}, expected {server_round}")
     if not isinstance(client_id, str) or not client_id:
-        raise ValueError(f"client-id = {client_id!r}, expected the site's name")
+        raise FedspanError(f"client-id = {client_id!r}, expected the site's name")
     if not isinstance(num_examples, float) or not (math.isfinite(num_examples) and num_examples > 0):
-        raise ValueError(f"num-examples = {num_examples!r}, expected more than 0")
+        raise FedspanError(f"num-examples = {num_examples!r}, expected more than 0")
     return client_id, num_examples
 
 
@@ -143,7 +143,7 @@ def metrics_of(message: Message) -> MetricRecord:
     found = message.content.metric_records.get(METRICS) or MetricRecord()
     for name, value in found.items():
         if isinstance(value, list) or not math.isfinite(value):
-            raise ValueError(f"{name} = {value!r}, expected a finite number")
+            raise FedspanError(f"{name} = {value!r}, expected a finite number")
     return found
 
 
@@ -172,14 +172,14 @@ def template_of(arrays: ArrayRecord, alpha: float, rslora: bool, seed: int) -> t
                 continue
             a, b = _half(values, module + first), _half(values, module + second)
             if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-                raise ValueError(f"{module}: factors {tuple(a.shape)} and {tuple(b.shape)}, expected (r, n) and (m, r)")
+                raise FedspanError(f"{module}: factors {tuple(a.shape)} and {tuple(b.shape)}, expected (r, n), (m, r)")
             if bool(b.any()):
-                raise ValueError(f"{module}: B is not zero, expected an untrained adapter; merge this one first")
+                raise FedspanError(f"{module}: B is not zero, expected an untrained adapter; merge this one first")
             modules[module] = (b.shape[0], a.shape[1])
             ranks.add(a.shape[0])
             del values[module + first], values[module + second]
     if len(ranks) > 1:
-        raise ValueError(f"the adapter has the ranks {sorted(ranks)}: expected one")
+        raise FedspanError(f"the adapter has the ranks {sorted(ranks)}: expected one")
     return Template(modules, next(iter(ranks), 1), alpha, rslora, seed), values
 
 
@@ -196,9 +196,9 @@ def _answer(message: Message, client_id: str, num_examples: float, metrics: Mapp
 
 
 def _payload(modules: Mapping[str, Payload], dense: Tensors) -> dict[str, Tensor]:
-    named = {f"{name}/{part}": t for name, payload in modules.items() for part, t in parts(payload)}
+    named = {f"{name}/{part}": t for name, payload in modules.items() for part, t in payload.tensors().items()}
     if both := named.keys() & dense.keys():
-        raise ValueError(f"{min(both)} is a dense weight and a factor's name: expected different names")
+        raise FedspanError(f"{min(both)} is a dense weight and a factor's name: expected different names")
     return named | dict(dense)
 
 
@@ -206,7 +206,7 @@ def _arrays(values: Mapping[str, Tensor]) -> ArrayRecord:
     record = ArrayRecord()
     for name, value in values.items():
         if value.dtype == torch.bfloat16:
-            raise ValueError(f"{name} is bfloat16, which Flower's arrays cannot hold: expected float32")
+            raise FedspanError(f"{name} is bfloat16, which Flower's arrays cannot hold: expected float32")
         record[name] = Array(np.ascontiguousarray(value.detach().cpu().numpy()))
     return record
 
@@ -215,9 +215,9 @@ def _checked(name: str, array: Array, wanted: Tensor) -> Tensor:
     value = _tensor(name, array)
     if value.shape != wanted.shape or value.dtype != wanted.dtype:
         got, expected = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (value, wanted))
-        raise ValueError(f"{name} is {got}, expected {expected}")
+        raise FedspanError(f"{name} is {got}, expected {expected}")
     if not bool(torch.isfinite(value).all()):
-        raise ValueError(f"{name} holds NaN or infinity")
+        raise FedspanError(f"{name} holds NaN or infinity")
     return value
 
 
@@ -229,11 +229,11 @@ def _tensor(name: str, array: Array) -> Tensor:
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = read(stream)
         if array.stype != "numpy.ndarray" or fortran or dtype.hasobject:
-            raise ValueError("expected a plain array in C order")
+            raise FedspanError("expected a plain array in C order")
         body = array.data[stream.tell() :]
         return torch.from_numpy(np.frombuffer(body, dtype).reshape(shape).copy())
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{name} cannot be read ({error})") from None
+        raise FedspanError(f"{name} cannot be read ({error})") from None
 
 
 def _values(message: Message) -> dict[str, Tensor]:
@@ -244,7 +244,7 @@ def _values(message: Message) -> dict[str, Tensor]:
 def _config(message: Message) -> ConfigRecord:
     config = message.content.config_records.get(CONFIG)
     if config is None:
-        raise ValueError(f"a message without the record {CONFIG!r}: expected one of a FedspanStrategy")
+        raise FedspanError(f"a message without the record {CONFIG!r}: expected one of a FedspanStrategy")
     return config
 
 
@@ -256,17 +256,17 @@ def _list(config: ConfigRecord, key: str) -> Iterable[object]:
 def _number(config: ConfigRecord, key: str) -> float:
     value = config[key]
     if not isinstance(value, float):
-        raise ValueError(f"{key} = {value!r}, expected a number")
+        raise FedspanError(f"{key} = {value!r}, expected a number")
     return value
 
 
 def _taken(values: dict[str, Tensor], name: str) -> Tensor:
     if name not in values:
-        raise ValueError(f"a message lacks {name}")
+        raise FedspanError(f"a message lacks {name}")
     return values.pop(name)
 
 
 def _half(values: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in values:
-        raise ValueError(f"{name} is missing: expected both factors of every module")
+        raise FedspanError(f"{name} is missing: expected both factors of every module")
     return values[name]

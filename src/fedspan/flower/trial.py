@@ -22,7 +22,8 @@ from typing import Any
 from fedspan.config import Config, with_absolute_paths
 from fedspan.flower import deployment
 from fedspan.flower.deployment import Deployment
-from fedspan.flower.process_tree import Household
+from fedspan.flower.process_tree import ProcessTree
+from fedspan.support.errors import FedspanError
 
 Say = Callable[[str], None]
 
@@ -59,10 +60,10 @@ def chosen_proxy(proxy: str) -> str:
         For another name, and when nginx is asked for and not installed.
     """
     if proxy not in ("auto", "nginx", "python"):
-        raise ValueError(f"proxy {proxy!r}: expected nginx, python, or auto")
+        raise FedspanError(f"proxy {proxy!r}: expected nginx, python, or auto")
     found = shutil.which("nginx", path=_path())
     if proxy == "nginx" and found is None:
-        raise ValueError(
+        raise FedspanError(
             "nginx is not installed: install it (such as `apt install nginx-light`), or take the proxy that comes with "
             "fedspan with --proxy python"
         )
@@ -93,14 +94,14 @@ def up(folder: Path, say: Say, *, proxy: str = "auto", timeout: float = 3600.0, 
     """
     plan, kind, name = deployment.read(folder), chosen_proxy(proxy), run or _new_run(folder)
     if not plan.local:
-        raise ValueError(f"{folder} is a deployment for {plan.hosts[0]}: expected one for localhost, for a trial")
+        raise FedspanError(f"{folder} is a deployment for {plan.hosts[0]}: expected one for localhost, for a trial")
     for port in (plan.port, plan.superlink_port, *(site.runtime_port for site in plan.sites)):
         if not _is_free(port):
-            raise ValueError(
+            raise FedspanError(
                 f"port {port} of {folder} is in use: expected it to be free; is this deployment up already?"
             )
     began = time.monotonic()
-    with _signals_as_errors(), Household(folder / "logs") as house:
+    with _signals_as_errors(), ProcessTree(folder / "logs") as house:
         try:
             start(house, folder, plan, kind, say)
             out = folder / "server" / "runs" / name
@@ -111,7 +112,7 @@ def up(folder: Path, say: Say, *, proxy: str = "auto", timeout: float = 3600.0, 
     return Outcome(out, json.loads((out / "summary.json").read_text(encoding="utf-8")), seconds)
 
 
-def start(house: Household, folder: Path, plan: Deployment, proxy: str, say: Say, sites: bool = True) -> None:
+def start(house: ProcessTree, folder: Path, plan: Deployment, proxy: str, say: Say, sites: bool = True) -> None:
     """Start the server's processes and the sites', by the very scripts of the deployment."""
     server, environment = folder.resolve() / "server", {"PATH": _path(), "PYTHON": sys.executable}
     ca = server / "ca.crt"
@@ -141,7 +142,7 @@ def answers(port: int, ca: Path) -> bool:
         ):
             return True
     except ssl.SSLCertVerificationError as error:
-        raise ValueError(f"port {port} belongs to another server ({error.verify_message})") from None
+        raise FedspanError(f"port {port} belongs to another server ({error.verify_message})") from None
     except OSError:
         return False
 
@@ -158,7 +159,7 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-def _federate(house: Household, plan: Deployment, out: Path, say: Say, deadline: float) -> tuple[float, float]:
+def _federate(house: ProcessTree, plan: Deployment, out: Path, say: Say, deadline: float) -> tuple[float, float]:
     """Start the run and follow it to its end; when its first round was done, and when all was."""
     server = out.parent.parent
     house.start("run", ["./run.sh", out.name], server, {"PATH": _path(), "PYTHON": sys.executable})
@@ -175,11 +176,11 @@ def _federate(house: Household, plan: Deployment, out: Path, say: Say, deadline:
             return first or now, now
         for name in watched:
             if house.ended(name) is not None:
-                raise ValueError(house.obituary(name))
+                raise FedspanError(house.obituary(name))
         if over and not (out / "summary.json").exists():
-            raise ValueError(f"the run ended without a result: {house.obituary('run')}")
+            raise FedspanError(f"the run ended without a result: {house.obituary('run')}")
         if time.monotonic() > deadline:
-            raise ValueError(f"the run was not done in time (--timeout); its folder is {out}")
+            raise FedspanError(f"the run was not done in time (--timeout); its folder is {out}")
         time.sleep(_LOOK)
 
 

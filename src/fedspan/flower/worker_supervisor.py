@@ -21,7 +21,7 @@ _LOADING = 900.0
 anew, and never end where the base takes longer to load than a question may wait."""
 
 
-class Keeper:
+class WorkerSupervisor:
     """One worker process, and the calls to it.
 
     The worker holds the reading end of a pipe as its standard input and ends when that closes, so that it cannot

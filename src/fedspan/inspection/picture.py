@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedspan.inspection.record import Inspection
+from fedspan.support.errors import FedspanError
 
 _COLORS = ("#2a6fbb", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d1e", "#4d4d4d")
 
@@ -28,7 +29,7 @@ def plot(run: Inspection, out: Path) -> Path:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'fedspan[plots]'") from None
+        raise FedspanError("plots need matplotlib: pip install 'fedspan[plots]'") from None
     figure = Figure(figsize=(9, 6.4), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True)
     ranks = run.ranks()

@@ -11,6 +11,7 @@ from fedspan import methods
 from fedspan.config import load
 from fedspan.display.report import read_run
 from fedspan.methods.base import MethodInfo
+from fedspan.support.errors import FedspanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,8 @@ def read(folder: Path) -> Inspection:
     rounds = [record for record in history if record.get("diagnostics")]
     if not rounds:
         if not history:
-            raise ValueError(f"{folder}: no round is finished yet")
-        raise ValueError(f"{folder}: its rounds hold no diagnostics; run it with --set evaluation.diagnostics=true")
+            raise FedspanError(f"{folder}: no round is finished yet")
+        raise FedspanError(f"{folder}: its rounds hold no diagnostics; run it with --set evaluation.diagnostics=true")
     return Inspection(folder, methods.create(load(folder / "config.toml").method).info, rounds)
 
 

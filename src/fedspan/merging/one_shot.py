@@ -25,6 +25,7 @@ from fedspan.methods.base import Method, ServerState, aggregate
 from fedspan.methods.messages import Broadcast, Factors, Request, Template, Update
 from fedspan.methods.readout import received
 from fedspan.support import parallel
+from fedspan.support.errors import FedspanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,18 +218,18 @@ def _able(hetero_rank: bool = False) -> str:
 def _check_arguments(number: int, method: Method, weights: Sequence[float] | None, rank: int | None) -> None:
     reason = _why_not(method)
     if reason is not None:
-        raise ValueError(f"{method.info.name} {reason}: expected a method that can merge: {_able()}")
+        raise FedspanError(f"{method.info.name} {reason}: expected a method that can merge: {_able()}")
     if number == 0:
-        raise ValueError("no adapter to merge: expected at least one folder")
+        raise FedspanError("no adapter to merge: expected at least one folder")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank = {rank!r}: expected a whole number of at least 1")
+        raise FedspanError(f"rank = {rank!r}: expected a whole number of at least 1")
     if weights is None:
         return
     if len(weights) != number:
-        raise ValueError(f"{len(weights)} weights for {number} adapters: expected one each")
+        raise FedspanError(f"{len(weights)} weights for {number} adapters: expected one each")
     for weight in weights:
         if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"weight {weight}: expected a finite number above 0")
+            raise FedspanError(f"weight {weight}: expected a finite number above 0")
 
 
 def _start(labels: Sequence[str], adapters: Sequence[Adapter], method: Method) -> tuple[Template, ServerState]:
@@ -257,7 +258,7 @@ def _check_one(labels: Sequence[str], name: str, what: str, values: Mapping[str,
             if not math.isclose(value, given[0], rel_tol=1e-9):
                 found = f"{module} has {given[0]:g} in {labels[0]} and {value:g} in {label}"
                 able = _able(hetero_rank=True)
-                raise ValueError(f"{name} needs one {what} per module; {found}: expected one of {able}")
+                raise FedspanError(f"{name} needs one {what} per module; {found}: expected one of {able}")
 
 
 def _with_common_a(
@@ -278,7 +279,7 @@ def _with_common_a(
         }
     if differ:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-        raise ValueError(
+        raise FedspanError(
             f"{method.info.name} averages B for one frozen A, but lora_A is not the same in all adapters for "
             f"{', '.join(differ[:3])}{more}: expected a method that can merge them: {_able(hetero_rank=True)}"
         )
@@ -315,7 +316,7 @@ def _dense(labels: Sequence[str], adapters: Sequence[Adapter], answer: Broadcast
         elif tensor.is_floating_point():
             dense[name] = answer.dense[name]
         else:
-            raise ValueError(f"{odd[0]}: {name} is {tensor.dtype} and not that of {labels[0]}: expected equal integers")
+            raise FedspanError(f"{odd[0]}: {name} is {tensor.dtype} and differs from {labels[0]}'s: expected equality")
     return dense
 
 

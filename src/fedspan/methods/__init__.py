@@ -31,6 +31,7 @@ from fedspan.methods.rolora import rolora
 from fedspan.methods.scaffold import scaffold
 from fedspan.methods.server_optimizers import fedadam, fedavgm, fedyogi
 from fedspan.methods.shared_galore import shared_galore
+from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
 
 METHODS: Mapping[str, Callable[..., Method]] = {
@@ -78,13 +79,13 @@ def create(options: Mapping[str, Any]) -> Method:
     given = dict(options)
     name = given.pop("name", None)
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}{nearest(str(name), METHODS)}")
+        raise FedspanError(f"unknown method {name!r}{nearest(str(name), METHODS)}")
     factory = METHODS[name]
     known = inspect.signature(factory).parameters
     for key, value in given.items():
         if key not in known:
             takes = nearest(key, known) if known else f"; {name} has no options"
-            raise ValueError(f"unknown key 'method.{key}' for {name}{takes}")
+            raise FedspanError(f"unknown key 'method.{key}' for {name}{takes}")
         if value == "none":  # TOML has no null
             given[key] = None
     try:
@@ -94,4 +95,4 @@ def create(options: Mapping[str, Any]) -> Method:
         key = ".".join(str(part) for part in problem["loc"][:1])
         message = problem["msg"].removeprefix("Value error, ")
         prefix = "" if message.startswith("method.") else f"method.{key} = {problem['input']!r}: "
-        raise ValueError(prefix + message) from None
+        raise FedspanError(prefix + message) from None

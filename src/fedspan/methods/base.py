@@ -27,6 +27,7 @@ from fedspan.methods.folds import Exchange, Partial
 from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Request, Template, Tensors, Update
 from fedspan.methods.patches import PatchLog
 from fedspan.methods.queries import Conversation, Terms, own_terms
+from fedspan.support.errors import FedspanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +132,13 @@ def aggregate(method: Method, state: ServerState, updates: list[Update]) -> tupl
         When the list is empty, two updates carry the same client id, or a client counts for nothing.
     """
     if not updates:
-        raise ValueError("no update to aggregate: expected at least one client")
+        raise FedspanError("no update to aggregate: expected at least one client")
     ids = [update.client_id for update in updates]
     if len(set(ids)) != len(ids):
-        raise ValueError(f"two updates of one client among {sorted(ids)}: expected one each")
+        raise FedspanError(f"two updates of one client among {sorted(ids)}: expected one each")
     for update in updates:
         if not (math.isfinite(update.num_examples) and update.num_examples > 0):
-            raise ValueError(f"{update.client_id} has {update.num_examples} examples: expected more than 0")
+            raise FedspanError(f"{update.client_id} has {update.num_examples} examples: expected more than 0")
     fold = method.exchanges[state.exchange].fold
     partial = Partial()
     for update in sorted(updates, key=lambda u: u.client_id):

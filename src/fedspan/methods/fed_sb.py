@@ -29,6 +29,7 @@ from fedspan.methods.messages import (
 )
 from fedspan.methods.patches import PatchLog
 from fedspan.methods.readout import fresh_adapter
+from fedspan.support.errors import FedspanError
 from fedspan.support.seeding import generator
 
 _OVERSAMPLING = 8
@@ -61,9 +62,9 @@ def fed_sb(first_step: float = 0.0, probe_batches: int = 4) -> Method:
         Batches whose mean gradient a client sketches.
     """
     if not first_step >= 0:
-        raise ValueError(f"method.first_step = {first_step}: expected at least 0")
+        raise FedspanError(f"method.first_step = {first_step}: expected at least 0")
     if probe_batches < 1:
-        raise ValueError(f"method.probe_batches = {probe_batches}: expected at least 1")
+        raise FedspanError(f"method.probe_batches = {probe_batches}: expected at least 1")
 
     def init(template: Template, dense: Tensors) -> ServerState:
         return ServerState(template, {}, dense)
@@ -152,7 +153,7 @@ def _answer(update: Update, sent: Broadcast, name: str) -> Tensors:
         return {"sketch": replace(asked, basis=asked.basis.to(grad)).coordinates(grad)}
     b, v = sent.adapter[name].b, sent.subspaces[f"{name}/a"].basis
     if payload.rank != b.shape[1]:
-        raise ValueError(f"an adapter of rank {payload.rank}: expected rank {b.shape[1]} for every client")
+        raise FedspanError(f"an adapter of rank {payload.rank}: expected rank {b.shape[1]} for every client")
     delta = payload.delta()
     return {"core": (b.to(delta.b).mT @ delta.b) @ (delta.a @ v.to(delta.a))}
 

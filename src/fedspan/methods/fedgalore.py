@@ -13,6 +13,7 @@ from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import COLLECT, Exchange, Partial
 from fedspan.methods.full_weights import WEIGHTS, OnRefresh, Side, SVDKind, average_weights, galore_options
 from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Recipe, Request, Tensors, Update
+from fedspan.support.errors import FedspanError
 
 
 def fedgalore(
@@ -56,7 +57,7 @@ def fedgalore(
     galore = galore_options(galore_rank, update_gap, scale, svd, side, on_refresh)
     for name, value in (("threshold", threshold), ("floor", floor)):
         if not 0 <= value <= 1:
-            raise ValueError(f"method.{name} = {value}: expected from 0 to 1")
+            raise FedspanError(f"method.{name} = {value}: expected from 0 to 1")
     info = MethodInfo(
         name="fedgalore",
         title="FedGaLore (approximation)",
@@ -99,7 +100,7 @@ def fedgalore(
 
 def _moment(update: Update, name: str) -> Tensor:
     if name not in update.moments:
-        raise ValueError(f"{update.client_id} sent no second moments of {name}: expected those of GaLore's optimizer")
+        raise FedspanError(f"{update.client_id} sent no second moments of {name}: expected those of GaLore's optimizer")
     return lowrank.promote(update.moments[name])
 
 

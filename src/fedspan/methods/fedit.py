@@ -10,6 +10,7 @@ from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import SUM, Exchange, Partial
 from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Factors, Request, Template, Tensors, Update
 from fedspan.methods.readout import fresh_adapter
+from fedspan.support.errors import FedspanError
 
 
 def init_factors(template: Template, dense: Tensors) -> ServerState:
@@ -27,7 +28,7 @@ def factors_of(state: ServerState) -> Mapping[str, Factors]:
 def check_rank(state: ServerState, request: Request) -> None:
     """Refuse a client whose rank is not the run's one rank."""
     if request.rank not in (None, state.template.rank):
-        raise ValueError(f"a client of rank {request.rank}: expected rank {state.template.rank} for every client")
+        raise FedspanError(f"a client of rank {request.rank}: expected rank {state.template.rank} for every client")
 
 
 def fedit() -> Method:
@@ -74,5 +75,5 @@ def fedit() -> Method:
 def _rescaled(f: Factors, sent: Factors) -> Factors:
     """The same ΔW at the scaling and rank that were sent."""
     if f.rank != sent.rank:
-        raise ValueError(f"an adapter of rank {f.rank}: expected rank {sent.rank} for every client")
+        raise FedspanError(f"an adapter of rank {f.rank}: expected rank {sent.rank} for every client")
     return Factors(lowrank.promote(f.b) * (f.scaling / sent.scaling), f.a, sent.scaling)

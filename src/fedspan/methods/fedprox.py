@@ -7,6 +7,7 @@ from typing import Literal
 from fedspan.methods.base import Method, MethodInfo
 from fedspan.methods.full_weights import average_weights
 from fedspan.methods.messages import Recipe
+from fedspan.support.errors import FedspanError
 
 
 def fedprox(mu: float = 0.01, trains: Literal["targets", "all"] = "targets") -> Method:
@@ -27,7 +28,7 @@ def fedprox(mu: float = 0.01, trains: Literal["targets", "all"] = "targets") -> 
         The weights of the target modules, or every weight of the model.
     """
     if not mu >= 0:
-        raise ValueError(f"method.mu = {mu}: expected at least 0")
+        raise FedspanError(f"method.mu = {mu}: expected at least 0")
     info = MethodInfo(
         name="fedprox",
         title="FedProx",

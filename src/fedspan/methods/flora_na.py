@@ -17,6 +17,7 @@ from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import Method
 from fedspan.methods.fedit import fedit
 from fedspan.methods.lora_fair import nearer
+from fedspan.support.errors import FedspanError
 
 
 def flora_na(sweeps: int = 10) -> Method:
@@ -37,7 +38,7 @@ def flora_na(sweeps: int = 10) -> Method:
         How often p and then q are solved for.
     """
     if sweeps < 1:
-        raise ValueError(f"method.sweeps = {sweeps}: expected at least 1")
+        raise FedspanError(f"method.sweeps = {sweeps}: expected at least 1")
 
     def refine(pairs: Sequence[LowRank], shares: Sequence[float], mean: LowRank) -> LowRank:
         weights = torch.tensor(shares, dtype=torch.float64, device=mean.b.device)

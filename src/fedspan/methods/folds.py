@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
-from fedspan.methods.messages import Payload, Tensors, Update, Vector
+from fedspan.methods.messages import Tensors, Update
+from fedspan.support.errors import FedspanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +59,13 @@ def _plus(x: Tensors, y: Tensors) -> dict[str, Tensor]:
     for name in x:
         if x[name].shape != y[name].shape:
             shapes = f"{tuple(x[name].shape)} and {tuple(y[name].shape)}"
-            raise ValueError(f"updates hold {name} in shapes {shapes}: expected one shape")
+            raise FedspanError(f"updates hold {name} in shapes {shapes}: expected one shape")
     return {name: x[name] + y[name] for name in x}
 
 
 def _same_names(what: str, x: Mapping[str, object], y: Mapping[str, object]) -> None:
     if x.keys() != y.keys():
-        raise ValueError(f"updates name different {what}: {sorted(x.keys() ^ y.keys())[:3]}")
+        raise FedspanError(f"updates name different {what}: {sorted(x.keys() ^ y.keys())[:3]}")
 
 
 def _plus_nested(x: Tensor, y: Tensor) -> Tensor:
@@ -82,10 +83,6 @@ def _weighted(x: Tensors, weight: float) -> dict[str, Tensor]:
     return {name: lowrank.promote(value) * weight for name, value in x.items()}
 
 
-def _payload_tensors(payload: Payload) -> Tensors:
-    return payload.values if isinstance(payload, Vector) else {"a": payload.a, "b": payload.b}
-
-
 def _plus_modules(x: Mapping[str, Tensors], y: Mapping[str, Tensors]) -> dict[str, Tensors]:
     _same_names("modules", x, y)
     total: dict[str, Tensors] = {}
@@ -97,7 +94,7 @@ def _plus_modules(x: Mapping[str, Tensors], y: Mapping[str, Tensors]) -> dict[st
 
 def _add_to_sum(partial: Partial, update: Update) -> Partial:
     w = update.num_examples
-    modules = {name: _weighted(_payload_tensors(p), w) for name, p in update.modules.items()}
+    modules = {name: _weighted(p.tensors(), w) for name, p in update.modules.items()}
     return _merge(partial, Partial(1, w, _weighted(update.dense, w), modules))
 
 

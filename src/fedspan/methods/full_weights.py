@@ -18,6 +18,7 @@ from fedspan.methods.messages import (
     Tensors,
     Update,
 )
+from fedspan.support.errors import FedspanError
 
 SVDKind = Literal["exact", "randomized", "power"]
 Side = Literal["auto", "left", "right"]
@@ -103,11 +104,11 @@ def galore_options(
 ) -> GaloreOptions:
     """A method's options as the local optimizer takes them; a ValueError names one that is out of range."""
     if rank < 1:
-        raise ValueError(f"method.galore_rank = {rank}: expected at least 1, or 'none'")
+        raise FedspanError(f"method.galore_rank = {rank}: expected at least 1, or 'none'")
     if update_gap < 1:
-        raise ValueError(f"method.update_gap = {update_gap}: expected at least 1")
+        raise FedspanError(f"method.update_gap = {update_gap}: expected at least 1")
     if not scale > 0:
-        raise ValueError(f"method.scale = {scale}: expected more than 0")
+        raise FedspanError(f"method.scale = {scale}: expected more than 0")
     return GaloreOptions(rank=rank, update_gap=update_gap, scale=scale, svd=svd, side=side, on_refresh=on_refresh)
 
 

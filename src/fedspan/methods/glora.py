@@ -21,6 +21,7 @@ from fedspan.methods.queries import Conversation, Outcome, Sums, Term, Terms, ow
 from fedspan.methods.readout import Balance, fresh_adapter, leading_adapter
 from fedspan.methods.spectral import Dialogue, Found, Wanted
 from fedspan.support import parallel
+from fedspan.support.errors import FedspanError
 
 Algebra = Literal["auto", "exact", "randomized"]
 Start = Literal["readout", "state", "split"]
@@ -100,13 +101,13 @@ def glora(
         # What comes back is an addition to the state, never a replacement of it.
         update = "innovation"
     if isinstance(server_rank, int) and server_rank < 1:
-        raise ValueError(f"method.server_rank = {server_rank}: expected at least 1, 'auto' or 'double'")
+        raise FedspanError(f"method.server_rank = {server_rank}: expected at least 1, 'auto' or 'double'")
     if not 0 < tolerance < 1:
-        raise ValueError(f"method.tolerance = {tolerance}: expected between 0 and 1")
+        raise FedspanError(f"method.tolerance = {tolerance}: expected between 0 and 1")
     if server_rank == "auto" and algebra == "randomized":
-        raise ValueError("method.algebra = 'randomized': expected 'auto' or 'exact' beside method.server_rank = 'auto'")
+        raise FedspanError("method.algebra = 'randomized': expected 'auto' or 'exact' with method.server_rank = 'auto'")
     if not 0 <= momentum < 1:
-        raise ValueError(f"method.momentum = {momentum}: expected at least 0 and below 1")
+        raise FedspanError(f"method.momentum = {momentum}: expected at least 0 and below 1")
     options = _Options(server_rank, tolerance, basis, sides, update, start, readout, algebra, balance, momentum)
     info = MethodInfo(
         name="glora",
@@ -193,7 +194,7 @@ def _product_server(info: MethodInfo, options: _Options) -> Method:
 
     def converse(state: ServerState) -> Conversation:
         if options.algebra == "exact" or options.server_rank == "auto":
-            raise ValueError(f"{info.name} with exact algebra or an automatic rank needs all updates at once")
+            raise FedspanError(f"{info.name} with exact algebra or an automatic rank needs all updates at once")
         return _conversation(state, options)
 
     return Method(info=info, init=init, broadcast=broadcast, finish=finish, converse=converse, terms=terms)

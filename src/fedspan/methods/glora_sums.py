@@ -22,6 +22,7 @@ from fedspan.methods.queries import Question, Sums, own_terms
 from fedspan.methods.readout import Balance
 from fedspan.methods.spectral import PROBES, Found
 from fedspan.support import parallel
+from fedspan.support.errors import FedspanError
 
 _PARTS = _SKETCH, _BASIS, _LEFT, _RIGHT = "columns", "adjoint", "left", "right"
 """What a client is asked, by the last part of its name in `Broadcast.subspaces`: P_k times it, X_kᵀ times it, and the
@@ -95,7 +96,7 @@ def glora_sums(
     # A readout of the state is the same thing wherever the state came from.
     plain = glora(server_rank=server_rank, balance=balance)
     if passes not in (1, 2):
-        raise ValueError(f"method.passes = {passes}: expected 1 or 2")
+        raise FedspanError(f"method.passes = {passes}: expected 1 or 2")
     plan = _Plan(server_rank, passes)
 
     def broadcast(state: ServerState, request: Request) -> Broadcast:

@@ -22,6 +22,7 @@ from fedspan.methods.messages import (
     Vector,
 )
 from fedspan.methods.readout import fresh_adapter
+from fedspan.support.errors import FedspanError
 
 
 def hetlora(gamma: float = 0.99, penalty: float = 5e-3) -> Method:
@@ -43,7 +44,7 @@ def hetlora(gamma: float = 0.99, penalty: float = 5e-3) -> Method:
         λ, the weight of the tail's norm in the client's loss.
     """
     if not 0 < gamma <= 1:
-        raise ValueError(f"method.gamma = {gamma}: expected above 0 and at most 1")
+        raise FedspanError(f"method.gamma = {gamma}: expected above 0 and at most 1")
 
     def init(template: Template, dense: Tensors) -> ServerState:
         first = fresh_adapter(template, template.rank)

@@ -20,6 +20,7 @@ from fedspan.methods.fedit import fedit
 from fedspan.methods.folds import Exchange, Partial
 from fedspan.methods.messages import Diagnostics
 from fedspan.support import parallel
+from fedspan.support.errors import FedspanError
 
 Refine = Callable[[Sequence[LowRank], Sequence[float], LowRank], LowRank]
 """(B_k A_k of the clients, p_k, FedIT's mean pair) -> the pair that is broadcast."""
@@ -112,7 +113,7 @@ def _info(name: str, title: str, paper: str) -> MethodInfo:
 
 def _check(penalty: float) -> None:
     if not (math.isfinite(penalty) and penalty > 0):
-        raise ValueError(f"method.penalty = {penalty}: expected above 0")
+        raise FedspanError(f"method.penalty = {penalty}: expected above 0")
 
 
 def _mean(factors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:

@@ -5,7 +5,7 @@ Shapes: B (m, r), A (r, n), as in `fedspan.algebra.lowrank`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -54,6 +54,18 @@ class Factors:
         """The adapter's rank r."""
         return self.b.shape[1]
 
+    def tensors(self) -> Tensors:
+        """The two factors by name, A before B."""
+        return {"a": self.a, "b": self.b}
+
+    def with_tensors(self, tensors: Tensors) -> Factors:
+        """The same scaling with other factors."""
+        return Factors(tensors["b"], tensors["a"], self.scaling)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Factors:
+        """The pair with `change` applied to each factor."""
+        return Factors(change(self.b), change(self.a), self.scaling)
+
     def delta(self) -> LowRank:
         """ΔW with the scaling folded into B."""
         return LowRank(lowrank.promote(self.b) * self.scaling, lowrank.promote(self.a))
@@ -68,8 +80,22 @@ class Vector:
 
     values: Tensors
 
+    def tensors(self) -> Tensors:
+        """The tensors by name."""
+        return self.values
+
+    def with_tensors(self, tensors: Tensors) -> Vector:
+        """A vector of other tensors."""
+        return Vector(tensors)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Vector:
+        """The vector with `change` applied to each tensor."""
+        return Vector({name: change(value) for name, value in self.values.items()})
+
 
 Payload = Factors | Vector
+"""One module's part of an update. Both kinds have `tensors()`, `with_tensors()` and `map()`, so that code which only
+moves, counts or casts tensors need not know which it holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,3 +201,19 @@ class Update:
         if not isinstance(payload, Factors):
             raise TypeError(f"{module} holds a {type(payload).__name__}, not a factor pair")
         return payload
+
+    def vector(self, module: str) -> Tensors:
+        """The module's tensors in shared coordinates; a TypeError tells a caller that was sent a factor pair."""
+        payload = self.modules[module]
+        if not isinstance(payload, Vector):
+            raise TypeError(f"{module} holds a {type(payload).__name__}, not a vector")
+        return payload.values
+
+    def scalings(self) -> dict[str, float]:
+        """Module -> scaling, of the modules that hold a factor pair."""
+        return {name: p.scaling for name, p in self.modules.items() if isinstance(p, Factors)}
+
+    def named_tensors(self) -> dict[tuple[str, str], Tensor]:
+        """(module, part) -> tensor of every payload, and ("", name) -> dense weight. Moments are not among them."""
+        named = {("", name): value for name, value in self.dense.items()}
+        return named | {(name, part): t for name, p in self.modules.items() for part, t in p.tensors().items()}

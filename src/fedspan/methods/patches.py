@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
+from fedspan.support.errors import FedspanError
 
 Patch = LowRank | Tensor
 """A frozen addition to one base weight: low-rank while that is smaller, dense otherwise."""
@@ -56,7 +57,7 @@ class PatchLog:
         """
         missed = self.version - seen
         if missed < 0:
-            raise ValueError(f"a client holds patch version {seen}: expected at most {self.version}")
+            raise FedspanError(f"a client holds patch version {seen}: expected at most {self.version}")
         if missed == 0:
             return ()
         return self.increments[-missed:] if missed <= len(self.increments) else (self.total,)
@@ -79,6 +80,16 @@ def patch_dense(x: Patch) -> Tensor:
     return x.dense() if isinstance(x, LowRank) else x
 
 
+def patch_tensors(x: Patch) -> dict[str, Tensor]:
+    """The patch's tensors by name: its factors "b" (m, r) and "a" (r, n), or "w" (m, n)."""
+    return {"b": x.b, "a": x.a} if isinstance(x, LowRank) else {"w": x}
+
+
+def patch_of(tensors: Mapping[str, Tensor]) -> Patch:
+    """The patch that `patch_tensors` took apart."""
+    return tensors["w"] if "w" in tensors else LowRank(tensors["b"], tensors["a"])
+
+
 def patch_numel(patch: Mapping[str, Patch]) -> int:
-    """How many numbers the patch is made of."""
-    return sum(t.numel() for p in patch.values() for t in ((p.b, p.a) if isinstance(p, LowRank) else (p,)))
+    """The number of entries that the patch stores."""
+    return sum(t.numel() for p in patch.values() for t in patch_tensors(p).values())

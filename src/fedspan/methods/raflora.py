@@ -15,6 +15,7 @@ from fedspan.methods.base import Method, ServerState
 from fedspan.methods.folds import Partial
 from fedspan.methods.glora import Algebra, flexlora
 from fedspan.methods.messages import Diagnostics, Factors, Update
+from fedspan.support.errors import FedspanError
 
 
 def raflora(weighting: Literal["rank", "rb"] = "rank", algebra: Algebra = "auto") -> Method:
@@ -43,7 +44,7 @@ def raflora(weighting: Literal["rank", "rb"] = "rank", algebra: Algebra = "auto"
         `exact` or `randomized` (see `fedspan.methods.spectral`); `auto`: by shape, exact while that is cheap.
     """
     if weighting not in ("rank", "rb"):
-        raise ValueError(f"method.weighting = {weighting!r}: expected 'rank' or 'rb'")
+        raise FedspanError(f"method.weighting = {weighting!r}: expected 'rank' or 'rb'")
     server = flexlora(algebra)
 
     def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:

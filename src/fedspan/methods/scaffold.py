@@ -11,6 +11,7 @@ from fedspan.algebra.lowrank import promote
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import SUM, Exchange, Partial
 from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Request, Template, Tensors, Update, Vector
+from fedspan.support.errors import FedspanError
 
 
 def scaffold(
@@ -45,7 +46,7 @@ def scaffold(
         Every weight of the model, or those of the target modules.
     """
     if not server_rate > 0:
-        raise ValueError(f"method.server_rate = {server_rate}: expected above 0")
+        raise FedspanError(f"method.server_rate = {server_rate}: expected above 0")
 
     def init(template: Template, dense: Tensors) -> ServerState:
         return ServerState(template, {}, dense)
@@ -62,7 +63,7 @@ def scaffold(
 
     def encode(update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[Update, ClientState | None]:
         if not update.rate_sum > 0:
-            raise ValueError(
+            raise FedspanError(
                 f"{update.client_id} trained with learning rates of sum {update.rate_sum}: expected above 0"
             )
         own: dict[str, Tensor] = {}

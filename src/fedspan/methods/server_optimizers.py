@@ -18,6 +18,7 @@ from fedspan.methods.base import Method, MethodInfo, ServerState
 from fedspan.methods.folds import Partial
 from fedspan.methods.full_weights import average_weights
 from fedspan.methods.messages import Diagnostics, Recipe, Tensors
+from fedspan.support.errors import FedspanError
 
 Kind = Literal["fedavgm", "fedadam", "fedyogi"]
 Trains = Literal["targets", "all"]
@@ -35,13 +36,13 @@ class _Rule:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise ValueError(f"server optimizer {self.kind!r}: expected one of {', '.join(get_args(Kind))}")
+            raise FedspanError(f"server optimizer {self.kind!r}: expected one of {', '.join(get_args(Kind))}")
         for name in ("learning_rate", "tau"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} = {getattr(self, name)} of the server's optimizer: expected above 0")
+                raise FedspanError(f"{name} = {getattr(self, name)} of the server's optimizer: expected above 0")
         for name in ("momentum", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
+                raise FedspanError(
                     f"{name} = {getattr(self, name)} of the server's optimizer: expected at least 0 and below 1"
                 )
 
@@ -100,7 +101,7 @@ def with_server_optimizer(
     rule = _Rule(kind, rate, momentum, beta2, tau)
     direct = method.vector
     if direct is None:
-        raise ValueError(
+        raise FedspanError(
             f"server optimizer {kind}: {method.info.title} does not keep its global model as one vector in coordinates "
             f"that all clients share; on factor pairs the result would depend on their gauge"
         )

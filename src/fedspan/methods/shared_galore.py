@@ -31,6 +31,7 @@ from fedspan.methods.messages import (
 )
 from fedspan.methods.patches import Patch, PatchLog, patch_sum
 from fedspan.methods.spectral import nystrom
+from fedspan.support.errors import FedspanError
 from fedspan.support.seeding import generator
 
 Basis = Literal["projector", "energy", "seeded"]
@@ -97,9 +98,9 @@ def shared_galore(
     o = _Options(rank, refresh, basis, repeats, scale, probe_batches, svd)
     for name, least in (("rank", 1), ("refresh", 1), ("repeats", 0), ("probe_batches", 1)):
         if getattr(o, name) < least:
-            raise ValueError(f"method.{name} = {getattr(o, name)}: expected at least {least}")
+            raise FedspanError(f"method.{name} = {getattr(o, name)}: expected at least {least}")
     if not scale > 0:
-        raise ValueError(f"method.scale = {scale}: expected more than 0")
+        raise FedspanError(f"method.scale = {scale}: expected more than 0")
     ask: list[Exchange] = []
     if basis != "seeded":
         ask = [Exchange(SUM, "gradient", refresh), *[Exchange(SUM, "again", refresh)] * repeats]
@@ -214,9 +215,7 @@ def _space(state: ServerState, name: str, o: _Options) -> Subspace:
 
 
 def _gradient(update: Update, name: str) -> Tensor:
-    payload = update.modules[name]
-    assert isinstance(payload, Vector)
-    return lowrank.promote(payload.values["gradient"])
+    return lowrank.promote(update.vector(name)["gradient"])
 
 
 def _sketch(grad: Tensor, asked: Subspace, o: _Options) -> Tensor:

@@ -12,6 +12,7 @@ from fedspan.models import quantised
 from fedspan.models.federated_model import FederatedModel, Trains
 from fedspan.models.layers import in_float32, is_conv1d, shape_of
 from fedspan.models.loading import Kind, head_names, load_base, seeded, without
+from fedspan.support.errors import FedspanError
 
 
 def build(
@@ -60,7 +61,7 @@ def build(
     for layer_name, layer in targets.items():
         m, n = shape_of(layer)
         if trains == "adapter" and max_rank > min(m, n):
-            raise ValueError(
+            raise FedspanError(
                 f"rank {max_rank} is above what {layer_name} ({m}×{n}) can hold: expected at most {min(m, n)}"
             )
     weights = {f"{layer_name}.weight" for layer_name in targets}
@@ -91,7 +92,7 @@ def _heads(base: Any, kind: Kind, name: str, new: Collection[str]) -> tuple[str,
     lacking = sorted(n for n in new if not _within(n, heads))
     for parameter in lacking:
         if kind == "instruction" or "pooler" not in parameter.split("."):
-            raise ValueError(
+            raise FedspanError(
                 f"model.name = {name!r}: its files lack {len(lacking)} of the model's weights, such as {parameter}; "
                 f"expected a complete base"
             )
@@ -112,7 +113,7 @@ def _targets(base: nn.Module, wanted: tuple[str, ...], heads: tuple[str, ...]) -
     }
     if tuple(wanted) == ("all-linear",):
         if not linear:
-            raise ValueError("adapter.target_modules: this model has no linear layer beside its head")
+            raise FedspanError("adapter.target_modules: this model has no linear layer beside its head")
         return linear
     chosen = {
         name: layer for name, layer in linear.items() if any(name == end or name.endswith("." + end) for end in wanted)
@@ -120,7 +121,7 @@ def _targets(base: nn.Module, wanted: tuple[str, ...], heads: tuple[str, ...]) -
     for end in wanted:
         if not any(name == end or name.endswith("." + end) for name in chosen):
             endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise ValueError(
+            raise FedspanError(
                 f"adapter.target_modules: {end!r} matches no linear layer; this model has {', '.join(endings)}"
             )
     return chosen

@@ -17,6 +17,7 @@ from fedspan.methods.messages import Broadcast, Factors, Recipe, Template
 from fedspan.methods.patches import Patch, patch_dense
 from fedspan.models.layers import base_layer, beside, factors_of, is_conv1d, read_adapter, set_adapter, shape_of
 from fedspan.models.loading import Kind, quiet, resolve
+from fedspan.support.errors import FedspanError
 
 Trains = Literal["adapter", "targets", "all"]
 _TASK_TYPES: Mapping[str, str | None] = {"instruction": "CAUSAL_LM", "classification": "SEQ_CLS", "image": None}
@@ -73,7 +74,7 @@ class FederatedModel:
         weights = {name: base_layer(layer).weight for name, layer in self.layers.items()}
         for name, weight in weights.items():
             if not weight.is_floating_point():
-                raise ValueError(f"{name} is held as {weight.dtype}: expected a floating-point base for its gradient")
+                raise FedspanError(f"{name} is held as {weight.dtype}: expected a floating-point base for its gradient")
         return weights
 
     @contextmanager
@@ -118,7 +119,7 @@ class FederatedModel:
         for name in sorted(self.projected):
             m, n = self.dense_parameters[name].shape
             if recipe.galore.rank > min(m, n):
-                raise ValueError(
+                raise FedspanError(
                     f"method.galore_rank = {recipe.galore.rank}: {name} is {m}×{n}, expected at most {min(m, n)}"
                 )
 
@@ -147,10 +148,10 @@ class FederatedModel:
         given |= {name: (f.b.shape[0], f.a.shape[1]) for name, f in broadcast.adapter.items()}
         odd = sorted(expected.keys() ^ given.keys())
         if odd:
-            raise ValueError(f"a broadcast {'with an unknown' if odd[0] in given else 'without'} {odd[0]}")
+            raise FedspanError(f"a broadcast {'with an unknown' if odd[0] in given else 'without'} {odd[0]}")
         for name, shape in given.items():
             if shape != expected[name]:
-                raise ValueError(f"a broadcast with {name} of shape {tuple(shape)}: expected {tuple(expected[name])}")
+                raise FedspanError(f"a broadcast with {name} of shape {tuple(shape)}: expected {tuple(expected[name])}")
 
     def trainable(self, recipe: Recipe) -> dict[str, nn.Parameter]:
         """The parameters that this recipe trains, by name; everything else is frozen."""

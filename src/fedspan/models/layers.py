@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.messages import Factors
-from fedspan.methods.patches import Patch
+from fedspan.methods.patches import Patch, patch_tensors
 
 _SLOT = "default"
 """PEFT's name for the one adapter that is ever attached."""
@@ -60,8 +59,7 @@ def read_adapter(layer: Any) -> Factors:
 
 def beside(patch: Patch, device: torch.device) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     """A forward hook that adds x·ΔWᵀ to the layer's output in float32, for a base in a coarser type."""
-    factors = (patch.b, patch.a) if isinstance(patch, LowRank) else (patch,)
-    moved = [factor.float().to(device) for factor in factors]
+    moved = [factor.float().to(device) for factor in patch_tensors(patch).values()]
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         extra = inputs[0].float()

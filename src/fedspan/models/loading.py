@@ -11,6 +11,7 @@ import torch
 
 from fedspan.data.builtin import base_path
 from fedspan.models import quantised
+from fedspan.support.errors import FedspanError
 from fedspan.support.seeding import generator
 
 Kind = Literal["instruction", "classification", "image"]
@@ -63,7 +64,7 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # it, its hub client and safetensors share no base class of errors
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
+        raise FedspanError(
             f"model.name = {name!r} could not be read ({first}); expected a local folder with config.json, weights and "
             f"tokenizer or processor, or a hub id that can be reached from here"
         ) from None
@@ -129,7 +130,7 @@ def load_base(
     with quiet(), _reading(name):
         config = transformers.AutoConfig.from_pretrained(resolve(name), **labels)
     if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
+        raise FedspanError(
             f"model.name = {name!r}: its files are quantised already; expected float32, bfloat16 or float16 weights, "
             f"which model.quantise = 'int8' or 'nf4' quantises as they are read"
         )

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedspan.methods import METHODS
+from fedspan.support.errors import FedspanError
 
 Quantise = Literal["none", "int8", "nf4"]
 _BLOCK = 64
@@ -38,15 +39,15 @@ def check(quantise: str, trains: str) -> None:
     if quantise == "none":
         return
     if quantise not in ("int8", "nf4"):
-        raise ValueError(f"model.quantise = {quantise!r}: expected none, int8 or nf4")
+        raise FedspanError(f"model.quantise = {quantise!r}: expected none, int8 or nf4")
     if trains != "adapter":
         able = ", ".join(name for name, factory in METHODS.items() if factory().info.trains == "adapter")
-        raise ValueError(
+        raise FedspanError(
             f"model.quantise = {quantise!r}: this method trains the base's own weights, which are frozen in so few "
             f"bits; methods that train adapters: {able}"
         )
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(
+        raise FedspanError(
             f"model.quantise = {quantise!r}: bitsandbytes is not installed; pip install 'fedspan[quantised]'"
         )
     try:
@@ -54,7 +55,7 @@ def check(quantise: str, trains: str) -> None:
             importlib.import_module("bitsandbytes")
     except Exception as error:  # a wheel for another machine fails in a way of its own
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"model.quantise = {quantise!r}: bitsandbytes cannot be used here ({first})") from None
+        raise FedspanError(f"model.quantise = {quantise!r}: bitsandbytes cannot be used here ({first})") from None
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from fedspan.methods.messages import Broadcast, Factors, Recipe
 from fedspan.models.federated_model import FederatedModel
 from fedspan.models.layers import base_layer, dropout_of, is_conv1d
 from fedspan.models.streams import NotRowwise
+from fedspan.support.errors import FedspanError
 
 
 class _Adapted(torch.autograd.Function):
@@ -291,6 +292,6 @@ def head_layers(model: FederatedModel) -> dict[str, Any]:
         layer_name, _, parameter = name.rpartition(".")
         layer = model.model.get_submodule(layer_name)
         if type(layer) not in (nn.Linear, nn.LayerNorm) or parameter not in ("weight", "bias"):
-            raise ValueError(f"the head's {layer_name} is a {type(layer).__name__}")
+            raise FedspanError(f"the head's {layer_name} is a {type(layer).__name__}")
         found[layer_name] = layer
     return found

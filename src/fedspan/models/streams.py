@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fedspan.support.errors import FedspanError
 
-class NotRowwise(ValueError):
+
+class NotRowwise(FedspanError):
     """A layer's input does not hold the batch's rows one after the other, so rows cannot be told by client."""
 
 

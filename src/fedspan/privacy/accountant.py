@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from fedspan.support.errors import FedspanError
+
 if TYPE_CHECKING:
     from fedspan.methods.folds import Exchange
 
@@ -32,11 +34,11 @@ class Event:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
-            raise ValueError(f"noise_multiplier = {self.noise_multiplier}: expected at least 0")
+            raise FedspanError(f"noise_multiplier = {self.noise_multiplier}: expected at least 0")
         if not 0 < self.sample_rate <= 1:
-            raise ValueError(f"sample_rate = {self.sample_rate}: expected above 0 and at most 1")
+            raise FedspanError(f"sample_rate = {self.sample_rate}: expected above 0 and at most 1")
         if self.count < 0:
-            raise ValueError(f"{self.count} steps: expected at least 0")
+            raise FedspanError(f"{self.count} steps: expected at least 0")
 
 
 def require() -> None:
@@ -44,7 +46,7 @@ def require() -> None:
     try:
         import dp_accounting  # noqa: F401
     except ImportError:
-        raise ValueError("privacy.dp needs the accountant: pip install 'fedspan[dp]'") from None
+        raise FedspanError("privacy.dp needs the accountant: pip install 'fedspan[dp]'") from None
 
 
 def epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
@@ -74,7 +76,7 @@ def noise_for(epsilon: float, sample_rate: float, steps: int, delta: float) -> f
         For an ε that no noise up to 2¹⁶ reaches.
     """
     if not epsilon > 0:
-        raise ValueError(f"epsilon = {epsilon}: expected above 0")
+        raise FedspanError(f"epsilon = {epsilon}: expected above 0")
 
     def enough(z: float) -> bool:
         return _spent((Event(z, sample_rate, steps),), delta) <= epsilon
@@ -83,7 +85,7 @@ def noise_for(epsilon: float, sample_rate: float, steps: int, delta: float) -> f
     while not enough(high):
         high *= 2
         if high > _WIDEST:
-            raise ValueError(
+            raise FedspanError(
                 f"epsilon = {epsilon} at delta = {delta}: no noise multiplier up to {_WIDEST:g} reaches it"
             )
     low = high / 2
@@ -106,9 +108,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         if not 0 < self.delta < 1:
-            raise ValueError(f"delta = {self.delta}: expected above 0 and below 1")
+            raise FedspanError(f"delta = {self.delta}: expected above 0 and below 1")
         if self.limit is not None and not self.limit > 0:
-            raise ValueError(f"epsilon = {self.limit}: expected above 0")
+            raise FedspanError(f"epsilon = {self.limit}: expected above 0")
 
     @property
     def spent(self) -> float:
@@ -145,7 +147,7 @@ class Budget:
             limit = record["epsilon"]
             return cls(float(record["delta"]), None if limit is None else float(limit), events)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"a privacy budget that cannot be read ({error})") from None
+            raise FedspanError(f"a privacy budget that cannot be read ({error})") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +195,7 @@ def _gathered(events: Iterable[Event]) -> tuple[Event, ...]:
 @functools.lru_cache(maxsize=4096)
 def _spent(events: tuple[Event, ...], delta: float) -> float:
     if not 0 < delta < 1:
-        raise ValueError(f"delta = {delta}: expected above 0 and below 1")
+        raise FedspanError(f"delta = {delta}: expected above 0 and below 1")
     events = tuple(e for e in events if e.count)
     if not events:
         return 0.0

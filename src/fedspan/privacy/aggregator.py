@@ -10,6 +10,7 @@ from fedspan.privacy import primitives
 from fedspan.privacy.fixed_point import Words
 from fedspan.privacy.primitives import SECRET
 from fedspan.privacy.roster import SEALED, Advert, Roster, SumFailed, check_id, commitment, too_few
+from fedspan.support.errors import FedspanError
 
 
 class Aggregator:
@@ -53,7 +54,7 @@ class Aggregator:
     def expect(self, num_words: int) -> None:
         """Fix the length of the vectors, once."""
         if self._total is not None or num_words < 1:
-            raise ValueError(f"num_words = {num_words}: expected a positive number, once")
+            raise FedspanError(f"num_words = {num_words}: expected a positive number, once")
         self._total = np.zeros(num_words, np.uint64)
 
     def check_advert(self, client_id: str, content: bytes) -> None:
@@ -63,7 +64,7 @@ class Aggregator:
     def keys(self, advertised: Mapping[str, bytes]) -> dict[str, bytes]:
         """Take what clients advertised; what is to be told to each of them, beside the threshold."""
         if self._roster is not None:
-            raise ValueError("the keys of this sum were collected already: expected once")
+            raise FedspanError("the keys of this sum were collected already: expected once")
         for client_id in advertised:
             check_id(client_id)
         if len(advertised) < self.threshold:
@@ -75,14 +76,14 @@ class Aggregator:
         """Whether what one client shares is for each of the others, and of the right size: more cannot be seen."""
         ids = self._listed().ids
         if sender not in ids or set(shares) != set(ids) - {sender}:
-            raise ValueError(f"shares from {sender!r}: expected one for each of the others in {list(ids)}")
+            raise FedspanError(f"shares from {sender!r}: expected one for each of the others in {list(ids)}")
         if any(not isinstance(s, bytes) or len(s) != SEALED for s in shares.values()):
-            raise ValueError(f"shares from {sender!r}: expected {SEALED} bytes each")
+            raise FedspanError(f"shares from {sender!r}: expected {SEALED} bytes each")
 
     def route(self, sent: Mapping[str, Mapping[str, bytes]]) -> dict[str, dict[str, bytes]]:
         """Take what each client shares with the others (sender -> recipient -> sealed); what each is to be handed."""
         if self._sharers:
-            raise ValueError("the shares of this sum were routed already: expected once")
+            raise FedspanError("the shares of this sum were routed already: expected once")
         for sender, shares in sorted(sent.items()):
             self.check_shares(sender, shares)
         if len(sent) < self.threshold:
@@ -93,15 +94,15 @@ class Aggregator:
     def add(self, client_id: str, masked: Words) -> None:
         """Add one client's masked vector to the running sum."""
         if self._total is None:
-            raise ValueError("the length of the vectors is not known: expected a call of expect first")
+            raise FedspanError("the length of the vectors is not known: expected a call of expect first")
         if client_id not in self._sharers:
-            raise ValueError(f"a vector from {client_id!r}: expected one of {list(self._sharers)}, who have shared")
+            raise FedspanError(f"a vector from {client_id!r}: expected one of {list(self._sharers)}, who have shared")
         if client_id in self._added:
-            raise ValueError(f"a second vector from {client_id!r}: expected one")
+            raise FedspanError(f"a second vector from {client_id!r}: expected one")
         if self._closed:
-            raise ValueError(f"the vector of {client_id!r} is late: the survivors were named already")
+            raise FedspanError(f"the vector of {client_id!r} is late: the survivors were named already")
         if masked.dtype != np.uint64 or masked.shape != self._total.shape:
-            raise ValueError(
+            raise FedspanError(
                 f"the vector of {client_id!r} is {masked.dtype} in shape {masked.shape}: expected uint64 in "
                 f"{self._total.shape}"
             )
@@ -123,7 +124,7 @@ class Aggregator:
         """The sum, without masks, from what the survivors answered: (num_words,) of uint64, once."""
         roster = self._listed()
         if self._done or self._total is None:
-            raise ValueError("this sum was unmasked already: expected once")
+            raise FedspanError("this sum was unmasked already: expected once")
         survivors = self.survivors()
         told = {client_id: self._read(client_id, content) for client_id, content in sorted(answers.items())}
         if len(told) < self.threshold:
@@ -148,12 +149,12 @@ class Aggregator:
     def _read(self, client_id: str, content: bytes) -> dict[str, bytes]:
         """By client of the masks, the share of it that one answer holds."""
         if client_id not in self._added:
-            raise ValueError(f"an answer from {client_id!r}: expected one of {sorted(self._added)}")
+            raise FedspanError(f"an answer from {client_id!r}: expected one of {sorted(self._added)}")
         size = SECRET * (1 + len(self._sharers))
         if not isinstance(content, bytes) or len(content) != size:
-            raise ValueError(f"the answer of {client_id!r}: expected {size} bytes")
+            raise FedspanError(f"the answer of {client_id!r}: expected {size} bytes")
         if content[:SECRET] != self._listed().answer(client_id, self._added):
-            raise ValueError(f"the answer of {client_id!r} is of another sum, or for other survivors")
+            raise FedspanError(f"the answer of {client_id!r} is of another sum, or for other survivors")
         return {u: content[SECRET * i : SECRET * (i + 1)] for i, u in enumerate(self._sharers, 1)}
 
     def _check(self, client_id: str, secret: bytes) -> None:
@@ -168,5 +169,5 @@ class Aggregator:
 
     def _listed(self) -> Roster:
         if self._roster is None:
-            raise ValueError("no keys were collected: expected a call of keys first")
+            raise FedspanError("no keys were collected: expected a call of keys first")
         return self._roster

@@ -17,6 +17,7 @@ from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Factors, Request, Tensors, Update, Vector
 from fedspan.privacy.frames import Frame, frames_of
 from fedspan.privacy.gaussian import fingerprint, normal
+from fedspan.support.errors import FedspanError
 
 Key = tuple[str, str]
 """(module, part), or ("", name) of a dense weight."""
@@ -90,7 +91,7 @@ def with_client_dp(
     """
     reason = refusal(method)
     if reason is not None:
-        raise ValueError(f"client-level privacy: {method.info.name}: {reason}")
+        raise FedspanError(f"client-level privacy: {method.info.name}: {reason}")
     rule = _Rule(method, clip, noise_multiplier, expected, secret)
     info = replace(method.info, title=f"{method.info.title} + client-level DP", exact=False)
     return replace(method, info=info, encode=rule.encode, finish=rule.finish, vector=None, converse=None)
@@ -108,13 +109,13 @@ class _Rule:
         for name, least in (("clip", True), ("noise_multiplier", False), ("expected", True)):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (least and value == 0):
-                raise ValueError(f"{name} = {value}: expected {'above' if least else 'at least'} 0")
+                raise FedspanError(f"{name} = {value}: expected {'above' if least else 'at least'} 0")
 
     def encode(self, update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[Update, ClientState | None]:
         """What leaves the site: the clipped change, in float32 or wider."""
         answer, keep = self.method.encode(update, sent, kept)
         if keep is not None:
-            raise ValueError(f"client-level privacy: {self.method.info.name} keeps something on its clients")
+            raise FedspanError(f"client-level privacy: {self.method.info.name} keeps something on its clients")
         space = self._space(sent, answer, asked=not _trained(update))
         change = space.coordinates(_flat(answer))
         norm = math.sqrt(sum(float(x.square().sum()) for x in change.values()))
@@ -124,7 +125,7 @@ class _Rule:
     def finish(self, state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
         """The server's step on the noised mean."""
         if partial.collected or abs(partial.weight - partial.num_clients) > 1e-6 * partial.num_clients:
-            raise ValueError(
+            raise FedspanError(
                 f"client-level privacy: a sum of weight {partial.weight} over {partial.num_clients} clients: expected "
                 f"every client to count 1 (federation.weighting = 'equal')"
             )
@@ -157,7 +158,7 @@ class _Rule:
         if spread == 0:
             return {key: torch.zeros_like(x) for key, x in total.items()}
         if self.secret is None:
-            raise ValueError("client-level privacy: the server has no secret to draw noise from")
+            raise FedspanError("client-level privacy: the server has no secret to draw noise from")
         secret, names = self.secret(), sorted(total)
         mark = fingerprint(("/".join(key), total[key]) for key in names)
         key = ("client", state.round_num, state.exchange, mark)
@@ -230,16 +231,14 @@ class _Space:
 
 def _trained(update: Update) -> bool:
     """A gradient is a vector, what was trained is factors or dense weights."""
-    return not any(isinstance(payload, Vector) for payload in update.modules.values())
+    return len(update.scalings()) == len(update.modules)
 
 
 def _flat(answer: Update) -> Flat:
-    found: Flat = {("", name): x for name, x in answer.dense.items()}
-    for module, payload in answer.modules.items():
-        if not isinstance(payload, Vector):
-            raise ValueError(f"client-level privacy: {module} is sent as a {type(payload).__name__}: expected a vector")
-        found |= {(module, part): x for part, x in payload.values.items()}
-    return found
+    pairs = answer.scalings()
+    if pairs:
+        raise FedspanError(f"client-level privacy: {next(iter(pairs))} is sent as a factor pair: expected a vector")
+    return answer.named_tensors()
 
 
 def _unflat(values: Flat, like: Update) -> Update:
@@ -265,14 +264,14 @@ def _summed(partial: Partial) -> Flat:
 def _padded(total: Flat, shapes: Mapping[Key, tuple[int, ...]]) -> Flat:
     """The sum in its full shapes, whoever took part and whether anybody did."""
     if not total.keys() <= shapes.keys() or (total and total.keys() != shapes.keys()):
-        raise ValueError(f"a sum that names {sorted(total.keys() ^ shapes.keys())[0]}: expected what was asked for")
+        raise FedspanError(f"a sum that names {sorted(total.keys() ^ shapes.keys())[0]}: expected what was asked for")
     found: Flat = {}
     for key, shape in shapes.items():
         whole = torch.zeros(shape, dtype=torch.float64)
         if key in total:
             part = total[key]
             if part.ndim != len(shape) or any(x > y for x, y in zip(part.shape, shape, strict=True)):
-                raise ValueError(f"a sum of {key} in shape {tuple(part.shape)}: expected at most {shape}")
+                raise FedspanError(f"a sum of {key} in shape {tuple(part.shape)}: expected at most {shape}")
             whole[tuple(slice(size) for size in part.shape)] = part
         found[key] = whole
     return found

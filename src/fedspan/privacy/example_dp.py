@@ -23,6 +23,7 @@ from fedspan.models.losses import client_losses
 from fedspan.models.stacked import Stack, stacked
 from fedspan.privacy.accountant import Budget, Event
 from fedspan.privacy.gaussian import fingerprint, normal, uniform
+from fedspan.support.errors import FedspanError
 
 _MARGIN = 1 - 2.0**-20
 """A clipped gradient stays this much below C, so that no rounding takes it above."""
@@ -157,10 +158,10 @@ def private_gradients(
         Where there is no secret, or a layer mixes the rows of a batch or has no gradient per example.
     """
     if secret is None:
-        raise ValueError("privacy.dp = 'example': the site has no secret to draw noise from")
+        raise FedspanError("privacy.dp = 'example': the site has no secret to draw noise from")
     for name, layer in model.model.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(f"privacy.dp = 'example': {name} mixes the rows of a batch")
+            raise FedspanError(f"privacy.dp = 'example': {name} mixes the rows of a batch")
     with stacked(model, [sent] * width) as stack:
         yield PrivateGradients(stack, model, privacy, secret, width)
 
@@ -181,9 +182,9 @@ class Ledger:
             try:
                 held = Budget.restored(json.loads(path.read_text(encoding="utf-8")))
             except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
+                raise FedspanError(f"{path}: {error}") from None
             if held.delta != delta:
-                raise ValueError(f"{path} counts at delta = {held.delta}: expected privacy.delta = {delta}")
+                raise FedspanError(f"{path} counts at delta = {held.delta}: expected privacy.delta = {delta}")
             self.budget = Budget(delta, limit, held.events)
 
     @property
@@ -205,7 +206,7 @@ class Ledger:
         """
         after = self.budget.plus(event)
         if not self.budget.allows(event):
-            raise ValueError(
+            raise FedspanError(
                 f"the privacy budget of this site is spent: this round would come to epsilon = {after.spent:.4g}, "
                 f"privacy.epsilon = {after.limit}"
             )

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedspan.support.errors import FedspanError
+
 Words = npt.NDArray[np.uint64]
 _LARGEST = 2**63 - 1
 
@@ -35,7 +37,7 @@ class FixedPoint:
 
     def __post_init__(self) -> None:
         if not 1 <= self.fraction_bits <= 62:
-            raise ValueError(f"fraction_bits = {self.fraction_bits}: expected 1 to 62")
+            raise FedspanError(f"fraction_bits = {self.fraction_bits}: expected 1 to 62")
 
     def limit(self, num_clients: int) -> float:
         """The largest |x| that each of `num_clients` clients can add without any chance that the sum wraps."""
@@ -44,7 +46,7 @@ class FixedPoint:
     def _largest(self, num_clients: int) -> float:
         """The largest float64 that is at most (2^63 - 1)/num_clients."""
         if num_clients < 1:
-            raise ValueError(f"num_clients = {num_clients}: expected at least 1")
+            raise FedspanError(f"num_clients = {num_clients}: expected at least 1")
         whole = _LARGEST // num_clients
         # float() rounds to nearest, which may be up: for one client to 2^63, which wraps.
         return float(whole) if int(float(whole)) <= whole else math.nextafter(float(whole), 0.0)
@@ -68,7 +70,7 @@ class FixedPoint:
             Naming the first value that is not finite, or so large that the sum could wrap.
         """
         if values.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"values of {values.dtype}: expected float32 or float64")
+            raise FedspanError(f"values of {values.dtype}: expected float32 or float64")
         largest = self._largest(num_clients)
         exact = values.detach().to("cpu", torch.float64).reshape(-1).numpy()
         with np.errstate(over="ignore"):  # infinity is out of range, as it should be
@@ -77,7 +79,7 @@ class FixedPoint:
         outside = ~(np.abs(scaled) <= largest)  # not >: that is false for NaN
         if outside.any():
             place = int(outside.argmax())
-            raise ValueError(
+            raise FedspanError(
                 f"value {float(exact[place])!r} at {place} does not fit the fixed point: expected at most "
                 f"{self.limit(num_clients):.6g} in size for a sum over {num_clients} clients"
             )
@@ -92,6 +94,6 @@ class FixedPoint:
             When `total` is not a vector of uint64.
         """
         if total.dtype != np.uint64 or total.ndim != 1:
-            raise ValueError(f"a sum of {total.dtype} in shape {total.shape}: expected a vector of uint64")
+            raise FedspanError(f"a sum of {total.dtype} in shape {total.shape}: expected a vector of uint64")
         scale = math.ldexp(1.0, -self.fraction_bits)
         return torch.from_numpy(total.view(np.int64).astype(np.float64) * scale)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, Factors, Update, Vector
+from fedspan.support.errors import FedspanError
 
 _SINGULAR = 1e-12
 
@@ -59,7 +60,7 @@ def frames_of(method: Method, sent: Broadcast) -> dict[str, Frame]:
     for name in free:
         f, payload = sent.adapter[name], answer.modules[name]
         if not isinstance(payload, Vector) or len(payload.values) != 1:
-            raise ValueError(f"client-level privacy: {name} is sent as {type(payload).__name__}: expected one factor")
+            raise FedspanError(f"client-level privacy: {name} is sent as {type(payload).__name__}: expected one factor")
         (sent_as,) = payload.values.values()
         fixed = f.a.mT if recipe.train_b else f.b
         triangle = torch.linalg.qr(fixed.double())[1]

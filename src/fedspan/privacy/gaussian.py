@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedspan.support.errors import FedspanError
+
 SECRET_BITS = 256
 
 
@@ -63,7 +65,7 @@ def kept_secret(path: Path) -> Callable[[], int]:
         try:
             return int(text, 16)
         except ValueError:
-            raise ValueError(f"{path} is damaged: expected a hexadecimal number") from None
+            raise FedspanError(f"{path} is damaged: expected a hexadecimal number") from None
 
     return secret
 

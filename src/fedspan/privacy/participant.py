@@ -10,6 +10,7 @@ from fedspan.privacy import primitives
 from fedspan.privacy.fixed_point import Words
 from fedspan.privacy.primitives import SECRET, Ed25519PrivateKey
 from fedspan.privacy.roster import SEALED, Advert, Roster, check_id, commitment
+from fedspan.support.errors import FedspanError
 
 
 class Participant:
@@ -49,7 +50,7 @@ class Participant:
         trusted: Mapping[str, bytes] | None = None,
     ) -> None:
         if (signer is None) != (trusted is None):
-            raise ValueError("signer and trusted go together: signatures that nobody checks protect nobody")
+            raise FedspanError("signer and trusted go together: signatures that nobody checks protect nobody")
         self.session, self.client_id, self.num_words = session, check_id(client_id), num_words
         self._trusted = trusted
         self._channel, self._private, self._seed = (primitives.new_secret() for _ in range(3))
@@ -76,9 +77,9 @@ class Participant:
             How many must stay for the sum to be unmasked.
         """
         if self._roster is not None:
-            raise ValueError(f"{self.client_id!r} has shared its secrets already: expected once in a sum")
+            raise FedspanError(f"{self.client_id!r} has shared its secrets already: expected once in a sum")
         if keys.get(self.client_id) != self._advert:
-            raise ValueError(f"what is told as the keys of {self.client_id!r} is not what it advertised")
+            raise FedspanError(f"what is told as the keys of {self.client_id!r} is not what it advertised")
         roster = Roster.read(self.session, keys, threshold, self._trusted)
         seeds = primitives.split(self._seed, threshold, len(roster.ids))
         privates = primitives.split(self._private, threshold, len(roster.ids))
@@ -96,18 +97,18 @@ class Participant:
         """Take what the others have shared with this client; who is not among them has no part in the masks."""
         roster = self._sharing()
         if self._received:
-            raise ValueError(f"{self.client_id!r} has received its shares already: expected once in a sum")
+            raise FedspanError(f"{self.client_id!r} has received its shares already: expected once in a sum")
         if self.client_id in shares or not set(shares) <= set(roster.ids):
-            raise ValueError(f"shares from {sorted(shares)}: expected some of the others in {list(roster.ids)}")
+            raise FedspanError(f"shares from {sorted(shares)}: expected some of the others in {list(roster.ids)}")
         if len(shares) + 1 < roster.threshold:
-            raise ValueError(f"shares from {len(shares)} others: expected at least {roster.threshold - 1}")
+            raise FedspanError(f"shares from {len(shares)} others: expected at least {roster.threshold - 1}")
         opened = {}
         for other, sealed in sorted(shares.items()):
             key, context = roster.channel(self._channel, other, other, self.client_id)
             sound = isinstance(sealed, bytes) and len(sealed) == SEALED
             content = primitives.unseal(key, sealed, context) if sound else None
             if content is None:
-                raise ValueError(f"the shares from {other!r} were not sealed for {self.client_id!r} in this sum")
+                raise FedspanError(f"the shares from {other!r} were not sealed for {self.client_id!r} in this sum")
             opened[other] = content
         self._held |= opened
         self._received = True
@@ -123,15 +124,15 @@ class Participant:
             As `receive` takes them; none where it did already.
         """
         if self._masked:
-            raise ValueError(f"{self.client_id!r} has masked its vector already: expected once in a sum")
+            raise FedspanError(f"{self.client_id!r} has masked its vector already: expected once in a sum")
         if vector.dtype != np.uint64 or vector.ndim != 1 or self.num_words not in (None, len(vector)):
             told = "" if self.num_words is None else f" of {self.num_words} words"
-            raise ValueError(f"a vector of {vector.dtype} in shape {vector.shape}: expected uint64{told}")
+            raise FedspanError(f"a vector of {vector.dtype} in shape {vector.shape}: expected uint64{told}")
         if shares is not None:
             self.receive(shares)
         roster = self._sharing()
         if not self._received:
-            raise ValueError(f"{self.client_id!r} has no shares of the others: expected them before its vector")
+            raise FedspanError(f"{self.client_id!r} has no shares of the others: expected them before its vector")
         self._masked = True  # before anything leaves: never twice, whatever happens
         keys = {v: roster.pair_key(self._private, self.client_id, v) for v in self._held if v != self.client_id}
         plus = [key for other, key in keys.items() if self.client_id < other]
@@ -150,19 +151,19 @@ class Participant:
             Whose masked vectors the server has. A second call is answered only where it names the same ones.
         """
         if not self._masked:
-            raise ValueError(f"{self.client_id!r} has masked nothing yet: expected its vector before the unmasking")
+            raise FedspanError(f"{self.client_id!r} has masked nothing yet: expected its vector before the unmasking")
         stayed = tuple(sorted(survivors))
         if self._answered is not None:
             if stayed != self._answered[0]:
-                raise ValueError(f"{self.client_id!r} has unmasked for other survivors: expected the same list again")
+                raise FedspanError(f"{self.client_id!r} has unmasked for other survivors: expected the same list again")
             return self._answered[1]
         roster = self._sharing()
         if len(set(stayed)) != len(stayed) or not set(stayed) <= set(self._held):
-            raise ValueError(f"survivors {list(stayed)}: expected some of {sorted(self._held)}, each once")
+            raise FedspanError(f"survivors {list(stayed)}: expected some of {sorted(self._held)}, each once")
         if self.client_id not in stayed:
-            raise ValueError(f"survivors {list(stayed)}: expected {self.client_id!r}, which is asked, among them")
+            raise FedspanError(f"survivors {list(stayed)}: expected {self.client_id!r}, which is asked, among them")
         if len(stayed) < roster.threshold:
-            raise ValueError(f"{len(stayed)} survivors: expected at least {roster.threshold} to unmask a sum")
+            raise FedspanError(f"{len(stayed)} survivors: expected at least {roster.threshold} to unmask a sum")
         parts = [both[:SECRET] if other in stayed else both[SECRET:] for other, both in sorted(self._held.items())]
         self._answered = stayed, roster.answer(self.client_id, stayed) + b"".join(parts)
         self._held = {}
@@ -170,5 +171,5 @@ class Participant:
 
     def _sharing(self) -> Roster:
         if self._roster is None:
-            raise ValueError(f"{self.client_id!r} has shared no secrets yet: expected the others' keys first")
+            raise FedspanError(f"{self.client_id!r} has shared no secrets yet: expected the others' keys first")
         return self._roster

@@ -13,6 +13,7 @@ from hashlib import sha256
 import numpy as np
 
 from fedspan.privacy.fixed_point import Words
+from fedspan.support.errors import FedspanError
 
 try:
     from Crypto.Protocol.SecretSharing import Shamir
@@ -24,7 +25,7 @@ try:
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 except ImportError as error:
-    raise ValueError(f"secure sums need the package {error.name}: pip install 'fedspan[secure]'") from None
+    raise FedspanError(f"secure sums need the package {error.name}: pip install 'fedspan[secure]'") from None
 
 __all__ = ["Ed25519PrivateKey"]
 
@@ -52,7 +53,7 @@ def unpack(content: bytes, num_parts: int) -> list[bytes]:
         When the content is anything else than so many parts.
     """
     if not isinstance(content, bytes):
-        raise ValueError(f"a {type(content).__name__}: expected bytes")
+        raise FedspanError(f"a {type(content).__name__}: expected bytes")
     parts: list[bytes] = []
     start = 0
     while start < len(content) and len(parts) < num_parts:
@@ -60,7 +61,7 @@ def unpack(content: bytes, num_parts: int) -> list[bytes]:
         parts.append(content[start + 4 : stop])
         start = stop
     if start != len(content) or len(parts) != num_parts:
-        raise ValueError(f"{len(content)} bytes that are not {num_parts} parts")
+        raise FedspanError(f"{len(content)} bytes that are not {num_parts} parts")
     return parts
 
 
@@ -95,7 +96,7 @@ def agree(private: bytes, public: bytes, *context: bytes) -> bytes:
     try:
         shared = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
-        raise ValueError(f"{public.hex()} is not a usable public key") from None
+        raise FedspanError(f"{public.hex()} is not a usable public key") from None
     return derive(shared, *context)
 
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from fedspan.privacy import primitives
 from fedspan.privacy.primitives import SECRET, SIGNATURE, Ed25519PrivateKey, digest
+from fedspan.support.errors import FedspanError
 
 SEALED = 2 * SECRET + primitives.SEALED_EXTRA
 """Bytes of the two shares that one client has for another."""
 
 
-class SumFailed(ValueError):
+class SumFailed(FedspanError):
     """Too few clients stayed, or their shares do not fit: there is no sum, and nothing was unmasked."""
 
 
@@ -42,14 +43,16 @@ class Advert:
     def read(cls, content: bytes, session: bytes, client_id: str, trusted: Mapping[str, bytes] | None) -> Advert:
         """Check and take apart what a client sent; where identity keys are known, its signature too."""
         if trusted is not None and check_id(client_id) not in trusted:
-            raise ValueError(f"{client_id!r} takes part, but no identity key is known for it")
+            raise FedspanError(f"{client_id!r} takes part, but no identity key is known for it")
         identity = None if trusted is None else trusted[client_id]
         body = body_of(content, "advert", session, client_id)
         if len(body) not in (3 * SECRET, 3 * SECRET + SIGNATURE):
-            raise ValueError(f"the keys of {client_id!r} have {len(body)} bytes: expected {3 * SECRET}, or a signature")
+            raise FedspanError(
+                f"the keys of {client_id!r} have {len(body)} bytes: expected {3 * SECRET} or a signature"
+            )
         body, signature = body[: 3 * SECRET], body[3 * SECRET :]
         if identity is not None and not primitives.signed(identity, signature, _signed(session, client_id, body)):
-            raise ValueError(f"the keys of {client_id!r} are not signed by the identity that is known for it")
+            raise FedspanError(f"the keys of {client_id!r} are not signed by the identity that is known for it")
         return cls(body[:SECRET], body[SECRET : 2 * SECRET], body[2 * SECRET :])
 
 
@@ -83,7 +86,7 @@ class Roster:
         adverts = {i: Advert.read(advertised[i], session, i, trusted) for i in ids}
         keys = [key for advert in adverts.values() for key in (advert.channel, advert.mask)]
         if len(set(keys)) != len(keys):
-            raise ValueError("two of the advertised keys are the same: expected fresh keys from every client")
+            raise FedspanError("two of the advertised keys are the same: expected fresh keys from every client")
         told = [part for i in ids for part in (i.encode(), advertised[i])]
         return cls(session, threshold, ids, adverts, digest(b"roster", session, str(threshold).encode(), *told))
 
@@ -114,7 +117,7 @@ class Roster:
 def check_threshold(threshold: int, num_clients: int) -> None:
     """t of n: more than half, or two halves could be asked for different secrets of one client; and never one alone."""
     if threshold < 2 or threshold > num_clients or 2 * threshold <= num_clients:
-        raise ValueError(
+        raise FedspanError(
             f"threshold = {threshold} of {num_clients} clients: expected at least 2, more than half and at most all"
         )
 
@@ -132,14 +135,14 @@ def message(kind: str, session: bytes, client_id: str) -> bytes:
 def body_of(content: bytes, kind: str, session: bytes, client_id: str) -> bytes:
     """What follows that beginning."""
     if not isinstance(content, bytes) or content[:SECRET] != message(kind, session, client_id):
-        raise ValueError(f"what came as the {kind} of {client_id!r} is not that, or of another sum")
+        raise FedspanError(f"what came as the {kind} of {client_id!r} is not that, or of another sum")
     return content[SECRET:]
 
 
 def check_id(client_id: str) -> str:
     """Any name but an empty one."""
     if not isinstance(client_id, str) or not client_id:
-        raise ValueError(f"client_id {client_id!r}: expected a name")
+        raise FedspanError(f"client_id {client_id!r}: expected a name")
     return client_id
 
 

@@ -17,6 +17,7 @@ from fedspan.privacy.fixed_point import Words
 from fedspan.privacy.participant import Participant
 from fedspan.privacy.primitives import Ed25519PrivateKey
 from fedspan.privacy.roster import SumFailed
+from fedspan.support.errors import FedspanError
 
 __all__ = [
     "Aggregator",
@@ -163,7 +164,7 @@ def sum_in_process(
     """
     unknown = sorted({*lost, *late} - set(vectors))
     if unknown:
-        raise ValueError(f"lost or late clients {unknown}: expected some of {sorted(vectors)}")
+        raise FedspanError(f"lost or late clients {unknown}: expected some of {sorted(vectors)}")
     server = Aggregator(session, threshold)
     clients = {client_id: Participant(session, client_id) for client_id in sorted(vectors)}
     keys = server.keys({client_id: one.advertise() for client_id, one in clients.items()})
@@ -182,13 +183,13 @@ def sum_in_process(
 
 def _sessions(session: bytes, num_sums: int) -> list[bytes]:
     if num_sums < 1:
-        raise ValueError(f"num_sums = {num_sums}: expected at least 1")
+        raise FedspanError(f"num_sums = {num_sums}: expected at least 1")
     return [primitives.pack(session, b"sum", str(i).encode()) for i in range(num_sums)]
 
 
 def _numbered(sums: Sequence[T], index: int) -> T:
     if not 0 <= index < len(sums):
-        raise ValueError(f"sum {index} of {len(sums)}: expected 0 to {len(sums) - 1}")
+        raise FedspanError(f"sum {index} of {len(sums)}: expected 0 to {len(sums) - 1}")
     return sums[index]
 
 
@@ -199,7 +200,7 @@ def _each(told: Mapping[str, bytes], num_sums: int) -> list[dict[str, bytes]]:
         try:
             apart[client_id] = primitives.unpack(content, num_sums)
         except ValueError as error:
-            raise ValueError(f"what came from {client_id!r} for {num_sums} sums is wrong: {error}") from None
+            raise FedspanError(f"what came from {client_id!r} for {num_sums} sums is wrong: {error}") from None
     return [{client_id: parts[i] for client_id, parts in apart.items()} for i in range(num_sums)]
 
 

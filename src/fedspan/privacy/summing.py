@@ -18,7 +18,7 @@ from torch import Tensor
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Update
 from fedspan.privacy.fixed_point import FixedPoint, Words
-from fedspan.wire.sizes import parts
+from fedspan.support.errors import FedspanError
 
 Shape = tuple[int, ...]
 _HEAD = 3
@@ -36,7 +36,7 @@ class Layout:
     def of(cls, update: Update) -> Layout:
         """The layout of what the client of largest rank sends."""
         modules = {
-            name: {part: tuple(t.shape) for part, t in sorted(parts(payload))}
+            name: {part: tuple(t.shape) for part, t in sorted(payload.tensors().items())}
             for name, payload in sorted(update.modules.items())
         }
         return cls({name: tuple(t.shape) for name, t in sorted(update.dense.items())}, modules)
@@ -61,20 +61,19 @@ class Layout:
             When the update names other tensors than the layout, or one that is larger.
         """
         weight = update.num_examples
-        held = {("", name): t for name, t in update.dense.items()}
-        held |= {(name, part): t for name, p in update.modules.items() for part, t in parts(p)}
+        held = update.named_tensors()
         wanted = {("", name): shape for name, shape in self.dense.items()}
         wanted |= {(name, part): shape for name, x in self.modules.items() for part, shape in x.items()}
         if held.keys() != wanted.keys():
-            raise ValueError(f"the answer names other tensors than the sum: {sorted(held.keys() ^ wanted.keys())[0]}")
-        told = (weight, weight * train_loss) if math.isfinite(train_loss) else (0.0, 0.0)
-        pieces = [torch.tensor([weight, *told], dtype=torch.float64)]
+            raise FedspanError(f"the answer names other tensors than the sum: {sorted(held.keys() ^ wanted.keys())[0]}")
+        loss_terms = (weight, weight * train_loss) if math.isfinite(train_loss) else (0.0, 0.0)
+        pieces = [torch.tensor([weight, *loss_terms], dtype=torch.float64)]
         pieces += [_padded(held[key], shape, key).flatten() * weight for key, shape in wanted.items()]
         return torch.cat(pieces)
 
     def partial(self, total: Tensor, num_clients: int) -> tuple[Partial, float]:
         """The fold that this sum over `num_clients` clients stands for, and their mean loss."""
-        weight, told, loss = total[:_HEAD].tolist()
+        weight, loss_weight, loss = total[:_HEAD].tolist()
         start = _HEAD
 
         def take(shape: Shape) -> Tensor:
@@ -85,7 +84,7 @@ class Layout:
 
         dense = {name: take(shape) for name, shape in self.dense.items()}
         sums = {name: {part: take(shape) for part, shape in held.items()} for name, held in self.modules.items()}
-        return Partial(num_clients, weight, dense, sums), loss / told if told else math.nan
+        return Partial(num_clients, weight, dense, sums), loss / loss_weight if loss_weight else math.nan
 
     def to_json(self) -> dict[str, Any]:
         """For a message."""
@@ -114,7 +113,7 @@ def _padded(tensor: Tensor, shape: Shape, key: tuple[str, str]) -> Tensor:
         or len(shape) != 2
         or any(x > y for x, y in zip(exact.shape, shape, strict=True))
     ):
-        raise ValueError(f"{name} has shape {tuple(exact.shape)}: expected at most {shape}")
+        raise FedspanError(f"{name} has shape {tuple(exact.shape)}: expected at most {shape}")
     whole = exact.new_zeros(shape)
     whole[: exact.shape[0], : exact.shape[1]] = exact
     return whole

@@ -18,8 +18,9 @@ from torch import Tensor
 from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import Method
-from fedspan.methods.messages import Broadcast, Factors, Tensors, Update, Vector
+from fedspan.methods.messages import Broadcast, Tensors, Update, Vector
 from fedspan.support import parallel
+from fedspan.support.errors import FedspanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +55,10 @@ class Cohort:
     def scaling_problem(self, number: int) -> str | None:
         """What is wrong with the scalings of an update: they are the server's to say, so that no size hides in them."""
         update, idle = self.updates[number], self.idle[number]
-        for name, payload in update.modules.items():
-            start = idle.modules.get(name) if idle is not None else None
-            if isinstance(payload, Factors) and isinstance(start, Factors) and payload.scaling != start.scaling:
-                return f"{name} has scaling {payload.scaling:g}, expected {start.scaling:g}"
+        sent = {} if idle is None else idle.scalings()
+        for name, scaling in update.scalings().items():
+            if scaling != sent.get(name, scaling):
+                return f"{name} has scaling {scaling:g}, expected {sent[name]:g}"
         return None
 
     def size(self, number: int) -> float:
@@ -130,7 +131,7 @@ def _alike(x: Update, y: Update) -> bool:
 
 
 def _pairs(update: Update) -> list[str]:
-    return [name for name, payload in update.modules.items() if isinstance(payload, Factors)]
+    return list(update.scalings())
 
 
 def _delta(update: Update, name: str) -> LowRank:
@@ -164,7 +165,7 @@ def _tensor(update: Update, where: tuple[str, str]) -> Tensor | None:
 def _difference(update: Update, idle: Update | None, where: tuple[str, str]) -> Tensor:
     own = _tensor(update, where)
     if own is None:
-        raise ValueError(f"{update.client_id} sent no {'/'.join(where).strip('/')}, which others did")
+        raise FedspanError(f"{update.client_id} sent no {'/'.join(where).strip('/')}, which others did")
     own = lowrank.promote(own)
     start = _tensor(idle, where) if idle is not None else None
     if start is None:

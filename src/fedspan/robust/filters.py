@@ -16,6 +16,7 @@ from torch import Tensor
 from fedspan.algebra import lowrank
 from fedspan.methods.messages import Payload, Tensors, Update, Vector
 from fedspan.robust.distances import Cohort, padded
+from fedspan.support.errors import FedspanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ def check_size(name: str, num_updates: int, attackers: int, averages_factors: bo
     """Raise a ValueError where there are too few."""
     needed = least(name, attackers, averages_factors)
     if num_updates < needed:
-        raise ValueError(
+        raise FedspanError(
             f"robust.filter = '{name}': {num_updates} valid updates, expected at least {needed} "
             f"with {attackers} bad clients among them"
         )
@@ -77,7 +78,7 @@ def _chosen(cohort: Cohort, attackers: int, number: int) -> Result:
     order = sorted(range(len(scores)), key=lambda k: (scores[k], k))
     keep = sorted(order[:number])
     if not scores[order[0]] < float("inf"):
-        raise ValueError("robust.filter: every update is infinitely far from the others; expected most of them near")
+        raise FedspanError("robust.filter: every update is infinitely far from the others; expected most of them near")
     ids = [update.client_id for update in cohort.updates]
     aside = [client for k, client in enumerate(ids) if k not in keep]
     updates = [replace(cohort.updates[k], num_examples=1.0) for k in keep]
@@ -157,7 +158,7 @@ def bounded_claims(claims: Sequence[float], attackers: int) -> list[float]:
     capped = [min(claim, most) for claim in claims]
     total = sum(capped)
     if attackers * most >= total / 2:
-        raise ValueError(
+        raise FedspanError(
             f"robust.filter = 'geometric_median': {attackers} bad clients could hold {attackers * most / total:.0%} of "
             f"the weight; expected less than half; federation.weighting = 'equal' gives every client the same"
         )
@@ -240,7 +241,7 @@ def _by_coordinate(cohort: Cohort, middle: Callable[[Tensor], Tensor]) -> Result
     def joined(held: Sequence[Tensors]) -> Tensors:
         for other in held:
             if other.keys() != held[0].keys():
-                raise ValueError(f"updates name different tensors: {sorted(other.keys() ^ held[0].keys())[:3]}")
+                raise FedspanError(f"updates name different tensors: {sorted(other.keys() ^ held[0].keys())[:3]}")
         # One tensor at a time: of a whole model, n copies would be too many to sort at once.
         columns = ((name, padded([lowrank.promote(x[name]) for x in held])) for name in held[0])
         return {name: middle(torch.stack(column).sort(dim=0).values) for name, column in columns}
@@ -250,7 +251,7 @@ def _by_coordinate(cohort: Cohort, middle: Callable[[Tensor], Tensor]) -> Result
         payloads = [update.modules[name] for update in updates]
         vectors = [payload.values for payload in payloads if isinstance(payload, Vector)]
         if len(vectors) < len(payloads):
-            raise ValueError(f"{name} holds factor pairs, whose coordinates cannot be compared: expected vectors")
+            raise FedspanError(f"{name} holds factor pairs, whose coordinates cannot be compared: expected vectors")
         modules[name] = Vector(joined(vectors))
     dense, moments = joined([u.dense for u in updates]), joined([u.moments for u in updates])
     found = [replace(u, num_examples=1.0, modules=modules, dense=dense, moments=moments) for u in updates]

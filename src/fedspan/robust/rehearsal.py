@@ -15,7 +15,7 @@ _RANK, _SIZE = 2, 4
 def sends_pairs(method: Method) -> bool:
     """Whether factor pairs leave the clients, each in a gauge of its own."""
     answers, _ = _round(method, 1.0)
-    return any(isinstance(payload, Factors) for update in answers for payload in update.modules.values())
+    return any(update.scalings() for update in answers)
 
 
 def averages_factors(method: Method) -> bool:

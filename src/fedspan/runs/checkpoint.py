@@ -18,8 +18,9 @@ from torch import Tensor
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import ServerState
 from fedspan.methods.messages import ClientState, Template
-from fedspan.methods.patches import Patch, PatchLog
+from fedspan.methods.patches import Patch, PatchLog, patch_of, patch_tensors
 from fedspan.support.files import read_tensors, write_bytes
+from fedspan.support.errors import FedspanError
 
 _FORMAT = 3
 
@@ -65,13 +66,13 @@ def read(path: Path) -> Checkpoint:
     try:
         meta, tensors = read_tensors(path, "fedspan")
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): expected a checkpoint") from None
+        raise FedspanError(f"{path} is damaged ({error}): expected a checkpoint") from None
     if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
-        raise ValueError(f"{path} is no checkpoint of format {_FORMAT}")
+        raise FedspanError(f"{path} is no checkpoint of format {_FORMAT}")
     try:
         return _unpack(meta["checkpoint"], tensors)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged (something is missing: {error}): expected a checkpoint") from None
+        raise FedspanError(f"{path} is damaged (something is missing: {error}): expected a checkpoint") from None
 
 
 def _pack(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -153,15 +154,8 @@ def _load(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, T
 
 
 def _pack_patch(patch: Mapping[str, Patch], prefix: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, str]]:
-    return {
-        name: _named({"b": p.b, "a": p.a} if isinstance(p, LowRank) else {"w": p}, f"{prefix}/{name}", tensors)
-        for name, p in patch.items()
-    }
+    return {name: _named(patch_tensors(p), f"{prefix}/{name}", tensors) for name, p in patch.items()}
 
 
 def _unpack_patch(meta: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor]) -> dict[str, Patch]:
-    patch: dict[str, Patch] = {}
-    for name, keys in meta.items():
-        held = _load(keys, tensors)
-        patch[name] = held["w"] if "w" in held else LowRank(held["b"], held["a"])
-    return patch
+    return {name: patch_of(_load(keys, tensors)) for name, keys in meta.items()}

@@ -29,18 +29,19 @@ from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, Request
 from fedspan.models import FederatedModel
 from fedspan.models.quantised import base_size
-from fedspan.wire.precision import Narrow
+from fedspan.wire.precision import Precision
 from fedspan.wire.transport import Port
 from fedspan.client.setup import base_model, device_of, encoded
 from fedspan.privacy.fixed_point import FixedPoint
 from fedspan.privacy.spending import Examples, secret_of
 from fedspan.privacy.summing import Sum
 from fedspan.robust import screen
-from fedspan.federation.rounds import Standing, conduct
+from fedspan.federation.rounds import RunState, conduct
 from fedspan.federation.exchange import WINDOW, Answer
-from fedspan.federation.simulated import Here
+from fedspan.federation.simulated import SimulatedClients
 from fedspan.client.training import Assignment, LocalResult, num_steps
-from fedspan.client.executors import Crew, Exam, Kit, count, crew
+from fedspan.client.executors import Executor, EvaluationTask, WorkContext, create_executor, num_worker_processes
+from fedspan.support.errors import FedspanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ class Job:
     data: Mapping[str, Encoded]
     """`train`, `test`, and `unseen` where there is any."""
     metrics: tuple[str, ...]
-    crew: Crew
+    executor: Executor
     num_workers: int
     coordinator: Coordinator | None = None
     """Of a federation whose clients are elsewhere."""
@@ -107,12 +108,12 @@ class Job:
         if config.privacy.dp != "client":
             drawn = len(participants(config, clients, 0))
         if config.federation.min_success > drawn and not method.info.pooled:
-            raise ValueError(
+            raise FedspanError(
                 f"federation.min_success = {config.federation.min_success}: {drawn} clients take part in a round"
             )
         processor, data = encoded(config, corpus)
         device = device_of(config.device)
-        num_workers = count(config, device, max(drawn, -(-len(data["test"]) // config.evaluation.batch_size)))
+        num_workers = num_worker_processes(config, device, max(drawn, -(-len(data["test"]) // config.evaluation.batch_size)))
         model = base_model(
             config,
             method,
@@ -137,7 +138,7 @@ class Job:
             processor=processor,
             data=data,
             metrics=corpus.metrics,
-            crew=crew(Kit(config, model, data, processor, corpus.metrics), num_workers, device),
+            executor=create_executor(WorkContext(config, model, data, processor, corpus.metrics), num_workers, device),
             num_workers=num_workers,
             coordinator=coordinator,
             total=_total(config),
@@ -190,15 +191,15 @@ class Job:
             reason = cohort.applies(self.model, self.data["train"], recipe, c)
         if reason is not None:
             if engine == "cohort":
-                raise ValueError(f"engine.name = 'cohort': {reason}; expected auto or sequential")
+                raise FedspanError(f"engine.name = 'cohort': {reason}; expected auto or sequential")
             engine = "sequential"
         path = self.out / "checkpoint" / f"{phase}.safetensors"
         saved = checkpoint.read(path) if path.exists() else initial
         return Federation(self, phase, method, clients, path, initial, saved, engine, reason)
 
-    def exam(
+    def evaluation_task(
         self, broadcast: Broadcast, whole: bool = True, split: str = "test", rows: np.ndarray | None = None
-    ) -> Exam:
+    ) -> EvaluationTask:
         """What judges a broadcast: the test data, unless told otherwise.
 
         Parameters
@@ -212,15 +213,15 @@ class Job:
             if most < len(given):
                 # Spread over the data, which may be sorted by task.
                 rows = given[[int(i * len(given) / most) for i in range(most)]]
-        return Exam(broadcast, split, rows)
+        return EvaluationTask(broadcast, split, rows)
 
-    def evaluate(self, exams: Iterable[Exam]) -> list[dict[str, float]]:
+    def evaluate(self, evaluation_tasks: Iterable[EvaluationTask]) -> list[dict[str, float]]:
         """The loss and metrics of every exam."""
-        return self.crew.evaluate(list(exams))
+        return self.executor.evaluate(list(evaluation_tasks))
 
     def close(self) -> None:
         """End every process that was started."""
-        self.crew.close()
+        self.executor.close()
 
 
 @dataclass(slots=True)
@@ -301,9 +302,9 @@ class Federation:
         controlled = self.method.info.pooled or self.method.info.alone
         # The workers have nothing to do while the server works.
         with parallel.threads(job.num_workers * config.threads):
-            standing, record = conduct(
+            run_state, record = conduct(
                 self.method,
-                Standing(saved.state, saved.client_states, saved.seen, saved.counted),
+                RunState(saved.state, saved.client_states, saved.seen, saved.counted),
                 cohort,
                 job.coordinator or self._here(cohort),
                 min_success=self._fewest(),
@@ -314,10 +315,10 @@ class Federation:
             )
         self.saved = replace(
             saved,
-            state=standing.state,
-            client_states=standing.client_states,
-            seen=standing.seen,
-            counted=standing.counted,
+            state=run_state.state,
+            client_states=run_state.client_states,
+            seen=run_state.seen,
+            counted=run_state.counted,
         )
         record |= self._spent(round_num + 1)
         every = config.evaluation.every
@@ -325,8 +326,8 @@ class Federation:
         if due and self.method.info.personalised:
             record["eval"] = self.personal_metrics() if last and job.coordinator is None else None
         else:
-            full = self.method.broadcast(standing.state, Request(None)) if due else None
-            record["eval"] = job.evaluate([job.exam(full, whole=False)])[0] if full is not None else None
+            full = self.method.broadcast(run_state.state, Request(None)) if due else None
+            record["eval"] = job.evaluate([job.evaluation_task(full, whole=False)])[0] if full is not None else None
         self.saved = replace(self.saved, history=(*saved.history, record))
         checkpoint.write(self.path, self.saved)
         self._write_history()
@@ -382,7 +383,7 @@ class Federation:
             return {}  # the sites keep their own ledgers
         return {"epsilon": client_account(self.method, self.job.config).spent(rounds)}
 
-    def _here(self, cohort: Sequence[Client]) -> Here:
+    def _here(self, cohort: Sequence[Client]) -> SimulatedClients:
         """The clients of this process."""
         job, config = self.job, self.job.config
         steps = {c.client_id: num_steps(config.local, len(c.indices)) for c in cohort}
@@ -402,14 +403,14 @@ class Federation:
                 )
                 for c, sent in window
             ]
-            return job.crew.train(assignments, number, self.engine)
+            return job.executor.train(assignments, number, self.engine)
 
-        return Here(
+        return SimulatedClients(
             self.method,
             work,
             self.saved.client_states,
             weighting=config.federation.weighting,
-            narrow=Narrow("float32" if job.total else config.wire.up, config.wire.down),
+            precision=Precision("float32" if job.total else config.wire.up, config.wire.down),
             total=job.total,
         )
 
@@ -434,14 +435,14 @@ class Federation:
         figures: list[dict[str, float]] = []
         clients = [client for client in self.clients if len(client.holdout) or not own_data]
         for start in range(0, len(clients), WINDOW):
-            exams: list[Exam] = []
+            evaluation_tasks: list[EvaluationTask] = []
             for client in clients[start : start + WINDOW]:
                 if client.rank not in sent:
                     sent[client.rank] = self.method.broadcast(self.saved.state, Request(client.rank))
                 own = self.method.start(sent[client.rank], kept.get(client.client_id))
                 split, rows = ("train", client.holdout) if own_data else ("test", None)
-                exams.append(self.job.exam(own, whole=own_data, split=split, rows=rows))
-            figures += self.job.evaluate(exams)
+                evaluation_tasks.append(self.job.evaluation_task(own, whole=own_data, split=split, rows=rows))
+            figures += self.job.evaluate(evaluation_tasks)
         return mean_figures(figures)
 
     def _write_history(self) -> None:

@@ -27,6 +27,7 @@ from fedspan.methods.readout import received
 from fedspan.data.metrics import METRICS
 from fedspan.wire.transport import Port
 from fedspan.privacy.spending import secret_of
+from fedspan.support.errors import FedspanError
 
 __all__ = ["Event", "OnEvent", "Result", "resume", "run"]
 
@@ -83,7 +84,7 @@ def new_folder(config: Config, out: Path | None) -> Path:
     folder = out or Path("runs") / f"{config.method['name']}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         hint = f"; `fedspan resume {folder}` goes on with it" if (folder / "config.toml").exists() else ""
-        raise ValueError(f"{folder} exists and is not empty: expected a new folder{hint}")
+        raise FedspanError(f"{folder} exists and is not empty: expected a new folder{hint}")
     return folder
 
 
@@ -103,9 +104,9 @@ def resume(out: Path, on_event: OnEvent = _silent, workers: int | None = None, p
         When `out` holds no run.
     """
     if not (out / "config.toml").exists():
-        raise ValueError(f"{out} holds no run (no config.toml): expected the folder of an earlier `fedspan run`")
+        raise FedspanError(f"{out} holds no run (no config.toml): expected the folder of an earlier `fedspan run`")
     if port is None and (out / "sites.json").exists():
-        raise ValueError(f"the clients of {out} are at their sites: expected the server that led them to go on with it")
+        raise FedspanError(f"the clients of {out} are at their sites: expected the server that led them to go on with it")
     config = load_config(out / "config.toml")
     if workers is not None:
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"workers": workers})})
@@ -148,7 +149,7 @@ def _base(job: Job, main: Federation) -> Figures | None:
     """The untouched base on the test data; measured once, then kept in the checkpoint."""
     job.emit("phase", phase="base", total=1, done=0)
     if "base" not in main.saved.notes and job.config.evaluation.base:
-        main.note({"base": job.evaluate([job.exam(main.initial())])[0]})
+        main.note({"base": job.evaluate([job.evaluation_task(main.initial())])[0]})
     base: Figures | None = main.saved.notes.get("base")
     return base
 
@@ -175,19 +176,19 @@ def _final(job: Job, main: Federation) -> dict[str, Any]:
         return personal
     server = method.broadcast(state, Request(None))
     # All at once, so that processes that share the work are not kept waiting in between.
-    exams = {"server": job.exam(server)}
+    evaluation_tasks = {"server": job.evaluation_task(server)}
     if "unseen" in job.data:
-        exams["unseen"] = job.exam(server, split="unseen")
+        evaluation_tasks["unseen"] = job.evaluation_task(server, split="unseen")
     ranks = sorted({client.rank for client in job.clients})
     per_rank = method.info.trains == "adapter" and not method.info.pooled and job.config.evaluation.per_rank
     if per_rank:
         readouts = {rank: method.broadcast(state, Request(rank)) for rank in ranks}
-        exams |= {f"rank {rank}": job.exam(x) for rank, x in readouts.items() if not _same_adapter(x, server)}
+        evaluation_tasks |= {f"rank {rank}": job.evaluation_task(x) for rank, x in readouts.items() if not _same_adapter(x, server)}
     own = [client for client in job.clients if len(client.holdout)]
     # The pooled control has one adapter, at the largest rank.
     sent = {rank: server if method.info.pooled else method.broadcast(state, Request(rank)) for rank in ranks}
-    exams |= {f"own {c.client_id}": job.exam(sent[c.rank], split="train", rows=c.holdout) for c in own}
-    figures = dict(zip(exams, job.evaluate(exams.values()), strict=True))
+    evaluation_tasks |= {f"own {c.client_id}": job.evaluation_task(sent[c.rank], split="train", rows=c.holdout) for c in own}
+    figures = dict(zip(evaluation_tasks, job.evaluate(evaluation_tasks.values()), strict=True))
 
     found: dict[str, Any] = {name: figures[name] for name in ("server", "unseen") if name in figures}
     found["clients"] = found["server"]

@@ -15,11 +15,12 @@ from fedspan.config import Config
 from fedspan.federation.clients import Client
 from fedspan.federation.exchange import Answer, Question, begin, unlearnt
 from fedspan.methods.base import Method
-from fedspan.methods.messages import Broadcast, Factors, Request, Tensors, Update
+from fedspan.methods.messages import Broadcast, Request, Tensors, Update
 from fedspan.privacy.fixed_point import Words
 from fedspan.server.requests import Missing
 from fedspan.wire import protocol
 from fedspan.wire.precision import packed_bytes
+from fedspan.wire.sizes import payload_tensors
 
 _Wanted = tuple[Mapping[str, tuple[int, ...]], Mapping[str, float]]
 """Shapes and scalings of an answer."""
@@ -62,16 +63,16 @@ class Checks:
             started = begin(method, q, sent, None)
             if q.exchange.ask != "again":
                 self.raw[client.rank] = unlearnt(q.template, started)
-            told = method.encode(self.raw[client.rank], started, None)[0]
-            self._by_broadcast[key] = (sent, (protocol.shapes(told), _scalings(told)))
+            header = method.encode(self.raw[client.rank], started, None)[0]
+            self._by_broadcast[key] = (sent, (protocol.shapes(header), header.scalings()))
         self._wanted[client.client_id] = self._by_broadcast[key][1]
 
-    def answer(self, client: Client, told: Mapping[str, Any], tensors: Sequence[Tensor]) -> Answer:
+    def answer(self, client: Client, header: Mapping[str, Any], tensors: Sequence[Tensor]) -> Answer:
         """One client's update, or what is wrong with it."""
         try:
-            update = protocol.get_update(told["update"], tensors, client.client_id)
-            loss = math.nan if told["train_loss"] is None else float(told["train_loss"])
-            seconds, held = float(told["seconds"]), int(told["optimizer_bytes"])
+            update = protocol.get_update(header["update"], tensors, client.client_id)
+            loss = math.nan if header["train_loss"] is None else float(header["train_loss"])
+            seconds, held = float(header["seconds"]), int(header["optimizer_bytes"])
         except DAMAGED as error:
             return problem(client, f"sent a damaged update ({type(error).__name__}: {error})")
         wrong = self._wrong(client, update)
@@ -89,11 +90,11 @@ class Checks:
         )
 
     def words(
-        self, client: Client, num_words: int, told: Mapping[str, Any], tensors: Sequence[Tensor]
+        self, client: Client, num_words: int, header: Mapping[str, Any], tensors: Sequence[Tensor]
     ) -> tuple[Words, Answer] | str:
         """One client's part of a sum, or what is wrong with it."""
         try:
-            vector, seconds, held = tensors[told["words"]], float(told["seconds"]), int(told["optimizer_bytes"])
+            vector, seconds, held = tensors[header["words"]], float(header["seconds"]), int(header["optimizer_bytes"])
         except DAMAGED as error:
             return f"sent a damaged vector ({type(error).__name__}: {error})"
         if vector.dtype != torch.int64 or tuple(vector.shape) != (num_words,):
@@ -105,7 +106,7 @@ class Checks:
 
     def _wrong(self, client: Client, update: Update) -> str | None:
         wanted, scalings = self._wanted[client.client_id]
-        for name, scaling in _scalings(update).items():
+        for name, scaling in update.scalings().items():
             if scaling != scalings.get(name):
                 return f"scales its factors of {name} by {scaling:g}: expected {scalings.get(name, 1.0):g}"
         got = protocol.shapes(update)
@@ -121,26 +122,13 @@ class Checks:
             trained = wanted.get("dense/" + name.removeprefix("moments/"))
             if trained is None or math.prod(shape) > math.prod(trained):
                 return f"{name} has shape {shape}: expected the second moments of a trained weight"
-        for payload in (*update.modules.values(), update.dense, update.moments):
-            for value in _tensors(payload):
-                if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
-                    return "what it sent holds NaN or infinity, or no numbers"
+        for value in payload_tensors(update):
+            if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+                return "what it sent holds NaN or infinity, or no numbers"
         weight = client.weight(self.config.federation.weighting)
         if update.num_examples != weight:
             return f"counts as {update.num_examples:g} examples: it said {weight:g} when it came"
         return None
-
-
-def _scalings(update: Update) -> dict[str, float]:
-    """Every module's scaling, where it is one of factors."""
-    return {name: p.scaling for name, p in update.modules.items() if isinstance(p, Factors)}
-
-
-def _tensors(payload: Any) -> list[Tensor]:
-    if isinstance(payload, Mapping):
-        return list(payload.values())
-    values = getattr(payload, "values", None)
-    return list(values.values()) if values is not None else [payload.b, payload.a]
 
 
 def problem(client: Client, reason: str) -> Answer:

@@ -16,7 +16,7 @@ import numpy as np
 
 from fedspan.config import Config
 from fedspan.federation.clients import Client
-from fedspan.federation.exchange import Answer, Question, Summed, Tell
+from fedspan.federation.exchange import Answer, BroadcastFor, Question, Summed
 from fedspan.methods.base import Method
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, ClientState, Tensors, Update
@@ -24,8 +24,9 @@ from fedspan.privacy.fixed_point import FixedPoint
 from fedspan.privacy.summing import Layout, Sum
 from fedspan.server.checks import Checks, problem
 from fedspan.server.masked_sums import Setup, set_up, unmasked
-from fedspan.server.registry import Roll
-from fedspan.server.requests import ABSENT, Trips
+from fedspan.server.registry import SiteRegistry
+from fedspan.server.requests import ABSENT, Requests
+from fedspan.support.errors import FedspanError
 from fedspan.wire import agreement, protocol
 from fedspan.wire.transport import Port
 
@@ -43,12 +44,12 @@ class Coordinator:
         Called with a line for people whenever something happened to a site.
     """
 
-    def __init__(self, port: Port, config: Config, method: Method, out: Path, tell: Callable[[str], None]) -> None:
+    def __init__(self, port: Port, config: Config, method: Method, out: Path, notify: Callable[[str], None]) -> None:
         if method.info.pooled or method.info.alone:
-            raise ValueError(f"method.name = '{method.info.name}' is a control for one process: sites share no data")
-        self.port, self.config, self.method, self.tell = port, config, method, tell
-        self.roll = Roll(port, config, method, out / "sites.json", tell)
-        self._trips = Trips(self.roll)
+            raise FedspanError(f"method.name = '{method.info.name}' is a control for one process: sites share no data")
+        self.port, self.config, self.method, self.notify = port, config, method, notify
+        self.registry = SiteRegistry(port, config, method, out / "sites.json", notify)
+        self._requests = Requests(self.registry)
         self._initial: Tensors = {}
         self._raw: dict[int, Update] = {}
         self._needed = 0
@@ -62,7 +63,7 @@ class Coordinator:
         ValueError
             When too few came in `deployment.wait` seconds.
         """
-        return self.roll.gather()
+        return self.registry.gather()
 
     def agree(
         self, base: str, shapes: Mapping[str, Sequence[int]], initial: Tensors, clients: Sequence[Client]
@@ -75,17 +76,17 @@ class Coordinator:
             Heads and trained weights of the untouched base.
         """
         self._initial = initial
-        return self.roll.agree(base, shapes, clients)
+        return self.registry.agree(base, shapes, clients)
 
     def enrol(self) -> None:
         """Write down who takes part, where that has not been done by an earlier start of this run."""
-        self.roll.enrol()
+        self.registry.enrol()
 
     def draw(self, drawn: Sequence[Client], clients: Sequence[Client], round_num: int) -> list[Client]:
         """Who is asked in a round for which `drawn` were drawn: they, but for those in quarantine, and some more where
         that is set."""
         self._needed = len(drawn)
-        away = self.roll.away(round_num)
+        away = self.registry.away(round_num)
         chosen = [c for c in drawn if c.client_id not in away]
         wanted = len(drawn) + math.ceil(self.config.deployment.oversample * len(drawn))
         rest = [c for c in clients if c not in drawn and c.client_id not in away]
@@ -94,15 +95,17 @@ class Coordinator:
             chosen += [rest[i] for i in order[: max(0, wanted - len(chosen))]]
         return chosen
 
-    def ask(self, question: Question, clients: Sequence[Client], tell: Tell) -> Iterator[Answer]:
+    def ask(self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor) -> Iterator[Answer]:
         """The answers in the clients' order, or as they come where the settings allow it."""
         checks = self._checks(question)
-        messages = {c.client_id: self._message(question, c, tell(c), checks) for c in self._ready(question, clients)}
+        messages = {
+            c.client_id: self._message(question, c, broadcast_for(c), checks) for c in self._ready(question, clients)
+        }
         waiting = sorted(c.client_id for c in clients)
         by_id = {c.client_id: c for c in clients}
         held: dict[str, Answer] = {c: problem(by_id[c], ABSENT) for c in waiting if c not in messages}
         ordered = self.config.deployment.order == "sorted"
-        for client_id, reply in self._trips.go(question, messages, self._enough(question)):
+        for client_id, reply in self._requests.go(question, messages, self._enough(question)):
             client = by_id[client_id]
             answer = checks.answer(client, *reply) if isinstance(reply, tuple) else problem(client, reply)
             if not ordered:
@@ -114,7 +117,7 @@ class Coordinator:
                 yield held.pop(waiting.pop(0))
         yield from (held[client_id] for client_id in waiting)
 
-    def sum(self, question: Question, clients: Sequence[Client], tell: Tell, layout: Layout) -> Summed:
+    def sum(self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor, layout: Layout) -> Summed:
         """The sum of the answers; under masks the server sees nothing else.
 
         Raises
@@ -134,15 +137,15 @@ class Coordinator:
         for client in ready:
             if client.client_id in problems or (setup is not None and client.client_id not in setup.clients):
                 continue
-            messages[client.client_id] = self._message(question, client, tell(client), checks, extra, setup)
+            messages[client.client_id] = self._message(question, client, broadcast_for(client), checks, extra, setup)
         total = np.zeros(layout.num_words, dtype=np.uint64)
         answers: list[Answer] = []
-        for client_id, reply in self._trips.go(question, messages, self._enough(question)):
-            told = checks.words(by_id[client_id], layout.num_words, *reply) if isinstance(reply, tuple) else reply
-            if isinstance(told, str):
-                problems[client_id] = told
+        for client_id, reply in self._requests.go(question, messages, self._enough(question)):
+            checked = checks.words(by_id[client_id], layout.num_words, *reply) if isinstance(reply, tuple) else reply
+            if isinstance(checked, str):
+                problems[client_id] = checked
                 continue
-            words, answer = told
+            words, answer = checked
             try:
                 if adding is not None:
                     adding.add(client_id, words)
@@ -153,7 +156,7 @@ class Coordinator:
                 continue
             answers.append(answer)
         if setup is not None:
-            total = unmasked(self._trips, question, self._head(question), setup, index, adding, self.tell)
+            total = unmasked(self._requests, question, self._head(question), setup, index, adding, self.notify)
         for client_id in sorted(by_id.keys() - {a.client.client_id for a in answers}):
             answers.append(problem(by_id[client_id], problems.get(client_id, ABSENT)))
         answers.sort(key=lambda a: a.client.client_id)
@@ -171,7 +174,7 @@ class Coordinator:
 
     def costs(self) -> Mapping[str, Any]:
         """What the round cost on the wire."""
-        return self._trips.costs()
+        return self._requests.costs()
 
     def _keys(self, question: Question, clients: Sequence[Client]) -> dict[str, str]:
         """Have secure sums ready for this round; what was wrong with whom."""
@@ -180,7 +183,7 @@ class Coordinator:
         p = self.config.privacy
         how = Sum(FixedPoint(p.fraction_bits), True, p.threshold)
         ahead = min(p.rounds_ahead, self.config.federation.rounds - question.round_num)
-        self._setup, problems = set_up(self._trips, how, question, self._head(question), clients, ahead)
+        self._setup, problems = set_up(self._requests, how, question, self._head(question), clients, ahead)
         return problems
 
     def _checks(self, question: Question) -> Checks:
@@ -189,13 +192,13 @@ class Coordinator:
     def _head(self, question: Question) -> dict[str, Any]:
         """What every message of an exchange names."""
         return {
-            "run": self.roll.run,
+            "run": self.registry.run,
             "round": question.round_num,
             "number": question.number,
             "place": list(question.place),
             "keep": question.keep,
-            "terms": agreement.digest(self.roll.terms),
-            "base": self.roll.base,
+            "terms": agreement.digest(self.registry.terms),
+            "base": self.registry.base,
             "rank": question.template.rank,
             "num_clients": question.template.num_clients,
         }
@@ -233,14 +236,14 @@ class Coordinator:
         wait = self.config.deployment.wait if question.place[0] == 0 else 0.0
         began = self.port.now()
         while True:
-            here = self.roll.here(clients)
+            here = self.registry.here(clients)
             if len(here) == len(clients) or self.port.now() - began >= wait:
                 break
-            self.roll.greet()
+            self.registry.greet()
             self.port.sleep(self.config.deployment.poll)
         for client in clients:
             if client not in here:
-                self.roll.note(client.client_id, question.round_num, missed=True)
+                self.registry.note(client.client_id, question.round_num, missed=True)
         return here
 
     def _enough(self, question: Question) -> int | None:

@@ -1,6 +1,6 @@
-"""The trips of secure sums, at the server: keys and shares before the vectors, unmasking after them.
+"""The messages of secure sums on the server: keys and shares before the vectors, unmasking after them.
 
-Keys and shares are exchanged for several rounds at once, fresh ones for every sum: two trips less in each of them.
+Keys and shares are exchanged for several rounds at once, fresh ones for every sum: two round trips less in each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from fedspan.federation.exchange import Question
 from fedspan.privacy.fixed_point import Words
 from fedspan.privacy.summing import Sum
 from fedspan.server.checks import DAMAGED
-from fedspan.server.requests import Trips
+from fedspan.server.requests import Requests
+from fedspan.support.errors import FedspanError
 from fedspan.wire import protocol
 
 _Read = Callable[[str, Mapping[str, Any], Sequence[Tensor]], Any]
@@ -44,7 +45,7 @@ class Setup:
 
 
 def set_up(
-    trips: Trips, how: Sum, question: Question, head: Mapping[str, Any], clients: Sequence[Client], rounds: int
+    requests: Requests, how: Sum, question: Question, head: Mapping[str, Any], clients: Sequence[Client], rounds: int
 ) -> tuple[Setup, dict[str, str]]:
     """Have the clients agree on keys, and share their secrets, for all sums of this round and those after it.
 
@@ -73,26 +74,26 @@ def set_up(
     aggregator = RoundAggregator(whole, threshold, num_sums)
     problems: dict[str, str] = {}
 
-    def collect(told: Mapping[str, Any], parcel: protocol.Parcel, to: Sequence[str], read: _Read) -> dict[str, Any]:
+    def collect(header: Mapping[str, Any], parcel: protocol.Parcel, to: Sequence[str], read: _Read) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        whole_head = {**head, "session": session, **told}
+        whole_head = {**head, "session": session, **header}
         contents = {c: protocol.encode({**whole_head, "counted": question.counted.get(c, 0)}, parcel) for c in to}
-        for client_id, reply in trips.go(question, contents):
+        for client_id, reply in requests.go(question, contents):
             try:
                 if isinstance(reply, str):
-                    raise ValueError(reply)
+                    raise FedspanError(reply)
                 found[client_id] = read(client_id, *reply)
             except DAMAGED as error:
                 problems[client_id] = " ".join(str(error).split())
         return found
 
-    def advert(client_id: str, told: Mapping[str, Any], tensors: Sequence[Tensor]) -> bytes:
-        content = protocol.get_bytes(tensors, told["keys"])
+    def advert(client_id: str, header: Mapping[str, Any], tensors: Sequence[Tensor]) -> bytes:
+        content = protocol.get_bytes(tensors, header["keys"])
         aggregator.check_advert(client_id, content)
         return content
 
-    def shares(client_id: str, told: Mapping[str, Any], tensors: Sequence[Tensor]) -> dict[str, bytes]:
-        sealed = {other: protocol.get_bytes(tensors, place) for other, place in told["shares"].items()}
+    def shares(client_id: str, header: Mapping[str, Any], tensors: Sequence[Tensor]) -> dict[str, bytes]:
+        sealed = {other: protocol.get_bytes(tensors, place) for other, place in header["shares"].items()}
         aggregator.check_shares(client_id, sealed)
         return sealed
 
@@ -106,13 +107,13 @@ def set_up(
 
 
 def unmasked(
-    trips: Trips,
+    requests: Requests,
     question: Question,
     head: Mapping[str, Any],
     setup: Setup,
     index: int,
     adding: Any,
-    tell: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> Words:
     """The sum of the vectors that came, with the help of those who sent them.
 
@@ -131,18 +132,18 @@ def unmasked(
         When fewer than the threshold help.
     """
     survivors = adding.survivors()
-    told = {"kind": "unmask", "session": setup.session, "index": index, "survivors": survivors}
-    content = protocol.encode({**head, **told}, protocol.Parcel())
+    header = {"kind": "unmask", "session": setup.session, "index": index, "survivors": survivors}
+    content = protocol.encode({**head, **header}, protocol.Parcel())
     answers: dict[str, bytes] = {}
-    for client_id, reply in trips.go(question, dict.fromkeys(survivors, content)):
+    for client_id, reply in requests.go(question, dict.fromkeys(survivors, content)):
         try:
             if isinstance(reply, str):
-                raise ValueError(reply)
+                raise FedspanError(reply)
             share = protocol.get_bytes(reply[1], reply[0]["unmask"])
             adding.check_answer(client_id, share)
             answers[client_id] = share
         except DAMAGED as error:
             setup.stale = True
-            tell(f"{client_id} does not help to unmask the sum: {' '.join(str(error).split())}")
+            notify(f"{client_id} does not help to unmask the sum: {' '.join(str(error).split())}")
     total: Words = adding.total(answers)
     return total

@@ -14,6 +14,7 @@ import numpy as np
 from fedspan.config import Config
 from fedspan.federation.clients import Client
 from fedspan.methods.base import Method
+from fedspan.support.errors import FedspanError
 from fedspan.support.files import write_bytes
 from fedspan.wire import agreement, protocol
 from fedspan.wire.transport import Delivery, Port
@@ -43,7 +44,7 @@ class _Silence:
     """The round before which it is not asked."""
 
 
-class Roll:
+class SiteRegistry:
     """The sites that take part, and those that are left out for a while.
 
     Parameters
@@ -54,8 +55,8 @@ class Roll:
         Called with a line for people whenever something happened to a site.
     """
 
-    def __init__(self, port: Port, config: Config, method: Method, path: Path, tell: Callable[[str], None]) -> None:
-        self.port, self.config, self.method, self.tell = port, config, method, tell
+    def __init__(self, port: Port, config: Config, method: Method, path: Path, notify: Callable[[str], None]) -> None:
+        self.port, self.config, self.method, self.notify = port, config, method, notify
         self.terms = agreement.terms(config)
         self.members: dict[str, Member] = {}
         self.run = ""
@@ -82,14 +83,14 @@ class Roll:
         expected = self._enrolled()
         wanted = len(expected) if expected else f.num_clients
         began = self.port.now()
-        self.tell(f"waiting for {wanted} sites, at most {wait:g} s")
+        self.notify(f"waiting for {wanted} sites, at most {wait:g} s")
         while len(self.members) < wanted and self.port.now() - began < wait:
             self.greet()
             self.port.sleep(self.config.deployment.poll)
         fewest = max(f.min_clients, f.min_success)
         if len(self.members) < fewest:
             reasons = "".join(f"; {reason}" for reason in list(self._refused.values())[:3])
-            raise ValueError(
+            raise FedspanError(
                 f"{len(self.members)} of {wanted} sites came within deployment.wait = {wait:g} s: expected at least "
                 f"{fewest}{reasons}"
             )
@@ -108,10 +109,10 @@ class Roll:
                 kept.append(client)
             else:
                 self.members.pop(client.client_id)
-                self.tell(f"{client.client_id} is left out: {problem}")
+                self.notify(f"{client.client_id} is left out: {problem}")
                 self._refused[client.client_id] = f"{client.client_id}: {problem}"
         if len(kept) < max(1, self.config.federation.min_success):
-            raise ValueError(f"{len(kept)} sites agree with the server: {'; '.join(self._refused.values())}")
+            raise FedspanError(f"{len(kept)} sites agree with the server: {'; '.join(self._refused.values())}")
         self._kept = kept
         return kept
 
@@ -128,9 +129,9 @@ class Roll:
         """The clients of an earlier start of this run."""
         if not self._path.exists():
             return []
-        told = json.loads(self._path.read_text(encoding="utf-8"))
-        self.run = told["run"]
-        return [Client(c["client_id"], c["rank"], _NONE, _NONE, c["num_examples"]) for c in told["clients"]]
+        header = json.loads(self._path.read_text(encoding="utf-8"))
+        self.run = header["run"]
+        return [Client(c["client_id"], c["rank"], _NONE, _NONE, c["num_examples"]) for c in header["clients"]]
 
     def enrol(self) -> None:
         """Write down who takes part, where that has not been done by an earlier start of this run."""
@@ -167,31 +168,31 @@ class Roll:
         """Take in whoever said hello, unless something is wrong with it."""
         try:
             if delivery.content is None:
-                raise ValueError(delivery.error or "no answer")
-            told, _ = protocol.decode(delivery.content)
-            if "problem" in told:
-                raise ValueError(told["problem"])
-            client_id, rank, count = told["client_id"], told["rank"], told["num_examples"]
+                raise FedspanError(delivery.error or "no answer")
+            header, _ = protocol.decode(delivery.content)
+            if "problem" in header:
+                raise FedspanError(header["problem"])
+            client_id, rank, count = header["client_id"], header["rank"], header["num_examples"]
             if not isinstance(client_id, str) or type(rank) is not int or rank < 1:
-                raise ValueError(f"a site says client_id {client_id!r} and rank {rank!r}")
+                raise FedspanError(f"a site says client_id {client_id!r} and rank {rank!r}")
             if count is not None and (type(count) is not int or count < 1):
-                raise ValueError(f"{client_id} says that it has {count!r} examples")
-            differs = agreement.difference(self.terms, told["terms"])
+                raise FedspanError(f"{client_id} says that it has {count!r} examples")
+            differs = agreement.difference(self.terms, header["terms"])
             if differs is not None:
-                raise ValueError(f"{client_id}: {differs}")
+                raise FedspanError(f"{client_id}: {differs}")
             if not self.method.info.hetero_rank and any(m.client.rank != rank for m in self.members.values()):
-                raise ValueError(f"{client_id} has rank {rank}: {self.method.info.name} needs one rank for all")
-            shapes, base = dict(told["shapes"]), str(told["base"])
+                raise FedspanError(f"{client_id} has rank {rank}: {self.method.info.name} needs one rank for all")
+            shapes, base = dict(header["shapes"]), str(header["base"])
         except (ValueError, KeyError, TypeError) as error:
             reason = f"node {node}: {' '.join(str(error).split())}"
             if self._refused.get(node) != reason:  # it is asked again and again, and told of once
-                self.tell(f"a node is not taken in: {reason}")
+                self.notify(f"a node is not taken in: {reason}")
             self._refused[node] = reason
             return
         held = self.members.get(client_id)
         if held is not None and held.node in self.port.nodes():
             self._refused[node] = f"node {node}: {client_id} is here already, as another node"
-            self.tell(self._refused[node])
+            self.notify(self._refused[node])
             return
         self._refused.pop(node, None)
         client = Client(client_id, rank, _NONE, _NONE, 1 if count is None else count)
@@ -199,7 +200,7 @@ class Roll:
             self._refused[node] = f"node {node}: {client_id} came back with another rank or other data"
             return
         self.members[client_id] = Member(node, client, shapes, base)
-        self.tell(f"{client_id} is here, rank {rank}")
+        self.notify(f"{client_id} is here, rank {rank}")
 
     def away(self, round_num: int) -> set[str]:
         """The clients that are not asked in this round."""
@@ -211,7 +212,7 @@ class Roll:
         silence.missed = silence.missed + 1 if missed else 0
         if silence.missed >= d.patience:
             silence.missed, silence.until = 0, round_num + 1 + d.quarantine
-            self.tell(f"{client_id} has been silent {d.patience} times: left out for {d.quarantine} rounds")
+            self.notify(f"{client_id} has been silent {d.patience} times: left out for {d.quarantine} rounds")
 
     def here(self, clients: Sequence[Client]) -> list[Client]:
         """Those of the clients that can be reached now."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fedspan.federation.exchange import Question
-from fedspan.server.registry import Roll
+from fedspan.server.registry import SiteRegistry
 from fedspan.wire import protocol
 from fedspan.wire.transport import Delivery
 
@@ -29,18 +29,18 @@ ABSENT = Missing("is not connected")
 class _Costs:
     wire_up: int = 0
     wire_down: int = 0
-    trips: int = 0
+    round_trips: int = 0
     waited_seconds: float = 0.0
     """From the sending of messages until the last answer that was waited for."""
     slowest_seconds: float = 0.0
     """Of it, how long the busiest site was at work, trip by trip: the rest is the way there and back."""
 
 
-class Trips:
+class Requests:
     """Carries messages to the sites on the roll."""
 
-    def __init__(self, roll: Roll) -> None:
-        self.roll, self.port = roll, roll.port
+    def __init__(self, registry: SiteRegistry) -> None:
+        self.registry, self.port = registry, registry.port
         self._costs = _Costs()
 
     def costs(self) -> dict[str, Any]:
@@ -60,11 +60,11 @@ class Trips:
         enough
             So many answers are waited for; none: all of them.
         """
-        d, wanted = self.roll.config.deployment, len(messages) if enough is None else enough
+        d, wanted = self.registry.config.deployment, len(messages) if enough is None else enough
         began = self.port.now()
-        self._costs.trips += 1
+        self._costs.round_trips += 1
         self._costs.wire_down += sum(map(len, messages.values()))
-        addressed = [(self.roll.members[c].node, content) for c, content in messages.items()]
+        addressed = [(self.registry.members[c].node, content) for c, content in messages.items()]
         tickets = dict(zip(self.port.send(addressed, d.deadline), messages, strict=True))
         got, slowest = 0, 0.0
         while tickets and got < wanted and self.port.now() - began < d.deadline:
@@ -73,7 +73,7 @@ class Trips:
                 if client_id is None:
                     continue
                 reply = self._read(client_id, question, delivery)
-                self.roll.note(client_id, question.round_num, missed=delivery.content is None)
+                self.registry.note(client_id, question.round_num, missed=delivery.content is None)
                 if not isinstance(reply, str):
                     got += 1
                     slowest = max(slowest, _busy(reply[0]))
@@ -86,7 +86,7 @@ class Trips:
         for client_id in tickets.values():
             late = got >= wanted
             if not late:
-                self.roll.note(client_id, question.round_num, missed=True)
+                self.registry.note(client_id, question.round_num, missed=True)
             reason = "was not waited for" if late else f"did not answer within {d.deadline:g} s"
             yield client_id, Missing(reason)
 
@@ -96,22 +96,22 @@ class Trips:
             return Missing(delivery.error or "gave no answer")
         self._costs.wire_up += len(delivery.content)
         try:
-            told, tensors = protocol.decode(delivery.content)
+            header, tensors = protocol.decode(delivery.content)
         except ValueError as error:
             return f"sent {error}"
-        if told.get("client_id") != client_id:
-            return f"answered as {told.get('client_id')!r}"
-        if "problem" in told:
-            return str(told["problem"])
-        for key, own in (("run", self.roll.run), ("round", question.round_num), ("number", question.number)):
-            got = told.get(key)
+        if header.get("client_id") != client_id:
+            return f"answered as {header.get('client_id')!r}"
+        if "problem" in header:
+            return str(header["problem"])
+        for key, own in (("run", self.registry.run), ("round", question.round_num), ("number", question.number)):
+            got = header.get(key)
             if got != own and key == "round" and type(got) is int:
                 return f"answered for round {got + 1}: expected {question.round_num + 1}"  # people count from one
             if got != own:
                 return f"answered for {key} {got!r}: expected {own!r}"
-        return told, tensors
+        return header, tensors
 
 
-def _busy(told: Mapping[str, Any]) -> float:
-    seconds = told.get("seconds", 0.0)
+def _busy(header: Mapping[str, Any]) -> float:
+    seconds = header.get("seconds", 0.0)
     return float(seconds) if isinstance(seconds, int | float) and math.isfinite(seconds) else 0.0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedspan import config as settings
 from fedspan.config import Config
+from fedspan.support.errors import FedspanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,30 +39,30 @@ class Settings:
         """
         path = folder / "site.toml"
         try:
-            told = tomllib.loads(path.read_text(encoding="utf-8"))
+            entries = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ValueError(f"cannot read {path}: {error.strerror}") from None
+            raise FedspanError(f"cannot read {path}: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid TOML: {error}") from None
+            raise FedspanError(f"{path} is not valid TOML: {error}") from None
         known = {"client_id", "rank", "identity", "config", "device", "threads", "data", "model"}
-        odd = sorted(told.keys() - known)
+        odd = sorted(entries.keys() - known)
         if odd:
-            raise ValueError(f"{path}: unknown key {odd[0]!r}, expected one of {', '.join(sorted(known))}")
-        client_id = told.get("client_id")
+            raise FedspanError(f"{path}: unknown key {odd[0]!r}, expected one of {', '.join(sorted(known))}")
+        client_id = entries.get("client_id")
         if not isinstance(client_id, str) or not client_id:
-            raise ValueError(f"{path}: client_id = {client_id!r}, expected the name that the server knows this site by")
-        rank = told.get("rank")
+            raise FedspanError(f"{path}: client_id = {client_id!r}, expected the name of this site on the server")
+        rank = entries.get("rank")
         if rank is not None and (not isinstance(rank, int) or rank < 1):
-            raise ValueError(f"{path}: rank = {rank!r}, expected a count")
+            raise FedspanError(f"{path}: rank = {rank!r}, expected a count")
         with_own = [
             f"{section}.{key}={_toml(value)}"
             for section in ("data", "model")
-            for key, value in told.get(section, {}).items()
+            for key, value in entries.get(section, {}).items()
         ]
-        with_own += [f"{key}={_toml(told[key])}" for key in ("device", "threads") if key in told]
-        config = settings.load(folder / told.get("config", "config.toml"), with_own)
-        identity, trusted = _identities(folder, told.get("identity"))
-        return cls(config, client_id, rank, "train" in told.get("data", {}), identity, trusted)
+        with_own += [f"{key}={_toml(entries[key])}" for key in ("device", "threads") if key in entries]
+        config = settings.load(folder / entries.get("config", "config.toml"), with_own)
+        identity, trusted = _identities(folder, entries.get("identity"))
+        return cls(config, client_id, rank, "train" in entries.get("data", {}), identity, trusted)
 
 
 def _toml(value: object) -> str:
@@ -79,6 +80,6 @@ def _identities(folder: Path, name: str | None) -> tuple[bytes | None, dict[str,
         sites = json.loads((folder / "sites.json").read_text(encoding="utf-8"))
         trusted = {client: bytes.fromhex(public) for client, public in sites.items()}
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder}: identity = {name!r} or sites.json cannot be read ({error})") from None
+        raise FedspanError(f"{folder}: identity = {name!r} or sites.json cannot be read ({error})") from None
     raw = serialization.Encoding.Raw, serialization.PrivateFormat.Raw, serialization.NoEncryption()
     return key.private_bytes(*raw), trusted

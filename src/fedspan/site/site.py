@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedspan.client.executors import Alone, Kit
+from fedspan.client.executors import InlineExecutor, WorkContext
 from fedspan.client.setup import base_model, device_of, encoded
 from fedspan.client.training import Assignment, LocalResult, num_steps
 from fedspan.config import Config
@@ -34,9 +34,10 @@ from fedspan.privacy.fixed_point import FixedPoint
 from fedspan.privacy.spending import Examples
 from fedspan.privacy.summing import Layout
 from fedspan.site.settings import Settings
-from fedspan.site.storage import Memory, Refused
+from fedspan.site.storage import Refused, SiteStorage
+from fedspan.support.errors import FedspanError
 from fedspan.wire import agreement, protocol
-from fedspan.wire.precision import Narrow
+from fedspan.wire.precision import Precision
 
 __all__ = ["Loaded", "Refused", "Settings", "Site"]
 
@@ -49,7 +50,7 @@ def _silent(line: str) -> None:
 class Loaded:
     """The base and the data in memory."""
 
-    kit: Kit
+    context: WorkContext
     initial: Tensors
     """Heads and trained weights of the untouched base."""
     base: str
@@ -60,7 +61,7 @@ class Loaded:
         """Read and built as the configuration says."""
         processor, data = encoded(config, corpus)
         model = base_model(config, method, corpus, data, max_rank=max_rank, device=device_of(config.device))
-        return cls(Kit(config, model, data, processor, corpus.metrics), model.dense(), model.digest())
+        return cls(WorkContext(config, model, data, processor, corpus.metrics), model.dense(), model.digest())
 
 
 class Site:
@@ -88,14 +89,14 @@ class Site:
         corpus = load_data(given.config.data, given.config.seed)
         self.client = self._client(corpus)
         self.loaded = Loaded.of(given.config, self.method, corpus, self.client.rank) if loaded is None else loaded
-        self.alone = Alone(self.loaded.kit)
+        self.executor = InlineExecutor(self.loaded.context)
         self._derived: Broadcast | None = None
         self.terms = agreement.terms(given.config)
-        self._memory = Memory(folder / "state")
+        self._storage = SiteStorage(folder / "state")
         self._examples = Examples(given.config, folder) if given.config.privacy.dp == "example" else None
         self._learnt: LocalResult | None = None
         self._state: ClientState | None = None
-        self._told: tuple[str, int] = ("", 0)
+        self._newest_round: tuple[str, int] = ("", 0)
         """Run and newest count of rounds that the server has named."""
         self._sums: Any = None
         """The secure sums of the round at hand, and the session that they belong to."""
@@ -105,14 +106,14 @@ class Site:
         if not given.own_data:
             found = {c.client_id: c for c in make_clients(config, corpus)}
             if given.client_id not in found:
-                raise ValueError(f"client_id = {given.client_id!r}: expected one of {', '.join(sorted(found))}")
+                raise FedspanError(f"client_id = {given.client_id!r}: expected one of {', '.join(sorted(found))}")
             client = found[given.client_id]
             return client if given.rank is None else replace(client, rank=given.rank)
         ranks = (
             {config.federation.ranks} if isinstance(config.federation.ranks, int) else set(requirements.ranks(config))
         )
         if given.rank is None and len(ranks) != 1:
-            raise ValueError(f"{given.client_id} has no rank: expected `rank` in its site.toml, since ranks differ")
+            raise FedspanError(f"{given.client_id} has no rank: expected `rank` in its site.toml, since ranks differ")
         rows = np.arange(len(corpus.train))
         rng = np.random.default_rng([config.seed, 3, zlib.crc32(given.client_id.encode())])
         kept = round(len(rows) * config.data.client_holdout)
@@ -135,16 +136,16 @@ class Site:
             kind = message.get("kind")
             if not isinstance(kind, str) or kind not in kinds:
                 raise Refused(f"a message of kind {kind!r}: expected one of {', '.join(kinds)}")
-            told = kinds[kind](message, tensors, parcel)
-            told |= {key: message[key] for key in ("run", "round", "number") if key in message}
+            header = kinds[kind](message, tensors, parcel)
+            header |= {key: message[key] for key in ("run", "round", "number") if key in message}
         except (ValueError, KeyError, TypeError, IndexError) as error:
             line = " ".join(str(error).split()) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             parcel = protocol.Parcel()
-            told = {"problem": line}
-        return protocol.encode({"client_id": self.client.client_id, **told}, parcel)
+            header = {"problem": line}
+        return protocol.encode({"client_id": self.client.client_id, **header}, parcel)
 
     def _hello(self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.Parcel) -> dict[str, Any]:
-        shapes = {name: list(shape) for name, shape in self.loaded.kit.model.modules().items()}
+        shapes = {name: list(shape) for name, shape in self.loaded.context.model.modules().items()}
         shapes |= {f"dense {name}": list(t.shape) for name, t in self.loaded.initial.items()}
         hidden = self.config.privacy.secure_sums or self.config.privacy.dp != "none"
         return {
@@ -172,7 +173,7 @@ class Site:
         run, round_num, counted = message["run"], message["round"], message["counted"]
         if not isinstance(run, str) or not run.isalnum() or type(round_num) is not int or type(counted) is not int:
             raise Refused(f"run {run!r}, round {round_num!r}, counted {counted!r}: expected a name and two counts")
-        known_run, newest = self._told
+        known_run, newest = self._newest_round
         if run == known_run and not counted >= newest:
             raise Refused(f"a message from before round {newest}, which this site has seen finished")
         for key in ("number", "rank", "num_clients"):
@@ -180,7 +181,7 @@ class Site:
                 raise Refused(f"{key} = {message[key]!r}: expected a count")
         if counted > round_num or round_num < 0:
             raise Refused(f"round {round_num} after {counted} finished rounds: expected the next one")
-        self._told = (run, counted)
+        self._newest_round = (run, counted)
 
     def _ask(self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.Parcel) -> dict[str, Any]:
         self._check(message)
@@ -201,31 +202,31 @@ class Site:
         if self._learnt is None:
             raise Refused("a question about what this site learnt, which it does not hold any more")
         # What is rounded on the way is rounded here, so that it is the very update that arrives.
-        narrow = Narrow("float32")
+        precision = Precision("float32")
         weight = self.client.weight(self.config.federation.weighting)
-        said = respond(self.method, question, self._learnt, started, self._state, narrow, weight)
+        said = respond(self.method, question, self._learnt, started, self._state, precision, weight)
         seconds = time.perf_counter() - began
         if said.problem is not None:
             raise Refused(said.problem)
         assert said.update is not None
         if said.kept is not None:
             self._state = said.kept
-            self._memory.keep(message["run"], question.round_num + 1, said.kept)
-        told: dict[str, Any] = {"seconds": seconds, "optimizer_bytes": self._learnt.optimizer_bytes}
+            self._storage.keep(message["run"], question.round_num + 1, said.kept)
+        header: dict[str, Any] = {"seconds": seconds, "optimizer_bytes": self._learnt.optimizer_bytes}
         if "sum" in message:
             words = self._words(message["sum"], said.update, self._learnt.train_loss, tensors)
-            told["words"] = parcel.put(torch.from_numpy(words.view(np.int64)))
+            header["words"] = parcel.put(torch.from_numpy(words.view(np.int64)))
         else:
             loss = self._learnt.train_loss
-            told["train_loss"] = loss if math.isfinite(loss) else None
-            told["update"] = protocol.put_update(parcel, said.update, self.config.wire.up)
+            header["train_loss"] = loss if math.isfinite(loss) else None
+            header["update"] = protocol.put_update(parcel, said.update, self.config.wire.up)
         if not question.keep:
             self._learnt = None
-        return told
+        return header
 
     def _remembered(self, run: str, counted: int, question: Question) -> ClientState | None:
         """This client's state after the last round whose answer counted."""
-        state = self._memory.state(run, counted)
+        state = self._storage.state(run, counted)
         if state is None and counted and self._derived is not None:
             started = begin(self.method, question, self._derived, None)
             if self.method.encode(unlearnt(question.template, started), started, None)[1] is not None:
@@ -236,7 +237,7 @@ class Site:
         number, (place, of) = message["number"], message["place"]
         if not 0 <= number < len(self.method.exchanges):
             raise Refused(f"exchange {number}: {self.method.info.name} has {len(self.method.exchanges)}")
-        model, a = self.loaded.kit.model, self.config.adapter
+        model, a = self.loaded.context.model, self.config.adapter
         template = model.template(message["rank"], a.alpha, a.rslora, self.config.seed, message["num_clients"])
         exchange = self.method.exchanges[number]
         return Question(template, message["round"], number, exchange, (place, of), bool(message["keep"]))
@@ -247,12 +248,12 @@ class Site:
             state = self.method.init(question.template, self.loaded.initial)
             state = replace(state, round_num=question.round_num)
             self._derived = self.method.broadcast(state, Request(self.client.rank))
-        patch = self._memory.patch(message["run"], message["patch"], protocol.get_news(message["patch"], tensors))
+        patch = self._storage.patch(message["run"], message["patch"], protocol.get_news(message["patch"], tensors))
         return protocol.get_broadcast(message["broadcast"], tensors, self._derived, patch)
 
     def _work(self, started: Broadcast, round_num: int) -> LocalResult:
         client, config = self.client, self.config
-        self.loaded.kit.model.check_fits(started)
+        self.loaded.context.model.check_fits(started)
         steps = num_steps(config.local, client.num_examples)
         weight = client.weight(config.federation.weighting)
         secret = None
@@ -260,27 +261,27 @@ class Site:
             secret = self._examples.charge(client.client_id, client.num_examples, steps)
         assignment = Assignment(client.client_id, started, client.indices, steps, weight, secret)
         engine = "cohort" if config.engine.name == "cohort" else "sequential"
-        ((result, _),) = self.alone.train([assignment], round_num, engine)
+        ((result, _),) = self.executor.train([assignment], round_num, engine)
         return result
 
     def _words(
-        self, told: Mapping[str, Any], update: Any, train_loss: float, tensors: Sequence[Tensor]
+        self, header: Mapping[str, Any], update: Any, train_loss: float, tensors: Sequence[Tensor]
     ) -> np.ndarray[Any, np.dtype[np.uint64]]:
         """The answer as words of a sum, masked where the settings ask for it."""
         p = self.config.privacy
-        layout = Layout.from_json(told["layout"])
+        layout = Layout.from_json(header["layout"])
         try:
-            words = FixedPoint(p.fraction_bits).encode(layout.flatten(update, train_loss), told["num_clients"])
+            words = FixedPoint(p.fraction_bits).encode(layout.flatten(update, train_loss), header["num_clients"])
         except ValueError as error:
             # The line names a number of this client's, which is nobody's business.
             self.say(str(error))
             raise Refused("what it learnt does not fit the fixed point of the sum") from None
         if not p.secure_sums:
             return words
-        sums = self._secure(told["session"])
-        if "shares" in told:
-            sums.receive(_bytes_by_name(told["shares"], tensors))
-        masked: np.ndarray[Any, np.dtype[np.uint64]] = sums.mask(told["index"], words)
+        sums = self._secure(header["session"])
+        if "shares" in header:
+            sums.receive(_bytes_by_name(header["shares"], tensors))
+        masked: np.ndarray[Any, np.dtype[np.uint64]] = sums.mask(header["index"], words)
         return masked
 
     def _secure(self, session: str) -> Any:
@@ -316,7 +317,7 @@ class Site:
 
     def _unmask(self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.Parcel) -> dict[str, Any]:
         sums = self._secure(message["session"])
-        self._memory.unmasking(message["run"], f"{message['round']}/{message['place'][0]}", message["survivors"])
+        self._storage.unmasking(message["run"], f"{message['round']}/{message['place'][0]}", message["survivors"])
         return {"unmask": protocol.put_bytes(parcel, sums.unmask(message["index"], message["survivors"]))}
 
 

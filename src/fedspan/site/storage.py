@@ -12,17 +12,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.messages import ClientState
-from fedspan.methods.patches import Patch, patch_sum
+from fedspan.methods.patches import Patch, patch_of, patch_sum, patch_tensors
+from fedspan.support.errors import FedspanError
 from fedspan.support.files import read_tensors, write_bytes
 
 
-class Refused(ValueError):
+class Refused(FedspanError):
     """A message that this site does not act on, and why."""
 
 
-class Memory:
+class SiteStorage:
     """What a client keeps on its own disk: its state, and the patch on its base, each by the rounds it is of.
 
     The server names the round whose answer last counted, so what a client made of an answer that was lost is never
@@ -47,7 +47,7 @@ class Memory:
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
         write_bytes(self.folder / run / f"client-{finished}.safetensors", save(tensors))
 
-    def patch(self, run: str, told: Mapping[str, Any], news: Sequence[Mapping[str, Patch]]) -> dict[str, Patch]:
+    def patch(self, run: str, header: Mapping[str, Any], news: Sequence[Mapping[str, Patch]]) -> dict[str, Patch]:
         """The whole patch, after what is new has been added to what is held.
 
         Raises
@@ -55,8 +55,8 @@ class Memory:
         Refused
             When the server counts on a version that this site does not hold.
         """
-        seen, version = told["seen"], told["version"]
-        if told["whole"]:
+        seen, version = header["seen"], header["version"]
+        if header["whole"]:
             total = dict(news[-1]) if news else {}
         else:
             total = dict(self._held(run, seen))
@@ -82,12 +82,12 @@ class Memory:
         for key, tensor in self._read(path).items():
             name, _, part = key.rpartition("/")
             held.setdefault(name, {})[part] = tensor
-        return {name: x["w"] if "w" in x else LowRank(x["b"], x["a"]) for name, x in held.items()}
+        return {name: patch_of(tensors) for name, tensors in held.items()}
 
     def _write(self, run: str, version: int, seen: int, total: Mapping[str, Patch]) -> None:
         flat: dict[str, Tensor] = {}
         for name, p in total.items():
-            flat |= {f"{name}/b": p.b, f"{name}/a": p.a} if isinstance(p, LowRank) else {f"{name}/w": p}
+            flat |= {f"{name}/{part}": t for part, t in patch_tensors(p).items()}
         folder = self.folder / run
         write_bytes(folder / f"patch-{version}.safetensors", save({k: t.contiguous().clone() for k, t in flat.items()}))
         for path in folder.glob("patch-*.safetensors"):

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fedspan.support.errors import FedspanError
 from fedspan.wire.unix_socket import Listener
 
 
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _refusing(line: str) -> Callable[[bytes], bytes]:
     def answer(content: bytes) -> bytes:
-        raise ValueError(line)
+        raise FedspanError(line)
 
     return answer
 

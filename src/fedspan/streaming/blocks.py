@@ -15,6 +15,7 @@ from fedspan.methods.folds import SUM, Partial
 from fedspan.methods.messages import Factors, Update
 from fedspan.methods.queries import Questions, Term, Terms, partial_sums
 from fedspan.streaming.spool import is_finite
+from fedspan.support.errors import FedspanError
 
 
 def sum_of(updates: Sequence[Update], dense: bool) -> Partial:
@@ -27,7 +28,7 @@ def sum_of(updates: Sequence[Update], dense: bool) -> Partial:
         for (module, part), value in values.items():
             if not is_finite(value):
                 where = f"{part} of {module}" if module else part
-                raise ValueError(f"{where} of {update.client_id} holds NaN or infinity")
+                raise FedspanError(f"{where} of {update.client_id} holds NaN or infinity")
         total = _added(total, read, values)
     return total
 
@@ -51,11 +52,7 @@ def _added(total: Partial, update: Update, values: Mapping[_Place, Tensor]) -> P
 
 
 def _values(update: Update) -> dict[_Place, Tensor]:
-    values = {("", name): value for name, value in update.dense.items()}
-    for module, payload in update.modules.items():
-        parts = {"a": payload.a, "b": payload.b} if isinstance(payload, Factors) else payload.values
-        values |= {(module, part): value for part, value in parts.items()}
-    return values
+    return update.named_tensors()
 
 
 def _own_tensors(total: Partial) -> dict[_Place, Tensor]:
@@ -89,12 +86,12 @@ def answers_of(
 
 def _checked(update: Update, name: str, shape: tuple[int, int]) -> Factors:
     if name not in update.modules:
-        raise ValueError(f"the update of {update.client_id} has no module {name}")
+        raise FedspanError(f"the update of {update.client_id} has no module {name}")
     factors = update.factors(name)
     for side, value in (("b", factors.b), ("a", factors.a)):
         if not is_finite(value):
-            raise ValueError(f"{side} of {name} of {update.client_id} holds NaN or infinity")
+            raise FedspanError(f"{side} of {name} of {update.client_id} holds NaN or infinity")
     if (factors.b.shape[0], factors.a.shape[1]) != shape:
         shapes = f"{tuple(factors.b.shape)} and {tuple(factors.a.shape)}"
-        raise ValueError(f"{update.client_id} holds {name} in shapes {shapes}: expected a product of shape {shape}")
+        raise FedspanError(f"{update.client_id} holds {name} in shapes {shapes}: expected a product of shape {shape}")
     return factors

@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.folds import Partial
+from fedspan.methods.patches import patch_tensors
 from fedspan.methods.queries import Questions
+from fedspan.support.errors import FedspanError
 from fedspan.support.files import read_tensors, write_bytes
 
 _FORMAT = 1
@@ -75,12 +76,12 @@ def read(path: Path) -> Saved:
     try:
         meta, tensors = read_tensors(path, "fedspan_stream")
         if meta["format"] != _FORMAT:
-            raise ValueError(f"format {meta['format']!r}")
+            raise FedspanError(f"format {meta['format']!r}")
         finished = tuple(_unpack_pass(x, tensors) for x in meta["finished"])
         current = None if meta["current"] is None else _unpack_pass(meta["current"], tensors)
         return Saved(meta["step"], meta["block"], finished, current)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint of a stream, format {_FORMAT} ({error})") from None
+        raise FedspanError(f"{path} is damaged or no checkpoint of a stream, format {_FORMAT} ({error})") from None
 
 
 def digest_of_step(method: Method, state: ServerState) -> str:
@@ -91,8 +92,7 @@ def digest_of_step(method: Method, state: ServerState) -> str:
     for module, held in state.modules.items():
         values |= {f"module/{module}/{name}": value for name, value in held.items()}
     for module, patch in patches.items():
-        parts = {"b": patch.b, "a": patch.a} if isinstance(patch, LowRank) else {"w": patch}
-        values |= {f"patch/{module}/{name}": value for name, value in parts.items()}
+        values |= {f"patch/{module}/{name}": value for name, value in patch_tensors(patch).items()}
     about = [method.info.name, repr(state.template), state.round_num, state.exchange]
     return _digest(json.dumps(about), values)
 

@@ -10,6 +10,7 @@ from hashlib import blake2b
 from itertools import islice
 
 from fedspan.methods.messages import Update
+from fedspan.support.errors import FedspanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +75,11 @@ class RollCall:
     def _call(self, update: Update) -> None:
         client, count = update.client_id, update.num_examples
         if client == self._last or (self._known is not None and client in self._known):
-            raise ValueError(f"two updates of {client}: expected one each")
+            raise FedspanError(f"two updates of {client}: expected one each")
         if self._last is not None and client < self._last:
-            raise ValueError(f"the update of {client} comes after that of {self._last}: expected sorted clients")
+            raise FedspanError(f"the update of {client} comes after that of {self._last}: expected sorted clients")
         if not (math.isfinite(count) and count > 0):
-            raise ValueError(f"{client} has {count} examples: expected more than 0")
+            raise FedspanError(f"{client} has {count} examples: expected more than 0")
         if self._known is not None:
             self._known.add(client)
         self._last = client

@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedspan.methods.messages import Factors, Payload, Update, Vector
+from fedspan.support.errors import FedspanError
 from fedspan.support.files import write_bytes
 
 _FORMAT = 1
@@ -52,14 +53,14 @@ class Spool:
         """Write one update, whole or not at all; a ValueError when the client has already sent one."""
         path = self.folder / _file_name(update.client_id)
         if path.exists():
-            raise ValueError(f"{self.folder} already holds an update of {update.client_id}: expected one each")
+            raise FedspanError(f"{self.folder} already holds an update of {update.client_id}: expected one each")
         write_update(path, update)
         return path
 
     def clients(self) -> list[str]:
         """The ids of the clients whose updates are there, sorted."""
         if not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is no folder: expected one with updates")
+            raise FedspanError(f"{self.folder} is no folder: expected one with updates")
         # A writer that was killed leaves a file of another suffix behind.
         names = (entry.name for entry in os.scandir(self.folder))
         return sorted(unquote(name.removesuffix(_SUFFIX)) for name in names if name.endswith(_SUFFIX))
@@ -72,7 +73,7 @@ class Spool:
             path = self.folder / _file_name(client_id)
             update = read_update(path)
             if update.client_id != client_id:
-                raise ValueError(f"{path} holds an update of {update.client_id}: expected that of {client_id}")
+                raise FedspanError(f"{path} holds an update of {update.client_id}: expected that of {client_id}")
             yield update
 
 
@@ -90,7 +91,7 @@ def write_update(path: Path, update: Update) -> None:
 
     def keep(value: Tensor) -> str:
         if value.dtype not in _DTYPES.values():
-            raise ValueError(f"{update.client_id} holds a tensor of {value.dtype}: expected floating point")
+            raise FedspanError(f"{update.client_id} holds a tensor of {value.dtype}: expected floating point")
         # Numbered, so that the file holds them in the order in which a server asks for them.
         key = f"{len(tensors):06d}"
         # A copy where it is a view: the format refuses tensors that share memory.
@@ -130,9 +131,9 @@ def read_update(path: Path) -> Update:
         dense = {name: entry.known(key) for name, key in about["dense"].items()}
         count = about["num_examples"]
         if not isinstance(about["client_id"], str) or not _is_number(count):
-            raise ValueError(f"client_id {about['client_id']!r}, num_examples {count!r}")
+            raise FedspanError(f"client_id {about['client_id']!r}, num_examples {count!r}")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged or no update of a client ({error})") from None
+        raise FedspanError(f"{path} is damaged or no update of a client ({error})") from None
     return Update(about["client_id"], count, _Payloads(entry, modules), _Dense(entry, dense))
 
 
@@ -174,39 +175,39 @@ def _open(path: Path, file: BinaryIO) -> tuple[_Opened, dict[str, Any]]:
     total = identity[1]
     length = int.from_bytes(_exactly(file, 8), "little")
     if length > min(total - 8, _LARGEST_HEADER):
-        raise ValueError(f"its header should be {length} bytes of {total}")
+        raise FedspanError(f"its header should be {length} bytes of {total}")
     header = json.loads(_exactly(file, length))
     about = json.loads(header.pop("__metadata__")["fedspan_update"])
     if about["format"] != _FORMAT:
-        raise ValueError(f"format {about['format']!r}: expected {_FORMAT}")
+        raise FedspanError(f"format {about['format']!r}: expected {_FORMAT}")
     spans = {key: _span(key, entry, 8 + length) for key, entry in header.items()}
     # One after the other to the end of the file: no hole, no overlap, nothing missing.
     end = 8 + length
     for span in sorted(spans.values(), key=lambda s: (s.offset, s.size)):
         if span.offset != end:
-            raise ValueError(f"a tensor starts at byte {span.offset}: expected {end}")
+            raise FedspanError(f"a tensor starts at byte {span.offset}: expected {end}")
         end += span.size
     if end != total:
-        raise ValueError(f"{total} bytes: expected {end}")
+        raise FedspanError(f"{total} bytes: expected {end}")
     return _Opened(path, identity, spans), about
 
 
 def _span(key: str, entry: Mapping[str, Any], start: int) -> _Span:
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in _DTYPES:
-        raise ValueError(f"a tensor of type {dtype!r}: expected one of {', '.join(_DTYPES)}")
+        raise FedspanError(f"a tensor of type {dtype!r}: expected one of {', '.join(_DTYPES)}")
     numbers = [*shape, begin, end]
     if not all(isinstance(x, int) and x >= 0 for x in numbers):
-        raise ValueError(f"tensor {key} has shape and place {numbers}: expected counts")
+        raise FedspanError(f"tensor {key} has shape and place {numbers}: expected counts")
     if end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
-        raise ValueError(f"tensor {key} of shape {shape} has {end - begin} bytes")
+        raise FedspanError(f"tensor {key} of shape {shape} has {end - begin} bytes")
     return _Span(_DTYPES[dtype], tuple(shape), start + begin, end - begin)
 
 
 def _exactly(file: BinaryIO, size: int) -> bytes:
     content = file.read(size)
     if len(content) != size:
-        raise ValueError(f"it ends after {len(content)} of {size} bytes")
+        raise FedspanError(f"it ends after {len(content)} of {size} bytes")
     return content
 
 
@@ -228,9 +229,9 @@ class _Entry:
             return {"values": {field: self.known(key) for field, key in keys["values"].items()}}
         b, a = (self.file.spans[keys[side]].shape for side in ("b", "a"))
         if len(b) != 2 or len(a) != 2 or b[1] != a[0]:
-            raise ValueError(f"factors of {module} of shapes {b} and {a}: expected (m, r) and (r, n)")
+            raise FedspanError(f"factors of {module} of shapes {b} and {a}: expected (m, r) and (r, n)")
         if not _is_number(keys["scaling"]) or not math.isfinite(keys["scaling"]):
-            raise ValueError(f"scaling {keys['scaling']!r} of {module}: expected a number")
+            raise FedspanError(f"scaling {keys['scaling']!r} of {module}: expected a number")
         return keys
 
     def read(self, name: str, key: str) -> Tensor:
@@ -240,17 +241,17 @@ class _Entry:
         # A descriptor of its own for every read: threads share no position, and many clients exhaust no limit.
         with open(self.file.path, "rb", buffering=0) as file:
             if _identity(file) != self.file.identity:
-                raise ValueError(f"{self.file.path} was changed while it was being read")
+                raise FedspanError(f"{self.file.path} was changed while it was being read")
             file.seek(span.offset)
             view, done = raw.numpy().data, 0
             while done < span.size:
                 got = file.readinto(view[done:])
                 if not got:
-                    raise ValueError(f"{self.file.path} ended while it was being read")
+                    raise FedspanError(f"{self.file.path} ended while it was being read")
                 done += got
         value = raw.view(span.dtype).reshape(span.shape)
         if not is_finite(value):
-            raise ValueError(f"{self.file.path}: {name} of {self.client_id} holds NaN or infinity")
+            raise FedspanError(f"{self.file.path}: {name} of {self.client_id} holds NaN or infinity")
         return value
 
 

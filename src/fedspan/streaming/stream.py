@@ -16,6 +16,7 @@ from fedspan.streaming import saved
 from fedspan.streaming.blocks import answers_of, sum_of
 from fedspan.streaming.saved import Pass, Saved
 from fedspan.streaming.source import Edge, RollCall, Source, walk
+from fedspan.support.errors import FedspanError
 
 Ask = Callable[[Questions | None, bool], Partial]
 """(questions, dense) -> the sums of one pass over all clients: the method's own sum where nothing is asked, else the
@@ -109,7 +110,7 @@ def drive(method: Method, state: ServerState, ask: Ask) -> tuple[ServerState, Di
     if method.converse is None:
         makers = [make() for make in METHODS.values()]
         able = [m.info.name for m in makers if (m.secure_sum or m.converse) and not m.info.personalised]
-        raise ValueError(f"{method.info.name} needs all updates at once; these stream: {', '.join(sorted(able))}")
+        raise FedspanError(f"{method.info.name} needs all updates at once; these stream: {', '.join(sorted(able))}")
     talk = method.converse(state)
     asked, outcome = _next(talk, None)
     # The first pass is taken even where nothing is asked: the dense weights need it.
@@ -140,7 +141,7 @@ class _Passes:
 
     def __init__(self, method: Method, state: ServerState, source: Source, block: int) -> None:
         if block < 1:
-            raise ValueError(f"block = {block}: expected at least 1 update")
+            raise FedspanError(f"block = {block}: expected at least 1 update")
         self.method = method
         self.state = state
         self.source = source
@@ -162,9 +163,9 @@ class _Passes:
         if path.exists():
             self._before = saved.read(path)
             if self._before.step != self._step:
-                raise ValueError(f"{path} is a checkpoint of another method, state or round: expected this one's")
+                raise FedspanError(f"{path} is a checkpoint of another method, state or round: expected this one's")
             if self._before.block != self.block:
-                raise ValueError(f"{path} was written with block = {self._before.block}: expected {self.block}")
+                raise FedspanError(f"{path} was written with block = {self._before.block}: expected {self.block}")
 
     def run(self, questions: Questions | None, dense: bool) -> Partial:
         """One pass over the source, or its answers as a checkpoint holds them."""
@@ -174,7 +175,7 @@ class _Passes:
         held = [*self._before.finished, *([self._before.current] if self._before.current else [])]
         start = held[num] if num < len(held) else Pass(asked)
         if start.asked != asked:
-            raise ValueError(f"{self._path} is a checkpoint of other questions: expected the method's own options")
+            raise FedspanError(f"{self._path} is a checkpoint of other questions: expected the method's own options")
         done = start if num < len(self._before.finished) else self._walk(start, questions, dense)
         self._finished.append(done)
         return done.stack[0]
@@ -223,7 +224,7 @@ class _Passes:
 
     def _check_same(self, roll: RollCall, start: Pass) -> None:
         if (roll.num_clients, roll.digest) != (start.num_clients, start.roll):
-            raise ValueError(f"{self._path} is a checkpoint of other updates: its clients are not those of the source")
+            raise FedspanError(f"{self._path} is a checkpoint of other updates: the source has other clients")
 
     def _block_done(self, current: Pass) -> None:
         if self.on_progress is not None:
@@ -234,10 +235,10 @@ class _Passes:
 
     def _pass_done(self, done: Pass) -> Pass:
         if done.num_clients == 0:
-            raise ValueError("no update to aggregate: expected at least one client")
+            raise FedspanError("no update to aggregate: expected at least one client")
         first = self._finished[0] if self._finished else done
         if (done.num_clients, done.roll) != (first.num_clients, first.roll):
-            raise ValueError(
+            raise FedspanError(
                 f"the source gave {done.num_clients} updates, and {first.num_clients} or others in its first pass: "
                 "expected the same clients every time"
             )

@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import torch
 
+from fedspan.support.errors import FedspanError
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -30,7 +32,7 @@ def threads(number: int) -> Iterator[None]:
         For less than one thread.
     """
     if number < 1:
-        raise ValueError(f"threads = {number}: expected at least 1")
+        raise FedspanError(f"threads = {number}: expected at least 1")
     before = _threads.set(number)
     try:
         yield

@@ -15,12 +15,12 @@ _ALIKE = ("adapter", "local", "privacy", "wire", "method")
 def terms(config: Config) -> dict[str, Any]:
     """Every setting that both sides act on, by its key. Where the base lies and what data there is are each side's own;
     that the bases are the same is seen by their digests."""
-    told = config.model_dump(mode="json")
+    settings = config.model_dump(mode="json")
     found: dict[str, Any] = {"seed": config.seed, "federation.weighting": config.federation.weighting}
-    found |= {f"model.{key}": told["model"][key] for key in ("dtype", "quantise")}
-    found["engine.autocast"] = told["engine"]["autocast"]
+    found |= {f"model.{key}": settings["model"][key] for key in ("dtype", "quantise")}
+    found["engine.autocast"] = settings["engine"]["autocast"]
     for section in _ALIKE:
-        found |= {f"{section}.{key}": value for key, value in told[section].items()}
+        found |= {f"{section}.{key}": value for key, value in settings[section].items()}
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.messages import Factors, GaloreOptions, Payload, Recipe, Subspace, Tensors, Vector
-from fedspan.methods.patches import Patch
+from fedspan.methods.patches import Patch, patch_tensors
 
 LINE = 64
 """Where torch's own allocator would place a tensor: some BLAS kernels round differently elsewhere."""
@@ -131,10 +131,7 @@ def get_dense(described: Mapping[str, Any], tensors: Sequence[Tensor]) -> dict[s
 
 def put_patch(parcel: Parcel, patch: Mapping[str, Patch]) -> dict[str, Any]:
     """The description of additions to the base."""
-    return {
-        name: [parcel.put(p.b), parcel.put(p.a)] if isinstance(p, LowRank) else [parcel.put(p)]
-        for name, p in patch.items()
-    }
+    return {name: [parcel.put(t) for t in patch_tensors(p).values()] for name, p in patch.items()}
 
 
 def get_patch(described: Mapping[str, Any], tensors: Sequence[Tensor]) -> dict[str, Patch]:

@@ -6,28 +6,28 @@ whoever really sends, so that both see the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedspan.methods.messages import Broadcast, Factors, Payload, Tensors, Update, Vector
+from fedspan.methods.messages import Broadcast, Tensors, Update
 from fedspan.wire.sizes import payload_bytes, payload_tensors
 
 Kind = Literal["float32", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
-class Narrow:
+class Precision:
     """The types of one run."""
 
     up: Kind = "float32"
     down: Kind = "float32"
 
 
-EXACT = Narrow()
+EXACT = Precision()
 
 
 def pack(tensor: Tensor, kind: Kind) -> tuple[Tensor, ...]:
@@ -57,7 +57,7 @@ def round_trip(tensor: Tensor, kind: Kind) -> Tensor:
     return unpack(pack(tensor, kind))
 
 
-def narrowed_update(update: Update, kind: Kind) -> tuple[Update, int]:
+def rounded_update(update: Update, kind: Kind) -> tuple[Update, int]:
     """What arrives of an update, and the bytes of its tensors on the way."""
     if kind == "float32":
         return update, payload_bytes(update)
@@ -67,7 +67,7 @@ def narrowed_update(update: Update, kind: Kind) -> tuple[Update, int]:
 
     arrived = replace(
         update,
-        modules=map_payloads(update.modules, through),
+        modules={name: payload.map(through) for name, payload in update.modules.items()},
         dense=_each(update.dense, through),
         moments=_each(update.moments, through),
     )
@@ -86,7 +86,7 @@ def _size(tensor: Tensor, kind: Kind) -> int:
     return 2 * count if kind == "bfloat16" else count + 4 * (count // tensor.shape[-1])
 
 
-def narrowed_broadcast(sent: Broadcast, kind: Kind) -> Broadcast:
+def rounded_broadcast(sent: Broadcast, kind: Kind) -> Broadcast:
     """What arrives of a broadcast; a client's frozen patch stays in float32, since its errors would add up."""
     if kind == "float32":
         return sent
@@ -102,14 +102,6 @@ def narrowed_broadcast(sent: Broadcast, kind: Kind) -> Broadcast:
     }
     dense = {n: t if "dense" in own or n in own else through(t) for n, t in sent.dense.items()}
     return replace(sent, adapter=adapter, dense=dense, correction=_each(sent.correction, through))
-
-
-def map_payloads(modules: Mapping[str, Payload], change: Callable[[Tensor], Tensor]) -> dict[str, Payload]:
-    """The payloads with every tensor changed."""
-    return {
-        name: Vector(_each(p.values, change)) if isinstance(p, Vector) else Factors(change(p.b), change(p.a), p.scaling)
-        for name, p in modules.items()
-    }
 
 
 def _each(tensors: Tensors, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

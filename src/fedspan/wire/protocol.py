@@ -21,6 +21,7 @@ from torch import Tensor
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.messages import Broadcast, Factors, Subspace, Tensors, Update
 from fedspan.methods.patches import Patch
+from fedspan.support.errors import FedspanError
 from fedspan.wire import packing
 from fedspan.wire.precision import Kind, pack, unpack
 
@@ -35,7 +36,7 @@ _DTYPES = {
 }
 
 
-class Malformed(ValueError):
+class Malformed(FedspanError):
     """Bytes that are no message of this schema."""
 
 
@@ -142,7 +143,7 @@ def put_broadcast(parcel: Parcel, sent: Broadcast, derived: Broadcast, kind: Kin
     derived
         What the method sends before it has learnt anything, which the site can work out too.
     """
-    told: dict[str, Any] = {"recipe": packing.put_recipe(sent.recipe), "seeded": sorted(sent.seeded), "adapter": {}}
+    header: dict[str, Any] = {"recipe": packing.put_recipe(sent.recipe), "seeded": sorted(sent.seeded), "adapter": {}}
 
     def put(value: Tensor, own: Tensor | None, has: bool) -> int | None:
         # What is rounded on the way is rounded for everyone, so it travels even where it is what a site derives.
@@ -152,22 +153,22 @@ def put_broadcast(parcel: Parcel, sent: Broadcast, derived: Broadcast, kind: Kin
     for name, f in sent.adapter.items():
         own = derived.adapter.get(name)
         b, a = (own.b, own.a) if own is not None else (None, None)
-        told["adapter"][name] = [put(f.b, b, "b" in sent.seeded), put(f.a, a, "a" in sent.seeded), f.scaling]
-    told["dense"] = {
+        header["adapter"][name] = [put(f.b, b, "b" in sent.seeded), put(f.a, a, "a" in sent.seeded), f.scaling]
+    header["dense"] = {
         name: put(t, derived.dense.get(name), bool({"dense", name} & sent.seeded)) for name, t in sent.dense.items()
     }
     parcel.kind = kind
-    told["correction"] = packing.put_dense(parcel, sent.correction)
+    header["correction"] = packing.put_dense(parcel, sent.correction)
     parcel.kind = "float32"
-    told["moments"] = packing.put_dense(parcel, sent.moments)
-    told["subspaces"] = {
+    header["moments"] = packing.put_dense(parcel, sent.moments)
+    header["subspaces"] = {
         name: [_new(parcel, x.basis, _basis(derived, name)), x.side] for name, x in sent.subspaces.items()
     }
-    return told
+    return header
 
 
 def get_broadcast(
-    told: Mapping[str, Any], tensors: Sequence[Tensor], derived: Broadcast, patch: Mapping[str, Patch]
+    header: Mapping[str, Any], tensors: Sequence[Tensor], derived: Broadcast, patch: Mapping[str, Patch]
 ) -> Broadcast:
     """The broadcast again."""
 
@@ -181,21 +182,21 @@ def get_broadcast(
         return own
 
     adapter: dict[str, Factors] = {}
-    for name, (b, a, scaling) in told["adapter"].items():
+    for name, (b, a, scaling) in header["adapter"].items():
         own = derived.adapter.get(name)
         adapter[name] = Factors(held(b, own.b if own else None), held(a, own.a if own else None), float(scaling))
     subspaces = {
-        name: Subspace(held(place, _basis(derived, name)), side) for name, (place, side) in told["subspaces"].items()
+        name: Subspace(held(place, _basis(derived, name)), side) for name, (place, side) in header["subspaces"].items()
     }
     return Broadcast(
         adapter,
-        {name: held(place, derived.dense.get(name)) for name, place in told["dense"].items()},
-        packing.get_recipe(told["recipe"]),
+        {name: held(place, derived.dense.get(name)) for name, place in header["dense"].items()},
+        packing.get_recipe(header["recipe"]),
         patch=patch,
-        seeded=frozenset(told["seeded"]),
-        correction=packing.get_dense(told["correction"], tensors),
+        seeded=frozenset(header["seeded"]),
+        correction=packing.get_dense(header["correction"], tensors),
         subspaces=subspaces,
-        moments=packing.get_dense(told["moments"], tensors),
+        moments=packing.get_dense(header["moments"], tensors),
     )
 
 
@@ -222,9 +223,9 @@ def put_patch(parcel: Parcel, sent: Broadcast, seen: int, version: int) -> dict[
     return {"whole": whole, "seen": seen, "version": version, "news": news}
 
 
-def get_news(told: Mapping[str, Any], tensors: Sequence[Tensor]) -> list[dict[str, LowRank | Tensor]]:
+def get_news(header: Mapping[str, Any], tensors: Sequence[Tensor]) -> list[dict[str, LowRank | Tensor]]:
     """The increments, or the one whole patch."""
-    return [packing.get_patch(patch, tensors) for patch in told["news"]]
+    return [packing.get_patch(patch, tensors) for patch in header["news"]]
 
 
 def put_update(parcel: Parcel, update: Update, kind: Kind) -> dict[str, Any]:
@@ -238,14 +239,14 @@ def put_update(parcel: Parcel, update: Update, kind: Kind) -> dict[str, Any]:
     }
 
 
-def get_update(told: Mapping[str, Any], tensors: Sequence[Tensor], client_id: str) -> Update:
+def get_update(header: Mapping[str, Any], tensors: Sequence[Tensor], client_id: str) -> Update:
     """The update again, said to be of this client."""
     return Update(
         client_id,
-        float(told["num_examples"]),
-        packing.get_payloads(told["modules"], tensors),
-        packing.get_dense(told["dense"], tensors),
-        packing.get_dense(told["moments"], tensors),
+        float(header["num_examples"]),
+        packing.get_payloads(header["modules"], tensors),
+        packing.get_dense(header["dense"], tensors),
+        packing.get_dense(header["moments"], tensors),
     )
 
 
@@ -264,6 +265,5 @@ def shapes(update: Update) -> dict[str, tuple[int, ...]]:
     held: dict[str, Tensors] = {"dense": update.dense, "moments": update.moments}
     found = {f"{part}/{name}": tuple(t.shape) for part, tensors in held.items() for name, t in tensors.items()}
     for name, payload in update.modules.items():
-        values = {"b": payload.b, "a": payload.a} if isinstance(payload, Factors) else payload.values
-        found |= {f"modules/{name}/{part}": tuple(t.shape) for part, t in values.items()}
+        found |= {f"modules/{name}/{part}": tuple(t.shape) for part, t in payload.tensors().items()}
     return found

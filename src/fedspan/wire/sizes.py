@@ -6,15 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import ServerState
 from fedspan.methods.folds import Partial
-from fedspan.methods.messages import Broadcast, Payload, Update, Vector
-from fedspan.methods.patches import Patch
-
-
-def parts(payload: Payload) -> tuple[tuple[str, torch.Tensor], ...]:
-    return tuple(payload.values.items()) if isinstance(payload, Vector) else (("a", payload.a), ("b", payload.b))
+from fedspan.methods.messages import Broadcast, Update
+from fedspan.methods.patches import Patch, patch_tensors
 
 
 def _bytes(tensors: Iterator[torch.Tensor] | Sequence[torch.Tensor]) -> int:
@@ -22,7 +17,7 @@ def _bytes(tensors: Iterator[torch.Tensor] | Sequence[torch.Tensor]) -> int:
 
 
 def payload_tensors(update: Update) -> list[torch.Tensor]:
-    held = [t for payload in update.modules.values() for _, t in parts(payload)]
+    held = [t for payload in update.modules.values() for t in payload.tensors().values()]
     return [*update.dense.values(), *update.moments.values(), *held]
 
 
@@ -35,7 +30,7 @@ def broadcast_bytes(broadcast: Broadcast) -> int:
     held = broadcast.dense.keys() if "dense" in broadcast.seeded else broadcast.seeded
     total = _bytes([t for name, t in broadcast.dense.items() if name not in held])
     for factors in broadcast.adapter.values():
-        total += _bytes([t for part, t in parts(factors) if part not in broadcast.seeded])
+        total += _bytes([t for part, t in factors.tensors().items() if part not in broadcast.seeded])
     if "subspaces" not in broadcast.seeded:
         total += _bytes([space.basis for space in broadcast.subspaces.values()])
     total += _bytes([*broadcast.correction.values(), *broadcast.moments.values()])
@@ -43,7 +38,7 @@ def broadcast_bytes(broadcast: Broadcast) -> int:
 
 
 def patch_bytes(patch: Mapping[str, Patch]) -> int:
-    return sum(_bytes([p.b, p.a] if isinstance(p, LowRank) else [p]) for p in patch.values())
+    return sum(_bytes(list(patch_tensors(p).values())) for p in patch.values())
 
 
 def state_bytes(state: ServerState) -> int:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
+from fedspan.support.errors import FedspanError
+
 _LENGTH = struct.Struct(">Q")
 _FAILED = 1
 _HEAD = struct.Struct(">BQ")
@@ -25,7 +27,7 @@ _LONGEST = 100
 """Bytes of a socket's path that every system takes."""
 
 
-class CallFailed(ValueError):
+class CallFailed(FedspanError):
     """There is no answer; the message says why in one line."""
 
 
@@ -78,7 +80,7 @@ class Listener:
         if self.path.parent != folder.resolve():
             held = self.path.parent.stat()
             if held.st_uid != os.getuid() or held.st_mode & 0o077:
-                raise ValueError(f"{self.path.parent} is open to others: expected a folder of the user's own")
+                raise FedspanError(f"{self.path.parent} is open to others: expected a folder of the user's own")
         self.path.unlink(missing_ok=True)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
@@ -101,12 +103,12 @@ class Listener:
                 (length,) = _LENGTH.unpack(_exactly(channel, _LENGTH.size))
                 asked = _exactly(channel, length)
                 try:
-                    failed, told = 0, answer(asked)
+                    failed, reply = 0, answer(asked)
                 except Exception as error:
                     line = " ".join(str(error).split()) or type(error).__name__
-                    failed, told = _FAILED, line.encode()
-                channel.sendall(_HEAD.pack(failed, len(told)))
-                channel.sendall(told)
+                    failed, reply = _FAILED, line.encode()
+                channel.sendall(_HEAD.pack(failed, len(reply)))
+                channel.sendall(reply)
 
     def close(self) -> None:
         """Listen no more."""

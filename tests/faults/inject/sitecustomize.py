@@ -123,16 +123,16 @@ def install() -> None:
         site, serve = Path(words[words.index("fedspan.site.worker") + 1]).name, unix_socket.Listener.serve
         unix_socket.Listener.serve = lambda self, answer: serve(self, in_worker(site, answer))  # type: ignore[method-assign]
     elif "fedspan.flower.client_app_process" in words:
-        from fedspan.flower.worker_supervisor import Keeper
+        from fedspan.flower.worker_supervisor import WorkerSupervisor
 
-        call = Keeper.call
+        call = WorkerSupervisor.call
 
-        def called(self: Keeper, folder: Path, content: bytes, timeout: float) -> bytes:
+        def called(self: WorkerSupervisor, folder: Path, content: bytes, timeout: float) -> bytes:
             if due("executor", folder.name, head(content)) is not None:
                 raise RuntimeError("this site's client app\nis broken")
             return call(self, folder, content, timeout)
 
-        Keeper.call = called  # type: ignore[method-assign]
+        WorkerSupervisor.call = called  # type: ignore[method-assign]
 
 
 if "FEDSPAN_MISHAPS" in os.environ:

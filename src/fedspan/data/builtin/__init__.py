@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from fedspan.support.errors import FedspanError
+
 _BASES = ("decoder", "vit")
 
 
@@ -19,5 +21,5 @@ def base_path(name: str) -> Path:
         If `name` is no shipped base.
     """
     if name not in _BASES:
-        raise ValueError(f"unknown builtin base {name!r}: expected one of {', '.join(_BASES)}")
+        raise FedspanError(f"unknown builtin base {name!r}: expected one of {', '.join(_BASES)}")
     return Path(__file__).resolve().parent / "bases" / name

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedspan.support.errors import FedspanError
+
 IMAGE_SIZE = 16
 NUM_TEST = 450
 CLASS_NAMES = tuple(str(digit) for digit in range(10))
@@ -40,11 +42,11 @@ def load(seed: int) -> Digits:
         If scikit-learn, which carries the pictures, is not installed, or ``seed`` is negative.
     """
     if seed < 0:
-        raise ValueError(f"seed is {seed}, expected a non-negative integer")
+        raise FedspanError(f"seed is {seed}, expected a non-negative integer")
     try:
         from sklearn.datasets import load_digits  # half a second: only for this task
     except ImportError as error:
-        raise ValueError(
+        raise FedspanError(
             "data.task 'builtin:digits' needs scikit-learn, which is not installed: pip install scikit-learn"
         ) from error
     bunch = load_digits()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from string import ascii_lowercase
 
 from fedspan.data.builtin.words import ANIMALS, COLORS, FOODS, OBJECTS, OPPOSITES, PAST, PLURALS
+from fedspan.support.errors import FedspanError
 
 Sample = tuple[str, str]
 Generate = Callable[[random.Random], Sample]
@@ -188,11 +189,11 @@ def examples(task: str, num: int, seed: int, split: str = "train") -> list[dict[
         For an unknown task or split, a negative `num`, or more examples than the task has inputs.
     """
     if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
+        raise FedspanError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
     if split not in ("train", "test"):
-        raise ValueError(f"unknown split {split!r}: expected 'train' or 'test'")
+        raise FedspanError(f"unknown split {split!r}: expected 'train' or 'test'")
     if num < 0:
-        raise ValueError(f"num is {num}: expected 0 or more")
+        raise FedspanError(f"num is {num}: expected 0 or more")
     rng = random.Random(f"{task}/{split}/{seed}")
     found: dict[str, str] = {}
     misses = 0
@@ -201,7 +202,7 @@ def examples(task: str, num: int, seed: int, split: str = "train") -> list[dict[
         if text in found or split_of(task, text) != split:
             misses += 1
             if misses > _MAX_MISSES:
-                raise ValueError(f"task {task!r} has about {len(found)} {split} inputs: expected at least {num}")
+                raise FedspanError(f"task {task!r} has about {len(found)} {split} inputs: expected at least {num}")
             continue
         misses = 0
         found[text] = answer

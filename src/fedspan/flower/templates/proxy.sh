@@ -1,6 +1,6 @@
 #!/bin/sh
-# 2. The gate for the sites: of all that the SuperLink answers, the fleet API alone. FEDSPAN_PROXY=python takes the
-#    gate that comes with fedspan where there is no nginx.
+# 2. The proxy for the sites: of all that the SuperLink answers, the fleet API alone. FEDSPAN_PROXY=python takes the
+#    proxy that comes with fedspan where there is no nginx.
 set -eu
 cd "$(dirname "$0")"
 . ./environment.sh
@@ -10,7 +10,7 @@ nginx)
     exec nginx -p "$PWD" -e stderr -c "$PWD/nginx.conf" -g "daemon off; ${FEDSPAN_NGINX:-}"
     ;;
 python)
-    exec "$PYTHON" -m fedspan.flower.gate --host @LISTEN@ --port @PORT@ --upstream localhost:@SUPERLINK_PORT@ \
+    exec "$PYTHON" -m fedspan.flower.proxy --host @LISTEN@ --port @PORT@ --upstream localhost:@SUPERLINK_PORT@ \
         --certificate server.crt --key server.key --ca ca.crt
     ;;
 *)

@@ -13,7 +13,7 @@ trap 'exit 143' HUP INT TERM
     --auth-supernode-private-key "$PWD/node.key" --isolation process --host 127.0.0.1 --port @RUNTIME_PORT@ \
     --superexec-auth-secret-file "$PWD/runtime.key" &
 node=$!
-"$PYTHON" -m fedspan.flower.executor --runtime-api-address 127.0.0.1:@RUNTIME_PORT@ --site "$PWD" \
+"$PYTHON" -m fedspan.flower.client_app_process --runtime-api-address 127.0.0.1:@RUNTIME_PORT@ --site "$PWD" \
     --superexec-auth-secret-file "$PWD/runtime.key" &
 executor=$!
 while kill -0 "$node" 2>/dev/null && kill -0 "$executor" 2>/dev/null; do

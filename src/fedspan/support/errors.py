@@ -1,0 +1,11 @@
+"""The root of the errors that a user can do something about."""
+
+from __future__ import annotations
+
+
+class FedspanError(ValueError):
+    """Something that the user got wrong, or that the outside world refused, told in one line.
+
+    The command prints the line and exits with status 2. Any other exception is a defect of this library; the command
+    writes its traceback to a file and exits with status 1. It is a `ValueError`, so code that caught one still does.
+    """

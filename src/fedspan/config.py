@@ -110,6 +110,9 @@ class FederationConfig(_Section):
     rounds: PositiveInt = 12
     participation: Fraction = 0.5
     """Share of the clients drawn in each round, by the run's seed."""
+    sampler: str = "auto"
+    """How a round's clients are drawn: `uniform` (always the same number), `poisson` (a coin for each client), or
+    `auto`: `poisson` where `privacy.dp = "client"` with `participation` below 1 needs it, otherwise `uniform`."""
     min_clients: PositiveInt = 1
     """At least so many are drawn."""
     min_success: PositiveInt = 1

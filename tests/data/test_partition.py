@@ -1,4 +1,4 @@
-"""Laws of partitions, ranks and participation."""
+"""Laws of partitions and ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedspan.data.partition import PRESETS, by_field, dirichlet, draw_ranks, iid, participants, preset
+from fedspan.data.partition import PRESETS, by_field, dirichlet, draw_ranks, iid, preset
 
 seeds = st.integers(0, 2**32)
 
@@ -232,41 +232,3 @@ def test_rank_distributions(spec: str, expected: list[float]) -> None:
     shares = [drawn[rank] / num for rank in (2, 4, 8, 16)]
     np.testing.assert_allclose(shares, expected, atol=0.018)
     assert draw_ranks(spec, (2, 4), 50, rng(3)) == draw_ranks(spec, (4, 2), 50, rng(3))
-
-
-@given(st.integers(1, 60), st.floats(0.01, 1.0), st.integers(1, 60), seeds, st.integers(0, 1000))
-def test_participants_are_distinct_sorted_and_fixed_by_seed_and_round(
-    num_clients: int, participation: float, min_clients: int, seed: int, round_num: int
-) -> None:
-    if min_clients > num_clients:
-        with pytest.raises(ValueError, match="min_clients"):
-            participants(num_clients, participation, min_clients, seed, round_num)
-        return
-    drawn = participants(num_clients, participation, min_clients, seed, round_num)
-    assert drawn == sorted(set(drawn))
-    assert set(drawn) <= set(range(num_clients))
-    assert len(drawn) >= min_clients
-    assert len(drawn) == min_clients or abs(len(drawn) - participation * num_clients) <= 0.5 + 1e-9
-    assert drawn == participants(num_clients, participation, min_clients, seed, round_num)
-
-
-def test_participants_take_turns() -> None:
-    """Each of 10 clients joins half of 400 rounds within 5 standard deviations (50)."""
-    counts = Counter(client for r in range(400) for client in participants(10, 0.5, 1, 0, r))
-    assert all(abs(counts[client] - 200) < 50 for client in range(10))
-    assert participants(10, 1.0, 1, 5, 3) == list(range(10))
-    assert len({tuple(participants(8, 0.5, 1, 0, r)) for r in range(20)}) > 5
-    assert len({tuple(participants(8, 0.5, 1, seed, 0)) for seed in range(20)}) > 5
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((4, 0.0, 1, 0, 0), "participation"),
-        ((4, 1.5, 1, 0, 0), "participation"),
-        ((4, 0.5, 1, -1, 0), "seed"),
-    ],
-)
-def test_bad_participation_is_named(arguments: tuple, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        participants(*arguments)

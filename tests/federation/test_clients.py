@@ -15,7 +15,8 @@ from fedspan import config as settings
 from fedspan.config import Config
 from fedspan.data import Corpus, Rows
 from fedspan.data.partition import PRESETS
-from fedspan.federation.clients import Client, make_clients, participants, pooled
+from fedspan.federation.clients import Client, make_clients, pooled
+from fedspan.federation.sampling import create_sampler
 
 
 def corpus(
@@ -156,22 +157,27 @@ def test_the_pooled_client_trains_on_everybody_s_data_and_no_holdout() -> None:
     assert (one.rank, len(one.holdout)) == (8, 0)
 
 
+def drawn_ids(config: Config, people: list[Client], round_num: int) -> list[str]:
+    sampler = create_sampler(config.federation, config.seed, config.privacy.dp)
+    return [people[i].client_id for i in sampler.draw(len(people), round_num)]
+
+
 def test_who_takes_part_depends_on_seed_and_round_alone() -> None:
     people = tiny.clients(*[2] * 10)
     c = config(seed=4, participation=0.3)
-    drawn = [[p.client_id for p in participants(c, people, r)] for r in range(20)]
+    drawn = [drawn_ids(c, people, r) for r in range(20)]
     assert all(len(d) == 3 and d == sorted(d) for d in drawn)
     assert len({tuple(d) for d in drawn}) > 10
     other = [replace(p, rank=7, indices=np.arange(3)) for p in people]
     glora = c.model_copy(update={"method": {"name": "fedit"}})
-    assert [[p.client_id for p in participants(glora, other, r)] for r in range(20)] == drawn
+    assert [drawn_ids(glora, other, r) for r in range(20)] == drawn
     again = config(seed=5, participation=0.3)
-    assert [[p.client_id for p in participants(again, people, r)] for r in range(20)] != drawn
+    assert [drawn_ids(again, people, r) for r in range(20)] != drawn
 
 
 def test_a_minimum_of_clients_is_kept_or_refused() -> None:
     people = tiny.clients(2, 2, 2, 2)
-    assert len(participants(config(participation=0.01), people, 0)) == 1
-    assert len(participants(config(participation=0.01, min_clients=3), people, 0)) == 3
+    assert len(drawn_ids(config(participation=0.01), people, 0)) == 1
+    assert len(drawn_ids(config(participation=0.01, min_clients=3), people, 0)) == 3
     with pytest.raises(ValueError, match="min_clients = 5 with 4 clients"):
-        participants(config(min_clients=5), people, 0)
+        drawn_ids(config(min_clients=5), people, 0)

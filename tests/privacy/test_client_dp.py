@@ -19,7 +19,6 @@ from methods.federations import build
 from tiny import fake_work, run_state, same_state
 
 from fedspan.client.training import LocalResult
-from fedspan.data import partition
 from fedspan.methods import METHODS
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.folds import Partial
@@ -380,23 +379,3 @@ def test_the_stream_is_uniform_and_its_transform_normal() -> None:
         p = math.erfc(edge / math.sqrt(2))
         assert abs(float((x.abs() > edge).double().mean()) - p) < 5 * math.sqrt(p * (1 - p) / n)
     assert normal(SECRET, "odd", shape=(3, 5)).shape == (3, 5)
-
-
-def test_coins_are_independent_and_may_draw_nobody() -> None:
-    """n = 4000 rounds of 10 clients at q = 0.2: every client's rate, every pair's, the empty round's, 5σ."""
-    n, q = 4000, 0.2
-    drawn = np.zeros((n, 10))
-    for t in range(n):
-        drawn[t, partition.poisson_participants(10, q, SECRET, t)] = 1
-    assert np.abs(drawn.mean(axis=0) - q).max() < 5 * math.sqrt(q * (1 - q) / n)
-    pairs = drawn.T @ drawn / n - np.diag(drawn.mean(axis=0))
-    off = pairs[~np.eye(10, dtype=bool)]
-    assert np.abs(off - q * q).max() < 5 * math.sqrt(q * q * (1 - q * q) / n)
-    empty = (1 - q) ** 10
-    assert abs((drawn.sum(axis=1) == 0).mean() - empty) < 5 * math.sqrt(empty * (1 - empty) / n)
-    assert partition.poisson_participants(10, q, SECRET, 7) == partition.poisson_participants(10, q, SECRET, 7)
-    assert partition.poisson_participants(3, 1.0, SECRET, 7) == [0, 1, 2]
-    other = [partition.poisson_participants(10, q, SECRET + 1, t) for t in range(50)]
-    assert other != [partition.poisson_participants(10, q, SECRET, t) for t in range(50)]
-    with pytest.raises(ValueError, match=r"participation = 1.5: expected a share above 0 and up to 1"):
-        partition.poisson_participants(10, 1.5, SECRET, 0)

@@ -15,8 +15,8 @@ from ports import MemoryPort, make_sites
 from test_run import NAMES, Stop
 
 from fedspan.config import Config
-from fedspan.federation.clients import participants
 from fedspan.federation.rounds import RoundFailed
+from fedspan.federation.sampling import create_sampler
 from fedspan.methods import METHODS
 from fedspan.runs import checkpoint
 from fedspan.runs.engine import Event
@@ -486,7 +486,8 @@ def test_too_few_answers_fail_the_round_and_the_run_goes_on_later(
     config = settings(bases["bert"], texts, federation={"min_success": 3})
     run(config, tmp_path / "here")
     fed = Federation(config, tmp_path)
-    drawn = participants(config, [s.client for s in fed.sites.values()], 1)
+    people = [s.client for s in fed.sites.values()]
+    drawn = [people[i] for i in create_sampler(config.federation, config.seed, "none").draw(len(people), 1)]
     bad = f"node-{IDS.index(drawn[0].client_id)}"
     fed.port.mishap = lambda node, head, content: (
         "out of order" if node == bad and head["kind"] == "ask" and head["round"] == 1 else None

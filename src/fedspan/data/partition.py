@@ -14,8 +14,6 @@ from fedspan.support.errors import FedspanError
 
 Generator = np.random.Generator
 
-_PARTICIPANTS = 0x70617274  # keeps this draw apart from others that use (seed, round)
-_POISSON = 0x636F696E
 
 PRESETS: Mapping[str, tuple[Mapping[str, int], ...]] = {
     "dolly-ftg-2": (
@@ -207,47 +205,6 @@ def _probabilities(name: str, num: int) -> np.ndarray:
         raise FedspanError(f"ranks = {name!r}: expected a number, a list, uniform, normal or heavy_tail")
     probabilities: np.ndarray = weights / weights.sum()
     return probabilities
-
-
-def participants(num_clients: int, participation: float, min_clients: int, seed: int, round_num: int) -> list[int]:
-    """Sorted indices of the clients drawn for a round; they depend on (seed, round_num) and the counts alone.
-
-    Their number is ``participation * num_clients`` rounded half up, and at least `min_clients` (and 1).
-
-    Raises
-    ------
-    ValueError
-        If more clients are required than there are, the share is not in (0, 1], or the seed is negative.
-    """
-    if not 0 < participation <= 1:
-        raise FedspanError(f"participation = {participation}: expected a share above 0 and up to 1")
-    if min_clients > num_clients:
-        raise FedspanError(f"min_clients = {min_clients} with {num_clients} clients: expected at most as many")
-    if seed < 0 or round_num < 0:
-        raise FedspanError(f"seed = {seed}, round_num = {round_num}: expected 0 or more")
-    size = min(num_clients, max(1, min_clients, int(participation * num_clients + 0.5)))
-    rng = np.random.default_rng([_PARTICIPANTS, seed, round_num])
-    return sorted(rng.choice(num_clients, size=size, replace=False).tolist())
-
-
-def poisson_participants(num_clients: int, participation: float, secret: int, round_num: int) -> list[int]:
-    """Sorted indices of the clients of a round, each drawn by a coin of its own; there may be none.
-
-    What amplifies differential privacy by sampling is that nobody knows whether a client is in a round, and that the
-    clients do not displace each other: so the coins are the secret's, not the run's seed's, and their number is free.
-
-    Raises
-    ------
-    ValueError
-        If the share is not in (0, 1], or the secret or the round is negative.
-    """
-    if not 0 < participation <= 1:
-        raise FedspanError(f"participation = {participation}: expected a share above 0 and up to 1")
-    if secret < 0 or round_num < 0:
-        raise FedspanError("a negative secret or round: expected 0 or more")
-    coins = np.random.default_rng([_POISSON, secret, round_num]).random(num_clients)
-    drawn: list[int] = np.flatnonzero(coins < participation).tolist()
-    return drawn
 
 
 def _check(num_examples: int, num_clients: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,19 +97,3 @@ def pooled(clients: list[Client]) -> list[Client]:
     """One client with everybody's data, at the largest rank."""
     indices = np.sort(np.concatenate([c.indices for c in clients]))
     return [Client("all", max(c.rank for c in clients), indices, np.zeros(0, dtype=np.int64))]
-
-
-def participants(
-    config: Config, clients: list[Client], round_num: int, secret: Callable[[], int] | None = None
-) -> list[Client]:
-    """The clients of one round, by the run's seed and the round alone: the same for every method.
-
-    Under client-level privacy each is drawn by a coin of its own, from the server's `secret`; there may be none.
-    """
-    f = config.federation
-    if config.privacy.dp == "client" and f.participation < 1:
-        if secret is None:
-            raise FedspanError("privacy.dp = 'client' draws clients by secret coins: expected the server's secret")
-        return [clients[i] for i in partition.poisson_participants(len(clients), f.participation, secret(), round_num)]
-    chosen = partition.participants(len(clients), f.participation, f.min_clients, config.seed, round_num)
-    return [clients[i] for i in chosen]

@@ -11,6 +11,7 @@ import numpy as np
 from fedspan import methods, robust
 from fedspan.config import Config
 from fedspan.data import partition
+from fedspan.federation.sampling import create_sampler
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Request, Template
 from fedspan.methods.server_optimizers import with_server_optimizer
@@ -48,7 +49,13 @@ def chosen(config: Config, secret: Callable[[], int] | None = None) -> Method:
     _check_robust(method, config)
     if config.privacy.dp == "client":
         f, p = config.federation, config.privacy
-        method = client_dp.with_client_dp(method, p.clip, p.noise_multiplier, f.participation * f.num_clients, secret)
+        method = client_dp.with_client_dp(
+            method,
+            p.clip,
+            p.noise_multiplier,
+            create_sampler(f, config.seed, p.dp).expected_size(f.num_clients),
+            secret,
+        )
     return method
 
 
@@ -97,8 +104,7 @@ def _check_sums(method: Method, config: Config) -> None:
     if not p.secure_sums or method.info.pooled or method.info.alone:
         return
     import_module("fedspan.privacy.primitives")  # which says what to install where that is missing
-    drawn = len(partition.participants(f.num_clients, f.participation, f.min_clients, config.seed, 0))
-    if drawn < 2:
+    if create_sampler(f, config.seed, p.dp).expected_size(f.num_clients) < 2:
         raise FedspanError("privacy.secure_sums = true: one client takes part in a round, whose sum hides nothing")
     if p.dp == "client" and f.participation < 1:
         raise FedspanError(
@@ -159,11 +165,11 @@ def _check_robust(method: Method, config: Config) -> None:
     if reason is not None:
         able = _able(lambda m: problem(m) is None)
         raise FedspanError(f"{first}: {method.info.name} {reason}; methods that can have it: {able}")
-    cohort = len(partition.participants(f.num_clients, f.participation, f.min_clients, config.seed, 0))
+    cohort = create_sampler(f, config.seed, config.privacy.dp).expected_size(f.num_clients)
     needed = least(asked.filter, asked.attackers, averages_factors(method)) if asked.filter != "none" else 1
     if cohort < needed:
         raise FedspanError(
-            f"{first}: {cohort} clients take part in a round, expected at least {needed} with "
+            f"{first}: {cohort:g} clients take part in a round, expected at least {needed} with "
             f"robust.attackers = {asked.attackers} for {method.info.name}"
         )
 

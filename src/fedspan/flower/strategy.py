@@ -34,7 +34,6 @@ from fedspan.flower.tensors import figures, received, reply
 from fedspan.methods.base import Method, ServerState, aggregate
 from fedspan.methods.messages import Broadcast, Factors, Recipe, Request, Template, Tensors, Update
 from fedspan.support.errors import FedspanError
-from fedspan.support.seeding import generator
 
 __all__ = ["FedspanStrategy", "figures", "received", "reply"]
 
@@ -249,9 +248,9 @@ class FedspanStrategy(Strategy):
             if time.monotonic() > end:
                 raise FedspanError(f"{len(nodes)} nodes after {self.wait:g} s: expected at least {self.min_nodes}")
             time.sleep(min(_LOOK, self.wait))
-        number = min(len(nodes), max(self.min_nodes, round(share * len(nodes))))
-        order = torch.randperm(len(nodes), generator=generator(self.state.template.seed, server_round, purpose))
-        return sorted(nodes[i] for i in order[:number].tolist())
+        stream = ("train", "evaluate").index(purpose)
+        sampler = UniformSampler(share, self.min_nodes, self.state.template.seed, stream)
+        return [nodes[i] for i in sampler.draw(len(nodes), server_round)]
 
     def _messages(
         self, sent: Mapping[int, Broadcast], server_round: int, config: ConfigRecord, kind: str

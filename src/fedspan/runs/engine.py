@@ -24,7 +24,8 @@ from fedspan.data import Encoded
 from fedspan.data import load as load_data
 from fedspan.federation.requirements import client_account
 from fedspan.diagnostics.measure import measure
-from fedspan.federation.clients import Client, make_clients, participants, pooled
+from fedspan.federation.clients import Client, make_clients, pooled
+from fedspan.federation.sampling import ClientSampler, create_sampler
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, Request
 from fedspan.models import FederatedModel
@@ -72,6 +73,7 @@ class Job:
     """`train`, `test`, and `unseen` where there is any."""
     metrics: tuple[str, ...]
     executor: Executor
+    sampler: ClientSampler
     num_workers: int
     coordinator: Coordinator | None = None
     """Of a federation whose clients are elsewhere."""
@@ -104,12 +106,12 @@ class Job:
         else:
             coordinator = Coordinator(port, config, method, out, lambda line: on_event(Event("site", {"line": line})))
             clients = coordinator.gather()
-        drawn = round(config.federation.participation * len(clients)) or 1
-        if config.privacy.dp != "client":
-            drawn = len(participants(config, clients, 0))
+        secret = secret_of(out)
+        sampler = create_sampler(config.federation, config.seed, config.privacy.dp, secret)
+        drawn = max(1, round(sampler.expected_size(len(clients))))
         if config.federation.min_success > drawn and not method.info.pooled:
             raise FedspanError(
-                f"federation.min_success = {config.federation.min_success}: {drawn} clients take part in a round"
+                f"federation.min_success = {config.federation.min_success}, but only {drawn} clients are sampled per round"
             )
         processor, data = encoded(config, corpus)
         device = device_of(config.device)
@@ -142,7 +144,8 @@ class Job:
             num_workers=num_workers,
             coordinator=coordinator,
             total=_total(config),
-            secret=secret_of(out),
+            sampler=sampler,
+            secret=secret,
             examples=Examples(config, out) if config.privacy.dp == "example" and port is None else None,
         )
 
@@ -349,7 +352,7 @@ class Federation:
         return able
 
     def _drawn(self, round_num: int) -> list[Client]:
-        return participants(self.job.config, self.clients, round_num, self.job.secret)
+        return [self.clients[i] for i in self.job.sampler.draw(len(self.clients), round_num)]
 
     def _fewest(self) -> int:
         """Valid answers that a round needs."""

@@ -19,45 +19,18 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from run_folders import outcome
 
 from fedspan.algebra.lowrank import LowRank
 from fedspan.client import cohort, shared_payloads
-from fedspan.client.executors import ProcessExecutor, count
+from fedspan.client.executors import ProcessExecutor, num_worker_processes
 from fedspan.client.processes import Processes, ProcessLost, start_method
 from fedspan.config import Config
 from fedspan.methods import create
 from fedspan.methods.messages import Factors, GaloreOptions, Recipe
-from fedspan.runs import checkpoint
 from fedspan.runs.engine import Job
 from fedspan.runs.execution import resume, run
 from fedspan.wire import packing
-
-TIMES = ("server_seconds", "client_seconds", "train_wall_seconds", "peak_server_bytes", "wall_seconds")
-
-
-def timeless(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: timeless(item) for key, item in value.items() if key not in TIMES}
-    return [timeless(item) for item in value] if isinstance(value, list) else value
-
-
-def outcome(folder: Path) -> dict[str, Any]:
-    """Everything that a run leaves behind but times: files by their bytes, figures, the states of all clients."""
-    found: dict[str, Any] = {
-        str(file.relative_to(folder)): file.read_bytes()
-        for part in ("adapter", "model")
-        for file in sorted((folder / part).rglob("*"))
-        if file.is_file()
-    }
-    found["metrics"] = [timeless(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found["summary"] = timeless(json.loads((folder / "summary.json").read_text()))
-    for file in sorted((folder / "checkpoint").iterdir()):
-        for name, tensor in load_file(file).items():
-            found[f"{file.name}/{name}"] = (str(tensor.dtype), tensor.shape, tensor.numpy().tobytes())
-        saved = checkpoint.read(file)
-        found[f"{file.name}/seen"] = saved.seen
-    return found
 
 
 def gone(pids: list[int], within: float = 10.0) -> list[int]:
@@ -313,15 +286,15 @@ def test_what_clients_share_is_sent_to_a_process_once(job: Job, monkeypatch: pyt
 def test_auto_is_a_process_a_core_and_no_more_than_there_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [count(Config(), cpu, most) for most in (1, 5, 100)] == [1, 5, 8]
-    assert count(Config(threads=4), cpu, 100) == 2
-    assert count(Config(threads=16), cpu, 100) == 1
-    assert count(tiny_engine(3), cpu, 1) == 3
+    assert [num_worker_processes(Config(), cpu, most) for most in (1, 5, 100)] == [1, 5, 8]
+    assert num_worker_processes(Config(threads=4), cpu, 100) == 2
+    assert num_worker_processes(Config(threads=16), cpu, 100) == 1
+    assert num_worker_processes(tiny_engine(3), cpu, 1) == 3
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert count(Config(), cuda, 100) == 4
-    assert count(Config(), torch.device("cuda:1"), 100) == 1
+    assert num_worker_processes(Config(), cuda, 100) == 4
+    assert num_worker_processes(Config(), torch.device("cuda:1"), 100) == 1
     monkeypatch.setattr("fedspan.client.executors.current_process", lambda: SimpleNamespace(daemon=True))
-    assert count(Config(), cpu, 100) == 1
+    assert num_worker_processes(Config(), cpu, 100) == 1
     assert start_method(cuda, 1) == "spawn"
     assert start_method(cpu, 2) == "spawn"
 

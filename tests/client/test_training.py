@@ -13,64 +13,16 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from local_training import LOCAL, differ, start_of, tensors, work
 from torch import Tensor
 
 from fedspan import config as settings
-from fedspan.client.training import Assignment, LocalResult, batches, num_steps, train
-from fedspan.config import Config, DataConfig, EngineConfig, LocalConfig
-from fedspan.data import Encoded, Rows, encode
+from fedspan.client.training import Assignment, batches, num_steps, train
+from fedspan.config import Config, EngineConfig, LocalConfig
+from fedspan.data import Encoded
 from fedspan.methods.messages import Broadcast, GaloreOptions, Recipe
 from fedspan.models import FederatedModel
 from fedspan.support.seeding import generator
-
-LOCAL = LocalConfig(learning_rate=1e-2, batch_size=4)
-
-
-@pytest.fixture(scope="module")
-def texts() -> Encoded:
-    rows = tiny.words(24)
-    data = Rows(
-        "classification",
-        [(r["text"],) for r in rows],
-        ["xyz".index(r["label"]) for r in rows],
-        [r["site"] for r in rows],
-    )
-    return encode(data, tiny.tokenizer(), DataConfig())
-
-
-@pytest.fixture(scope="module")
-def tasks() -> Encoded:
-    rows = tiny.questions(24)
-    pairs = [(r["instruction"], r["input"]) for r in rows]
-    return encode(Rows("instruction", pairs, [r["output"] for r in rows], [""] * 24), tiny.tokenizer(), DataConfig())
-
-
-def work(
-    model: FederatedModel,
-    sent: Broadcast,
-    data: Encoded,
-    config: LocalConfig = LOCAL,
-    steps: int = 3,
-    client: str = "client-0",
-    key: tuple[int, int] = (0, 0),
-) -> LocalResult:
-    seed, round_num = key
-    assignment = Assignment(client, sent, np.arange(len(data)), steps, 1.0)
-    return train(model, assignment, data, Config(seed=seed, local=config), round_num)
-
-
-def tensors(result: LocalResult) -> dict[str, Tensor]:
-    factors = {name: result.update.factors(name) for name in result.update.modules}
-    return {**tiny.flat(factors), **result.update.dense}
-
-
-def differ(x: dict[str, Tensor], y: dict[str, Tensor]) -> set[str]:
-    assert x.keys() == y.keys()
-    return {name for name in x if not torch.equal(x[name], y[name])}
-
-
-def start_of(sent: Broadcast) -> dict[str, Tensor]:
-    return {**tiny.flat(sent.adapter), **sent.dense}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_train import LOCAL, differ, start_of, tasks, tensors, texts, work
+from local_training import LOCAL, differ, start_of, tasks, tensors, texts, work
 from torch import Tensor
 
 from fedspan.client.cohort import plan

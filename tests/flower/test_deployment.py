@@ -18,10 +18,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from typer.testing import CliRunner
 
+from fedspan.cli.flower_commands import app
 from fedspan.config import load
 from fedspan.data.load import load as load_corpus
 from fedspan.federation.clients import make_clients
-from fedspan.flower import certificates, commands, deployment, node_keys, trial
+from fedspan.flower import certificates, deployment, node_keys, trial
 from fedspan.flower.log_levels import QUIET
 from fedspan.site.site import Settings
 
@@ -379,19 +380,19 @@ def test_tls_with_the_certificates_works_and_a_stranger_is_refused(made: Path, t
 
 def test_the_command_writes_a_deployment(tmp_path: Path) -> None:
     runner, folder = CliRunner(), tmp_path / "fed"
-    done = runner.invoke(commands.app, ["init", str(folder), "--sites", "north, south", "--host", "fed.example.org"])
+    done = runner.invoke(app, ["init", str(folder), "--sites", "north, south", "--host", "fed.example.org"])
     assert done.exit_code == 0, done.output
     assert deployment.read(folder) == deployment.plan(["north", "south"], ["fed.example.org"])
     assert load(folder / "server/config.toml").federation.num_clients == 2
-    refused = runner.invoke(commands.app, ["init", str(folder), "--sites", "2"])
+    refused = runner.invoke(app, ["init", str(folder), "--sites", "2"])
     assert isinstance(refused.exception, ValueError)
     assert "exists and is not empty" in str(refused.exception)
     for sites, said in (("0", "expected at least one"), ("a,,b", "expected lower-case letters")):
-        refused = runner.invoke(commands.app, ["init", str(tmp_path / "other"), "--sites", sites])
+        refused = runner.invoke(app, ["init", str(tmp_path / "other"), "--sites", sites])
         assert said in str(refused.exception)
     # What the method cannot do is told now, not between the hospitals.
     impossible = ["--sites", "2", "--set", "method.name=flora", "--set", "federation.sums_only=true"]
-    assert isinstance(runner.invoke(commands.app, ["init", str(tmp_path / "other"), *impossible]).exception, ValueError)
+    assert isinstance(runner.invoke(app, ["init", str(tmp_path / "other"), *impossible]).exception, ValueError)
     assert not (tmp_path / "other").exists()
 
 

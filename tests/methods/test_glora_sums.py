@@ -23,7 +23,6 @@ from fedspan.methods.folds import Partial
 from fedspan.methods.glora_sums import glora_sums
 from fedspan.methods.messages import Factors, Request, Update
 from fedspan.wire.precision import rounded_update
-from fedspan.wire.sizes import parts
 
 FEW: dict[str, Any] = {"shapes": ((60, 50), (48, 64)), "ranks": (4, 4, 2, 1, 3), "counts": (5, 1, 20, 7, 3)}
 """Σ r_k = 14 directions, just what l = 14 columns show at R = 6."""
@@ -61,7 +60,7 @@ def as_glora(fed: Federation, **options: Any) -> Federation:
 
 def shapes(update: Update) -> dict[str, tuple[int, ...]]:
     """Names and shapes of everything in it."""
-    told = {f"{name}/{part}": tuple(t.shape) for name, p in update.modules.items() for part, t in parts(p)}
+    told = {f"{name}/{part}": tuple(t.shape) for name, p in update.modules.items() for part, t in p.tensors().items()}
     return told | {name: tuple(t.shape) for name, t in (*update.dense.items(), *update.moments.items())}
 
 
@@ -193,7 +192,7 @@ def test_clients_who_learnt_nothing_name_no_direction(number: int) -> None:
     """B = 0: a zero sketch and a zero core. All of them: the server stays at the base, and the next round works."""
     fed = build(glora_sums(passes=number), 10, **FEW, server_rank=6, silent=range(5))
     for update in (u for sent in answers(fed) for u in sent):
-        assert not any(bool(t.any()) for p in update.modules.values() for _, t in parts(p))
+        assert not any(bool(t.any()) for p in update.modules.values() for t in p.tensors().values())
     state, told = served(fed)
     assert not any(x["u"].shape[1] for x in state.modules.values())
     assert told["truncation_error"] == 0.0
@@ -211,7 +210,9 @@ def test_every_message_is_the_same_in_every_gauge(number: int) -> None:
     other = regauged(fed, lambda k, rank: gauge(rng, rank, 1e3))
     for mine, theirs in zip(chain(*answers(fed)), chain(*answers(other)), strict=True):
         for name, payload in mine.modules.items():
-            for (part, x), (_, y) in zip(parts(payload), parts(theirs.modules[name]), strict=True):
+            for (part, x), (_, y) in zip(
+                payload.tensors().items(), theirs.modules[name].tensors().items(), strict=True
+            ):
                 torch.testing.assert_close(
                     x.abs() if part == "core" else x, y.abs() if part == "core" else y, rtol=0, atol=1e-8
                 )

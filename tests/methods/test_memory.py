@@ -18,7 +18,7 @@ import torch
 from fedspan.methods import create
 from fedspan.methods.base import aggregate
 from fedspan.methods.messages import Factors, Request, Template, Update, Vector
-from fedspan.memory import peak_memory, reset_peak_memory
+from fedspan.support.peak_memory import peak_memory, reset_peak_memory
 
 torch.set_num_threads(1)
 

@@ -14,7 +14,7 @@ import torch
 from federations import Array, Federation, array, assert_same, build, encoded, received, served, traffic
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import LOCAL, tasks
+from local_training import LOCAL, tasks
 from torch import Tensor
 
 from fedspan.client.training import Assignment, LocalResult, work_on

@@ -14,8 +14,8 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from run_folders import outcome
 from test_models import KINDS, by_hand, folder, logits, plain, products, random_patch
-from test_workers import outcome
 from torch import Tensor, nn
 
 from fedspan.methods.messages import Recipe

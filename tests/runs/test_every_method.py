@@ -11,13 +11,13 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from test_run import NAMES, Stop, StopAt, check_folder, same_outcome, strict, trains
+from run_folders import NAMES, Stop, StopAt, check_folder, same_outcome, strict, trains
 
 from fedspan.runs import checkpoint
 from fedspan.config import Config
 from fedspan.federation.requirements import chosen
 from fedspan.diagnostics.measure import FIGURES
-from fedspan.federation.clients import participants
+from fedspan.federation.sampling import create_sampler
 from fedspan.algebra.galore import state_numel_of
 from fedspan.methods import METHODS
 from fedspan.methods.messages import Broadcast
@@ -40,7 +40,8 @@ def equal(base: Path, texts: Path, name: str, **sections: Any) -> Config:
 def back_after_absence(config: Config) -> list[tuple[int, int, str]]:
     """(round, round of its last part, client) of every client that missed at least one round in between."""
     clients = [*range(config.federation.num_clients)]
-    drawn = [set(participants(config, clients, r)) for r in range(config.federation.rounds)]
+    sampler = create_sampler(config.federation, config.seed, "none")
+    drawn = [{clients[i] for i in sampler.draw(len(clients), r)} for r in range(config.federation.rounds)]
     found = []
     for k in clients:
         rounds = [r for r, who in enumerate(drawn) if k in who]

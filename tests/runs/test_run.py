@@ -27,98 +27,20 @@ from fedspan.methods.messages import Factors
 from fedspan.federation.rounds import RoundFailed
 from fedspan.runs.execution import Event, Result, resume, run
 from fedspan.client.training import Assignment, LocalResult
-
-NAMES = sorted(METHODS)
-TIMINGS = ("server_seconds", "client_seconds", "train_wall_seconds", "peak_server_bytes")
-RECORD = {
-    "round_num",
-    "method",
-    "num_clients",
-    "train_loss",
-    "eval",
-    "bytes_up",
-    "bytes_down",
-    "server_seconds",
-    "client_seconds",
-    "train_wall_seconds",
-    "peak_server_bytes",
-    "rejected",
-}
+from run_folders import NAMES, RECORD, Stop, StopAt, TIMINGS, clients_of, check_folder, same_outcome, strict, trains, untimed
 
 
-def trains(name: str) -> str:
-    return METHODS[name]().info.trains
 
 
-def strict(text: str) -> Any:
-    """JSON that every parser reads: no NaN, no Infinity."""
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
-
-    return json.loads(text, parse_constant=refuse)
 
 
-def untimed(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in TIMINGS}
 
 
-def same_outcome(x: Path, y: Path) -> None:
-    """The same bits in the adapter or model, and the same figures but for the time and memory they took."""
-    for part in ("adapter", "model"):
-        assert (x / part).exists() == (y / part).exists()
-        for file in sorted((x / part).glob("*.safetensors")):
-            tiny.same(load_file(file), load_file(y / part / file.name))
-        for file in sorted((x / part).glob("*.json")):
-            assert file.read_bytes() == (y / part / file.name).read_bytes()
-    lines = [[untimed(strict(line)) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (x, y)]
-    assert lines[0] == lines[1]
-    summaries = [strict((d / "summary.json").read_text()) for d in (x, y)]
-    for summary in summaries:
-        for key in (*TIMINGS, "wall_seconds"):
-            del summary["totals"][key]
-    assert summaries[0] == summaries[1]
-    for file in (x / "checkpoint").iterdir():
-        one, other = (checkpoint.read(d / "checkpoint" / file.name) for d in (x, y))
-        tiny.same_state(one.state, other.state)
-        assert one.seen == other.seen
-        assert one.client_states.keys() == other.client_states.keys()
-        for client, kept in one.client_states.items():
-            tiny.same(kept, other.client_states[client])
-    assert (x / "config.toml").read_bytes() == (y / "config.toml").read_bytes()
 
 
-def check_folder(result: Result, config: Config) -> None:
-    out, name = result.out, config.method["name"]
-    info = METHODS[name]().info
-    assert load_config(out / "config.toml") == config
-    records = [strict(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [r["round_num"] for r in records] == list(range(1, config.federation.rounds + 1))
-    for record in records:
-        assert record.keys() >= RECORD
-        assert record["method"] == name
-        assert record["num_clients"] == (1 if info.pooled else 2)
-        assert record["rejected"] == {}
-        assert record["train_loss"] > 0
-    assert set(records[-1]["eval"]) >= {"loss"}
-    weights = out / ("adapter/adapter_model.safetensors" if info.trains == "adapter" else "model/model.safetensors")
-    assert weights.exists() != info.personalised
-    assert result.adapter == (out / "adapter" if info.trains == "adapter" and not info.personalised else None)
-    assert (out / "checkpoint" / "federation.safetensors").exists()
-    assert not list(out.rglob("*.partial"))
-    summary = strict((out / "summary.json").read_text())
-    assert summary["method"] == name
-    assert summary["higher_is_better"] is True
-    for key in ("base", "federated"):
-        assert 0 <= summary[key] <= 1
-    assert summary["seed"] == config.seed
-    assert set(summary["versions"]) >= {"fedspan", "torch", "transformers", "peft"}
-    assert summary["totals"]["bytes_up"] == sum(r["bytes_up"] for r in records)
-    assert [c["rank"] for c in summary["clients"]] == [c.rank for c in _clients(config)]
 
 
-def _clients(config: Config) -> list[Any]:
-    return engine.make_clients(config, load_data(config.data, config.seed))
+
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -180,22 +102,8 @@ def test_the_same_seed_gives_the_same_bits(bases: dict[str, Path], texts: Path, 
     assert other.history[0]["train_loss"] != first["train_loss"]
 
 
-class Stop(Exception):
-    """What ends a run from outside."""
 
 
-class StopAt:
-    """Ends a run at its `count`-th event."""
-
-    def __init__(self, count: int) -> None:
-        self.left = count
-        self.last = ""
-
-    def __call__(self, event: Event) -> None:
-        self.last = f"{event.kind} {event.data.get('phase', '')}".strip()
-        self.left -= 1
-        if self.left == 0:
-            raise Stop(self.last)
 
 
 @pytest.mark.parametrize("name", ["glora", "flora", "hetlora", "fedftg", "local"])
@@ -346,7 +254,7 @@ def test_the_centralised_control_trains_on_everything_as_long_as_the_cohort(
     config = tiny.config(bases["bert"], texts, "centralised", **sections)
     result = run(config, tmp_path / "pooled")
     (client, steps, rank, rows), (_, again, _, _) = seen
-    people = _clients(config)
+    people = clients_of(config)
     assert (client, rank) == ("all", 8)
     assert sorted(rows) == sorted(int(i) for c in people for i in c.indices)
     assert (result.summary["totals"]["bytes_down"], result.history[0]["num_clients"]) == (0, 1)

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from ports import MemoryPort, make_sites
-from test_run import NAMES, Stop
+from run_folders import NAMES, Stop
 
 from fedspan.config import Config
 from fedspan.federation.rounds import RoundFailed

@@ -289,7 +289,7 @@ import torch
 from fedspan.methods import create
 from fedspan.methods.base import aggregate
 from fedspan.methods.messages import Factors, Template, Update
-from fedspan.spool import Spool
+from fedspan.streaming.spool import Spool
 
 torch.set_num_threads(1)
 

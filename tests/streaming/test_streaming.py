@@ -389,7 +389,7 @@ import torch
 from fedspan import streaming
 from fedspan.methods import create
 from fedspan.methods.messages import Template
-from fedspan.spool import Spool
+from fedspan.streaming.spool import Spool
 from safetensors.torch import save_file
 
 torch.set_num_threads(1)

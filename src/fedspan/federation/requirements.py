@@ -49,13 +49,8 @@ def chosen(config: Config, secret: Callable[[], int] | None = None) -> Method:
     _check_robust(method, config)
     if config.privacy.dp == "client":
         f, p = config.federation, config.privacy
-        method = client_dp.with_client_dp(
-            method,
-            p.clip,
-            p.noise_multiplier,
-            create_sampler(f, config.seed, p.dp).expected_size(f.num_clients),
-            secret,
-        )
+        expected = create_sampler(f, config.seed, p.dp).expected_size(f.num_clients)
+        method = client_dp.with_client_dp(method, p.clip, p.noise_multiplier, expected, secret)
     return method
 
 

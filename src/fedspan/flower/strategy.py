@@ -29,6 +29,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 
+from fedspan.federation.sampling import UniformSampler
 from fedspan.flower import tensors
 from fedspan.flower.tensors import figures, received, reply
 from fedspan.methods.base import Method, ServerState, aggregate

@@ -101,7 +101,7 @@ def merge(
     Raises
     ------
     ValueError
-        See `combine` and `fedspan.adapters.load`; or `out` is not empty.
+        See `combine` and `fedspan.adapters.peft_folder.load`; or `out` is not empty.
     """
     out = Path(out)
     check_free(out)

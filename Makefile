@@ -1,6 +1,7 @@
 # make demo   install into .venv and run the main job on the embedded data
 # make test   install with the development extra, then lint, types and the whole test suite
 # make demo-flower   four authenticated sites behind TLS and a proxy on this machine, under secure sums
+# make test-wheel    build the wheel, install it into an empty environment and run the quick start from there
 # make test-faults   whole deployments that are made to fail; minutes
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ JOBS   ?= 2
 # Tests need no network, and one thread per process is fastest for small models.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo digits demo-flower test-faults test lint types check install dev clean
+.PHONY: demo digits demo-flower test-wheel test-faults test lint types check install dev clean
 
 demo: install
 	$(BIN)/fedspan run
@@ -33,6 +34,16 @@ demo-flower: $(VENV)/.flower
 	@cmp $(TRIAL)/here/adapter/adapter_model.safetensors \
 	  $(TRIAL)/server/runs/federation/adapter/adapter_model.safetensors && \
 	  echo "the adapter has the same bits as that of \`fedspan run\` in one process without masks"
+
+# The wheel in an empty environment, away from the checkout: it must run the quick start by itself.
+test-wheel: dev
+	rm -rf build/wheel && $(BIN)/python -m build --outdir build/wheel --wheel . > build-wheel.log 2>&1 || \
+	  { cat build-wheel.log >&2; exit 1; }
+	rm -f build-wheel.log
+	$(PYTHON) -m venv --clear build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check $(PINS) build/wheel/*.whl
+	cd build/wheel && venv/bin/fedspan run --out run
+	build/wheel/venv/bin/python -m pip check
 
 test-faults: dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/faults -m faults

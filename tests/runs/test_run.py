@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import tomllib
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,32 +13,27 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from run_folders import (
+    NAMES,
+    Stop,
+    StopAt,
+    check_folder,
+    clients_of,
+    same_outcome,
+    strict,
+    trains,
+)
 from safetensors.torch import load_file
 
-from fedspan.runs import checkpoint, engine
-from fedspan.config import Config
+from fedspan.client.training import Assignment, LocalResult
 from fedspan.config import load as load_config
 from fedspan.data import load as load_data
-from fedspan.runs.engine import Job
-from fedspan.methods import METHODS, create
-from fedspan.methods.messages import Factors
 from fedspan.federation.rounds import RoundFailed
-from fedspan.runs.execution import Event, Result, resume, run
-from fedspan.client.training import Assignment, LocalResult
-from run_folders import NAMES, RECORD, Stop, StopAt, TIMINGS, clients_of, check_folder, same_outcome, strict, trains, untimed
-
-
-
-
-
-
-
-
-
-
-
-
-
+from fedspan.methods import create
+from fedspan.methods.messages import Factors
+from fedspan.runs import checkpoint, engine
+from fedspan.runs.engine import Job
+from fedspan.runs.execution import Event, resume, run
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -100,10 +93,6 @@ def test_the_same_seed_gives_the_same_bits(bases: dict[str, Path], texts: Path, 
     other = run(config.model_copy(update={"seed": 4}), tmp_path / "other")
     first = strict((tmp_path / "one" / "metrics.jsonl").read_text().splitlines()[0])
     assert other.history[0]["train_loss"] != first["train_loss"]
-
-
-
-
 
 
 @pytest.mark.parametrize("name", ["glora", "flora", "hetlora", "fedftg", "local"])
@@ -341,7 +330,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("glora", {"federation": {"ranks": [2, 4]}}, "2 ranks for 4 clients"),
     ("glora", {"federation": {"partition": "preset", "num_clients": 3}}, "preset"),
     ("glora", {"federation": {"partition": "by_field"}}, "needs data.field_column"),
-    ("glora", {"federation": {"min_success": 3}}, "min_success = 3: 2 clients take part"),
+    ("glora", {"federation": {"min_success": 3}}, "min_success = 3, but only 2 clients are sampled per round"),
     ("glora", {"federation": {"min_clients": 5}}, "min_clients = 5"),
     ("glora", {"adapter": {"target_modules": ["nope"]}}, "'nope' matches no linear layer.*query"),
     ("fedftg", {"method": {"galore_rank": 33}}, "galore_rank = 33: .* is 32×32, expected at most 32"),

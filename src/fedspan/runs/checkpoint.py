@@ -15,12 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import ServerState
 from fedspan.methods.messages import ClientState, Template
 from fedspan.methods.patches import Patch, PatchLog, patch_of, patch_tensors
-from fedspan.support.files import read_tensors, write_bytes
 from fedspan.support.errors import FedspanError
+from fedspan.support.files import read_tensors, write_bytes
 
 _FORMAT = 3
 

@@ -13,36 +13,36 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedspan.runs import checkpoint
 from fedspan.client import cohort
-from fedspan.support import parallel
-from fedspan.runs.checkpoint import Checkpoint
-from fedspan.support.files import write_bytes
+from fedspan.client.executors import EvaluationTask, Executor, WorkContext, create_executor, num_worker_processes
+from fedspan.client.setup import base_model, device_of, encoded
+from fedspan.client.training import Assignment, LocalResult, num_steps
 from fedspan.config import Config, LocalConfig
-from fedspan.server.coordinator import Coordinator
 from fedspan.data import Encoded
 from fedspan.data import load as load_data
-from fedspan.federation.requirements import client_account
 from fedspan.diagnostics.measure import measure
 from fedspan.federation.clients import Client, make_clients, pooled
+from fedspan.federation.exchange import WINDOW, Answer
+from fedspan.federation.requirements import client_account
+from fedspan.federation.rounds import RunState, conduct
 from fedspan.federation.sampling import ClientSampler, create_sampler
+from fedspan.federation.simulated import SimulatedClients
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, Request
 from fedspan.models import FederatedModel
 from fedspan.models.quantised import base_size
-from fedspan.wire.precision import Precision
-from fedspan.wire.transport import Port
-from fedspan.client.setup import base_model, device_of, encoded
 from fedspan.privacy.fixed_point import FixedPoint
 from fedspan.privacy.spending import Examples, secret_of
 from fedspan.privacy.summing import Sum
 from fedspan.robust import screen
-from fedspan.federation.rounds import RunState, conduct
-from fedspan.federation.exchange import WINDOW, Answer
-from fedspan.federation.simulated import SimulatedClients
-from fedspan.client.training import Assignment, LocalResult, num_steps
-from fedspan.client.executors import Executor, EvaluationTask, WorkContext, create_executor, num_worker_processes
+from fedspan.runs import checkpoint
+from fedspan.runs.checkpoint import Checkpoint
+from fedspan.server.coordinator import Coordinator
+from fedspan.support import parallel
 from fedspan.support.errors import FedspanError
+from fedspan.support.files import write_bytes
+from fedspan.wire.precision import Precision
+from fedspan.wire.transport import Port
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +111,14 @@ class Job:
         drawn = max(1, round(sampler.expected_size(len(clients))))
         if config.federation.min_success > drawn and not method.info.pooled:
             raise FedspanError(
-                f"federation.min_success = {config.federation.min_success}, but only {drawn} clients are sampled per round"
+                f"federation.min_success = {config.federation.min_success}, "
+                f"but only {drawn} clients are sampled per round"
             )
         processor, data = encoded(config, corpus)
         device = device_of(config.device)
-        num_workers = num_worker_processes(config, device, max(drawn, -(-len(data["test"]) // config.evaluation.batch_size)))
+        num_workers = num_worker_processes(
+            config, device, max(drawn, -(-len(data["test"]) // config.evaluation.batch_size))
+        )
         model = base_model(
             config,
             method,

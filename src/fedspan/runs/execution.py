@@ -14,20 +14,20 @@ from typing import Any
 
 import torch
 
-from fedspan.federation import requirements
-from fedspan.algebra import lowrank
 from fedspan import methods
-from fedspan.support.files import write_bytes
+from fedspan.algebra import lowrank
+from fedspan.algebra.lowrank import LowRank
 from fedspan.config import Config, to_toml, with_absolute_paths
 from fedspan.config import load as load_config
-from fedspan.runs.engine import Event, Federation, Job, OnEvent, mean_figures, to_json
-from fedspan.algebra.lowrank import LowRank
+from fedspan.data.metrics import METRICS
+from fedspan.federation import requirements
 from fedspan.methods.messages import Broadcast, Factors, Request
 from fedspan.methods.readout import received
-from fedspan.data.metrics import METRICS
-from fedspan.wire.transport import Port
 from fedspan.privacy.spending import secret_of
+from fedspan.runs.engine import Event, Federation, Job, OnEvent, mean_figures, to_json
 from fedspan.support.errors import FedspanError
+from fedspan.support.files import write_bytes
+from fedspan.wire.transport import Port
 
 __all__ = ["Event", "OnEvent", "Result", "resume", "run"]
 
@@ -106,7 +106,9 @@ def resume(out: Path, on_event: OnEvent = _silent, workers: int | None = None, p
     if not (out / "config.toml").exists():
         raise FedspanError(f"{out} holds no run (no config.toml): expected the folder of an earlier `fedspan run`")
     if port is None and (out / "sites.json").exists():
-        raise FedspanError(f"the clients of {out} are at their sites: expected the server that led them to go on with it")
+        raise FedspanError(
+            f"the clients of {out} are at their sites: expected the server that led them to go on with it"
+        )
     config = load_config(out / "config.toml")
     if workers is not None:
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"workers": workers})})
@@ -183,11 +185,15 @@ def _final(job: Job, main: Federation) -> dict[str, Any]:
     per_rank = method.info.trains == "adapter" and not method.info.pooled and job.config.evaluation.per_rank
     if per_rank:
         readouts = {rank: method.broadcast(state, Request(rank)) for rank in ranks}
-        evaluation_tasks |= {f"rank {rank}": job.evaluation_task(x) for rank, x in readouts.items() if not _same_adapter(x, server)}
+        evaluation_tasks |= {
+            f"rank {rank}": job.evaluation_task(x) for rank, x in readouts.items() if not _same_adapter(x, server)
+        }
     own = [client for client in job.clients if len(client.holdout)]
     # The pooled control has one adapter, at the largest rank.
     sent = {rank: server if method.info.pooled else method.broadcast(state, Request(rank)) for rank in ranks}
-    evaluation_tasks |= {f"own {c.client_id}": job.evaluation_task(sent[c.rank], split="train", rows=c.holdout) for c in own}
+    evaluation_tasks |= {
+        f"own {c.client_id}": job.evaluation_task(sent[c.rank], split="train", rows=c.holdout) for c in own
+    }
     figures = dict(zip(evaluation_tasks, job.evaluate(evaluation_tasks.values()), strict=True))
 
     found: dict[str, Any] = {name: figures[name] for name in ("server", "unseen") if name in figures}

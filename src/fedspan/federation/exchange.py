@@ -55,9 +55,9 @@ class Answer:
 
     client: Client
     update: Update | None
-    """What left the site, with the weight that counts; none where there was a problem, or only a sum is known."""
+    """The update that left the site, with the weight that counts; none where there was a problem or a sum hides it."""
     problem: str | None = None
-    """Why the answer is left out."""
+    """The reason why the answer is left out; none: it counts."""
     absent: bool = False
     """The problem is that nothing came, which may be the fault of the network and not of the client."""
     weight: float = 1.0
@@ -71,7 +71,7 @@ class Answer:
     result: LocalResult | None = None
     """The result of training, where the client lives in this process."""
     started: Broadcast | None = None
-    """What it started from, where the client lives in this process."""
+    """The broadcast that training started from, where the client lives in this process."""
 
 
 @dataclass(frozen=True, slots=True)

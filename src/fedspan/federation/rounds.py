@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,14 +12,14 @@ from fedspan.client.training import LocalResult
 from fedspan.federation.clients import Client
 from fedspan.federation.exchange import Answer, Question, Sites, Work, begin, unlearnt
 from fedspan.federation.simulated import SimulatedClients
+from fedspan.federation.tally import Tally
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, ClientState, Request, Update
 from fedspan.privacy.summing import Layout
 from fedspan.robust import Screen
 from fedspan.support.errors import FedspanError
-from fedspan.support.peak_memory import peak_memory, reset_peak_memory
-from fedspan.wire.sizes import broadcast_bytes, partial_bytes, state_bytes
+from fedspan.wire.sizes import broadcast_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +33,9 @@ class Observation:
     updates: Sequence[Update]
     """The results of training, before `encode`, with the weights that count."""
     broadcasts: Sequence[Broadcast]
-    """What each of them started from."""
+    """The broadcast that each of them started from."""
     client_states: Mapping[str, ClientState]
-    """What the clients kept before the round."""
+    """The states that the clients kept before the round."""
 
 
 Observe = Callable[[Observation], Mapping[str, Any]]
@@ -52,7 +51,7 @@ class RoundFailed(FedspanError):
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What one round hands to the next."""
+    """The state of a federation that one round hands to the next."""
 
     state: ServerState
     client_states: Mapping[str, ClientState] = field(default_factory=dict)
@@ -163,8 +162,8 @@ class _Round:
         self.trained: list[tuple[Update, Broadcast]] = []
         """Results of training and what they started from; filled only where the round is observed."""
         self.started: Broadcast | None = None
-        """What the client of largest rank would have started training from, for the layout of sums."""
-        self.tally = _Tally()
+        """The broadcast that the client of largest rank would have started training from, for the layout of sums."""
+        self.tally = Tally()
 
     def exchange(self, number: int, clients: Sequence[Client], place: tuple[int, int], again: bool) -> list[Client]:
         """Ask the clients, fold their answers, and return the clients whose answers were valid.
@@ -322,65 +321,13 @@ class _Round:
 
 
 @dataclass(slots=True)
-class _Tally:
-    """The costs and events of a round, added up as it goes.
-
-    Server time is work of the server alone: broadcasts, folds, filters and steps. The time spent waiting for clients
-    is counted apart from it.
-    """
-
-    bytes_up: int = 0
-    bytes_down: int = 0
-    server_seconds: float = 0.0
-    client_seconds: float = 0.0
-    train_wall_seconds: float = 0.0
-    peak_server_bytes: int = 0
-    optimizer_bytes: int = 0
-    """The largest that a client's local optimizer held."""
-    bad: int = 0
-    """Clients whose answer was wrong, not counting those that did not answer."""
-    rejected: dict[str, str] = field(default_factory=dict)
-    """Client -> why its answer was left out."""
-    diagnostics: dict[str, Any] = field(default_factory=dict)
-
-    @contextmanager
-    def server(self) -> Iterator[None]:
-        """Count the time inside as the server's."""
-        began = time.perf_counter()
-        yield
-        self.server_seconds += time.perf_counter() - began
-
-    @contextmanager
-    def memory(self, state: ServerState, partial: Partial) -> Iterator[None]:
-        """Measure the peak memory of the step inside, with what the server holds before it."""
-        held = state_bytes(state) + partial_bytes(partial)
-        before = reset_peak_memory()
-        yield
-        self.peak_server_bytes = max(self.peak_server_bytes, held + peak_memory() - before)
-
-    def record(self) -> dict[str, Any]:
-        """Return the entries of the round's record."""
-        return {
-            "bytes_up": self.bytes_up,
-            "bytes_down": self.bytes_down,
-            "server_seconds": self.server_seconds,
-            "client_seconds": self.client_seconds,
-            "train_wall_seconds": self.train_wall_seconds,
-            "peak_server_bytes": self.peak_server_bytes,
-            "optimizer_bytes": self.optimizer_bytes,
-            "rejected": self.rejected,
-            **self.diagnostics,
-        }
-
-
-@dataclass(slots=True)
 class _Broadcasts:
     """The broadcasts of one exchange; clients with equal requests share one, worked out once."""
 
     method: Method
     state: ServerState
     seen: Mapping[str, int]
-    tally: _Tally
+    tally: Tally
     made: dict[Request, Broadcast] = field(default_factory=dict)
 
     def broadcast(self, client: Client) -> Broadcast:

@@ -93,7 +93,7 @@ class UniformSampler:
 class PoissonSampler:
     """Every client by an independent coin, as privacy amplification by sampling requires; a round may be empty.
 
-    The accounting supposes that nobody knows whether a client is in a round, and that clients are in it independently
+    The accounting assumes that it is secret whether a client is in a round, and that clients are in it independently
     of each other: so the coins are drawn from the server's secret, not from the run's seed, and their number is free.
 
     Parameters

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedspan.client.training import num_steps
-from fedspan.config import Config, LocalConfig
+from fedspan.config import LocalConfig, PrivacyConfig
 from fedspan.federation.clients import Client
 from fedspan.federation.requirements import client_account
 from fedspan.methods.base import Method
@@ -16,7 +16,7 @@ from fedspan.privacy.spending import Examples
 
 
 class PrivacyBudget(Protocol):
-    """What a run may still spend of its clients' privacy, or of their examples'."""
+    """The privacy of its clients, or of their examples, that a run may still spend."""
 
     def able(self, sampled: Sequence[Client]) -> list[Client]:
         """Return the clients that have enough budget left for one more round."""
@@ -42,8 +42,8 @@ class NoBudget:
     """No budget here: there is no privacy to spend, nothing is released, or the sites keep their own ledgers."""
 
     noise_secret: int | None = None
-    """A number for the noise of DP-SGD in a control, which must train as the federation does. Nobody sees its result,
-    so the number need not be secret."""
+    """A number for the noise of DP-SGD in a control, which must train as the federation does. Its result is not
+    published, so the number need not be secret."""
 
     def able(self, sampled: Sequence[Client]) -> list[Client]:
         """Return all clients."""
@@ -124,7 +124,15 @@ class ExampleBudget:
         return num_steps(self.local, len(client.indices))
 
 
-def create_budget(config: Config, method: Method, examples: Examples | None, *, released: bool) -> PrivacyBudget:
+def create_budget(
+    method: Method,
+    privacy: PrivacyConfig,
+    participation: float,
+    local: LocalConfig,
+    examples: Examples | None,
+    *,
+    released: bool,
+) -> PrivacyBudget:
     """Return the budget of a method's run.
 
     Parameters
@@ -134,11 +142,10 @@ def create_budget(config: Config, method: Method, examples: Examples | None, *, 
     released
         The result is published: a control's is not, so it spends nothing.
     """
-    privacy = config.privacy
     if released and privacy.dp == "client":
-        return ClientBudget(client_account(method, privacy, config.federation.participation))
+        return ClientBudget(client_account(method, privacy, participation))
     if examples is None:
         return NoBudget()
     if not released:
         return NoBudget(noise_secret=0)
-    return ExampleBudget(examples, config.local, privacy.epsilon)
+    return ExampleBudget(examples, local, privacy.epsilon)

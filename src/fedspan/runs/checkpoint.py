@@ -37,7 +37,7 @@ class Checkpoint:
     history: tuple[Mapping[str, Any], ...] = ()
     """One record per finished round."""
     notes: Mapping[str, Any] = field(default_factory=dict)
-    """What was measured outside the rounds, such as the figures of the untouched base."""
+    """Measurements from outside the rounds, such as the figures of the untouched base."""
     counted: Mapping[str, int] = field(default_factory=dict)
     """Client -> the number of finished rounds when its answer last counted."""
 

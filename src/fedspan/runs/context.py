@@ -1,4 +1,4 @@
-"""What a run needs in memory: its data, its model, its clients, and the processes that work on them."""
+"""The things that a run needs in memory: its data, its model, its clients, and the executor of its work."""
 
 from __future__ import annotations
 
@@ -77,10 +77,11 @@ class RunContext:
         """
         torch.set_num_threads(config.threads)
         corpus = load_data(config.data, config.seed)
-        coordinator = None if port is None else _coordinator(port, config, method, out, on_event)
-        if coordinator is None:
+        coordinator = None
+        if port is None:
             clients = make_clients(corpus, config.federation, config.seed, config.data.client_holdout)
         else:
+            coordinator = Coordinator(port, config, method, out, lambda line: on_event(Event("site", {"line": line})))
             clients = coordinator.gather()
         sampler = create_sampler(config.federation, config.seed, config.privacy.dp, secret_of(out))
         num_sampled = max(1, round(sampler.expected_size(len(clients))))
@@ -149,10 +150,6 @@ class RunContext:
     def close(self) -> None:
         """End every process that was started."""
         self.executor.close()
-
-
-def _coordinator(port: Port, config: Config, method: Method, out: Path, on_event: OnEvent) -> Coordinator:
-    return Coordinator(port, config, method, out, lambda line: on_event(Event("site", {"line": line})))
 
 
 def _check_min_success(min_success: int, num_sampled: int) -> None:

@@ -21,7 +21,7 @@ class EngineChoice:
     name: str
     """`auto` (clients share a pass where that is faster), `cohort`, `sequential`, or `sites` (each chooses its own)."""
     reason: str | None = None
-    """Why clients cannot share a pass, where the settings would have allowed it."""
+    """The reason why clients cannot share a pass, where the settings would have allowed it."""
 
 
 def choose_engine(context: RunContext, recipe: Recipe) -> EngineChoice:

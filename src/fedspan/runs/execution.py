@@ -31,7 +31,7 @@ from fedspan.wire.transport import Port
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run leaves behind."""
+    """The outcome of a finished run."""
 
     out: Path
     """The run folder."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
+from fedspan.client.executors import EvaluationTask
+from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, Request
 from fedspan.runs.context import RunContext
 from fedspan.runs.loop import MethodRun
@@ -28,34 +32,45 @@ def _of_personal_models(context: RunContext, run: MethodRun) -> FinalMetrics:
 
 
 def _of_one_model(context: RunContext, run: MethodRun) -> FinalMetrics:
-    info = context.method.info
     server, by_rank = _received(context, run)
-    measure_ranks = info.trains == "adapter" and not info.pooled and context.config.evaluation.per_rank
-    holders = [client for client in context.clients if len(client.holdout)]
-
-    # All tasks at once, so that no worker process waits while another finishes one of them.
-    tasks = {"server": context.evaluation_task(server)}
-    if "unseen" in context.data:
-        tasks["unseen"] = context.evaluation_task(server, split="unseen")
-    if measure_ranks:
-        cut = {rank: sent for rank, sent in by_rank.items() if not _same_adapter(sent, server)}
-        tasks |= {f"rank {rank}": context.evaluation_task(sent) for rank, sent in cut.items()}
-    for client in holders:
-        task = context.evaluation_task(by_rank[client.rank], split="train", rows=client.holdout)
-        tasks[f"own {client.client_id}"] = task
+    per_rank = _differs_by_rank(context.method) and context.config.evaluation.per_rank
+    tasks = _tasks(context, server, by_rank, per_rank)
+    # All at once, so that no worker process waits while another finishes one of them.
     figures = dict(zip(tasks, context.evaluate(tasks.values()), strict=True))
-
     final: FinalMetrics = {"server": {**figures["server"]}}
     if "unseen" in figures:
         final["unseen"] = {**figures["unseen"]}
     final["clients"] = {**figures["server"]}
-    if measure_ranks:
+    if per_rank:
         of_rank = {rank: figures.get(f"rank {rank}", figures["server"]) for rank in by_rank}
         final["per_rank"] = {str(rank): {**values} for rank, values in of_rank.items()}
         final["clients"] = {**mean_figures([of_rank[client.rank] for client in context.clients])}
-    if holders:
-        final["own_data"] = {**mean_figures([figures[f"own {client.client_id}"] for client in holders])}
+    own = [values for name, values in figures.items() if name.startswith("own ")]
+    if own:
+        final["own_data"] = {**mean_figures(own)}
     return final
+
+
+def _differs_by_rank(method: Method) -> bool:
+    """Return whether clients of different ranks may receive different models."""
+    return method.info.trains == "adapter" and not method.info.pooled
+
+
+def _tasks(
+    context: RunContext, server: Broadcast, by_rank: Mapping[int, Broadcast], per_rank: bool
+) -> dict[str, EvaluationTask]:
+    """Return the evaluations by name: `server`, `unseen`, `rank R` where it differs from the server's, `own CLIENT`."""
+    tasks = {"server": context.evaluation_task(server)}
+    if "unseen" in context.data:
+        tasks["unseen"] = context.evaluation_task(server, split="unseen")
+    if per_rank:
+        cut = {rank: sent for rank, sent in by_rank.items() if not _same_adapter(sent, server)}
+        tasks |= {f"rank {rank}": context.evaluation_task(sent) for rank, sent in cut.items()}
+    for client in context.clients:
+        if len(client.holdout):
+            task = context.evaluation_task(by_rank[client.rank], split="train", rows=client.holdout)
+            tasks[f"own {client.client_id}"] = task
+    return tasks
 
 
 def _received(context: RunContext, run: MethodRun) -> tuple[Broadcast, dict[int, Broadcast]]:

@@ -77,7 +77,14 @@ class MethodRun:
             start=start,
             saved=checkpoint.read(path) if path.exists() else start,
             engine=engine,
-            budget=create_budget(config, method, context.examples, released=phase == FEDERATION),
+            budget=create_budget(
+                method,
+                config.privacy,
+                config.federation.participation,
+                config.local,
+                context.examples,
+                released=phase == FEDERATION,
+            ),
         )
 
     def initial(self) -> Broadcast:
@@ -95,7 +102,7 @@ class MethodRun:
         checkpoint.write(self.path, self.saved)
 
     def advance(self, rounds: int) -> None:
-        """Run the rounds that are still missing of so many, or as many of them as the privacy budget allows."""
+        """Run the missing rounds up to the given number of rounds, or as many as the privacy budget allows."""
         done = self.saved.state.round_num
         self.context.emit("phase", phase=self.phase, total=rounds, done=done)
         self._write_history()

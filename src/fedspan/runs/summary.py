@@ -23,11 +23,11 @@ class FinalMetrics(TypedDict):
     unseen: NotRequired[Figures]
     """The server's full state, on unseen data."""
     clients: NotRequired[Figures]
-    """What the clients end with, on the whole test data: the mean over the clients."""
+    """The clients' final models on the whole test data: the mean over the clients."""
     per_rank: NotRequired[dict[str, Figures]]
-    """Rank -> what a client of that rank receives, on the whole test data."""
+    """Rank -> the model that a client of that rank receives, on the whole test data."""
     own_data: NotRequired[Figures]
-    """What the clients end with, on their own held-out data: the mean over the clients that have some."""
+    """The clients' final models on their own held-out data: the mean over the clients that have some."""
 
 
 class Metrics(FinalMetrics):
@@ -74,7 +74,7 @@ class ClientEntry(TypedDict):
 
 
 class Summary(TypedDict):
-    """What a run came to. The headline figures are of the metric that `metric` names."""
+    """The summary of a finished run. The headline figures are of the metric that `metric` names."""
 
     method: str
     options: dict[str, Any]
@@ -86,13 +86,13 @@ class Summary(TypedDict):
     local: float | None
     """The mean of the clients that train alone."""
     federated: float | None
-    """The mean of what the clients end with."""
+    """The mean of the clients' final models."""
     server: float | None
     """The server's full state; None for a personalised method."""
     unseen: float | None
     """The server's full state on unseen data; None where there is none."""
     per_rank: dict[str, float | None]
-    """Rank -> what a client of that rank receives; empty where it was not measured."""
+    """Rank -> the model that a client of that rank receives; empty where it was not measured."""
     metrics: Metrics
     """Every metric of everything that was evaluated."""
     totals: Totals

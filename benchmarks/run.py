@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -104,9 +105,11 @@ class Arm:
         condition = next(x for x in self.suite.get("condition", [{}]) if x.get("name") == at)
         line = self.one("tune", rate, self.suite["tune_seed"], condition, self.suite.get("tune", {}))
         summary = line["summary"]
-        if self.suite.get("tune_by") == "loss":
-            return -float(summary["metrics"]["clients"]["loss"])
-        return float(summary["federated"] if summary["higher_is_better"] else -summary["federated"])
+        by_loss = self.suite.get("tune_by") == "loss"
+        figure = summary["metrics"]["clients"]["loss"] if by_loss else summary["federated"]
+        if figure is None:
+            return -math.inf  # the run diverged
+        return float(figure if summary["higher_is_better"] and not by_loss else -figure)
 
     def one(
         self, purpose: str, rate: float, seed: int, condition: dict[str, Any], changes: dict[str, Any]

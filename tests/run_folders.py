@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from fedspan.config import Config
 from fedspan.config import load as load_config
 from fedspan.data import load as load_data
+from fedspan.federation.clients import make_clients
 from fedspan.methods import METHODS
-from fedspan.runs import checkpoint, engine
-from fedspan.runs.execution import Event, Result
+from fedspan.runs import checkpoint
+from fedspan.runs.events import Event
+from fedspan.runs.execution import Result
 
 NAMES = sorted(METHODS)
 
@@ -111,7 +113,8 @@ def check_folder(result: Result, config: Config) -> None:
 
 
 def clients_of(config: Config) -> list[Any]:
-    return engine.make_clients(config, load_data(config.data, config.seed))
+    corpus = load_data(config.data, config.seed)
+    return make_clients(corpus, config.federation, config.seed, config.data.client_holdout)
 
 
 class Stop(Exception):

@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = {".py", ".md", ".toml", ".txt", ".json", ".jsonl", ".yml", ".yaml", ".sh", ""}
 LOCAL = re.compile(r"(?<![\w.{])/(home|root|Users|work|tmp|opt|mnt)/\w")
 SKIPPED = {"runs", "build", "dist", "work", "bases"}
+KEPT = {ROOT / "src" / "fedspan" / "runs", ROOT / "tests" / "runs"}
+"""Source folders that share a name with one that is skipped."""
 
 
 def texts() -> Iterator[Path]:
@@ -18,7 +20,9 @@ def texts() -> Iterator[Path]:
         folders[:] = [
             name
             for name in folders
-            if name not in SKIPPED and not name.endswith(".egg-info") and (name[0] != "." or name == ".ci")
+            if (name not in SKIPPED or Path(folder, name) in KEPT)
+            and not name.endswith(".egg-info")
+            and (name[0] != "." or name == ".ci")
         ]
         yield from (Path(folder, name) for name in files if Path(name).suffix in TEXT and name[0] != ".")
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fedspan.methods import create as create_method
     from fedspan.methods.base import Method as Method
     from fedspan.methods.base import aggregate as aggregate
-    from fedspan.runs.engine import Event as Event
+    from fedspan.runs.events import Event as Event
     from fedspan.runs.execution import Result as Result
     from fedspan.runs.execution import resume as resume
     from fedspan.runs.execution import run as run
@@ -50,7 +50,7 @@ __all__ = [
 _HOME: Mapping[str, tuple[str, str]] = {
     "METHODS": ("fedspan.methods", "METHODS"),
     "Config": ("fedspan.config", "Config"),
-    "Event": ("fedspan.runs.engine", "Event"),
+    "Event": ("fedspan.runs.events", "Event"),
     "LowRank": ("fedspan.algebra.lowrank", "LowRank"),
     "MergeReport": ("fedspan.merging.one_shot", "MergeReport"),
     "Method": ("fedspan.methods.base", "Method"),
@@ -67,9 +67,9 @@ _HOME: Mapping[str, tuple[str, str]] = {
 def __getattr__(name: str) -> Any:
     """A public name, imported now."""
     if name == "__version__":
-        from importlib.metadata import version
+        from fedspan.support.versions import installed_version
 
-        return version("fedspan")
+        return installed_version("fedspan")
     if name not in _HOME:
         raise AttributeError(f"module 'fedspan' has no attribute {name!r}")
     module, attribute = _HOME[name]

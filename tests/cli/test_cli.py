@@ -20,7 +20,7 @@ from fedspan.cli.arguments import join_weights, parse_weights
 from fedspan.cli.main import main
 from fedspan.display.progress import Live, Progression, duration, follow, number, size
 from fedspan.methods import METHODS, create
-from fedspan.runs.engine import Event
+from fedspan.runs.events import Event
 
 COMMAND = [sys.executable, "-m", "fedspan"]
 SMALL = [

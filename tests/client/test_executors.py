@@ -28,8 +28,9 @@ from fedspan.client.processes import Processes, ProcessLost, start_method
 from fedspan.config import Config
 from fedspan.methods import create
 from fedspan.methods.messages import Factors, GaloreOptions, Recipe
-from fedspan.runs.engine import Job
+from fedspan.runs.context import RunContext
 from fedspan.runs.execution import resume, run
+from fedspan.runs.loop import MethodRun
 from fedspan.wire import packing
 
 
@@ -133,21 +134,21 @@ def test_a_run_goes_on_with_another_number_of_processes(bases: dict[str, Path], 
     assert outcome(tmp_path / "whole") == outcome(tmp_path / "stopped")
 
 
-def started(job: Job) -> list[int]:
-    assert isinstance(job.executor, ProcessExecutor)
-    job.executor.processes.start()
-    return job.executor.processes.pids()
+def started(context: RunContext) -> list[int]:
+    assert isinstance(context.executor, ProcessExecutor)
+    context.executor.processes.start()
+    return context.executor.processes.pids()
 
 
 @pytest.fixture
-def job(bases: dict[str, Path], texts: Path, tmp_path: Path) -> Iterator[Job]:
+def context(bases: dict[str, Path], texts: Path, tmp_path: Path) -> Iterator[RunContext]:
     config = settings(bases["bert"], texts, "fedit", federation={"ranks": 4})
-    prepared = Job.prepare(config, create(config.method), tmp_path / "run", lambda event: None)
+    prepared = RunContext.prepare(config, create(config.method), tmp_path / "run", lambda event: None)
     yield prepared
     prepared.close()
 
 
-def test_what_is_raised_in_a_process_is_raised_here(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_raised_in_a_process_is_raised_here(context: RunContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no process is left."""
     raised: list[BaseException] = [
         ValueError("data.max_length = 3: expected more"),
@@ -161,8 +162,8 @@ def test_what_is_raised_in_a_process_is_raised_here(job: Job, monkeypatch: pytes
             raise error
 
         monkeypatch.setattr(cohort, "work", fail)
-        pids = started(job)
-        main = job.federation("federation", job.method, job.clients)
+        pids = started(context)
+        main = MethodRun.open(context, "federation", context.method, context.clients)
         with pytest.raises(type(error)) as caught:
             main.advance(1)
         assert str(caught.value) == str(error)
@@ -244,19 +245,21 @@ def wait_for_workers(parent: int, num: int) -> list[int]:
     raise AssertionError(f"{parent} started no {num} processes")
 
 
-def test_results_of_a_round_given_up_are_not_those_of_the_next(job: Job) -> None:
+def test_results_of_a_round_given_up_are_not_those_of_the_next(context: RunContext) -> None:
     """Whoever stops taking results ends the processes; the next work starts new ones."""
-    main = job.federation("federation", job.method, job.clients)
-    job.on_event = stop_at_client
+    main = MethodRun.open(context, "federation", context.method, context.clients)
+    context.on_event = stop_at_client
     with pytest.raises(StopEarly):
         main.advance(1)
-    assert isinstance(job.executor, ProcessExecutor)
-    pids = job.executor.processes.pids()
-    job.on_event = lambda event: None
-    figures = job.evaluate([job.evaluation_task(main.initial()), job.evaluation_task(main.initial(), whole=False)])
+    assert isinstance(context.executor, ProcessExecutor)
+    pids = context.executor.processes.pids()
+    context.on_event = lambda event: None
+    figures = context.evaluate(
+        [context.evaluation_task(main.initial()), context.evaluation_task(main.initial(), whole=False)]
+    )
     assert figures[0] == figures[1]
     assert gone(pids) == []
-    assert len(job.executor.processes.pids()) == 2
+    assert len(context.executor.processes.pids()) == 2
 
 
 class StopEarly(Exception):
@@ -268,7 +271,7 @@ def stop_at_client(event: Any) -> None:
         raise StopEarly
 
 
-def test_what_clients_share_is_sent_to_a_process_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_clients_share_is_sent_to_a_process_once(context: RunContext, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
     put = packing.put_factors
 
@@ -277,7 +280,7 @@ def test_what_clients_share_is_sent_to_a_process_once(job: Job, monkeypatch: pyt
         return put(parcel, adapter)
 
     monkeypatch.setitem(shared_payloads._PARTS, "adapter", (counted, packing.get_factors))
-    main = job.federation("federation", job.method, job.clients)
+    main = MethodRun.open(context, "federation", context.method, context.clients)
     main.advance(1)
     # Four clients of one rank and the evaluation after them, two processes: each is sent each adapter at most once.
     assert 2 <= len(sent) <= 4

@@ -43,6 +43,10 @@ def config(seed: int = 0, holdout: float = 0.0, **federation: Any) -> Config:
     )
 
 
+def made(config: Config, corpus: Corpus) -> list[Client]:
+    return make_clients(corpus, config.federation, config.seed, config.data.client_holdout)
+
+
 def all_rows(clients: list[Client]) -> list[int]:
     return sorted(int(i) for c in clients for i in (*c.indices, *c.holdout))
 
@@ -58,7 +62,7 @@ def test_clients_and_their_holdouts_are_a_partition(
     seed: int, num: int, rows: int, holdout: float, partition: str
 ) -> None:
     c = config(seed, holdout, num_clients=num, partition=partition, alpha=0.5, drop_empty=True, ranks="uniform")
-    clients = make_clients(c, corpus(rows))
+    clients = made(c, corpus(rows))
     assert all_rows(clients) == list(range(rows))
     for client in clients:
         total = len(client.indices) + len(client.holdout)
@@ -69,25 +73,23 @@ def test_clients_and_their_holdouts_are_a_partition(
     ids = [client.client_id for client in clients]
     assert ids == sorted(ids)
     assert len(set(ids)) == len(ids)
-    assert [x.indices.tolist() for x in make_clients(c, corpus(rows))] == [x.indices.tolist() for x in clients]
+    assert [x.indices.tolist() for x in made(c, corpus(rows))] == [x.indices.tolist() for x in clients]
 
 
 def test_ids_sort_like_numbers() -> None:
-    clients = make_clients(config(num_clients=12), corpus())
+    clients = made(config(num_clients=12), corpus())
     assert [c.client_id for c in clients][:3] == ["client-00", "client-01", "client-02"]
     assert clients[11].client_id == "client-11"
 
 
 def test_ranks_do_not_depend_on_the_partition_nor_the_method() -> None:
-    one, other = (
-        make_clients(config(ranks="uniform", partition=partition), corpus()) for partition in ("iid", "by_field")
-    )
+    one, other = (made(config(ranks="uniform", partition=partition), corpus()) for partition in ("iid", "by_field"))
     assert [c.rank for c in one] == [c.rank for c in other]
-    assert [c.rank for c in make_clients(config(ranks=[1, 2, 3, 4]), corpus())] == [1, 2, 3, 4]
+    assert [c.rank for c in made(config(ranks=[1, 2, 3, 4]), corpus())] == [1, 2, 3, 4]
 
 
 def test_weights_are_counts_or_equal() -> None:
-    clients = make_clients(config(partition="files", num_clients=2), corpus(files=(30, 10)))
+    clients = made(config(partition="files", num_clients=2), corpus(files=(30, 10)))
     assert [c.weight("examples") for c in clients] == [30.0, 10.0]
     assert [c.weight("equal") for c in clients] == [1.0, 1.0]
 
@@ -96,14 +98,14 @@ def test_a_client_without_data_is_named_or_dropped() -> None:
     """By its place in the list, and ids and ranks stay with the clients that remain."""
     data = corpus(files=(20, 0, 20, 0))
     with pytest.raises(ValueError, match=r"client-1, client-3 got no data from the files partition.*drop_empty"):
-        make_clients(config(partition="files"), data)
-    kept = make_clients(config(partition="files", drop_empty=True, ranks=[1, 2, 3, 4]), data)
+        made(config(partition="files"), data)
+    kept = made(config(partition="files", drop_empty=True, ranks=[1, 2, 3, 4]), data)
     assert [(c.client_id, c.rank) for c in kept] == [("client-0", 1), ("client-2", 3)]
 
 
 def test_a_client_left_without_training_data_by_its_own_holdout_is_named() -> None:
     with pytest.raises(ValueError, match="client-1 got no data"):
-        make_clients(config(partition="files", num_clients=2, seed=0, holdout=0.9), corpus(files=(30, 1)))
+        made(config(partition="files", num_clients=2, seed=0, holdout=0.9), corpus(files=(30, 1)))
 
 
 @pytest.mark.parametrize(
@@ -122,19 +124,19 @@ def test_a_federation_that_cannot_be_is_refused(federation: dict[str, Any], mess
     categories = sorted({category for client in PRESETS["dolly-ftg-2"] for category in client})
     data = corpus(fields=[categories[i % len(categories)] for i in range(40)], files=(20, 20))
     with pytest.raises(ValueError, match=message) as caught:
-        make_clients(config(**federation), data)
+        made(config(**federation), data)
     assert "\n" not in str(caught.value)
 
 
 def test_fields_that_say_nothing_are_refused() -> None:
     for fields in ([""] * 40, ["one"] * 40):
         with pytest.raises(ValueError, match=r"by_field.*needs data\.field_column"):
-            make_clients(config(partition="by_field"), corpus(fields=fields))
+            made(config(partition="by_field"), corpus(fields=fields))
 
 
 def test_label_skew_of_instructions_is_by_their_field() -> None:
     data = corpus(kind="instruction", fields=["a"] * 20 + ["b"] * 20)
-    clients = make_clients(config(partition="dirichlet", alpha=0.001, num_clients=2, drop_empty=True), data)
+    clients = made(config(partition="dirichlet", alpha=0.001, num_clients=2, drop_empty=True), data)
     for client in clients:
         fields = {data.train.fields[i] for i in client.indices}
         assert len(fields) == 1 or len(clients) == 1
@@ -144,13 +146,13 @@ def test_the_preset_gives_each_client_its_categories() -> None:
     spec = PRESETS["dolly-ftg-2"]
     categories = sorted({category for client in spec for category in client})
     data = corpus(400, fields=[categories[i % len(categories)] for i in range(400)])
-    clients = make_clients(config(partition="preset"), data)
+    clients = made(config(partition="preset"), data)
     for client, counts in zip(clients, spec, strict=True):
         assert {data.train.fields[i] for i in client.indices} <= set(counts)
 
 
 def test_the_pooled_client_trains_on_everybody_s_data_and_no_holdout() -> None:
-    clients = make_clients(config(holdout=0.25, ranks=[1, 8, 2, 4]), corpus())
+    clients = made(config(holdout=0.25, ranks=[1, 8, 2, 4]), corpus())
     (one,) = pooled(clients)
     assert one.indices.tolist() == sorted(int(i) for c in clients for i in c.indices)
     assert not {*one.indices.tolist()} & {int(i) for c in clients for i in c.holdout}

@@ -178,7 +178,8 @@ def test_identities_are_those_of_the_clients_as_a_run_names_them(made: Path) -> 
 @pytest.mark.parametrize("count", [1, 10, 11])
 def test_client_ids_are_those_of_a_run_in_one_process(count: int) -> None:
     settings = config(count, "federation.partition='iid'")
-    clients = make_clients(settings, load_corpus(settings.data, settings.seed))
+    corpus = load_corpus(settings.data, settings.seed)
+    clients = make_clients(corpus, settings.federation, settings.seed, settings.data.client_holdout)
     assert [client.client_id for client in clients] == deployment.client_ids(count)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import fedspan
 from fedspan.flower import simulation
-from fedspan.runs.engine import Event
+from fedspan.runs.events import Event
 
 
 @pytest.fixture(autouse=True)

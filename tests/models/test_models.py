@@ -16,7 +16,7 @@ from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.messages import Broadcast, Factors, GaloreOptions, Recipe
 from fedspan.methods.patches import Patch, patch_dense
 from fedspan.models import FederatedModel, load_processor
-from fedspan.runs.execution import merged_adapter
+from fedspan.runs.export import merged_adapter
 from fedspan.support.seeding import generator
 
 KINDS = {**tiny.KIND, "llama-classifier": "classification"}

@@ -25,7 +25,8 @@ from fedspan.models.layers import base_layer
 from fedspan.models.losses import client_losses
 from fedspan.models.merged import merged
 from fedspan.models.quantised import QuantisedLinear, _pairs, base_size
-from fedspan.runs.execution import merged_adapter, resume, run
+from fedspan.runs.execution import resume, run
+from fedspan.runs.export import merged_adapter
 from fedspan.support.seeding import generator
 
 LEVELS = torch.tensor(
@@ -351,19 +352,20 @@ def test_how_many_work_on_a_quantised_base_changes_no_bit(
 def test_a_resumed_run_on_a_quantised_base_ends_with_the_same_bits(
     bases: dict[str, Path], instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedspan.runs.engine import Federation
+    from fedspan.federation.clients import Client
+    from fedspan.runs.loop import MethodRun
 
     config = configured(bases["llama"], instructions, "flora", "nf4", federation={"rounds": 3})
     run(config, tmp_path / "whole")
-    rounds = Federation._one_round
+    rounds = MethodRun._one_round
 
-    def stop(self: Federation, round_num: int, last: bool) -> None:
+    def stop(self: MethodRun, round_num: int, cohort: list[Client], last: bool) -> None:
         if round_num == 2:
             raise KeyboardInterrupt
-        rounds(self, round_num, last)
+        rounds(self, round_num, cohort, last)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Federation, "_one_round", stop)
+        patched.setattr(MethodRun, "_one_round", stop)
         with pytest.raises(KeyboardInterrupt):
             run(config, tmp_path / "cut")
     resume(tmp_path / "cut")

@@ -46,7 +46,7 @@ def test_each_method_does_it_or_says_who_does(name: str, dp: str) -> None:
         ({"federation": {"min_success": 2}}, "federation.min_success = 2 .* independent coins"),
         ({"deployment": {"oversample": 0.5}}, "deployment.oversample = 0.5 .* independent coins"),
         ({"wire": {"up": "int8"}}, "wire.up = 'int8' .*; expected 'float32'"),
-        ({"privacy": {**CLIENT, "delta": 0.2}}, "privacy.delta = 0.2: at 8 clients .* expected well below 0.125"),
+        ({"privacy": {**CLIENT, "delta": 0.2}}, "privacy.delta = 0.2: with 8 clients .* expected well below 0.125"),
         ({"privacy": {**CLIENT, "noise_multiplier": 0, "epsilon": 1.0}}, "privacy.noise_multiplier = 0"),
         ({"privacy": {"dp": "example", "noise_multiplier": 0, "epsilon": 1.0}}, "privacy.noise_multiplier = 0"),
         ({"privacy": {"epsilon": 1.0}}, "privacy.epsilon = 1 with privacy.dp = 'none': expected client or example"),
@@ -74,6 +74,6 @@ def test_a_budget_too_small_for_one_round_says_what_noise_would_do() -> None:
             "privacy": {"dp": "client", "noise_multiplier": z * 1.01, "epsilon": 2.0},
         }
     )
-    account = client_account(chosen(config), config)
+    account = client_account(chosen(config), config.privacy, config.federation.participation)
     assert account.sample_rate == config.federation.participation
     assert account.allows(config.federation.rounds - 1)

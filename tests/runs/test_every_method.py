@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
 from run_folders import NAMES, Stop, StopAt, check_folder, same_outcome, strict, trains
+from safetensors.torch import load_file
 
-from fedspan.runs import checkpoint
-from fedspan.config import Config
-from fedspan.federation.requirements import chosen
-from fedspan.diagnostics.measure import FIGURES
-from fedspan.federation.sampling import create_sampler
 from fedspan.algebra.galore import state_numel_of
+from fedspan.client.training import Assignment, LocalResult
+from fedspan.config import Config
+from fedspan.diagnostics.measure import FIGURES
+from fedspan.federation.requirements import chosen
+from fedspan.federation.sampling import create_sampler
 from fedspan.methods import METHODS
 from fedspan.methods.messages import Broadcast
+from fedspan.runs import checkpoint
 from fedspan.runs.execution import resume, run
-from fedspan.client.training import Assignment, LocalResult
 
 MIXED = [name for name in NAMES if METHODS[name]().info.hetero_rank and not METHODS[name]().info.pooled]
 KEEPS = {"local", "fedsa_lora", "hetlora", "scaffold"}
@@ -119,7 +119,7 @@ def test_mixed_ranks(bases: dict[str, Path], instructions: Path, tmp_path: Path,
     if trains(name) == "adapter":
         assert set(summary["per_rank"]) == {"1", "2", "4", "8"}
         per_rank = summary["metrics"]["per_rank"]
-        mean = sum(per_rank[r]["loss"] for r in (1, 8, 2, 4)) / 4
+        mean = sum(per_rank[r]["loss"] for r in ("1", "8", "2", "4")) / 4
         assert summary["metrics"]["clients"]["loss"] == pytest.approx(mean)
         if name not in ("flora", "glora_plus"):  # whose clients all receive everything
             assert len({figures["loss"] for figures in per_rank.values()}) > 1

@@ -10,14 +10,14 @@ import pytest
 import tiny
 import torch
 
-from fedspan.runs import checkpoint
+from fedspan.client.training import Assignment, LocalResult
 from fedspan.federation.clients import Client
 from fedspan.methods import METHODS
 from fedspan.methods.base import ServerState
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, Diagnostics, Factors, Update
+from fedspan.runs import checkpoint
 from fedspan.runs.execution import Result, resume, run
-from fedspan.client.training import Assignment, LocalResult
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Broadcast, Update]]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import tomllib
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,32 +13,29 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from run_folders import (
+    NAMES,
+    Stop,
+    StopAt,
+    check_folder,
+    clients_of,
+    same_outcome,
+    strict,
+    trains,
+)
 from safetensors.torch import load_file
 
-from fedspan.runs import checkpoint, engine
-from fedspan.config import Config
+from fedspan.client.training import Assignment, LocalResult
 from fedspan.config import load as load_config
 from fedspan.data import load as load_data
-from fedspan.runs.engine import Job
-from fedspan.methods import METHODS, create
-from fedspan.methods.messages import Factors
 from fedspan.federation.rounds import RoundFailed
-from fedspan.runs.execution import Event, Result, resume, run
-from fedspan.client.training import Assignment, LocalResult
-from run_folders import NAMES, RECORD, Stop, StopAt, TIMINGS, clients_of, check_folder, same_outcome, strict, trains, untimed
-
-
-
-
-
-
-
-
-
-
-
-
-
+from fedspan.methods import create
+from fedspan.methods.messages import Factors, Request
+from fedspan.runs import checkpoint
+from fedspan.runs.context import RunContext
+from fedspan.runs.events import Event
+from fedspan.runs.execution import new_folder, resume, run
+from fedspan.runs.loop import MethodRun
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -100,10 +95,6 @@ def test_the_same_seed_gives_the_same_bits(bases: dict[str, Path], texts: Path, 
     other = run(config.model_copy(update={"seed": 4}), tmp_path / "other")
     first = strict((tmp_path / "one" / "metrics.jsonl").read_text().splitlines()[0])
     assert other.history[0]["train_loss"] != first["train_loss"]
-
-
-
-
 
 
 @pytest.mark.parametrize("name", ["glora", "flora", "hetlora", "fedftg", "local"])
@@ -224,7 +215,8 @@ def test_figures_that_diverge_are_written_as_null(bases: dict[str, Path], texts:
     """One step of 1e30 is finite, and what it leads to is not: the files stay JSON."""
     config = tiny.config(bases["bert"], texts, "local", local={"learning_rate": 1e30, "steps": 1})
     result = run(config, tmp_path / "run")
-    assert not np.isfinite(result.summary["metrics"]["clients"]["loss"])
+    assert not np.isfinite(result.history[-1]["eval"]["loss"])
+    assert result.summary["metrics"]["clients"]["loss"] is None
     assert strict((tmp_path / "run" / "summary.json").read_text())["metrics"]["clients"]["loss"] is None
     assert strict((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["eval"]["loss"] is None
 
@@ -262,10 +254,11 @@ def test_the_centralised_control_trains_on_everything_as_long_as_the_cohort(
     run(tiny.config(bases["bert"], texts, "glora", **sections), tmp_path / "federated")
     assert [steps, again] == [seen[0][1] + seen[1][1], seen[2][1] + seen[3][1]]
     own = result.summary["metrics"]["own_data"]["loss"]
-    job = Job.prepare(config, create(config.method), tmp_path / "none", lambda event: None)
-    main = replace(job, out=result.out).federation("federation", job.method, job.clients)
-    whole = job.method.broadcast(main.saved.state, engine.Request(None))
-    found = job.evaluate([job.evaluation_task(whole, split="train", rows=c.holdout) for c in people])
+    context = RunContext.prepare(config, create(config.method), tmp_path / "none", lambda event: None)
+    saved = replace(context, out=result.out)
+    main = MethodRun.open(saved, "federation", context.method, context.clients)
+    whole = context.method.broadcast(main.saved.state, Request(None))
+    found = context.evaluate([context.evaluation_task(whole, split="train", rows=c.holdout) for c in people])
     assert own == pytest.approx(sum(f["loss"] for f in found) / len(found))
 
 
@@ -303,12 +296,12 @@ def test_a_decoder_without_padding_token_classifies_alike_at_every_batch_size(
     base = tiny.save("gpt2", tmp_path / "base", pad_token_id=None)
     tiny.tokenizer(pad=False).save_pretrained(str(base))
     config = tiny.config(base, texts, "fedit", adapter={"target_modules": ["c_attn"]})
-    job = Job.prepare(config, create(config.method), tmp_path / "run", lambda event: None)
-    sent = job.federation("federation", job.method, job.clients).initial()
+    context = RunContext.prepare(config, create(config.method), tmp_path / "run", lambda event: None)
+    sent = MethodRun.open(context, "federation", context.method, context.clients).initial()
     figures = []
     for size in (1, 16):
-        job.executor.context.config = tiny.config(base, texts, "fedit", evaluation={"batch_size": size})
-        figures += job.evaluate([job.evaluation_task(sent)])
+        context.executor.context.config = tiny.config(base, texts, "fedit", evaluation={"batch_size": size})
+        figures += context.evaluate([context.evaluation_task(sent)])
     assert figures[0] == pytest.approx(figures[1], rel=2e-6)
 
 
@@ -341,7 +334,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("glora", {"federation": {"ranks": [2, 4]}}, "2 ranks for 4 clients"),
     ("glora", {"federation": {"partition": "preset", "num_clients": 3}}, "preset"),
     ("glora", {"federation": {"partition": "by_field"}}, "needs data.field_column"),
-    ("glora", {"federation": {"min_success": 3}}, "min_success = 3: 2 clients take part"),
+    ("glora", {"federation": {"min_success": 3}}, "min_success = 3, but only 2 clients are sampled per round"),
     ("glora", {"federation": {"min_clients": 5}}, "min_clients = 5"),
     ("glora", {"adapter": {"target_modules": ["nope"]}}, "'nope' matches no linear layer.*query"),
     ("fedftg", {"method": {"galore_rank": 33}}, "galore_rank = 33: .* is 32×32, expected at most 32"),
@@ -437,3 +430,26 @@ def test_factors_travel_with_the_scaling_of_their_rank(
         config = tiny.config(bases["bert"], texts, "flexlora", adapter=adapter, federation=federation)
         run(config, tmp_path / f"run{rslora}")
     assert found == {(r, 8.0 / r) for r in (1, 2, 4, 8)} | {(r, 8.0 / r**0.5) for r in (1, 2, 4, 8)}
+
+
+class Folder:
+    """A path of somebody else's library."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def test_paths_may_be_strings_or_any_path_like_object(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    config = tiny.config(bases["bert"], texts, "fedit", federation={"rounds": 1})
+    for out in (str(tmp_path / "string"), Folder(tmp_path / "object")):
+        folder = Path(out)
+        assert run(config, out).out == folder == resume(out).out
+        assert new_folder(config, f"{folder}-new") == Path(f"{folder}-new")
+        with pytest.raises(ValueError, match="exists and is not empty"):
+            run(config, out)
+        saved = checkpoint.read(folder / "checkpoint" / "federation.safetensors")
+        checkpoint.write(str(tmp_path / "copy"), saved)
+        assert checkpoint.read(str(tmp_path / "copy")).state.round_num == 1

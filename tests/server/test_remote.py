@@ -19,7 +19,7 @@ from fedspan.federation.rounds import RoundFailed
 from fedspan.federation.sampling import create_sampler
 from fedspan.methods import METHODS
 from fedspan.runs import checkpoint
-from fedspan.runs.engine import Event
+from fedspan.runs.events import Event
 from fedspan.runs.execution import run, serve
 from fedspan.site.site import Settings, Site
 from fedspan.wire import protocol

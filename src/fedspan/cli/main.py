@@ -21,7 +21,7 @@ from fedspan.cli.arguments import NearestNames, WithWeights, method_options, par
 from fedspan.support.errors import FedspanError
 
 if TYPE_CHECKING:
-    from fedspan.runs.engine import Event
+    from fedspan.runs.events import Event
     from fedspan.runs.execution import Result
 
 # Newer versions of typer bundle the click they build on: its errors are reached through typer alone.
@@ -64,9 +64,9 @@ _Workers = Annotated[
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from fedspan.support.versions import installed_version
 
-        print(f"fedspan {version('fedspan')}")
+        print(f"fedspan {installed_version('fedspan')}")
         raise typer.Exit
 
 

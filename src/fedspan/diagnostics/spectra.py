@@ -17,14 +17,17 @@ from fedspan.algebra.subspace import principal_angles
 from fedspan.support.seeding import generator
 
 SKETCH_RANK = 32
-"""Directions that are known of a matrix that is too large for its whole spectrum."""
+"""Number of leading directions computed of a matrix that is too large for its whole spectrum."""
 _OVERSAMPLING = 8
+"""Extra columns of the sketch."""
 _POWERS = 2
+"""Power steps of the sketch, which sharpen a slowly decaying spectrum."""
 _EXACT_SPACE = 96
-"""Up to this min(m, n) a leading subspace comes from an SVD."""
+"""Largest min(m, n) whose leading subspace comes from an SVD."""
 _EXACT_VALUES = 192
-"""Up to this min(m, n) singular values come from an SVD, up to the next from the eigenvalues of a Gram matrix."""
+"""Largest min(m, n) whose singular values come from an SVD."""
 _GRAM_VALUES = 768
+"""Largest min(m, n) whose singular values come from the eigenvalues of a Gram matrix; above it they are sketched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +36,21 @@ class Spectrum:
 
     squares: Tensor  # (q,)
     total: float
+    """The sum of all squares, ‖X‖_F²."""
     complete: bool
+    """All singular values are in `squares`."""
 
     def tail(self, rank: int) -> float | None:
-        """Σ_{j > rank} σ_j²; none beyond what is known."""
+        """Return Σ_{j > rank} σ_j²; none where too few singular values are known."""
         if self.complete:
             return float(self.squares[rank:].sum())
         return max(self.total - float(self.squares[:rank].sum()), 0.0) if rank <= len(self.squares) else None
 
 
 def leading(x: Tensor, rank: int, *key: object) -> Tensor:
-    """The first left singular vectors of X that stand above rounding, at most `rank`.
+    """Return the first left singular vectors of X that stand above rounding, at most `rank` of them.
 
-    Above a size they are those of a randomized range finder (Halko, Martinsson and Tropp 2011, 0909.4061) with two
+    For large X they are those of a randomized range finder (Halko, Martinsson and Tropp 2011, 0909.4061) with two
     power steps; its test matrix depends on `key` alone.
 
     Returns
@@ -61,12 +66,16 @@ def leading(x: Tensor, rank: int, *key: object) -> Tensor:
 
 
 def spectrum(x: Tensor, *key: object) -> Spectrum:
-    """What is known of the singular values of X at a price of at most O(mn·min(m, n)) at 768, O(mn) above."""
+    """Return the singular values of X: all of them while min(m, n) ≤ 768, the first 32 above.
+
+    Costs O(mn·min(m, n)) up to that size, and O(mn) above it.
+    """
     size = min(x.shape)
     if size > _GRAM_VALUES:
         squares = _sketched(x, SKETCH_RANK, *key)[1][:SKETCH_RANK].square()
         return Spectrum(squares, max(float(x.square().sum()), float(squares.sum())), False)
     if size > _EXACT_VALUES:
+        # The Gram matrix squares the condition number, so it is formed in float64.
         wide = (x if x.shape[0] <= x.shape[1] else x.mT).double()
         squares = torch.linalg.eigvalsh(wide @ wide.mT).flip(0).clamp(min=0)
     else:
@@ -75,6 +84,7 @@ def spectrum(x: Tensor, *key: object) -> Spectrum:
 
 
 def _sketched(x: Tensor, rank: int, *key: object) -> tuple[Tensor, Tensor]:
+    """Return approximate leading left singular vectors (m, R) and singular values (R,) of X."""
     q: Tensor = torch.randn((x.shape[1], rank + _OVERSAMPLING), generator=generator(*key, "sketch")).to(x)
     q = torch.linalg.qr(x @ q)[0]
     for _ in range(_POWERS):
@@ -84,13 +94,13 @@ def _sketched(x: Tensor, rank: int, *key: object) -> tuple[Tensor, Tensor]:
 
 
 def effective_rank(known: Spectrum) -> float | None:
-    """exp(−Σ q_j log q_j) with q_j = σ_j² / Σ σ²: how many directions the energy is spread over.
+    """Return exp(−Σ q_j log q_j) with q_j = σ_j² / Σ σ²: the number of directions that the energy is spread over.
 
     Where only the first singular values are known it is a lower bound: the rest of the energy counts as if it lay in
-    directions as strong as the last known one, of all spectra that fit the one with the least entropy.
+    directions as strong as the last known one, which of all spectra that fit has the least entropy.
 
     Source: Roy and Vetterli 2007, "The effective rank: a measure of effective dimensionality".
-    Differences: on squared singular values, shares of energy, as for all figures here; theirs takes σ_j itself.
+    Differences: on squared singular values, shares of energy, as for all figures here; they take σ_j itself.
 
     Returns
     -------
@@ -109,11 +119,11 @@ def effective_rank(known: Spectrum) -> float | None:
 
 
 def stable_rank(known: Spectrum) -> float | None:
-    """‖X‖_F² / σ₁², none for a matrix of zeros."""
+    """Return ‖X‖_F² / σ₁²; none for a matrix of zeros."""
     return known.total / float(known.squares[0]) if known.total > 0 else None
 
 
 def degrees(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """All principal angles of all pairs of orthonormal bases, in degrees; an empty space has none."""
+    """Return all principal angles of all pairs of orthonormal bases, in degrees; an empty space has none."""
     angles = [principal_angles(u, v) for u, v in pairs if u.shape[1] and v.shape[1]]
     return torch.cat(angles).rad2deg() if angles else torch.zeros(0)

@@ -15,7 +15,7 @@ from rich.table import Column
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from fedspan.runs.engine import Event
+    from fedspan.runs.events import Event
 
 _LABELS = {
     "base": "untouched base",

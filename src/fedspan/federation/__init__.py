@@ -1,1 +1,1 @@
-"""One round of a federation: the clients, what a round asks of them, and what a method requires of a configuration."""
+"""One round of a federation: its clients, what they are asked, and what a configuration demands of its method."""

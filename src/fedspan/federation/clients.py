@@ -1,4 +1,4 @@
-"""Who the clients are: their examples, their ranks, and who takes part in a round."""
+"""The clients of a run: their examples and their ranks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedspan.config import Config
+from fedspan.config import FederationConfig
 from fedspan.data import Corpus, partition
 from fedspan.federation import requirements
 from fedspan.support.errors import FedspanError
@@ -23,77 +23,89 @@ class Client:
     holdout: np.ndarray
     """Its own examples kept back for evaluation; may be empty."""
     stated: int | None = None
-    """How many examples a client says that it has whose data is elsewhere."""
+    """The number of training examples that a client whose data is elsewhere says it has."""
 
     @property
     def num_examples(self) -> int:
-        """Its training examples."""
+        """Return the number of its training examples."""
         return len(self.indices) if self.stated is None else self.stated
 
     def weight(self, weighting: str) -> float:
-        """What it counts for in averages."""
+        """Return its weight in averages, before normalisation.
+
+        Parameters
+        ----------
+        weighting
+            `federation.weighting`.
+        """
         return float(self.num_examples) if weighting == "examples" else 1.0
 
 
-def make_clients(config: Config, corpus: Corpus) -> list[Client]:
+def make_clients(corpus: Corpus, federation: FederationConfig, seed: int, client_holdout: float) -> list[Client]:
     """Partition the training data and draw the ranks, all from the run's seed.
+
+    Parameters
+    ----------
+    seed
+        The run's seed.
+    client_holdout
+        Share of each client's own data that is kept back for evaluation (`data.client_holdout`).
 
     Raises
     ------
-    ValueError
+    FedspanError
         For more clients than examples, a client without data, or ranks that do not fit the clients.
     """
-    f = config.federation
-    rng = np.random.default_rng([config.seed, 1])
-    parts = _partition(config, corpus, rng)
-    ranks = requirements.ranks(config)
-    width = len(str(len(parts) - 1))
+    parts = _partition(corpus, federation, np.random.default_rng([seed, 1]))
+    ranks = requirements.ranks(federation, seed)
+    width = len(str(len(parts) - 1))  # ids sort like numbers
     clients: list[Client] = []
     empty: list[str] = []
     for k, (indices, rank) in enumerate(zip(parts, ranks, strict=True)):
         client_id = f"client-{k:0{width}d}"
-        kept = round(len(indices) * config.data.client_holdout)
-        order = np.random.default_rng([config.seed, 3, k]).permutation(indices)
-        client = Client(client_id, rank, np.sort(order[kept:]), np.sort(order[:kept]))
+        num_kept = round(len(indices) * client_holdout)
+        order = np.random.default_rng([seed, 3, k]).permutation(indices)
+        client = Client(client_id, rank, np.sort(order[num_kept:]), np.sort(order[:num_kept]))
         if len(client.indices) == 0:
             empty.append(client_id)
         else:
             clients.append(client)
-    if empty and not f.drop_empty:
+    if empty and not federation.drop_empty:
         raise FedspanError(
-            f"{', '.join(empty)} got no data from the {f.partition} partition: give fewer clients or a larger "
+            f"{', '.join(empty)} got no data from the {federation.partition} partition: give fewer clients or a larger "
             f"federation.alpha, or set federation.drop_empty = true"
         )
     return clients
 
 
-def _partition(config: Config, corpus: Corpus, rng: np.random.Generator) -> list[np.ndarray]:
-    f, rows = config.federation, corpus.train
-    if f.partition == "files":
+def _partition(corpus: Corpus, federation: FederationConfig, rng: np.random.Generator) -> list[np.ndarray]:
+    rows, num_clients = corpus.train, federation.num_clients
+    if federation.partition == "files":
         files = corpus.client_files or ()
-        if len(files) != f.num_clients:
+        if len(files) != num_clients:
             raise FedspanError(
-                f"federation.num_clients = {f.num_clients}, but data.train has {len(files)} files: expected as many"
+                f"federation.num_clients = {num_clients}, but data.train has {len(files)} files: expected as many"
             )
         return list(files)
-    if f.partition == "preset":
-        parts = partition.preset(f.preset, rows.fields, rng)
-        if len(parts) != f.num_clients:
+    if federation.partition == "preset":
+        parts = partition.preset(federation.preset, rows.fields, rng)
+        if len(parts) != num_clients:
             raise FedspanError(
-                f"federation.num_clients = {f.num_clients}: the preset {f.preset} has {len(parts)} clients"
+                f"federation.num_clients = {num_clients}: the preset {federation.preset} has {len(parts)} clients"
             )
         return parts
-    if f.partition == "iid":
-        return partition.iid(len(rows), f.num_clients, rng)
-    if f.partition == "by_field":
+    if federation.partition == "iid":
+        return partition.iid(len(rows), num_clients, rng)
+    if federation.partition == "by_field":
         if len(set(rows.fields)) < 2:
             raise FedspanError('federation.partition = "by_field" needs data.field_column with at least two values')
-        return partition.by_field(rows.fields, f.num_clients, rng)
+        return partition.by_field(rows.fields, num_clients, rng)
+    # Instructions have no labels to be skewed by: their fields (tasks, categories) stand in.
     labels = rows.fields if corpus.kind == "instruction" else rows.targets
-    return partition.dirichlet(np.asarray(labels), f.num_clients, f.alpha, rng)
+    return partition.dirichlet(np.asarray(labels), num_clients, federation.alpha, rng)
 
 
 def pooled(clients: list[Client]) -> list[Client]:
-    """One client with everybody's data, at the largest rank."""
+    """Return one client with the data of all, at the largest rank, for the centralised control."""
     indices = np.sort(np.concatenate([c.indices for c in clients]))
     return [Client("all", max(c.rank for c in clients), indices, np.zeros(0, dtype=np.int64))]

@@ -1,4 +1,4 @@
-"""Where clients are: what a round asks of them, what comes back, and the clients that live in this process."""
+"""Exchanges with clients: the questions, the answers, and the interface of whatever carries them."""
 
 from __future__ import annotations
 
@@ -18,49 +18,50 @@ from fedspan.wire.precision import Precision, rounded_update
 from fedspan.wire.sizes import payload_tensors
 
 WINDOW = 64
-"""Clients that are told to start at once. It bounds what a round holds beside the server's own fold, however many
-clients take part; within it the work is grouped, and spread over processes, as whoever does it likes."""
+"""Number of clients that are asked to start at once. It bounds what a round holds beside the server's own fold, however
+many clients take part; within it the executor groups the work and spreads it over processes."""
 
 Work = Callable[[Sequence[tuple[Client, Broadcast]], int], Iterable[tuple[LocalResult, float]]]
-"""(clients and what each starts from, round) -> what each learnt, in that order, and the busy seconds it took.
+"""(clients and what each starts from, round) -> the result of each, in that order, and the busy seconds it took.
 
-Results are taken one by one, so that a generator need not hold them all. Raises nothing for a bad update: that is
-checked here."""
+Results are taken one by one, so that a generator need not hold them all. A bad update is no error of the work: updates
+are checked here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What one exchange asks of every client."""
+    """One exchange as every client is asked it; the broadcast that goes with it may differ from client to client."""
 
     template: Template
     round_num: int
     number: int
-    """Of the exchange, in the method's list."""
+    """The exchange's place in the method's list."""
     exchange: Exchange
     place: tuple[int, int]
-    """(i, n): it is the i-th, from 0, of the n exchanges of this round."""
+    """(i, n): this is the i-th, from 0, of the n exchanges of this round."""
     keep: bool
-    """The next exchange asks about the same answers: what was learnt is kept until then."""
+    """The next exchange asks about the same result of training: the client keeps it until then."""
     counted: Mapping[str, int] = field(default_factory=dict)
-    """Client -> how many rounds were finished when its answer last counted: its state is the one of then."""
+    """Client -> the number of finished rounds when its answer last counted, which is the age of its state."""
     seen: Mapping[str, int] = field(default_factory=dict)
     """Client -> the newest patch version that it holds."""
     version: int = 0
-    """Of the patch that is sent."""
+    """Version of the patch that is sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one client answered."""
+    """The answer of one client, or its problem."""
 
     client: Client
     update: Update | None
-    """What left the site, with the weight that counts; none where there was a problem, or a sum alone is known."""
+    """The update that left the site, with the weight that counts; none where there was a problem or a sum hides it."""
     problem: str | None = None
+    """The reason why the answer is left out; none: it counts."""
     absent: bool = False
-    """The problem is that nothing came, which speaks of the line and not of the client."""
+    """The problem is that nothing came, which may be the fault of the network and not of the client."""
     weight: float = 1.0
-    """What it counts for; 1 where a sum hides it."""
+    """The client's weight before normalisation; 1 where a sum hides it."""
     train_loss: float = 0.0
     """NaN where a sum hides it."""
     seconds: float = 0.0
@@ -68,9 +69,9 @@ class Answer:
     bytes_up: int = 0
     optimizer_bytes: int = 0
     result: LocalResult | None = None
-    """What training came to, where the client lives in this process."""
+    """The result of training, where the client lives in this process."""
     started: Broadcast | None = None
-    """What it started from, likewise."""
+    """The broadcast that training started from, where the client lives in this process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,32 +82,32 @@ class Summed:
     train_loss: float
     """The weighted mean."""
     answers: Sequence[Answer]
-    """Who was counted, and who was not and why."""
+    """One for every client, with its problem where it was not counted."""
 
 
 BroadcastFor = Callable[[Client], Broadcast]
-"""What a client is sent."""
+"""Returns what a client is sent."""
 
 
 class Sites(Protocol):
-    """Whoever carries a question to clients and their answers back."""
+    """The carrier of questions to clients and of answers back: a transport to real sites, or simulated clients."""
 
     def ask(self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor) -> Iterator[Answer]:
-        """Every client's answer, or its problem, in the order in which they are to be folded."""
+        """Yield every client's answer, or its problem, in the order in which they are to be folded."""
 
     def sum(self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor, layout: Layout) -> Summed:
-        """The sum of the answers without the answers: what secure sums, or their arithmetic, come to."""
+        """Return the sum of the answers, without the answers: by secure sums, or by their arithmetic."""
 
     def states(self) -> Mapping[str, ClientState]:
-        """What the clients keep, where this process keeps it for them."""
+        """Return what the clients keep between rounds, where this process keeps it for them."""
 
     def costs(self) -> Mapping[str, Any]:
-        """What the round cost this transport, for its record."""
+        """Return what the round cost this transport, for the round's record."""
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What a site says to one question, and what it keeps."""
+    """A site's response to one question, and what the client keeps between rounds."""
 
     update: Update | None
     kept: ClientState | None = None
@@ -115,7 +116,15 @@ class Response:
 
 
 def begin(method: Method, question: Question, sent: Broadcast, state: ClientState | None) -> Broadcast:
-    """On the site, before it works: what it starts from."""
+    """Return what a client starts from; called on the site, before it works.
+
+    Parameters
+    ----------
+    sent
+        The broadcast as it arrived.
+    state
+        What the client keeps between rounds.
+    """
     started = method.start(sent, state)
     gradient = question.exchange.ask == "gradient"
     if started.recipe.gradient == gradient:
@@ -132,24 +141,31 @@ def respond(
     precision: Precision,
     weight: float,
 ) -> Response:
-    """On the site, after it worked: what leaves it and what it keeps, or what is wrong.
+    """Return what leaves the site and what the client keeps, or what is wrong; called on the site, after it worked.
 
     An update with a NaN or an infinity, or with other shapes than were sent, does not leave the site.
+
+    Parameters
+    ----------
+    started
+        What `begin` returned.
+    weight
+        What the client counts for.
     """
-    if question.exchange.ask != "again":
+    if question.exchange.ask != "again":  # which asks about a result that was checked before
         problem = shapes_problem(result.update, expected(question.template, started))
         if problem is not None:
             return Response(None, problem=problem)
     update, kept = method.encode(result.update, started, state)
     if not all(bool(torch.isfinite(t).all()) for t in payload_tensors(update)):
-        # What was trained is finite, but a norm or a product of it need not be.
-        return Response(None, problem="what it sent holds NaN or infinity")
+        # What was trained is finite, but norms and products of it need not be.
+        return Response(None, problem="its encoded update holds NaN or infinity")
     update, num_bytes = rounded_update(replace(update, num_examples=weight), precision.up)
     return Response(update, kept, None, num_bytes)
 
 
 def unlearnt(template: Template, started: Broadcast) -> Update:
-    """An update of the shapes of a real one, from a client that learnt nothing."""
+    """Return an update with the shapes of a real one, from a client that learnt nothing."""
     if started.recipe.gradient:
         zero = {n: Vector({"gradient": torch.zeros(s)}) for n, s in template.modules.items()}
         return Update("", 1.0, zero, {})
@@ -157,22 +173,22 @@ def unlearnt(template: Template, started: Broadcast) -> Update:
 
 
 def expected(template: Template, sent: Broadcast) -> dict[str, torch.Size]:
-    """The shapes of what training, or a gradient, comes to."""
+    """Return the shapes of the result of training, or of the gradient where that is asked for."""
     if sent.recipe.gradient:
         return {f"{name}/gradient": torch.Size(shape) for name, shape in template.modules.items()}
     shapes = {f"{name}/{part}": t.shape for name, f in sent.adapter.items() for part, t in f.tensors().items()}
     return shapes | {name: t.shape for name, t in sent.dense.items()}
 
 
-def shapes_problem(update: Update, wanted: Mapping[str, torch.Size]) -> str | None:
-    """What is wrong with an update, or none."""
-    got = {f"{name}/{part}": t for name, payload in update.modules.items() for part, t in payload.tensors().items()}
-    got |= dict(update.dense)
-    if got.keys() != wanted.keys():
-        return f"names {sorted(got.keys() ^ wanted.keys())[0]}, which was not asked for or is missing"
-    for name, value in got.items():
-        if value.shape != wanted[name]:
-            return f"{name} has shape {tuple(value.shape)}, expected {tuple(wanted[name])}"
+def shapes_problem(update: Update, expected_shapes: Mapping[str, torch.Size]) -> str | None:
+    """Return what is wrong with an update; none: it has the expected names and shapes, and is finite."""
+    tensors = {f"{name}/{part}": t for name, payload in update.modules.items() for part, t in payload.tensors().items()}
+    tensors |= dict(update.dense)
+    if tensors.keys() != expected_shapes.keys():
+        return f"names {sorted(tensors.keys() ^ expected_shapes.keys())[0]}, which was not asked for or is missing"
+    for name, value in tensors.items():
+        if value.shape != expected_shapes[name]:
+            return f"{name} has shape {tuple(value.shape)}, expected {tuple(expected_shapes[name])}"
         if not bool(torch.isfinite(value).all()):
             return f"{name} holds NaN or infinity"
     return None

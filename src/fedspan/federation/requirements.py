@@ -1,4 +1,4 @@
-"""What a configuration asks of its method, checked before any data is read."""
+"""The demands of a configuration on its method, checked before any data is read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib import import_module
 import numpy as np
 
 from fedspan import methods, robust
-from fedspan.config import Config
+from fedspan.config import Config, FederationConfig, PrivacyConfig, RobustConfig
 from fedspan.data import partition
 from fedspan.federation.sampling import create_sampler
 from fedspan.methods.base import Method
@@ -23,46 +23,59 @@ from fedspan.support.errors import FedspanError
 
 
 def chosen(config: Config, secret: Callable[[], int] | None = None) -> Method:
-    """The method that the configuration names, with a server optimizer and client-level privacy where asked for.
+    """Return the method that the configuration names, with the server optimizer and client-level privacy it asks for.
 
     Parameters
     ----------
     secret
-        Tells the server's secret, which noise is drawn from; none: at a site, which has no noise to draw.
+        Returns the server's secret, which noise is drawn from; none: at a site, which draws no such noise.
 
     Raises
     ------
-    ValueError
-        When the method, an option of it, or what the rest of the configuration asks of it is not possible; where
-        others can do it, they are named.
+    FedspanError
+        When the method, an option of it, or something that the rest of the configuration asks of it is not possible;
+        the message names the methods for which it is.
     """
+    federation, privacy, server = config.federation, config.privacy, config.server
     method = methods.create(config.method)
-    s = config.server
-    if s.optimizer != "none":
+    if server.optimizer != "none":
         _check_vector(method)
-        method = with_server_optimizer(method, s.optimizer, s.learning_rate, s.momentum, s.beta2, s.tau)
-    _check_ranks(method, set(ranks(config)))
-    _check_sums(method, config)
-    _check_optimizer(method, config)
-    _check_base(method, config)
-    _check_privacy(method, config)
-    _check_robust(method, config)
-    if config.privacy.dp == "client":
-        f, p = config.federation, config.privacy
-        expected = create_sampler(f, config.seed, p.dp).expected_size(f.num_clients)
-        method = client_dp.with_client_dp(method, p.clip, p.noise_multiplier, expected, secret)
+        method = with_server_optimizer(
+            method, server.optimizer, server.learning_rate, server.momentum, server.beta2, server.tau
+        )
+    _check_ranks(method, set(ranks(federation, config.seed)))
+    _check_sums(method, federation, privacy)
+    _check_optimizer(method, config.local.optimizer)
+    _check_base(method, config.model.quantise)
+    _check_privacy(method, privacy)
+    if privacy.dp == "client":
+        _check_client_bound(federation, config.wire.up, config.deployment.oversample)
+        _check_client_budget(method, federation, privacy)
+    if config.robust.filter != "none" or config.robust.max_norm is not None:
+        mixed = len(set(ranks(federation, config.seed))) > 1
+        _check_robust(method, config.robust, federation, privacy, mixed)
+    if privacy.dp == "client":
+        # Last, around whatever the method has become: what leaves a client is clipped as it leaves.
+        expected = _expected_cohort(federation, privacy.dp)
+        method = client_dp.with_client_dp(method, privacy.clip, privacy.noise_multiplier, expected, secret)
     return method
 
 
-def ranks(config: Config) -> list[int]:
-    """Every client's rank, in the clients' order, from the run's seed alone."""
-    f = config.federation
-    return list(partition.draw_ranks(f.ranks, f.rank_values, f.num_clients, np.random.default_rng([config.seed, 2])))
+def ranks(federation: FederationConfig, seed: int) -> list[int]:
+    """Return every client's rank, in the clients' order, from the run's seed alone."""
+    rng = np.random.default_rng([seed, 2])
+    return list(partition.draw_ranks(federation.ranks, federation.rank_values, federation.num_clients, rng))
 
 
 def _able(can: Callable[[Method], bool]) -> str:
-    """The names of the methods of which that is true."""
+    """Return the names of the methods for which the predicate holds."""
     return ", ".join(name for name, factory in methods.METHODS.items() if can(factory()))
+
+
+def _expected_cohort(federation: FederationConfig, dp: str) -> float:
+    """Return the number of clients that a round has on average."""
+    # Sizes do not depend on the seed.
+    return create_sampler(federation, 0, dp).expected_size(federation.num_clients)
 
 
 def _check_ranks(method: Method, asked: set[int]) -> None:
@@ -83,94 +96,94 @@ def _check_vector(method: Method) -> None:
         )
 
 
-def _check_sums(method: Method, config: Config) -> None:
-    f, p = config.federation, config.privacy
+def _sums_asked(federation: FederationConfig, privacy: PrivacyConfig) -> str | None:
+    """Return the first setting that hides the clients' own updates from the server; none: nothing does."""
     asked = {
-        "federation.sums_only": f.sums_only,
-        "privacy.secure_sums": p.secure_sums,
-        "privacy.fixed_point": p.fixed_point,
+        "privacy.secure_sums": privacy.secure_sums,
+        "privacy.fixed_point": privacy.fixed_point,
+        "federation.sums_only": federation.sums_only,
     }
-    for key in (key for key, given in asked.items() if given):
-        if not method.secure_sum:
-            raise FedspanError(
-                f"{key} = true, but the server of {method.info.name} needs every client's own update; "
-                f"methods that need sums alone: {_able(lambda m: m.secure_sum)}"
-            )
-    if not p.secure_sums or method.info.pooled or method.info.alone:
-        return
-    import_module("fedspan.privacy.primitives")  # which says what to install where that is missing
-    if create_sampler(f, config.seed, p.dp).expected_size(f.num_clients) < 2:
+    return next((key for key, given in asked.items() if given), None)
+
+
+def _check_sums(method: Method, federation: FederationConfig, privacy: PrivacyConfig) -> None:
+    key = _sums_asked(federation, privacy)
+    if key is not None and not method.secure_sum:
+        raise FedspanError(
+            f"{key} = true, but the server of {method.info.name} needs every client's own update; "
+            f"methods that need sums alone: {_able(lambda m: m.secure_sum)}"
+        )
+    if privacy.secure_sums and not (method.info.pooled or method.info.alone):
+        _check_secure_sums(federation, privacy)
+
+
+def _check_secure_sums(federation: FederationConfig, privacy: PrivacyConfig) -> None:
+    import_module("fedspan.privacy.primitives")  # whose error says what to install where it is missing
+    if _expected_cohort(federation, privacy.dp) < 2:
         raise FedspanError("privacy.secure_sums = true: one client takes part in a round, whose sum hides nothing")
-    if p.dp == "client" and f.participation < 1:
+    if privacy.dp == "client" and federation.participation < 1:
         raise FedspanError(
             "privacy.secure_sums = true: the coins of privacy.dp = 'client' may draw one client alone, whose sum hides "
             "nothing; expected federation.participation = 1"
         )
 
 
-def _check_optimizer(method: Method, config: Config) -> None:
-    if method.info.optimizer == "sgd" and config.local.optimizer != "sgd":
+def _check_optimizer(method: Method, optimizer: str) -> None:
+    if method.info.optimizer == "sgd" and optimizer != "sgd":
         raise FedspanError(
-            f"local.optimizer = '{config.local.optimizer}': {method.info.name} is correct with local SGD alone; "
+            f"local.optimizer = '{optimizer}': {method.info.name} is correct with local SGD alone; "
             f"set local.optimizer = 'sgd', or ask for the heuristic with method.optimizer = 'adamw'"
         )
+    # The recipe does not depend on the model: a template without modules is enough to ask for it.
     recipe = method.broadcast(method.init(Template({}, 1), {}), Request(None)).recipe
-    if recipe.galore is not None and config.local.optimizer != "adamw":
+    if recipe.galore is not None and optimizer != "adamw":
         raise FedspanError(
-            f"local.optimizer = '{config.local.optimizer}': {method.info.name} has GaLore in its clients, which is an "
+            f"local.optimizer = '{optimizer}': {method.info.name} has GaLore in its clients, which is an "
             f"AdamW; expected 'adamw'"
         )
 
 
-def _check_base(method: Method, config: Config) -> None:
-    quantised.check(config.model.quantise, method.info.trains)
-    if config.model.quantise != "none" and any(exchange.ask == "gradient" for exchange in method.exchanges):
+def _check_base(method: Method, quantise: str) -> None:
+    quantised.check(quantise, method.info.trains)
+    if quantise != "none" and any(exchange.ask == "gradient" for exchange in method.exchanges):
         raise FedspanError(
-            f"model.quantise = '{config.model.quantise}': {method.info.name} asks for the gradient of the base's "
+            f"model.quantise = '{quantise}': {method.info.name} asks for the gradient of the base's "
             f"weights, which codes do not have; expected 'none'"
         )
 
 
-def _check_robust(method: Method, config: Config) -> None:
-    asked, f = config.robust, config.federation
-    if asked.filter == "none" and asked.max_norm is None:
-        return
+def _check_robust(
+    method: Method, asked: RobustConfig, federation: FederationConfig, privacy: PrivacyConfig, mixed_ranks: bool
+) -> None:
     first = f"robust.filter = '{asked.filter}'" if asked.filter != "none" else f"robust.max_norm = {asked.max_norm:g}"
-    hidden = {
-        "privacy.secure_sums": config.privacy.secure_sums,
-        "privacy.fixed_point": config.privacy.fixed_point,
-        "federation.sums_only": f.sums_only,
-    }
-    for key in (key for key, given in hidden.items() if given):
+    key = _sums_asked(federation, privacy)
+    if key is not None:
         raise FedspanError(
             f"{first}: with {key} = true the server sees no client's update; expected false or no filter"
         )
-    if asked.filter != "none" and config.privacy.dp == "client":
+    if asked.filter != "none" and privacy.dp == "client":
         raise FedspanError(
             f"{first}: what it does with one client's update depends on all others, so that the noise of "
             f"privacy.dp = 'client' would hide no client; expected 'none'"
         )
-    mixed = len(set(ranks(config))) > 1
-    kind, limited = asked.filter, asked.max_norm is not None
 
     def problem(m: Method) -> str | None:
-        return robust.refusal(m, kind, limited, mixed and m.info.hetero_rank)
+        return robust.refusal(m, asked.filter, asked.max_norm is not None, mixed_ranks and m.info.hetero_rank)
 
     reason = problem(method)
     if reason is not None:
         able = _able(lambda m: problem(m) is None)
         raise FedspanError(f"{first}: {method.info.name} {reason}; methods that can have it: {able}")
-    cohort = create_sampler(f, config.seed, config.privacy.dp).expected_size(f.num_clients)
+    expected = _expected_cohort(federation, privacy.dp)
     needed = least(asked.filter, asked.attackers, averages_factors(method)) if asked.filter != "none" else 1
-    if cohort < needed:
+    if expected < needed:
         raise FedspanError(
-            f"{first}: {cohort:g} clients take part in a round, expected at least {needed} with "
+            f"{first}: {expected:g} clients take part in a round, expected at least {needed} with "
             f"robust.attackers = {asked.attackers} for {method.info.name}"
         )
 
 
-def _check_privacy(method: Method, config: Config) -> None:
-    asked = config.privacy
+def _check_privacy(method: Method, asked: PrivacyConfig) -> None:
     if asked.dp == "none":
         if asked.epsilon is not None:
             raise FedspanError(
@@ -187,42 +200,52 @@ def _check_privacy(method: Method, config: Config) -> None:
     accountant.require()
     if asked.epsilon is not None and asked.noise_multiplier == 0:
         raise FedspanError("privacy.noise_multiplier = 0: no noise stays within any privacy.epsilon; expected above 0")
-    if asked.dp == "client":
-        _check_client_privacy(method, config)
 
 
-def _check_client_privacy(method: Method, config: Config) -> None:
-    asked, f = config.privacy, config.federation
+def _check_client_bound(federation: FederationConfig, up: str, oversample: float) -> None:
+    """Refuse settings under which one client could add more to a sum than its clipped update, or change who is asked.
+
+    Parameters
+    ----------
+    up
+        `wire.up`.
+    oversample
+        `deployment.oversample`.
+    """
     equal = "every client's update is bounded by the same number"
-    coins = "clients are drawn by independent coins, of which nothing may depend"
+    coins = "clients are drawn by independent coins, and nothing may depend on how many came"
     wanted: list[tuple[str, object, object, str]] = [
-        ("federation.weighting", f.weighting, "equal", equal),
-        ("wire.up", config.wire.up, "float32", "rounding what was clipped could make it larger"),
+        ("federation.weighting", federation.weighting, "equal", equal),
+        ("wire.up", up, "float32", "rounding what was clipped could make it larger"),
     ]
-    if f.participation < 1:
+    if federation.participation < 1:
         wanted += [
-            ("federation.min_clients", f.min_clients, 1, coins),
-            ("federation.min_success", f.min_success, 1, coins),
-            ("deployment.oversample", config.deployment.oversample, 0.0, coins),
+            ("federation.min_clients", federation.min_clients, 1, coins),
+            ("federation.min_success", federation.min_success, 1, coins),
+            ("deployment.oversample", oversample, 0.0, coins),
         ]
     for key, given, expected, why in wanted:
         if given != expected:
             raise FedspanError(f"{key} = {given!r} with privacy.dp = 'client': {why}; expected {expected!r}")
-    if f.num_clients > 1 and asked.delta >= 1 / f.num_clients:
+
+
+def _check_client_budget(method: Method, federation: FederationConfig, privacy: PrivacyConfig) -> None:
+    # With δ ≥ 1/N, publishing one client's data whole would count as private.
+    if federation.num_clients > 1 and privacy.delta >= 1 / federation.num_clients:
         raise FedspanError(
-            f"privacy.delta = {asked.delta:g}: at {f.num_clients} clients it allows to publish one of them whole; "
-            f"expected well below {1 / f.num_clients:g}"
+            f"privacy.delta = {privacy.delta:g}: with {federation.num_clients} clients it would allow one of them to "
+            f"be published whole; expected well below {1 / federation.num_clients:g}"
         )
-    account = client_account(method, config)
+    account = client_account(method, privacy, federation.participation)
     if not account.allows(0):
-        z = accountant.noise_for(asked.epsilon or math.inf, f.participation, f.rounds, asked.delta)
+        limit, rounds = privacy.epsilon or math.inf, federation.rounds
+        noise = accountant.noise_for(limit, federation.participation, rounds, privacy.delta)
         raise FedspanError(
-            f"privacy.epsilon = {asked.epsilon:g}: the first round alone spends {account.spent(1):.4g}; for "
-            f"{f.rounds} rounds expected a privacy.noise_multiplier of {z:.3g} or more"
+            f"privacy.epsilon = {limit:g}: the first round alone spends {account.spent(1):.4g}; for "
+            f"{rounds} rounds expected a privacy.noise_multiplier of {noise:.3g} or more"
         )
 
 
-def client_account(method: Method, config: Config) -> accountant.Account:
-    """What the run spends of its clients' privacy, round by round."""
-    p = config.privacy
-    return accountant.Account(method.exchanges, p.noise_multiplier, config.federation.participation, p.delta, p.epsilon)
+def client_account(method: Method, privacy: PrivacyConfig, participation: float) -> accountant.Account:
+    """Return the account of what a run spends of its clients' privacy, round by round."""
+    return accountant.Account(method.exchanges, privacy.noise_multiplier, participation, privacy.delta, privacy.epsilon)

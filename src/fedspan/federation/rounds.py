@@ -1,11 +1,10 @@
-"""One round of federation as a function, whoever carries the messages."""
+"""One round of federation as a function, whatever transport carries the messages."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,37 +12,37 @@ from fedspan.client.training import LocalResult
 from fedspan.federation.clients import Client
 from fedspan.federation.exchange import Answer, Question, Sites, Work, begin, unlearnt
 from fedspan.federation.simulated import SimulatedClients
+from fedspan.federation.tally import Tally
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, ClientState, Request, Update
 from fedspan.privacy.summing import Layout
 from fedspan.robust import Screen
 from fedspan.support.errors import FedspanError
-from fedspan.support.peak_memory import peak_memory, reset_peak_memory
-from fedspan.wire.sizes import broadcast_bytes, partial_bytes, state_bytes
+from fedspan.wire.sizes import broadcast_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """Everything of a finished round that its server step can be judged by."""
+    """Everything that the server step of a finished round can be judged by."""
 
     method: Method
     before: ServerState
-    """As the clients found it when they were told to train."""
+    """The server's state that the clients were sent when they were asked to train."""
     after: ServerState
     updates: Sequence[Update]
-    """What training came to, before `encode`, with the weights that count."""
+    """The results of training, before `encode`, with the weights that count."""
     broadcasts: Sequence[Broadcast]
-    """What each of them started from."""
+    """The broadcast that each of them started from."""
     client_states: Mapping[str, ClientState]
-    """What the clients kept before the round."""
+    """The states that the clients kept before the round."""
 
 
 Observe = Callable[[Observation], Mapping[str, Any]]
-"""What it measures joins the round's record."""
+"""Measures a finished round; what it returns joins the round's record."""
 
 OnAnswer = Callable[[Answer, int], None]
-"""Called with every valid answer to a question that trains, and how many there are by now."""
+"""Called with every valid answer to a question that trains, and the number of them so far."""
 
 
 class RoundFailed(FedspanError):
@@ -52,15 +51,15 @@ class RoundFailed(FedspanError):
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What one round hands to the next."""
+    """The state of a federation that one round hands to the next."""
 
     state: ServerState
     client_states: Mapping[str, ClientState] = field(default_factory=dict)
-    """Of clients that live in this process."""
+    """Client -> what it keeps, for clients that live in this process."""
     seen: Mapping[str, int] = field(default_factory=dict)
     """Client -> the newest patch version that it holds."""
     counted: Mapping[str, int] = field(default_factory=dict)
-    """Client -> how many rounds were finished when its answer last counted."""
+    """Client -> the number of finished rounds when its answer last counted."""
 
 
 def run_round(
@@ -74,14 +73,14 @@ def run_round(
     on_client: Callable[[Client, LocalResult, int], None] | None = None,
     observe: Observe | None = None,
 ) -> tuple[RunState, dict[str, Any]]:
-    """`conduct` with clients that live in this process and whose local work is `work`."""
+    """Conduct a round with clients that live in this process and whose local work is `work`; see `conduct`."""
 
     def on_answer(answer: Answer, done: int) -> None:
         if on_client is not None and answer.result is not None:
             on_client(answer.client, answer.result, done)
 
-    here = SimulatedClients(method, work, run_state.client_states, weighting=weighting)
-    return conduct(method, run_state, cohort, here, min_success=min_success, on_answer=on_answer, observe=observe)
+    simulated = SimulatedClients(method, work, run_state.client_states, weighting=weighting)
+    return conduct(method, run_state, cohort, simulated, min_success=min_success, on_answer=on_answer, observe=observe)
 
 
 def conduct(
@@ -96,22 +95,22 @@ def conduct(
     on_answer: OnAnswer | None = None,
     observe: Observe | None = None,
 ) -> tuple[RunState, dict[str, Any]]:
-    """Broadcast, train, fold, finish, for every exchange of the round.
+    """Broadcast, train, fold and finish, for every exchange of the round.
 
-    Updates are folded one by one in the order in which `sites` hands them over: sorted by client id, unless it was
-    told otherwise, so that the result does not depend on who answered first. One that is wrong is left out and named
-    in the record.
+    Updates are folded one by one, in the order in which `sites` yields them: sorted by client id unless the settings
+    say otherwise, so that the result does not depend on which client answered first. A wrong answer is left out and
+    named in the record.
 
     Parameters
     ----------
     sums
         Learn nothing but the sum of an exchange's answers.
     screen
-        What filters the answers before they are folded.
+        Filters the answers before they are folded.
 
     Returns
     -------
-    tuple[Standing, dict]
+    tuple[RunState, dict]
         What the next round starts from, and the record of this one.
 
     Raises
@@ -123,32 +122,22 @@ def conduct(
     active = sorted(cohort, key=lambda c: c.client_id)
     due = [number for number, exchange in enumerate(method.exchanges) if exchange.due(run.round_num)]
     for place, (number, following) in enumerate(zip(due, (*due[1:], None), strict=True)):
+        # A client trains once: where the next exchange asks about the same result, the client must still have it.
         again = following is not None and method.exchanges[following].ask == "again"
+        # A client that failed one exchange is not asked again: later exchanges build on what all of them answered.
         active = run.exchange(number, active, (place, len(due)), again)
         if len(active) < min_success:
             raise RoundFailed(_too_few(run.round_num, len(active), min_success, run.tally.rejected))
         run.finish()
-    weights = {c.client_id: run.weights[c.client_id] for c in active}
-    record = {
-        "round_num": run.round_num + 1,
-        "method": method.info.name,
-        "num_clients": len(active),
-        "train_loss": sum(run.losses[c] * w for c, w in weights.items()) / (sum(weights.values()) or math.nan),
-        "eval": None,
-        **run.tally.record(),
-        **sites.costs(),
-    }
+    record = run.record(active)
     if observe is not None and run.trained:
         updates, broadcasts = zip(*run.trained, strict=True)
         record |= observe(Observation(method, run.before, run.state, updates, broadcasts, run_state.client_states))
-    ids = [client.client_id for client in active]
-    seen = {**run_state.seen, **dict.fromkeys(ids, run.version)}
-    counted = {**run_state.counted, **dict.fromkeys(ids, run.round_num + 1)}
-    return RunState(run.state, sites.states(), seen, counted), record
+    return run.outcome(active), record
 
 
 class _Round:
-    """A round as it goes: what its exchanges hand to each other, and what they leave behind."""
+    """A round in progress: what its exchanges hand to each other, and what they leave behind."""
 
     def __init__(
         self,
@@ -166,22 +155,23 @@ class _Round:
         self.run_state = run_state
         self.round_num = run_state.state.round_num
         self.version = 0
-        """Of the patches that the clients were sent."""
+        """Version of the patches that the clients were sent."""
         self.partial = Partial()
         self.losses: dict[str, float] = {}
         self.weights: dict[str, float] = {}
         self.trained: list[tuple[Update, Broadcast]] = []
+        """Results of training and what they started from; filled only where the round is observed."""
         self.started: Broadcast | None = None
-        """What the client of largest rank would have started training from, for the layout of sums."""
-        self.tally = _Tally()
+        """The broadcast that the client of largest rank would have started training from, for the layout of sums."""
+        self.tally = Tally()
 
     def exchange(self, number: int, clients: Sequence[Client], place: tuple[int, int], again: bool) -> list[Client]:
-        """Ask everyone and fold the answers; who answered well.
+        """Ask the clients, fold their answers, and return the clients whose answers were valid.
 
         Parameters
         ----------
         place
-            Which of how many exchanges of this round it is.
+            (i, n): this is the i-th, from 0, of the n exchanges of this round.
         again
             The next exchange asks about the same answers.
         """
@@ -208,6 +198,8 @@ class _Round:
         for answer in self._waited(self.sites.ask(question, clients, broadcasts.broadcast)):
             if not self._counts(question, answer, len(answered)):
                 continue
+            # Let go of what the client held, so that memory does not grow with the number of clients. The update
+            # goes too, once it is folded; a filter compares all updates, so it has to keep them until the end.
             answer = replace(answer, result=None, started=None)
             if self.screen is None:
                 self._fold(question, answer.update)
@@ -218,17 +210,38 @@ class _Round:
         return [answer.client for answer in answered]
 
     def finish(self) -> None:
-        """The server's step of this exchange."""
+        """Take the server's step of this exchange."""
         with self.tally.server(), self.tally.memory(self.state, self.partial):
             self.state, diagnostics = self.method.finish(self.state, self.partial)
         self.tally.diagnostics |= diagnostics
 
+    def record(self, active: Sequence[Client]) -> dict[str, Any]:
+        """Return the round's record, with the mean loss of the clients that answered every exchange."""
+        weights = {client.client_id: self.weights[client.client_id] for client in active}
+        return {
+            "round_num": self.round_num + 1,
+            "method": self.method.info.name,
+            "num_clients": len(active),
+            "train_loss": sum(self.losses[c] * w for c, w in weights.items()) / (sum(weights.values()) or math.nan),
+            "eval": None,
+            **self.tally.record(),
+            **self.sites.costs(),
+        }
+
+    def outcome(self, active: Sequence[Client]) -> RunState:
+        """Return what the next round starts from."""
+        ids = [client.client_id for client in active]
+        # Only clients that got to the end surely hold the patches; the others are sent them once more.
+        seen = {**self.run_state.seen, **dict.fromkeys(ids, self.version)}
+        counted = {**self.run_state.counted, **dict.fromkeys(ids, self.round_num + 1)}
+        return RunState(self.state, self.sites.states(), seen, counted)
+
     def _waited(self, answers: Iterator[Answer]) -> Iterator[Answer]:
-        """The answers, with the time that they were waited for on the tally."""
+        """Yield the answers, adding the time spent waiting for them to the tally."""
         while True:
             began, busy = time.perf_counter(), self.tally.server_seconds
             answer = next(answers, None)
-            # What the server does while it is asked what to send is its own time.
+            # Asking for an answer may have the server work out a broadcast: that is its own time, counted already.
             served = self.tally.server_seconds - busy
             self.tally.train_wall_seconds += time.perf_counter() - began - served
             if answer is None:
@@ -236,22 +249,23 @@ class _Round:
             yield answer
 
     def _counts(self, question: Question, answer: Answer, answered: int) -> bool:
-        """Whether the answer is one; what is wrong with it is noted."""
-        tally, key = self.tally, answer.client.client_id
+        """Return whether the answer is valid, and enter it, or its problem, in the tally."""
+        tally, client_id = self.tally, answer.client.client_id
+        # An answer that is left out was worked for and sent all the same.
         tally.client_seconds += answer.seconds
         tally.bytes_up += answer.bytes_up
         if answer.problem is not None:
-            tally.rejected[key] = answer.problem
+            tally.rejected[client_id] = answer.problem
             tally.bad += not answer.absent
             return False
         tally.optimizer_bytes = max(tally.optimizer_bytes, answer.optimizer_bytes)
         if question.exchange.ask == "train":
-            self.losses[key] = answer.train_loss
+            self.losses[client_id] = answer.train_loss
             if self.on_answer is not None:
                 self.on_answer(answer, answered + 1)
             if self.observed and answer.result is not None and answer.started is not None:
                 self.trained.append((replace(answer.result.update, num_examples=answer.weight), answer.started))
-        self.weights[key] = answer.weight
+        self.weights[client_id] = answer.weight
         return True
 
     def _fold(self, question: Question, update: Update | None) -> None:
@@ -262,107 +276,68 @@ class _Round:
     def _screened(
         self, question: Question, screen: Screen, answers: list[Answer], broadcasts: _Broadcasts
     ) -> list[Answer]:
-        """The answers that the filter lets pass, folded as it gives them."""
+        """Fold the updates that pass the filter, as it returns them, and return their answers."""
         updates = [answer.update for answer in answers if answer.update is not None]
         if not updates:
             return []
         with self.tally.server():
             sent = [broadcasts.made_for(answer.client) for answer in answers]
-            found = screen(updates, sent, ask=question.exchange.ask, bad=self.tally.bad)
-        self.tally.rejected |= found.rejected
-        self.tally.bad += len(found.rejected)
-        self.tally.diagnostics |= found.diagnostics
-        for update in found.updates:
+            # Clients whose answers were wrong are out already: the filter expects fewer attackers among the rest.
+            screened = screen(updates, sent, ask=question.exchange.ask, bad=self.tally.bad)
+        self.tally.rejected |= screened.rejected
+        self.tally.bad += len(screened.rejected)
+        self.tally.diagnostics |= screened.diagnostics
+        for update in screened.updates:
             self._fold(question, update)
-        return [replace(a, update=None) for a in answers if a.client.client_id not in found.rejected]
+        return [replace(a, update=None) for a in answers if a.client.client_id not in screened.rejected]
 
     def _summed(self, question: Question, clients: Sequence[Client], broadcasts: _Broadcasts) -> list[Client]:
-        """The same from the sum of the answers alone."""
+        """Do the exchange from the sum of the answers alone."""
         if not clients:
             return []
         layout = self._layout(question, clients, broadcasts)
         began = time.perf_counter()
-        found = self.sites.sum(question, clients, broadcasts.broadcast, layout)
+        summed = self.sites.sum(question, clients, broadcasts.broadcast, layout)
         self.tally.train_wall_seconds += time.perf_counter() - began
-        self.partial = found.partial
-        valid = [a for number, a in enumerate(found.answers) if self._counts(question, a, number)]
+        self.partial = summed.partial
+        valid = [a for number, a in enumerate(summed.answers) if self._counts(question, a, number)]
         if question.exchange.ask == "train":
-            # Of the clients' own losses nothing is known: the mean stands for each.
-            self.losses = dict.fromkeys(self.losses, found.train_loss)
+            # The sum hides the clients' own losses: their mean stands for each.
+            self.losses = dict.fromkeys(self.losses, summed.train_loss)
         return [answer.client for answer in valid]
 
     def _layout(self, question: Question, clients: Sequence[Client], broadcasts: _Broadcasts) -> Layout:
-        """The layout of what the client of largest rank sends, found by having it learn nothing."""
+        """Return the layout that all clients' updates share, found by encoding an update that learnt nothing.
+
+        The client of largest rank is taken: the others' updates fit into the layout of its own.
+        """
         largest = max(clients, key=lambda c: c.rank)
         started = begin(self.method, question, broadcasts.made_for(largest), None)
         if question.exchange.ask != "again":
+            # With `again`, the answer is about what was trained from the broadcast before, not from this one.
             self.started = started
         learnt = unlearnt(self.state.template, self.started or started)
         return Layout.of(self.method.encode(learnt, started, None)[0])
 
 
 @dataclass(slots=True)
-class _Tally:
-    """What the round costs, added up as it goes."""
-
-    bytes_up: int = 0
-    bytes_down: int = 0
-    server_seconds: float = 0.0
-    client_seconds: float = 0.0
-    train_wall_seconds: float = 0.0
-    peak_server_bytes: int = 0
-    optimizer_bytes: int = 0
-    """The largest that a client's local optimizer held."""
-    bad: int = 0
-    """Clients that answered, and wrongly."""
-    rejected: dict[str, str] = field(default_factory=dict)
-    diagnostics: dict[str, Any] = field(default_factory=dict)
-
-    @contextmanager
-    def server(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.server_seconds += time.perf_counter() - began
-
-    @contextmanager
-    def memory(self, state: ServerState, partial: Partial) -> Iterator[None]:
-        held = state_bytes(state) + partial_bytes(partial)
-        before = reset_peak_memory()
-        yield
-        self.peak_server_bytes = max(self.peak_server_bytes, held + peak_memory() - before)
-
-    def record(self) -> dict[str, Any]:
-        return {
-            "bytes_up": self.bytes_up,
-            "bytes_down": self.bytes_down,
-            "server_seconds": self.server_seconds,
-            "client_seconds": self.client_seconds,
-            "train_wall_seconds": self.train_wall_seconds,
-            "peak_server_bytes": self.peak_server_bytes,
-            "optimizer_bytes": self.optimizer_bytes,
-            "rejected": self.rejected,
-            **self.diagnostics,
-        }
-
-
-@dataclass(slots=True)
 class _Broadcasts:
-    """One exchange with its clients: those that ask for the same thing are sent the same thing, worked out once."""
+    """The broadcasts of one exchange; clients with equal requests share one, worked out once."""
 
     method: Method
     state: ServerState
     seen: Mapping[str, int]
-    tally: _Tally
+    tally: Tally
     made: dict[Request, Broadcast] = field(default_factory=dict)
 
     def broadcast(self, client: Client) -> Broadcast:
-        """What this client is sent."""
+        """Return what this client is sent, and count its bytes."""
         broadcast = self.made_for(client)
         self.tally.bytes_down += broadcast_bytes(broadcast)
         return broadcast
 
     def made_for(self, client: Client) -> Broadcast:
-        """The same, looked at and not sent."""
+        """Return what this client is sent, without sending it."""
         request = Request(client.rank, self.seen.get(client.client_id, 0))
         if request not in self.made:
             with self.tally.server():

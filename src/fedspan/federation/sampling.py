@@ -93,8 +93,8 @@ class UniformSampler:
 class PoissonSampler:
     """Every client by an independent coin, as privacy amplification by sampling requires; a round may be empty.
 
-    Nobody may know whether a client is in a round, and clients must not displace each other: so the coins are drawn
-    from the server's secret, not from the run's seed, and their number is free.
+    The accounting assumes that it is secret whether a client is in a round, and that clients are in it independently
+    of each other: so the coins are drawn from the server's secret, not from the run's seed, and their number is free.
 
     Parameters
     ----------
@@ -120,7 +120,7 @@ class PoissonSampler:
         return self.participation * num_clients
 
     def draw(self, num_clients: int, round_num: int) -> list[int]:
-        """Return the sorted positions of the clients whose coin fell on heads."""
+        """Return the sorted positions of the clients whose coins came up."""
         secret = self.secret()
         if secret < 0 or round_num < 0:
             raise FedspanError("a negative secret or round: expected 0 or more")
@@ -141,11 +141,11 @@ SAMPLERS: Mapping[str, Callable[[FederationConfig, int, Callable[[], int]], Clie
     "uniform": _uniform,
     "poisson": _poisson,
 }
-"""Name in `federation.sampler` -> its maker, from ([federation], the run's seed, the server's secret)."""
+"""Name in `federation.sampler` -> its constructor, from ([federation], the run's seed, the server's secret)."""
 
 
 def _no_secret() -> int:
-    raise FedspanError("federation.sampler = 'poisson' draws clients by secret coins: expected the server's secret")
+    raise ValueError("federation.sampler = 'poisson' draws clients by secret coins: expected the server's secret")
 
 
 def create_sampler(

@@ -13,19 +13,24 @@ from fedspan.federation.exchange import WINDOW, Answer, BroadcastFor, Question, 
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, ClientState
 from fedspan.privacy.summing import Layout, Sum
-from fedspan.support.errors import FedspanError
 from fedspan.wire.precision import EXACT, Precision, rounded_broadcast
 
 
 class SimulatedClients:
-    """Simulated clients: their states are held here, and `work` does what they do.
+    """Simulated clients: their states are held here, and `work` does their training.
 
     Parameters
     ----------
+    work
+        Trains clients, a window of them at a time.
     client_states
-        Left as they are: what the round changes is in `states`.
-    narrow
+        Client -> what it keeps between rounds. The mapping is not changed: the new states are in `states`.
+    weighting
+        `federation.weighting`.
+    precision
         The types in which tensors would travel.
+    total
+        How sums are taken; needed by `sum` alone.
     """
 
     def __init__(
@@ -41,32 +46,35 @@ class SimulatedClients:
         self.method, self.work, self.weighting, self.precision, self.total = method, work, weighting, precision, total
         self._states = dict(client_states)
         self._learnt: dict[str, Answer] = {}
-        """What is held because the next exchange asks about it again."""
+        """Client -> its answer, kept because the next exchange asks about it again."""
         self._arrived: dict[int, tuple[Broadcast, Broadcast]] = {}
-        """What was sent, and what of it arrives, by the identity of the first: clients share it."""
+        """Identity of a broadcast -> the broadcast, and it as it arrives; clients of one rank share both. The broadcast
+        is held so that its identity is not given to another one."""
 
     def ask(self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor) -> Iterator[Answer]:
-        """The answers in the clients' order, each taken before the next one is worked out."""
-        held, self._learnt = self._learnt, {}
+        """Yield the answers in the clients' order, each before the next one is encoded."""
+        learnt, self._learnt = self._learnt, {}
         self._arrived = {}
         again = question.exchange.ask == "again"
         for answer in (
-            self._again(clients, broadcast_for, held) if again else self._working(question, clients, broadcast_for)
+            self._again(clients, broadcast_for, learnt) if again else self._working(question, clients, broadcast_for)
         ):
-            done = self._encoded(question, answer)
-            if done.problem is None and question.keep:
+            encoded = self._encoded(question, answer)
+            if encoded.problem is None and question.keep:
+                # As it was trained: the next exchange encodes the same result anew.
                 self._learnt[answer.client.client_id] = answer
-            yield done
+            yield encoded
 
     def sum(self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor, layout: Layout) -> Summed:
-        """The same answers, flattened, summed in fixed point and forgotten."""
+        """Return the sum of the answers in fixed point; each is flattened, added and forgotten."""
         if self.total is None:
-            raise FedspanError("sums were not prepared for: expected a Sum")
+            raise TypeError("SimulatedClients.sum without `total`: expected a Sum")
         answers: list[Answer] = []
         adding = self.total.begin(layout, len(clients))
         for answer in self.ask(question, clients, broadcast_for):
             if answer.update is not None:
                 problem = adding.add(answer.update, answer.train_loss)
+                # Weight and loss are in the sum only, as they would be between real sites.
                 answer = replace(
                     answer,
                     update=None,
@@ -80,15 +88,15 @@ class SimulatedClients:
         return Summed(partial, loss, answers)
 
     def states(self) -> Mapping[str, ClientState]:
-        """What the clients keep now."""
+        """Return what the clients keep now."""
         return self._states
 
     def costs(self) -> Mapping[str, Any]:
-        """Nothing was sent."""
+        """Return nothing: no message was sent."""
         return {}
 
     def _working(self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor) -> Iterator[Answer]:
-        """What everyone learns from where it starts, or its gradient there, a window of clients at a time."""
+        """Yield each client's result of training, or its gradient, working on a window of clients at a time."""
         for start in range(0, len(clients), WINDOW):
             window: list[tuple[Client, Broadcast]] = []
             for client in clients[start : start + WINDOW]:
@@ -109,29 +117,38 @@ class SimulatedClients:
                 )
 
     def _again(
-        self, clients: Sequence[Client], broadcast_for: BroadcastFor, held: Mapping[str, Answer]
+        self, clients: Sequence[Client], broadcast_for: BroadcastFor, learnt: Mapping[str, Answer]
     ) -> Iterator[Answer]:
-        """What everyone has learnt before, beside another question about it."""
+        """Yield each client's earlier result, which this exchange asks another question about."""
         for client in clients:
             sent = self._arrives(broadcast_for(client))
-            yield replace(held[client.client_id], started=sent, seconds=0.0)
+            # The seconds of its training were counted in the exchange before.
+            yield replace(learnt[client.client_id], started=sent, seconds=0.0)
 
     def _arrives(self, sent: Broadcast) -> Broadcast:
+        """Return a broadcast as it arrives, rounded to the type in which it would travel."""
         if id(sent) not in self._arrived:
             self._arrived[id(sent)] = (sent, rounded_broadcast(sent, self.precision.down))
         return self._arrived[id(sent)][1]
 
     def _encoded(self, question: Question, answer: Answer) -> Answer:
+        """Return the answer with what would leave the site, and store what the client keeps."""
         assert answer.result is not None
-        assert answer.started is not None  # as both generators above make it
-        key = answer.client.client_id
+        assert answer.started is not None  # both generators above set it
+        client_id = answer.client.client_id
         began = time.perf_counter()
         response = respond(
-            self.method, question, answer.result, answer.started, self._states.get(key), self.precision, answer.weight
+            self.method,
+            question,
+            answer.result,
+            answer.started,
+            self._states.get(client_id),
+            self.precision,
+            answer.weight,
         )
         seconds = answer.seconds + time.perf_counter() - began
         if response.problem is None and response.kept is not None:
-            self._states[key] = response.kept
+            self._states[client_id] = response.kept
         return replace(
             answer, update=response.update, problem=response.problem, seconds=seconds, bytes_up=response.num_bytes
         )

@@ -23,7 +23,7 @@ from fedspan import config as settings
 from fedspan.flower.grid_transport import GridPort
 from fedspan.flower.records import one_line
 from fedspan.runs import execution
-from fedspan.runs.engine import Event
+from fedspan.runs.events import Event
 from fedspan.support.errors import FedspanError
 
 SERVER_DIR = "FEDSPAN_SERVER_DIR"

@@ -24,7 +24,7 @@ from fedspan.flower import records
 from fedspan.flower.client_app import refusal
 from fedspan.flower.grid_transport import GridPort
 from fedspan.runs import execution
-from fedspan.runs.engine import OnEvent
+from fedspan.runs.events import OnEvent
 from fedspan.runs.execution import Result
 from fedspan.site.site import Loaded, Settings, Site
 from fedspan.support.errors import FedspanError
@@ -48,7 +48,8 @@ def run(config: Config, out: Path, on_event: OnEvent) -> Result:
         raise FedspanError("the engine flower-simulation needs Ray: pip install 'flwr[simulation]>=1.41,<1.43'")
     from flwr.simulation import run_simulation
 
-    clients = make_clients(config, load_data(config.data, config.seed))
+    corpus = load_data(config.data, config.seed)
+    clients = make_clients(corpus, config.federation, config.seed, config.data.client_holdout)
     results: list[Result] = []
     server = ServerApp()
 
@@ -114,7 +115,8 @@ class Everybody:
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, folder
         corpus = load_data(config.data, config.seed)
-        self._clients = sorted(make_clients(config, corpus), key=lambda client: client.client_id)
+        clients = make_clients(corpus, config.federation, config.seed, config.data.client_holdout)
+        self._clients = sorted(clients, key=lambda client: client.client_id)
         largest = max(client.rank for client in self._clients)
         self._loaded = Loaded.of(config, requirements.chosen(config), corpus, largest)
         self._sites: dict[str, Site] = {}

@@ -1,6 +1,6 @@
-"""Everything that a run needs to go on, in one safetensors file that is replaced atomically.
+"""Checkpoints: everything that a run needs to resume, in one safetensors file that is replaced atomically.
 
-Tensors are stored as they are; the structure around them is JSON in the file's own header, so nothing is unpickled.
+Tensors are stored as they are; the structure around them is JSON in the file's header, so nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -15,34 +15,35 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import ServerState
 from fedspan.methods.messages import ClientState, Template
 from fedspan.methods.patches import Patch, PatchLog, patch_of, patch_tensors
-from fedspan.support.files import read_tensors, write_bytes
 from fedspan.support.errors import FedspanError
+from fedspan.support.files import StrPath, read_tensors, write_bytes
 
 _FORMAT = 3
+"""Raised whenever the layout changes: a file of another format is refused, never guessed at."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Where a federation stands between two rounds."""
+    """The state of a federation between two rounds."""
 
     state: ServerState
     client_states: Mapping[str, ClientState] = field(default_factory=dict)
+    """Client -> what it keeps between its rounds, for clients that are simulated."""
     seen: Mapping[str, int] = field(default_factory=dict)
-    """Client -> newest patch version that it holds."""
+    """Client -> the newest patch version that it holds."""
     history: tuple[Mapping[str, Any], ...] = ()
     """One record per finished round."""
     notes: Mapping[str, Any] = field(default_factory=dict)
-    """What else the run has measured so far."""
+    """Measurements from outside the rounds, such as the figures of the untouched base."""
     counted: Mapping[str, int] = field(default_factory=dict)
-    """Client -> how many rounds were finished when its answer last counted."""
+    """Client -> the number of finished rounds when its answer last counted."""
 
 
-def write(path: Path, checkpoint: Checkpoint) -> None:
-    """Replace `path` by this checkpoint; whatever goes wrong, the file that was there survives.
+def write(path: StrPath, checkpoint: Checkpoint) -> None:
+    """Replace the file at `path` by this checkpoint; if that fails, the file that was there survives.
 
     Raises
     ------
@@ -52,45 +53,48 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     tensors: dict[str, Tensor] = {}
     structure = _pack(checkpoint, tensors)
     meta = {"fedspan": json.dumps({"format": _FORMAT, "checkpoint": structure})}
-    write_bytes(path, save(_apart(tensors), metadata=meta))
+    write_bytes(Path(path), save(_unshared(tensors), metadata=meta))
 
 
-def read(path: Path) -> Checkpoint:
-    """The checkpoint at `path`.
+def read(path: StrPath) -> Checkpoint:
+    """Read the checkpoint at `path`.
 
     Raises
     ------
-    ValueError
-        When the file is no checkpoint of this library, or damaged.
+    FedspanError
+        When the file is not a checkpoint of this library, has another format, or is damaged.
+    OSError
+        When it cannot be read.
     """
+    path = Path(path)
     try:
         meta, tensors = read_tensors(path, "fedspan")
     except (SafetensorError, json.JSONDecodeError) as error:
         raise FedspanError(f"{path} is damaged ({error}): expected a checkpoint") from None
     if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
-        raise FedspanError(f"{path} is no checkpoint of format {_FORMAT}")
+        raise FedspanError(f"{path} is not a checkpoint of format {_FORMAT}")
     try:
         return _unpack(meta["checkpoint"], tensors)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise FedspanError(f"{path} is damaged (something is missing: {error}): expected a checkpoint") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise FedspanError(f"{path} is damaged (incomplete: {error}): expected a checkpoint") from None
 
 
 def _pack(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the structure of a checkpoint, with a key in place of every tensor, and put the tensors into `tensors`."""
     state = checkpoint.state
-    t = state.template
-    log = state.patches
+    template, log = state.template, state.patches
     return {
         "template": {
-            "modules": {name: list(shape) for name, shape in t.modules.items()},
-            "rank": t.rank,
-            "alpha": t.alpha,
-            "rslora": t.rslora,
-            "seed": t.seed,
-            "num_clients": t.num_clients,
+            "modules": {name: list(shape) for name, shape in template.modules.items()},
+            "rank": template.rank,
+            "alpha": template.alpha,
+            "rslora": template.rslora,
+            "seed": template.seed,
+            "num_clients": template.num_clients,
         },
         "round_num": state.round_num,
         "exchange": state.exchange,
-        "modules": {name: _named(held, f"module/{name}", tensors) for name, held in state.modules.items()},
+        "modules": {name: _named(parts, f"module/{name}", tensors) for name, parts in state.modules.items()},
         "dense": _named(state.dense, "dense", tensors),
         "extra": _named(state.extra, "extra", tensors),
         "patches": None
@@ -111,10 +115,9 @@ def _pack(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _unpack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
-    t = meta["template"]
-    log = meta["patches"]
+    template, log = meta["template"], meta["patches"]
     state = ServerState(
-        Template(**{**t, "modules": {n: (m, k) for n, (m, k) in t["modules"].items()}}),
+        Template(**{**template, "modules": {name: (m, n) for name, (m, n) in template["modules"].items()}}),
         {name: _load(keys, tensors) for name, keys in meta["modules"].items()},
         _load(meta["dense"], tensors),
         meta["round_num"],
@@ -132,21 +135,23 @@ def _unpack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoin
     return Checkpoint(state, clients, meta["seen"], tuple(meta["history"]), meta["notes"], meta["counted"])
 
 
-def _named(held: Mapping[str, Tensor], prefix: str, tensors: dict[str, Tensor]) -> dict[str, str]:
-    keys = {name: f"{prefix}/{name}" for name in held}
-    tensors.update({keys[name]: value for name, value in held.items()})
+def _named(values: Mapping[str, Tensor], prefix: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Put the values into `tensors` and return name -> their key there."""
+    keys = {name: f"{prefix}/{name}" for name in values}
+    tensors.update({keys[name]: value for name, value in values.items()})
     return keys
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous, and without shared memory, which the file format refuses: a log's first increment is its total."""
-    apart: dict[str, Tensor] = {}
-    held: set[int] = set()
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors contiguous and without shared memory, which the file format refuses."""
+    unshared: dict[str, Tensor] = {}
+    written: set[int] = set()
     for name, tensor in tensors.items():
         whole = tensor.contiguous()
-        apart[name] = whole.clone() if whole.untyped_storage().data_ptr() in held else whole
-        held.add(apart[name].untyped_storage().data_ptr())
-    return apart
+        # Some do share: the first increment of a patch log is its total.
+        unshared[name] = whole.clone() if whole.untyped_storage().data_ptr() in written else whole
+        written.add(unshared[name].untyped_storage().data_ptr())
+    return unshared
 
 
 def _load(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

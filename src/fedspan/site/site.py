@@ -104,13 +104,16 @@ class Site:
     def _client(self, corpus: Corpus) -> Client:
         given, config = self.given, self.config
         if not given.own_data:
-            found = {c.client_id: c for c in make_clients(config, corpus)}
+            clients = make_clients(corpus, config.federation, config.seed, config.data.client_holdout)
+            found = {c.client_id: c for c in clients}
             if given.client_id not in found:
                 raise FedspanError(f"client_id = {given.client_id!r}: expected one of {', '.join(sorted(found))}")
             client = found[given.client_id]
             return client if given.rank is None else replace(client, rank=given.rank)
         ranks = (
-            {config.federation.ranks} if isinstance(config.federation.ranks, int) else set(requirements.ranks(config))
+            {config.federation.ranks}
+            if isinstance(config.federation.ranks, int)
+            else set(requirements.ranks(config.federation, config.seed))
         )
         if given.rank is None and len(ranks) != 1:
             raise FedspanError(f"{given.client_id} has no rank: expected `rank` in its site.toml, since ranks differ")

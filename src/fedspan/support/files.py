@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+StrPath = str | os.PathLike[str]
+"""A path as callers may give it; functions that take one make a `Path` of it."""
+
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file or nothing: a temporary file beside it, flushed to the disk, then renamed."""

@@ -1,0 +1,171 @@
+"""The things that a run needs in memory: its data, its model, its clients, and the executor of its work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedspan.client.executors import EvaluationTask, Executor, WorkContext, create_executor, num_worker_processes
+from fedspan.client.setup import base_model, device_of, encoded
+from fedspan.config import Config, PrivacyConfig
+from fedspan.data import Encoded
+from fedspan.data import load as load_data
+from fedspan.federation.clients import Client, make_clients
+from fedspan.federation.sampling import ClientSampler, create_sampler
+from fedspan.methods.base import Method
+from fedspan.methods.messages import Broadcast
+from fedspan.models import FederatedModel
+from fedspan.privacy.fixed_point import FixedPoint
+from fedspan.privacy.spending import Examples, secret_of
+from fedspan.privacy.summing import Sum
+from fedspan.runs.events import Event, OnEvent
+from fedspan.server.coordinator import Coordinator
+from fedspan.support.errors import FedspanError
+from fedspan.wire.transport import Port
+
+
+@dataclass(slots=True)
+class RunContext:
+    """A run's data, model and clients in memory. The run folder alone records how far the run has come."""
+
+    config: Config
+    method: Method
+    out: Path
+    """The run folder."""
+    on_event: OnEvent
+    clients: list[Client]
+    model: FederatedModel
+    initial_dense: Mapping[str, torch.Tensor]
+    """Heads and trained weights of the untouched base."""
+    processor: Any
+    """The base's tokenizer or image processor."""
+    data: Mapping[str, Encoded]
+    """`train`, `test`, and `unseen` where there is any."""
+    metrics: tuple[str, ...]
+    """Names of the metrics; the summary's headlines are of the first."""
+    executor: Executor
+    sampler: ClientSampler
+    num_workers: int
+    """Processes that share the local work and the evaluation."""
+    coordinator: Coordinator | None = None
+    """Reaches the clients of a federation of real sites; none: the clients are simulated."""
+    total: Sum | None = None
+    """Takes the sums of simulated clients' updates in fixed point; none: updates are folded as they are."""
+    examples: Examples | None = None
+    """Ledgers of simulated clients that train by DP-SGD."""
+
+    @classmethod
+    def prepare(
+        cls, config: Config, method: Method, out: Path, on_event: OnEvent, port: Port | None = None
+    ) -> RunContext:
+        """Read everything that a run needs.
+
+        Parameters
+        ----------
+        port
+            Reaches the clients; none: they are simulated in this process.
+
+        Raises
+        ------
+        FedspanError
+            For anything that can be known to be wrong before training.
+        """
+        torch.set_num_threads(config.threads)
+        corpus = load_data(config.data, config.seed)
+        coordinator = None
+        if port is None:
+            clients = make_clients(corpus, config.federation, config.seed, config.data.client_holdout)
+        else:
+            coordinator = Coordinator(port, config, method, out, lambda line: on_event(Event("site", {"line": line})))
+            clients = coordinator.gather()
+        sampler = create_sampler(config.federation, config.seed, config.privacy.dp, secret_of(out))
+        num_sampled = max(1, round(sampler.expected_size(len(clients))))
+        if not method.info.pooled:
+            _check_min_success(config.federation.min_success, num_sampled)
+        processor, data = encoded(config, corpus)
+        device = device_of(config.device)
+        # There is at most one task for each client of a round, or for each batch of an evaluation.
+        num_tasks = max(num_sampled, -(-len(data["test"]) // config.evaluation.batch_size))
+        num_workers = num_worker_processes(config, device, num_tasks)
+        max_rank = max(client.rank for client in clients)
+        # Several workers copy a model that stays on the CPU to devices of their own.
+        placed = device if num_workers == 1 else torch.device("cpu")
+        model = base_model(config, method, corpus, data, max_rank=max_rank, device=placed)
+        initial_dense = model.dense()
+        if coordinator is not None:
+            # Last, since it needs the base: sites with another base are turned away before the first round.
+            clients = coordinator.agree(model.digest(), _shapes(model, initial_dense), initial_dense, clients)
+        return cls(
+            config=config,
+            method=method,
+            out=out,
+            on_event=on_event,
+            clients=clients,
+            model=model,
+            initial_dense=initial_dense,
+            processor=processor,
+            data=data,
+            metrics=corpus.metrics,
+            executor=create_executor(WorkContext(config, model, data, processor, corpus.metrics), num_workers, device),
+            sampler=sampler,
+            num_workers=num_workers,
+            coordinator=coordinator,
+            total=_total(config.privacy, config.seed),
+            examples=Examples(config, out) if config.privacy.dp == "example" and coordinator is None else None,
+        )
+
+    def emit(self, kind: str, **data: Any) -> None:
+        """Notify the display of an event."""
+        self.on_event(Event(kind, data))
+
+    def evaluation_task(
+        self, broadcast: Broadcast, whole: bool = True, split: str = "test", rows: np.ndarray | None = None
+    ) -> EvaluationTask:
+        """Return the task that evaluates a broadcast.
+
+        Parameters
+        ----------
+        whole
+            On all the data, not only the part that `evaluation.max_examples` allows between rounds.
+        rows
+            Positions in the split; none: all of it.
+        """
+        most = self.config.evaluation.max_examples
+        if not whole and most is not None:
+            given = np.arange(len(self.data[split])) if rows is None else rows
+            if most < len(given):
+                # Spread over the data, which may be sorted by task.
+                rows = given[[int(i * len(given) / most) for i in range(most)]]
+        return EvaluationTask(broadcast, split, rows)
+
+    def evaluate(self, tasks: Iterable[EvaluationTask]) -> list[dict[str, float]]:
+        """Return the loss and the metrics of every task."""
+        return self.executor.evaluate(list(tasks))
+
+    def close(self) -> None:
+        """End every process that was started."""
+        self.executor.close()
+
+
+def _check_min_success(min_success: int, num_sampled: int) -> None:
+    if min_success > num_sampled:
+        raise FedspanError(
+            f"federation.min_success = {min_success}, but only {num_sampled} clients are sampled per round"
+        )
+
+
+def _shapes(model: FederatedModel, dense: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
+    """Return the shapes that the server and its sites must agree on, under names that tell apart the two kinds."""
+    shapes = {name: list(shape) for name, shape in model.modules().items()}
+    return shapes | {f"dense {name}": list(t.shape) for name, t in dense.items()}
+
+
+def _total(privacy: PrivacyConfig, seed: int) -> Sum | None:
+    if not privacy.secure_sums and not privacy.fixed_point:
+        return None
+    return Sum(FixedPoint(privacy.fraction_bits), privacy.secure_sums, privacy.threshold, str(seed))

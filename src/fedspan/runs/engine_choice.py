@@ -1,0 +1,70 @@
+"""The choice of the engine that does the clients' local work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedspan.client import cohort
+from fedspan.client.training import Assignment, num_steps
+from fedspan.federation.clients import Client
+from fedspan.methods.base import Method, ServerState
+from fedspan.methods.messages import Recipe, Request
+from fedspan.runs.context import RunContext
+from fedspan.support.errors import FedspanError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    """The engine of one method's local work."""
+
+    name: str
+    """`auto` (clients share a pass where that is faster), `cohort`, `sequential`, or `sites` (each chooses its own)."""
+    reason: str | None = None
+    """The reason why clients cannot share a pass, where the settings would have allowed it."""
+
+
+def choose_engine(context: RunContext, recipe: Recipe) -> EngineChoice:
+    """Return the engine for clients that train by this recipe.
+
+    Raises
+    ------
+    FedspanError
+        When `engine.name = "cohort"` and the model or the recipe does not allow it.
+    """
+    if context.coordinator is not None:
+        return EngineChoice("sites")
+    name = context.config.engine.name
+    if name == "sequential":
+        return EngineChoice(name)
+    reason = cohort.applies(context.model, context.data["train"], recipe, context.config)
+    if reason is None:
+        return EngineChoice(name)
+    if name == "cohort":
+        raise FedspanError(f"engine.name = 'cohort': {reason}; expected auto or sequential")
+    return EngineChoice("sequential", reason)
+
+
+def engine_used(
+    context: RunContext, choice: EngineChoice, method: Method, state: ServerState, cohort_of_round: Sequence[Client]
+) -> EngineChoice:
+    """Return what the choice amounts to in a round of these clients: `cohort`, `sequential` or `sites`, with a reason.
+
+    Parameters
+    ----------
+    state
+        The server's state that the clients start from.
+    """
+    if choice.name in ("sequential", "sites"):
+        return choice
+    local, train = context.config.local, context.data["train"]
+    broadcasts = {rank: method.broadcast(state, Request(rank)) for rank in {c.rank for c in cohort_of_round}}
+    assignments = [
+        Assignment(c.client_id, broadcasts[c.rank], c.indices, num_steps(local, len(c.indices)), 1.0)
+        for c in cohort_of_round
+    ]
+    groups = cohort.plan(context.model, train, assignments, context.config)
+    if choice.name == "cohort" or any(len(group) > 1 for group in groups):
+        return EngineChoice("cohort")
+    alone = len(cohort_of_round) == 1
+    return EngineChoice("sequential", "one client takes part" if alone else "one client fills a pass over this model")

@@ -1,0 +1,60 @@
+"""The result of a run as folders that other libraries read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedspan.algebra import lowrank
+from fedspan.algebra.lowrank import LowRank
+from fedspan.methods.messages import Broadcast, Factors, Request
+from fedspan.methods.readout import received
+from fedspan.runs.context import RunContext
+from fedspan.runs.loop import MethodRun
+
+
+def export(context: RunContext, run: MethodRun) -> Path | None:
+    """Write the result: one PEFT adapter folder, one for every client of a personalised method, or a whole model.
+
+    Returns
+    -------
+    Path or None
+        The adapter folder; none where there is not exactly one.
+    """
+    info = run.method.info
+    if info.personalised:
+        # Clients that train alone have nothing of a federation to export, and those of real sites keep their own.
+        if info.trains == "adapter" and not info.alone and context.coordinator is None:
+            _export_personal(context, run)
+        return None
+    broadcast = run.method.broadcast(run.saved.state, Request(None))
+    if info.trains != "adapter":
+        context.model.load(broadcast)
+        context.model.save_weights(context.out / "model", context.processor)
+        return None
+    path = context.out / "adapter"
+    if not path.exists():  # an interrupted run may have got this far before
+        context.model.save_adapter(path, merged_adapter(broadcast), broadcast.dense)
+    return path
+
+
+def _export_personal(context: RunContext, run: MethodRun) -> None:
+    """Write every client's own adapter, for the untouched base."""
+    for client in context.clients:
+        path = context.out / "adapters" / client.client_id
+        if not path.exists():
+            sent = run.method.broadcast(run.saved.state, Request(client.rank))
+            own = run.method.start(sent, run.saved.client_states.get(client.client_id))
+            context.model.save_adapter(path, merged_adapter(own), own.dense)
+
+
+def merged_adapter(broadcast: Broadcast) -> dict[str, Factors]:
+    """Return adapter and patch as one adapter with scaling 1: exactly what a client runs, for the untouched base."""
+    merged: dict[str, Factors] = {}
+    for name, factors in broadcast.adapter.items():
+        total = factors.delta()
+        if name in broadcast.patch:
+            f = lowrank.svd(received(broadcast, name))
+            keep = max(1, lowrank.numerical_rank(f.s))
+            total = LowRank(f.u[:, :keep] * f.s[:keep], f.vh[:keep])
+        merged[name] = Factors(total.b, total.a, 1.0)
+    return merged

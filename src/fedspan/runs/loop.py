@@ -1,0 +1,238 @@
+"""The loop over a run's rounds: one method over one set of clients, checkpointed after every round."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedspan.diagnostics.measure import measure
+from fedspan.federation.clients import Client, pooled
+from fedspan.federation.exchange import WINDOW, Answer
+from fedspan.federation.rounds import Observe, OnAnswer, RunState, conduct
+from fedspan.federation.simulated import SimulatedClients
+from fedspan.methods.base import Method
+from fedspan.methods.messages import Broadcast, Request
+from fedspan.robust import screen
+from fedspan.runs import checkpoint
+from fedspan.runs.budget import PrivacyBudget, create_budget
+from fedspan.runs.checkpoint import Checkpoint
+from fedspan.runs.context import RunContext
+from fedspan.runs.engine_choice import EngineChoice, choose_engine, engine_used
+from fedspan.runs.history import write_history
+from fedspan.runs.local_work import LocalWork, steps_of
+from fedspan.runs.scoring import personal_metrics
+from fedspan.support import parallel
+from fedspan.wire.precision import Precision
+
+FEDERATION = "federation"
+"""The phase of the method that the run is about; any other is a control."""
+
+
+@dataclass(slots=True)
+class MethodRun:
+    """One method over one set of clients, checkpointed after every round."""
+
+    context: RunContext
+    phase: str
+    """`federation`, or `local` for the control in which every client trains alone."""
+    method: Method
+    clients: list[Client]
+    path: Path
+    """The checkpoint."""
+    start: Checkpoint
+    """Before the first round."""
+    saved: Checkpoint
+    """After the last finished round."""
+    engine: EngineChoice
+    budget: PrivacyBudget
+
+    @classmethod
+    def open(cls, context: RunContext, phase: str, method: Method, clients: list[Client]) -> MethodRun:
+        """Start a method over these clients, or go on from its checkpoint where there is one.
+
+        Raises
+        ------
+        FedspanError
+            When the method does not fit the model, or the configured engine does not fit the method.
+        """
+        config, model = context.config, context.model
+        rank = max(client.rank for client in clients)
+        adapter = config.adapter
+        template = model.template(rank, adapter.alpha, adapter.rslora, config.seed, len(context.clients))
+        start = Checkpoint(method.init(template, context.initial_dense))
+        recipe = method.broadcast(start.state, Request(None)).recipe
+        model.check(recipe)
+        engine = choose_engine(context, recipe)
+        path = context.out / "checkpoint" / f"{phase}.safetensors"
+        return cls(
+            context=context,
+            phase=phase,
+            method=method,
+            clients=clients,
+            path=path,
+            start=start,
+            saved=checkpoint.read(path) if path.exists() else start,
+            engine=engine,
+            budget=create_budget(
+                method,
+                config.privacy,
+                config.federation.participation,
+                config.local,
+                context.examples,
+                released=phase == FEDERATION,
+            ),
+        )
+
+    def initial(self) -> Broadcast:
+        """Return the untouched base as this method's model: its state before the first round."""
+        return self.method.broadcast(self.start.state, Request(None))
+
+    def engine_used(self) -> EngineChoice:
+        """Return the engine that the first round is worked on by."""
+        first = pooled(self.clients) if self.method.info.pooled else self._sampled(0)
+        return engine_used(self.context, self.engine, self.method, self.start.state, first)
+
+    def note(self, notes: Mapping[str, Any]) -> None:
+        """Keep in the checkpoint what was measured outside the rounds."""
+        self.saved = replace(self.saved, notes=notes)
+        checkpoint.write(self.path, self.saved)
+
+    def advance(self, rounds: int) -> None:
+        """Run the missing rounds up to the given number of rounds, or as many as the privacy budget allows."""
+        done = self.saved.state.round_num
+        self.context.emit("phase", phase=self.phase, total=rounds, done=done)
+        self._write_history()
+        for round_num in range(done, rounds):
+            cohort = self._cohort(round_num)
+            refusal = self.budget.refusal(round_num, cohort)
+            if refusal is not None:
+                self.context.emit("budget", line=refusal)
+                break
+            self._one_round(round_num, cohort, last=round_num + 1 == rounds)
+
+    def _one_round(self, round_num: int, cohort: list[Client], last: bool) -> None:
+        context, saved = self.context, self.saved
+        # The worker processes are idle while the server works, so it may use as many threads as all of them.
+        with parallel.threads(context.num_workers * context.config.threads):
+            run_state, record = conduct(
+                self.method,
+                RunState(saved.state, saved.client_states, saved.seen, saved.counted),
+                cohort,
+                context.coordinator or self._simulated(cohort),
+                min_success=self._min_success(),
+                sums=self._sums_only(),
+                screen=screen(context.config, self.method),
+                on_answer=self._on_answer(round_num, len(cohort)),
+                observe=self._observer(len(cohort)),
+            )
+        self.saved = replace(
+            saved,
+            state=run_state.state,
+            client_states=run_state.client_states,
+            seen=run_state.seen,
+            counted=run_state.counted,
+        )
+        record |= self.budget.spent(round_num + 1)
+        record["eval"] = self._evaluated(round_num, last)
+        # State and record are one file, so a round is either finished with its figures or not finished at all.
+        self.saved = replace(self.saved, history=(*saved.history, record))
+        checkpoint.write(self.path, self.saved)
+        self._write_history()
+        context.emit("round", phase=self.phase, record=record)
+
+    def _cohort(self, round_num: int) -> list[Client]:
+        """Return the clients that are asked in a round."""
+        if self.method.info.pooled:
+            return pooled(self.clients)
+        sampled = self._sampled(round_num)
+        if self.context.coordinator is not None:
+            return self.context.coordinator.draw(sampled, self.clients, round_num)
+        able = self.budget.able(sampled)
+        if len(able) < len(sampled):
+            num_spent = len(sampled) - len(able)
+            self.context.emit("budget", line=f"{num_spent} clients have spent their privacy budget")
+        return able
+
+    def _sampled(self, round_num: int) -> list[Client]:
+        return [self.clients[i] for i in self.context.sampler.draw(len(self.clients), round_num)]
+
+    def _simulated(self, cohort: Sequence[Client]) -> SimulatedClients:
+        """Return the clients of this process, with their states as they are before the round."""
+        context, config = self.context, self.context.config
+        steps = steps_of(config.local, cohort)
+        if self.method.info.pooled:
+            # The centralised control trains as long as the clients of the same round would have together.
+            sampled = self._sampled(self.saved.state.round_num)
+            steps = {cohort[0].client_id: sum(steps_of(config.local, sampled).values())}
+        weighting = config.federation.weighting
+        work = LocalWork(context.executor, self.engine.name, weighting, steps, self.budget.charge)
+        # Sums travel as fixed-point words, which are not rounded a second time.
+        up = "float32" if context.total else config.wire.up
+        return SimulatedClients(
+            self.method,
+            work,
+            self.saved.client_states,
+            weighting=weighting,
+            precision=Precision(up, config.wire.down),
+            total=context.total,
+        )
+
+    def _min_success(self) -> int:
+        """Return the number of valid answers that a round needs."""
+        config = self.context.config
+        if self.method.info.pooled:
+            return 1
+        # Client-level privacy hides who is in a round, so the number of answers must not decide anything.
+        return 0 if config.privacy.dp == "client" and self.phase == FEDERATION else config.federation.min_success
+
+    def _sums_only(self) -> bool:
+        """Return whether the server sees sums alone; controls have no server that could see more."""
+        return self.context.total is not None and not (self.method.info.pooled or self.method.info.alone)
+
+    def _on_answer(self, round_num: int, num_asked: int) -> OnAnswer:
+        """Return what notifies the display of every answer."""
+
+        def on_answer(answer: Answer, done: int) -> None:
+            self.context.emit(
+                "client",
+                phase=self.phase,
+                round_num=round_num + 1,
+                client_id=answer.client.client_id,
+                done=done,
+                cohort=num_asked,
+                train_loss=None if math.isnan(answer.train_loss) else answer.train_loss,
+            )
+
+        return on_answer
+
+    def _observer(self, num_asked: int) -> Observe | None:
+        """Return what measures the server step, where that was asked for and is possible."""
+        context = self.context
+        wanted = context.config.evaluation.diagnostics
+        if wanted == "auto":
+            # It needs every client's own update: held until the round is done, and not hidden by privacy.
+            hidden = context.total is not None or context.config.privacy.dp != "none"
+            wanted = self.method.info.trains == "adapter" and num_asked <= WINDOW and not hidden
+        if not wanted or self.phase != FEDERATION or context.coordinator is not None:
+            return None
+        return partial(measure, base=context.initial_dense)
+
+    def _evaluated(self, round_num: int, last: bool) -> dict[str, float] | None:
+        """Return the figures after a round; none where the round is not evaluated."""
+        context = self.context
+        if self.phase != FEDERATION or not (last or (round_num + 1) % context.config.evaluation.every == 0):
+            return None
+        if self.method.info.personalised:
+            # One model for each client is too much to evaluate between rounds, and those of real sites are not here.
+            here = last and context.coordinator is None
+            return personal_metrics(context, self.method, self.saved, self.clients) if here else None
+        broadcast = self.method.broadcast(self.saved.state, Request(None))
+        return context.evaluate([context.evaluation_task(broadcast, whole=False)])[0]
+
+    def _write_history(self) -> None:
+        if self.phase == FEDERATION:
+            write_history(self.context.out, self.saved.history)

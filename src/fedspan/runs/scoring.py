@@ -1,0 +1,44 @@
+"""Figures of personalised models, and means of figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fedspan.client.executors import EvaluationTask
+from fedspan.federation.clients import Client
+from fedspan.federation.exchange import WINDOW
+from fedspan.methods.base import Method
+from fedspan.methods.messages import Broadcast, Request
+from fedspan.runs.checkpoint import Checkpoint
+from fedspan.runs.context import RunContext
+
+
+def personal_metrics(
+    context: RunContext, method: Method, saved: Checkpoint, clients: Sequence[Client], own_data: bool = False
+) -> dict[str, float]:
+    """Return the mean over the clients of how each one's own model scores on the common test data.
+
+    Parameters
+    ----------
+    own_data
+        On the client's own held-out data instead, over the clients that have some.
+    """
+    received: dict[int, Broadcast] = {}
+    figures: list[dict[str, float]] = []
+    scored = [client for client in clients if len(client.holdout) or not own_data]
+    # A window at a time, as in training: there may be more personal models than memory holds.
+    for start in range(0, len(scored), WINDOW):
+        tasks: list[EvaluationTask] = []
+        for client in scored[start : start + WINDOW]:
+            if client.rank not in received:
+                received[client.rank] = method.broadcast(saved.state, Request(client.rank))
+            own = method.start(received[client.rank], saved.client_states.get(client.client_id))
+            split, rows = ("train", client.holdout) if own_data else ("test", None)
+            tasks.append(context.evaluation_task(own, whole=own_data, split=split, rows=rows))
+        figures += context.evaluate(tasks)
+    return mean_figures(figures)
+
+
+def mean_figures(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the plain mean of every metric."""
+    return {name: sum(f[name] for f in figures) / len(figures) for name in figures[0]}

@@ -1,0 +1,176 @@
+"""The summary of a run: the same keys and values in Python as in `summary.json`."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, TypedDict, cast
+
+from fedspan.data.metrics import METRICS
+from fedspan.runs.context import RunContext
+from fedspan.support import standard_json
+from fedspan.support.versions import installed_version
+
+Figures = dict[str, float | None]
+"""Name of a metric, or `loss` -> its value; None where it is NaN or infinite."""
+
+
+class FinalMetrics(TypedDict):
+    """Figures of the finished models. A key is absent where there is nothing to measure."""
+
+    server: NotRequired[Figures]
+    """The server's full state, on the whole test data."""
+    unseen: NotRequired[Figures]
+    """The server's full state, on unseen data."""
+    clients: NotRequired[Figures]
+    """The clients' final models on the whole test data: the mean over the clients."""
+    per_rank: NotRequired[dict[str, Figures]]
+    """Rank -> the model that a client of that rank receives, on the whole test data."""
+    own_data: NotRequired[Figures]
+    """The clients' final models on their own held-out data: the mean over the clients that have some."""
+
+
+class Metrics(FinalMetrics):
+    """All figures of a run."""
+
+    base: Figures | None
+    """The untouched base; None where it was not evaluated."""
+    local: Figures | None
+    """The control in which every client trains alone, the mean over the clients; None where it did not run."""
+
+
+class Totals(TypedDict):
+    """Costs of all rounds together."""
+
+    bytes_up: int
+    """Sent by the clients."""
+    bytes_down: int
+    """Sent to the clients."""
+    server_seconds: float
+    """The server's own work."""
+    client_seconds: float
+    """Busy time of all clients, added up."""
+    train_wall_seconds: float
+    """Time that the server waited for the clients."""
+    peak_server_bytes: int
+    """The largest of any round."""
+    optimizer_bytes: int
+    """The largest that any client's local optimizer held."""
+    rejected: int
+    """Answers that were left out."""
+    rounds: int
+    """Finished rounds."""
+    wall_seconds: float
+    """Of this process, from the first phase to the summary; a resumed run counts from where it was resumed."""
+
+
+class ClientEntry(TypedDict):
+    """One client of the run."""
+
+    client_id: str
+    rank: int
+    num_examples: int
+    """Its training examples."""
+
+
+class Summary(TypedDict):
+    """The summary of a finished run. The headline figures are of the metric that `metric` names."""
+
+    method: str
+    options: dict[str, Any]
+    """The method's options, as they were given."""
+    metric: str
+    higher_is_better: bool
+    base: float | None
+    """The untouched base."""
+    local: float | None
+    """The mean of the clients that train alone."""
+    federated: float | None
+    """The mean of the clients' final models."""
+    server: float | None
+    """The server's full state; None for a personalised method."""
+    unseen: float | None
+    """The server's full state on unseen data; None where there is none."""
+    per_rank: dict[str, float | None]
+    """Rank -> the model that a client of that rank receives; empty where it was not measured."""
+    metrics: Metrics
+    """Every metric of everything that was evaluated."""
+    totals: Totals
+    clients: list[ClientEntry]
+    seed: int
+    versions: dict[str, str]
+    """Python and the packages that the result depends on; `unknown` for one without metadata."""
+
+
+def summarise(
+    context: RunContext,
+    history: Sequence[Mapping[str, Any]],
+    *,
+    base: Mapping[str, float] | None,
+    local: Mapping[str, float] | None,
+    final: FinalMetrics,
+    wall_seconds: float,
+) -> Summary:
+    """Return the summary of a finished run.
+
+    Parameters
+    ----------
+    history
+        The records of its rounds.
+    base, local
+        Figures of the untouched base and of the clients that train alone.
+    """
+    metric, info = context.metrics[0], context.method.info
+
+    def headline(figures: Mapping[str, float | None] | None) -> float | None:
+        return None if figures is None else figures[metric]
+
+    summary = {
+        "method": info.name,
+        "options": {key: value for key, value in context.config.method.items() if key != "name"},
+        "metric": metric,
+        "higher_is_better": METRICS[metric].higher_is_better,
+        "base": headline(base),
+        "local": headline(final.get("clients") if info.alone else local),
+        "federated": headline(final.get("clients")),
+        "server": headline(final.get("server")),
+        "unseen": headline(final.get("unseen")),
+        "per_rank": {rank: headline(figures) for rank, figures in final.get("per_rank", {}).items()},
+        "metrics": {"base": base, "local": local, **final},
+        "totals": _totals(history, wall_seconds),
+        "clients": [_entry(c.client_id, c.rank, c.num_examples) for c in context.clients],
+        "seed": context.config.seed,
+        "versions": _versions(),
+    }
+    # As the file gives it back, so that a program sees the same in both.
+    return cast(Summary, standard_json.standard(summary))
+
+
+def _totals(history: Sequence[Mapping[str, Any]], wall_seconds: float) -> Totals:
+    def total(key: str) -> Any:
+        return sum(record[key] for record in history)
+
+    def largest(key: str) -> Any:
+        return max((record[key] for record in history), default=0)
+
+    return {
+        "bytes_up": total("bytes_up"),
+        "bytes_down": total("bytes_down"),
+        "server_seconds": total("server_seconds"),
+        "client_seconds": total("client_seconds"),
+        "train_wall_seconds": total("train_wall_seconds"),
+        "peak_server_bytes": largest("peak_server_bytes"),
+        "optimizer_bytes": largest("optimizer_bytes"),
+        "rejected": sum(len(record["rejected"]) for record in history),
+        "rounds": len(history),
+        "wall_seconds": wall_seconds,
+    }
+
+
+def _entry(client_id: str, rank: int, num_examples: int) -> ClientEntry:
+    return {"client_id": client_id, "rank": rank, "num_examples": num_examples}
+
+
+def _versions() -> dict[str, str]:
+    packages = ("fedspan", "torch", "transformers", "peft", "safetensors", "numpy")
+    return {"python": platform.python_version(), **{name: installed_version(name) for name in packages}}

@@ -16,7 +16,9 @@ from fedspan.methods.base import Method
 from fedspan.methods.messages import Request, Template
 from fedspan.methods.server_optimizers import with_server_optimizer
 from fedspan.models import quantised
-from fedspan.privacy import accountant, client_dp, example_dp
+from fedspan.privacy import client_dp, example_dp
+from fedspan.privacy.accounting import accountant_named, noise_for
+from fedspan.privacy.budget import Account
 from fedspan.robust.filters import least
 from fedspan.robust.rehearsal import averages_factors
 from fedspan.support.errors import FedspanError
@@ -171,6 +173,7 @@ def _check_robust(method: Method, config: Config) -> None:
 
 def _check_privacy(method: Method, config: Config) -> None:
     asked = config.privacy
+    new_accountant = accountant_named(asked.accountant)
     if asked.dp == "none":
         if asked.epsilon is not None:
             raise FedspanError(
@@ -184,7 +187,7 @@ def _check_privacy(method: Method, config: Config) -> None:
             f"privacy.dp = '{asked.dp}': {method.info.name}: {reason}; "
             f"methods that can: {_able(lambda m: refusal(m) is None)}"
         )
-    accountant.require()
+    new_accountant()  # which names the package to install where it is missing
     if asked.epsilon is not None and asked.noise_multiplier == 0:
         raise FedspanError("privacy.noise_multiplier = 0: no noise stays within any privacy.epsilon; expected above 0")
     if asked.dp == "client":
@@ -215,14 +218,23 @@ def _check_client_privacy(method: Method, config: Config) -> None:
         )
     account = client_account(method, config)
     if not account.allows(0):
-        z = accountant.noise_for(asked.epsilon or math.inf, f.participation, f.rounds, asked.delta)
+        z = noise_for(
+            asked.epsilon or math.inf, f.participation, f.rounds, asked.delta, accountant_named(asked.accountant)
+        )
         raise FedspanError(
             f"privacy.epsilon = {asked.epsilon:g}: the first round alone spends {account.spent(1):.4g}; for "
             f"{f.rounds} rounds expected a privacy.noise_multiplier of {z:.3g} or more"
         )
 
 
-def client_account(method: Method, config: Config) -> accountant.Account:
+def client_account(method: Method, config: Config) -> Account:
     """What the run spends of its clients' privacy, round by round."""
     p = config.privacy
-    return accountant.Account(method.exchanges, p.noise_multiplier, config.federation.participation, p.delta, p.epsilon)
+    return Account(
+        method.exchanges,
+        p.noise_multiplier,
+        config.federation.participation,
+        p.delta,
+        p.epsilon,
+        accountant_named(p.accountant),
+    )

@@ -34,7 +34,8 @@ from fedspan.wire.precision import Precision
 from fedspan.wire.transport import Port
 from fedspan.client.setup import base_model, device_of, encoded
 from fedspan.privacy.fixed_point import FixedPoint
-from fedspan.privacy.spending import Examples, secret_of
+from fedspan.privacy.ledgers import ExampleLedgers
+from fedspan.privacy.secret_file import secret_of
 from fedspan.privacy.summing import Sum
 from fedspan.robust import screen
 from fedspan.federation.rounds import RunState, conduct
@@ -81,7 +82,7 @@ class Job:
     """How sums are taken, where nothing but sums may be known."""
     secret: Callable[[], int] | None = None
     """The server's, which noise and coins are drawn from."""
-    examples: Examples | None = None
+    examples: ExampleLedgers | None = None
     """What simulated clients have spent of their examples' privacy."""
 
     @classmethod
@@ -146,7 +147,11 @@ class Job:
             total=_total(config),
             sampler=sampler,
             secret=secret,
-            examples=Examples(config, out) if config.privacy.dp == "example" and port is None else None,
+            examples=(
+                ExampleLedgers(config.privacy, config.local.batch_size, out)
+                if config.privacy.dp == "example" and port is None
+                else None
+            ),
         )
 
     def emit(self, kind: str, **data: Any) -> None:

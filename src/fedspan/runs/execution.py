@@ -26,7 +26,7 @@ from fedspan.methods.messages import Broadcast, Factors, Request
 from fedspan.methods.readout import received
 from fedspan.data.metrics import METRICS
 from fedspan.wire.transport import Port
-from fedspan.privacy.spending import secret_of
+from fedspan.privacy.secret_file import secret_of
 from fedspan.support.errors import FedspanError
 
 __all__ = ["Event", "OnEvent", "Result", "resume", "run"]

@@ -62,7 +62,7 @@ class Ledger:
         after = self.budget.plus(event)
         if not self.budget.allows(event):
             raise FedspanError(
-                f"the privacy budget of this site is spent: this round would come to epsilon = {after.spent:.4g}, "
+                f"the privacy budget of this site is spent: this round would bring epsilon to {after.spent:.4g}, "
                 f"privacy.epsilon = {after.limit}"
             )
         # On the disk before the data is touched: a crash may then count a release too many, never one too few.

@@ -36,7 +36,7 @@ from fedspan.client.setup import base_model, device_of, encoded
 from fedspan.privacy.fixed_point import FixedPoint
 from fedspan.privacy.ledgers import ExampleLedgers
 from fedspan.privacy.secret_file import secret_of
-from fedspan.privacy.summing import Sum
+from fedspan.privacy.running_sum import SumSettings
 from fedspan.robust import screen
 from fedspan.federation.rounds import RunState, conduct
 from fedspan.federation.exchange import WINDOW, Answer
@@ -78,7 +78,7 @@ class Job:
     num_workers: int
     coordinator: Coordinator | None = None
     """Of a federation whose clients are elsewhere."""
-    total: Sum | None = None
+    total: SumSettings | None = None
     """How sums are taken, where nothing but sums may be known."""
     secret: Callable[[], int] | None = None
     """The server's, which noise and coins are drawn from."""
@@ -464,12 +464,12 @@ def _amount(client: Client, local: LocalConfig) -> tuple[int, int]:
     return len(client.indices), num_steps(local, len(client.indices))
 
 
-def _total(config: Config) -> Sum | None:
+def _total(config: Config) -> SumSettings | None:
     """How this run takes its sums; none: updates are folded as they are."""
     p = config.privacy
     if not p.secure_sums and not p.fixed_point:
         return None
-    return Sum(FixedPoint(p.fraction_bits), p.secure_sums, p.threshold, str(config.seed))
+    return SumSettings(FixedPoint(p.fraction_bits), p.secure_sums, p.threshold, str(config.seed))
 
 
 def to_json(value: object, indent: int | None = None) -> str:

@@ -31,8 +31,8 @@ from fedspan.federation.exchange import Question, begin, respond, unlearnt
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, ClientState, Request, Tensors
 from fedspan.privacy.fixed_point import FixedPoint
+from fedspan.privacy.layout import Layout
 from fedspan.privacy.ledgers import ExampleLedgers
-from fedspan.privacy.summing import Layout
 from fedspan.site.settings import Settings
 from fedspan.site.storage import Refused, SiteStorage
 from fedspan.support.errors import FedspanError

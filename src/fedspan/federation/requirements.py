@@ -19,8 +19,8 @@ from fedspan.models import quantised
 from fedspan.privacy import client_dp, example_dp
 from fedspan.privacy.accounting import accountant_named, noise_for
 from fedspan.privacy.budget import Account
+from fedspan.robust.dry_run import averages_factors
 from fedspan.robust.filters import least
-from fedspan.robust.rehearsal import averages_factors
 from fedspan.support.errors import FedspanError
 
 

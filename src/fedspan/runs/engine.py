@@ -317,7 +317,7 @@ class Federation:
                 job.coordinator or self._here(cohort),
                 min_success=self._fewest(),
                 sums=job.total is not None and not controlled,
-                screen=screen(config, self.method),
+                screen=screen(config.robust, self.method),
                 on_answer=on_answer,
                 observe=partial(measure, base=job.initial_dense) if observed else None,
             )

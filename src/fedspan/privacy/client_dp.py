@@ -121,8 +121,8 @@ class _Rule:
             raise ValueError(f"client-level privacy: {self.method.info.name} keeps something on its clients")
         space = self._space(sent, answer, asked=not _trained(update))
         change = space.coordinates(_flat(answer))
-        # One norm over all tensors together: the sensitivity is that of the whole vector, and bounds per tensor would
-        # add up to more of it.
+        # One norm over all tensors together: C is to bound the sensitivity of the whole vector. With a bound of C for
+        # each of n tensors it would be C·√n.
         norm = math.sqrt(sum(float(x.square().sum()) for x in change.values()))
         scale = 1.0 if norm <= self.clip * _MARGIN else self.clip * _MARGIN / norm
         return _unflat({key: (x * scale).to(space.dtypes[key]) for key, x in change.items()}, answer), None

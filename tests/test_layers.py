@@ -38,7 +38,7 @@ DOORS = {
     "matplotlib": {"display.report", "bench.plot", "inspection.picture"},
     "bitsandbytes": {"models.quantised"},
     "flwr": {f"flower.{path.stem}" for path in (PACKAGE / "flower").glob("*.py")},
-    "dp_accounting": {"privacy.accountant"},
+    "dp_accounting": {"privacy.pld"},
     "Crypto": {"privacy.primitives"},
     "rich": {"cli.main", "display.progress", "display.report", "inspection.tables", "cli.flower_commands"},
     "typer": {"cli.main", "cli.arguments", "cli.flower_commands"},

@@ -60,7 +60,7 @@ def figures() -> Iterator[dict[str, Any]]:
                 line: dict[str, Any] = {"attack": attack, "method": name, "filter": kind, "error": None}
                 if refusal(method, kind, False, False) is None:
                     robust = {"filter": kind, "attackers": len(BAD)}
-                    found = screen(settings.from_mapping({"method": {"name": name}, "robust": robust}), method)
+                    found = screen(settings.from_mapping({"robust": robust}).robust, method)
                     kept = updates if found is None else found(updates, stage.sent).updates
                     line["error"] = attacks.distance(stage.delivered(kept), centre)
                 yield line

@@ -212,6 +212,8 @@ class PrivacyConfig(_Section):
     """Largest norm of what one client (or one example's gradient) adds to a sum."""
     noise_multiplier: Annotated[float, Field(ge=0)] = 1.0
     """Standard deviation of the noise, in units of `clip`."""
+    accountant: str = "pld"
+    """What ε is computed with. `pld`: privacy loss distributions (Google's dp-accounting)."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     epsilon: Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_none)] = None
     """Budget: the run stops before the round (a client: before the work) that would exceed it; "none": no budget."""

@@ -10,7 +10,9 @@ import pytest
 pytest.importorskip("dp_accounting")
 
 from fedspan.methods import METHODS
-from fedspan.privacy.accountant import Account, Budget, Event, epsilon, noise_for
+from fedspan.privacy.accountant import DPEvent
+from fedspan.privacy.accounting import epsilon, noise_for
+from fedspan.privacy.budget import Account, Budget
 
 
 def normal_cdf(x: float) -> float:
@@ -123,21 +125,21 @@ def test_the_noise_for_a_budget_is_enough_and_hardly_more(wanted: float, q: floa
 
 def test_a_budget_stops_before_and_not_after() -> None:
     """It allows exactly the rounds whose end is within ε, however they are told, and survives JSON."""
-    event, budget, rounds = Event(3.0, 0.3), Budget(1e-5, 2.0), 0
+    event, budget, rounds = DPEvent(3.0, 0.3), Budget(1e-5, 2.0), 0
     while budget.allows(event):
         budget, rounds = budget.plus(event), rounds + 1
     assert rounds > 1
     assert epsilon(3.0, 0.3, rounds, 1e-5) == budget.spent <= 2.0
     assert epsilon(3.0, 0.3, rounds + 1, 1e-5) > 2.0
-    assert budget.events == (Event(3.0, 0.3, rounds),)
+    assert budget.events == (DPEvent(3.0, 0.3, rounds),)
     restored = Budget.restored(budget.record())
     assert restored == budget
     assert not restored.allows(event)
-    assert restored.allows(Event(1000.0, 0.3))
-    mixed = Budget(1e-5).plus(Event(1.5, 0.3)).plus(Event(2.0, 1.0)).plus(Event(1.5, 0.3))
-    assert set(mixed.events) == {Event(1.5, 0.3, 2), Event(2.0, 1.0)}
+    assert restored.allows(DPEvent(1000.0, 0.3))
+    mixed = Budget(1e-5).plus(DPEvent(1.5, 0.3)).plus(DPEvent(2.0, 1.0)).plus(DPEvent(1.5, 0.3))
+    assert set(mixed.events) == {DPEvent(1.5, 0.3, 2), DPEvent(2.0, 1.0)}
     assert mixed.spent > max(epsilon(1.5, 0.3, 2, 1e-5), epsilon(2.0, 1.0, 1, 1e-5))
-    assert Budget(1e-5, None).allows(Event(0.0, 1.0))
+    assert Budget(1e-5, None).allows(DPEvent(0.0, 1.0))
     with pytest.raises(ValueError, match="a privacy budget that cannot be read"):
         Budget.restored({"delta": 1e-5})
 
@@ -149,8 +151,8 @@ def test_exchanges_of_one_round_are_one_release_about_one_sample() -> None:
     all_in = Account(exchanges, 2.0, 1.0, 1e-5)
     assert all_in.spent(5) == pytest.approx(analytic(2.0, 7, 1e-5), rel=1e-4)
     sampled = Account(exchanges, 2.0, 0.2, 1e-5)
-    assert sampled.event(0) == Event(2.0 / math.sqrt(3), 0.2)
-    assert sampled.event(1) == Event(2.0, 0.2)
+    assert sampled.event(0) == DPEvent(2.0 / math.sqrt(3), 0.2)
+    assert sampled.event(1) == DPEvent(2.0, 0.2)
     assert sampled.spent(1) > epsilon(2.0, 0.2, 3, 1e-5)
     assert sampled.spent(1) == pytest.approx(sampled_once(2.0 / math.sqrt(3), 0.2, 1e-5), rel=1e-3)
 

@@ -24,7 +24,8 @@ from fedspan.methods.base import Method, ServerState
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, Factors, Recipe, Request, Template, Update, Vector
 from fedspan.privacy.client_dp import refusal, with_client_dp
-from fedspan.privacy.gaussian import kept_secret, normal, uniform
+from fedspan.privacy.gaussian import normal, uniform
+from fedspan.privacy.secret_file import kept_secret
 
 SECRET = 0x5EC12E7
 ABLE = [name for name, factory in METHODS.items() if refusal(factory()) is None]

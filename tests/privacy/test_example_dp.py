@@ -25,8 +25,10 @@ from fedspan.methods.folds import SUM, Exchange
 from fedspan.methods.messages import Broadcast, Recipe
 from fedspan.models import FederatedModel
 from fedspan.models.losses import client_losses
-from fedspan.privacy.accountant import Event, epsilon
-from fedspan.privacy.example_dp import Ledger, PrivateGradients, clipped_sum, private_gradients, refusal, release
+from fedspan.privacy.accountant import DPEvent
+from fedspan.privacy.accounting import epsilon
+from fedspan.privacy.example_dp import PrivateGradients, clipped_sum, private_gradients, refusal, release
+from fedspan.privacy.ledgers import Ledger
 from fedspan.support.seeding import generator
 
 SECRET = 0x5EC12E7
@@ -309,7 +311,7 @@ def test_which_methods_can() -> None:
     assert {"glora", "fedit", "ffa_lora", "hetlora", "flora", "fedsa_lora", "rolora", "glora_sums"} <= able
     assert not {"fedavg", "fedftg", "fed_sb", "shared_galore", "scaffold", "fedprox"} & able
     asking = replace(METHODS["ffa_lora"](), exchanges=(Exchange(SUM, "gradient"), Exchange(SUM)))
-    assert refusal(asking) == "its clients answer with a gradient that no noise was added to"
+    assert refusal(asking) == "its clients send a gradient that no noise was added to"
 
 
 def test_the_cohort_leaves_it_to_one_client_at_a_time(bases: dict[str, Path], data: dict[str, Encoded]) -> None:
@@ -329,7 +331,7 @@ def test_a_ledger_stops_before_its_limit(tmp_path: Path) -> None:
     pytest.importorskip("dp_accounting")
     privacy = PrivacyConfig(dp="example", noise_multiplier=1.1, epsilon=2.0)
     event = release(privacy, 16, 400, 10)
-    assert event == Event(1.1, 0.04, 10)
+    assert event == DPEvent(1.1, 0.04, 10)
     path = tmp_path / "site" / "privacy.json"
     rounds = 0
     while Ledger(path, 1e-5, 2.0).allows(event):  # a new process every round

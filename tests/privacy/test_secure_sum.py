@@ -228,7 +228,7 @@ def test_a_client_cannot_be_unmasked_from_fewer_shares_than_the_threshold() -> N
     assert roster is not None
     survivors = run.server.survivors()
     shares = {name: run.clients[name].unmask(survivors)[32 : 32 + 32] for name in survivors}
-    places = {roster.place(name): share for name, share in shares.items()}
+    places = {roster.share_index(name): share for name, share in shares.items()}
 
     def own_mask(some: tuple[int, ...]) -> Words:
         seed = primitives.combine({place: places[place] for place in some})
@@ -236,7 +236,7 @@ def test_a_client_cannot_be_unmasked_from_fewer_shares_than_the_threshold() -> N
             primitives.derive(seed, b"commitment", session, target.encode()) == roster.adverts[target].commitment
         )
         mask = np.zeros(run.num_words, np.uint64)
-        primitives.add_masks(mask, [roster.own_key(seed, target)], [])
+        primitives.add_masks(mask, [roster.self_mask_key(seed, target)], [])
         return mask
 
     fits: list[bool] = []
@@ -279,10 +279,10 @@ def test_the_private_key_of_a_client_that_left_uncovers_nothing_of_what_comes_la
 
     roster = run.server._roster
     assert roster is not None
-    private = primitives.combine({roster.place(n): answers[n][64:96] for n in survivors})
-    assert primitives.public_key(private) == roster.adverts[slow].mask
+    private = primitives.combine({roster.share_index(n): answers[n][64:96] for n in survivors})
+    assert primitives.public_key(private) == roster.adverts[slow].mask_key
     bare = told[slow].copy()
-    keys = {v: roster.pair_key(private, slow, v) for v in survivors}
+    keys = {v: roster.pair_mask_key(private, slow, v) for v in survivors}
     primitives.add_masks(bare, [k for v, k in keys.items() if v < slow], [k for v, k in keys.items() if v > slow])
     assert not (bare == run.values[slow]).any()
 
@@ -542,11 +542,11 @@ def test_the_same_secrets_give_other_masks_in_every_session_and_for_every_pair()
         run.keys()
         roster = run.server._roster
         assert roster is not None
-        same = {name: replace(a, mask=primitives.public_key(other)) for name, a in roster.adverts.items()}
+        same = {name: replace(a, mask_key=primitives.public_key(other)) for name, a in roster.adverts.items()}
         for fingerprint in (roster.fingerprint, bytes(32)):
             shown = replace(roster, fingerprint=fingerprint, adverts=same)
-            keys += [shown.own_key(one, "amiens"), shown.own_key(one, "basel")]
-            keys += [shown.pair_key(one, "amiens", "basel"), shown.pair_key(one, "amiens", "cadiz")]
+            keys += [shown.self_mask_key(one, "amiens"), shown.self_mask_key(one, "basel")]
+            keys += [shown.pair_mask_key(one, "amiens", "basel"), shown.pair_mask_key(one, "amiens", "cadiz")]
     assert len(set(keys)) == 16
 
 
@@ -558,7 +558,7 @@ def test_several_sums_of_a_round_share_the_set_up_and_no_secret() -> None:
     server = RoundAggregator(b"run 7/round 3", 3, 2)
     clients = {name: RoundParticipant(b"run 7/round 3", name, 2) for name in NAMES[:4]}
     adverts = {name: one.advertise() for name, one in clients.items()}
-    with pytest.raises(ValueError, match="what came from 'basel' for 2 sums"):
+    with pytest.raises(ValueError, match="the message of 'basel' for 2 sums"):
         server.keys(adverts | {"basel": adverts["basel"][:-1]})
     first, second = primitives.unpack(adverts["basel"], 2)
     for bad in ((first, b""), (second, first), (first, first)):  # one sum's keys are of no use in another
@@ -595,7 +595,7 @@ def test_several_sums_of_a_round_share_the_set_up_and_no_secret() -> None:
 def test_a_round_must_hold_the_sums_that_were_agreed() -> None:
     three = RoundParticipant(b"r", "basel", 3).advertise()
     clients = {name: RoundParticipant(b"r", name, 2) for name in NAMES[:3]}
-    with pytest.raises(ValueError, match="what came from 'basel' for 2 sums"):
+    with pytest.raises(ValueError, match="the message of 'basel' for 2 sums"):
         clients["amiens"].share({n: c.advertise() for n, c in clients.items()} | {"basel": three}, 2)
     with pytest.raises(ValueError, match="num_sums = 0"):
         RoundAggregator(b"r", 2, 0)

@@ -40,7 +40,7 @@ def screen_of(name: str, filter: str, **options: Any) -> robust.Screen:
     config = settings.from_mapping(
         {"method": {"name": name}, "robust": {"filter": filter, "attackers": len(BAD), **options}}
     )
-    found = robust.screen(config, METHODS[name]())
+    found = robust.screen(config.robust, METHODS[name]())
     assert found is not None
     return found
 

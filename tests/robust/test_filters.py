@@ -23,8 +23,8 @@ from fedspan.methods import METHODS
 from fedspan.methods.messages import Broadcast, Factors, Update, Vector
 from fedspan.robust import Screened, refusal, screen
 from fedspan.robust.distances import Cohort, product_squares
+from fedspan.robust.dry_run import averages_factors, sends_pairs
 from fedspan.robust.filters import FILTERS, bounded_claims, krum_scores, weiszfeld
-from fedspan.robust.rehearsal import averages_factors, sends_pairs
 from fedspan.support.seeding import generator
 
 PAIRS = {"glora", "glora_plus", "flexlora", "raflora", "flora", "fedex_lora", "lora_fair", "lora_fair_ridge"} | {
@@ -51,7 +51,7 @@ def asked(name: str, filter: str = "none", **robust: Any) -> settings.Config:
 
 def screened(stage: attacks.Stage, updates: Sequence[Update], filter: str = "none", **robust: Any) -> Screened:
     keywords = {key: robust.pop(key) for key in ("ask", "bad") if key in robust}
-    found = screen(asked(stage.method.info.name, filter, **robust), stage.method)
+    found = screen(asked(stage.method.info.name, filter, **robust).robust, stage.method)
     assert found is not None
     return found(updates, stage.sent, **keywords)
 
@@ -308,7 +308,7 @@ def test_every_method_runs_under_every_filter_that_it_is_not_refused(name: str, 
         return
     config = settings.from_mapping(tree)
     assert chosen(config).info == method.info
-    found = screen(config, method)
+    found = screen(config.robust, method)
     assert found is not None
     asked_of: list[str] = []
 
@@ -358,9 +358,9 @@ def test_too_few_for_so_many_attackers() -> None:
 
 
 def test_nothing_is_asked_for() -> None:
-    assert screen(asked("fedavg"), METHODS["fedavg"]()) is None
+    assert screen(asked("fedavg").robust, METHODS["fedavg"]()) is None
     # A control in the same run has nothing to filter.
-    assert screen(asked("fedavg", "krum"), METHODS["local"]()) is None
+    assert screen(asked("fedavg", "krum").robust, METHODS["local"]()) is None
 
 
 def test_a_size_that_hides_in_the_scaling_is_found() -> None:

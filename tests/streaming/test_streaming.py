@@ -37,7 +37,16 @@ from fedspan.methods.base import ServerState
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Factors, Template, Update
 from fedspan.methods.queries import Questions
-from fedspan.streaming import Progress, Source, Tree, aggregate_stream, drive, merge, saved, sum_pass
+from fedspan.streaming import (
+    Progress,
+    Source,
+    Tree,
+    aggregate_passes,
+    aggregate_stream,
+    merge,
+    stream_checkpoint,
+    sum_pass,
+)
 from fedspan.streaming.spool import Spool
 
 SUMS = [case for case in FEDERATED if case.make().secure_sum]
@@ -159,7 +168,7 @@ def test_servers_elsewhere_send_sums_of_plain_tensors(case: Case) -> None:
         assert all(not part.collected for part in parts)
         return merge(merge(parts[0], parts[1]), parts[2])
 
-    state, _ = drive(fed.method, fed.state, ask)
+    state, _ = aggregate_passes(fed.method, fed.state, ask)
     assert_close(fed, state, served(fed)[0])
     assert asked == [True] + [False] * (len(asked) - 1)
 
@@ -363,17 +372,17 @@ def test_a_checkpoint_of_finished_passes_still_knows_its_source(tmp_path: Path) 
     fed, path = six("flexlora"), tmp_path / "stream.safetensors"
     updates = encoded(fed)
     kept: list[bytes] = []
-    write = saved.write
+    write = stream_checkpoint.write
 
     def spy(*args: object) -> None:
         write(*args)
         kept.append(path.read_bytes())
 
-    saved.write = spy
+    stream_checkpoint.write = spy
     try:
         whole = streamed(fed, updates, checkpoint=path)
     finally:
-        saved.write = write
+        stream_checkpoint.write = write
     path.write_bytes(kept[-1])
     assert same_bits(streamed(fed, updates, checkpoint=path), whole)
     path.write_bytes(kept[-1])
@@ -499,8 +508,10 @@ def test_the_measurement_sees_updates_that_are_held() -> None:
 def test_the_time_between_checkpoints_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between blocks only when it is due; after every pass in any case."""
     fed, written = six("flexlora"), []
-    write = saved.write
-    monkeypatch.setattr(saved, "write", lambda path, state: (written.append(state.current), write(path, state)))
+    write = stream_checkpoint.write
+    monkeypatch.setattr(
+        stream_checkpoint, "write", lambda path, state: (written.append(state.current), write(path, state))
+    )
     clock = [0.0]
 
     def tick() -> float:

@@ -13,7 +13,7 @@ from fedspan.federation.clients import Client
 from fedspan.methods.base import Method
 from fedspan.methods.folds import Exchange, Partial
 from fedspan.methods.messages import Broadcast, ClientState, Template, Update, Vector
-from fedspan.privacy.summing import Layout
+from fedspan.privacy.layout import Layout
 from fedspan.wire.precision import Precision, rounded_update
 from fedspan.wire.sizes import payload_tensors
 

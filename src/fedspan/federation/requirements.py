@@ -16,9 +16,11 @@ from fedspan.methods.base import Method
 from fedspan.methods.messages import Request, Template
 from fedspan.methods.server_optimizers import with_server_optimizer
 from fedspan.models import quantised
-from fedspan.privacy import accountant, client_dp, example_dp
+from fedspan.privacy import client_dp, example_dp
+from fedspan.privacy.accounting import accountant_named, noise_for
+from fedspan.privacy.budget import Account
+from fedspan.robust.dry_run import averages_factors
 from fedspan.robust.filters import least
-from fedspan.robust.rehearsal import averages_factors
 from fedspan.support.errors import FedspanError
 
 
@@ -184,6 +186,7 @@ def _check_robust(
 
 
 def _check_privacy(method: Method, asked: PrivacyConfig) -> None:
+    new_accountant = accountant_named(asked.accountant)
     if asked.dp == "none":
         if asked.epsilon is not None:
             raise FedspanError(
@@ -197,7 +200,7 @@ def _check_privacy(method: Method, asked: PrivacyConfig) -> None:
             f"privacy.dp = '{asked.dp}': {method.info.name}: {reason}; "
             f"methods that can: {_able(lambda m: refusal(m) is None)}"
         )
-    accountant.require()
+    new_accountant()  # which names the package to install where it is missing
     if asked.epsilon is not None and asked.noise_multiplier == 0:
         raise FedspanError("privacy.noise_multiplier = 0: no noise stays within any privacy.epsilon; expected above 0")
 
@@ -239,13 +242,21 @@ def _check_client_budget(method: Method, federation: FederationConfig, privacy: 
     account = client_account(method, privacy, federation.participation)
     if not account.allows(0):
         limit, rounds = privacy.epsilon or math.inf, federation.rounds
-        noise = accountant.noise_for(limit, federation.participation, rounds, privacy.delta)
+        new_accountant = accountant_named(privacy.accountant)
+        noise = noise_for(limit, federation.participation, rounds, privacy.delta, new_accountant)
         raise FedspanError(
             f"privacy.epsilon = {limit:g}: the first round alone spends {account.spent(1):.4g}; for "
             f"{rounds} rounds expected a privacy.noise_multiplier of {noise:.3g} or more"
         )
 
 
-def client_account(method: Method, privacy: PrivacyConfig, participation: float) -> accountant.Account:
+def client_account(method: Method, privacy: PrivacyConfig, participation: float) -> Account:
     """Return the account of what a run spends of its clients' privacy, round by round."""
-    return accountant.Account(method.exchanges, privacy.noise_multiplier, participation, privacy.delta, privacy.epsilon)
+    return Account(
+        method.exchanges,
+        privacy.noise_multiplier,
+        participation,
+        privacy.delta,
+        privacy.epsilon,
+        accountant_named(privacy.accountant),
+    )

@@ -16,7 +16,7 @@ from fedspan.federation.tally import Tally
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, ClientState, Request, Update
-from fedspan.privacy.summing import Layout
+from fedspan.privacy.layout import Layout
 from fedspan.robust import Screen
 from fedspan.support.errors import FedspanError
 from fedspan.wire.sizes import broadcast_bytes

@@ -12,7 +12,8 @@ from fedspan.federation.clients import Client
 from fedspan.federation.exchange import WINDOW, Answer, BroadcastFor, Question, Summed, Work, begin, respond
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, ClientState
-from fedspan.privacy.summing import Layout, Sum
+from fedspan.privacy.layout import Layout
+from fedspan.privacy.running_sum import SumSettings
 from fedspan.wire.precision import EXACT, Precision, rounded_broadcast
 
 
@@ -41,7 +42,7 @@ class SimulatedClients:
         *,
         weighting: str = "examples",
         precision: Precision = EXACT,
-        total: Sum | None = None,
+        total: SumSettings | None = None,
     ) -> None:
         self.method, self.work, self.weighting, self.precision, self.total = method, work, weighting, precision, total
         self._states = dict(client_states)
@@ -68,7 +69,7 @@ class SimulatedClients:
     def sum(self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor, layout: Layout) -> Summed:
         """Return the sum of the answers in fixed point; each is flattened, added and forgotten."""
         if self.total is None:
-            raise TypeError("SimulatedClients.sum without `total`: expected a Sum")
+            raise TypeError("SimulatedClients.sum without `total`: expected SumSettings")
         answers: list[Answer] = []
         adding = self.total.begin(layout, len(clients))
         for answer in self.ask(question, clients, broadcast_for):

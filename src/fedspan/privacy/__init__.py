@@ -1,1 +1,1 @@
-"""What the server may learn of one client: the sum alone, in fixed point, under masks; and with how much noise."""
+"""Limits on what the server and others learn about one client: masked sums in fixed point, and differential privacy."""

@@ -1,6 +1,7 @@
 """Client-level differential privacy around a method: what one client adds to a sum is bounded, and the sum is noised.
 
-Shapes: B (m, r), A (r, n); K clients counted; q the share of clients that is drawn, N clients in the run.
+Shapes: B (m, r), A (r, n); K clients counted; q the probability with which a client is drawn, N clients in the
+run.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _STATELESS = next(f.default for f in fields(Method) if f.name == "start")
 
 
 def refusal(method: Method) -> str | None:
-    """Why this method cannot be made private for its clients, or none."""
+    """Return the reason why this method cannot be made private for its clients, or None."""
     info = method.info
     if info.pooled or info.alone:
         return "it is a control, not a federation"
@@ -45,33 +46,33 @@ def refusal(method: Method) -> str | None:
 def with_client_dp(
     method: Method, clip: float, noise_multiplier: float, expected: float, secret: Callable[[], int] | None = None
 ) -> Method:
-    """The method with client-level differential privacy: with v_k what client k adds to an exchange's sum,
+    """Add client-level differential privacy to a method. With v_k what client k adds to an exchange's sum,
 
         site     v_k ← v_k · min(1, C / ‖v_k‖);
         server   Σ_k v_k + N(0, (z C)² I),  divided by q N.
 
-    v_k is the *change* that the client makes, over all modules and dense weights together: what it sends minus what an
-    unchanged client would send, which everybody knows. Where no model is trained from what was sent, or more is asked
-    about it afterwards (sketches, gradients, cores), it is what the client sends, as it is.
+    v_k is the *change* that the client makes, over all modules and dense weights together: its answer minus that of an
+    unchanged client, which everyone can compute. In exchanges that send no trained weights (sketches, gradients,
+    cores), v_k is the answer itself.
 
-    *Gauge.* Where one factor is trained beside another that is everybody's, v_k is the change of the product s·B·A in
-    an orthonormal basis of the fixed factor (see `fedspan.privacy.frames`): ‖v_k‖ is ‖s·ΔB·A‖_F, whatever the gauge,
-    and the noise is isotropic in the space of products. Noise on B's own entries would not do: with ‖s·ΔB·A‖_F
-    bounded, ΔB itself is not.
+    *Gauge.* Where one factor is trained beside a fixed one that all clients share, v_k is the change of the product
+    s·B·A in an orthonormal basis of the fixed factor (see `fedspan.privacy.frames`): ‖v_k‖ is ‖s·ΔB·A‖_F, whatever the
+    gauge, and the noise is isotropic in the space of products. Noise on B's own entries would not hide a client: with
+    ‖s·ΔB·A‖_F bounded, ΔB itself is not.
 
-    *Weights.* Every client counts 1, and the sum is divided by the number of clients that is expected, qN, not by how
-    many came: that number would tell whether a client is in the run. So a round in which nobody is drawn is a round
-    like any other, its step the noise alone; drawing again would make the coins dependent.
+    *Weights.* Every client counts 1, and the sum is divided by the expected number of clients, qN, not by the number
+    that took part: that number would reveal whether a client is in the run. So a round in which no client is drawn is
+    a round like any other, its step the noise alone; drawing again would make the coins dependent.
 
     *Noise* is drawn by `fedspan.privacy.gaussian` from the secret, the round, the exchange and the sum itself: a
-    resumed run that comes to the same sum draws the same noise, and one that comes to another sum other noise, so that
-    two different sums are never released under one noise, whose difference would be bare.
+    resumed run that arrives at the same sum draws the same noise, and one that arrives at another sum draws other
+    noise. Two different sums are thus never released under the same noise: their difference would have none.
 
     Source: McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models" (1710.06963); Geyer et al.
     2017 (1712.07557); for one trained factor Sun et al. 2024 (2403.12313).
     Differences: norms and noise in the space of products; equal weights; noise that depends on the sum it hides.
 
-    The result is the same with secure sums beneath, which do not look into what they add.
+    The result is the same with secure sums beneath, which add the vectors without reading them.
 
     Parameters
     ----------
@@ -82,11 +83,11 @@ def with_client_dp(
     expected
         q N.
     secret
-        Tells the server's secret, called when there is noise to draw; none: at a site, which draws none.
+        Returns the server's secret, called when there is noise to draw; None at a site, which draws none.
 
     Raises
     ------
-    ValueError
+    FedspanError
         For a method that cannot be made private this way; for a value out of range.
     """
     reason = refusal(method)
@@ -99,6 +100,8 @@ def with_client_dp(
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
+    """The method's `encode` and `finish` with clipping before the one and noise before the other."""
+
     method: Method
     clip: float
     noise_multiplier: float
@@ -112,18 +115,21 @@ class _Rule:
                 raise FedspanError(f"{name} = {value}: expected {'above' if least else 'at least'} 0")
 
     def encode(self, update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[Update, ClientState | None]:
-        """What leaves the site: the clipped change, in float32 or wider."""
+        """Return the clipped change, which is all that leaves the site, in float32 or wider."""
         answer, keep = self.method.encode(update, sent, kept)
         if keep is not None:
-            raise FedspanError(f"client-level privacy: {self.method.info.name} keeps something on its clients")
+            raise ValueError(f"client-level privacy: {self.method.info.name} keeps something on its clients")
         space = self._space(sent, answer, asked=not _trained(update))
         change = space.coordinates(_flat(answer))
+        # One norm over all tensors together: C is to bound the sensitivity of the whole vector. With a bound of C for
+        # each of n tensors it would be C·√n.
         norm = math.sqrt(sum(float(x.square().sum()) for x in change.values()))
         scale = 1.0 if norm <= self.clip * _MARGIN else self.clip * _MARGIN / norm
         return _unflat({key: (x * scale).to(space.dtypes[key]) for key, x in change.items()}, answer), None
 
     def finish(self, state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
-        """The server's step on the noised mean."""
+        """Take the server's step on the noised mean."""
+        # A weight other than 1 would multiply what was clipped: the sum would change by more than C with one client.
         if partial.collected or abs(partial.weight - partial.num_clients) > 1e-6 * partial.num_clients:
             raise FedspanError(
                 f"client-level privacy: a sum of weight {partial.weight} over {partial.num_clients} clients: expected "
@@ -135,43 +141,45 @@ class _Rule:
         space = self._space(sent, answer, asked)
         total = _padded(_summed(partial), space.shapes)
         noise = self._noise(state, total)
+        # The divisor is fixed beforehand, so the sensitivity of the mean is exactly C/(q N). The number of clients that
+        # took part changes by one with a client, and would itself need noise.
         mean = {key: (total[key] + noise[key]) / self.expected for key in total}
-        size, count = (
-            math.sqrt(sum(float(x.square().sum()) for x in mean.values())),
-            sum(map(Tensor.numel, mean.values())),
-        )
+        step_norm = math.sqrt(sum(float(x.square().sum()) for x in mean.values()))
+        count = sum(map(Tensor.numel, mean.values()))
         values = space.answer(mean)
         inner = Partial(
-            # Not how many came: nothing that follows may depend on it.
+            # Not the number that took part: nothing after the noise may depend on that.
             num_clients=max(1, round(self.expected)),
             weight=1.0,
             dense={name: x for (module, name), x in values.items() if not module},
             sums=_nested(values),
         )
         after, diagnostics = self.method.finish(state, inner)
-        # Of the noised sum, so they tell no more than it does.
+        # Computed from the noised sum and public settings alone, so they cost no privacy.
         expected_noise = self.noise_multiplier * self.clip * math.sqrt(count) / self.expected
-        return after, {**diagnostics, "dp_step_norm": size, "dp_noise_norm": expected_noise}
+        return after, {**diagnostics, "dp_step_norm": step_norm, "dp_noise_norm": expected_noise}
 
     def _noise(self, state: ServerState, total: Flat) -> Flat:
-        spread = self.noise_multiplier * self.clip
-        if spread == 0:
+        deviation = self.noise_multiplier * self.clip
+        if deviation == 0:
             return {key: torch.zeros_like(x) for key, x in total.items()}
         if self.secret is None:
-            raise FedspanError("client-level privacy: the server has no secret to draw noise from")
+            raise ValueError("client-level privacy: the server has no secret to draw noise from")
         secret, names = self.secret(), sorted(total)
-        mark = fingerprint(("/".join(key), total[key]) for key in names)
-        key = ("client", state.round_num, state.exchange, mark)
+        # Keyed by the sum, not by the round alone: a run resumed from before this round may see another sum (a client
+        # failed this time), and the difference of two sums under the same noise would be published without any.
+        sum_digest = fingerprint(("/".join(key), total[key]) for key in names)
+        key = ("client", state.round_num, state.exchange, sum_digest)
         drawn = {name: normal(secret, *key, *name, shape=total[name].shape) for name in names}
-        return {name: spread * x for name, x in drawn.items()}
+        return {name: deviation * x for name, x in drawn.items()}
 
     def _space(self, sent: Broadcast, answer: Update, asked: bool) -> _Space:
-        """Where an answer to `sent` lives.
+        """Return the vector space of the answers to `sent`.
 
         Parameters
         ----------
         asked
-            It is the answer to a question about the client, not the model that it trained.
+            The answer is about the client's data or model (a gradient, a sketch), and not the weights it trained.
         """
         shapes = {key: tuple(x.shape) for key, x in _flat(answer).items()}
         dtypes = {key: torch.promote_types(x.dtype, torch.float32) for key, x in _flat(answer).items()}
@@ -183,7 +191,7 @@ class _Rule:
         return _Space(shapes, dtypes, reference | dense, frames_of(self.method, sent))
 
     def _unchanged(self, state: ServerState, sent: Broadcast) -> tuple[Update, bool]:
-        """An update of nothing, of the largest shapes that there can be, and whether it is not one that is trained."""
+        """Return an update without change in the largest shapes possible, and whether an answer to it is `asked`."""
         template, exchanges = state.template, self.method.exchanges
         root = state.exchange
         while exchanges[root].ask == "again":
@@ -203,69 +211,69 @@ class _Rule:
 
 @dataclass(frozen=True, slots=True)
 class _Space:
-    """The vector space of one exchange's answers, and where its zero lies."""
+    """The vector space of one exchange's answers, and its zero."""
 
     shapes: Mapping[Key, tuple[int, ...]]
     dtypes: Mapping[Key, torch.dtype]
     zero: Mapping[Key, Tensor]
-    """What an unchanged client would send; what is missing is 0."""
+    """The answer of an unchanged client; 0 for the keys that are missing."""
     frames: Mapping[str, Frame]
-    """Of the modules whose product has another norm than what is sent."""
+    """For the modules whose product has another norm than the tensor that is sent."""
 
     def coordinates(self, answer: Flat) -> Flat:
-        """The change, in float64: orthonormal coordinates of the products where there is a frame."""
-        found: Flat = {}
+        """Return the change, in float64: orthonormal coordinates of the products where there is a frame."""
+        changes: Flat = {}
         for key, x in answer.items():
             change = x.double() - self.zero[key] if key in self.zero else x.double()
-            found[key] = self.frames[key[0]].into(change) if key[0] in self.frames else change
-        return found
+            changes[key] = self.frames[key[0]].to_coordinates(change) if key[0] in self.frames else change
+        return changes
 
     def answer(self, coordinates: Flat) -> Flat:
-        """What `coordinates` were taken of."""
-        found: Flat = {}
+        """Return the answer with these coordinates."""
+        tensors: Flat = {}
         for key, x in coordinates.items():
-            change = self.frames[key[0]].out(x) if key[0] in self.frames else x
-            found[key] = (self.zero[key] + change if key in self.zero else change).to(self.dtypes[key])
-        return found
+            change = self.frames[key[0]].to_change(x) if key[0] in self.frames else x
+            tensors[key] = (self.zero[key] + change if key in self.zero else change).to(self.dtypes[key])
+        return tensors
 
 
 def _trained(update: Update) -> bool:
-    """A gradient is a vector, what was trained is factors or dense weights."""
+    """Return whether an update is trained weights: factors or dense weights, where a gradient is a vector."""
     return len(update.scalings()) == len(update.modules)
 
 
 def _flat(answer: Update) -> Flat:
     pairs = answer.scalings()
     if pairs:
-        raise FedspanError(f"client-level privacy: {next(iter(pairs))} is sent as a factor pair: expected a vector")
+        raise ValueError(f"client-level privacy: {next(iter(pairs))} is sent as a factor pair: expected a vector")
     return answer.named_tensors()
 
 
 def _unflat(values: Flat, like: Update) -> Update:
-    """What leaves the site; everything else about the client stays there."""
+    """Return an update of these tensors alone: number of examples, moments and rates stay at the site."""
     modules = {name: Vector(held) for name, held in _nested(values).items()}
     dense = {name: x for (module, name), x in values.items() if not module}
     return Update(like.client_id, 1.0, modules, dense)
 
 
 def _nested(values: Flat) -> dict[str, Tensors]:
-    found: dict[str, dict[str, Tensor]] = {}
+    nested: dict[str, dict[str, Tensor]] = {}
     for (module, part), x in values.items():
         if module:
-            found.setdefault(module, {})[part] = x
-    return dict(found)
+            nested.setdefault(module, {})[part] = x
+    return dict(nested)
 
 
 def _summed(partial: Partial) -> Flat:
-    found: Flat = {("", name): x.double() for name, x in partial.dense.items()}
-    return found | {(module, part): x.double() for module, held in partial.sums.items() for part, x in held.items()}
+    dense: Flat = {("", name): x.double() for name, x in partial.dense.items()}
+    return dense | {(module, part): x.double() for module, held in partial.sums.items() for part, x in held.items()}
 
 
 def _padded(total: Flat, shapes: Mapping[Key, tuple[int, ...]]) -> Flat:
-    """The sum in its full shapes, whoever took part and whether anybody did."""
+    """Return the sum in its full shapes, whichever clients took part, and zeros where none did."""
     if not total.keys() <= shapes.keys() or (total and total.keys() != shapes.keys()):
         raise FedspanError(f"a sum that names {sorted(total.keys() ^ shapes.keys())[0]}: expected what was asked for")
-    found: Flat = {}
+    padded: Flat = {}
     for key, shape in shapes.items():
         whole = torch.zeros(shape, dtype=torch.float64)
         if key in total:
@@ -273,5 +281,5 @@ def _padded(total: Flat, shapes: Mapping[Key, tuple[int, ...]]) -> Flat:
             if part.ndim != len(shape) or any(x > y for x, y in zip(part.shape, shape, strict=True)):
                 raise FedspanError(f"a sum of {key} in shape {tuple(part.shape)}: expected at most {shape}")
             whole[tuple(slice(size) for size in part.shape)] = part
-        found[key] = whole
-    return found
+        padded[key] = whole
+    return padded

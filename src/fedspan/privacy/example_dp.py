@@ -5,12 +5,9 @@ Shapes: b examples, P trained numbers; G (b, P) the examples' own gradients.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +18,7 @@ from fedspan.methods.messages import Broadcast, Factors, Request, Template
 from fedspan.models import FederatedModel
 from fedspan.models.losses import client_losses
 from fedspan.models.stacked import Stack, stacked
-from fedspan.privacy.accountant import Budget, Event
+from fedspan.privacy.accountant import DPEvent
 from fedspan.privacy.gaussian import fingerprint, normal, uniform
 from fedspan.support.errors import FedspanError
 
@@ -30,104 +27,109 @@ _MARGIN = 1 - 2.0**-20
 
 
 def refusal(method: Method) -> str | None:
-    """Why the clients of this method cannot train by DP-SGD, or none."""
+    """Return the reason why the clients of this method cannot train by DP-SGD, or None."""
     if method.info.trains != "adapter":
-        return "its clients train base weights, of which no gradient per example is at hand"
+        return "its clients train base weights, for which gradients per example are not available"
     if any(exchange.ask == "gradient" for exchange in method.exchanges):
-        return "its clients answer with a gradient that no noise was added to"
+        return "its clients send a gradient that no noise was added to"
     recipe = method.broadcast(method.init(Template({}, 1), {}), Request(None)).recipe
     if recipe.galore is not None or recipe.confined or recipe.proximal:
         return "its clients do not train their adapters by the plain local optimizer"
     return None
 
 
-def release(privacy: PrivacyConfig, batch_size: int, num_examples: int, steps: int) -> Event:
-    """What so many local steps release of a client's examples: batches of a Poisson sample of rate q = b/n, at most 1.
+def release(privacy: PrivacyConfig, batch_size: int, num_examples: int, steps: int) -> DPEvent:
+    """Return the event of a client's local steps: each a batch by Poisson sampling at rate q = b/n, at most 1.
 
-    Number of examples and of steps count as public.
+    The numbers of examples and of steps count as public.
     """
-    return Event(privacy.noise_multiplier, min(1.0, batch_size / num_examples), steps)
+    return DPEvent(privacy.noise_multiplier, min(1.0, batch_size / num_examples), steps)
 
 
 def clipped_sum(grads: Tensor, clip: float) -> Tensor:
-    """Σ_i g_i · min(1, C / ‖g_i‖) over the rows of G (b, P): (P,). A gradient with NaN or infinity counts as zero.
+    """Return Σ_i g_i · min(1, C / ‖g_i‖) over the rows of G (b, P): (P,). A gradient with NaN or infinity counts as 0.
 
     Source: Abadi et al. 2016, "Deep Learning with Differential Privacy" (1607.00133).
     """
     norms = torch.linalg.vector_norm(grads, dim=1, dtype=torch.float64)
     scale = (clip * _MARGIN / norms.clamp_min(1e-300)).clamp_max(1.0)
-    sound = torch.isfinite(norms)
-    if not bool(sound.all()):
-        grads, scale = grads[sound], scale[sound]
+    finite = torch.isfinite(norms)
+    if not bool(finite.all()):
+        # Left out, not scaled to 0: 0 · inf is NaN, and one example must not decide whether the step is one.
+        grads, scale = grads[finite], scale[finite]
     total: Tensor = scale.to(grads.dtype) @ grads
     return total
 
 
 @dataclass(slots=True)
 class PrivateGradients:
-    """A client's steps: which examples are in each, and the noised mean of their clipped gradients.
+    """A client's DP-SGD steps: which examples are in each, and the noised mean of their clipped gradients.
 
-    Coins and noise come from the site's secret and from the weights that the step starts from, so that a round that is
-    worked on again from the same broadcast is the same to the bit, and from another one draws anew.
+    Coins and noise come from the site's secret and from the weights that the step starts from: a round repeated from
+    the same broadcast is the same to the bit, and one that starts from other weights draws fresh noise.
     """
 
     stack: Stack
-    """The same adapter in every place, one example each."""
+    """Copies of the same adapter, one for each example of a pass."""
     model: FederatedModel
     privacy: PrivacyConfig
     secret: int
     width: int
     """Examples in one pass; a larger batch takes several."""
     active: int = field(default=0)
+    """Copies in use."""
 
     @property
     def size(self) -> int:
-        """P"""
+        """P, the number of trained numbers."""
         return self.stack.trained.values.shape[1]
 
     def weights(self) -> Tensor:
-        """A copy of what is trained, (P,)."""
+        """Return a copy of the trained weights, (P,)."""
         return self.stack.trained.values[0].detach().clone()
 
     @torch.no_grad()
     def put(self, weights: Tensor) -> None:
-        """The same numbers for every example."""
+        """Give every copy these weights, (P,)."""
         self.stack.trained.values.copy_(weights.expand_as(self.stack.trained.values))
 
     def chosen(self, mark: str, num_examples: int, rate: float) -> list[int]:
-        """The examples of one step, each by a coin of its own; there may be none."""
+        """Return the examples of one step, each drawn by a coin of its own; there may be none."""
         coins = uniform(self.secret, "examples", mark, count=num_examples)
-        found: list[int] = torch.nonzero(coins < rate).flatten().tolist()
-        return found
+        drawn: list[int] = torch.nonzero(coins < rate).flatten().tolist()
+        return drawn
 
     def of(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """G of the rows of a batch, at most `width` of them: (b, P), until it is called again."""
+        """Return G of the rows of a batch, at most `width` of them: (b, P), a buffer that the next call overwrites."""
         count = len(batch["labels"])
         if count != self.active:
             self.stack.activate(count)
             self.active = count
         grads = self.stack.trained.grads
-        assert grads is not None  # a stack that trains has some
+        assert grads is not None  # a stack that is trained has gradients
         grads.zero_()
         torch.autograd.backward(client_losses(self.model, batch, count).sum())
         self.stack.gather_gradients()
         return grads[:count]
 
     def noised(self, total: Tensor, mark: str, expected: float) -> Tensor:
-        """(Σ clipped + N(0, (zC)² I)) / expected: (P,), expected = q n and not how many were drawn."""
+        """Return (Σ clipped + N(0, (zC)² I)) / expected: (P,), with expected = q n, not the number that was drawn.
+
+        That number would reveal whether one more example was in the batch.
+        """
         spread = self.privacy.noise_multiplier * self.privacy.clip
         if spread:
-            # The sum, not the coins alone: two different sums never share their noise.
+            # Keyed by the sum too: two different sums under one noise would show their difference without any.
             noise = normal(self.secret, "noise", mark, fingerprint([("", total)]), shape=total.shape)
             total = (total.cpu().double() + spread * noise).to(total)
         return total / expected
 
     def mark(self, weights: Tensor, *key: object) -> str:
-        """What a step is known by: the round and the weights that it starts from."""
+        """Return the name of a step: its round and the weights that it starts from."""
         return "/".join((*map(str, key), fingerprint([("", weights)])))
 
     def penalty(self, strength: float, tail: int) -> Tensor:
-        """The gradient of HetLoRA's penalty, which is a matter of the weights and not of any example: (P,)."""
+        """Return the gradient of HetLoRA's penalty, (P,): it depends on the weights alone, so it needs no noise."""
         self.stack.activate(1)
         self.active = 1
         grads = self.stack.trained.grads
@@ -138,11 +140,11 @@ class PrivateGradients:
         return grads[0].clone()
 
     def adapter(self) -> dict[str, Factors]:
-        """Copies of what the steps have come to."""
+        """Return copies of the adapter as trained so far."""
         return self.stack.adapter(0)
 
     def dense(self) -> dict[str, Tensor]:
-        """Copies of the heads."""
+        """Return copies of the heads as trained so far."""
         return self.stack.dense(0)
 
 
@@ -150,76 +152,22 @@ class PrivateGradients:
 def private_gradients(
     model: FederatedModel, sent: Broadcast, privacy: PrivacyConfig, secret: int | None, width: int
 ) -> Iterator[PrivateGradients]:
-    """The model with `width` copies of what was sent in it, one for each example of a pass.
+    """Put `width` copies of the broadcast adapter into the model, one for each example of a pass.
 
     Raises
     ------
-    ValueError
-        Where there is no secret, or a layer mixes the rows of a batch or has no gradient per example.
+    FedspanError
+        Where a layer mixes the rows of a batch or has no gradient per example.
     """
     if secret is None:
-        raise FedspanError("privacy.dp = 'example': the site has no secret to draw noise from")
+        raise ValueError("privacy.dp = 'example': the site has no secret to draw noise from")
     for name, layer in model.model.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            raise FedspanError(f"privacy.dp = 'example': {name} mixes the rows of a batch")
+            raise FedspanError(f"privacy.dp = 'example': batch normalisation ({name}) mixes the examples")
     with stacked(model, [sent] * width) as stack:
         yield PrivateGradients(stack, model, privacy, secret, width)
 
 
-class Ledger:
-    """What a site has released of its own data, in a file of its own, written before the work is done.
-
-    Parameters
-    ----------
-    delta, limit
-        Of the site's budget; a file that says otherwise is refused.
-    """
-
-    def __init__(self, path: Path, delta: float, limit: float | None = None) -> None:
-        self.path = path
-        self.budget = Budget(delta, limit)
-        if path.exists():
-            try:
-                held = Budget.restored(json.loads(path.read_text(encoding="utf-8")))
-            except ValueError as error:
-                raise FedspanError(f"{path}: {error}") from None
-            if held.delta != delta:
-                raise FedspanError(f"{path} counts at delta = {held.delta}: expected privacy.delta = {delta}")
-            self.budget = Budget(delta, limit, held.events)
-
-    @property
-    def spent(self) -> float:
-        """ε so far."""
-        return self.budget.spent
-
-    def allows(self, event: Event) -> bool:
-        """Whether the site may do that."""
-        return self.budget.allows(event)
-
-    def charge(self, event: Event) -> None:
-        """Count it, whether or not the work that follows comes to an end.
-
-        Raises
-        ------
-        ValueError
-            When it would exceed the budget: nothing may be done then.
-        """
-        after = self.budget.plus(event)
-        if not self.budget.allows(event):
-            raise FedspanError(
-                f"the privacy budget of this site is spent: this round would come to epsilon = {after.spent:.4g}, "
-                f"privacy.epsilon = {after.limit}"
-            )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(self.path.name + ".partial")
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(after.record(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
-        self.budget = after
-
-
 def parts_of(chosen: Sequence[int], width: int) -> list[list[int]]:
-    """One step's examples in passes of at most `width`."""
+    """Return one step's examples in passes of at most `width`."""
     return [list(chosen[start : start + width]) for start in range(0, len(chosen), width)]

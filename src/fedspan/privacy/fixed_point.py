@@ -25,7 +25,7 @@ class FixedPoint:
     |decode(encode(x)) - x| ≤ 2^-(f+1).
 
     Differences: Bonawitz et al. (2017, doi 10.1145/3133956.3133982) and the quantisers built for it clip to a range
-    chosen beforehand. Here a value out of range is an error, and the range is whatever cannot wrap.
+    chosen beforehand. Here a value out of range is an error, and the range is the largest in which the sum cannot wrap.
 
     Parameters
     ----------
@@ -40,11 +40,11 @@ class FixedPoint:
             raise FedspanError(f"fraction_bits = {self.fraction_bits}: expected 1 to 62")
 
     def limit(self, num_clients: int) -> float:
-        """The largest |x| that each of `num_clients` clients can add without any chance that the sum wraps."""
+        """Return the largest |x| that each of `num_clients` clients can add so that the sum cannot wrap."""
         return math.ldexp(self._largest(num_clients), -self.fraction_bits)
 
     def _largest(self, num_clients: int) -> float:
-        """The largest float64 that is at most (2^63 - 1)/num_clients."""
+        """Return the largest float64 that is at most (2^63 - 1)/num_clients."""
         if num_clients < 1:
             raise FedspanError(f"num_clients = {num_clients}: expected at least 1")
         whole = _LARGEST // num_clients
@@ -52,7 +52,7 @@ class FixedPoint:
         return float(whole) if int(float(whole)) <= whole else math.nextafter(float(whole), 0.0)
 
     def encode(self, values: Tensor, num_clients: int) -> Words:
-        """One client's numbers for a sum over at most `num_clients` clients, flattened.
+        """Return one client's numbers for a sum over at most `num_clients` clients, flattened.
 
         Parameters
         ----------
@@ -66,14 +66,14 @@ class FixedPoint:
 
         Raises
         ------
-        ValueError
+        FedspanError
             Naming the first value that is not finite, or so large that the sum could wrap.
         """
         if values.dtype not in (torch.float32, torch.float64):
             raise FedspanError(f"values of {values.dtype}: expected float32 or float64")
         largest = self._largest(num_clients)
         exact = values.detach().to("cpu", torch.float64).reshape(-1).numpy()
-        with np.errstate(over="ignore"):  # infinity is out of range, as it should be
+        with np.errstate(over="ignore"):  # an overflow to infinity is refused below, as out of range
             scaled = exact * math.ldexp(1.0, self.fraction_bits)
         np.rint(scaled, out=scaled)
         outside = ~(np.abs(scaled) <= largest)  # not >: that is false for NaN
@@ -86,11 +86,11 @@ class FixedPoint:
         return scaled.astype(np.int64).view(np.uint64)
 
     def decode(self, total: Words) -> Tensor:
-        """The sum as real numbers: float64 (n,).
+        """Return the sum as real numbers: float64 (n,).
 
         Raises
         ------
-        ValueError
+        FedspanError
             When `total` is not a vector of uint64.
         """
         if total.dtype != np.uint64 or total.ndim != 1:

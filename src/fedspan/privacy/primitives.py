@@ -1,4 +1,4 @@
-"""The cryptography that secure sums are composed of; the only file that imports the libraries that hold it.
+"""The cryptography of secure sums; the only file that imports the libraries for it.
 
 X25519 (RFC 7748), HKDF-SHA256 (RFC 5869), ChaCha20-Poly1305 (RFC 8439), AES-256 in counter mode, Ed25519 (RFC 8032)
 and Shamir's secret sharing (1979) over GF(2^128). Every key is derived for one purpose in one context and used once.
@@ -40,17 +40,17 @@ _CHUNK = 1 << 15  # words of mask at a time: 256 KiB, so that they are added whi
 
 
 def pack(*parts: bytes) -> bytes:
-    """The parts, each after its length in 4 bytes: two different lists never give the same bytes."""
+    """Return the parts, each after its length in 4 bytes: two different lists never give the same bytes."""
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
 
 
 def unpack(content: bytes, num_parts: int) -> list[bytes]:
-    """What `pack` was given.
+    """Return the parts that `pack` was given.
 
     Raises
     ------
-    ValueError
-        When the content is anything else than so many parts.
+    FedspanError
+        When the content is not exactly that many packed parts.
     """
     if not isinstance(content, bytes):
         raise FedspanError(f"a {type(content).__name__}: expected bytes")
@@ -66,32 +66,32 @@ def unpack(content: bytes, num_parts: int) -> list[bytes]:
 
 
 def digest(*parts: bytes) -> bytes:
-    """SHA-256 of the packed parts."""
+    """Return the SHA-256 of the packed parts."""
     return sha256(pack(_VERSION, *parts)).digest()
 
 
 def new_secret() -> bytes:
-    """32 bytes from the operating system: an X25519 private key, or the seed of a mask."""
+    """Return 32 bytes from the operating system: an X25519 private key, or the seed of a mask."""
     return os.urandom(SECRET)
 
 
 def public_key(private: bytes) -> bytes:
-    """Of an X25519 private key."""
+    """Return the public key of an X25519 private key."""
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
 def derive(secret: bytes, *context: bytes) -> bytes:
-    """HKDF-SHA256: a key that serves one purpose, in one sum, between those whom the context names."""
+    """Derive by HKDF-SHA256 a key for one purpose, in one sum, between the parties that the context names."""
     return HKDF(SHA256(), SECRET, salt=None, info=pack(_VERSION, *context)).derive(secret)
 
 
 def agree(private: bytes, public: bytes, *context: bytes) -> bytes:
-    """The key that both ends of an X25519 agreement derive.
+    """Return the key that both ends of an X25519 agreement derive.
 
     Raises
     ------
-    ValueError
-        When the public key is one of the few that agree on the same secret with everyone.
+    FedspanError
+        When the public key is one of the few with which every private key agrees on the same secret.
     """
     try:
         shared = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
@@ -101,13 +101,13 @@ def agree(private: bytes, public: bytes, *context: bytes) -> bytes:
 
 
 def seal(key: bytes, content: bytes, context: bytes) -> bytes:
-    """Encrypted and authenticated, with the context authenticated beside it."""
+    """Encrypt and authenticate the content, and authenticate the context with it."""
     nonce = os.urandom(12)
     return nonce + ChaCha20Poly1305(key).encrypt(nonce, content, context)
 
 
 def unseal(key: bytes, sealed: bytes, context: bytes) -> bytes | None:
-    """What was sealed; none when key, content or context are not those of the sealing."""
+    """Return the content that was sealed; None when the key, the bytes or the context are not those of `seal`."""
     try:
         return ChaCha20Poly1305(key).decrypt(sealed[:12], sealed[12:], context)
     except (InvalidTag, ValueError):
@@ -115,7 +115,7 @@ def unseal(key: bytes, sealed: bytes, context: bytes) -> bytes | None:
 
 
 def signed(public: bytes, signature: bytes, content: bytes) -> bool:
-    """Whether this is the Ed25519 signature of the content under that key."""
+    """Return whether this is the Ed25519 signature of the content under that key."""
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, content)
     except (InvalidSignature, ValueError):
@@ -124,10 +124,11 @@ def signed(public: bytes, signature: bytes, content: bytes) -> bool:
 
 
 def split(secret: bytes, threshold: int, num_shares: int) -> list[bytes]:
-    """Shares of a 32-byte secret, of which any `threshold` give it back and fewer say nothing about it.
+    """Split a 32-byte secret into shares: any `threshold` of them restore it, fewer say nothing about it.
 
     Share i belongs to the point i + 1 of a polynomial of degree threshold - 1, for each half of the secret.
     """
+    # In halves, since the library shares secrets of 16 bytes.
     halves = [
         Shamir.split(threshold, num_shares, secret[half : half + _BLOCK], False) for half in range(0, SECRET, _BLOCK)
     ]
@@ -135,17 +136,17 @@ def split(secret: bytes, threshold: int, num_shares: int) -> list[bytes]:
 
 
 def combine(shares: Mapping[int, bytes]) -> bytes:
-    """The secret from exactly `threshold` shares by their place, counted from 0; too few or wrong ones give another."""
+    """Restore the secret from exactly `threshold` shares by index, from 0; too few or wrong ones give another."""
     return b"".join(
-        Shamir.combine([(place + 1, share[half : half + _BLOCK]) for place, share in shares.items()], False)
+        Shamir.combine([(index + 1, share[half : half + _BLOCK]) for index, share in shares.items()], False)
         for half in range(0, SECRET, _BLOCK)
     )
 
 
 def add_masks(words: Words, plus: Sequence[bytes], minus: Sequence[bytes]) -> None:
-    """words += Σ mask(plus) - Σ mask(minus) mod 2^64, in place; mask(key) is AES-256-CTR's key stream, from 0.
+    """Perform words += Σ mask(plus) - Σ mask(minus) mod 2^64 in place; mask(key) is AES-256-CTR's key stream, from 0.
 
-    Counter 0 is safe since no key gives two masks: `derive` names the sum and those who share the mask.
+    Counter 0 is safe since no key gives two masks: `derive` binds the key to the sum and to the mask's owners.
     """
     zeros = bytes(8 * _CHUNK)
     buffer = bytearray(8 * _CHUNK + _BLOCK - 1)  # the library asks for room for one more block

@@ -1,4 +1,9 @@
-"""Who takes part in one secure sum, with which keys: what both sides read from the bytes that were advertised."""
+"""The clients of one secure sum and their public keys, as both sides read them from the bytes that were advertised.
+
+Every digest, key and sealed share here is bound to the session, to the client ids and to the purpose. Bytes of one sum
+are therefore worthless in another, and those of one client cannot be presented as another's: a server that replays or
+swaps messages gets an error, never a second mask of the same key or a share for the wrong secret.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ from fedspan.privacy.primitives import SECRET, SIGNATURE, Ed25519PrivateKey, dig
 from fedspan.support.errors import FedspanError
 
 SEALED = 2 * SECRET + primitives.SEALED_EXTRA
-"""Bytes of the two shares that one client has for another."""
+"""Bytes of the sealed pair of shares that one client has for another."""
 
 
 class SumFailed(FedspanError):
@@ -18,30 +23,32 @@ class SumFailed(FedspanError):
 
 
 def too_few(got: int, needed: int, what: str) -> SumFailed:
-    """So many did what the sum needs more of."""
+    """Return the error for a step of the protocol that too few clients took."""
     return SumFailed(f"{got} clients {what}, {needed} were needed: the sum is given up")
 
 
 @dataclass(frozen=True, slots=True)
-class Advert:
-    """What one client tells everyone before a sum."""
+class AdvertisedKeys:
+    """One client's public keys for a sum, which every other client sees."""
 
-    channel: bytes
-    """Public key of the encryption between clients."""
-    mask: bytes
-    """Public key from which pairwise masks are agreed."""
+    channel_key: bytes
+    """For encryption between clients. Not `mask_key`, whose private half is revealed when a client leaves."""
+    mask_key: bytes
+    """For agreeing on the pair masks."""
     commitment: bytes
-    """To the seed of its own mask, so that a wrong share of it is noticed."""
+    """To the seed of the self-mask, so that a wrong share of it is noticed."""
 
     def sign(self, session: bytes, client_id: str, signer: Ed25519PrivateKey | None) -> bytes:
-        """The bytes that are sent; signed when there is an identity to sign with."""
-        body = self.channel + self.mask + self.commitment
+        """Return the bytes to send; signed where there is an identity to sign with."""
+        body = self.channel_key + self.mask_key + self.commitment
         signature = b"" if signer is None else signer.sign(_signed(session, client_id, body))
-        return message("advert", session, client_id) + body + signature
+        return message_header("advert", session, client_id) + body + signature
 
     @classmethod
-    def read(cls, content: bytes, session: bytes, client_id: str, trusted: Mapping[str, bytes] | None) -> Advert:
-        """Check and take apart what a client sent; where identity keys are known, its signature too."""
+    def read(
+        cls, content: bytes, session: bytes, client_id: str, trusted: Mapping[str, bytes] | None
+    ) -> AdvertisedKeys:
+        """Check and parse the bytes that a client sent; where identity keys are known, its signature too."""
         if trusted is not None and check_id(client_id) not in trusted:
             raise FedspanError(f"{client_id!r} takes part, but no identity key is known for it")
         identity = None if trusted is None else trusted[client_id]
@@ -60,62 +67,69 @@ class Advert:
 class Roster:
     """One sum's clients in their order, with their keys; every key of the sum is derived for this roster alone.
 
-    Two clients that were shown different rosters, or different thresholds, cannot read each other's shares.
+    Clients that were shown different rosters or thresholds derive different keys, so they cannot open each other's
+    shares, and the sum fails: the server cannot gain by telling clients different things.
     """
 
     session: bytes
     threshold: int
     ids: tuple[str, ...]
-    adverts: Mapping[str, Advert]
+    adverts: Mapping[str, AdvertisedKeys]
     fingerprint: bytes
-    """Of all of it."""
+    """Digest of the session, the threshold, the ids and the advertised bytes."""
 
     @classmethod
     def read(
         cls, session: bytes, advertised: Mapping[str, bytes], threshold: int, trusted: Mapping[str, bytes] | None
     ) -> Roster:
-        """Check everyone's advertised keys.
+        """Check the advertised keys of all clients.
 
         Raises
         ------
-        ValueError
-            Naming the client whose keys are not what they should be, or what is wrong with the threshold.
+        FedspanError
+            Naming the client whose keys are not valid, or the threshold that is not.
         """
         ids = tuple(sorted(advertised))
         check_threshold(threshold, len(ids))
-        adverts = {i: Advert.read(advertised[i], session, i, trusted) for i in ids}
-        keys = [key for advert in adverts.values() for key in (advert.channel, advert.mask)]
+        adverts = {i: AdvertisedKeys.read(advertised[i], session, i, trusted) for i in ids}
+        keys = [key for advert in adverts.values() for key in (advert.channel_key, advert.mask_key)]
+        # A repeated key means copying or a broken source of randomness, and a channel key equal to a mask key would
+        # be revealed along with it.
         if len(set(keys)) != len(keys):
             raise FedspanError("two of the advertised keys are the same: expected fresh keys from every client")
-        told = [part for i in ids for part in (i.encode(), advertised[i])]
-        return cls(session, threshold, ids, adverts, digest(b"roster", session, str(threshold).encode(), *told))
+        parts = [part for i in ids for part in (i.encode(), advertised[i])]
+        return cls(session, threshold, ids, adverts, digest(b"roster", session, str(threshold).encode(), *parts))
 
-    def place(self, client_id: str) -> int:
-        """Which share of everyone's secrets is this client's."""
+    def share_index(self, client_id: str) -> int:
+        """Return the index of this client's share in every secret that was split."""
         return self.ids.index(client_id)
 
     def channel(self, private: bytes, other: str, sender: str, recipient: str) -> tuple[bytes, bytes]:
-        """The key of one sealed message between two clients, and the context that is authenticated with it."""
+        """Return the key of one sealed message between two clients, and the context authenticated with it."""
         names = (b"shares", self.session, self.fingerprint, sender.encode(), recipient.encode())
-        return primitives.agree(private, self.adverts[other].channel, *names), primitives.pack(*names)
+        return primitives.agree(private, self.adverts[other].channel_key, *names), primitives.pack(*names)
 
-    def pair_key(self, private: bytes, owner: str, other: str) -> bytes:
-        """The key of the mask that two clients share."""
+    def pair_mask_key(self, private: bytes, owner: str, other: str) -> bytes:
+        """Return the key of the mask that two clients share, the same from either side."""
         names = (name.encode() for name in sorted((owner, other)))
-        public = self.adverts[other].mask
+        public = self.adverts[other].mask_key
         return primitives.agree(private, public, b"pair mask", self.session, self.fingerprint, *names)
 
-    def own_key(self, seed: bytes, owner: str) -> bytes:
-        """The key of the mask that is a client's own."""
+    def self_mask_key(self, seed: bytes, owner: str) -> bytes:
+        """Return the key of a client's self-mask."""
         return primitives.derive(seed, b"own mask", self.session, self.fingerprint, owner.encode())
 
-    def answer(self, client_id: str, survivors: Iterable[str]) -> bytes:
-        """How this client's answer to "these stayed" begins."""
+    def unmasking_header(self, client_id: str, survivors: Iterable[str]) -> bytes:
+        """Return the start of this client's unmasking answer, which binds it to the list of survivors."""
         return digest(b"answer", self.fingerprint, client_id.encode(), *(i.encode() for i in sorted(survivors)))
 
 
 def check_threshold(threshold: int, num_clients: int) -> None:
-    """t of n: more than half, or two halves could be asked for different secrets of one client; and never one alone."""
+    """Check that t of n clients is more than half, and at least two.
+
+    With half or less, the server could tell one half that a client stayed and the other that it left, and collect
+    enough shares of both its secrets.
+    """
     if threshold < 2 or threshold > num_clients or 2 * threshold <= num_clients:
         raise FedspanError(
             f"threshold = {threshold} of {num_clients} clients: expected at least 2, more than half and at most all"
@@ -123,24 +137,24 @@ def check_threshold(threshold: int, num_clients: int) -> None:
 
 
 def commitment(session: bytes, client_id: str, seed: bytes) -> bytes:
-    """Says nothing about the 32 random bytes of the seed, and fits no others."""
+    """Return a commitment to a seed: it says nothing about the 32 random bytes, and fits no others."""
     return primitives.derive(seed, b"commitment", session, client_id.encode())
 
 
-def message(kind: str, session: bytes, client_id: str) -> bytes:
-    """How a message begins: of what kind it is, in which sum, from whom."""
+def message_header(kind: str, session: bytes, client_id: str) -> bytes:
+    """Return the start of a message, which binds it to its kind, its sum and its sender."""
     return digest(kind.encode(), session, client_id.encode())
 
 
 def body_of(content: bytes, kind: str, session: bytes, client_id: str) -> bytes:
-    """What follows that beginning."""
-    if not isinstance(content, bytes) or content[:SECRET] != message(kind, session, client_id):
-        raise FedspanError(f"what came as the {kind} of {client_id!r} is not that, or of another sum")
+    """Return the content of a message after its header; a FedspanError where the header is another."""
+    if not isinstance(content, bytes) or content[:SECRET] != message_header(kind, session, client_id):
+        raise FedspanError(f"the {kind} of {client_id!r} is malformed or of another sum")
     return content[SECRET:]
 
 
 def check_id(client_id: str) -> str:
-    """Any name but an empty one."""
+    """Return the id; a FedspanError where it is no string or empty."""
     if not isinstance(client_id, str) or not client_id:
         raise FedspanError(f"client_id {client_id!r}: expected a name")
     return client_id

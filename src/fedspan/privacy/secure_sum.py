@@ -1,8 +1,8 @@
-"""Sums of which the server learns nothing but the sum: one of them, several after one set-up, all in one process.
+"""Sums of which the server learns nothing but the sum: a single one, several after one set-up, or all in one process.
 
-The two sides are `Participant` and `Aggregator`; what passes between them are bytes, and one vector of 64-bit words a
-client. Four trips make a sum: keys, shares, vectors, unmasking. `RoundParticipant` and `RoundAggregator` make the
-first two once for several sums, each of which has keys and secrets of its own.
+The two sides are `Participant` and `Aggregator`; they exchange bytes, and one vector of 64-bit words per client. A sum
+takes four round trips: keys, shares, vectors, unmasking. `RoundParticipant` and `RoundAggregator` make the first two
+once for several sums, each of which has its own keys and secrets.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RoundParticipant:
     Parameters
     ----------
     session
-        Names the round: run and round number. The sums' own sessions are made of it.
+        Names the round: run and round number. The sums' own sessions are derived from it.
     num_sums
         At least one.
     signer, trusted
@@ -58,33 +58,33 @@ class RoundParticipant:
         )
 
     def advertise(self) -> bytes:
-        """This client's keys for all the sums."""
+        """Return this client's keys for all the sums."""
         return primitives.pack(*(one.advertise() for one in self.sums))
 
     def share(self, keys: Mapping[str, bytes], threshold: int) -> dict[str, bytes]:
-        """Shares of this client's secrets of all the sums, sealed for each of the others."""
-        told = _each(keys, len(self.sums))
-        return _joined([one.share(told[i], threshold) for i, one in enumerate(self.sums)])
+        """Return shares of this client's secrets of all the sums, sealed for each of the others."""
+        by_sum = _split(keys, len(self.sums))
+        return _joined([one.share(by_sum[i], threshold) for i, one in enumerate(self.sums)])
 
     def receive(self, shares: Mapping[str, bytes]) -> None:
-        """Take what the others have shared, for all the sums."""
-        told = _each(shares, len(self.sums))
+        """Take the shares that the others have for this client, for all the sums."""
+        by_sum = _split(shares, len(self.sums))
         for i, one in enumerate(self.sums):
-            one.receive(told[i])
+            one.receive(by_sum[i])
 
     def mask(self, index: int, vector: Words) -> Words:
-        """The vector of one sum, under its masks."""
+        """Return the vector of one sum, under its masks."""
         return _numbered(self.sums, index).mask(vector)
 
     def unmask(self, index: int, survivors: Sequence[str]) -> bytes:
-        """The shares that unmask one sum."""
+        """Return the shares that unmask one sum."""
         return _numbered(self.sums, index).unmask(survivors)
 
 
 class RoundAggregator:
     """The server's side of `num_sums` sums of a round: an `Aggregator` for each, set up together.
 
-    A client that missed one sum may take part in the next, as the shares for it lie with the others already.
+    A client that missed one sum may take part in the next, as the others hold its shares for it already.
     """
 
     def __init__(
@@ -93,33 +93,33 @@ class RoundAggregator:
         self.sums = tuple(Aggregator(name, threshold, trusted=trusted) for name in _sessions(session, num_sums))
 
     def check_advert(self, client_id: str, content: bytes) -> None:
-        """Whether one client's keys can go to the others."""
-        for one, told in zip(self.sums, _each({client_id: content}, len(self.sums)), strict=True):
-            one.check_advert(client_id, told[client_id])
+        """Raise a FedspanError where one client's keys cannot be passed on to the others."""
+        for one, adverts in zip(self.sums, _split({client_id: content}, len(self.sums)), strict=True):
+            one.check_advert(client_id, adverts[client_id])
 
     def keys(self, advertised: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Take what clients advertised; what is to be told to each of them, beside the threshold."""
-        told = _each(advertised, len(self.sums))
+        """Take the advertised keys of all clients; return those to send to each of them, with the threshold."""
+        by_sum = _split(advertised, len(self.sums))
         trial = tuple(map(copy, self.sums))  # a bad client must not leave some of the sums set up and some not
-        keys = _joined([one.keys(told[i]) for i, one in enumerate(trial)])
+        keys = _joined([one.keys(by_sum[i]) for i, one in enumerate(trial)])
         self.sums = trial
         return keys
 
     def check_shares(self, sender: str, shares: Mapping[str, bytes]) -> None:
-        """Whether what one client shares is for each of the others, and of the right size: more cannot be seen."""
-        for one, told in zip(self.sums, _each(shares, len(self.sums)), strict=True):
-            one.check_shares(sender, told)
+        """Raise a FedspanError where one client's shares are not for each of the others, or of another size."""
+        for one, part in zip(self.sums, _split(shares, len(self.sums)), strict=True):
+            one.check_shares(sender, part)
 
     def route(self, sent: Mapping[str, Mapping[str, bytes]]) -> dict[str, dict[str, bytes]]:
-        """Take what each client shares (sender -> recipient -> sealed); what each recipient is to be handed."""
-        told = {sender: _each(shares, len(self.sums)) for sender, shares in sent.items()}
+        """Take the sealed shares by sender and recipient; return them by recipient and sender."""
+        by_sum = {sender: _split(shares, len(self.sums)) for sender, shares in sent.items()}
         trial = tuple(map(copy, self.sums))
-        routed = [one.route({sender: told[sender][i] for sender in told}) for i, one in enumerate(trial)]
+        routed = [one.route({sender: by_sum[sender][i] for sender in by_sum}) for i, one in enumerate(trial)]
         self.sums = trial
         return {to: _joined([each[to] for each in routed]) for to in routed[0]}
 
     def sum(self, index: int, num_words: int) -> Aggregator:
-        """One of the sums, ready for vectors of so many words; asked for once."""
+        """Return one of the sums, ready for vectors of `num_words` words; once for each."""
         one = _numbered(self.sums, index)
         one.expect(num_words)
         return one
@@ -133,7 +133,7 @@ def sum_in_process(
     late: Collection[str] = (),
     watch: Callable[[str, Words], None] | None = None,
 ) -> Words:
-    """The whole protocol between simulated clients.
+    """Run the whole protocol between simulated clients.
 
     Parameters
     ----------
@@ -144,9 +144,9 @@ def sum_in_process(
     session
         Names the sum.
     lost
-        Clients that vanish before they mask: they are not in the sum.
+        Clients that disappear before they mask: they are not in the sum.
     late
-        Clients that vanish after they have sent their vector: they are in the sum, and do not help to unmask it.
+        Clients that disappear after they have sent their vector: they are in the sum, and do not help to unmask it.
     watch
         Called with each client's masked vector, as the server sees it.
 
@@ -159,7 +159,7 @@ def sum_in_process(
     ------
     SumFailed
         When fewer than `threshold` stayed.
-    ValueError
+    FedspanError
         When lengths or types differ, or the threshold is no majority.
     """
     unknown = sorted({*lost, *late} - set(vectors))
@@ -193,17 +193,17 @@ def _numbered(sums: Sequence[T], index: int) -> T:
     return sums[index]
 
 
-def _each(told: Mapping[str, bytes], num_sums: int) -> list[dict[str, bytes]]:
-    """By sum, what each client said of it."""
-    apart: dict[str, list[bytes]] = {}
-    for client_id, content in told.items():
+def _split(by_client: Mapping[str, bytes], num_sums: int) -> list[dict[str, bytes]]:
+    """Return the parts of the clients' messages by sum, then by client."""
+    parts: dict[str, list[bytes]] = {}
+    for client_id, content in by_client.items():
         try:
-            apart[client_id] = primitives.unpack(content, num_sums)
-        except ValueError as error:
-            raise FedspanError(f"what came from {client_id!r} for {num_sums} sums is wrong: {error}") from None
-    return [{client_id: parts[i] for client_id, parts in apart.items()} for i in range(num_sums)]
+            parts[client_id] = primitives.unpack(content, num_sums)
+        except FedspanError as error:
+            raise FedspanError(f"the message of {client_id!r} for {num_sums} sums is malformed: {error}") from None
+    return [{client_id: of_client[i] for client_id, of_client in parts.items()} for i in range(num_sums)]
 
 
-def _joined(told: Sequence[Mapping[str, bytes]]) -> dict[str, bytes]:
-    """By client, what is said of each of the sums."""
-    return {name: primitives.pack(*(each[name] for each in told)) for name in told[0]}
+def _joined(by_sum: Sequence[Mapping[str, bytes]]) -> dict[str, bytes]:
+    """Return one message for each client, of its parts for each of the sums."""
+    return {client_id: primitives.pack(*(part[client_id] for part in by_sum)) for client_id in by_sum[0]}

@@ -1,4 +1,4 @@
-"""How far updates are from each other and from what was sent, in what they do to the weights.
+"""Distances of updates from each other and from the broadcast, measured by what they do to the weights.
 
 An adapter counts as its product s·B·A, never as its factors, and without the m×n matrix; everything else as the tensor
 it is. Where what was sent differs between clients (a readout of each rank), the changes are compared, not what came
@@ -25,7 +25,7 @@ from fedspan.support.errors import FedspanError
 
 @dataclass(frozen=True, slots=True)
 class Cohort:
-    """The encoded answers to one question, each with what a client that learnt nothing would have answered."""
+    """The encoded answers of one exchange, each with the answer of a client that learnt nothing."""
 
     updates: Sequence[Update]
     idle: Sequence[Update | None]
@@ -37,23 +37,26 @@ class Cohort:
     def of(
         cls, method: Method, updates: Sequence[Update], sent: Sequence[Broadcast], ask: str, averages_factors: bool
     ) -> Cohort:
-        """The answers of one exchange to what each client was sent."""
+        """Return the cohort of one exchange's answers to the broadcasts that each client was sent."""
         if ask != "train":
             return cls(updates, [None] * len(updates), averages_factors)
         known: dict[int, Update] = {}
         for broadcast in sent:
             if id(broadcast) not in known:
                 idle = _idle(method, broadcast)
-                # One object for what is the same: of changes of the same thing only the answers are compared.
+                # One object for equal answers: where all clients started alike, their answers alone need be compared.
                 known[id(broadcast)] = next((other for other in known.values() if _alike(idle, other)), idle)
         return cls(updates, [known[id(broadcast)] for broadcast in sent], averages_factors)
 
     def only(self, keep: Sequence[int]) -> Cohort:
-        """These of the updates."""
+        """Return the cohort of these updates alone."""
         return replace(self, updates=[self.updates[k] for k in keep], idle=[self.idle[k] for k in keep])
 
     def scaling_problem(self, number: int) -> str | None:
-        """What is wrong with the scalings of an update: they are the server's to say, so that no size hides in them."""
+        """Return what is wrong with the scalings of an update, or None.
+
+        The server sets them: otherwise a client could hide a large update in a large scaling.
+        """
         update, idle = self.updates[number], self.idle[number]
         sent = {} if idle is None else idle.scalings()
         for name, scaling in update.scalings().items():
@@ -62,9 +65,9 @@ class Cohort:
         return None
 
     def size(self, number: int) -> float:
-        """‖change‖_F over all modules and tensors: s B A − s₀ B₀ A₀ of an adapter, x − x₀ of anything else.
+        """Return ‖change‖_F over all modules and tensors: s B A − s₀ B₀ A₀ of an adapter, x − x₀ of anything else.
 
-        Where the method averages factors, beside it (s B − s₀ B₀)(A − A₀): see `crossings`.
+        Where the method averages factors, plus (s B − s₀ B₀)(A − A₀): see `crossings`.
         """
         update, idle = self.updates[number], self.idle[number]
         total = 0.0
@@ -79,7 +82,7 @@ class Cohort:
         return float(total**0.5) if total == total else float("inf")
 
     def distances(self) -> Tensor:
-        """‖change_i − change_j‖_F (K, K): gauge-invariant."""
+        """Return ‖change_i − change_j‖_F (K, K), which no gauge changes."""
         first = self.updates[0]
         shared = all(idle is self.idle[0] for idle in self.idle)
         idle: Sequence[Update | None] = [None] * len(self.updates) if shared else self.idle
@@ -95,7 +98,7 @@ class Cohort:
         return _root(total)
 
     def crossings(self) -> Tensor:
-        """‖(s_i B_i − s_j B_j)(A_i − A_j)‖_F (K, K): what averaging the factors of two clients makes of their products.
+        """Return ‖(s_i B_i − s_j B_j)(A_i − A_j)‖_F (K, K): the error of averaging two clients' factors.
 
         Half the weighted sum of these products over all pairs is T − B̄Ā to the last digit (the residual of FedEx-LoRA,
         Singhal et al. 2025, 2410.09432), so clients that are near by this measure and by their products may be
@@ -113,14 +116,14 @@ class Cohort:
 
 
 def _idle(method: Method, sent: Broadcast) -> Update:
-    """The answer of a client that learnt nothing: what the others' answers are changes of."""
+    """Return the answer of a client that learnt nothing, which the others' answers are changes of."""
     # Without corrections, which such a client would never have met; any rate that is not 0 will do.
     started = method.start(replace(sent, correction={}), None)
     return method.encode(Update("", 1.0, started.adapter, started.dense, rate_sum=1.0), started, None)[0]
 
 
 def _alike(x: Update, y: Update) -> bool:
-    """The same bits."""
+    """Return whether two answers are the same to the bit."""
     if _tensors(x) != _tensors(y) or _pairs(x) != _pairs(y):
         return False
     held = [
@@ -145,8 +148,10 @@ def _change(update: Update, idle: Update | None, name: str) -> LowRank:
 
 
 def _tensors(update: Update) -> list[tuple[str, str]]:
-    """Where the tensors are that are not of a pair: (module, part), or (name, "") of dense weights, ("", name) of
-    second moments."""
+    """Return the places of the tensors outside factor pairs.
+
+    (module, part) of a vector, (name, "") of a dense weight, ("", name) of a second moment.
+    """
     parts = [(name, part) for name, p in update.modules.items() if isinstance(p, Vector) for part in p.values]
     return [*parts, *((name, "") for name in update.dense), *(("", name) for name in update.moments)]
 
@@ -175,7 +180,7 @@ def _difference(update: Update, idle: Update | None, where: tuple[str, str]) -> 
 
 
 def padded(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors in one shape: where ranks differ the smaller fills the leading rows or columns, as in a fold."""
+    """Return the tensors in one shape: one of smaller rank fills the leading rows or columns, as in a fold."""
     shapes = {t.shape for t in tensors}
     if len(shapes) == 1:
         return list(tensors)
@@ -188,7 +193,7 @@ def _squared(x: Tensor) -> float:
 
 
 def _vector_squares(vectors: Sequence[Tensor]) -> Tensor:
-    """‖x_i − x_j‖² (K, K), each difference taken before it is squared."""
+    """Return ‖x_i − x_j‖² (K, K), each difference taken before it is squared."""
     x = torch.stack(padded(vectors)).flatten(1)
     total = torch.zeros((len(x),) * 2, dtype=torch.float64)
     for i in range(len(x) - 1):
@@ -197,7 +202,7 @@ def _vector_squares(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def product_squares(pairs: Sequence[LowRank]) -> Tensor:
-    """‖X_i − X_j‖_F² (K, K) of X_k = B_k A_k, by subtraction alone: no sum of squares from which others are taken.
+    """Return ‖X_i − X_j‖_F² (K, K) of X_k = B_k A_k, by subtraction before squaring: nothing cancels afterwards.
 
     With A_kᵀ = Q_k R_k and Y_k = B_k R_kᵀ, X_k = Y_k Q_kᵀ. Split Q_j = Q_i S + E, S = Q_iᵀ Q_j: then
 
@@ -230,7 +235,7 @@ def product_squares(pairs: Sequence[LowRank]) -> Tensor:
 
 
 def _crossing_squares(pairs: Sequence[LowRank]) -> Tensor:
-    """‖(B_i − B_j)(A_i − A_j)‖_F² (K, K); ranks that differ are filled up with zeros."""
+    """Return ‖(B_i − B_j)(A_i − A_j)‖_F² (K, K); smaller ranks are padded with zeros."""
     b, a = torch.stack(padded([x.b for x in pairs])), torch.stack(padded([x.a for x in pairs]))
     total = torch.zeros((len(pairs),) * 2, dtype=torch.float64)
     for i in range(len(pairs) - 1):
@@ -246,6 +251,6 @@ def _squares(x: Tensor) -> Tensor:
 
 
 def _root(squares: Tensor) -> Tensor:
-    """The distances; one that cannot be told is as large as can be."""
-    found: Tensor = torch.nan_to_num(squares, nan=float("inf"), posinf=float("inf")).sqrt()
-    return found.fill_diagonal_(0.0)
+    """Return the distances; one that overflowed or is NaN counts as infinite."""
+    distances: Tensor = torch.nan_to_num(squares, nan=float("inf"), posinf=float("inf")).sqrt()
+    return distances.fill_diagonal_(0.0)

@@ -1,7 +1,7 @@
-"""The filters themselves: which updates are folded, with which weights, or what in their place.
+"""The filters: each returns the updates that are folded, their weights, or other contents in their place.
 
-Everything is decided from the distances of `fedspan.robust.distances`; f is the number of clients that may be bad, n
-that of the updates.
+Those that choose clients decide from the distances of `fedspan.robust.distances` alone. f is the number of clients that
+may be bad, n that of the updates.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from fedspan.support.errors import FedspanError
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """What a filter makes of the updates."""
+class FilterResult:
+    """The updates to fold in place of those that a filter was given."""
 
     updates: Sequence[Update]
     rejected: Mapping[str, str] = field(default_factory=dict)
+    """Client -> what was wrong with its update."""
     diagnostics: Mapping[str, Any] = field(default_factory=dict)
 
 
 def least(name: str, attackers: int, averages_factors: bool) -> int:
-    """How many updates the filter needs against so many attackers."""
+    """Return the smallest number of updates with which the filter withstands that many attackers."""
     if name in ("krum", "multi_krum"):
         return 2 * attackers + 3
     if name == "geometric_median" and averages_factors:
@@ -38,7 +39,7 @@ def least(name: str, attackers: int, averages_factors: bool) -> int:
 
 
 def check_size(name: str, num_updates: int, attackers: int, averages_factors: bool) -> None:
-    """Raise a ValueError where there are too few."""
+    """Raise a FedspanError where there are fewer updates than the filter needs."""
     needed = least(name, attackers, averages_factors)
     if num_updates < needed:
         raise FedspanError(
@@ -47,8 +48,8 @@ def check_size(name: str, num_updates: int, attackers: int, averages_factors: bo
         )
 
 
-def krum(cohort: Cohort, attackers: int) -> Result:
-    """Krum: the one update whose n − f − 2 nearest others are nearest, Σ ‖X_i − X_j‖² over them being its score.
+def krum(cohort: Cohort, attackers: int) -> FilterResult:
+    """Choose by Krum the one update whose n − f − 2 nearest others are nearest: Σ ‖X_i − X_j‖² over them is its score.
 
     For n > 2f + 2 it is an update near the honest ones' mean, whatever f others send. Numbers of examples, which
     clients claim, play no part.
@@ -60,33 +61,35 @@ def krum(cohort: Cohort, attackers: int) -> Result:
     return _chosen(cohort, attackers, 1)
 
 
-def multi_krum(cohort: Cohort, attackers: int) -> Result:
-    """Multi-Krum: the n − f updates of the smallest scores, each with the same weight.
+def multi_krum(cohort: Cohort, attackers: int) -> FilterResult:
+    """Choose by Multi-Krum the n − f updates of the smallest scores, each with the same weight.
 
     Source: Blanchard et al. 2017 (1703.02757), as `krum`.
-    Differences: m = n − f is chosen for good, the most that leaves out f; the paper proves m = 1. The method's own rule
-    takes the place of the mean.
+    Differences: m = n − f always, the most that leaves out f; the paper proves m = 1. The method's own rule takes the
+    place of the mean.
     """
     return _chosen(cohort, attackers, len(cohort.updates) - attackers)
 
 
-def _chosen(cohort: Cohort, attackers: int, number: int) -> Result:
+def _chosen(cohort: Cohort, attackers: int, number: int) -> FilterResult:
     distances = cohort.distances()
     if cohort.averages_factors:
         distances = torch.hypot(distances, cohort.crossings())
     scores = krum_scores(distances, attackers)
+    # Ties go to the first client by id, so that the choice is the same wherever and however often it is computed.
     order = sorted(range(len(scores)), key=lambda k: (scores[k], k))
     keep = sorted(order[:number])
     if not scores[order[0]] < float("inf"):
         raise FedspanError("robust.filter: every update is infinitely far from the others; expected most of them near")
     ids = [update.client_id for update in cohort.updates]
     aside = [client for k, client in enumerate(ids) if k not in keep]
+    # Equal weights: numbers of examples are claims, with which a chosen attacker could outweigh all the others.
     updates = [replace(cohort.updates[k], num_examples=1.0) for k in keep]
-    return Result(updates, {}, {"chosen": [ids[k] for k in keep], "set_aside": aside})
+    return FilterResult(updates, {}, {"chosen": [ids[k] for k in keep], "set_aside": aside})
 
 
 def krum_scores(distances: Tensor, attackers: int) -> list[float]:
-    """Σ d_ij² over the n − f − 2 nearest j of every i (at least one); (K, K) -> K numbers."""
+    """Return Σ d_ij² over the n − f − 2 nearest j of every i (at least one); (K, K) -> K numbers."""
     num_near = max(1, len(distances) - attackers - 2)
     # The smallest of a row is the update's own zero; another that is as near stands for it just as well.
     near = distances.square().sort(dim=1).values[:, 1 : 1 + num_near]
@@ -94,40 +97,36 @@ def krum_scores(distances: Tensor, attackers: int) -> list[float]:
 
 
 FAR = 1e6
-"""In units of the typical distance: what is farther has no weight in the geometric median."""
+"""In units of the typical distance: an update farther away has no weight in the geometric median."""
 _SMOOTH = 1e-6
 _STEPS = 1000
 
 
-def geometric_median(cohort: Cohort, attackers: int) -> Result:
-    """The geometric median, argmin_z Σ α_k ‖z − X_k‖, through the weights w_k of z = Σ w_k X_k, which replace α_k.
+def geometric_median(cohort: Cohort, attackers: int) -> FilterResult:
+    """Take the geometric median, argmin_z Σ α_k ‖z − X_k‖, through the weights w_k of z = Σ w_k X_k, which replace α_k.
 
     Weiszfeld's iteration, smoothed: w_k ∝ α_k / max(ν, ‖z − X_k‖). While the bad clients hold less than half of the
     weight, z stays within a multiple of the honest ones' spread of their median.
 
     α_k are the clients' numbers of examples. They are claims, so none counts for more than the (f+1)-th largest, which
-    at least one honest client makes or tops.
+    at least one honest client equals or exceeds.
 
     Where the method averages factors, the weighted mean of the factors is the weighted mean of the products only for
     clients in nearly one gauge: the f whose `crossings` are farthest from the others' are set aside first.
 
     Source: Pillutla et al. 2019, "Robust Aggregation for Federated Learning" (1912.13445, RFA).
     Differences: the distances (`Cohort`); claims are bounded; ν is 1e-6 of the typical distance, not 1e-6 itself; the
-    iteration runs until it stands still, for no client takes part in it; an update farther than `FAR` times the typical
-    distance is rejected, where its pull would be bounded but its product with a tiny weight is not exact.
+    iteration runs to convergence, since it costs no client anything; an update farther than `FAR` times the typical
+    distance is rejected: its pull would be bounded, but a huge tensor times a tiny weight is not exact.
 
     Raises
     ------
-    ValueError
+    FedspanError
         When f clients could hold half of the weight.
     """
     aside: list[str] = []
     if cohort.averages_factors and attackers:
-        scores = krum_scores(cohort.crossings(), attackers)
-        order = sorted(range(len(scores)), key=lambda k: (scores[k], k))
-        keep = sorted(order[: len(order) - attackers])
-        aside = [cohort.updates[k].client_id for k in sorted(order[len(order) - attackers :])]
-        cohort = cohort.only(keep)
+        cohort, aside = _without_far_gauges(cohort, attackers)
     distances = cohort.distances()
     centre, reach = _middle(distances)
     near = (distances[centre] <= FAR * reach) if reach > 0 else distances[centre].isfinite()
@@ -138,20 +137,29 @@ def geometric_median(cohort: Cohort, attackers: int) -> Result:
         if k not in keep
     }
     cohort, distances = cohort.only(keep), distances[keep][:, keep]
+    # The rejected were attackers, so fewer claims need bounding.
     left = max(0, attackers - len(rejected))
     claims = bounded_claims([update.num_examples for update in cohort.updates], left)
     weights, steps = weiszfeld(distances, claims, keep.index(centre), reach)
     updates = [replace(u, num_examples=w) for u, w in zip(cohort.updates, weights, strict=True) if w > 0]
     by_id = {u.client_id: w for u, w in zip(cohort.updates, weights, strict=True)}
-    return Result(updates, rejected, {"weights": by_id, "set_aside": aside, "iterations": steps})
+    return FilterResult(updates, rejected, {"weights": by_id, "set_aside": aside, "iterations": steps})
+
+
+def _without_far_gauges(cohort: Cohort, attackers: int) -> tuple[Cohort, list[str]]:
+    """Return the cohort without the f updates whose `crossings` are farthest from the others', and their clients."""
+    scores = krum_scores(cohort.crossings(), attackers)
+    order = sorted(range(len(scores)), key=lambda k: (scores[k], k))
+    keep, aside = order[: len(order) - attackers], order[len(order) - attackers :]
+    return cohort.only(sorted(keep)), [cohort.updates[k].client_id for k in sorted(aside)]
 
 
 def bounded_claims(claims: Sequence[float], attackers: int) -> list[float]:
-    """The clients' shares after no claim counts for more than the (f+1)-th largest.
+    """Return the clients' shares of the weight, where no claim counts for more than the (f+1)-th largest.
 
     Raises
     ------
-    ValueError
+    FedspanError
         When the f largest of these would be half of all or more.
     """
     most = sorted(claims, reverse=True)[min(attackers, len(claims) - 1)]
@@ -166,7 +174,7 @@ def bounded_claims(claims: Sequence[float], attackers: int) -> list[float]:
 
 
 def _middle(distances: Tensor) -> tuple[int, float]:
-    """The update nearest to half of the others, and how near it is."""
+    """Return the update nearest to half of the others, and its distance from the farthest of these."""
     if len(distances) == 1:
         return 0, 0.0
     half = distances.sort(dim=1).values[:, len(distances) // 2]
@@ -175,7 +183,7 @@ def _middle(distances: Tensor) -> tuple[int, float]:
 
 
 def weiszfeld(distances: Tensor, shares: Sequence[float], centre: int, reach: float) -> tuple[list[float], int]:
-    """The weights (K) of the geometric median, from the distances (K, K) alone, and how many steps it took.
+    """Return the weights (K) of the geometric median, from the distances (K, K) alone, and the number of steps.
 
     With u_k = X_k − X_c, ‖X_k − Σ w_j X_j‖² is that of Σ_j a_j u_j for a = e_k − w, and the inner products of the u are
     (d_jc² + d_kc² − d_jk²)/2. Because c is in the middle of the honest updates, what is subtracted there is of their
@@ -197,17 +205,17 @@ def weiszfeld(distances: Tensor, shares: Sequence[float], centre: int, reach: fl
     while steps < _STEPS:
         apart = eye - weights
         sizes = ((apart @ gram) * apart).sum(dim=1).clamp(min=0).sqrt()
-        found = alpha / sizes.clamp(min=_SMOOTH * unit)
-        found = found / found.sum()
-        moved = float((found - weights).abs().sum())
-        weights, steps = found, steps + 1
-        if moved <= 1e-9:
+        updated = alpha / sizes.clamp(min=_SMOOTH * unit)
+        updated = updated / updated.sum()
+        change = float((updated - weights).abs().sum())
+        weights, steps = updated, steps + 1
+        if change <= 1e-9:
             break
     return [float(w) for w in weights], steps
 
 
-def median(cohort: Cohort, attackers: int) -> Result:
-    """The median of every coordinate, for n > 2f; the mean of the middle two where n is even.
+def median(cohort: Cohort, attackers: int) -> FilterResult:
+    """Take the median of every coordinate, for n > 2f; the mean of the middle two where n is even.
 
     Source: Yin et al. 2018, "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates" (1803.01498).
     Differences: none in the rule; numbers of examples play no part, as there. Every client's update is replaced by the
@@ -221,8 +229,8 @@ def median(cohort: Cohort, attackers: int) -> Result:
     return _by_coordinate(cohort, middle)
 
 
-def trimmed_mean(cohort: Cohort, attackers: int) -> Result:
-    """The mean of every coordinate without its f largest and its f smallest values, for n > 2f.
+def trimmed_mean(cohort: Cohort, attackers: int) -> FilterResult:
+    """Take the mean of every coordinate without its f largest and its f smallest values, for n > 2f.
 
     Source: Yin et al. 2018 (1803.01498), with β = f/n.
     Differences: as for `median`.
@@ -234,15 +242,15 @@ def trimmed_mean(cohort: Cohort, attackers: int) -> Result:
     return _by_coordinate(cohort, middle)
 
 
-def _by_coordinate(cohort: Cohort, middle: Callable[[Tensor], Tensor]) -> Result:
-    """Every update with, in place of each tensor, `middle` of the clients' values in increasing order (n, …)."""
+def _by_coordinate(cohort: Cohort, middle: Callable[[Tensor], Tensor]) -> FilterResult:
+    """Replace each tensor of every update by `middle` of the clients' values in increasing order (n, …)."""
     updates = cohort.updates
 
     def joined(held: Sequence[Tensors]) -> Tensors:
         for other in held:
             if other.keys() != held[0].keys():
                 raise FedspanError(f"updates name different tensors: {sorted(other.keys() ^ held[0].keys())[:3]}")
-        # One tensor at a time: of a whole model, n copies would be too many to sort at once.
+        # One tensor at a time: n copies of a whole model would not fit in memory.
         columns = ((name, padded([lowrank.promote(x[name]) for x in held])) for name in held[0])
         return {name: middle(torch.stack(column).sort(dim=0).values) for name, column in columns}
 
@@ -251,17 +259,17 @@ def _by_coordinate(cohort: Cohort, middle: Callable[[Tensor], Tensor]) -> Result
         payloads = [update.modules[name] for update in updates]
         vectors = [payload.values for payload in payloads if isinstance(payload, Vector)]
         if len(vectors) < len(payloads):
-            raise FedspanError(f"{name} holds factor pairs, whose coordinates cannot be compared: expected vectors")
+            raise ValueError(f"{name} holds factor pairs, whose coordinates cannot be compared: expected vectors")
         modules[name] = Vector(joined(vectors))
     dense, moments = joined([u.dense for u in updates]), joined([u.moments for u in updates])
-    found = [replace(u, num_examples=1.0, modules=modules, dense=dense, moments=moments) for u in updates]
-    return Result(found)
+    return FilterResult([replace(u, num_examples=1.0, modules=modules, dense=dense, moments=moments) for u in updates])
 
 
-FILTERS: Mapping[str, Callable[[Cohort, int], Result]] = {
+FILTERS: Mapping[str, Callable[[Cohort, int], FilterResult]] = {
     "krum": krum,
     "multi_krum": multi_krum,
     "geometric_median": geometric_median,
     "median": median,
     "trimmed_mean": trimmed_mean,
 }
+"""Name in `robust.filter` -> the filter, from (the cohort, f)."""

@@ -11,8 +11,8 @@ from fedspan.config import LocalConfig, PrivacyConfig
 from fedspan.federation.clients import Client
 from fedspan.federation.requirements import client_account
 from fedspan.methods.base import Method
-from fedspan.privacy.accountant import Account
-from fedspan.privacy.spending import Examples
+from fedspan.privacy.budget import Account
+from fedspan.privacy.ledgers import ExampleLedgers
 
 
 class PrivacyBudget(Protocol):
@@ -91,7 +91,7 @@ class ClientBudget:
 class ExampleBudget:
     """The budget of simulated clients that train by DP-SGD, each with a ledger of its own."""
 
-    examples: Examples
+    examples: ExampleLedgers
     local: LocalConfig
     limit: float | None
     """`privacy.epsilon`."""
@@ -129,7 +129,7 @@ def create_budget(
     privacy: PrivacyConfig,
     participation: float,
     local: LocalConfig,
-    examples: Examples | None,
+    examples: ExampleLedgers | None,
     *,
     released: bool,
 ) -> PrivacyBudget:

@@ -21,8 +21,9 @@ from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast
 from fedspan.models import FederatedModel
 from fedspan.privacy.fixed_point import FixedPoint
-from fedspan.privacy.spending import Examples, secret_of
-from fedspan.privacy.summing import Sum
+from fedspan.privacy.ledgers import ExampleLedgers
+from fedspan.privacy.running_sum import SumSettings
+from fedspan.privacy.secret_file import secret_of
 from fedspan.runs.events import Event, OnEvent
 from fedspan.server.coordinator import Coordinator
 from fedspan.support.errors import FedspanError
@@ -54,9 +55,9 @@ class RunContext:
     """Processes that share the local work and the evaluation."""
     coordinator: Coordinator | None = None
     """Reaches the clients of a federation of real sites; none: the clients are simulated."""
-    total: Sum | None = None
+    total: SumSettings | None = None
     """Takes the sums of simulated clients' updates in fixed point; none: updates are folded as they are."""
-    examples: Examples | None = None
+    examples: ExampleLedgers | None = None
     """Ledgers of simulated clients that train by DP-SGD."""
 
     @classmethod
@@ -116,7 +117,9 @@ class RunContext:
             num_workers=num_workers,
             coordinator=coordinator,
             total=_total(config.privacy, config.seed),
-            examples=Examples(config, out) if config.privacy.dp == "example" and coordinator is None else None,
+            examples=ExampleLedgers(config.privacy, config.local.batch_size, out)
+            if config.privacy.dp == "example" and coordinator is None
+            else None,
         )
 
     def emit(self, kind: str, **data: Any) -> None:
@@ -165,7 +168,11 @@ def _shapes(model: FederatedModel, dense: Mapping[str, torch.Tensor]) -> dict[st
     return shapes | {f"dense {name}": list(t.shape) for name, t in dense.items()}
 
 
-def _total(privacy: PrivacyConfig, seed: int) -> Sum | None:
+def _ledgers(privacy: PrivacyConfig, batch_size: int, out: Path) -> ExampleLedgers | None:
+    return ExampleLedgers(privacy, batch_size, out) if privacy.dp == "example" else None
+
+
+def _total(privacy: PrivacyConfig, seed: int) -> SumSettings | None:
     if not privacy.secure_sums and not privacy.fixed_point:
         return None
-    return Sum(FixedPoint(privacy.fraction_bits), privacy.secure_sums, privacy.threshold, str(seed))
+    return SumSettings(FixedPoint(privacy.fraction_bits), privacy.secure_sums, privacy.threshold, str(seed))

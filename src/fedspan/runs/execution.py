@@ -14,7 +14,7 @@ from fedspan.config import Config, to_toml, with_absolute_paths
 from fedspan.config import load as load_config
 from fedspan.federation import requirements
 from fedspan.models.quantised import base_size
-from fedspan.privacy.spending import secret_of
+from fedspan.privacy.secret_file import secret_of
 from fedspan.runs import events
 from fedspan.runs.context import RunContext
 from fedspan.runs.events import OnEvent

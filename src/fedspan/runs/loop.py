@@ -125,7 +125,7 @@ class MethodRun:
                 context.coordinator or self._simulated(cohort),
                 min_success=self._min_success(),
                 sums=self._sums_only(),
-                screen=screen(context.config, self.method),
+                screen=screen(context.config.robust, self.method),
                 on_answer=self._on_answer(round_num, len(cohort)),
                 observe=self._observer(len(cohort)),
             )

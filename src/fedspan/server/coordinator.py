@@ -21,7 +21,8 @@ from fedspan.methods.base import Method
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, ClientState, Tensors, Update
 from fedspan.privacy.fixed_point import FixedPoint
-from fedspan.privacy.summing import Layout, Sum
+from fedspan.privacy.layout import Layout
+from fedspan.privacy.running_sum import SumSettings
 from fedspan.server.checks import Checks, problem
 from fedspan.server.masked_sums import Setup, set_up, unmasked
 from fedspan.server.registry import SiteRegistry
@@ -181,7 +182,7 @@ class Coordinator:
         if question.place[0] or (self._setup is not None and self._setup.serves(clients, question.place[1])):
             return {}
         p = self.config.privacy
-        how = Sum(FixedPoint(p.fraction_bits), True, p.threshold)
+        how = SumSettings(FixedPoint(p.fraction_bits), True, p.threshold)
         ahead = min(p.rounds_ahead, self.config.federation.rounds - question.round_num)
         self._setup, problems = set_up(self._requests, how, question, self._head(question), clients, ahead)
         return problems

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedspan.federation.clients import Client
 from fedspan.federation.exchange import Question
 from fedspan.privacy.fixed_point import Words
-from fedspan.privacy.summing import Sum
+from fedspan.privacy.running_sum import SumSettings
 from fedspan.server.checks import DAMAGED
 from fedspan.server.requests import Requests
 from fedspan.support.errors import FedspanError
@@ -45,7 +45,12 @@ class Setup:
 
 
 def set_up(
-    requests: Requests, how: Sum, question: Question, head: Mapping[str, Any], clients: Sequence[Client], rounds: int
+    requests: Requests,
+    how: SumSettings,
+    question: Question,
+    head: Mapping[str, Any],
+    clients: Sequence[Client],
+    rounds: int,
 ) -> tuple[Setup, dict[str, str]]:
     """Have the clients agree on keys, and share their secrets, for all sums of this round and those after it.
 

@@ -31,8 +31,8 @@ from fedspan.federation.exchange import Question, begin, respond, unlearnt
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, ClientState, Request, Tensors
 from fedspan.privacy.fixed_point import FixedPoint
-from fedspan.privacy.spending import Examples
-from fedspan.privacy.summing import Layout
+from fedspan.privacy.layout import Layout
+from fedspan.privacy.ledgers import ExampleLedgers
 from fedspan.site.settings import Settings
 from fedspan.site.storage import Refused, SiteStorage
 from fedspan.support.errors import FedspanError
@@ -93,7 +93,8 @@ class Site:
         self._derived: Broadcast | None = None
         self.terms = agreement.terms(given.config)
         self._storage = SiteStorage(folder / "state")
-        self._examples = Examples(given.config, folder) if given.config.privacy.dp == "example" else None
+        privacy, batch_size = given.config.privacy, given.config.local.batch_size
+        self._examples = ExampleLedgers(privacy, batch_size, folder) if privacy.dp == "example" else None
         self._learnt: LocalResult | None = None
         self._state: ClientState | None = None
         self._newest_round: tuple[str, int] = ("", 0)

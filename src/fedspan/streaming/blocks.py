@@ -1,4 +1,4 @@
-"""What a block of updates adds to a pass: the method's own sum, or the answers to its questions.
+"""The sums over one block of updates in a pass: the method's own, or the answers to its questions.
 
 Shapes: B (m, r), A (r, n), as in `fedspan.algebra.lowrank`.
 """
@@ -19,12 +19,12 @@ from fedspan.support.errors import FedspanError
 
 
 def sum_of(updates: Sequence[Update], dense: bool) -> Partial:
-    """Σ n_k · payload_k over the block and, with `dense`, Σ n_k x_k."""
+    """Return Σ n_k · payload_k over the block and, with `dense`, Σ n_k x_k."""
     total = Partial()
     for update in updates:
-        # Read once what may lie in a file.
+        # Every access may read a file anew, so each tensor is read here, once.
         read = replace(update, modules=dict(update.modules), dense=dict(update.dense) if dense else {})
-        values = _values(read)
+        values = read.named_tensors()
         for (module, part), value in values.items():
             if not is_finite(value):
                 where = f"{part} of {module}" if module else part
@@ -38,21 +38,18 @@ _Place = tuple[str, str]
 
 
 def _added(total: Partial, update: Update, values: Mapping[_Place, Tensor]) -> Partial:
-    """`SUM.add`, into the total's own tensors where nothing is to be padded: six times faster for large weights."""
+    """Return `SUM.add`, in place where nothing is to be padded: six times faster for large weights."""
     own = _own_tensors(total)
     fits = own.keys() == values.keys() and all(
         x.shape == own[place].shape and torch.promote_types(x.dtype, own[place].dtype) == own[place].dtype
         for place, x in values.items()
     )
     if not fits or total.num_clients == 0:
-        return SUM.add(total, update)  # new tensors, which belong to the total; or a word on why they do not fit
+        # Makes new tensors, which belong to the total and may be added to; or says why the update does not fit.
+        return SUM.add(total, update)
     for place, x in values.items():
         own[place].add_(x, alpha=update.num_examples)
     return replace(total, num_clients=total.num_clients + 1, weight=total.weight + update.num_examples)
-
-
-def _values(update: Update) -> dict[_Place, Tensor]:
-    return update.named_tensors()
 
 
 def _own_tensors(total: Partial) -> dict[_Place, Tensor]:
@@ -65,7 +62,7 @@ def _own_tensors(total: Partial) -> dict[_Place, Tensor]:
 def answers_of(
     questions: Questions, updates: Sequence[Update], terms: Terms, shapes: Mapping[str, tuple[int, int]], dense: bool
 ) -> Partial:
-    """The sums that the questions ask for, Σ n_k (…) by number of the question; with `dense`, Σ n_k x_k too.
+    """Return the sums that the questions ask for, Σ n_k (…) by number of the question; with `dense`, Σ n_k x_k too.
 
     Parameters
     ----------
@@ -74,11 +71,11 @@ def answers_of(
     """
 
     def term(update: Update, name: str) -> Term:
-        # Read once what may lie in a file.
+        # Every access may read a file anew, so the factors are read here, once.
         return terms(replace(update, modules={name: _checked(update, name, shapes[name])}), name)
 
     answers = partial_sums(questions, updates, term)
-    # Contiguous, as a checkpoint gives them back: products of another layout differ in the last bits.
+    # Contiguous, as a checkpoint restores them: products of another memory layout differ in the last bits.
     sums = {name: {str(i): x.contiguous() for i, x in enumerate(values)} for name, values in answers.items()}
     heads = sum_of([replace(update, modules={}) for update in updates], dense).dense
     return Partial(len(updates), sum(float(update.num_examples) for update in updates), heads, sums)

@@ -1,4 +1,4 @@
-"""Where updates come from: anything that can be iterated again and again in sorted client order, and trees of it."""
+"""Sources of updates: anything that can be iterated repeatedly in sorted client order, and trees of such sources."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Tree:
     """A server whose children are sources or servers: the sums of a node are the sums of its children's sums.
 
     The clients of each source are sorted, and none stands in two of them. Servers on other machines do `sum_pass` on
-    their own clients and send the partial up: see `drive`.
+    their own clients and send the partial up: see `aggregate_passes`.
     """
 
     children: Sequence[Source]
@@ -28,51 +28,51 @@ Source = Iterable[Update] | Tree
 """Updates in sorted client order, the same at every iteration: a list, a `Spool`, an object that makes them anew."""
 
 
-class Edge(Enum):
-    """Where a walk through a tree enters and leaves a node."""
+class Boundary(Enum):
+    """The points at which a walk through a tree of servers enters and leaves a node."""
 
     ENTER = auto()
     LEAVE = auto()
 
 
-def walk(source: Source, block: int) -> Iterator[Edge | list[Update]]:
-    """The source's updates in blocks, in an order that is the same every time, with the edges of its nodes."""
-    yield Edge.ENTER
+def walk(source: Source, block: int) -> Iterator[Boundary | list[Update]]:
+    """Yield the source's updates in blocks, always in the same order, between the boundaries of the nodes."""
+    yield Boundary.ENTER
     if isinstance(source, Tree):
         for child in source.children:
             yield from walk(child, block)
     else:
         updates = iter(source)
-        while held := list(islice(updates, block)):
-            yield held
-            held.clear()  # or this block would live on while the next one is read
-    yield Edge.LEAVE
+        while current := list(islice(updates, block)):
+            yield current
+            current.clear()  # or this block would stay in memory while the next one is read
+    yield Boundary.LEAVE
 
 
-class RollCall:
-    """Who has been heard in one pass: refuses a client that counts for nothing, comes twice or out of order.
+class ClientSequence:
+    """The clients seen so far in one pass; one without weight, repeated or out of order is refused.
 
-    ``digest`` stands for all clients so far and their weights, so that two passes, or a checkpoint and its source,
-    can be compared without keeping the ids.
+    ``digest`` identifies all of them with their weights, so that two passes, or a checkpoint and its source, can be
+    compared without keeping the ids.
     """
 
     def __init__(self, source: Source) -> None:
         self.num_clients = 0
         self.digest = ""
         self._last: str | None = None
-        # Sorted order shows a repetition inside one source; across the sources of a tree it takes the ids.
+        # In one source, sorted order puts a repeated client next to itself; across a tree's sources only ids show it.
         self._known: set[str] | None = set() if isinstance(source, Tree) else None
 
-    def enter(self) -> None:
-        """A new source begins."""
+    def begin_source(self) -> None:
+        """Begin a new source, whose order is its own."""
         self._last = None
 
-    def call_all(self, updates: Iterable[Update]) -> None:
-        """The next updates; a ValueError when one cannot be taken."""
+    def add_all(self, updates: Iterable[Update]) -> None:
+        """Add the next updates' clients; a FedspanError when one of them is refused."""
         for update in updates:
-            self._call(update)
+            self._add(update)
 
-    def _call(self, update: Update) -> None:
+    def _add(self, update: Update) -> None:
         client, count = update.client_id, update.num_examples
         if client == self._last or (self._known is not None and client in self._known):
             raise FedspanError(f"two updates of {client}: expected one each")

@@ -1,8 +1,8 @@
-"""Clients' updates as a folder of safetensors files, one per update, read module by module when asked.
+"""Clients' updates as a folder of safetensors files, one per update, read module by module on demand.
 
 A server rule that goes module by module over the updates of a spool holds one module's factors at a time: nothing is
-mapped into memory, and what was read is freed with the tensor that holds it. Tensors are stored as they are; who sent
-them and what they are stands as JSON in the file's own header, so nothing is unpickled.
+mapped into memory, and what was read is freed with the tensor that holds it. Tensors are stored as they are; the
+client and the structure are JSON in the file's own header, so nothing is unpickled.
 
 Shapes: B (m, r), A (r, n), as in `fedspan.algebra.lowrank`.
 """
@@ -38,19 +38,19 @@ class Spool:
     Parameters
     ----------
     folder
-        Where the files are; made by the first `add`.
+        Holds the files; made by the first `add`.
 
     Raises
     ------
-    ValueError
-        While iterating, naming the file: when it is damaged, changed or no update of the client it is named after.
+    FedspanError
+        While iterating, naming the file: when it is damaged, changed or not an update of the client it is named after.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
 
     def add(self, update: Update) -> Path:
-        """Write one update, whole or not at all; a ValueError when the client has already sent one."""
+        """Write one update, whole or not at all; a FedspanError when the client has already sent one."""
         path = self.folder / _file_name(update.client_id)
         if path.exists():
             raise FedspanError(f"{self.folder} already holds an update of {update.client_id}: expected one each")
@@ -58,7 +58,7 @@ class Spool:
         return path
 
     def clients(self) -> list[str]:
-        """The ids of the clients whose updates are there, sorted."""
+        """Return the ids of the clients whose updates are there, sorted."""
         if not self.folder.is_dir():
             raise FedspanError(f"{self.folder} is no folder: expected one with updates")
         # A writer that was killed leaves a file of another suffix behind.
@@ -78,11 +78,11 @@ class Spool:
 
 
 def write_update(path: Path, update: Update) -> None:
-    """Replace `path` by this update; whatever goes wrong, the file that was there survives.
+    """Replace `path` by this update; on any failure the previous file survives.
 
     Raises
     ------
-    ValueError
+    FedspanError
         When a tensor is of a kind that updates do not hold (not float64, float32, float16 or bfloat16).
     OSError
         When the disk is full or the folder is not writable.
@@ -115,11 +115,11 @@ def write_update(path: Path, update: Update) -> None:
 
 
 def read_update(path: Path) -> Update:
-    """The update in one file. Its header is read and checked here, a tensor when it is asked for and each time anew.
+    """Open the update in one file. The header is read and checked here, a tensor each time that it is accessed.
 
     Raises
     ------
-    ValueError
+    FedspanError
         When the file is damaged or holds no update; later, when a tensor read from it holds NaN or infinity, or the
         file has been replaced.
     """
@@ -147,7 +147,7 @@ def _is_number(x: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """Where a tensor lies in its file."""
+    """The place of a tensor in its file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -170,7 +170,7 @@ def _identity(file: BinaryIO) -> tuple[int, int, int]:
 
 
 def _open(path: Path, file: BinaryIO) -> tuple[_Opened, dict[str, Any]]:
-    """The checked header of an open file, and what stands in it about the update."""
+    """Return the checked header of an open file, and its description of the update."""
     identity = _identity(file)
     total = identity[1]
     length = int.from_bytes(_exactly(file, 8), "little")
@@ -213,18 +213,18 @@ def _exactly(file: BinaryIO, size: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One client's file, and how its tensors are read."""
+    """One client's file, from which its tensors are read."""
 
     file: _Opened
     client_id: str
 
     def known(self, key: str) -> str:
-        """The key itself, when the file has such a tensor."""
+        """Return the key, or raise a KeyError where the file has no such tensor."""
         self.file.spans[key]
         return key
 
     def checked(self, module: str, keys: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The entry itself, when its tensors are there and make a payload."""
+        """Return the keys of a module, or raise where their tensors are missing or make no payload."""
         if "values" in keys:
             return {"values": {field: self.known(key) for field, key in keys["values"].items()}}
         b, a = (self.file.spans[keys[side]].shape for side in ("b", "a"))
@@ -235,10 +235,10 @@ class _Entry:
         return keys
 
     def read(self, name: str, key: str) -> Tensor:
-        """A fresh tensor with the file's content, finite."""
+        """Read a tensor into fresh memory; a FedspanError where it is not finite."""
         span = self.file.spans[key]
         raw = torch.empty(span.size, dtype=torch.uint8)
-        # A descriptor of its own for every read: threads share no position, and many clients exhaust no limit.
+        # A new descriptor for every read: threads share no position, and many clients do not exhaust the limit of them.
         with open(self.file.path, "rb", buffering=0) as file:
             if _identity(file) != self.file.identity:
                 raise FedspanError(f"{self.file.path} was changed while it was being read")
@@ -256,13 +256,13 @@ class _Entry:
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether x holds neither NaN nor infinity."""
-    # Both extremes in one reading, without the mask as large as x; NaN is passed on to them.
+    """Return whether x holds neither NaN nor infinity."""
+    # Both extremes in one pass, without a mask as large as x; NaN propagates to them.
     return x.numel() == 0 or all(math.isfinite(float(end)) for end in torch.aminmax(x))
 
 
 class _Payloads(Mapping[str, Payload]):
-    """Module -> payload, read when asked for."""
+    """Module -> payload, read on access."""
 
     def __init__(self, entry: _Entry, keys: Mapping[str, Any]) -> None:
         self._entry = entry
@@ -285,7 +285,7 @@ class _Payloads(Mapping[str, Payload]):
 
 
 class _Dense(Mapping[str, Tensor]):
-    """Name -> dense weight, read when asked for."""
+    """Name -> dense weight, read on access."""
 
     def __init__(self, entry: _Entry, keys: Mapping[str, str]) -> None:
         self._entry = entry

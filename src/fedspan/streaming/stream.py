@@ -1,4 +1,4 @@
-"""Passes over a source, one after the other, until the method's rule has what it needs."""
+"""Passes over a source, one after another, until the method's rule has what it needs."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from fedspan.methods.base import Method, ServerState, advance
 from fedspan.methods.folds import SUM, Partial
 from fedspan.methods.messages import Diagnostics, Update
 from fedspan.methods.queries import Answers, Conversation, Outcome, Questions
-from fedspan.streaming import saved
+from fedspan.streaming import stream_checkpoint
 from fedspan.streaming.blocks import answers_of, sum_of
-from fedspan.streaming.saved import Pass, Saved
-from fedspan.streaming.source import Edge, RollCall, Source, walk
+from fedspan.streaming.source import Boundary, ClientSequence, Source, walk
+from fedspan.streaming.stream_checkpoint import PassSums, StreamCheckpoint
 from fedspan.support.errors import FedspanError
 
-Ask = Callable[[Questions | None, bool], Partial]
-"""(questions, dense) -> the sums of one pass over all clients: the method's own sum where nothing is asked, else the
-answers, and Σ n_k x_k of the dense weights with them where `dense`."""
+RunPass = Callable[[Questions | None, bool], Partial]
+"""(questions, dense) -> the sums of one pass over all clients: the method's own sum where the questions are None, else
+their answers; with Σ n_k x_k of the dense weights where `dense`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a stream stands, after a block of updates."""
+    """The progress of a stream after a block of updates."""
 
     pass_num: int
     """Passes finished."""
     num_clients: int
     """Updates folded in this pass."""
     total: int | None
-    """Updates in a pass; none during the first, which has not seen the end."""
+    """Updates in a pass; None during the first, which has not reached the end."""
 
 
 def aggregate_stream(
@@ -45,31 +45,31 @@ def aggregate_stream(
     checkpoint_seconds: float = 30.0,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> tuple[ServerState, Diagnostics]:
-    """The server's side of one exchange, as `fedspan.methods.base.aggregate`, over updates that are not held at once.
+    """Perform the server's side of one exchange, as `fedspan.methods.base.aggregate`, over a stream of updates.
 
     Parameters
     ----------
     source
         Encoded updates; iterated once per pass.
     block
-        Updates that are held and multiplied together: it changes the speed, and the sums by rounding alone.
+        Updates in memory at once, multiplied together: it changes the speed, and the sums by rounding alone.
     checkpoint
-        A file that says how far the stream has come. Where it exists the stream goes on from there, to the same bits
-        as if it had never stopped; it is removed when the result is returned.
+        A file for the stream's state. Where it exists, the stream resumes from it and ends with the same bits as if
+        it had never stopped; it is removed when the result is returned.
     checkpoint_seconds
         Time between two checkpoints, which are taken between blocks and after every pass. 0: after every block.
 
     Raises
     ------
-    ValueError
-        When the method needs its updates at once; when an update is damaged, comes twice or counts for nothing; when
-        the source differs between two passes; when the checkpoint is of another step.
+    FedspanError
+        When the method needs all its updates at once; when an update is damaged, repeated or without weight; when the
+        source differs between two passes; when the checkpoint is of another step.
     """
-    passes = _Passes(method, state, source, block)
+    passes = _PassRunner(method, state, source, block)
     passes.on_progress = on_progress
     if checkpoint is not None:
-        passes.keep(checkpoint, checkpoint_seconds)
-    result = drive(method, state, passes.run)
+        passes.use_checkpoint(checkpoint, checkpoint_seconds)
+    result = aggregate_passes(method, state, passes.run)
     passes.check_source()
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
@@ -85,48 +85,50 @@ def sum_pass(
     dense: bool = True,
     block: int = 32,
 ) -> Partial:
-    """One pass over part of a round's clients: what a server answers to the one above it.
+    """Return the sums of one pass over part of a round's clients: a server's answer to the one above it.
 
     Parameters
     ----------
     questions
-        What the root asks; none: the method's own sum. The answers stand in ``sums`` by the number of their question.
+        Asked by the root; None: the method's own sum. The answers are in ``sums`` by the number of their question.
     dense
         Add Σ n_k x_k of the dense weights, which the root needs once.
     """
-    return _Passes(method, state, source, block).run(questions, dense)
+    return _PassRunner(method, state, source, block).run(questions, dense)
 
 
-def drive(method: Method, state: ServerState, ask: Ask) -> tuple[ServerState, Diagnostics]:
-    """One exchange at the root of a tree: `ask` is called once per pass and returns the clients' merged partials.
+def aggregate_passes(method: Method, state: ServerState, run_pass: RunPass) -> tuple[ServerState, Diagnostics]:
+    """Perform one exchange at the root of a tree of servers.
+
+    `run_pass` is called once per pass and returns the merged partials of all clients.
 
     Raises
     ------
-    ValueError
-        When the method needs its updates at once.
+    FedspanError
+        When the method needs all its updates at once.
     """
     if method.exchanges[state.exchange].fold.kind == "sum":
-        return method.finish(state, ask(None, True))
+        return method.finish(state, run_pass(None, True))
     if method.converse is None:
-        makers = [make() for make in METHODS.values()]
-        able = [m.info.name for m in makers if (m.secure_sum or m.converse) and not m.info.personalised]
+        candidates = [make() for make in METHODS.values()]
+        able = [m.info.name for m in candidates if (m.secure_sum or m.converse) and not m.info.personalised]
         raise FedspanError(f"{method.info.name} needs all updates at once; these stream: {', '.join(sorted(able))}")
-    talk = method.converse(state)
-    asked, outcome = _next(talk, None)
-    # The first pass is taken even where nothing is asked: the dense weights need it.
-    partial = ask(asked, True)
+    conversation = method.converse(state)
+    asked, outcome = _next(conversation, None)
+    # The first pass is made even where nothing is asked: the dense weights need it.
+    partial = run_pass(asked, True)
     dense = partial.mean_dense()
     while outcome is None:
-        asked, outcome = _next(talk, _answers(partial, asked))
+        asked, outcome = _next(conversation, _answers(partial, asked))
         if outcome is None:
-            partial = ask(asked, False)
+            partial = run_pass(asked, False)
     return advance(state, modules=outcome.modules, dense=dense), outcome.diagnostics
 
 
-def _next(talk: Conversation, answers: Answers | None) -> tuple[Questions, Outcome | None]:
-    """The next questions, or none and what the conversation ended with."""
+def _next(conversation: Conversation, answers: Answers | None) -> tuple[Questions, Outcome | None]:
+    """Return the next questions, or none of them and the outcome of the conversation."""
     try:
-        return (next(talk) if answers is None else talk.send(answers)), None
+        return (next(conversation) if answers is None else conversation.send(answers)), None
     except StopIteration as stop:
         return {}, stop.value
 
@@ -136,8 +138,8 @@ def _answers(partial: Partial, questions: Questions) -> Answers:
     return {name: tuple(means[name][str(i)] for i in range(len(asked))) for name, asked in questions.items()}
 
 
-class _Passes:
-    """Passes over one source; goes on from a checkpoint where there is one."""
+class _PassRunner:
+    """Runs passes over one source, and resumes from a checkpoint where there is one."""
 
     def __init__(self, method: Method, state: ServerState, source: Source, block: int) -> None:
         if block < 1:
@@ -152,92 +154,87 @@ class _Passes:
         self._seconds = 0.0
         self._saved_at = 0.0
         self._step = ""
-        self._finished: list[Pass] = []
-        self._before = Saved("", block)
-        """What the checkpoint held."""
+        self._finished: list[PassSums] = []
+        self._resumed = StreamCheckpoint("", block)
+        """The checkpoint that was found; empty without one."""
 
-    def keep(self, path: Path, seconds: float) -> None:
-        """Take checkpoints, and go on from the one that is there."""
+    def use_checkpoint(self, path: Path, seconds: float) -> None:
+        """Write checkpoints to `path`, and resume from the one that is there."""
         self._path, self._seconds, self._saved_at = path, seconds, time.monotonic()
-        self._step = saved.digest_of_step(self.method, self.state)
+        self._step = stream_checkpoint.digest_of_step(self.method, self.state)
         if path.exists():
-            self._before = saved.read(path)
-            if self._before.step != self._step:
+            self._resumed = stream_checkpoint.read(path)
+            if self._resumed.step != self._step:
                 raise FedspanError(f"{path} is a checkpoint of another method, state or round: expected this one's")
-            if self._before.block != self.block:
-                raise FedspanError(f"{path} was written with block = {self._before.block}: expected {self.block}")
+            if self._resumed.block != self.block:
+                raise FedspanError(f"{path} was written with block = {self._resumed.block}: expected {self.block}")
 
     def run(self, questions: Questions | None, dense: bool) -> Partial:
-        """One pass over the source, or its answers as a checkpoint holds them."""
+        """Return the sums of one pass over the source, or of the same pass as a checkpoint holds it."""
         num = len(self._finished)
-        # Only a checkpoint compares questions between two processes.
-        asked = "" if self._path is None else saved.digest_of_questions(questions)
-        held = [*self._before.finished, *([self._before.current] if self._before.current else [])]
-        start = held[num] if num < len(held) else Pass(asked)
-        if start.asked != asked:
+        # Digested for checkpoints alone, in which two processes' questions are compared.
+        asked = "" if self._path is None else stream_checkpoint.digest_of_questions(questions)
+        recorded = [*self._resumed.finished, *([self._resumed.current] if self._resumed.current else [])]
+        start = recorded[num] if num < len(recorded) else PassSums(asked)
+        if start.queries_digest != asked:
             raise FedspanError(f"{self._path} is a checkpoint of other questions: expected the method's own options")
-        done = start if num < len(self._before.finished) else self._walk(start, questions, dense)
+        done = start if num < len(self._resumed.finished) else self._walk(start, questions, dense)
         self._finished.append(done)
         return done.stack[0]
 
     def check_source(self) -> None:
-        """Read who is in the source where every pass came from a checkpoint, and nothing else has looked."""
-        if len(self._finished) <= len(self._before.finished):
-            roll = RollCall(self.source)
-            for at in walk(self.source, self.block):
-                if isinstance(at, Edge):
-                    roll.enter()
-                else:
-                    roll.call_all(at)
-            self._check_same(roll, self._finished[0])
+        """Compare the source's clients with the checkpoint's where no pass of this process has read the source."""
+        if len(self._finished) <= len(self._resumed.finished):
+            clients = ClientSequence(self.source)
+            for part in walk(self.source, self.block):
+                _count(clients, part)
+            self._check_same(clients, self._finished[0])
 
-    def _walk(self, start: Pass, questions: Questions | None, dense: bool) -> Pass:
-        """The pass from where `start` stands to the end of the source."""
-        roll = RollCall(self.source)
+    def _walk(self, start: PassSums, questions: Questions | None, dense: bool) -> PassSums:
+        """Return the pass that `start` began, continued to the end of the source."""
+        clients = ClientSequence(self.source)
         stack: list[Partial] = []
         catching_up = start.num_clients > 0
-        for at in walk(self.source, self.block):
-            if isinstance(at, Edge):
-                roll.enter()
-            else:
-                roll.call_all(at)
+        for part in walk(self.source, self.block):
+            _count(clients, part)
             if catching_up:
-                if roll.num_clients >= start.num_clients:
-                    self._check_same(roll, start)
+                # Blocks already in the checkpoint's sums are read over, to see that they are of the same clients.
+                if clients.num_clients >= start.num_clients:
+                    self._check_same(clients, start)
                     stack, catching_up = list(start.stack), False
-            elif at is Edge.ENTER:
+            elif part is Boundary.ENTER:
                 stack.append(Partial())
-            elif at is Edge.LEAVE:
+            elif part is Boundary.LEAVE:
                 last = stack.pop()
                 stack = [*stack[:-1], SUM.merge(stack[-1], last)] if stack else [last]
             else:
-                stack[-1] = SUM.merge(stack[-1], self._sum(at, questions, dense))
-                self._block_done(Pass(start.asked, tuple(stack), roll.num_clients, roll.digest))
+                stack[-1] = SUM.merge(stack[-1], self._sum(part, questions, dense))
+                self._block_done(PassSums(start.queries_digest, tuple(stack), clients.num_clients, clients.digest))
         if catching_up:
-            self._check_same(roll, start)
-        return self._pass_done(Pass(start.asked, tuple(stack), roll.num_clients, roll.digest))
+            self._check_same(clients, start)
+        return self._pass_done(PassSums(start.queries_digest, tuple(stack), clients.num_clients, clients.digest))
 
     def _sum(self, updates: list[Update], questions: Questions | None, dense: bool) -> Partial:
         if questions is None:
             return sum_of(updates, dense)
         return answers_of(questions, updates, self._terms, self.state.template.modules, dense)
 
-    def _check_same(self, roll: RollCall, start: Pass) -> None:
-        if (roll.num_clients, roll.digest) != (start.num_clients, start.roll):
+    def _check_same(self, clients: ClientSequence, start: PassSums) -> None:
+        if (clients.num_clients, clients.digest) != (start.num_clients, start.clients_digest):
             raise FedspanError(f"{self._path} is a checkpoint of other updates: the source has other clients")
 
-    def _block_done(self, current: Pass) -> None:
+    def _block_done(self, current: PassSums) -> None:
         if self.on_progress is not None:
             total = self._finished[0].num_clients if self._finished else None
             self.on_progress(Progress(len(self._finished), current.num_clients, total))
         if self._path is not None and time.monotonic() - self._saved_at >= self._seconds:
             self._save(self._path, current)
 
-    def _pass_done(self, done: Pass) -> Pass:
+    def _pass_done(self, done: PassSums) -> PassSums:
         if done.num_clients == 0:
             raise FedspanError("no update to aggregate: expected at least one client")
         first = self._finished[0] if self._finished else done
-        if (done.num_clients, done.roll) != (first.num_clients, first.roll):
+        if (done.num_clients, done.clients_digest) != (first.num_clients, first.clients_digest):
             raise FedspanError(
                 f"the source gave {done.num_clients} updates, and {first.num_clients} or others in its first pass: "
                 "expected the same clients every time"
@@ -246,6 +243,14 @@ class _Passes:
             self._save(self._path, None, done)
         return done
 
-    def _save(self, path: Path, current: Pass | None, *done: Pass) -> None:
-        saved.write(path, Saved(self._step, self.block, (*self._finished, *done), current))
+    def _save(self, path: Path, current: PassSums | None, *done: PassSums) -> None:
+        stream_checkpoint.write(path, StreamCheckpoint(self._step, self.block, (*self._finished, *done), current))
         self._saved_at = time.monotonic()
+
+
+def _count(clients: ClientSequence, part: Boundary | list[Update]) -> None:
+    """Count the clients of one step of a walk."""
+    if isinstance(part, Boundary):
+        clients.begin_source()
+    else:
+        clients.add_all(part)

@@ -1,4 +1,4 @@
-"""How far a stream has come, in one safetensors file that is replaced atomically.
+"""The checkpoint of a stream, one safetensors file that is replaced atomically.
 
 Tensors are stored as they are; the structure around them is JSON in the file's own header, so nothing is unpickled.
 """
@@ -28,50 +28,51 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
-    """One pass over the source, finished or not."""
+class PassSums:
+    """The sums of one pass over the source, finished or not."""
 
-    asked: str
-    """`digest_of_questions` of what it asked."""
+    queries_digest: str
+    """`digest_of_questions` of what the pass asks."""
     stack: tuple[Partial, ...] = ()
     """The sums so far of every node between the root and the source that is being read; one when finished."""
     num_clients: int = 0
     """Updates folded."""
-    roll: str = ""
-    """`RollCall.digest` of their clients."""
+    clients_digest: str = ""
+    """`ClientSequence.digest` of their clients."""
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
-    """A stream between two blocks."""
+class StreamCheckpoint:
+    """The state of a stream between two blocks."""
 
     step: str
     """`digest_of_step` of what is being aggregated, into what."""
     block: int
-    finished: tuple[Pass, ...] = ()
-    current: Pass | None = None
+    """Updates multiplied together; sums of other blocks would differ by rounding."""
+    finished: tuple[PassSums, ...] = ()
+    current: PassSums | None = None
 
 
-def write(path: Path, saved: Saved) -> None:
-    """Replace `path` by this; whatever goes wrong, the file that was there survives."""
+def write(path: Path, checkpoint: StreamCheckpoint) -> None:
+    """Replace `path` by this checkpoint; on any failure the previous file survives."""
     tensors: dict[str, Tensor] = {}
     structure = {
         "format": _FORMAT,
-        "step": saved.step,
-        "block": saved.block,
-        "finished": [_pack_pass(x, tensors) for x in saved.finished],
-        "current": None if saved.current is None else _pack_pass(saved.current, tensors),
+        "step": checkpoint.step,
+        "block": checkpoint.block,
+        "finished": [_pack_pass(x, tensors) for x in checkpoint.finished],
+        "current": None if checkpoint.current is None else _pack_pass(checkpoint.current, tensors),
     }
     write_bytes(path, save(tensors, metadata={"fedspan_stream": json.dumps(structure)}))
 
 
-def read(path: Path) -> Saved:
-    """What stands in `path`.
+def read(path: Path) -> StreamCheckpoint:
+    """Read the checkpoint in `path`.
 
     Raises
     ------
-    ValueError
-        When the file is no checkpoint of a stream, or damaged.
+    FedspanError
+        When the file is damaged or not the checkpoint of a stream.
     """
     try:
         meta, tensors = read_tensors(path, "fedspan_stream")
@@ -79,13 +80,13 @@ def read(path: Path) -> Saved:
             raise FedspanError(f"format {meta['format']!r}")
         finished = tuple(_unpack_pass(x, tensors) for x in meta["finished"])
         current = None if meta["current"] is None else _unpack_pass(meta["current"], tensors)
-        return Saved(meta["step"], meta["block"], finished, current)
+        return StreamCheckpoint(meta["step"], meta["block"], finished, current)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FedspanError(f"{path} is damaged or no checkpoint of a stream, format {_FORMAT} ({error})") from None
 
 
 def digest_of_step(method: Method, state: ServerState) -> str:
-    """The same for the same method, state, round and exchange. Options of the method show in what it asks."""
+    """Return a digest of the method, state, round and exchange. The method's options show in what it asks."""
     log = state.patches
     patches = {} if log is None else log.total
     values: dict[str, Tensor] = {f"dense/{name}": value for name, value in state.dense.items()}
@@ -98,7 +99,7 @@ def digest_of_step(method: Method, state: ServerState) -> str:
 
 
 def digest_of_questions(questions: Questions | None) -> str:
-    """The same for the same questions, bit by bit; empty for a method that asks none."""
+    """Return a digest of what a pass asks, bit by bit; empty for a method that asks nothing."""
     if questions is None:
         return ""
     numbered = {(name, i): q for name, asked in questions.items() for i, q in enumerate(asked)}
@@ -113,14 +114,14 @@ def _digest(text: str, values: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _pack_pass(x: Pass, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _pack_pass(x: PassSums, tensors: dict[str, Tensor]) -> dict[str, Any]:
     stack = [_pack(partial, tensors) for partial in x.stack]
-    return {"asked": x.asked, "stack": stack, "num_clients": x.num_clients, "roll": x.roll}
+    return {"asked": x.queries_digest, "stack": stack, "num_clients": x.num_clients, "roll": x.clients_digest}
 
 
-def _unpack_pass(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Pass:
+def _unpack_pass(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> PassSums:
     stack = tuple(_unpack(partial, tensors) for partial in meta["stack"])
-    return Pass(meta["asked"], stack, meta["num_clients"], meta["roll"])
+    return PassSums(meta["asked"], stack, meta["num_clients"], meta["roll"])
 
 
 def _pack(x: Partial, tensors: dict[str, Tensor]) -> dict[str, Any]:

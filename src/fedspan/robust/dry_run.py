@@ -1,4 +1,4 @@
-"""What a method's clients send and get back, found by playing one round of it on a single small matrix."""
+"""Properties of a method that a dry run shows: one round of it with one client on a single small matrix."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _RANK, _SIZE = 2, 4
 
 
 def sends_pairs(method: Method) -> bool:
-    """Whether factor pairs leave the clients, each in a gauge of its own."""
+    """Return whether factor pairs leave the clients, each in a gauge of its own."""
     answers, _ = _round(method, 1.0)
     return any(update.scalings() for update in answers)
 
 
 def averages_factors(method: Method) -> bool:
-    """Whether what clients start the next round from depends on the gauge of the pairs that they sent.
+    """Return whether the clients' next starting point depends on the gauge of the pairs that they sent.
 
-    True of every method that is not gauge-invariant and sends pairs; and of one whose product alone is (FedEx-LoRA,
-    whose patch makes up for what its averaged factors lose): it is played with (B, A) and with (2B, A/2).
+    True for every method that sends pairs and is not gauge-invariant; and for one whose product alone is (FedEx-LoRA,
+    whose patch makes up for the error of its averaged factors): it is run with (B, A) and with (2B, A/2).
     """
     if not sends_pairs(method):
         return False
@@ -38,7 +38,7 @@ def averages_factors(method: Method) -> bool:
 
 
 def _round(method: Method, gauge: float) -> tuple[list[Update], Broadcast]:
-    """What one client answers to each exchange of the first round, and what it would be sent in the second."""
+    """Return one client's answer to each exchange of the first round, and the broadcast of the second."""
     rng = torch.Generator().manual_seed(0)
     base = torch.randn((_SIZE, _SIZE), generator=rng)
     dense = {} if method.info.trains == "adapter" else {"x": base}
@@ -60,6 +60,7 @@ def _round(method: Method, gauge: float) -> tuple[list[Update], Broadcast]:
 
 def _trained(sent: Broadcast, gauge: float) -> Update:
     step = torch.linspace(0.1, 1.0, _SIZE * _RANK).reshape(_SIZE, _RANK)
+    # Moved by the same step in every gauge, so that only the gauge differs between two runs.
     factors = {
         name: Factors((f.b + step) * gauge, f.a / gauge, f.scaling)
         if sent.recipe.train_a and sent.recipe.train_b

@@ -1,0 +1,121 @@
+"""A client's answer as one vector, so that the server need not see more than the sum of the vectors.
+
+A client's vector holds n_k, n_k again where it reports its training loss, n_k times that loss, and n_k times every
+number that it would have sent, in a layout that all clients share; a factor of smaller rank fills the leading rows or
+columns. The sum of the vectors is equivalent to a fold over the answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedspan.methods.folds import Partial
+from fedspan.methods.messages import Update
+from fedspan.support.errors import FedspanError
+
+Shape = tuple[int, ...]
+_NUM_HEADER_WORDS = 3
+"""n, n and n·loss, before the tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Names and shapes of the tensors that are summed, in their order in the vector."""
+
+    dense: Mapping[str, Shape]
+    modules: Mapping[str, Mapping[str, Shape]]
+
+    @classmethod
+    def of(cls, update: Update) -> Layout:
+        """Return the layout of an update, that of the client of largest rank."""
+        modules = {
+            name: {part: tuple(t.shape) for part, t in sorted(payload.tensors().items())}
+            for name, payload in sorted(update.modules.items())
+        }
+        return cls({name: tuple(t.shape) for name, t in sorted(update.dense.items())}, modules)
+
+    @property
+    def num_words(self) -> int:
+        """Numbers in the vector."""
+        shapes = [*self.dense.values(), *(s for held in self.modules.values() for s in held.values())]
+        return _NUM_HEADER_WORDS + sum(math.prod(shape) for shape in shapes)
+
+    def flatten(self, update: Update, train_loss: float) -> Tensor:
+        """Return n, n, n·loss and n·x, (num_words,) in float64.
+
+        Parameters
+        ----------
+        train_loss
+            NaN where it is not reported.
+
+        Raises
+        ------
+        FedspanError
+            When the update names other tensors than the layout, or one that is larger.
+        """
+        weight = update.num_examples
+        tensors = update.named_tensors()
+        wanted = {("", name): shape for name, shape in self.dense.items()}
+        wanted |= {(name, part): shape for name, x in self.modules.items() for part, shape in x.items()}
+        if tensors.keys() != wanted.keys():
+            raise FedspanError(
+                f"the answer names other tensors than the sum: {sorted(tensors.keys() ^ wanted.keys())[0]}"
+            )
+        # A weight of the loss's own: a client that does not report one must not pull the mean towards 0.
+        loss_terms = (weight, weight * train_loss) if math.isfinite(train_loss) else (0.0, 0.0)
+        pieces = [torch.tensor([weight, *loss_terms], dtype=torch.float64)]
+        pieces += [_padded(tensors[key], shape, key).flatten() * weight for key, shape in wanted.items()]
+        return torch.cat(pieces)
+
+    def partial(self, total: Tensor, num_clients: int) -> tuple[Partial, float]:
+        """Return the fold that this sum over `num_clients` clients is equivalent to, and their mean loss."""
+        weight, loss_weight, loss = total[:_NUM_HEADER_WORDS].tolist()
+        start = _NUM_HEADER_WORDS
+
+        def take(shape: Shape) -> Tensor:
+            nonlocal start
+            piece = total[start : start + math.prod(shape)].reshape(shape).to(torch.float32)
+            start += math.prod(shape)
+            return piece
+
+        dense = {name: take(shape) for name, shape in self.dense.items()}
+        sums = {name: {part: take(shape) for part, shape in held.items()} for name, held in self.modules.items()}
+        return Partial(num_clients, weight, dense, sums), loss / loss_weight if loss_weight else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the layout as JSON, for a message."""
+        return {
+            "dense": {name: list(shape) for name, shape in self.dense.items()},
+            "modules": {name: {p: list(s) for p, s in held.items()} for name, held in self.modules.items()},
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Layout:
+        """Return the layout of a message."""
+        modules = {name: {p: tuple(s) for p, s in held.items()} for name, held in content["modules"].items()}
+        return cls({name: tuple(shape) for name, shape in content["dense"].items()}, modules)
+
+
+def _padded(tensor: Tensor, shape: Shape, key: tuple[str, str]) -> Tensor:
+    """Return the tensor in float64, with zeros where a client of larger rank has more."""
+    exact = tensor.detach().to("cpu", torch.float64)
+    if tuple(exact.shape) == shape:
+        return exact
+    name = "/".join(filter(None, key))
+    # As in a fold: factors of smaller rank are nested in larger ones; no other shape may differ.
+    if (
+        key[0] == ""
+        or exact.ndim != 2
+        or len(shape) != 2
+        or any(x > y for x, y in zip(exact.shape, shape, strict=True))
+    ):
+        raise FedspanError(f"{name} has shape {tuple(exact.shape)}: expected at most {shape}")
+    whole = exact.new_zeros(shape)
+    whole[: exact.shape[0], : exact.shape[1]] = exact
+    return whole

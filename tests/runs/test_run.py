@@ -307,7 +307,7 @@ def test_a_decoder_without_padding_token_classifies_alike_at_every_batch_size(
     sent = job.federation("federation", job.method, job.clients).initial()
     figures = []
     for size in (1, 16):
-        job.executor.context.config = tiny.config(base, texts, "fedit", evaluation={"batch_size": size})
+        job.executor.context.evaluation = config.evaluation.model_copy(update={"batch_size": size})
         figures += job.evaluate([job.evaluation_task(sent)])
     assert figures[0] == pytest.approx(figures[1], rel=2e-6)
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fedspan.runs import checkpoint
-from fedspan.client import cohort
+from fedspan.client import cohort, grouping
 from fedspan.support import parallel
 from fedspan.runs.checkpoint import Checkpoint
 from fedspan.support.files import write_bytes
@@ -40,7 +40,7 @@ from fedspan.robust import screen
 from fedspan.federation.rounds import RunState, conduct
 from fedspan.federation.exchange import WINDOW, Answer
 from fedspan.federation.simulated import SimulatedClients
-from fedspan.client.training import Assignment, LocalResult, num_steps
+from fedspan.client.training import Assignment, LocalResult, TrainingSettings, num_steps
 from fedspan.client.executors import Executor, EvaluationTask, WorkContext, create_executor, num_worker_processes
 from fedspan.support.errors import FedspanError
 
@@ -113,17 +113,22 @@ class Job:
             raise FedspanError(
                 f"federation.min_success = {config.federation.min_success}, but only {drawn} clients are sampled per round"
             )
-        processor, data = encoded(config, corpus)
+        processor, data = encoded(config.model.name, config.data, corpus)
         device = device_of(config.device)
-        num_workers = num_worker_processes(config, device, max(drawn, -(-len(data["test"]) // config.evaluation.batch_size)))
+        most = max(drawn, -(-len(data["test"]) // config.evaluation.batch_size))
+        num_workers = num_worker_processes(config.engine.workers, config.threads, device, most)
         model = base_model(
-            config,
-            method,
+            config.model,
+            config.adapter,
             corpus,
             data,
+            trains=method.info.trains,
             max_rank=max(client.rank for client in clients),
             device=device if num_workers == 1 else torch.device("cpu"),
+            seed=config.seed,
         )
+        training = TrainingSettings.of(config)
+        context = WorkContext(training, config.evaluation, config.threads, model, data, processor, corpus.metrics)
         initial = model.dense()
         if coordinator is not None:
             shapes = {name: list(shape) for name, shape in model.modules().items()}
@@ -140,7 +145,7 @@ class Job:
             processor=processor,
             data=data,
             metrics=corpus.metrics,
-            executor=create_executor(WorkContext(config, model, data, processor, corpus.metrics), num_workers, device),
+            executor=create_executor(context, num_workers, device),
             num_workers=num_workers,
             coordinator=coordinator,
             total=_total(config),
@@ -191,7 +196,7 @@ class Job:
         self.model.check(recipe)
         engine, reason = c.engine.name if self.coordinator is None else "sites", None
         if engine not in ("sequential", "sites"):
-            reason = cohort.applies(self.model, self.data["train"], recipe, c)
+            reason = cohort.applies(self.model, self.data["train"], recipe, TrainingSettings.of(c))
         if reason is not None:
             if engine == "cohort":
                 raise FedspanError(f"engine.name = 'cohort': {reason}; expected auto or sequential")
@@ -260,7 +265,8 @@ class Federation:
             Assignment(c.client_id, sent[c.rank], c.indices, num_steps(config.local, len(c.indices)), 1.0)
             for c in drawn
         ]
-        if self.engine == "cohort" or any(len(group) > 1 for group in cohort.plan(self.job.model, data, work, config)):
+        groups = grouping.plan(self.job.model, data, work, TrainingSettings.of(config))
+        if self.engine == "cohort" or any(len(group) > 1 for group in groups):
             return "cohort", None
         return "sequential", "one client takes part" if len(drawn) == 1 else "one client fills a pass over this model"
 

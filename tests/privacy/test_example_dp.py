@@ -320,7 +320,7 @@ def test_the_cohort_leaves_it_to_one_client_at_a_time(bases: dict[str, Path], da
 
 def test_no_gradient_leaves_without_noise(bases: dict[str, Path], data: dict[str, Encoded]) -> None:
     model = tiny.load(bases["llama"], "instruction")
-    with pytest.raises(ValueError, match="a gradient was asked for"):
+    with pytest.raises(ValueError, match="a gradient was requested"):
         work(model, broadcast(model, Recipe(gradient=True)), data["instruction"], setting())
 
 

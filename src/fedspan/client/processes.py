@@ -192,7 +192,7 @@ def _serve(channel: Any, inherited: Sequence[Any], make: Callable[..., Answer], 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends its children itself
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in inherited:
-        other.close()  # a channel closes for its child only when nobody else holds its other end
+        other.close()  # a channel closes for its child only when no other process holds its other end
     threading.Thread(target=_die_with_parent, daemon=True).start()
     try:
         answer: Answer | None = None

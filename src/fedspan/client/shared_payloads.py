@@ -29,8 +29,8 @@ among them: it serves to count the bytes of a round, which is done in the proces
 class SharedPayloads:
     """The sender's side: numbers the parts of broadcasts, and sends each part once to each process.
 
-    Clients of one round share most of what they receive (a patch, the heads, an adapter for each rank). Parts are told
-    apart by identity, which costs nothing; equal parts that are not one object are sent twice.
+    Clients of one round share most of what they receive (a patch, the heads, an adapter for each rank). Parts are
+    compared by identity, which costs nothing; equal parts that are not one object are sent twice.
     """
 
     def __init__(self) -> None:

@@ -218,6 +218,11 @@ def fill(template: str, inputs: Sequence[tuple[str, str]], tokenizer: Any) -> li
                 "with {instruction} and {input}"
             )
         return [_chat(instruction, text, tokenizer) for instruction, text in inputs]
+    _check_template(template)
+    return [template.format(instruction=instruction, input=text) for instruction, text in inputs]
+
+
+def _check_template(template: str) -> None:
     try:
         names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
         if names <= {"instruction", "input"}:
@@ -228,7 +233,6 @@ def fill(template: str, inputs: Sequence[tuple[str, str]], tokenizer: Any) -> li
         raise FedspanError(
             f"data.template = {template!r}: expected {{instruction}}, {{input}} or both, and no other name"
         )
-    return [template.format(instruction=instruction, input=text) for instruction, text in inputs]
 
 
 def _chat(instruction: str, text: str, tokenizer: Any) -> str:

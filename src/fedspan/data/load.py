@@ -191,10 +191,7 @@ def _from_tables(
     if kind != "instruction":
         labels = _labels_of(train, rows[: len(train)], config.metric)
         num_labels, names = labels.num_labels, labels.names
-        rows = [
-            replace(part, targets=labels.ids(part.targets, table.source))
-            for part, table in zip(rows, tables, strict=True)
-        ]
+        rows = [_labelled(part, labels, table.source) for part, table in zip(rows, tables, strict=True)]
     origin = np.repeat(np.arange(len(train)), [len(part) for part in rows[: len(train)]])
     parts = rows[: len(train)], rows[len(train) : len(train) + len(test)], rows[len(train) + len(test) :]
     whole, *others = (concatenate(part) if part else None for part in parts)
@@ -206,6 +203,10 @@ def _from_tables(
     files = tuple(np.flatnonzero(origin[splits.places] == file) for file in range(len(train)))
     metrics = default_metrics(kind, num_labels)
     return Corpus(kind, splits.train, splits.test, splits.unseen, files, names, num_labels, metrics)
+
+
+def _labelled(rows: Rows, labels: Labels, source: str) -> Rows:
+    return replace(rows, targets=labels.ids(rows.targets, source))
 
 
 def _labels_of(tables: Sequence[Table], parts: Sequence[Rows], metric: str | None) -> Labels:

@@ -24,7 +24,7 @@ class Splits:
     train, test, unseen
         The rows of each split; None for test or unseen data that there is none of (yet).
     places
-        The place of each training row among all training rows that were read, which tells its file.
+        The place of each training row among all training rows that were read, from which its file follows.
     """
 
     train: Rows
@@ -62,10 +62,14 @@ def keep_apart(splits: Splits, values: Sequence[str]) -> Splits:
         tested = set(moved.fields)
         unseen.append(moved)
     unseen.append(splits.train.take([i for i in apart.tolist() if splits.train.fields[i] not in tested]))
+    _check_rest(train, test, values)
+    return Splits(train, test, concatenate([part for part in unseen if len(part)]), splits.places[kept])
+
+
+def _check_rest(train: Rows, test: Rows | None, values: Sequence[str]) -> None:
     for name, rows in (("training", train), ("test", test)):
         if rows is not None and not len(rows):
             raise FedspanError(f"data.unseen_values = {list(values)} leaves no {name} rows: expected some")
-    return Splits(train, test, concatenate([part for part in unseen if len(part)]), splits.places[kept])
 
 
 def _check_values(splits: Splits, values: Sequence[str]) -> None:
@@ -106,7 +110,7 @@ def hold_out(splits: Splits, share: float, seed: int) -> Splits:
 
 
 def limited(corpus: Corpus, max_train: int | None, max_test: int | None, seed: int) -> Corpus:
-    """Return the corpus with at most so many training rows, and test and unseen rows, in their order."""
+    """Return the corpus with at most `max_train` training rows, and `max_test` test and unseen rows, in their order."""
     kept = _draw(len(corpus.train), max_train, seed, _MAX_TRAIN)
     place = np.full(len(corpus.train), -1)
     place[kept] = np.arange(len(kept))

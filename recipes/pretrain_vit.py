@@ -1,4 +1,4 @@
-"""Pretrain the small vision transformer shipped in ``fedspan/builtin/bases/vit``, on generated glyphs only.
+"""Pretrain the small vision transformer shipped in ``fedspan/data/builtin/bases/vit``, on generated glyphs only.
 
     python recipes/pretrain_vit.py --out src/fedspan/data/builtin/bases/vit
 

@@ -14,6 +14,7 @@ import pytest
 
 from fedspan.config import DataConfig
 from fedspan.data import Corpus, Rows, load
+from fedspan.support.errors import FedspanError
 
 REVIEWS = [{"text": f"text, {i}\n“{i}”", "label": i % 2, "site": f"s{i % 3}"} for i in range(30)]
 ANSWERS = [
@@ -61,8 +62,8 @@ def everything(corpus: Corpus) -> list[tuple[Any, Any, str]]:
 
 
 def fails(message: str, **settings: Any) -> str:
-    """Loading raises a `ValueError` of one line that says `message`."""
-    with pytest.raises(ValueError, match=message) as caught:
+    """Loading raises a `FedspanError` of one line that says `message`."""
+    with pytest.raises(FedspanError, match=message) as caught:
         read(**settings)
     assert "\n" not in str(caught.value)
     return str(caught.value)

@@ -8,8 +8,8 @@ import tiny
 import torch
 from torch import Tensor
 
-from fedspan.client.training import Assignment, LocalResult, train
-from fedspan.config import Config, DataConfig, LocalConfig
+from fedspan.client.training import Assignment, LocalResult, TrainingSettings, train
+from fedspan.config import DataConfig, LocalConfig
 from fedspan.data import Encoded, Rows, encode
 from fedspan.methods.messages import Broadcast
 from fedspan.models import FederatedModel
@@ -47,7 +47,7 @@ def work(
 ) -> LocalResult:
     seed, round_num = key
     assignment = Assignment(client, sent, np.arange(len(data)), steps, 1.0)
-    return train(model, assignment, data, Config(seed=seed, local=config), round_num)
+    return train(model, assignment, data, TrainingSettings(seed=seed, local=config), round_num)
 
 
 def tensors(result: LocalResult) -> dict[str, Tensor]:

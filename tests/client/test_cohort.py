@@ -17,15 +17,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedspan.algebra.lowrank import LowRank
-from fedspan.client import cohort
-from fedspan.client.training import Assignment, LocalResult, train
-from fedspan.config import Config, DataConfig, EngineConfig, LocalConfig
+from fedspan.client import cohort, grouping
+from fedspan.client.training import Assignment, LocalResult, TrainingSettings, train
+from fedspan.config import DataConfig, EngineConfig, LocalConfig
 from fedspan.data import Encoded, Rows, encode
 from fedspan.methods.messages import Broadcast, GaloreOptions, Recipe
 from fedspan.models import FederatedModel
 from fedspan.models.losses import client_losses
-from fedspan.models.streams import ClientDropout, drops
-from fedspan.models.streams import Rows as Parts
+from fedspan.models.streams import BatchLayout, ClientDropout, drops
 from fedspan.support.seeding import generator
 
 KIND = {"llama": "instruction", "gpt2": "instruction", "bert": "classification", "vit": "image"}
@@ -77,9 +76,9 @@ def smooth() -> Iterator[None]:
         yield
 
 
-def config(engine: str = "cohort", **local: Any) -> Config:
+def config(engine: str = "cohort", **local: Any) -> TrainingSettings:
     options = {"learning_rate": 0.3, "batch_size": 4, **local}
-    return Config(seed=5, local=LocalConfig(**options), engine=EngineConfig(name=engine))
+    return TrainingSettings(seed=5, local=LocalConfig(**options), engine=EngineConfig(name=engine))
 
 
 def tensors(result: LocalResult) -> dict[str, Tensor]:
@@ -107,7 +106,9 @@ def agree(x: Sequence[LocalResult], y: Sequence[LocalResult], start: Sequence[As
             )
 
 
-def alone(model: FederatedModel, data: Encoded, group: Sequence[Assignment], settings: Config) -> list[LocalResult]:
+def alone(
+    model: FederatedModel, data: Encoded, group: Sequence[Assignment], settings: TrainingSettings
+) -> list[LocalResult]:
     return [train(model, a, data, settings, 2) for a in group]
 
 
@@ -294,15 +295,15 @@ def test_a_plan_holds_every_client_once(
     model = tiny.load(bases["bert"], "classification")
     ranks, steps = rng.choice([2, 4, 8], count), rng.integers(1, 30, count)
     group = clients(model, *ranks, steps=steps, sizes=rng.integers(1, 20, count))
-    groups = cohort.plan(model, data["classification"], group, config(name))
+    groups = grouping.plan(model, data["classification"], group, config(name))
     assert sorted(i for part in groups for i in part) == list(range(count))
     if name == "sequential":
         assert all(len(part) == 1 for part in groups)
         return
     assert all(len(part) <= 16 for part in groups)
     assert count == 1 or len(groups) < count
-    small = config(name).model_copy(update={"engine": EngineConfig(name=name, memory=1e-4)})
-    assert all(len(part) == 1 for part in cohort.plan(model, data["classification"], group, small))
+    small = replace(config(name), engine=EngineConfig(name=name, memory=1e-4))
+    assert all(len(part) == 1 for part in grouping.plan(model, data["classification"], group, small))
 
 
 def test_wide_work_is_done_one_by_one(
@@ -314,14 +315,14 @@ def test_wide_work_is_done_one_by_one(
     chosen = data["instruction"]
     tokens = [min(4, len(a.rows)) * int(chosen.lengths[torch.as_tensor(a.rows)].max()) for a in group]
     assert tokens[1] > 2 * max(tokens[0], tokens[2], tokens[3])
-    assert sorted(map(len, cohort.plan(model, chosen, group, config("auto")))) == [2, 2]
-    monkeypatch.setattr(cohort, "WIDEST", (tokens[1] - 1) * tiny.SIZE)
-    groups = cohort.plan(model, chosen, group, config("auto"))
+    assert sorted(map(len, grouping.plan(model, chosen, group, config("auto")))) == [2, 2]
+    monkeypatch.setattr(grouping, "WIDEST", (tokens[1] - 1) * tiny.SIZE)
+    groups = grouping.plan(model, chosen, group, config("auto"))
     assert [1] in groups
     assert sorted(map(len, groups)) == [1, 1, 2]
-    monkeypatch.setattr(cohort, "WIDEST", 1)
-    assert len(cohort.plan(model, chosen, group, config("auto"))) == 4
-    assert len(cohort.plan(model, chosen, group, config("cohort"))) == 2
+    monkeypatch.setattr(grouping, "WIDEST", 1)
+    assert len(grouping.plan(model, chosen, group, config("auto"))) == 4
+    assert len(grouping.plan(model, chosen, group, config("cohort"))) == 2
 
 
 def test_an_image_is_as_much_work_as_its_patches(
@@ -330,8 +331,8 @@ def test_an_image_is_as_much_work_as_its_patches(
     model = tiny.load(bases["vit"], "image")
     group = clients(model, 2, 2)  # batches of 4 images of 4 patches
     for widest, groups in ((16 * tiny.SIZE, 1), (16 * tiny.SIZE - 1, 2)):
-        monkeypatch.setattr(cohort, "WIDEST", widest)
-        assert len(cohort.plan(model, data["image"], group, config("auto"))) == groups
+        monkeypatch.setattr(grouping, "WIDEST", widest)
+        assert len(grouping.plan(model, data["image"], group, config("auto"))) == groups
 
 
 def test_where_it_does_not_apply_it_says_why(
@@ -361,10 +362,10 @@ def _mixing(forward: Any) -> Any:
 def test_streams_are_each_clients_own() -> None:
     """The mask of a client does not depend on who else is in the batch or how far it is padded."""
     x = torch.ones(6, 5, 3)
-    parts = Parts([2, 1, 2], [5, 2, 3], 2, 5)
-    with ClientDropout([torch.Generator().manual_seed(k) for k in range(3)], parts):
+    layout = BatchLayout([2, 1, 2], [5, 2, 3], 2, 5)
+    with ClientDropout([torch.Generator().manual_seed(k) for k in range(3)], layout):
         together = torch.nn.functional.dropout(x, 0.4)
-    for k, (rows, length) in enumerate(zip(parts.rows, (5, 2, 3), strict=True)):
+    for k, (rows, length) in enumerate(zip(layout.rows, (5, 2, 3), strict=True)):
         torch.manual_seed(k)
         alone = torch.nn.functional.dropout(torch.ones(rows, length, 3), 0.4)
         assert torch.equal(together[2 * k : 2 * k + rows, :length], alone)

@@ -63,7 +63,8 @@ def caught(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Any], list[Any]]]
         found.append((list(predictions), list(references)))
         return 0.0
 
-    monkeypatch.setitem(METRICS, "caught", Metric("caught", True, keep))
+    kinds = ("instruction", "classification", "image")
+    monkeypatch.setitem(METRICS, "caught", Metric(keep, "texts", kinds))  # texts, where there are prompts
     return found
 
 

@@ -31,6 +31,7 @@ from fedspan.methods.messages import Factors, GaloreOptions, Recipe
 from fedspan.runs.context import RunContext
 from fedspan.runs.execution import resume, run
 from fedspan.runs.loop import MethodRun
+from fedspan.support.errors import FedspanError
 from fedspan.wire import packing
 
 
@@ -152,6 +153,7 @@ def test_what_is_raised_in_a_process_is_raised_here(context: RunContext, monkeyp
     """And no process is left."""
     raised: list[BaseException] = [
         ValueError("data.max_length = 3: expected more"),
+        FedspanError("data.template = '{}': expected another"),
         MemoryError("no more"),
         OSError(28, "No space left on device", "/there"),
         torch.OutOfMemoryError("CUDA out of memory"),
@@ -289,21 +291,17 @@ def test_what_clients_share_is_sent_to_a_process_once(context: RunContext, monke
 def test_auto_is_a_process_a_core_and_no_more_than_there_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [num_worker_processes(Config(), cpu, most) for most in (1, 5, 100)] == [1, 5, 8]
-    assert num_worker_processes(Config(threads=4), cpu, 100) == 2
-    assert num_worker_processes(Config(threads=16), cpu, 100) == 1
-    assert num_worker_processes(tiny_engine(3), cpu, 1) == 3
+    assert [num_worker_processes("auto", 1, cpu, most) for most in (1, 5, 100)] == [1, 5, 8]
+    assert num_worker_processes("auto", 4, cpu, 100) == 2
+    assert num_worker_processes("auto", 16, cpu, 100) == 1
+    assert num_worker_processes(3, 1, cpu, 1) == 3
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert num_worker_processes(Config(), cuda, 100) == 4
-    assert num_worker_processes(Config(), torch.device("cuda:1"), 100) == 1
+    assert num_worker_processes("auto", 1, cuda, 100) == 4
+    assert num_worker_processes("auto", 1, torch.device("cuda:1"), 100) == 1
     monkeypatch.setattr("fedspan.client.executors.current_process", lambda: SimpleNamespace(daemon=True))
-    assert num_worker_processes(Config(), cpu, 100) == 1
+    assert num_worker_processes("auto", 1, cpu, 100) == 1
     assert start_method(cuda, 1) == "spawn"
     assert start_method(cpu, 2) == "spawn"
-
-
-def tiny_engine(workers: int) -> Config:
-    return Config.model_validate({"engine": {"workers": workers}})
 
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]

@@ -13,16 +13,18 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from local_training import LOCAL, differ, start_of, tensors, work
+from local_training import LOCAL, differ, start_of, tasks, tensors, texts, work
 from torch import Tensor
 
 from fedspan import config as settings
-from fedspan.client.training import Assignment, batches, num_steps, train
-from fedspan.config import Config, EngineConfig, LocalConfig
+from fedspan.client.training import Assignment, TrainingSettings, batches, num_steps, train
+from fedspan.config import EngineConfig, LocalConfig
 from fedspan.data import Encoded
 from fedspan.methods.messages import Broadcast, GaloreOptions, Recipe
 from fedspan.models import FederatedModel
 from fedspan.support.seeding import generator
+
+__all__ = ["tasks", "texts"]  # the fixtures
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -285,9 +287,9 @@ def test_compiled_is_the_same_to_rounding(bases: dict[str, Path], tasks: Encoded
     model = tiny.load(bases["llama"], "instruction", target_modules=("v_proj",))
     sent = Assignment("client-0", tiny.broadcast(model), np.arange(8), 2, 1.0)
     local = LocalConfig(learning_rate=1e-3, batch_size=4)
-    plain = train(model, sent, tasks, Config(local=local), 0)
+    plain = train(model, sent, tasks, TrainingSettings(local=local), 0)
     forward = model.model.base_model.forward
-    compiled = train(model, sent, tasks, Config(local=local, engine=EngineConfig(compile=True)), 0)
+    compiled = train(model, sent, tasks, TrainingSettings(local=local, engine=EngineConfig(compile=True)), 0)
     assert model.model.base_model.forward == forward
     assert abs(plain.train_loss - compiled.train_loss) < 1e-5
     for name, value in tensors(plain).items():
@@ -299,7 +301,7 @@ def test_autocast_rounds_the_products_alone(bases: dict[str, Path], tasks: Encod
     model = tiny.load(bases["llama"], "instruction")
     sent = Assignment("client-0", tiny.broadcast(model), np.arange(8), 2, 1.0)
     plain, coarse = (
-        train(model, sent, tasks, Config(local=LOCAL, engine=EngineConfig(autocast=kind)), 0)
+        train(model, sent, tasks, TrainingSettings(local=LOCAL, engine=EngineConfig(autocast=kind)), 0)
         for kind in ("none", "bfloat16")
     )
     assert 0 < abs(plain.train_loss - coarse.train_loss) < 0.05 * plain.train_loss

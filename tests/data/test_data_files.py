@@ -203,7 +203,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         "list.jsonl": (b"[1, 2]", r"line 1, is \[1, 2\]: expected an object"),
         "bad.json": (b"[{]", "not valid JSON"),
         "lines.json": (b'{"a": 1}\n{"a": 2}', r"\.jsonl"),
-        "object.json": (b'{"a": 1}', "no list of objects"),
+        "object.json": (b'{"a": 1}', "is not a list of objects"),
         "nothing.json": (b"[]", "no rows"),
         "latin.csv": (b"text,label\n\xe9t\xe9,0\n", "not UTF-8"),
         "wide.csv": (b"text,label\na,0\nb,1,2\n", "line 3, has 3 values: expected 2"),
@@ -213,7 +213,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         "cut.jsonl.gz": (whole[:-10], "not a complete gzip"),
         "false.jsonl.gz": (b"plain text", "not a complete gzip"),
         "bad.parquet": (b"PAR1 nothing", "not a readable Parquet"),
-        "type.xlsx": (b"x", "no known type: expected .jsonl"),
+        "type.xlsx": (b"x", "unknown file type: expected .jsonl"),
         "text.npz": (b"hello", "not a readable npz"),
         "empty.npz": (b"", "not a readable npz"),
         "array.npz": (array.getvalue(), "not a readable npz"),
@@ -242,7 +242,7 @@ def test_missing_columns_are_named_with_the_nearest(tmp_path: Path) -> None:
     fails("no image or images or x", train=path, kind="image")
     fails("expected one text or a pair", train=path, text_columns=["a", "b", "c"])
     answers = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "a", "inputs": "b", "output": "c"}] * 3)
-    fails("no column 'input' .data.input_column; \"\" says.*'inputs'", train=answers)
+    fails("no column 'input' .data.input_column; \"\" if there is none.*'inputs'", train=answers)
     fails("both empty", train=answers, input_column="", instruction_column="")
 
 
@@ -282,6 +282,6 @@ def test_unusable_image_folders_are_named(tmp_path: Path) -> None:
     (folder / "cat" / "a.png").write_bytes(b"no image")
     fails(r"a.png is not a readable image", train=str(folder))
     (folder / "cat" / "a.png").rename(folder / "cat" / "a.txt")
-    fails(r"a.txt is no image: expected .png", train=str(folder))
+    fails(r"a.txt is not an image: expected .png", train=str(folder))
     (folder / "b.png").write_bytes(b"")
     fails("b.png lies beside the classes", train=str(folder))

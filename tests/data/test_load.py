@@ -101,10 +101,15 @@ def test_the_metric_asked_for_comes_first(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ANSWERS)
     assert read(train=path, metric="exact_match").metrics == ("exact_match", "rouge_l")
     assert read(train=path, metric="perplexity").metrics[0] == "perplexity"
-    fails("'accuracy' for instruction data; expected one of exact_match", train=path, metric="accuracy")
-    fails("'rouge_1' for instruction data; did you mean 'rouge_l'", train=path, metric="rouge_1")
+    fitting = "exact_match, token_f1, rouge_l, perplexity$"
+    fails(f"'accuracy' does not apply to instruction data; expected one of {fitting}", train=path, metric="accuracy")
+    fails("'rouge_1': no such metric for instruction data; did you mean 'rouge_l'", train=path, metric="rouge_1")
     three = labelled(tmp_path, [0, 1, 2])
-    fails("'f1' needs 2 labels, the data has 3: use 'macro_f1'", train=three, metric="f1")
+    fitting = "accuracy, macro_f1, matthews$"
+    fails(f"'f1' does not apply to classification data with 3 labels; .* {fitting}", train=three, metric="f1")
+    fails(f"'rouge_l' does not apply to classification data; expected one of {fitting}", train=three, metric="rouge_l")
+    fails(f"'mse': no such metric for image data; expected one of {fitting}", task="builtin:digits", metric="mse")
+    fails(f"'pearson' does not apply to image data; .* {fitting}", task="builtin:digits", metric="pearson")
 
 
 # tasks by name
@@ -137,7 +142,7 @@ def test_the_builtin_digits() -> None:
     [
         ({"task": "tasks"}, "expected builtin:tasks, builtin:digits, glue/NAME, hub:NAME or files"),
         ({"task": "builtin:task"}, "expected builtin:tasks"),
-        ({"task": "glue/sst3"}, "no GLUE task; did you mean 'sst2'"),
+        ({"task": "glue/sst3"}, "not a GLUE task; did you mean 'sst2'"),
         ({"task": "files"}, "no data.train: expected at least one file"),
         ({"task": "builtin:tasks", "train": "a.jsonl"}, "expected data.task = 'files'"),
         ({"task": "builtin:tasks", "field_column": "category"}, "only the field 'task'"),

@@ -14,11 +14,11 @@ import torch
 from local_training import LOCAL, differ, start_of, tasks, tensors, texts, work
 from torch import Tensor
 
-from fedspan.client.cohort import plan
 from fedspan.client.cohort import work as work_together
+from fedspan.client.grouping import plan
 from fedspan.client.shared_payloads import PayloadCache, SharedPayloads, get_result, put_result
-from fedspan.client.training import Assignment, LocalResult, batches, work_on
-from fedspan.config import Config, EngineConfig, LocalConfig
+from fedspan.client.training import Assignment, LocalResult, TrainingSettings, batches, work_on
+from fedspan.config import EngineConfig, LocalConfig
 from fedspan.data import Encoded
 from fedspan.methods.messages import Broadcast, Factors, GaloreOptions, Recipe, Subspace, Update, Vector
 from fedspan.models import FederatedModel
@@ -32,7 +32,7 @@ SGD = LocalConfig(optimizer="sgd", learning_rate=1e-2, batch_size=4, clip_norm=N
 
 def asked(model: FederatedModel, data: Encoded, recipe: Recipe, config: LocalConfig = LOCAL) -> LocalResult:
     given = Assignment("client-0", tiny.broadcast(model, recipe=recipe), np.arange(len(data)), 3, 2.0)
-    return work_on(model, given, data, Config(local=config), 0)
+    return work_on(model, given, data, TrainingSettings(local=config), 0)
 
 
 @pytest.mark.parametrize(("name", "probe"), [("llama", 1), ("llama", 3), ("gpt2", 2)])
@@ -159,14 +159,14 @@ def test_a_correction_joins_the_clipped_gradients(bases: dict[str, Path], tasks:
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_clients_trained_together_step_as_each_alone(bases: dict[str, Path], tasks: Encoded, optimizer: str) -> None:
-    config = Config(local=LocalConfig(optimizer=optimizer, learning_rate=1e-2, batch_size=4))
+    config = TrainingSettings(local=LocalConfig(optimizer=optimizer, learning_rate=1e-2, batch_size=4))
     model = tiny.load(bases["llama"], "instruction")
     given = [
         Assignment(f"c{k}", tiny.broadcast(model, tiny.random_adapter(model, 2 + k)), np.arange(k, 20), 2 + k, 1.0)
         for k in range(3)
     ]
     alone = [work_on(model, a, tasks, config, 0) for a in given]
-    together = config.model_copy(update={"engine": EngineConfig(name="cohort", cohort_size=3)})
+    together = replace(config, engine=EngineConfig(name="cohort", cohort_size=3))
     groups = plan(model, tasks, given, together)
     assert [len(g) for g in groups] == [3]
     results = work_together(model, tasks, [given[i] for i in groups[0]], together, 0)
@@ -178,7 +178,7 @@ def test_clients_trained_together_step_as_each_alone(bases: dict[str, Path], tas
 
 
 def test_a_cohort_lets_everyone_answer_for_a_gradient_alone(bases: dict[str, Path], tasks: Encoded) -> None:
-    config = Config(engine=EngineConfig(name="cohort"))
+    config = TrainingSettings(engine=EngineConfig(name="cohort"))
     model = tiny.load(bases["llama"], "instruction")
     sent = tiny.broadcast(model, recipe=Recipe(gradient=True))
     given = [Assignment(f"c{k}", sent, np.arange(20), 2, 1.0) for k in range(3)]

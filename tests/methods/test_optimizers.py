@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedspan.client.training import Assignment, train
-from fedspan.config import Config, DataConfig, LocalConfig
+from fedspan.client.training import Assignment, TrainingSettings, train
+from fedspan.config import DataConfig, LocalConfig
 from fedspan.data import Encoded, Rows, encode
 from fedspan.methods import fedavg, fedftg, fedit, ffa_lora, flora, glora
 from fedspan.methods.base import Direct, Method, ServerState, advance, aggregate
@@ -225,7 +225,7 @@ def test_real_clients_train_as_asked(bases: dict[str, Path], tasks: Encoded) -> 
 
     def learn(sent: Broadcast, steps: int) -> Update:
         work = Assignment("client-0", sent, np.arange(len(tasks)), steps, 1.0)
-        return train(model, work, tasks, Config(local=local), 0).update
+        return train(model, work, tasks, TrainingSettings(local=local), 0).update
 
     dense = {name: value.clone() for name, value in model.dense().items()}
     template = model.template(1, 1.0, False, 0)

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from local_training import LOCAL, tasks
 from torch import Tensor
 
-from fedspan.client.training import Assignment, LocalResult, work_on
-from fedspan.config import Config
+from fedspan.client.training import Assignment, LocalResult, TrainingSettings, work_on
 from fedspan.data import Encoded
 from fedspan.federation.clients import Client
 from fedspan.federation.rounds import RunState
@@ -491,7 +490,7 @@ def run(method: Method, bases: dict[str, Path], data: Encoded, rounds: int, base
 
     def work(client: Client, sent: Broadcast, round_num: int) -> LocalResult:
         given = Assignment(client.client_id, sent, rows[client.client_id], 3, 1.0)
-        return work_on(model, given, data, Config(local=LOCAL), round_num)
+        return work_on(model, given, data, TrainingSettings(local=LOCAL), round_num)
 
     standings = [RunState(method.init(model.template(rank, 8.0, False, 0), model.dense()))]
     records = []

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedspan.client import cohort
-from fedspan.client.training import Assignment, LocalResult, train, work_on
-from fedspan.config import Config, DataConfig, LocalConfig, PrivacyConfig
+from fedspan.client.training import Assignment, LocalResult, TrainingSettings, train, work_on
+from fedspan.config import DataConfig, LocalConfig, PrivacyConfig
 from fedspan.data import Encoded, Rows, encode
 from fedspan.methods import METHODS
 from fedspan.methods.folds import SUM, Exchange
@@ -53,17 +53,17 @@ def data() -> dict[str, Encoded]:
     }
 
 
-def setting(clip: float = 1e9, noise: float = 0.0, **local: Any) -> Config:
+def setting(clip: float = 1e9, noise: float = 0.0, **local: Any) -> TrainingSettings:
     options = {"learning_rate": 1.0, "batch_size": NUM, "optimizer": "sgd", **local}
     privacy = PrivacyConfig(dp="example", clip=clip, noise_multiplier=noise)
-    return Config(local=LocalConfig(**options), privacy=privacy)
+    return TrainingSettings(local=LocalConfig(**options), privacy=privacy)
 
 
 def work(
     model: FederatedModel,
     sent: Broadcast,
     data: Encoded,
-    config: Config,
+    config: TrainingSettings,
     steps: int = 1,
     secret: int | None = SECRET,
     rows: np.ndarray | None = None,
@@ -322,7 +322,7 @@ def test_the_cohort_leaves_it_to_one_client_at_a_time(bases: dict[str, Path], da
 
 def test_no_gradient_leaves_without_noise(bases: dict[str, Path], data: dict[str, Encoded]) -> None:
     model = tiny.load(bases["llama"], "instruction")
-    with pytest.raises(ValueError, match="a gradient was asked for"):
+    with pytest.raises(ValueError, match="a gradient was requested"):
         work(model, broadcast(model, Recipe(gradient=True)), data["instruction"], setting())
 
 

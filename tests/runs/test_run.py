@@ -300,7 +300,7 @@ def test_a_decoder_without_padding_token_classifies_alike_at_every_batch_size(
     sent = MethodRun.open(context, "federation", context.method, context.clients).initial()
     figures = []
     for size in (1, 16):
-        context.executor.context.config = tiny.config(base, texts, "fedit", evaluation={"batch_size": size})
+        context.executor.context.evaluation = config.evaluation.model_copy(update={"batch_size": size})
         figures += context.evaluate([context.evaluation_task(sent)])
     assert figures[0] == pytest.approx(figures[1], rel=2e-6)
 

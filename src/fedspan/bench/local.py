@@ -11,9 +11,9 @@ import torch
 from fedspan.bench import tiny
 from fedspan.bench.peers import PlainLoop, TrainerLoop
 from fedspan.bench.process_pool import Job
-from fedspan.client import cohort
-from fedspan.client.training import Assignment, batches
-from fedspan.config import Config, from_mapping
+from fedspan.client import cohort, grouping
+from fedspan.client.training import Assignment, TrainingSettings, batches
+from fedspan.config import from_mapping
 from fedspan.data import Encoded, encode
 from fedspan.data.rows import Rows
 from fedspan.methods.messages import Broadcast
@@ -26,12 +26,12 @@ SEED = 0
 LEARNING_RATE = 1e-3
 
 
-def settings(job: Job, engine: str) -> Config:
-    """The run's settings that the engines read."""
+def settings(job: Job, engine: str) -> TrainingSettings:
+    """The settings that the engines read."""
     local = {"steps": job.steps, "batch_size": job.batch, "learning_rate": LEARNING_RATE, "clip_norm": 1.0}
     # All clients of a case in one pass: how many fit is not what is measured.
     size = {"cohort_size": job.num_clients} if engine == "cohort" else {}
-    return from_mapping({"seed": SEED, "local": local, "engine": {"name": engine, **size}})
+    return TrainingSettings.of(from_mapping({"seed": SEED, "local": local, "engine": {"name": engine, **size}}))
 
 
 class Workplace:
@@ -61,10 +61,10 @@ class Workplace:
         """The mean training loss of each client."""
         if arm not in ENGINES:
             return [self._peers[arm].train(self.assignments[i].broadcast.adapter, self._batches(i)) for i in clients]
-        config, group = settings(self.job, arm), [self.assignments[i] for i in clients]
+        chosen, group = settings(self.job, arm), [self.assignments[i] for i in clients]
         losses: dict[int, float] = {}
-        for positions in cohort.plan(self.model, self.data, group, config):
-            results = cohort.work(self.model, self.data, [group[i] for i in positions], config, 0)
+        for positions in grouping.plan(self.model, self.data, group, chosen):
+            results = cohort.work(self.model, self.data, [group[i] for i in positions], chosen, 0)
             losses |= {i: result.train_loss for i, result in zip(positions, results, strict=True)}
         return [losses[i] for i in range(len(group))]
 

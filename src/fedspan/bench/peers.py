@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedspan.algebra.lowrank import LowRank
 from fedspan.bench.tiny import TARGETS
 from fedspan.methods.messages import Factors
-from fedspan.models.loading import quiet
+from fedspan.models.loading import library_logs_silenced
 
 MERGED = "merged"
 
@@ -145,7 +145,7 @@ def _peft_model(base: str, ranks: Sequence[int], device: torch.device) -> Any:
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    with quiet():
+    with library_logs_silenced():
         model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device)
     configs = {_slot(r): LoraConfig(r=r, lora_alpha=16, target_modules=list(TARGETS)) for r in sorted(set(ranks))}
     (first, config), *others = configs.items()

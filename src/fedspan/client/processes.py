@@ -1,4 +1,4 @@
-"""A few processes that answer one message at a time, and none of which outlives the run."""
+"""Processes that answer one message at a time, none of which outlives the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from multiprocessing import connection, parent_process
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp  # which teaches spawn to hand tensors over in shared memory
+import torch.multiprocessing as mp  # after which spawn passes tensors in shared memory
 from torch import Tensor
 
 from fedspan.support.errors import FedspanError
@@ -26,21 +26,29 @@ from fedspan.wire import packing
 Message = tuple[Any, Sequence[Tensor]]
 """A JSON-able description, and the tensors that it names by number."""
 Answer = Callable[[Any, list[Tensor]], Message]
-"""What a process makes of a message."""
-Task = Callable[[set[int]], Message]
-"""The message of one task, made when it is sent. It is given what was noted about the process that gets it, nothing
-at first: a task can leave out what an earlier one has brought there, and note what it brings."""
+"""The function by which a process answers a message."""
+MakeMessage = Callable[[set[int]], Message]
+"""Makes the message of one task when it is sent. Its argument is the notes on the process that will receive it, at
+first empty: a message can leave out what an earlier one has brought there, and note what it brings."""
 
 _PATIENCE = 5.0
-"""Seconds that a process has to end after it was told to, before it is killed."""
+"""Seconds that a process has to end after it was asked to, before it is killed."""
+_REBUILT: Mapping[str, type[Exception]] = {
+    "FedspanError": FedspanError,
+    "OutOfMemoryError": torch.OutOfMemoryError,
+    **{kind.__name__: kind for kind in (ValueError, TypeError, MemoryError, RuntimeError)},
+}
+"""Errors that keep their class on the way from a process, if only as that of a base class."""
 
 
 class ProcessLost(FedspanError):
-    """A process ended without having been told to."""
+    """A worker process that ended although it was not asked to."""
 
 
 @dataclass(slots=True)
-class _Worker:
+class _Handle:
+    """A running process: the channel to it, the notes on it, and the number of the task that it is busy with."""
+
     process: Any
     channel: Any
     notes: set[int] = field(default_factory=set)
@@ -49,189 +57,193 @@ class _Worker:
 
 @dataclass(slots=True)
 class Processes:
-    """`make(*arguments)` of each is called in a process of its own and answers what that process is sent.
+    """Several processes; in each, `make(*arguments)` is called once and answers the messages sent to that process.
 
-    Nothing is started before the first task. However a run ends (by itself, an error, Ctrl-C, or the death of the
-    process that started these), `close` or the operating system ends them all.
+    Nothing is started before the first task. However a run ends (normally, by an error, by Ctrl-C, or by the death of
+    the process that started these), `close` or the operating system ends them all.
     """
 
     make: Callable[..., Answer]
     arguments: Sequence[tuple[Any, ...]]
     method: str
-    """`fork`: everything in memory is there at once, shared until it is written. `spawn`: a new interpreter, to which
-    tensors go through shared memory."""
-    _workers: list[_Worker] = field(default_factory=list)
+    """`fork`: the child shares all memory until it is written to. `spawn`: a new interpreter, which receives tensors
+    through shared memory."""
+    _handles: list[_Handle] = field(default_factory=list)
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Any, list[Tensor]]]:
-        """The answers to all tasks, with the tasks' numbers, as they come in. Tasks are begun in their order.
+    def run(self, tasks: Sequence[MakeMessage]) -> Iterator[tuple[int, Any, list[Tensor]]]:
+        """Yield the answers to all tasks, with the tasks' numbers, as they come in. Tasks begin in their order.
 
         Raises
         ------
         ProcessLost
             When a process was killed.
         Exception
-            What a task raised, where its class is a common one; otherwise a RuntimeError that names it.
+            An error that a task raised, where its class is a common one; otherwise a RuntimeError that names it.
         """
-        if any(worker.task is not None for worker in self._workers):
-            self.close()  # whoever was given the answers before took only some of them
+        if any(handle.task is not None for handle in self._handles):
+            # An earlier caller took only some of its answers. The rest are still on their way, and must not be taken
+            # for answers to these tasks: new processes have none.
+            self.close()
         self.start()
-        workers, waiting = self._workers, deque(range(len(tasks)))
+        handles, waiting = self._handles, deque(range(len(tasks)))
         try:
-            for worker in workers:
-                self._give(worker, waiting, tasks)
-            while busy := {worker.channel: worker for worker in workers if worker.task is not None}:
+            for handle in handles:
+                self._give(handle, waiting, tasks)
+            while busy := {handle.channel: handle for handle in handles if handle.task is not None}:
                 # A channel is ready when its process died, too.
                 for channel in connection.wait(list(busy)):
                     task, message, tensors = self._take(busy[channel])
+                    # The next task before the caller sees the answer: it may take its time.
                     self._give(busy[channel], waiting, tasks)
                     yield task, message, tensors
         except BaseException:
-            if workers is self._workers:
+            # Also where the caller gave up (GeneratorExit), but not where others were started in the meantime.
+            if handles is self._handles:
                 self.close()
             raise
 
     def close(self) -> None:
         """End all processes; they can be started again."""
-        workers, self._workers = self._workers, []
-        for worker in workers:
-            worker.channel.close()
-            worker.process.terminate()
-        for worker in workers:
-            worker.process.join(_PATIENCE)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
-            worker.process.close()
+        handles, self._handles = self._handles, []
+        for handle in handles:
+            handle.channel.close()
+            handle.process.terminate()
+        for handle in handles:
+            handle.process.join(_PATIENCE)
+            if handle.process.is_alive():
+                handle.process.kill()
+                handle.process.join()
+            handle.process.close()
 
     def pids(self) -> list[int]:
-        """The operating system's numbers of the processes that run."""
-        return [worker.process.pid for worker in self._workers]
+        """Return the process ids of the processes that run."""
+        return [handle.process.pid for handle in self._handles]
 
     def start(self) -> None:
-        """Start the processes, where they do not run yet."""
-        if self._workers:
+        """Start the processes, unless they run already."""
+        if self._handles:
             return
         context: Any = mp.get_context(self.method)
         with _forking():
-            for number, given in enumerate(self.arguments):
+            for number, arguments in enumerate(self.arguments):
                 near, far = context.Pipe()
-                mine = [near, *(w.channel for w in self._workers)] if self.method == "fork" else []
+                # A forked child inherits this process's ends of all channels so far.
+                inherited = [near, *(handle.channel for handle in self._handles)] if self.method == "fork" else []
                 process = context.Process(
-                    target=_serve, args=(far, mine, self.make, given), name=f"fedspan-{number}", daemon=True
+                    target=_serve, args=(far, inherited, self.make, arguments), name=f"fedspan-{number}", daemon=True
                 )
                 process.start()
                 far.close()
-                self._workers.append(_Worker(process, near))
+                self._handles.append(_Handle(process, near))
 
-    def _give(self, worker: _Worker, waiting: deque[int], tasks: Sequence[Task]) -> None:
-        """The next task to this process, if there is one left."""
-        worker.task = waiting.popleft() if waiting else None
-        if worker.task is None:
+    def _give(self, handle: _Handle, waiting: deque[int], tasks: Sequence[MakeMessage]) -> None:
+        """Send the next task to this process, if there is one left."""
+        handle.task = waiting.popleft() if waiting else None
+        if handle.task is None:
             return
-        message, tensors = tasks[worker.task](worker.notes)
+        message, tensors = tasks[handle.task](handle.notes)
         try:
-            packing.send(worker.channel, message, tensors)
+            packing.send(handle.channel, message, tensors)
         except OSError:
-            raise self._lost(worker) from None
+            raise self._lost(handle) from None
 
-    def _take(self, worker: _Worker) -> tuple[int, Any, list[Tensor]]:
-        assert worker.task is not None
+    def _take(self, handle: _Handle) -> tuple[int, Any, list[Tensor]]:
+        assert handle.task is not None
         try:
-            reply, tensors = packing.receive(worker.channel)
+            reply, tensors = packing.receive(handle.channel)
         except (EOFError, OSError):
-            raise self._lost(worker) from None
+            raise self._lost(handle) from None
         if "error" in reply:
-            raise _raised(reply["error"])
-        return worker.task, reply["answer"], tensors
+            raise _rebuilt(reply["error"])
+        return handle.task, reply["answer"], tensors
 
-    def _lost(self, worker: _Worker) -> ProcessLost:
-        worker.process.join(_PATIENCE)
-        code = worker.process.exitcode
+    def _lost(self, handle: _Handle) -> ProcessLost:
+        handle.process.join(_PATIENCE)
+        code = handle.process.exitcode
         how = f"exit code {code}"
         if code is not None and code < 0:
             how = signal.Signals(-code).name
-        hint = "; was there too little memory? fewer engine.workers need less" if code == -signal.SIGKILL else ""
-        return ProcessLost(f"worker process {worker.process.pid} ended unexpectedly ({how}){hint}")
+        hint = "; if memory ran out, set fewer engine.workers" if code == -signal.SIGKILL else ""
+        return ProcessLost(f"worker process {handle.process.pid} ended unexpectedly ({how}){hint}")
 
 
 @contextlib.contextmanager
 def _forking() -> Iterator[None]:
-    """What keeps a fork quiet and small."""
-    header = os.environ.get("TOKENIZERS_PARALLELISM")
-    # Otherwise the tokenizers' own threads are warned about in every child.
+    """Fork without warnings, and without copying more memory than is written to."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    # Otherwise the tokenizers warn of their own threads in every child.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.freeze()  # a child's garbage collector would touch, and so copy, every page of the parent's objects
     try:
         with warnings.catch_warnings():
-            # A display's thread runs beside us; a child never uses what it holds.
+            # Python warns of forking beside a display's thread; a child never takes a lock that it may hold.
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
         gc.unfreeze()
-        if header is None:
+        if before is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
-            os.environ["TOKENIZERS_PARALLELISM"] = header
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _serve(channel: Any, others: Sequence[Any], make: Callable[..., Answer], given: tuple[Any, ...]) -> None:
-    """A process's whole life: answer until the channel closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+def _serve(channel: Any, inherited: Sequence[Any], make: Callable[..., Answer], arguments: tuple[Any, ...]) -> None:
+    """Answer messages until the channel closes: all that a process does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends its children itself
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for other in others:
-        other.close()  # or the others would not see that the process that started us is gone
+    for other in inherited:
+        other.close()  # a channel closes for its child only when no other process holds its other end
     threading.Thread(target=_die_with_parent, daemon=True).start()
     try:
         answer: Answer | None = None
         while True:
             message, tensors = packing.receive(channel)
             try:
-                answer = answer or make(*given)
-                found, out = answer(message, tensors)
-                reply: dict[str, Any] = {"answer": found}
+                answer = answer or make(*arguments)
+                description, out = answer(message, tensors)
+                reply: dict[str, Any] = {"answer": description}
             except Exception as error:
-                reply, out = {"error": _told(error)}, ()
+                reply, out = {"error": _described(error)}, ()
             packing.send(channel, reply, out)
     except (EOFError, OSError):
-        return  # the channel is closed, or whoever held its other end is gone
+        return  # the channel is closed, or the parent is gone
 
 
 def _die_with_parent() -> None:
-    """End at once, in the middle of whatever is done, when the process that started this one is gone."""
+    """End at once, in the middle of any work, when the process that started this one is gone."""
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
         os._exit(1)
 
 
-def _told(error: Exception) -> dict[str, Any]:
+def _described(error: Exception) -> dict[str, Any]:
     parts = [error.errno, error.strerror, error.filename] if isinstance(error, OSError) else None
+    names = [kind.__name__ for kind in type(error).__mro__]
     return {
-        "class": type(error).__name__,
+        "class": next((name for name in names if name in _REBUILT), names[0]),
         "text": str(error),
         "os": parts,
         "trace": "".join(traceback.format_exception(error)),
     }
 
 
-def _raised(header: Mapping[str, Any]) -> Exception:
-    """The error of another process, as if it had been raised here."""
-    text = header["text"]
-    common: dict[str, type[Exception]] = {c.__name__: c for c in (ValueError, MemoryError, RuntimeError, TypeError)}
-    common["OutOfMemoryError"] = torch.OutOfMemoryError
+def _rebuilt(header: Mapping[str, Any]) -> Exception:
+    """Return the error of another process, as if it had been raised here."""
+    name, text = header["class"], header["text"]
     error: Exception
     if header["os"] is not None and header["os"][0] is not None:
         error = OSError(*header["os"])
-    elif header["class"] in common:
-        error = common[header["class"]](text)
+    elif name in _REBUILT:
+        error = _REBUILT[name](text)
     else:
-        error = RuntimeError(f"{header['class']}: {text}")
+        error = RuntimeError(f"{name}: {text}")
     error.add_note(f"in a worker process:\n{header['trace']}")
     return error
 
 
 def start_method(device: torch.device, threads: int) -> str:
-    """How processes that work on this device are started."""
+    """Return the way in which processes that work on this device must be started: `fork` or `spawn`."""
     # A GPU's driver does not survive a fork, nor do a thread pool's threads.
     forkable = sys.platform == "linux" and device.type == "cpu" and threads == 1
     return "fork" if forkable else "spawn"

@@ -1,4 +1,4 @@
-"""From a configuration to what training needs in memory: encoded data and the base with its adapters."""
+"""From settings to the objects in memory that training needs: encoded data, the base with its adapters, a device."""
 
 from __future__ import annotations
 
@@ -7,54 +7,75 @@ from typing import Any
 
 import torch
 
-from fedspan.config import Config
+from fedspan.config import AdapterConfig, DataConfig, ModelConfig
 from fedspan.data import Corpus, Encoded, encode
-from fedspan.methods.base import Method
 from fedspan.models import FederatedModel, build, load_processor
+from fedspan.models.federated_model import Trains
 from fedspan.support.errors import FedspanError
 
 
-def encoded(config: Config, corpus: Corpus) -> tuple[Any, dict[str, Encoded]]:
-    """The base's tokenizer or image processor, and the corpus by it: `train`, `test`, `unseen` where there is any."""
-    processor = load_processor(config.model.name, corpus.kind)
+def encoded(name: str, data: DataConfig, corpus: Corpus) -> tuple[Any, dict[str, Encoded]]:
+    """Return the tokenizer or image processor of the base called `name`, and the corpus encoded with it.
+
+    The splits are `train`, `test`, and `unseen` where there is any.
+    """
+    processor = load_processor(name, corpus.kind)
     rows = {"train": corpus.train, "test": corpus.test}
     if corpus.unseen is not None:
         rows["unseen"] = corpus.unseen
-    return processor, {split: encode(part, processor, config.data) for split, part in rows.items()}
+    return processor, {split: encode(part, processor, data) for split, part in rows.items()}
 
 
 def base_model(
-    config: Config,
-    method: Method,
+    model: ModelConfig,
+    adapter: AdapterConfig,
     corpus: Corpus,
     data: Mapping[str, Encoded],
     *,
+    trains: Trains,
     max_rank: int,
     device: torch.device,
+    seed: int,
 ) -> FederatedModel:
-    """The base as the configuration asks for it, with what the method trains."""
+    """Return the base that the settings name, with the parts that a method trains.
+
+    Parameters
+    ----------
+    data
+        The corpus encoded for this base.
+    trains
+        As a method's `info.trains` says.
+    max_rank
+        The largest rank of any client.
+    """
     texts = data["train"].texts
     return build(
-        config.model.name,
+        model.name,
         corpus.kind,
-        trains=method.info.trains,
+        trains=trains,
         num_labels=corpus.num_labels,
-        target_modules=config.adapter.target_modules,
+        target_modules=adapter.target_modules,
         max_rank=max_rank,
-        rslora=config.adapter.rslora,
-        dropout=config.adapter.dropout,
-        dtype=config.model.dtype,
+        rslora=adapter.rslora,
+        dropout=adapter.dropout,
+        dtype=model.dtype,
         device=device,
-        seed=config.seed,
+        seed=seed,
         label_names=corpus.label_names,
         regression=corpus.num_labels == 1,
         pad_token_id=texts.pad if texts is not None else None,
-        quantise=config.model.quantise,
+        quantise=model.quantise,
     )
 
 
 def device_of(name: str) -> torch.device:
-    """The device of that name; `auto` is a GPU where there is one."""
+    """Return the device of this name; `auto` is a GPU where there is one.
+
+    Raises
+    ------
+    FedspanError
+        When this machine has no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

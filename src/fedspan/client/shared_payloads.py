@@ -1,4 +1,4 @@
-"""What of broadcasts and updates goes to which process: what clients share is sent once."""
+"""Broadcasts and results as messages between processes: a payload that clients share is sent to each process once."""
 
 from __future__ import annotations
 
@@ -22,19 +22,24 @@ _PARTS: Mapping[str, tuple[_Put, _Get]] = {
     "subspaces": (packing.put_subspaces, packing.get_subspaces),
     "moments": (packing.put_dense, packing.get_dense),
 }
-"""What of a broadcast travels to a process, and how; `news` is for whoever counts bytes."""
+"""The parts of a broadcast that are sent to a process, with the functions that pack and unpack them. `news` is not
+among them: it serves to count the bytes of a round, which is done in the process that leads the run."""
 
 
 class SharedPayloads:
-    """What is sent of broadcasts: each part once to each process, for as long as the work at hand names it."""
+    """The sender's side: numbers the parts of broadcasts, and sends each part once to each process.
+
+    Clients of one round share most of what they receive (a patch, the heads, an adapter for each rank). Parts are
+    compared by identity, which costs nothing; equal parts that are not one object are sent twice.
+    """
 
     def __init__(self) -> None:
         self._numbers: dict[int, tuple[int, object]] = {}
-        """Of the parts of the work at hand, by their identity; they are held so that it stays theirs."""
+        """Number and part by the part's `id`. The part is kept so that no other object can be given its `id`."""
         self._next = 0
 
     def expect(self, broadcasts: Sequence[Broadcast]) -> None:
-        """The work at hand names these."""
+        """Number the parts of all broadcasts of the work that begins now, and drop those of earlier work."""
         before, self._numbers = self._numbers, {}
         for broadcast in broadcasts:
             for part in (getattr(broadcast, name) for name in _PARTS):
@@ -43,13 +48,19 @@ class SharedPayloads:
                     self._next += 1
 
     def forget(self, held: set[int]) -> list[int]:
-        """What a process holds and will not be asked about."""
+        """Return the parts that a process holds and will not need again, and take them from `held`."""
         gone = held - {number for number, _ in self._numbers.values()}
         held -= gone
         return sorted(gone)
 
     def broadcast(self, parcel: packing.Parcel, held: set[int], b: Broadcast) -> dict[str, Any]:
-        """A broadcast's description, with what this process lacks of it."""
+        """Return a broadcast's description, with the parts that this process does not hold yet.
+
+        Parameters
+        ----------
+        held
+            Numbers of the parts that the process holds; those that are sent now are added.
+        """
         header: dict[str, Any] = {"recipe": packing.put_recipe(b.recipe), "seeded": sorted(b.seeded)}
         for name, (put, _) in _PARTS.items():
             part = getattr(b, name)
@@ -60,7 +71,7 @@ class SharedPayloads:
         return header
 
     def assignment(self, parcel: packing.Parcel, held: set[int], a: Assignment) -> dict[str, Any]:
-        """An assignment's description."""
+        """Return an assignment's description."""
         return {
             "client_id": a.client_id,
             "broadcast": self.broadcast(parcel, held, a.broadcast),
@@ -72,34 +83,37 @@ class SharedPayloads:
 
 
 class PayloadCache:
-    """What a process was sent of broadcasts and still holds."""
+    """The receiver's side: the parts of broadcasts that a process has received and still holds."""
 
     def __init__(self) -> None:
         self._held: dict[int, Any] = {}
 
     def forget(self, numbers: Sequence[int]) -> None:
-        """These parts will not be named again."""
+        """Drop parts that will not be named again."""
         for number in numbers:
             del self._held[number]
 
     def broadcast(self, header: Mapping[str, Any], tensors: Sequence[Tensor]) -> Broadcast:
-        """The broadcast; a part that was sent before is the very object that it was then."""
-        found: dict[str, Any] = {}
+        """Return the broadcast that a header describes.
+
+        A part that was sent before is the same object as then: the model recognises an unchanged patch by identity.
+        """
+        parts: dict[str, Any] = {}
         for name, (_, get) in _PARTS.items():
             number, new = header[name]
             if new is not None:
                 self._held[number] = get(new, tensors)
-            found[name] = self._held[number]
-        return Broadcast(**found, recipe=packing.get_recipe(header["recipe"]), seeded=frozenset(header["seeded"]))
+            parts[name] = self._held[number]
+        return Broadcast(**parts, recipe=packing.get_recipe(header["recipe"]), seeded=frozenset(header["seeded"]))
 
     def assignment(self, header: Mapping[str, Any], tensors: Sequence[Tensor]) -> Assignment:
-        """The assignment."""
+        """Return the assignment that a header describes."""
         sent, rows = self.broadcast(header["broadcast"], tensors), tensors[header["rows"]].numpy()
         return Assignment(header["client_id"], sent, rows, header["steps"], header["weight"], header["secret"])
 
 
 def put_result(parcel: packing.Parcel, result: LocalResult) -> dict[str, Any]:
-    """The description of what a client learnt."""
+    """Return the description of a client's result."""
     update = result.update
     return {
         "client_id": update.client_id,
@@ -115,7 +129,7 @@ def put_result(parcel: packing.Parcel, result: LocalResult) -> dict[str, Any]:
 
 
 def get_result(header: Mapping[str, Any], tensors: Sequence[Tensor]) -> LocalResult:
-    """What a client learnt."""
+    """Return the result that a header describes."""
     update = Update(
         header["client_id"],
         header["num_examples"],

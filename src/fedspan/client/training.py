@@ -1,11 +1,11 @@
-"""A client's local work: from what it was sent to its update."""
+"""A client's local work: from the broadcast that it received to its update."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fedspan.algebra.galore import GaloreAdamW
-from fedspan.config import Config, LocalConfig
+from fedspan.config import Config, EngineConfig, LocalConfig, PrivacyConfig
 from fedspan.data import Encoded
 from fedspan.methods.messages import Broadcast, Update, Vector
 from fedspan.models import FederatedModel, seeded
@@ -24,42 +24,61 @@ from fedspan.support.seeding import generator
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingSettings:
+    """The settings that the local work of a client depends on."""
+
+    seed: int = 0
+    local: LocalConfig = field(default_factory=LocalConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    @classmethod
+    def of(cls, config: Config) -> TrainingSettings:
+        """Return those of a run."""
+        return cls(config.seed, config.local, config.privacy, config.engine)
+
+    def with_engine(self, name: Any) -> TrainingSettings:
+        """Return the same settings for work by the engine of this name."""
+        return replace(self, engine=self.engine.model_copy(update={"name": name}))
+
+
+@dataclass(frozen=True, slots=True)
 class LocalResult:
-    """What one client's work of one round came to."""
+    """The outcome of one client's local work in one round."""
 
     update: Update
     train_loss: float
-    """Mean over the steps."""
+    """Mean over the steps; NaN where it is not released."""
     steps: int
     optimizer_bytes: int = 0
-    """What the local optimizer held at its end, step counts left out."""
+    """Size of the local optimizer's state at the end, step counts left out."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Assignment:
-    """One client's work of one round."""
+    """One client's local work in one round."""
 
     client_id: str
     broadcast: Broadcast
-    """What it starts from."""
+    """The adapter, patch, dense weights and recipe that it starts from."""
     rows: np.ndarray
     """Its examples, as rows of the training data."""
     steps: int
     weight: float
-    """What this client counts for in averages."""
+    """The weight of this client in averages."""
     secret: int | None = None
-    """The site's own, which nobody else knows: what its noise is drawn from."""
+    """The site's own secret, unknown to everyone else, from which its noise is drawn."""
 
 
 def num_steps(config: LocalConfig, num_examples: int) -> int:
-    """Optimizer steps of one round for a client with so many examples."""
+    """Return the optimizer steps of one round for a client with this number of examples."""
     if config.epochs is not None:
         return config.epochs * math.ceil(num_examples / config.batch_size)
     return config.steps or 10
 
 
 def batches(num_examples: int, batch_size: int, steps: int, rng: torch.Generator) -> Iterator[list[int]]:
-    """`steps` batches of indices, without replacement within each pass over the data."""
+    """Yield `steps` batches of indices, without replacement within each pass over the data."""
     order: list[int] = []
     size = min(batch_size, num_examples)
     for _ in range(steps):
@@ -70,88 +89,95 @@ def batches(num_examples: int, batch_size: int, steps: int, rng: torch.Generator
 
 
 def rate(config: LocalConfig, step: int, steps: int) -> float:
-    """The learning rate of a step, counted from 0."""
+    """Return the learning rate of a step, counted from 0."""
     warmup = max(1, round(config.warmup * steps))
     return config.learning_rate * min(1.0, (step + 1) / warmup)
 
 
-def autocast(model: FederatedModel, config: Config) -> AbstractContextManager[Any]:
-    """The type of the base's matrix products in training."""
-    wanted = config.engine.autocast != "none"
-    return torch.autocast(model.device.type, torch.bfloat16) if wanted else nullcontext()
+def autocast(model: FederatedModel, engine: EngineConfig) -> AbstractContextManager[Any]:
+    """Return a context in which the base's matrix products have the type that the settings ask for."""
+    if engine.autocast == "none":
+        return nullcontext()
+    return torch.autocast(model.device.type, torch.bfloat16)
 
 
-def work_on(model: FederatedModel, work: Assignment, data: Encoded, config: Config, round_num: int) -> LocalResult:
-    """What one client answers: what it learns, or a gradient where that is asked for."""
-    private = config.privacy.dp == "example"
+def work_on(
+    model: FederatedModel, work: Assignment, data: Encoded, settings: TrainingSettings, round_num: int
+) -> LocalResult:
+    """Do one client's local work: train, or compute a gradient where the recipe asks for one."""
+    private = settings.privacy.dp == "example"
     if work.broadcast.recipe.gradient:
+        # The configuration was refused for it; should a server ask all the same, nothing may leave without noise.
         if private:
-            raise FedspanError("privacy.dp = 'example': a gradient was asked for that no noise is added to")
-        return gradient(model, work, data, config, round_num)
-    return (train_privately if private else train)(model, work, data, config, round_num)
+            raise FedspanError("privacy.dp = 'example': a gradient was requested that no noise is added to")
+        return gradient(model, work, data, settings, round_num)
+    return (train_privately if private else train)(model, work, data, settings, round_num)
 
 
-def train(model: FederatedModel, work: Assignment, data: Encoded, config: Config, round_num: int) -> LocalResult:
-    """One client's local work: from what it was sent, on its own rows of the training data.
+def train(
+    model: FederatedModel, work: Assignment, data: Encoded, settings: TrainingSettings, round_num: int
+) -> LocalResult:
+    """Train one client from its broadcast, on its own rows of the training data.
 
-    The run's seed, the round and the client's id fix the batches and the dropout.
+    The run's seed, the round and the client's id determine the batches and the dropout, whatever was trained before.
     """
     model.load(work.broadcast)
-    sent, local = work.broadcast, config.local
+    sent, local = work.broadcast, settings.local
     recipe = sent.recipe
-    key = (config.seed, round_num, work.client_id)
+    key = (settings.seed, round_num, work.client_id)
     chosen = model.trainable(recipe)
-    moved = Moved(chosen, sent, model.device)
-    optimizer = _optimizer(model, moved, sent, local, key)
+    trained = TrainedTensors(chosen, sent, model.device)
+    optimizer = _optimizer(model, trained, sent, local, key)
     total, rates = torch.zeros((), device=model.device), 0.0
-    with model.training(config.engine.compile), seeded(*key, "dropout"):
+    with model.training(settings.engine.compile), seeded(*key, "dropout"):
         for step, batch in enumerate(_schedule(model, work, data, local, key)):
             now = rate(local, step, work.steps)
             rates += now
             for group in optimizer.param_groups:
                 group["lr"] = now
-            with autocast(model, config):
+            with autocast(model, settings.engine):
                 loss = client_losses(model, batch).sum()
             total += loss.detach()
             if recipe.tail_penalty is not None:
                 strength, tail = recipe.tail_penalty
                 loss = loss + strength * model.tail_penalty(tail)
             torch.autograd.backward(loss)
-            moved.gradients()
+            trained.gradients()
             if local.clip_norm is not None:
-                nn.utils.clip_grad_norm_(moved.stepped.values(), local.clip_norm)
-            moved.correct()
+                nn.utils.clip_grad_norm_(trained.stepped.values(), local.clip_norm)
+            # After clipping: SCAFFOLD's correction is itself a difference of means of clipped gradients.
+            trained.correct()
             optimizer.step()
-            moved.follow()
+            trained.follow()
             optimizer.zero_grad(set_to_none=True)
-    moments = _second_moments(optimizer, moved)
+    moments = _second_moments(optimizer, trained)
     update = Update(work.client_id, work.weight, model.adapter(), model.dense(), moments, rates)
     return LocalResult(update, float(total) / work.steps, work.steps, _state_bytes(optimizer))
 
 
 def train_privately(
-    model: FederatedModel, work: Assignment, data: Encoded, config: Config, round_num: int
+    model: FederatedModel, work: Assignment, data: Encoded, settings: TrainingSettings, round_num: int
 ) -> LocalResult:
-    """`train` by DP-SGD: with g_i the gradient of example i alone, each step goes along
+    """Train one client by DP-SGD: with g_i the gradient of example i alone, each step goes along
 
         (Σ_i g_i · min(1, C/‖g_i‖) + N(0, (zC)² I)) / (q n),    i by independent coins of q = min(1, batch_size/n).
 
-    Each example's loss is the mean over its own answer tokens; `local.clip_norm` has nothing left to do. The local
-    optimizer takes these gradients as it would any others. The mean loss is not told, since nothing hides what it says
-    of the examples: it is NaN.
+    Each example's loss is the mean over its own answer tokens; `local.clip_norm` does not apply. The local
+    optimizer takes these gradients as it would any others. The mean loss is not released, since no noise hides what
+    it reveals of the examples: it is NaN.
 
     Source: Abadi et al. 2016, "Deep Learning with Differential Privacy" (1607.00133); the gradients per example are
     those of one adapter per example in one pass (`models.stacked`).
     """
-    sent, local, recipe = work.broadcast, config.local, work.broadcast.recipe
+    sent, local, recipe = work.broadcast, settings.local, work.broadcast.recipe
     model.check(recipe)
     examples = data.subset(work.rows)
     sampled, width = min(1.0, local.batch_size / len(examples)), min(2 * local.batch_size, len(examples))
     rates = [rate(local, step, work.steps) for step in range(work.steps)]
     with (
-        private_gradients(model, sent, config.privacy, work.secret, width) as private,
+        private_gradients(model, sent, settings.privacy, work.secret, width) as private,
         model.training(),
-        seeded(config.seed, round_num, work.client_id, "dropout"),
+        seeded(settings.seed, round_num, work.client_id, "dropout"),
     ):
         weights = nn.Parameter(private.weights())
         optimizer = plain_optimizer([{"params": [weights]}], local)
@@ -160,30 +186,33 @@ def train_privately(
             total = torch.zeros_like(weights.data)
             for part in parts_of(private.chosen(mark, len(examples), sampled), width):
                 batch = {name: value.to(model.device) for name, value in examples.batch(part).items()}
-                with autocast(model, config):
+                with autocast(model, settings.engine):
                     own = private.of(batch)
-                total += clipped_sum(own, config.privacy.clip)
+                total += clipped_sum(own, settings.privacy.clip)
             weights.grad = private.noised(total, mark, sampled * len(examples))
             if recipe.tail_penalty is not None:
                 weights.grad += private.penalty(*recipe.tail_penalty)
             for group in optimizer.param_groups:
                 group["lr"] = now
             optimizer.step()
+            # The stack holds one copy of the weights per example: all of them start the next step alike.
             private.put(weights.data)
         update = Update(work.client_id, work.weight, private.adapter(), private.dense(), {}, sum(rates))
     return LocalResult(update, math.nan, work.steps, _state_bytes(optimizer))
 
 
-def gradient(model: FederatedModel, work: Assignment, data: Encoded, config: Config, round_num: int) -> LocalResult:
-    """The mean gradient over a few batches with respect to the weights of the target modules, dropout off."""
+def gradient(
+    model: FederatedModel, work: Assignment, data: Encoded, settings: TrainingSettings, round_num: int
+) -> LocalResult:
+    """Compute the mean gradient over a few batches, of the weights of the target modules, with dropout off."""
     model.load(work.broadcast)
     weights = model.target_weights()
-    key = (config.seed, round_num, work.client_id, "gradient")
+    key = (settings.seed, round_num, work.client_id, "gradient")
     steps = work.broadcast.recipe.probe_batches
     total = torch.zeros((), device=model.device)
     with model.differentiable(weights):
-        for batch in _schedule(model, replace(work, steps=steps), data, config.local, key):
-            with autocast(model, config):
+        for batch in _schedule(model, replace(work, steps=steps), data, settings.local, key):
+            with autocast(model, settings.engine):
                 loss = client_losses(model, batch).sum()
             total += loss.detach()
             torch.autograd.backward(loss / steps)
@@ -195,14 +224,17 @@ def gradient(model: FederatedModel, work: Assignment, data: Encoded, config: Con
 def _schedule(
     model: FederatedModel, work: Assignment, data: Encoded, config: LocalConfig, key: tuple[object, ...]
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The client's batches, on the model's device."""
+    """Yield the client's batches, on the model's device."""
     examples = data.subset(work.rows)
     for indices in batches(len(examples), config.batch_size, work.steps, generator(*key, "batches")):
         yield {name: value.to(model.device) for name, value in examples.batch(indices).items()}
 
 
-class Moved:
-    """The tensors that a client trains, and what the optimizer steps on for each: the tensor, or its coordinates."""
+class TrainedTensors:
+    """The tensors that a client trains, and the parameters that the optimizer steps on for them.
+
+    For a tensor that is confined to a subspace, the parameter is its coordinates; otherwise it is the tensor itself.
+    """
 
     def __init__(self, chosen: Mapping[str, nn.Parameter], sent: Broadcast, device: torch.device) -> None:
         self.chosen, self.mu = chosen, sent.recipe.proximal
@@ -221,7 +253,7 @@ class Moved:
 
     @torch.no_grad()
     def gradients(self) -> None:
-        """From the loss's gradients to those that the optimizer sees."""
+        """Turn the loss's gradients into those of the parameters that the optimizer steps on."""
         if self.mu:
             for name, p in self.chosen.items():
                 if p.grad is not None:
@@ -233,22 +265,22 @@ class Moved:
 
     @torch.no_grad()
     def correct(self) -> None:
-        """What the server has every step add to the gradients."""
+        """Add the server's correction to the gradients of this step."""
         for name, value in self.correction.items():
             p = self.chosen[name]
             p.grad = value.clone() if p.grad is None else p.grad.add_(value)
 
     @torch.no_grad()
     def follow(self) -> None:
-        """The tensors at their new coordinates."""
+        """Move the tensors to their new coordinates."""
         for name, space in self.subspaces.items():
             self.chosen[name].copy_(self.start[name] + space.expand(self.stepped[name]))
 
 
 def _optimizer(
-    model: FederatedModel, moved: Moved, sent: Broadcast, config: LocalConfig, key: tuple[object, ...]
+    model: FederatedModel, trained: TrainedTensors, sent: Broadcast, config: LocalConfig, key: tuple[object, ...]
 ) -> torch.optim.Optimizer:
-    stepped, recipe = moved.stepped, sent.recipe
+    stepped, recipe = trained.stepped, sent.recipe
     if recipe.galore is None:
         return plain_optimizer([{"params": list(stepped.values())}], config)
     projected = [p for name, p in stepped.items() if name in model.projected]
@@ -264,22 +296,22 @@ def _optimizer(
 
 
 def plain_optimizer(groups: list[dict[str, Any]], config: LocalConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD as the settings say; fused, which is one pass over memory instead of seven."""
+    """Return AdamW or SGD as the settings say; fused, which is one pass over memory instead of seven."""
     lr, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=lr, weight_decay=decay, fused=True)
     return torch.optim.AdamW(groups, lr=lr, weight_decay=decay, fused=True)
 
 
-def _second_moments(optimizer: torch.optim.Optimizer, moved: Moved) -> dict[str, torch.Tensor]:
-    """What GaLore's optimizer ended with, by name; nothing of another."""
+def _second_moments(optimizer: torch.optim.Optimizer, trained: TrainedTensors) -> dict[str, torch.Tensor]:
+    """Return the second moments of GaLore's optimizer by name; nothing for another optimizer."""
     if not isinstance(optimizer, GaloreAdamW):
         return {}
     held = optimizer.second_moments()
-    return {name: held[p].cpu() for name, p in moved.stepped.items() if p in held}
+    return {name: held[p].cpu() for name, p in trained.stepped.items() if p in held}
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Counts and marks, which are single numbers, left out."""
+    """Return the size of the optimizer's state without counts and marks, which are single numbers."""
     held = (t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor))
     return sum(t.numel() * t.element_size() for t in held if t.ndim)

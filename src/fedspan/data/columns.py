@@ -1,4 +1,4 @@
-"""From a table's columns to examples: what kind they are, which columns say what, and label ids."""
+"""From a table's columns to examples: their kind, the columns they are read from, and label ids."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import numpy as np
 
 from fedspan.config import DataConfig
 from fedspan.data.images import as_images, find_column
+from fedspan.data.metrics import METRICS
 from fedspan.data.rows import Kind, Rows
 from fedspan.data.tables import Table
 from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
 
-_REGRESSION_METRICS = ("pearson", "spearman")
 _TEXT_COLUMNS = (("text",), ("sentence",), ("sentence1", "sentence2"))  # tried in this order
 _IMAGE_NAMES = ("images", "x", "img")
 _LABEL_NAMES = ("labels", "y")
 
 
 def infer_kind(table: Table, config: DataConfig) -> Kind:
-    """What a table holds: `config.kind`, or what its columns tell.
+    """Return the kind of a table's examples: `config.kind`, or the kind that its columns indicate.
 
     An answer column (``data.output_column``) makes instruction data; otherwise an image column makes
     images; otherwise a label column makes classification.
 
     Raises
     ------
-    ValueError
-        Naming the columns found, when none of these is there.
+    FedspanError
+        Naming the columns that there are, when none of these is among them.
     """
     if config.kind is not None:
         return config.kind
@@ -49,15 +49,15 @@ def infer_kind(table: Table, config: DataConfig) -> Kind:
 
 
 def to_rows(table: Table, kind: Kind, config: DataConfig) -> Rows:
-    """The examples of a table, with labels as they stand there (see :func:`label_ids`).
+    """Return the examples of a table, with its labels unchanged (see :meth:`Labels.ids`).
 
-    ``instruction_column = ""`` or ``input_column = ""`` says that the data has no such column; a null input
-    is an empty one. Without `text_columns`, classification reads `text`, `sentence`, or `sentence1` and
-    `sentence2`, whichever is there first. The field is `field_column`, by default `task` where present.
+    ``instruction_column = ""`` or ``input_column = ""`` means that the data has no such column; a null input
+    is an empty one. Without `text_columns`, classification reads the first of `text`, `sentence`, and `sentence1`
+    with `sentence2` that the table has. The field is `field_column`, by default `task` where present.
 
     Raises
     ------
-    ValueError
+    FedspanError
         Naming a missing column and the nearest one, or the row with an unusable value.
     """
     inputs: Sequence[Any] | np.ndarray
@@ -85,8 +85,7 @@ def _instructions(table: Table, config: DataConfig) -> tuple[list[tuple[str, str
     for key, name in names.items():
         if name and name not in table.columns:
             raise FedspanError(
-                f'{table.source} has no column {name!r} (data.{key}; "" says that there is none)'
-                f"{nearest(name, table.columns)}"
+                f'{table.source} has no column {name!r} (data.{key}; "" if there is none){nearest(name, table.columns)}'
             )
         parts.append(_texts(table, name, f"data.{key}", optional=True) if name else empty)
     return list(zip(*parts, strict=True)), _texts(table, config.output_column, "data.output_column")
@@ -109,8 +108,8 @@ def _texts(table: Table, name: str, key: str, optional: bool = False) -> list[st
         if value is None and optional:
             value = ""
         if not isinstance(value, str | int | float | np.str_) or isinstance(value, bool):
-            found = "null" if value is None else type(value).__name__
-            raise FedspanError(f"row {row} of {table.source}: {name!r} ({key}) is {found}: expected text")
+            form = "null" if value is None else type(value).__name__
+            raise FedspanError(f"row {row} of {table.source}: {name!r} ({key}) is {form}: expected text")
         texts.append(str(value))
     return texts
 
@@ -125,24 +124,24 @@ def _fields(table: Table, config: DataConfig) -> list[str]:
 
 
 def _plain(values: Sequence[Any] | np.ndarray) -> list[Any]:
-    """Python values instead of numpy's."""
+    """Return Python values instead of numpy's."""
     return values.tolist() if isinstance(values, np.ndarray) else list(values)
 
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """How raw labels become targets: they are ids, names (in the order of their ids), or plain numbers."""
+    """The mapping from raw labels to targets: they are ids, names (in the order of their ids), or plain numbers."""
 
     form: Literal["id", "name", "number"]
     num_labels: int
     names: tuple[str, ...] | None = None
 
     def ids(self, raw: Iterable[Any], source: str) -> list[int] | list[float]:
-        """Targets of `raw` labels.
+        """Return the targets of `raw` labels.
 
         Raises
         ------
-        ValueError
+        FedspanError
             Naming the row and its label, when the training data has no such label.
         """
         return [self._target(value, f"row {row} of {source}") for row, value in enumerate(raw, 1)]
@@ -163,45 +162,63 @@ class Labels:
         return int(number)
 
 
-def learn_labels(raw: Sequence[Any], source: str, metric: str | None, names: tuple[str, ...] | None) -> Labels:
-    """What the labels of the training data stand for.
+def learn_labels(raw: Sequence[Any], source: str, regression: bool, names: tuple[str, ...] | None) -> Labels:
+    """Return the meaning of the training data's labels.
 
-    Whole numbers (also as text, as in CSV) are ids and must be exactly 0..n-1; other texts are names and get
-    their place in sorted order as id. Fractions need ``data.metric`` to be pearson or spearman, which
-    makes any numbers a regression. Given `names`, whole numbers index them.
+    Whole numbers (also as text, as in CSV) are ids and must be exactly 0..n-1; other texts are names, with their
+    place in sorted order as id. A regression takes any numbers. Given `names`, whole numbers index them, and some of
+    the names may have no example.
+
+    Parameters
+    ----------
+    regression
+        The metric that the settings name compares numbers (see :func:`fedspan.data.metrics.is_regression`).
 
     Raises
     ------
-    ValueError
+    FedspanError
         When a label is missing or the labels fit none of these.
     """
+    _check_present(raw, source)
+    if regression:
+        return Labels("number", 1)
+    values = set(raw)
+    if len(values) == 1:
+        raise FedspanError(f"{source} has the single label {raw[0]!r}: expected two or more")
+    ids = _whole_numbers(values)
+    if ids is not None:
+        size = len(ids) if names is None else len(names)
+        if ids <= set(range(size)):
+            return Labels("id", size, names)
+    if all(isinstance(value, str) for value in values):
+        return _named(values)
+    raise FedspanError(_misfit(values, ids, source))
+
+
+def _check_present(raw: Sequence[Any], source: str) -> None:
     for row, value in enumerate(raw, 1):
         if value is None or value == "":
             raise FedspanError(f"row {row} of {source} has no label: expected one")
         if not isinstance(value, str | int | float):
             raise FedspanError(f"row {row} of {source} has a {type(value).__name__} as label: expected text or number")
-    if metric in _REGRESSION_METRICS:
-        return Labels("number", 1)
-    values = set(raw)
-    if len(values) == 1:
-        raise FedspanError(f"{source} has the single label {raw[0]!r}: expected two or more")
-    numbers = {_number(value) for value in values}
-    whole = {int(number) for number in numbers if number is not None and number == int(number)}
-    if len(whole) == len(numbers):
-        size = len(names) if names is not None else len(whole)
-        if whole != set(range(size)) and (names is None or not whole <= set(range(size))):
-            if all(isinstance(value, str) for value in values):
-                return _named(values)
-            raise FedspanError(f"{source} has the labels {_some(whole)}: expected 0..n-1 with none missing")
-        return Labels("id", size, names)
-    if all(isinstance(value, str) for value in values):
-        return _named(values)
-    if None in numbers:
-        raise FedspanError(f"{source} has the labels {_some(values)}: expected all names or all whole numbers")
-    raise FedspanError(
-        f"{source} has fractional labels such as {_some(values)}: for regression set data.metric to "
-        f"{' or '.join(_REGRESSION_METRICS)}"
-    )
+
+
+def _whole_numbers(values: Iterable[Any]) -> set[int] | None:
+    """Return the values as integers, or None where one of them is not a whole number."""
+    numbers = [_number(value) for value in values]
+    if any(number is None or number != int(number) for number in numbers):
+        return None
+    return {int(number) for number in numbers if number is not None}
+
+
+def _misfit(values: Iterable[Any], ids: set[int] | None, source: str) -> str:
+    """Return why these labels are neither ids nor names."""
+    if ids is not None:
+        return f"{source} has the labels {_some(ids)}: expected 0..n-1 with none missing"
+    if any(_number(value) is None for value in values):
+        return f"{source} has the labels {_some(values)}: expected all names or all whole numbers"
+    numeric = " or ".join(name for name, metric in METRICS.items() if metric.needs == "numbers")
+    return f"{source} has fractional labels such as {_some(values)}: for regression set data.metric to {numeric}"
 
 
 def _named(values: Iterable[str]) -> Labels:
@@ -210,7 +227,7 @@ def _named(values: Iterable[str]) -> Labels:
 
 
 def _number(value: Any) -> float | None:
-    """`value` as a finite number, or None."""
+    """Return `value` as a finite number, or None."""
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -11,7 +11,7 @@ from fedspan.support.errors import FedspanError
 def read_splits(
     name: str, subset: str | None, train: str, test: str | None, label_column: str
 ) -> tuple[Table, Table | None]:
-    """The training split of a hub dataset, and its test split.
+    """Read the training split of a hub dataset, and its test split.
 
     Parameters
     ----------
@@ -26,30 +26,38 @@ def read_splits(
 
     Raises
     ------
-    ValueError
+    FedspanError
         One line: `datasets` is missing, or what was not reachable and how to give local files instead.
     """
+    label = f"{name} ({subset})" if subset else name
+    splits = _loaded(name, subset, label)
+    if test is None:
+        test = next((split for split in ("test", "validation") if split in splits), None)
+    for key, split in (("train", train), ("test", test)):
+        if split is not None and split not in splits:
+            names = ", ".join(splits)
+            raise FedspanError(f"dataset {label} has no split {split!r} (data.{key}): expected one of {names}")
+
+    def table(split: str) -> Table:
+        return _table(splits[split], f"{label}, {split}", label_column)
+
+    return table(train), None if test is None else table(test)
+
+
+def _loaded(name: str, subset: str | None, label: str) -> Any:
+    """Return the splits of a dataset by their names."""
     try:
         import datasets
     except ImportError:
         raise FedspanError(f"loading {name} needs the datasets library: pip install 'fedspan[hub]'") from None
-    label = f"{name} ({subset})" if subset else name
     try:
-        splits: Any = datasets.load_dataset(name, subset)
+        return datasets.load_dataset(name, subset)
     # The library, the hub client and the network raise a dozen unrelated types.
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise FedspanError(
             f"dataset {label} could not be read: {reason}; without a network give local files: data.train and data.test"
         ) from None
-    if train not in splits:
-        raise FedspanError(f"dataset {label} has no split {train!r} (data.train): expected one of {', '.join(splits)}")
-    if test is None:
-        test = next((split for split in ("test", "validation") if split in splits), None)
-    elif test not in splits:
-        raise FedspanError(f"dataset {label} has no split {test!r} (data.test): expected one of {', '.join(splits)}")
-    tables = [_table(splits[split], f"{label}, {split}", label_column) for split in (train, test) if split]
-    return tables[0], tables[1] if test else None
 
 
 def _table(split: Any, source: str, label_column: str) -> Table:

@@ -1,8 +1,8 @@
-"""From the settings under `[data]` to a corpus: where rows come from, and which are kept for what."""
+"""From the settings under `[data]` to a corpus: which rows are read, and which split each of them belongs to."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,27 +10,23 @@ import numpy as np
 
 from fedspan.config import DataConfig
 from fedspan.data import hub
-from fedspan.data.columns import infer_kind, learn_labels, to_rows
+from fedspan.data.columns import Labels, infer_kind, learn_labels, to_rows
 from fedspan.data.images import folder_table, has_split, npz_table
-from fedspan.data.metrics import GLUE_COLUMNS, GLUE_METRICS, GLUE_NUM_LABELS
-from fedspan.data.rows import Corpus, Kind, Rows, concatenate
+from fedspan.data.metrics import (
+    GLUE_COLUMNS,
+    GLUE_METRICS,
+    GLUE_NUM_LABELS,
+    check_metric,
+    default_metrics,
+    is_regression,
+)
+from fedspan.data.rows import Corpus, Rows, concatenate
+from fedspan.data.splits import hold_out, keep_apart, limited, undivided
 from fedspan.data.tables import Table, read_table
 from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
 
 _TASK_SIZES = {"train": 150, "test": 20}  # generated examples of one builtin task
-_HOLDOUT, _MAX_TRAIN, _MAX_TEST, _MAX_UNSEEN = range(4)  # purposes of a generator
-
-_METRICS_OF: Mapping[Kind, tuple[str, ...]] = {
-    "instruction": ("rouge_l", "exact_match", "token_f1", "perplexity"),
-    "classification": ("accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"),
-    "image": ("accuracy", "f1", "macro_f1", "matthews"),
-}
-_DEFAULT_METRICS: Mapping[Kind, tuple[str, ...]] = {
-    "instruction": ("rouge_l", "exact_match"),
-    "classification": ("accuracy",),
-    "image": ("accuracy",),
-}
 
 
 def load(config: DataConfig, seed: int) -> Corpus:
@@ -39,12 +35,12 @@ def load(config: DataConfig, seed: int) -> Corpus:
     * Without test data, a share `holdout` of the training rows becomes the test data. An npz that holds a
       test split is its own test data, and so is the test or validation split of a hub dataset.
     * A row whose field is one of `unseen_values` is neither trained on nor part of the test data. The unseen
-      data has, of each such value, its rows of the test data, or of the training data when the test data has
+      data holds, of each such value, its rows of the test data, or of the training data when the test data has
       none; and the rows of the `unseen` files.
     * `max_train` limits the training data, `max_test` the test data and the unseen data, each by a draw that
       depends on `seed` alone. The order of rows is kept.
     * `glue/NAME` with `train` files reads these instead of the hub, in GLUE's columns unless `text_columns`
-      says otherwise. With `hub:NAME` and `glue/NAME`, a word in `train` or `test` that is no file name is the
+      says otherwise. With `hub:NAME` and `glue/NAME`, a word in `train` or `test` that is not a file name is the
       name of a split.
 
     Parameters
@@ -56,11 +52,11 @@ def load(config: DataConfig, seed: int) -> Corpus:
 
     Raises
     ------
-    ValueError
+    FedspanError
         One line naming the setting, file, column or row that is wrong and what was expected.
     """
     if seed < 0:
-        raise FedspanError(f"seed = {seed}: expected 0 or more")
+        raise ValueError(f"seed = {seed}: expected 0 or more")
     if config.task.startswith("builtin:"):
         _check_builtin(config)
     if config.task == "builtin:tasks":
@@ -79,7 +75,7 @@ def load(config: DataConfig, seed: int) -> Corpus:
         )
     if config.kind not in (None, corpus.kind):
         raise FedspanError(f"data.kind = {config.kind!r}: {config.task} is {corpus.kind} data")
-    return _limited(_with_metric(corpus, config.metric), config, seed)
+    return limited(_with_metric(corpus, config.metric), config.max_train, config.max_test, seed)
 
 
 def _check_builtin(config: DataConfig) -> None:
@@ -89,43 +85,44 @@ def _check_builtin(config: DataConfig) -> None:
             raise FedspanError(f"data.{key} = {names} with data.task = {config.task!r}: expected data.task = 'files'")
     field = "task" if config.task == "builtin:tasks" else None
     if config.field_column not in (None, field):
-        found = f"only the field {field!r}" if field else "no field"
-        raise FedspanError(f"data.field_column = {config.field_column!r}: {config.task} has {found}")
+        available = f"only the field {field!r}" if field else "no field"
+        raise FedspanError(f"data.field_column = {config.field_column!r}: {config.task} has {available}")
 
 
 def _builtin_tasks(config: DataConfig, seed: int) -> Corpus:
     from fedspan.data.builtin.tasks import TASKS, examples
 
     def rows(names: Sequence[str], split: str) -> Rows:
-        found = [row for name in names for row in examples(name, _TASK_SIZES[split], seed, split)]
-        pairs = [(row["instruction"], row["input"]) for row in found]
-        return Rows("instruction", pairs, [row["output"] for row in found], [row["task"] for row in found])
+        records = [row for name in names for row in examples(name, _TASK_SIZES[split], seed, split)]
+        pairs = [(row["instruction"], row["input"]) for row in records]
+        return Rows("instruction", pairs, [row["output"] for row in records], [row["task"] for row in records])
 
     seen = [name for name, task in TASKS.items() if task.seen]
     unseen = rows([name for name in TASKS if name not in seen], "test")
-    train, test, unseen_too = _keep_apart(rows(seen, "train"), rows(seen, "test"), unseen, config)
-    return Corpus("instruction", train, test, unseen_too, None, None, 0, ("exact_match", "rouge_l"))
+    splits = keep_apart(undivided(rows(seen, "train"), rows(seen, "test"), unseen), config.unseen_values)
+    assert splits.test is not None
+    return Corpus("instruction", splits.train, splits.test, splits.unseen, None, None, 0, ("exact_match", "rouge_l"))
 
 
 def _builtin_digits(config: DataConfig, seed: int) -> Corpus:
     from fedspan.data.builtin import digits
 
-    found = digits.load(seed)
+    loaded = digits.load(seed)
     train, test = (
         Rows("image", images, labels.tolist(), [""] * len(labels))
         for images, labels in (
-            (found.train_images, found.train_labels),
-            (found.test_images, found.test_labels),
+            (loaded.train_images, loaded.train_labels),
+            (loaded.test_images, loaded.test_labels),
         )
     )
-    train, test, unseen = _keep_apart(train, test, None, config)
-    names = found.class_names
-    return Corpus("image", train, test, unseen, None, names, len(names), ("accuracy",))
+    splits, names = keep_apart(undivided(train, test, None), config.unseen_values), loaded.class_names
+    assert splits.test is not None
+    return Corpus("image", splits.train, splits.test, splits.unseen, None, names, len(names), ("accuracy",))
 
 
 def _glue(config: DataConfig, name: str, seed: int) -> Corpus:
     if name not in GLUE_METRICS:
-        raise FedspanError(f"data.task = 'glue/{name}' is no GLUE task{nearest(name, GLUE_METRICS)}")
+        raise FedspanError(f"data.task = 'glue/{name}' is not a GLUE task{nearest(name, GLUE_METRICS)}")
     metrics = GLUE_METRICS[name]
     official = config.model_copy(
         update={
@@ -168,7 +165,7 @@ def _files(config: DataConfig, seed: int) -> Corpus:
         raise FedspanError(f"data.task = {config.task!r} with no data.train: expected at least one file or folder")
     test_names = config.test
     if not test_names and len(config.train) == 1 and config.train[0].lower().endswith(".npz"):
-        test_names = config.train if has_split(Path(config.train[0]), "test") else ()
+        test_names = config.train if has_split(Path(config.train[0]).expanduser(), "test") else ()
     train, test, unseen = (
         [_read(Path(name).expanduser(), split) for name in names]
         for split, names in (("train", config.train), ("test", test_names), ("unseen", config.unseen))
@@ -187,115 +184,41 @@ def _read(path: Path, split: str) -> Table:
 def _from_tables(
     train: Sequence[Table], test: Sequence[Table], unseen: Sequence[Table], config: DataConfig, seed: int
 ) -> Corpus:
-    tables = [*train, *test, *unseen]
     kind = infer_kind(train[0], config)
+    tables = [*train, *test, *unseen]
     rows = [to_rows(table, kind, config) for table in tables]
     num_labels, names = 0, None
     if kind != "instruction":
-        source = ", ".join(table.source for table in train[:2]) + (", …" if len(train) > 2 else "")
-        raw = [label for part in rows[: len(train)] for label in part.targets]
-        labels = learn_labels(raw, source, config.metric, train[0].label_names)
+        labels = _labels_of(train, rows[: len(train)], config.metric)
         num_labels, names = labels.num_labels, labels.names
-        rows = [
-            replace(part, targets=labels.ids(part.targets, table.source))
-            for part, table in zip(rows, tables, strict=True)
-        ]
-    first_test, first_unseen = len(train), len(train) + len(test)
-    learned = concatenate(rows[:first_test])
-    held = concatenate(rows[first_test:first_unseen]) if test else None
-    apart = concatenate(rows[first_unseen:]) if unseen else None
-    origin = np.repeat(np.arange(len(train)), [len(part) for part in rows[:first_test]])
-    kept, learned_rows, held, apart = _apart(learned, held, apart, config)
-    if held is None:
-        share, rest = _held_out(len(kept), config.holdout, seed)
-        kept, learned_rows, held = kept[rest], learned_rows.take(rest), learned_rows.take(share)
-    files = tuple(np.flatnonzero(origin[kept] == file) for file in range(len(train)))
-    metrics = ("pearson", "spearman") if num_labels == 1 else _DEFAULT_METRICS[kind]
-    return Corpus(kind, learned_rows, held, apart, files, names, num_labels, metrics)
+        rows = [_labelled(part, labels, table.source) for part, table in zip(rows, tables, strict=True)]
+    origin = np.repeat(np.arange(len(train)), [len(part) for part in rows[: len(train)]])
+    parts = rows[: len(train)], rows[len(train) : len(train) + len(test)], rows[len(train) + len(test) :]
+    whole, *others = (concatenate(part) if part else None for part in parts)
+    assert whole is not None
+    splits = keep_apart(undivided(whole, *others), config.unseen_values)
+    if splits.test is None:
+        splits = hold_out(splits, config.holdout, seed)
+    assert splits.test is not None
+    files = tuple(np.flatnonzero(origin[splits.places] == file) for file in range(len(train)))
+    metrics = default_metrics(kind, num_labels)
+    return Corpus(kind, splits.train, splits.test, splits.unseen, files, names, num_labels, metrics)
 
 
-def _keep_apart(train: Rows, test: Rows, unseen: Rows | None, config: DataConfig) -> tuple[Rows, Rows, Rows | None]:
-    _, train, kept, apart = _apart(train, test, unseen, config)
-    return train, test if kept is None else kept, apart
+def _labelled(rows: Rows, labels: Labels, source: str) -> Rows:
+    return replace(rows, targets=labels.ids(rows.targets, source))
 
 
-def _apart(
-    train: Rows, test: Rows | None, unseen: Rows | None, config: DataConfig
-) -> tuple[np.ndarray, Rows, Rows | None, Rows | None]:
-    """Indices of the training rows kept, then the three without and with the rows of `unseen_values`."""
-    if not config.unseen_values:
-        return np.arange(len(train)), train, test, unseen
-    known = {*train.fields, *(test.fields if test else ()), *(unseen.fields if unseen else ())} - {""}
-    if not known:
-        raise FedspanError(
-            f"data.unseen_values = {list(config.unseen_values)}: the data has no field; expected data.field_column"
-        )
-    for value in config.unseen_values:
-        if value not in known:
-            raise FedspanError(f"data.unseen_values: no row has the value {value!r}{nearest(value, known)}")
-    kept, apart = _divide(train, config.unseen_values)
-    test_kept, test_apart = _divide(test, config.unseen_values) if test else (None, np.arange(0))
-    if not len(kept) or (test_kept is not None and not len(test_kept)):
-        raise FedspanError(
-            f"data.unseen_values = {list(config.unseen_values)} leaves no "
-            f"{'test' if len(kept) else 'training'} rows: expected some"
-        )
-    parts = [] if unseen is None else [unseen]
-    tested = {test.fields[i] for i in test_apart.tolist()} if test else set()
-    if test:
-        parts.append(test.take(test_apart))
-    parts.append(train.take([i for i in apart.tolist() if train.fields[i] not in tested]))
-    test = test.take(test_kept) if test and test_kept is not None else test
-    return kept, train.take(kept), test, concatenate([part for part in parts if len(part)])
-
-
-def _divide(rows: Rows, values: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    named = np.isin(np.asarray(rows.fields, dtype=str), values)
-    return np.flatnonzero(~named), np.flatnonzero(named)
-
-
-def _held_out(num_rows: int, holdout: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted indices held out, and the others; at least one each."""
-    if num_rows < 2:
-        raise FedspanError(
-            f"the training data has {num_rows} row: expected 2 or more to hold out test data, or data.test"
-        )
-    size = min(max(1, round(holdout * num_rows)), num_rows - 1)
-    order = np.random.default_rng([seed, _HOLDOUT]).permutation(num_rows)
-    return np.sort(order[:size]), np.sort(order[size:])
+def _labels_of(tables: Sequence[Table], parts: Sequence[Rows], metric: str | None) -> Labels:
+    """Return the meaning of the training data's labels; test and unseen data may not add any."""
+    source = ", ".join(table.source for table in tables[:2]) + (", …" if len(tables) > 2 else "")
+    raw = [label for part in parts for label in part.targets]
+    return learn_labels(raw, source, is_regression(metric, parts[0].kind), tables[0].label_names)
 
 
 def _with_metric(corpus: Corpus, metric: str | None) -> Corpus:
-    """Put the metric asked for first."""
+    """Return the corpus with the metric that the settings name in the first place."""
     if metric is None:
         return corpus
-    possible = _METRICS_OF[corpus.kind]
-    if metric not in possible:
-        raise FedspanError(f"data.metric = {metric!r} for {corpus.kind} data{nearest(metric, possible)}")
-    if metric == "f1" and corpus.num_labels != 2:
-        raise FedspanError(f"data.metric = 'f1' needs 2 labels, the data has {corpus.num_labels}: use 'macro_f1'")
+    check_metric(metric, corpus.kind, corpus.num_labels)
     return replace(corpus, metrics=(metric, *(name for name in corpus.metrics if name != metric)))
-
-
-def _limited(corpus: Corpus, config: DataConfig, seed: int) -> Corpus:
-    kept = _draw(len(corpus.train), config.max_train, seed, _MAX_TRAIN)
-    place = np.full(len(corpus.train), -1)
-    place[kept] = np.arange(len(kept))
-    files = corpus.client_files
-    test = corpus.test.take(_draw(len(corpus.test), config.max_test, seed, _MAX_TEST))
-    unseen = corpus.unseen
-    if unseen is not None:
-        unseen = unseen.take(_draw(len(unseen), config.max_test, seed, _MAX_UNSEEN))
-    return replace(
-        corpus,
-        train=corpus.train.take(kept),
-        test=test,
-        unseen=unseen,
-        client_files=None if files is None else tuple(place[file][place[file] >= 0] for file in files),
-    )
-
-
-def _draw(num_rows: int, limit: int | None, seed: int, purpose: int) -> np.ndarray:
-    if limit is None or limit >= num_rows:
-        return np.arange(num_rows)
-    return np.sort(np.random.default_rng([seed, purpose]).choice(num_rows, size=limit, replace=False))

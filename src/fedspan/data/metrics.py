@@ -1,7 +1,22 @@
-"""Metrics: thin faces over scikit-learn, SciPy and rouge-score, and a few text metrics of one line each.
+"""Metrics: thin wrappers of scikit-learn, SciPy and rouge-score, and a few text metrics written here.
 
-Every score takes all predictions and references at once and gives one float. Nothing heavy is imported before
-the first call that needs it.
+A metric is one function and its line in :data:`METRICS`; nothing else in the package knows its name. A function takes
+all predictions and references at once and returns one float. To add a metric of your own to runs that are started
+from Python, register it before the run, and name it in ``data.metric``::
+
+    from fedspan.data.metrics import METRICS, Metric
+
+    def first_word(predictions, references):
+        pairs = zip(predictions, references, strict=True)
+        return sum(p.split()[:1] == r.split()[:1] for p, r in pairs) / len(references)
+
+    METRICS["first_word"] = Metric(first_word, needs="texts", kinds=("instruction",))
+    fedspan.run(fedspan.load_config(overrides=["data.metric=first_word"]))
+
+Worker processes need no registration: they predict, and the process that started the run scores. Every *process* that
+reads the settings does need it: one that resumes the run, and a real site whose settings name the metric.
+
+Nothing heavy is imported before the first call that needs it.
 """
 
 from __future__ import annotations
@@ -11,31 +26,59 @@ import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from fedspan.data.rows import Kind
 from fedspan.support.errors import FedspanError
+from fedspan.support.suggest import nearest
 
 Score = Callable[[Sequence[Any], Sequence[Any]], float]
+Needs = Literal["labels", "numbers", "texts", "losses"]
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A score of ``(predictions, references)``, sequences of equal length with at least one entry."""
+    """A score, and all that the rest of the package has to know of it.
 
-    name: str
-    higher_is_better: bool
+    Attributes
+    ----------
+    score
+        Function of ``(predictions, references)``, sequences of equal length with at least one entry.
+    needs
+        The form of predictions and references. ``labels``: class ids, one per example. ``numbers``: floats, one per
+        example; as ``data.metric`` it makes the labels of a classification a regression. ``texts``: the text that
+        the model generates after each prompt, and the answer. ``losses``: per batch, the summed loss in nats, and
+        the number of answer tokens (or examples) that it was summed over; no text is generated for it.
+    kinds
+        The kinds of data that it applies to.
+    higher_is_better
+        The direction in which it improves.
+    num_labels
+        The only number of classes that it is defined for; None for any.
+    """
+
     score: Score
+    needs: Needs
+    kinds: tuple[Kind, ...]
+    higher_is_better: bool = True
+    num_labels: int | None = None
+
+    def applies_to(self, kind: Kind, num_labels: int) -> bool:
+        """Return whether it is defined for data of this kind with this number of labels (1: a regression)."""
+        if self.needs in ("labels", "numbers") and (self.needs == "numbers") != (num_labels == 1):
+            return False
+        return kind in self.kinds and self.num_labels in (None, num_labels)
 
 
 def accuracy(predictions: Sequence[Any], references: Sequence[Any]) -> float:
-    """Share of predictions equal to their reference."""
+    """Return the share of predictions that equal their reference."""
     _check(predictions, references)
     right = sum(bool(p == r) for p, r in zip(predictions, references, strict=True))
     return right / len(references)
 
 
 def f1(predictions: Sequence[int], references: Sequence[int]) -> float:
-    """F1 of class 1 against class 0, as GLUE reports it; 0 without a true positive.
+    """Return the F1 of class 1 against class 0, as GLUE reports it; 0 without a true positive.
 
     Raises
     ------
@@ -45,14 +88,14 @@ def f1(predictions: Sequence[int], references: Sequence[int]) -> float:
     _check(predictions, references)
     others = {*predictions, *references} - {0, 1}
     if others:
-        raise FedspanError(f"f1 got the label {min(others)}: expected 0 and 1 (more classes: macro_f1)")
+        raise ValueError(f"f1 got the label {min(others)}: expected 0 and 1 (more classes: macro_f1)")
     from sklearn.metrics import f1_score
 
     return float(f1_score(references, predictions, pos_label=1, average="binary", zero_division=0.0))
 
 
 def macro_f1(predictions: Sequence[int], references: Sequence[int]) -> float:
-    """Unweighted mean, over the classes that occur, of each class's F1."""
+    """Return the unweighted mean of the F1 of every class that occurs."""
     _check(predictions, references)
     from sklearn.metrics import f1_score
 
@@ -60,7 +103,7 @@ def macro_f1(predictions: Sequence[int], references: Sequence[int]) -> float:
 
 
 def matthews(predictions: Sequence[int], references: Sequence[int]) -> float:
-    """Matthews correlation (Matthews 1975); 0 when either side has a single class."""
+    """Return the Matthews correlation (Matthews 1975); 0 when either side has a single class."""
     _check(predictions, references)
     from sklearn.metrics import matthews_corrcoef
 
@@ -68,12 +111,12 @@ def matthews(predictions: Sequence[int], references: Sequence[int]) -> float:
 
 
 def pearson(predictions: Sequence[float], references: Sequence[float]) -> float:
-    """Linear correlation; 0 when either side is constant, where it is undefined."""
+    """Return the linear correlation; 0 when either side is constant, where it is undefined."""
     return _correlation("pearsonr", predictions, references)
 
 
 def spearman(predictions: Sequence[float], references: Sequence[float]) -> float:
-    """Rank correlation with average ranks for ties; 0 when either side is constant."""
+    """Return the rank correlation with average ranks for ties; 0 when either side is constant."""
     return _correlation("spearmanr", predictions, references)
 
 
@@ -87,19 +130,19 @@ def _correlation(name: str, predictions: Sequence[float], references: Sequence[f
 
 
 def normalise(text: str) -> str:
-    """Lower case, single spaces, no punctuation at either end (unless it is all there is)."""
+    """Return `text` in lower case, with single spaces and no punctuation at either end (unless that is all it is)."""
     plain = " ".join(text.lower().split())
     return plain.strip(string.punctuation + " ") or plain
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Share of predictions equal to their reference after :func:`normalise`."""
+    """Return the share of predictions that equal their reference after :func:`normalise`."""
     _check(predictions, references)
     return accuracy([normalise(text) for text in predictions], [normalise(text) for text in references])
 
 
 def token_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Mean F1 of the bags of words (normalised, split at spaces); two empty texts count as 1."""
+    """Return the mean F1 of the bags of words (normalised, split at spaces); two empty texts count as 1."""
     _check(predictions, references)
     return sum(map(_word_f1, predictions, references)) / len(references)
 
@@ -111,7 +154,7 @@ def _word_f1(prediction: str, reference: str) -> float:
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Mean ROUGE-L F-measure in [0, 1], with Porter stemming as Super-NaturalInstructions scores it.
+    """Return the mean ROUGE-L F-measure in [0, 1], with Porter stemming as Super-NaturalInstructions scores it.
 
     Sources: Lin 2004; Wang et al. 2022 (arXiv:2204.07705).
     """
@@ -123,42 +166,72 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> float:
     return sum(float(scorer.score(target, text)["rougeL"].fmeasure) for target, text in pairs) / len(references)
 
 
-def perplexity_of(mean_nll: float) -> float:
-    """exp of the mean negative log-likelihood per token in nats; infinite where that overflows."""
+def perplexity(losses: Sequence[float], counts: Sequence[int]) -> float:
+    """Return exp of the mean negative log-likelihood per token, from sums in nats and the numbers of tokens.
+
+    It is infinite where that overflows, as for a model that has diverged.
+    """
+    _check(losses, counts)
     try:
-        return math.exp(mean_nll)
+        return math.exp(sum(losses) / sum(counts))
     except OverflowError:
         return math.inf
 
 
-def perplexity(predictions: Sequence[float], references: Sequence[float]) -> float:
-    """Perplexity per token: `predictions` are summed NLLs in nats, `references` the numbers of tokens."""
-    _check(predictions, references)
-    return perplexity_of(sum(predictions) / sum(references))
-
-
 def _check(predictions: Sequence[Any], references: Sequence[Any]) -> None:
     if len(predictions) != len(references) or not len(references):
-        raise FedspanError(
+        raise ValueError(
             f"{len(predictions)} predictions for {len(references)} references: expected as many, and at least one"
         )
 
 
-METRICS: Mapping[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric("accuracy", True, accuracy),
-        Metric("f1", True, f1),
-        Metric("macro_f1", True, macro_f1),
-        Metric("matthews", True, matthews),
-        Metric("pearson", True, pearson),
-        Metric("spearman", True, spearman),
-        Metric("exact_match", True, exact_match),
-        Metric("token_f1", True, token_f1),
-        Metric("rouge_l", True, rouge_l),
-        Metric("perplexity", False, perplexity),
-    )
+_LABELLED: tuple[Kind, ...] = ("classification", "image")
+_INSTRUCTION: tuple[Kind, ...] = ("instruction",)
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric(accuracy, "labels", _LABELLED),
+    "f1": Metric(f1, "labels", _LABELLED, num_labels=2),
+    "macro_f1": Metric(macro_f1, "labels", _LABELLED),
+    "matthews": Metric(matthews, "labels", _LABELLED),
+    "pearson": Metric(pearson, "numbers", ("classification",)),
+    "spearman": Metric(spearman, "numbers", ("classification",)),
+    "exact_match": Metric(exact_match, "texts", _INSTRUCTION),
+    "token_f1": Metric(token_f1, "texts", _INSTRUCTION),
+    "rouge_l": Metric(rouge_l, "texts", _INSTRUCTION),
+    "perplexity": Metric(perplexity, "losses", _INSTRUCTION, higher_is_better=False),
 }
+"""Every metric by the name that settings and results use."""
+
+
+def check_metric(name: str, kind: Kind, num_labels: int) -> None:
+    """Check that the metric of this name applies to a run's data.
+
+    Raises
+    ------
+    FedspanError
+        For an unknown metric, or one that does not fit the data; it names those that do.
+    """
+    fitting = [other for other, metric in METRICS.items() if metric.applies_to(kind, num_labels)]
+    if name not in METRICS:
+        raise FedspanError(f"data.metric = {name!r}: no such metric for {kind} data{nearest(name, fitting)}")
+    if name not in fitting:
+        size = "" if kind not in METRICS[name].kinds else f" with {num_labels} labels"
+        raise FedspanError(
+            f"data.metric = {name!r} does not apply to {kind} data{size}; expected one of {', '.join(fitting)}"
+        )
+
+
+def is_regression(metric: str | None, kind: Kind) -> bool:
+    """Return whether this metric, as ``data.metric``, makes the labels of such data plain numbers."""
+    return metric in METRICS and METRICS[metric].needs == "numbers" and kind in METRICS[metric].kinds
+
+
+def default_metrics(kind: Kind, num_labels: int) -> tuple[str, ...]:
+    """Return the metrics of data that settings and source name none for; one label is a regression."""
+    if kind == "instruction":
+        return ("rouge_l", "exact_match")
+    return ("pearson", "spearman") if num_labels == 1 else ("accuracy",)
+
 
 GLUE_METRICS: Mapping[str, tuple[str, ...]] = {
     "cola": ("matthews",),

@@ -1,7 +1,7 @@
-"""Which examples belong to which client, which ranks clients have, and who takes part in a round.
+"""The division of examples among the clients, and the clients' ranks.
 
-Every partition gives one sorted index array per client; together the arrays are a disjoint cover of the
-examples (of a preset: of the rows it names). A client may come out empty: the caller decides what that means.
+Every partition returns one sorted index array per client; together the arrays are a disjoint cover of the
+examples (of a preset: of the rows it names). A client's array may be empty: the caller decides what that means.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ PRESETS: Mapping[str, tuple[Mapping[str, int], ...]] = {
 
 
 def iid(num_examples: int, num_clients: int, rng: Generator) -> list[np.ndarray]:
-    """Equal random shares: sizes differ by one at most.
+    """Return equal random shares: sizes differ by one at most.
 
     Raises
     ------
-    ValueError
+    FedspanError
         If there are more clients than examples.
     """
     _check(num_examples, num_clients)
@@ -39,7 +39,7 @@ def iid(num_examples: int, num_clients: int, rng: Generator) -> list[np.ndarray]
 
 
 def dirichlet(labels: Sequence[int] | np.ndarray, num_clients: int, alpha: float, rng: Generator) -> list[np.ndarray]:
-    """Label skew: the examples of each class are shared out by proportions drawn from Dir(alpha, …, alpha).
+    """Return a label skew: the examples of each class are divided by proportions drawn from Dir(alpha, …, alpha).
 
     Small `alpha` gives each class to few clients, large `alpha` to all equally. Source: Hsu et al. 2019
     (arXiv:1909.06335). Difference: proportions are drawn per class over clients, so that all examples
@@ -47,7 +47,7 @@ def dirichlet(labels: Sequence[int] | np.ndarray, num_clients: int, alpha: float
 
     Raises
     ------
-    ValueError
+    FedspanError
         If `alpha` is not positive and finite, or there are more clients than examples.
     """
     labels = np.asarray(labels)
@@ -65,7 +65,7 @@ def dirichlet(labels: Sequence[int] | np.ndarray, num_clients: int, alpha: float
 
 
 def by_field(values: Sequence[str] | np.ndarray, num_clients: int, rng: Generator) -> list[np.ndarray]:
-    """Whole tasks, categories or sources per client.
+    """Return whole tasks, categories or sources per client.
 
     With as many values as clients, client i has the i-th value in sorted order. With more values, each goes
     whole to the client that has fewest examples so far, largest values first (equal ones in random order).
@@ -74,7 +74,7 @@ def by_field(values: Sequence[str] | np.ndarray, num_clients: int, rng: Generato
 
     Raises
     ------
-    ValueError
+    FedspanError
         If there are more clients than examples.
     """
     values = np.asarray(values)
@@ -97,7 +97,7 @@ def by_field(values: Sequence[str] | np.ndarray, num_clients: int, rng: Generato
 
 
 def _grouped(groups: Sequence[np.ndarray], num_clients: int, rng: Generator) -> list[np.ndarray]:
-    """Largest group first to the least loaded client: within 4/3 of the best balance (Graham 1969)."""
+    """Give the largest group first, to the least loaded client: within 4/3 of the best balance (Graham 1969)."""
     shuffled = rng.permutation(len(groups))
     order = sorted(shuffled.tolist(), key=lambda group: -len(groups[group]))
     loads = np.zeros(num_clients, dtype=np.int64)
@@ -110,15 +110,15 @@ def _grouped(groups: Sequence[np.ndarray], num_clients: int, rng: Generator) -> 
 
 
 def preset(name: str, values: Sequence[str] | np.ndarray, rng: Generator) -> list[np.ndarray]:
-    """A published split by category (see :data:`PRESETS`); it sets the number of clients.
+    """Return a published split by category (see :data:`PRESETS`); it sets the number of clients.
 
-    Which rows of a category a client gets is random. Where the data has more rows of a category than the
+    The rows of a category that a client gets are drawn at random. Where the data has more rows of a category than the
     preset counts, the rest is left out; where it has fewer, the clients' counts of that category are scaled
     down in proportion (largest remainders first), and all its rows are used. Other categories are left out.
 
     Raises
     ------
-    ValueError
+    FedspanError
         For an unknown preset, or a category without a single row.
     """
     if name not in PRESETS:
@@ -129,8 +129,9 @@ def preset(name: str, values: Sequence[str] | np.ndarray, rng: Generator) -> lis
     for category in dict.fromkeys(category for client in clients for category in client):
         members = rng.permutation(np.flatnonzero(values == category))
         if not len(members):
-            found = ", ".join(repr(str(value)) for value in np.unique(values)[:8]) or "none"
-            raise FedspanError(f"preset {name!r} needs rows of {category!r}: expected some among the values {found}")
+            raise FedspanError(
+                f"preset {name!r} needs rows of {category!r}: the fields of the data are {_some(values)}"
+            )
         counts = _scaled([client.get(category, 0) for client in clients], len(members))
         pieces = np.split(members[: counts.sum()], np.cumsum(counts)[:-1])
         for part, piece in zip(parts, pieces, strict=True):
@@ -138,8 +139,12 @@ def preset(name: str, values: Sequence[str] | np.ndarray, rng: Generator) -> lis
     return [np.sort(np.concatenate(part)) for part in parts]
 
 
+def _some(values: np.ndarray) -> str:
+    return ", ".join(repr(str(value)) for value in np.unique(values)[:8]) or "none"
+
+
 def _scaled(counts: Sequence[int], available: int) -> np.ndarray:
-    """`counts`, or whole numbers in proportion to them that add up to `available` if that is less."""
+    """Return `counts`, or whole numbers in proportion to them that add up to `available` if that is less."""
     wanted = np.asarray(counts, dtype=np.int64)
     total = int(wanted.sum())
     if available >= total:
@@ -153,7 +158,7 @@ def _scaled(counts: Sequence[int], available: int) -> np.ndarray:
 def draw_ranks(
     spec: int | Sequence[int] | str, values: Sequence[int], num_clients: int, rng: Generator
 ) -> tuple[int, ...]:
-    """The adapter rank of each client.
+    """Return the adapter rank of each client.
 
     Parameters
     ----------
@@ -165,11 +170,11 @@ def draw_ranks(
     values
         Ranks to draw from; unused otherwise.
     num_clients
-        How many ranks.
+        Number of clients, and of ranks.
 
     Raises
     ------
-    ValueError
+    FedspanError
         For a list of another length, a rank below 1, no values, or an unknown distribution.
     """
     if isinstance(spec, int):
@@ -178,7 +183,7 @@ def draw_ranks(
         ranks = list(spec)
         if len(ranks) != num_clients:
             raise FedspanError(
-                f"federation.ranks lists {len(ranks)} ranks for {num_clients} clients: expected oneper client"
+                f"federation.ranks lists {len(ranks)} ranks for {num_clients} clients: expected one per client"
             )
     else:
         choices = np.unique(np.asarray(values, dtype=np.int64))

@@ -8,26 +8,25 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fedspan.support.errors import FedspanError
-
 Kind = Literal["instruction", "classification", "image"]
+"""The kinds of data: a prompt and its answer, one or two texts and a label, or an image and a label."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """Raw examples of one split: columns of equal length.
+    """Raw examples of one split, as columns of equal length.
 
     Attributes
     ----------
     kind
-        What an example is.
+        The kind of every example.
     inputs
         Instruction: ``(instruction, input)``; classification: ``(text,)`` or ``(text, text)``;
         image: uint8 arrays (H, W, 3) or (H, W), or one stacked array of them.
     targets
         Instruction: the answer; otherwise the label's id, or a float for regression.
     fields
-        What each example belongs to (its task, category or source); ``""`` where nothing says.
+        The task, category or source of each example; ``""`` where the data does not name one.
     """
 
     kind: Kind
@@ -38,13 +37,13 @@ class Rows:
     def __post_init__(self) -> None:
         sizes = len(self.inputs), len(self.targets), len(self.fields)
         if len(set(sizes)) != 1:
-            raise FedspanError(f"inputs, targets and fields have lengths {sizes}: expected equal lengths")
+            raise ValueError(f"inputs, targets and fields have lengths {sizes}: expected equal lengths")
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Rows:
-        """The rows at `indices`, in that order."""
+        """Return the rows at `indices`, in that order."""
         inputs = self.inputs
         return Rows(
             self.kind,
@@ -57,35 +56,43 @@ class Rows:
 
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
-    """All rows of `parts` (at least one, of one kind), one after the other."""
-    arrays = [part.inputs for part in parts if isinstance(part.inputs, np.ndarray)]
-    stackable = len(arrays) == len(parts) and len({array.shape[1:] for array in arrays}) == 1
+    """Return all rows of `parts` (at least one, all of one kind), one part after the other."""
     return Rows(
         parts[0].kind,
-        np.concatenate(arrays) if stackable else [row for part in parts for row in part.inputs],
+        _joined_inputs(parts),
         [target for part in parts for target in part.targets],
         [field for part in parts for field in part.fields],
     )
 
 
+def _joined_inputs(parts: Sequence[Rows]) -> Sequence[Any] | np.ndarray:
+    """Return one stacked array where every part has images of one size, otherwise a list."""
+    arrays = [part.inputs for part in parts if isinstance(part.inputs, np.ndarray)]
+    if len(arrays) == len(parts) and len({array.shape[1:] for array in arrays}) == 1:
+        return np.concatenate(arrays)
+    return [row for part in parts for row in part.inputs]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Corpus:
-    """Everything a run learns from and is measured on.
+    """The data of a whole run: training, test and unseen rows, labels and metrics.
 
     Attributes
     ----------
+    kind
+        The kind of all rows.
     train, test
-        Rows to be spread over clients, and rows held out for everyone.
+        Rows to be divided among the clients, and rows held out for the evaluation of every model.
     unseen
-        Rows evaluated but never trained on (tasks or clients kept apart), if any.
+        Rows that are evaluated but never trained on (tasks or clients kept apart), if any.
     client_files
-        One array of indices into `train` for each training file; none unless the data came from files.
+        One array of indices into `train` for each training file; None unless the data came from files.
     label_names
-        The names behind the label ids, when the data has names.
+        The names behind the label ids, where the data has names.
     num_labels
         Number of classes; 1 for regression; 0 for instruction data.
     metrics
-        Names in :data:`fedspan.data.metrics.METRICS`; the first is the one a summary shows.
+        Names in :data:`fedspan.data.metrics.METRICS`; the first is the one that a summary shows.
     """
 
     kind: Kind

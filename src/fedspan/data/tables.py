@@ -1,6 +1,6 @@
-"""Tables with named columns, and how JSONL, JSON, CSV, Parquet and npz files become tables.
+"""Tables with named columns, read from JSONL, JSON, CSV, Parquet and npz files.
 
-Every reader either gives the whole table or raises a `ValueError` of one line that names the file.
+Every reader either returns the whole table or raises a `FedspanError` of one line that names the file.
 Nothing is unpickled.
 """
 
@@ -23,15 +23,16 @@ from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
 
 _T = TypeVar("_T")
-ABSENT = object()  # marks a key that one row lacks although others have it
+ABSENT = object()
+"""The value of a key that one row lacks although others have it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Table:
     """Named columns of equal length.
 
-    `source` names the table in messages, `root` is where relative file names in it start, and `label_names`
-    are the names behind whole-number labels where the source tells them.
+    `source` names the table in messages, `root` is the folder that relative file names in it start from, and
+    `label_names` are the names behind whole-number labels where the source has them.
     """
 
     source: str
@@ -41,14 +42,15 @@ class Table:
 
     @property
     def num_rows(self) -> int:
+        """Number of rows; 0 without columns."""
         return len(next(iter(self.columns.values()))) if self.columns else 0
 
     def column(self, name: str, key: str) -> Sequence[Any] | np.ndarray:
-        """The column `name`, which the setting `key` asked for.
+        """Return the column `name`, which the setting `key` asks for.
 
         Raises
         ------
-        ValueError
+        FedspanError
             If there is none, naming the nearest, or if a row lacks it.
         """
         if name not in self.columns:
@@ -62,7 +64,7 @@ class Table:
 
 
 def from_records(records: Iterable[Mapping[str, Any]], source: str, root: Path | None = None) -> Table:
-    """A table from one mapping per row; a key that only some rows have is marked absent in the others."""
+    """Return a table of one mapping per row; a key that only some rows have is marked absent in the others."""
     rows = list(records)
     names = dict.fromkeys(name for row in rows for name in row)
     return Table(source, {name: [row.get(name, ABSENT) for row in rows] for name in names}, root)
@@ -75,13 +77,15 @@ def read_table(path: Path) -> Table:
 
     Raises
     ------
-    ValueError
+    FedspanError
         If the file is missing, corrupt, truncated, empty or of another type.
     """
     name = path.name.lower().removesuffix(".gz")
     reader = next((read for suffix, read in _READERS.items() if name.endswith(suffix)), None)
     if reader is None:
-        raise FedspanError(f"{path} is of no known type: expected {', '.join(_READERS)} (also .gz), .npz or a folder")
+        raise FedspanError(
+            f"{path} has an unknown file type: expected {', '.join(_READERS)} (also .gz), .npz or a folder"
+        )
     table = reader(_content(path), path)
     if table.num_rows == 0:
         raise FedspanError(f"{path} holds no rows: expected at least one")
@@ -131,32 +135,36 @@ def _json(content: bytes, path: Path) -> Table:
         hint = " (one object a line is .jsonl)" if "Extra data" in str(error) else ""
         raise FedspanError(f"{path} is not valid JSON: {error}{hint}") from None
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise FedspanError(f"{path} is no list of objects: expected [{{column: value, …}}, …]")
+        raise FedspanError(f"{path} is not a list of objects: expected [{{column: value, …}}, …]")
     return from_records(records, str(path), path.parent)
 
 
 def _delimited(delimiter: str) -> Callable[[bytes, Path], Table]:
     def read(content: bytes, path: Path) -> Table:
-        text = io.StringIO(_text(content, path), newline="")
-        records: list[list[str]] = []
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
-        try:
-            for record in reader:
-                if record and records and len(record) != len(records[0]):
-                    raise FedspanError(
-                        f"{path}, line {reader.line_num}, has {len(record)} values: "
-                        f"expected {len(records[0])}, as in the header"
-                    )
-                if record:
-                    records.append(record)
-        except csv.Error as error:
-            raise FedspanError(f"{path}, line {reader.line_num}, is not valid CSV: {error}") from None
-        header, *rows = records or [[]]
+        header, *rows = _records(content, path, delimiter) or [[]]
         if len(set(header)) != len(header):
             raise FedspanError(f"{path} names a column twice in its header: {', '.join(header)}")
         return Table(str(path), {name: [row[i] for row in rows] for i, name in enumerate(header)}, path.parent)
 
     return read
+
+
+def _records(content: bytes, path: Path, delimiter: str) -> list[list[str]]:
+    """Return the lines of a CSV that are not empty, all with as many values as the first."""
+    records: list[list[str]] = []
+    reader = csv.reader(io.StringIO(_text(content, path), newline=""), delimiter=delimiter, strict=True)
+    try:
+        for record in reader:
+            if record and records and len(record) != len(records[0]):
+                raise FedspanError(
+                    f"{path}, line {reader.line_num}, has {len(record)} values: "
+                    f"expected {len(records[0])}, as in the header"
+                )
+            if record:
+                records.append(record)
+    except csv.Error as error:
+        raise FedspanError(f"{path}, line {reader.line_num}, is not valid CSV: {error}") from None
+    return records
 
 
 def _parquet(content: bytes, path: Path) -> Table:
@@ -183,16 +191,16 @@ _READERS: Mapping[str, Callable[[bytes, Path], Table]] = {
 
 
 def npz_names(path: Path) -> list[str]:
-    """The names of an npz file's arrays. Errors are those of :func:`read_npz`."""
+    """Return the names of an npz file's arrays. Errors are those of :func:`read_npz`."""
     return _with_npz(path, lambda arrays: list(arrays.files))
 
 
 def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """The arrays `names` of an npz file; arrays of Python objects (pickles) are refused.
+    """Return the arrays `names` of an npz file; arrays of Python objects (pickles) are refused.
 
     Raises
     ------
-    ValueError
+    FedspanError
         If the file is missing, corrupt or holds objects.
     """
     return _with_npz(path, lambda arrays: {name: arrays[name] for name in names})

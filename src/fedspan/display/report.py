@@ -29,7 +29,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=True)
     for name in names:
-        table.add_column(f"{name} {_arrow(name)}", justify="right")
+        table.add_column(f"{name} {_arrow(name)}".rstrip(), justify="right")
     table.add_column("up", justify="right")
     table.add_column("down", justify="right")
 
@@ -68,7 +68,11 @@ def _metric_names(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _arrow(name: str) -> str:
-    return "↑" if name != "loss" and METRICS[name].higher_is_better else "↓"
+    if name == "loss":
+        return "↓"
+    if name not in METRICS:  # a metric that was registered by the process of the run alone
+        return ""
+    return "↑" if METRICS[name].higher_is_better else "↓"
 
 
 def method_records() -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""The base model in memory, and the places in it where a client's adapter, patch and dense weights go.
+"""The base model in memory: loading, adapters, patches, quantisation, and many clients in one pass.
 
-The only folder that imports transformers and peft.
+The only folder that imports transformers, peft and bitsandbytes.
 """
 
 from fedspan.models.build import build

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedspan.data.rows import Kind
 from fedspan.models import quantised
 from fedspan.models.federated_model import FederatedModel, Trains
 from fedspan.models.layers import in_float32, is_conv1d, shape_of
-from fedspan.models.loading import Kind, head_names, load_base, seeded, without
+from fedspan.models.loading import head_names, load_base, seeded, without
 from fedspan.support.errors import FedspanError
 
 
@@ -33,18 +34,25 @@ def build(
     pad_token_id: int | None = None,
     quantise: str = "none",
 ) -> FederatedModel:
-    """Load the base and attach what `trains` asks for.
+    """Load the base and prepare the parts that `trains` names for training.
 
     Parameters
     ----------
+    trains
+        `adapter`: adapters on the target modules; `targets`: the target modules' weights; `all`: every weight. Heads
+        are always trained.
+    target_modules
+        Name endings of the target modules; `all-linear` for every linear layer beside the heads.
+    max_rank
+        The largest rank of any client.
     pad_token_id
-        What the batches are padded with; none: as the base's own configuration says.
+        The token that the batches are padded with; None as the base's own configuration says.
     quantise
-        What the base's linear layers are held in: `int8`, `nf4`, or `none` for `dtype` as everything else.
+        The type of the base's linear layers: `int8`, `nf4`, or `none` for `dtype` as everything else.
 
     Raises
     ------
-    ValueError
+    FedspanError
         When the base cannot be read or not be quantised, no layer matches `target_modules`, or a rank exceeds a
         layer's size.
     """
@@ -57,36 +65,46 @@ def build(
     own = dict(base.named_parameters())
     heads = _heads(base, kind, name, new & own.keys())
     targets = _targets(base, target_modules, heads)
-    head_names = {n for n in own if _within(n, heads)}
-    for layer_name, layer in targets.items():
-        m, n = shape_of(layer)
-        if trains == "adapter" and max_rank > min(m, n):
-            raise FedspanError(
-                f"rank {max_rank} is above what {layer_name} ({m}×{n}) can hold: expected at most {min(m, n)}"
-            )
     weights = {f"{layer_name}.weight" for layer_name in targets}
-    chosen = {"adapter": head_names, "targets": head_names | weights, "all": set(own)}[trains]
-    dense = {n: own[n] for n in own if n in chosen}
-    for parameter in dense.values():
-        parameter.data = parameter.data.float()
+    dense = _dense(own, heads, weights, trains)
     if kept != "float32":
         for head in heads:
             base.get_submodule(head).register_forward_pre_hook(in_float32)
     model: nn.Module = base
     layers: Mapping[str, Any] = targets
     if trains == "adapter":
+        _check_rank(targets, max_rank)
         with seeded(seed, "adapter"):
             model, layers = _attach(base, targets, max_rank, rslora, dropout)
-    return FederatedModel(name, kind, trains, model, layers, dense, frozenset(weights & chosen), heads, device)
+    return FederatedModel(name, kind, trains, model, layers, dense, frozenset(weights & dense.keys()), heads, device)
+
+
+def _dense(
+    own: Mapping[str, nn.Parameter], heads: Collection[str], weights: Collection[str], trains: Trains
+) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained as they are, in float32 whatever the base's type."""
+    in_heads = {name for name in own if _within(name, heads)}
+    chosen = {"adapter": in_heads, "targets": in_heads | set(weights), "all": set(own)}[trains]
+    dense = {name: own[name] for name in own if name in chosen}
+    for parameter in dense.values():
+        parameter.data = parameter.data.float()
+    return dense
+
+
+def _check_rank(targets: Mapping[str, nn.Module], max_rank: int) -> None:
+    for name, layer in targets.items():
+        m, n = shape_of(layer)
+        if max_rank > min(m, n):
+            raise FedspanError(f"rank {max_rank} is above what {name} ({m}×{n}) can hold: expected at most {min(m, n)}")
 
 
 def _heads(base: Any, kind: Kind, name: str, new: Collection[str]) -> tuple[str, ...]:
-    """The modules to train whole: all beside the body of a classifier, and a pooler that the files did not hold.
+    """Return the modules to train whole: all beside the body of a classifier, and a pooler that the files lack.
 
     Raises
     ------
-    ValueError
-        When the files lack anything else: it would be random, and nothing would say so.
+    FedspanError
+        When the files lack anything else: it would be random, and nothing would show that.
     """
     heads = head_names(base, kind)
     lacking = sorted(n for n in new if not _within(n, heads))
@@ -104,34 +122,41 @@ def _within(name: str, modules: Collection[str]) -> bool:
 
 
 def _targets(base: nn.Module, wanted: tuple[str, ...], heads: tuple[str, ...]) -> dict[str, nn.Module]:
-    """The linear layers whose names end in one of `wanted`, in the model's order."""
-    output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
-    linear = {
-        name: layer
-        for name, layer in base.named_modules()
-        if (isinstance(layer, nn.Linear) or is_conv1d(layer)) and layer is not output and not _within(name, heads)
-    }
+    """Return the linear layers whose names end in one of `wanted`, in the model's order."""
+    if not wanted:
+        raise FedspanError("adapter.target_modules is empty: expected name endings, or all-linear")
+    linear = _linear_layers(base, heads)
     if tuple(wanted) == ("all-linear",):
         if not linear:
             raise FedspanError("adapter.target_modules: this model has no linear layer beside its head")
         return linear
-    chosen = {
-        name: layer for name, layer in linear.items() if any(name == end or name.endswith("." + end) for end in wanted)
-    }
     for end in wanted:
-        if not any(name == end or name.endswith("." + end) for name in chosen):
+        if not any(_ends_in(name, end) for name in linear):
             endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
             raise FedspanError(
                 f"adapter.target_modules: {end!r} matches no linear layer; this model has {', '.join(endings)}"
             )
-    return chosen
+    return {name: layer for name, layer in linear.items() if any(_ends_in(name, end) for end in wanted)}
+
+
+def _linear_layers(base: nn.Module, heads: tuple[str, ...]) -> dict[str, nn.Module]:
+    output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
+    return {
+        name: layer
+        for name, layer in base.named_modules()
+        if (isinstance(layer, nn.Linear) or is_conv1d(layer)) and layer is not output and not _within(name, heads)
+    }
+
+
+def _ends_in(name: str, end: str) -> bool:
+    return name == end or name.endswith("." + end)
 
 
 def _attach(
     base: nn.Module, targets: Mapping[str, nn.Module], rank: int, rslora: bool, dropout: float
 ) -> tuple[nn.Module, dict[str, Any]]:
     with without("bitsandbytes"):
-        # PEFT would import it for layers of its own, which are not used here: a second, and a line on the terminal.
+        # PEFT would import it, for layers that are not used here: that takes a second and prints a line.
         from peft import LoraConfig, inject_adapter_in_model
 
         config = LoraConfig(

@@ -1,8 +1,9 @@
-"""One base model in memory, through which clients pass one after the other."""
+"""The base model in memory, with the places that a client's adapter, patch and dense weights are loaded into."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fedspan.adapters import peft_folder
+from fedspan.data.rows import Kind
 from fedspan.methods.messages import Broadcast, Factors, Recipe, Template
 from fedspan.methods.patches import Patch, patch_dense
 from fedspan.models.layers import base_layer, beside, factors_of, is_conv1d, read_adapter, set_adapter, shape_of
-from fedspan.models.loading import Kind, quiet, resolve
+from fedspan.models.loading import library_logs_silenced, resolve
 from fedspan.support.errors import FedspanError
 
 Trains = Literal["adapter", "targets", "all"]
@@ -25,24 +27,28 @@ _TASK_TYPES: Mapping[str, str | None] = {"instruction": "CAUSAL_LM", "classifica
 
 @dataclass(slots=True)
 class FederatedModel:
-    """One base model in memory, through which clients pass one after the other.
+    """One base model in memory, which all clients of a process share.
 
-    Whatever is loaded is copied, and whatever is handed out is a copy: no client's tensor is another's, and the
-    server's state is never trained in place.
+    Tensors are copied when they are loaded and when they are returned: no two clients share a tensor, and the server's
+    state is never trained in place.
     """
 
     name: str
+    """The folder, hub id or `builtin:` name that it was loaded from."""
     kind: Kind
+    """The kind of data that it is for."""
     trains: Trains
+    """The parts that are trained beside the heads: adapters, the weights of the target modules, or all weights."""
     model: nn.Module
+    """The transformer itself, with PEFT's layers in it where adapters are trained."""
     layers: Mapping[str, Any]
-    """Adapted modules by their name inside the base: PEFT LoRA layers, or the plain layers."""
+    """The target modules by their names inside the base: PEFT LoRA layers, or the plain layers."""
     dense_parameters: Mapping[str, nn.Parameter]
     """Heads and, for full-weight methods, the weights that are trained."""
     projected: frozenset[str]
     """Names in `dense_parameters` that are weights of target modules (GaLore projects these)."""
     heads: tuple[str, ...]
-    """Modules that are trained whole: the head, and what else of the model its files did not hold (a pooler)."""
+    """Modules that are trained whole: the head, and others that the model's files lack (a pooler)."""
     device: torch.device
     _originals: dict[str, Tensor] = field(default_factory=dict)
     _hooks: list[Any] = field(default_factory=list)
@@ -50,11 +56,11 @@ class FederatedModel:
     _compiled: Any = None
 
     def modules(self) -> dict[str, tuple[int, int]]:
-        """Module name -> (m, n)."""
+        """Return the shape (m, n) of each target module by its name."""
         return {name: shape_of(base_layer(layer)) for name, layer in self.layers.items()}
 
     def template(self, rank: int, alpha: float, rslora: bool, seed: int, num_clients: int = 0) -> Template:
-        """What is fixed for a run over this model."""
+        """Return the template of a run over this model: shapes, server rank, scaling, seed."""
         modules = self.modules()
         if self.trains != "adapter":
             rows_columns = {name: self.dense_parameters[name].shape for name in sorted(self.projected)}
@@ -62,12 +68,12 @@ class FederatedModel:
         return Template(modules, rank, alpha, rslora, seed, num_clients)
 
     def target_weights(self) -> dict[str, nn.Parameter]:
-        """The weights that a gradient is asked of: the base layers' by module, or the trained ones by their name.
+        """Return the weights whose gradient a server can ask for: of the base layers by module, or the trained by name.
 
         Raises
         ------
-        ValueError
-            For a base that is not held in floating point.
+        FedspanError
+            For a base that is not in floating point.
         """
         if self.trains != "adapter":
             return {name: self.dense_parameters[name] for name in sorted(self.projected)}
@@ -79,7 +85,7 @@ class FederatedModel:
 
     @contextmanager
     def differentiable(self, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """These weights and nothing else gather gradients; afterwards there are none."""
+        """Let these weights and nothing else collect gradients; afterwards there are none."""
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         for weight in weights.values():
@@ -93,27 +99,33 @@ class FederatedModel:
                 weight.grad = None
 
     def oriented(self, name: str, weight: nn.Parameter) -> Tensor:
-        """A copy of the gradient of a module's weight, in float32 on the CPU and of the template's shape."""
+        """Return a copy of the gradient of a module's weight, in float32 on the CPU and of the template's shape."""
         assert weight.grad is not None
         grad = weight.grad.detach().float().cpu()
-        turned = self.trains == "adapter" and is_conv1d(base_layer(self.layers[name]))
-        return (grad.T if turned else grad).contiguous()
+        transposed = self.trains == "adapter" and is_conv1d(base_layer(self.layers[name]))
+        return (grad.T if transposed else grad).contiguous()
 
     def digest(self) -> str:
-        """SHA-256 over the untouched base, names, types, shapes and bits, to be taken before anything is loaded.
+        """Return the SHA-256 of the untouched base (names, types, shapes and bits), before anything is loaded into it.
 
-        Two sites that tell the same digest hold the same base to the bit.
+        Two sites with the same digest have bit-identical base weights.
         """
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         held = {name: t for name, t in self.model.state_dict().items() if ".lora_" not in name}
         for name in sorted(held):
             tensor = held[name].detach().cpu().contiguous()
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            found.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
-        return found.hexdigest()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+        return digest.hexdigest()
 
     def check(self, recipe: Recipe) -> None:
-        """Raise a ValueError for a recipe that does not fit this model's layers."""
+        """Check that a recipe fits this model's layers.
+
+        Raises
+        ------
+        FedspanError
+            When GaLore's rank is larger than a layer.
+        """
         if recipe.galore is None:
             return
         for name in sorted(self.projected):
@@ -124,12 +136,12 @@ class FederatedModel:
                 )
 
     def load(self, broadcast: Broadcast) -> None:
-        """Put a client's starting point into the model: patch on the base, adapter, dense weights.
+        """Load a client's starting point: patch on the base, adapter, dense weights.
 
         Raises
         ------
-        ValueError
-            When a module or weight is missing, unknown or of another shape: what the client before left would stay.
+        FedspanError
+            When a module or weight is missing, unknown or of another shape: that of the client before would stay.
         """
         self.check_fits(broadcast)
         self.apply_patch(broadcast.patch)
@@ -140,7 +152,13 @@ class FederatedModel:
                 self.dense_parameters[name].copy_(value)
 
     def check_fits(self, broadcast: Broadcast) -> None:
-        """Raise a ValueError when a module or weight is missing, unknown or of another shape."""
+        """Check that a broadcast holds every module and weight of this model in its shape, and no others.
+
+        Raises
+        ------
+        FedspanError
+            Naming the first that is missing, unknown or of another shape.
+        """
         expected: dict[str, tuple[int, ...]] = {name: p.shape for name, p in self.dense_parameters.items()}
         given: dict[str, tuple[int, ...]] = {name: value.shape for name, value in broadcast.dense.items()}
         if self.trains == "adapter":
@@ -148,13 +166,15 @@ class FederatedModel:
         given |= {name: (f.b.shape[0], f.a.shape[1]) for name, f in broadcast.adapter.items()}
         odd = sorted(expected.keys() ^ given.keys())
         if odd:
-            raise FedspanError(f"a broadcast {'with an unknown' if odd[0] in given else 'without'} {odd[0]}")
+            raise FedspanError(f"the broadcast {'has an unknown' if odd[0] in given else 'lacks'} {odd[0]}")
         for name, shape in given.items():
             if shape != expected[name]:
-                raise FedspanError(f"a broadcast with {name} of shape {tuple(shape)}: expected {tuple(expected[name])}")
+                raise FedspanError(
+                    f"the broadcast has {name} of shape {tuple(shape)}: expected {tuple(expected[name])}"
+                )
 
     def trainable(self, recipe: Recipe) -> dict[str, nn.Parameter]:
-        """The parameters that this recipe trains, by name; everything else is frozen."""
+        """Return the parameters that this recipe trains, by name, and freeze everything else."""
         chosen: dict[str, nn.Parameter] = {}
         if self.trains == "adapter":
             for name, layer in self.layers.items():
@@ -169,23 +189,23 @@ class FederatedModel:
         return chosen
 
     def adapter(self) -> dict[str, Factors]:
-        """Copies of the adapter as it stands."""
+        """Return a copy of the adapter as it is now."""
         if self.trains != "adapter":
             return {}
         return {name: read_adapter(layer) for name, layer in self.layers.items()}
 
     def dense(self) -> dict[str, Tensor]:
-        """Copies of the dense weights as they stand, in float32 on the CPU."""
+        """Return copies of the dense weights as they are now, in float32 on the CPU."""
         return {name: p.detach().float().cpu().clone() for name, p in self.dense_parameters.items()}
 
     @contextmanager
     def training(self, compiled: bool = False) -> Iterator[None]:
-        """The model as it is trained, dropout on; afterwards as it is used.
+        """Set the model to training mode, with dropout on; afterwards it is in evaluation mode.
 
         Parameters
         ----------
         compiled
-            Compile the passes through the body: once for every rank that comes by, half a minute each.
+            Compile the passes through the body: once for each rank that occurs, half a minute each.
         """
         body: Any = getattr(self.model, "base_model", self.model)
         if compiled:
@@ -197,24 +217,26 @@ class FederatedModel:
         finally:
             self.model.eval()
             if compiled:
-                del body.forward  # the class's own is behind it
+                del body.forward  # which uncovers the method of its class
 
     def tail_penalty(self, tail: int) -> Tensor:
-        """Σ ‖B[:, k:]‖_F ‖A[k:, :]‖_F over the modules."""
+        """Return Σ ‖B[:, k:]‖_F ‖A[k:, :]‖_F over the modules, for k = `tail`."""
         pairs = [factors_of(layer) for layer in self.layers.values()]
         return torch.stack([b[:, tail:].norm() * a[tail:].norm() for a, b in pairs]).sum()
 
-    def save_weights(self, path: Path, processor: Any) -> None:
-        """The whole model and its processor, as transformers saves them."""
-        with quiet():
-            self.model.save_pretrained(str(path))  # type: ignore[operator]
-            processor.save_pretrained(str(path))
+    def save_weights(self, path: str | os.PathLike[str], processor: Any) -> None:
+        """Save the whole model and its processor as transformers does."""
+        with library_logs_silenced():
+            self.model.save_pretrained(os.fspath(path))  # type: ignore[operator]
+            processor.save_pretrained(os.fspath(path))
 
-    def save_adapter(self, path: Path, factors: Mapping[str, Factors], dense: Mapping[str, Tensor]) -> None:
-        """A PEFT adapter folder for the untouched base, heads included as `modules_to_save`."""
+    def save_adapter(
+        self, path: str | os.PathLike[str], factors: Mapping[str, Factors], dense: Mapping[str, Tensor]
+    ) -> None:
+        """Save a PEFT adapter folder for the untouched base, with the heads as its `modules_to_save`."""
         conv = [name for name, layer in self.layers.items() if is_conv1d(base_layer(layer))]
         peft_folder.save(
-            path,
+            Path(path),
             factors,
             base_model=resolve(self.name),
             task_type=_TASK_TYPES[self.kind],
@@ -224,7 +246,7 @@ class FederatedModel:
         )
 
     def apply_patch(self, patch: Mapping[str, Patch]) -> None:
-        """The untouched base plus `patch`, whatever was added to it before."""
+        """Make the base the untouched base plus `patch`, in place of the patch before."""
         if patch is self._patch:
             return
         for hook in self._hooks:
@@ -239,7 +261,7 @@ class FederatedModel:
         layer = base_layer(self.layers[name])
         weight = layer.weight
         if patch is not None and weight.dtype != torch.float32:
-            # A patch smaller than the base's rounding would vanish in it: it stays beside it in float32.
+            # A patch smaller than the base's rounding would be lost in the sum: it stays beside it in float32.
             self._hooks.append(layer.register_forward_hook(beside(patch, self.device)))
             return
         # Always from the original, so that errors do not add up over the rounds; and never into it, because other

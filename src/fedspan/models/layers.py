@@ -1,4 +1,4 @@
-"""One layer: its orientation, its adapter, and a patch beside it."""
+"""Access to one layer: its orientation, its adapter, and a patch beside it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _SLOT = "default"
 
 
 def is_conv1d(layer: nn.Module) -> bool:
-    """GPT-2's linear layer, which stores its weight as (n, m)."""
+    """Return whether it is GPT-2's linear layer, which stores its weight as (n, m)."""
     return type(layer).__name__ == "Conv1D"
 
 
 def base_layer(layer: Any) -> Any:
-    """The plain layer inside a PEFT layer, or the layer itself."""
+    """Return the plain layer inside a PEFT layer, or the layer itself."""
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 
 def shape_of(layer: Any) -> tuple[int, int]:
-    """(m, n) = (out_features, in_features), whichever way the layer stores its weight."""
+    """Return (m, n) = (out_features, in_features), whichever way the layer stores its weight."""
     if isinstance(layer, nn.Linear):
         return layer.out_features, layer.in_features  # a quantised weight has no such shape
     rows, columns = layer.weight.shape
@@ -34,17 +34,17 @@ def shape_of(layer: Any) -> tuple[int, int]:
 
 
 def factors_of(layer: Any) -> tuple[nn.Parameter, nn.Parameter]:
-    """(A, B) of a PEFT layer, the live parameters."""
+    """Return (A, B) of a PEFT layer: the parameters themselves, not copies."""
     return layer.lora_A[_SLOT].weight, layer.lora_B[_SLOT].weight
 
 
 def dropout_of(layer: Any) -> float:
-    """The share of a PEFT layer's input that its adapter drops in training."""
+    """Return the share of a PEFT layer's input that its adapter drops in training."""
     return float(getattr(layer.lora_dropout[_SLOT], "p", 0.0))
 
 
 def set_adapter(layer: Any, factors: Factors, device: torch.device) -> None:
-    """New parameters, of whatever rank: nothing of the client before is left."""
+    """Give the layer new parameters, of any rank, so that nothing of the client before is left."""
     layer.lora_A[_SLOT].weight = nn.Parameter(factors.a.detach().float().to(device, copy=True))
     layer.lora_B[_SLOT].weight = nn.Parameter(factors.b.detach().float().to(device, copy=True))
     layer.r[_SLOT] = factors.rank
@@ -52,13 +52,13 @@ def set_adapter(layer: Any, factors: Factors, device: torch.device) -> None:
 
 
 def read_adapter(layer: Any) -> Factors:
-    """A copy of the layer's adapter."""
+    """Return a copy of the layer's adapter."""
     a, b = factors_of(layer)
     return Factors(b.detach().cpu().clone(), a.detach().cpu().clone(), layer.scaling[_SLOT])
 
 
 def beside(patch: Patch, device: torch.device) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A forward hook that adds x·ΔWᵀ to the layer's output in float32, for a base in a coarser type."""
+    """Return a forward hook that adds x·ΔWᵀ to the layer's output in float32, for a base in a coarser type."""
     moved = [factor.float().to(device) for factor in patch_tensors(patch).values()]
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -71,5 +71,5 @@ def beside(patch: Patch, device: torch.device) -> Callable[[nn.Module, tuple[Ten
 
 
 def in_float32(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a half-precision body hands to a head that is trained in float32."""
+    """Convert the output of a half-precision body for a head that is trained in float32; a forward pre-hook."""
     return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)

@@ -5,23 +5,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 
 from fedspan.data.builtin import base_path
+from fedspan.data.rows import Kind
 from fedspan.models import quantised
 from fedspan.support.errors import FedspanError
 from fedspan.support.seeding import generator
-
-Kind = Literal["instruction", "classification", "image"]
 
 
 @contextmanager
 def seeded(*key: object) -> Iterator[None]:
     """Run code that draws from the global generator (dropout, a library's initialisation) on a stream of its own.
 
-    The global state is restored afterwards, so that nothing else depends on how much was drawn.
+    The global state is restored afterwards, so that nothing else depends on how many numbers were drawn.
     """
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices):
@@ -30,19 +29,19 @@ def seeded(*key: object) -> Iterator[None]:
 
 
 def resolve(name: str) -> str:
-    """The folder of a `builtin:` base, or the name as it is."""
+    """Return the folder of a `builtin:` base, or the name unchanged."""
     return str(base_path(name.removeprefix("builtin:"))) if name.startswith("builtin:") else name
 
 
 def load_processor(name: str, kind: Kind) -> Any:
-    """The tokenizer of a text model or the image processor of a vision model.
+    """Load the tokenizer of a text model or the image processor of a vision model.
 
-    A tokenizer that does not say which token ends a text is told so by the model's own configuration, where that does.
+    A tokenizer without an end token is given that of the model's own configuration, if it names one.
 
     Raises
     ------
-    ValueError
-        When it cannot be read, saying how to give a local folder.
+    FedspanError
+        When it cannot be read; the message names the alternatives.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
@@ -59,10 +58,10 @@ def load_processor(name: str, kind: Kind) -> Any:
 
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Turn a library's many ways of failing to read a model into one line that says what to do."""
+    """Turn the many errors of reading a model into one line that says what to do."""
     try:
         yield
-    except Exception as error:  # it, its hub client and safetensors share no base class of errors
+    except Exception as error:  # transformers, its hub client and safetensors share no base class of errors
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FedspanError(
             f"model.name = {name!r} could not be read ({first}); expected a local folder with config.json, weights and "
@@ -71,8 +70,11 @@ def _reading(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without the library's bars and advice (that a head is new is no news), which would cut through the display."""
+def library_logs_silenced() -> Iterator[None]:
+    """Run without the progress bars and advice of transformers, which would break into the display.
+
+    Its advice is on what is intended here, such as a head that is new.
+    """
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -88,7 +90,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def without(package: str) -> Iterator[None]:
-    """As if that package were not installed, for a library that imports whatever it finds; it stays unimported."""
+    """Run as if that package were not installed, for a library that imports every package it finds."""
     modules: dict[str, Any] = cast(Any, sys.modules)
     if package in modules:
         yield
@@ -111,7 +113,13 @@ def load_base(
     pad_token_id: int | None,
     quantise: str = "none",
 ) -> tuple[Any, set[str]]:
-    """The base in evaluation of its kind, and the names of parameters that its files did not hold."""
+    """Load the base for a kind of data; return it in evaluation mode, and the parameters that its files lack.
+
+    Raises
+    ------
+    FedspanError
+        When it cannot be read, or its files are quantised already.
+    """
     import transformers
 
     auto = {
@@ -119,22 +127,16 @@ def load_base(
         "classification": transformers.AutoModelForSequenceClassification,
         "image": transformers.AutoModelForImageClassification,
     }[kind]
-    labels: dict[str, Any] = {}
-    if kind != "instruction":
-        labels["num_labels"] = num_labels
-        if label_names:
-            labels |= {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
-        if regression:
-            labels["problem_type"] = "regression"
+    labels = {} if kind == "instruction" else _labels(num_labels, label_names, regression)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "ignore_mismatched_sizes": kind != "instruction"}
-    with quiet(), _reading(name):
+    with library_logs_silenced(), _reading(name):
         config = transformers.AutoConfig.from_pretrained(resolve(name), **labels)
     if getattr(config, "quantization_config", None) is not None:
         raise FedspanError(
             f"model.name = {name!r}: its files are quantised already; expected float32, bfloat16 or float16 weights, "
             f"which model.quantise = 'int8' or 'nf4' quantises as they are read"
         )
-    with quiet(), _reading(name):
+    with library_logs_silenced(), _reading(name):
         if quantise != "none":
             options |= _quantised(auto, config, kind, quantise, options["dtype"])
         # A new head is drawn from the run's seed, the same for every method.
@@ -145,27 +147,38 @@ def load_base(
     if quantise != "none":
         quantised.take_over(model)
     if pad_token_id is not None:
-        # A decoder classifies from the last token that is no padding, and knows padding by its id alone.
+        # A decoder classifies from the last token that is not padding, which it recognises by its id alone.
         model.config.pad_token_id = pad_token_id
+    # A head of another size is drawn anew, and counts as missing.
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info.get("mismatched_keys", ())}
     return model, set(info["missing_keys"]) | mismatched
 
 
+def _labels(num_labels: int, names: tuple[str, ...] | None, regression: bool) -> dict[str, Any]:
+    """Return the entries of a classifier's configuration that describe its labels."""
+    labels: dict[str, Any] = {"num_labels": num_labels}
+    if names:
+        labels |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    if regression:
+        labels["problem_type"] = "regression"
+    return labels
+
+
 def _quantised(auto: Any, config: Any, kind: Kind, quantise: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What has the base quantised while it is read: all of it but what is trained whole, and the output layer."""
+    """Return the options by which all of the base is quantised as it is read, except its heads and output layer."""
     from transformers import BitsAndBytesConfig
 
     with seeded("skeleton"), torch.device("meta"):
         skeleton = auto.from_config(config)
     output = skeleton.get_output_embeddings()
-    whole = [name for name, layer in skeleton.named_modules() if layer is output or name.endswith("pooler")]
-    asked = quantised.settings(quantise, dtype, [*whole, *head_names(skeleton, kind)])
+    excluded = [name for name, layer in skeleton.named_modules() if layer is output or name.endswith("pooler")]
+    options = quantised.settings(quantise, dtype, [*excluded, *head_names(skeleton, kind)])
     # On the CPU, so that the weights have the same bits whatever the run's device is.
-    return {"quantization_config": BitsAndBytesConfig(**asked), "device_map": {"": "cpu"}}
+    return {"quantization_config": BitsAndBytesConfig(**options), "device_map": {"": "cpu"}}
 
 
 def head_names(base: Any, kind: Kind) -> tuple[str, ...]:
-    """The modules beside the body of a classifier, which are trained whole."""
+    """Return the modules beside the body of a classifier, which are trained whole."""
     if kind == "instruction":
         return ()
     beside = (child for child in base.named_children() if child[0] != base.base_model_prefix)

@@ -22,17 +22,17 @@ _IGNORED = -100
 def client_losses(
     model: FederatedModel, batch: Mapping[str, Tensor], num_clients: int = 1, real: Tensor | None = None
 ) -> Tensor:
-    """Each client's mean loss over its own answer tokens (or rows): what transformers computes for its rows alone.
+    """Return each client's mean loss over its own answer tokens (or rows), as transformers computes it for them alone.
 
-    Only the positions that are learnt from reach the output layer, which for a large vocabulary is most of a small
-    model's work and memory.
+    Only the positions with a label reach the output layer, which for a large vocabulary is most of a small model's
+    work and memory.
 
     Parameters
     ----------
     batch
-        As `Encoded.batch` makes it, (C·b, …) and padded on the right, on the model's device.
+        A batch of `Encoded.batch`, (C·b, …) and padded on the right, on the model's device.
     real
-        (C·b,) false for rows that only fill a client up to b; none: all rows count.
+        (C·b,) false for rows that only fill a client up to b; None where all rows count.
 
     Returns
     -------
@@ -55,6 +55,7 @@ def client_losses(
         logits = model.model(**inputs).logits  # (tokens, V)
     losses = F.cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="none")
     if num_clients == 1:
+        # Not through _means, whose sum adds in another order: a client alone has the bits of a plain mean.
         return losses.mean()[None]
     owner = torch.arange(num_clients, device=losses.device).repeat_interleave(wanted.shape[0] // num_clients)
     return _means(losses, owner[:, None].expand_as(wanted)[wanted], num_clients)
@@ -80,7 +81,7 @@ def _means(losses: Tensor, owner: Tensor, num_clients: int) -> Tensor:
 
 @contextmanager
 def _only(model: Any, wanted: Tensor) -> Iterator[None]:
-    """Let the output layer see the last hidden states at `wanted` (rows, t − 1) alone, as (tokens, hidden)."""
+    """Give the output layer the last hidden states at `wanted` (rows, t − 1) alone, as (tokens, hidden)."""
 
     def select(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (inputs[0][:, :-1][wanted],)

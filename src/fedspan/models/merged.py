@@ -14,16 +14,17 @@ from fedspan.models.federated_model import FederatedModel
 from fedspan.models.layers import base_layer, factors_of, is_conv1d
 
 LARGEST = 2**25
-"""Numbers of all adapted weights together up to which folding pays: a copy of them in memory, and what it takes to
-make it, against three products instead of one in every layer."""
+"""Entries of all adapted weights together up to which folding pays: it costs a copy of them, in memory and time, and
+saves two products of three in every layer."""
 
 
 @contextmanager
 def merged(model: FederatedModel) -> Iterator[None]:
-    """Run the model with W + s·B·A in one product, to rounding what its layers compute in three.
+    """Run the model with W + s·B·A as one weight; up to rounding its layers compute the same in three products.
 
-    Nothing of the model is written to. A base in a coarser type or in few bits keeps its adapters beside it, for the
-    sum would be rounded to that; so do large bases, where the adapters' share is small and the copy is not.
+    Nothing of the model is written to. A base in a coarser type or in few bits keeps its adapters beside it, because
+    the sum would be rounded to that type; so do large bases, where the adapters' share of the work is small and the
+    copy is not.
     """
     adapted = {name: base_layer(layer) for name, layer in model.layers.items()} if model.trains == "adapter" else {}
     small = sum(layer.weight.numel() for layer in adapted.values()) <= LARGEST
@@ -49,7 +50,7 @@ def _sum(layer: Any, adapted: Any) -> Tensor:
 
 
 def _with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
-    """The layer with another weight; all else is shared."""
+    """Return the layer with another weight; everything else is shared."""
     other = copy.copy(layer)
     other._parameters = {**layer._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
     return other

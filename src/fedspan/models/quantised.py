@@ -1,8 +1,8 @@
-"""A frozen base in 8 or 4 bits: quantised while it is loaded, multiplied in the type of what comes in.
+"""A frozen base in 8 or 4 bits: quantised while it is loaded, multiplied in the type of its input.
 
-bitsandbytes quantises, and transformers has it do so weight by weight; what the two leave behind is taken over into
-layers of plain tensors. Their arithmetic is that of a linear layer whose weight is the dequantised Ŵ, in training
-and in evaluation, on every device; Ŵ lives no longer than one product.
+bitsandbytes quantises, called by transformers weight by weight; the resulting layers are then replaced by layers of
+plain tensors. Their arithmetic is that of a linear layer whose weight is the dequantised Ŵ, in training
+and in evaluation, on every device; Ŵ is in memory for one product only.
 
 Shapes: W (m, n) = (out_features, in_features), row by row in memory; g blocks of 64 weights in nf4.
 """
@@ -29,12 +29,12 @@ _LARGEST_CODE = 127
 
 
 def check(quantise: str, trains: str) -> None:
-    """Whether a base can be held so in this environment, for a method that trains what `trains` says.
+    """Check, before anything is loaded, that a base can be quantised here, for a method that trains `trains`.
 
     Raises
     ------
-    ValueError
-        When it cannot, before anything is loaded.
+    FedspanError
+        When the method trains base weights, or bitsandbytes cannot be used.
     """
     if quantise == "none":
         return
@@ -51,7 +51,7 @@ def check(quantise: str, trains: str) -> None:
             f"model.quantise = {quantise!r}: bitsandbytes is not installed; pip install 'fedspan[quantised]'"
         )
     try:
-        with _quiet():
+        with _advice_silenced():
             importlib.import_module("bitsandbytes")
     except Exception as error:  # a wheel for another machine fails in a way of its own
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -59,8 +59,8 @@ def check(quantise: str, trains: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's advice on kernels of its own, which are not used here."""
+def _advice_silenced() -> Iterator[None]:
+    """Run without the library's advice on its own kernels, which are not used here."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -71,14 +71,14 @@ def _quiet() -> Iterator[None]:
 
 
 def settings(quantise: str, dtype: torch.dtype, whole: Sequence[str]) -> dict[str, Any]:
-    """What transformers' `BitsAndBytesConfig` is made of.
+    """Return the arguments of transformers' `BitsAndBytesConfig`.
 
     Parameters
     ----------
     whole
-        Modules that stay as they are, with everything in them.
+        Modules that are not quantised, nor anything inside them.
     """
-    # The library takes a name for the beginning or the end of another; in brackets it is the beginning alone.
+    # The library also skips modules whose names end like a given one; a pattern in brackets matches beginnings alone.
     skipped = {"llm_int8_skip_modules": [f"(?:{re.escape(name)})" for name in whole]}
     if quantise == "int8":
         return {"load_in_8bit": True, **skipped}
@@ -92,8 +92,8 @@ class QuantisedLinear(nn.Linear):
     nf4: Ŵ = s_g L[c], the sixteen levels L near quantiles of a normal distribution and s_g the largest |W| of 64
     that follow one another (Dettmers et al., 2023, arXiv 2305.14314).
 
-    Differences: activations are never quantised (LLM.int8 does), so that a row of a batch is computed as it would be
-    alone and the gradient is that of the function; nf4's scales stay in float32 and are not quantised once more.
+    Differences: activations are never quantised (as LLM.int8 does), so that each row of a batch is computed as it would
+    be alone and gradients are exact for the quantised weights; nf4's scales stay in float32 and are not quantised too.
     """
 
     scale: Tensor
@@ -102,18 +102,18 @@ class QuantisedLinear(nn.Linear):
     def __init__(
         self, codes: Tensor, scale: Tensor, shape: tuple[int, int], bias: Tensor | None, pairs: Tensor | None = None
     ) -> None:
-        """Take quantised tensors over.
+        """Make a layer of quantised tensors.
 
         Parameters
         ----------
         codes
-            int8 (m, n); with `pairs` uint8, two weights a byte, the first one in the higher half.
+            int8 (m, n); with `pairs` uint8, two weights per byte, the first one in the higher half.
         scale
             (m,), with `pairs` (g,), in float32.
         pairs
-            (256,): the two float32 levels of every byte, as one 8-byte number.
+            (256,): the two float32 levels of every byte value, as one 8-byte number.
         """
-        nn.Module.__init__(self)  # nn.Linear's own would draw a weight
+        nn.Module.__init__(self)  # that of nn.Linear would draw a weight
         self.out_features, self.in_features = shape
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
@@ -121,26 +121,26 @@ class QuantisedLinear(nn.Linear):
         self.register_buffer("pairs", pairs)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """Ŵ (m, n), multiplied out in float32 and rounded to `dtype` once."""
+        """Return Ŵ (m, n), multiplied out in float32 and rounded to `dtype` once."""
         if self.pairs is None:
             return self.weight.to(dtype).mul_((self.scale / _LARGEST_CODE)[:, None])
         count = self.out_features * self.in_features
         whole = count // _BLOCK * _BLOCK
-        # Both weights of a byte in one look-up: several times as fast as one by one.
+        # Both weights of a byte in one look-up, which is several times as fast as one by one.
         values = self.pairs.index_select(0, self.weight.view(-1).int()).view(torch.float32)
         values[:whole].view(-1, _BLOCK).mul_(self.scale[: whole // _BLOCK, None])
         values[whole:].mul_(self.scale[-1])
         return values[:count].view(self.out_features, self.in_features).to(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(…, n) -> (…, m)."""
+        """Compute (…, n) -> (…, m)."""
         product: Any = _Product.apply  # torch gives it no type
         y: Tensor = product(input, self)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class _Product(torch.autograd.Function):
-    """x Ŵᵀ. Autograd would keep the Ŵ of every layer until it is back; here each is made once more."""
+    """x Ŵᵀ. Autograd would keep the Ŵ of every layer until the backward pass; here each is computed again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantisedLinear) -> Tensor:
@@ -156,14 +156,14 @@ class _Product(torch.autograd.Function):
 
 
 def take_over(model: Any) -> None:
-    """Put a `QuantisedLinear` in the place of every layer that bitsandbytes has quantised.
+    """Replace every layer that bitsandbytes has quantised by a `QuantisedLinear`.
 
     The library's own layers quantise activations, or repack their weights at the first evaluation into a form without
-    a gradient (both on some machines only), and use threads that do not survive a fork.
+    a gradient (each on some machines only), and use threads that do not survive a fork.
     """
     import bitsandbytes as bnb
 
-    pairs: Tensor | None = None  # of all layers
+    pairs: Tensor | None = None  # one table for all layers
     for name, layer in list(model.named_modules()):
         if isinstance(layer, bnb.nn.Linear8bitLt):
             weight, shape = layer.weight, (layer.out_features, layer.in_features)
@@ -182,13 +182,13 @@ def take_over(model: Any) -> None:
 
 
 def _pairs(levels: Tensor) -> Tensor:
-    """(16,) -> (256,): the levels of both halves of a byte side by side, as one number of 8 bytes."""
+    """Turn (16,) levels into (256,): those of both halves of a byte side by side, as one number of 8 bytes."""
     both = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
     return both.float().contiguous().view(torch.int64).view(-1)
 
 
 def base_size(model: nn.Module) -> tuple[int, int]:
-    """Weights of the base, and the bytes that they take; adapters are left out, what is shared counts once."""
+    """Return the number of the base's weights, and their bytes; adapters are left out, shared weights count once."""
     weights, size = 0, 0
     seen: set[int] = set()
     quantised = {

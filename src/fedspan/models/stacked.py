@@ -1,7 +1,9 @@
 """Many clients' adapters and heads in the layers of one base, so that one pass serves them all.
 
 A linear layer computes, for the rows of client k, x Wᵀ + s_k (x A_kᵀ) B_kᵀ: W once for everybody, the rest as batched
-products. Ranks are padded to the largest: where A has a zero row and B a zero column, so has every gradient.
+products. Smaller ranks are padded with zeros to the largest. The padding stays zero without a mask: the gradient of a
+zero row of A is a product with the zero column of B, and the other way round, so neither gradient descent nor Adam
+nor weight decay ever moves it, and it adds exactly zero to every product and norm.
 
 Shapes: C clients, client by client in the batch; W (m, n); A (C, r, n); B (C, m, r); P trained numbers per client.
 """
@@ -25,7 +27,10 @@ from fedspan.support.errors import FedspanError
 
 
 class _Adapted(torch.autograd.Function):
-    """x Wᵀ + bias + s (x Aᵀ) Bᵀ. The adapters' gradients go straight into the clients' own rows of the bank."""
+    """x Wᵀ + bias + s (x Aᵀ) Bᵀ, with the adapters' gradients added to the clients' own rows of the bank.
+
+    As plain operations, autograd would first make gradients of its own, which then had to be copied there.
+    """
 
     @staticmethod
     def forward(
@@ -42,7 +47,8 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, h, weight, a, b, s = ctx.saved_tensors
         slot, (g,) = ctx.slot, grads
-        # Into a block of its own first: a product straight into the clients' rows, which lie apart, runs one by one.
+        # Into a block of its own first: the clients' rows lie apart in the bank, and a batched product with such an
+        # output falls back to one product per client.
         if slot.grad_b is not None:
             slot.grad_b.add_(torch.bmm(g.mT, h))
         back = torch.bmm(g, b).mul_(s)  # (C, tokens, r)
@@ -57,7 +63,7 @@ class _Adapted(torch.autograd.Function):
 
 @dataclass(slots=True)
 class Slot:
-    """One layer's adapters of the clients that are at work now."""
+    """One layer's adapters, of the clients that are active now."""
 
     a: Tensor  # (C, r, n)
     b: Tensor  # (C, m, r)
@@ -78,16 +84,17 @@ class StackedLinear(nn.Module):
         self.transposed = is_conv1d(self.base)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, …, n) -> (rows, …, m)."""
+        """Compute (rows, …, n) -> (rows, …, m)."""
         slot, weight = self.slot, self.base.weight
         rows = _by_client(x, len(slot.a))
         plain = weight.dtype == x.dtype == torch.float32 and not self.base._forward_hooks
         if plain and not self.dropout and not torch.is_autocast_enabled(x.device.type):
             w = weight.T if self.transposed else weight
             apply: Callable[..., Tensor] = _Adapted.apply  # torch gives it no type
-            done = apply(rows, w, self.base.bias, slot, slot.a, slot.b, slot.scaling)
-            return done.view(*x.shape[:-1], done.shape[-1])
+            output = apply(rows, w, self.base.bias, slot, slot.a, slot.b, slot.scaling)
+            return output.view(*x.shape[:-1], output.shape[-1])
         # A base in a coarser type, a patch beside it, dropout: the same in ordinary operations, adapters in float32.
+        # Autograd then has their gradients, which Stack.gather_gradients fetches.
         y: Tensor = self.base(x)
         kept = F.dropout(x.float(), self.dropout) if self.dropout else x.float()
         h = torch.bmm(_by_client(kept, len(slot.a)), slot.a.mT) * slot.scaling
@@ -106,7 +113,7 @@ class StackedHead(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, …, n) -> (rows, …, m)."""
+        """Compute (rows, …, n) -> (rows, …, m)."""
         rows = _by_client(x.float(), len(self.weight))  # (C, …, n)
         if isinstance(self.layer, nn.LayerNorm):
             y = F.layer_norm(rows, self.layer.normalized_shape, eps=self.layer.eps) * self.weight[:, None]
@@ -117,7 +124,7 @@ class StackedHead(nn.Module):
 
 
 def _by_client(x: Tensor, num_clients: int) -> Tensor:
-    """(rows, …, n) as (C, rows of one client …, n)."""
+    """Return (rows, …, n) as (C, rows of one client …, n)."""
     if x.shape[0] % num_clients:
         raise NotRowwise(f"a layer's input of shape {tuple(x.shape)}: expected the rows of {num_clients} clients first")
     return x.reshape(num_clients, -1, x.shape[-1])
@@ -133,7 +140,7 @@ class Bank:
     """Name -> offset in a row, and the shape of one client's tensor."""
 
     def view(self, name: str, num_clients: int) -> tuple[Tensor, Tensor | None]:
-        """The first clients' tensors of that name, (num_clients, …), and their gradients."""
+        """Return the first clients' tensors of that name, (num_clients, …), and their gradients."""
         start, shape = self.places[name]
         size = torch.Size(shape).numel()
         part = [None if x is None else x[:num_clients, start : start + size] for x in (self.values, self.grads)]
@@ -143,7 +150,7 @@ class Bank:
 
 
 def _bank(tensors: Mapping[str, list[Tensor]], device: torch.device, grads: bool) -> Bank:
-    """One row per client; a smaller tensor fills the leading rows and columns of its place."""
+    """Return a bank with one row per client; a smaller tensor fills the leading rows and columns of its place."""
     places: dict[str, tuple[int, tuple[int, ...]]] = {}
     total = 0
     for name, own in tensors.items():
@@ -175,7 +182,7 @@ class Stack:
     """Each client's trained numbers as one parameter (P,), with its gradient."""
 
     leaves: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """What autograd sees of the bank, and where its gradients belong."""
+    """The views of the bank that are leaves of the pass, each with the place in the bank of its gradient."""
 
     def __post_init__(self) -> None:
         grads = self.trained.grads
@@ -186,7 +193,10 @@ class Stack:
             self.rows.append(row)
 
     def activate(self, num_clients: int) -> None:
-        """From here on, batches hold the rows of the first `num_clients` clients alone."""
+        """Prepare for batches that hold the rows of the first `num_clients` clients alone.
+
+        Layers see views of the bank's leading rows, so the clients at the end can leave without any copying.
+        """
         self.leaves = []
         for name, layer in self.linears.items():
             (a, grad_a), (b, grad_b) = (self._leaf(f"{name}/{part}", num_clients) for part in ("a", "b"))
@@ -205,14 +215,14 @@ class Stack:
         return value, grad
 
     def gather_gradients(self) -> None:
-        """Bring what autograd itself has found (heads, adapters beside dropout or a patch) into the bank."""
+        """Add the gradients of autograd itself (of heads, and adapters beside dropout or a patch) to the bank."""
         for value, grad in self.leaves:
             if value.grad is not None:
                 grad.add_(value.grad)
                 value.grad = None
 
     def tail_penalties(self, tails: Sequence[int]) -> Tensor:
-        """Σ ‖B[:, k:]‖_F ‖A[k:, :]‖_F over the modules, for each client's own k: (C,)."""
+        """Return Σ ‖B[:, k:]‖_F ‖A[k:, :]‖_F over the modules, for each client's own k: (C,)."""
         total = torch.zeros(len(tails), device=self.trained.values.device)
         for layer in self.linears.values():
             a, b = layer.slot.a, layer.slot.b
@@ -221,15 +231,15 @@ class Stack:
         return total
 
     def adapter(self, client: int) -> dict[str, Factors]:
-        """A copy of one client's adapter at its own rank, on the CPU."""
-        found: dict[str, Factors] = {}
+        """Return a copy of one client's adapter at its own rank, on the CPU."""
+        adapter: dict[str, Factors] = {}
         for name, sent in self.broadcasts[client].adapter.items():
             a, b = (self._value(f"{name}/{part}", client) for part in ("a", "b"))
-            found[name] = Factors(b[:, : sent.rank].cpu().clone(), a[: sent.rank].cpu().clone(), sent.scaling)
-        return found
+            adapter[name] = Factors(b[:, : sent.rank].cpu().clone(), a[: sent.rank].cpu().clone(), sent.scaling)
+        return adapter
 
     def dense(self, client: int) -> dict[str, Tensor]:
-        """Copies of one client's heads, in float32 on the CPU."""
+        """Return copies of one client's heads, in float32 on the CPU."""
         return {name: self._value(name, client).cpu().clone() for name in self.broadcasts[client].dense}
 
     def _value(self, name: str, client: int) -> Tensor:
@@ -241,7 +251,8 @@ class Stack:
 def stacked(model: FederatedModel, broadcasts: Sequence[Broadcast]) -> Iterator[Stack]:
     """Put many clients' starting points into one model, and take them out again.
 
-    All of them must train the same parts and have the same patch on the base.
+    All of them must train the same parts, since a part is either in the bank of trained or of frozen tensors, and have
+    the same patch on the base, since there is one base.
     """
     for broadcast in broadcasts:
         model.check_fits(broadcast)
@@ -268,7 +279,7 @@ def stacked(model: FederatedModel, broadcasts: Sequence[Broadcast]) -> Iterator[
 
 
 def _parts(broadcasts: Sequence[Broadcast], recipe: Recipe) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
-    """What is trained and what is not, name by name over the clients."""
+    """Return the trained and the frozen tensors by name, each as one list over the clients."""
     trained: dict[str, list[Tensor]] = {}
     frozen: dict[str, list[Tensor]] = {}
     for name in broadcasts[0].adapter:
@@ -280,18 +291,18 @@ def _parts(broadcasts: Sequence[Broadcast], recipe: Recipe) -> tuple[dict[str, l
 
 
 def head_layers(model: FederatedModel) -> dict[str, Any]:
-    """The layers inside the heads that hold trained parameters.
+    """Return the layers inside the heads that hold trained parameters.
 
     Raises
     ------
-    ValueError
-        For a layer that has no stacked form here.
+    FedspanError
+        For a layer that has no stacked form.
     """
-    found: dict[str, Any] = {}
+    layers: dict[str, Any] = {}
     for name in model.dense_parameters:
         layer_name, _, parameter = name.rpartition(".")
         layer = model.model.get_submodule(layer_name)
         if type(layer) not in (nn.Linear, nn.LayerNorm) or parameter not in ("weight", "bias"):
             raise FedspanError(f"the head's {layer_name} is a {type(layer).__name__}")
-        found[layer_name] = layer
-    return found
+        layers[layer_name] = layer
+    return layers

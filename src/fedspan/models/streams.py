@@ -1,5 +1,9 @@
 """Dropout for many clients in one pass, each from a stream of its own: the numbers it would have drawn alone.
 
+Alone, a client seeds the global generator and every dropout layer draws a mask of its own batch's shape from it, layer
+after layer. The stream advances by as many numbers as a mask has, so masks are the same only if every draw has the
+shape that it has alone: the client's real rows, padded to its own longest and not to that of the whole batch.
+
 Shapes: C clients of b rows each, client by client; t the longest of all their rows, t_k of client k's.
 """
 
@@ -19,19 +23,22 @@ from fedspan.support.errors import FedspanError
 
 
 class NotRowwise(FedspanError):
-    """A layer's input does not hold the batch's rows one after the other, so rows cannot be told by client."""
+    """The error of a layer whose input does not hold the batch's rows one after the other, client by client."""
 
 
 def drops(model: nn.Module) -> bool:
-    """Whether the model drops anything in training."""
+    """Return whether the model drops anything in training.
+
+    Attention weights are dropped by functions, which only the model's configuration shows.
+    """
     settings = vars(model.config) if hasattr(model, "config") else {}
     named = any(("dropout" in k or "pdrop" in k) and isinstance(v, float) and v > 0 for k, v in settings.items())
     return named or any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
 
 
 @dataclass(slots=True)
-class Rows:
-    """How one batch is divided among the clients."""
+class BatchLayout:
+    """The division of one batch among the clients."""
 
     rows: Sequence[int]
     """Real rows of each client; the others up to b only fill the batch."""
@@ -45,14 +52,16 @@ class Rows:
 
 @dataclass
 class ClientDropout(TorchFunctionMode):
-    """Within it, dropout draws client by client.
+    """A context in which dropout draws client by client.
 
-    A client's mask has the shape that it would have had in a batch of its own, so that on a CPU it is the very mask
+    A client's mask has the shape that it would have in a batch of its own, so that on a CPU it is bit for bit the mask
     of `train`. On other devices the fused kernels draw in another order: the same distribution, other numbers.
+
+    It replaces the functions instead of the layers, since attention weights are dropped inside a function.
     """
 
     generators: Sequence[torch.Generator]
-    batch: Rows = field(default_factory=lambda: Rows((), None, 0))
+    layout: BatchLayout = field(default_factory=lambda: BatchLayout((), None, 0))
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -75,18 +84,19 @@ class ClientDropout(TorchFunctionMode):
         return x * self._noise(x, p) if training and p > 0 else x
 
     def _noise(self, like: Tensor, p: float) -> Tensor:
-        """(…) of `like`: 0 or 1/(1−p)."""
-        width, count = self.batch.width, len(self.batch.rows)
+        """Draw noise of the shape of `like`, each entry 0 or 1/(1−p); in padding it is 1."""
+        width, count = self.layout.width, len(self.layout.rows)
         if like.shape[0] != width * count:
             raise NotRowwise(f"dropout on {tuple(like.shape)}: expected {width * count} rows first")
         noise = torch.ones_like(like, memory_format=torch.contiguous_format)
         for k in range(count):
-            shape = [self.batch.rows[k], *like.shape[1:]]
+            shape = [self.layout.rows[k], *like.shape[1:]]
             part = noise[k * width : k * width + shape[0]]
-            if self.batch.lengths is not None:
-                for dim in _sequence_dims(like, self.batch.length):
-                    shape[dim] = self.batch.lengths[k]
+            if self.layout.lengths is not None:
+                for dim in _sequence_dims(like, self.layout.length):
+                    shape[dim] = self.layout.lengths[k]
                     part = part.narrow(dim, 0, shape[dim])
+            # Into a tensor of its own: a draw into a part of a larger one may take the numbers in another order.
             drawn = torch.empty(shape, dtype=like.dtype, device=like.device)
             part.copy_(drawn.bernoulli_(1 - p, generator=self.generators[k]).div_(1 - p))
         return noise
@@ -102,6 +112,8 @@ class ClientDropout(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        # The unfused computation, which draws the weights' mask as one tensor; with dropout, torch on a CPU runs the
+        # same one for a client alone.
         if enable_gqa:
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -117,7 +129,7 @@ class ClientDropout(TorchFunctionMode):
 
 
 def _sequence_dims(like: Tensor, length: int) -> tuple[int, ...]:
-    """Which dimensions run over the tokens: (rows, t, hidden) and (rows, heads, t, t)."""
+    """Return the dimensions that run over the tokens, of (rows, t, hidden) and of (rows, heads, t, t)."""
     dims = {2: (), 3: (1,), 4: (2, 3)}.get(like.ndim)
     if dims is None or any(like.shape[dim] != length for dim in dims):
         raise NotRowwise(f"dropout on {tuple(like.shape)}: expected (rows, {length}, …) or (rows, heads, …)")

@@ -12,6 +12,7 @@ import torch
 
 from fedspan.client.executors import EvaluationTask, Executor, WorkContext, create_executor, num_worker_processes
 from fedspan.client.setup import base_model, device_of, encoded
+from fedspan.client.training import TrainingSettings
 from fedspan.config import Config, PrivacyConfig
 from fedspan.data import Encoded
 from fedspan.data import load as load_data
@@ -88,15 +89,26 @@ class RunContext:
         num_sampled = max(1, round(sampler.expected_size(len(clients))))
         if not method.info.pooled:
             _check_min_success(config.federation.min_success, num_sampled)
-        processor, data = encoded(config, corpus)
+        processor, data = encoded(config.model.name, config.data, corpus)
         device = device_of(config.device)
         # There is at most one task for each client of a round, or for each batch of an evaluation.
         num_tasks = max(num_sampled, -(-len(data["test"]) // config.evaluation.batch_size))
-        num_workers = num_worker_processes(config, device, num_tasks)
+        num_workers = num_worker_processes(config.engine.workers, config.threads, device, num_tasks)
         max_rank = max(client.rank for client in clients)
         # Several workers copy a model that stays on the CPU to devices of their own.
         placed = device if num_workers == 1 else torch.device("cpu")
-        model = base_model(config, method, corpus, data, max_rank=max_rank, device=placed)
+        model = base_model(
+            config.model,
+            config.adapter,
+            corpus,
+            data,
+            trains=method.info.trains,
+            seed=config.seed,
+            max_rank=max_rank,
+            device=placed,
+        )
+        training = TrainingSettings.of(config)
+        context = WorkContext(training, config.evaluation, config.threads, model, data, processor, corpus.metrics)
         initial_dense = model.dense()
         if coordinator is not None:
             # Last, since it needs the base: sites with another base are turned away before the first round.
@@ -112,14 +124,12 @@ class RunContext:
             processor=processor,
             data=data,
             metrics=corpus.metrics,
-            executor=create_executor(WorkContext(config, model, data, processor, corpus.metrics), num_workers, device),
+            executor=create_executor(context, num_workers, device),
             sampler=sampler,
             num_workers=num_workers,
             coordinator=coordinator,
             total=_total(config.privacy, config.seed),
-            examples=ExampleLedgers(config.privacy, config.local.batch_size, out)
-            if config.privacy.dp == "example" and coordinator is None
-            else None,
+            examples=_ledgers(config.privacy, config.local.batch_size, out) if coordinator is None else None,
         )
 
     def emit(self, kind: str, **data: Any) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedspan.client import cohort
-from fedspan.client.training import Assignment, num_steps
+from fedspan.client import cohort, grouping
+from fedspan.client.training import Assignment, TrainingSettings, num_steps
 from fedspan.federation.clients import Client
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.messages import Recipe, Request
@@ -37,7 +37,7 @@ def choose_engine(context: RunContext, recipe: Recipe) -> EngineChoice:
     name = context.config.engine.name
     if name == "sequential":
         return EngineChoice(name)
-    reason = cohort.applies(context.model, context.data["train"], recipe, context.config)
+    reason = cohort.applies(context.model, context.data["train"], recipe, TrainingSettings.of(context.config))
     if reason is None:
         return EngineChoice(name)
     if name == "cohort":
@@ -63,7 +63,7 @@ def engine_used(
         Assignment(c.client_id, broadcasts[c.rank], c.indices, num_steps(local, len(c.indices)), 1.0)
         for c in cohort_of_round
     ]
-    groups = cohort.plan(context.model, train, assignments, context.config)
+    groups = grouping.plan(context.model, train, assignments, TrainingSettings.of(context.config))
     if choice.name == "cohort" or any(len(group) > 1 for group in groups):
         return EngineChoice("cohort")
     alone = len(cohort_of_round) == 1

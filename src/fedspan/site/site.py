@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedspan.client.executors import InlineExecutor, WorkContext
 from fedspan.client.setup import base_model, device_of, encoded
-from fedspan.client.training import Assignment, LocalResult, num_steps
+from fedspan.client.training import Assignment, LocalResult, TrainingSettings, num_steps
 from fedspan.config import Config
 from fedspan.data import Corpus
 from fedspan.data import load as load_data
@@ -59,9 +59,20 @@ class Loaded:
     @classmethod
     def of(cls, config: Config, method: Method, corpus: Corpus, max_rank: int) -> Loaded:
         """Read and built as the configuration says."""
-        processor, data = encoded(config, corpus)
-        model = base_model(config, method, corpus, data, max_rank=max_rank, device=device_of(config.device))
-        return cls(WorkContext(config, model, data, processor, corpus.metrics), model.dense(), model.digest())
+        processor, data = encoded(config.model.name, config.data, corpus)
+        model = base_model(
+            config.model,
+            config.adapter,
+            corpus,
+            data,
+            trains=method.info.trains,
+            max_rank=max_rank,
+            device=device_of(config.device),
+            seed=config.seed,
+        )
+        training = TrainingSettings.of(config)
+        context = WorkContext(training, config.evaluation, config.threads, model, data, processor, corpus.metrics)
+        return cls(context, model.dense(), model.digest())
 
 
 class Site:

@@ -1,14 +1,16 @@
-"""What ships inside the package: small pretrained bases and the generated data of the embedded defaults."""
+"""The small pretrained bases and the data of the embedded defaults, which ship inside the package."""
 
 from pathlib import Path
 
 from fedspan.support.errors import FedspanError
 
+__all__ = ["base_path"]
+
 _BASES = ("decoder", "vit")
 
 
 def base_path(name: str) -> Path:
-    """Folder of a shipped base model, loadable with ``from_pretrained``.
+    """Return the folder of a shipped base model, loadable with ``from_pretrained``.
 
     Parameters
     ----------
@@ -17,8 +19,8 @@ def base_path(name: str) -> Path:
 
     Raises
     ------
-    ValueError
-        If `name` is no shipped base.
+    FedspanError
+        If no base of this name is shipped.
     """
     if name not in _BASES:
         raise FedspanError(f"unknown builtin base {name!r}: expected one of {', '.join(_BASES)}")

@@ -34,15 +34,15 @@ def load(seed: int) -> Digits:
     Parameters
     ----------
     seed
-        Decides the split, and nothing else; the same seed gives the same arrays.
+        Determines the split, and nothing else; the same seed gives the same arrays.
 
     Raises
     ------
-    ValueError
-        If scikit-learn, which carries the pictures, is not installed, or ``seed`` is negative.
+    FedspanError
+        If scikit-learn, which contains the pictures, is not installed.
     """
     if seed < 0:
-        raise FedspanError(f"seed is {seed}, expected a non-negative integer")
+        raise ValueError(f"seed is {seed}: expected a non-negative integer")
     try:
         from sklearn.datasets import load_digits  # half a second: only for this task
     except ImportError as error:
@@ -57,7 +57,7 @@ def load(seed: int) -> Digits:
 
 
 def _enlarge(images: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Grey levels 0..16, (N, 8, 8), to RGB bytes (N, 16, 16, 3); pixel centres aligned, edges repeated."""
+    """Turn grey levels 0..16, (N, 8, 8), into RGB bytes (N, 16, 16, 3); pixel centres aligned, edges repeated."""
     size = images.shape[1]
     position = np.clip((np.arange(IMAGE_SIZE) + 0.5) * size / IMAGE_SIZE - 0.5, 0, size - 1)
     weights = np.maximum(0.0, 1.0 - np.abs(position[:, None] - np.arange(size)))  # (16, 8), rows sum to 1

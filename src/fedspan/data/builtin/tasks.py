@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from string import ascii_lowercase
 
 from fedspan.data.builtin.words import ANIMALS, COLORS, FOODS, OBJECTS, OPPOSITES, PAST, PLURALS
-from fedspan.support.errors import FedspanError
 
 Sample = tuple[str, str]
 Generate = Callable[[random.Random], Sample]
@@ -35,12 +34,12 @@ class Task:
 
 
 def _letters(rng: random.Random, low: int, high: int, alphabet: str = ascii_lowercase) -> list[str]:
-    """Between `low` and `high` distinct letters in random order."""
+    """Draw between `low` and `high` distinct letters in random order."""
     return rng.sample(alphabet, rng.randint(low, high))
 
 
 def _on_letters(answer: Callable[[list[str]], list[str]], low: int, high: int) -> Generate:
-    """Task whose input is a list of letters and whose answer is a list of letters."""
+    """Return a task whose input is a list of letters and whose answer is a list of letters."""
 
     def generate(rng: random.Random) -> Sample:
         letters = _letters(rng, low, high)
@@ -73,7 +72,7 @@ def _add(rng: random.Random) -> Sample:
 
 
 def _choose_number(choose: Callable[[int, int], int]) -> Generate:
-    """Task that picks one of two different numbers below 100."""
+    """Return a task that picks one of two different numbers below 100."""
 
     def generate(rng: random.Random) -> Sample:
         a, b = rng.sample(range(100), 2)
@@ -83,7 +82,7 @@ def _choose_number(choose: Callable[[int, int], int]) -> Generate:
 
 
 def _on_number(answer: Callable[[int], str]) -> Generate:
-    """Task on one number between 1 and 998."""
+    """Return a task on one number between 1 and 998."""
 
     def generate(rng: random.Random) -> Sample:
         number = rng.randint(1, 998)
@@ -93,7 +92,7 @@ def _on_number(answer: Callable[[int], str]) -> Generate:
 
 
 def _on_words(table: Mapping[str, str]) -> Generate:
-    """Task that looks up each of two different words in `table`."""
+    """Return a task that looks up each of two different words in `table`."""
     words = sorted(table)
 
     def generate(rng: random.Random) -> Sample:
@@ -104,7 +103,7 @@ def _on_words(table: Mapping[str, str]) -> Generate:
 
 
 def _find(kind: tuple[str, ...], others: tuple[tuple[str, ...], ...]) -> Generate:
-    """Task that names the one word of a kind among three; the other two come from `others`."""
+    """Return a task that names the one word of a kind among three; the other two come from `others`."""
 
     def generate(rng: random.Random) -> Sample:
         answer = rng.choice(kind)
@@ -159,7 +158,7 @@ TASKS: Mapping[str, Task] = {task.name: task for task in _ALL}
 
 
 def split_of(task: str, text: str) -> str:
-    """Split (``"train"`` or ``"test"``) an input belongs to; about one input in four is held out."""
+    """Return the split (``"train"`` or ``"test"``) of an input; about one input in four is held out."""
     digest = hashlib.sha256(f"{task}\0{text}".encode()).digest()
     return "test" if digest[0] % _TEST_SHARE == 0 else "train"
 
@@ -172,7 +171,7 @@ def examples(task: str, num: int, seed: int, split: str = "train") -> list[dict[
     task
         A name in :data:`TASKS`.
     num
-        How many examples.
+        Number of examples.
     seed
         The same (task, seed, split) gives the same examples; a larger `num` only appends to them.
     split
@@ -189,24 +188,24 @@ def examples(task: str, num: int, seed: int, split: str = "train") -> list[dict[
         For an unknown task or split, a negative `num`, or more examples than the task has inputs.
     """
     if task not in TASKS:
-        raise FedspanError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
+        raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
     if split not in ("train", "test"):
-        raise FedspanError(f"unknown split {split!r}: expected 'train' or 'test'")
+        raise ValueError(f"unknown split {split!r}: expected 'train' or 'test'")
     if num < 0:
-        raise FedspanError(f"num is {num}: expected 0 or more")
+        raise ValueError(f"num is {num}: expected 0 or more")
     rng = random.Random(f"{task}/{split}/{seed}")
-    found: dict[str, str] = {}
+    answers: dict[str, str] = {}
     misses = 0
-    while len(found) < num:
+    while len(answers) < num:
         text, answer = TASKS[task].generate(rng)
-        if text in found or split_of(task, text) != split:
+        if text in answers or split_of(task, text) != split:
             misses += 1
             if misses > _MAX_MISSES:
-                raise FedspanError(f"task {task!r} has about {len(found)} {split} inputs: expected at least {num}")
+                raise ValueError(f"task {task!r} has about {len(answers)} {split} inputs: expected at least {num}")
             continue
         misses = 0
-        found[text] = answer
+        answers[text] = answer
     instruction = TASKS[task].instruction
     return [
-        {"task": task, "instruction": instruction, "input": text, "output": answer} for text, answer in found.items()
+        {"task": task, "instruction": instruction, "input": text, "output": answer} for text, answer in answers.items()
     ]

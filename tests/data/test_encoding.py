@@ -20,7 +20,7 @@ from transformers import (
 
 from fedspan.config import DataConfig
 from fedspan.data import Encoded, Rows, encode
-from fedspan.data.encode import fill
+from fedspan.data.encoding import fill
 
 IGNORED = -100
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}

@@ -1,4 +1,4 @@
-"""Examples as tensors: tokenised or processed once, then batches by direct indexing.
+"""Examples as tensors: tokenised or processed once, then batched by direct indexing.
 
 Tokens of all rows lie one after the other in a flat tensor; a batch is one gather from it.
 Shapes: N rows, b rows of a batch, t the tokens of its longest row.
@@ -21,7 +21,7 @@ from fedspan.support.errors import FedspanError
 
 IGNORED = -100  # the label that cross_entropy leaves out of the loss
 _IMAGES_AT_ONCE = 256
-_TEXTS_AT_ONCE = 2048  # a tokenizer keeps far more than the ids of what it has at hand
+_TEXTS_AT_ONCE = 2048  # while a tokenizer works, it takes far more memory than the ids that it returns
 
 Indices = Sequence[int] | np.ndarray | Tensor
 
@@ -38,6 +38,7 @@ class _Texts:
     pad: int
 
     def right_padded(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return whole sequences for training, with labels at the answer tokens alone."""
         lengths = self.lengths[rows]
         places = torch.arange(int(lengths.max()))  # (t,)
         mask = places < lengths[:, None]  # (b, t)
@@ -52,6 +53,7 @@ class _Texts:
         return batch
 
     def left_padded_prompts(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return prompts that all end at the last position, where generation goes on."""
         assert self.prompt_lengths is not None
         lengths = self.prompt_lengths[rows]
         longest = int(lengths.max())
@@ -63,21 +65,37 @@ class _Texts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """Rows ready for a model, or a view of some of them. Made by :func:`encode`."""
+    """Examples as tensors, ready for a model, or a view of some of them. Made by :func:`encode`.
+
+    Attributes
+    ----------
+    kind
+        The kind of all examples.
+    rows
+        (len,) rows of the shared storage that this view shows.
+    all_targets, all_fields
+        Targets and fields of every row of the storage, as in :class:`fedspan.data.rows.Rows`.
+    texts
+        The token sequences of text data.
+    pixels
+        (N, channels, height, width) float32, of image data.
+    labels
+        (N,) int64 class ids, or float32 for regression; None for instruction data.
+    """
 
     kind: Kind
-    rows: Tensor  # (len,) rows of the shared storage that this view shows
+    rows: Tensor
     all_targets: Sequence[Any]
     all_fields: Sequence[str]
     texts: _Texts | None
-    pixels: Tensor | None  # (N, channels, height, width) float32
-    labels: Tensor | None  # (N,) int64 class ids, or float32 for regression
+    pixels: Tensor | None
+    labels: Tensor | None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def batch(self, indices: Indices) -> dict[str, Tensor]:
-        """Training batch of the rows at `indices` (at least one), as a model's ``forward`` takes it.
+        """Return the training batch of the rows at `indices` (at least one), as a model's ``forward`` takes it.
 
         Returns
         -------
@@ -97,9 +115,9 @@ class Encoded:
         return batch
 
     def prompts(self, indices: Indices) -> dict[str, Tensor]:
-        """Prompts of instruction data, padded on the left for generation.
+        """Return the prompts of instruction data, padded on the left for generation.
 
-        Token by token they are what comes before the answer in :meth:`batch`.
+        Token by token they are the sequences of :meth:`batch` up to the answer.
 
         Returns
         -------
@@ -112,7 +130,7 @@ class Encoded:
             For other data.
         """
         if self.texts is None or self.texts.prompt_lengths is None:
-            raise FedspanError(f"{self.kind} data has no prompts: expected instruction data")
+            raise ValueError(f"{self.kind} data has no prompts: expected instruction data")
         return self.texts.left_padded_prompts(self._rows(indices))
 
     @property
@@ -122,12 +140,12 @@ class Encoded:
 
     @property
     def references(self) -> list[Any]:
-        """What predictions are compared with: answers, class ids or numbers."""
+        """The answers, class ids or numbers that predictions are compared with."""
         return [self.all_targets[row] for row in self.rows.tolist()]
 
     @property
     def targets(self) -> np.ndarray:
-        """The references as an array, such as a label-skewed partition takes."""
+        """The references as an array, as a label-skewed partition takes it."""
         return np.asarray(self.references)
 
     @property
@@ -136,7 +154,7 @@ class Encoded:
         return [self.all_fields[row] for row in self.rows.tolist()]
 
     def subset(self, indices: Indices) -> Encoded:
-        """A view of the rows at `indices` (possibly none); the tensors are shared, not copied."""
+        """Return a view of the rows at `indices` (possibly none); the tensors are shared, not copied."""
         return replace(self, rows=self._rows(indices))
 
     def _rows(self, indices: Indices) -> Tensor:
@@ -147,12 +165,12 @@ def encode(rows: Rows, processor: Any, config: DataConfig) -> Encoded:
     """Tokenise (or process) all rows once.
 
     Instruction data: the prompt is ``template`` filled in, or one user turn of the tokenizer's chat template;
-    prompt and answer are tokenised apart, as generation will meet them, and the end token follows the answer.
-    Too long a row loses the start of its prompt (but never leading special tokens, and at least one
-    token stays for the answer to follow); only an answer that is too long by itself is cut, at its end.
+    prompt and answer are tokenised separately, as in generation, and the end token follows the answer.
+    A row that is too long loses the start of its prompt (but never leading special tokens, and at least one
+    token stays before the answer); only an answer that is too long by itself is cut, at its end.
     Classification: the tokenizer's own truncation to ``max_length``. A tokenizer without a padding token pads
     with its end token, or 0 if it has neither; the attention mask makes the choice harmless.
-    Images: grey ones get three equal channels before the model's own processor.
+    Images: grey ones are given three equal channels before the model's own processor.
 
     Parameters
     ----------
@@ -165,7 +183,7 @@ def encode(rows: Rows, processor: Any, config: DataConfig) -> Encoded:
 
     Raises
     ------
-    ValueError
+    FedspanError
         For an unusable template, a tokenizer that lacks what is needed, or rows without tokens.
     """
     if not len(rows):
@@ -185,11 +203,11 @@ def encode(rows: Rows, processor: Any, config: DataConfig) -> Encoded:
 
 
 def fill(template: str, inputs: Sequence[tuple[str, str]], tokenizer: Any) -> list[str]:
-    """The prompts of (instruction, input) pairs as text.
+    """Return the prompts of (instruction, input) pairs as text.
 
     Raises
     ------
-    ValueError
+    FedspanError
         If the template names anything but {instruction} and {input}, or neither, or is ``chat`` and the
         tokenizer has no chat template.
     """
@@ -200,15 +218,21 @@ def fill(template: str, inputs: Sequence[tuple[str, str]], tokenizer: Any) -> li
                 "with {instruction} and {input}"
             )
         return [_chat(instruction, text, tokenizer) for instruction, text in inputs]
+    _check_template(template)
+    return [template.format(instruction=instruction, input=text) for instruction, text in inputs]
+
+
+def _check_template(template: str) -> None:
     try:
         names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        if names <= {"instruction", "input"}:
+            template.format(instruction="", input="")  # which refuses formats that are not for text
     except ValueError as error:
         raise FedspanError(f"data.template = {template!r}: {error}") from None
     if not names or not names <= {"instruction", "input"}:
         raise FedspanError(
             f"data.template = {template!r}: expected {{instruction}}, {{input}} or both, and no other name"
         )
-    return [template.format(instruction=instruction, input=text) for instruction, text in inputs]
 
 
 def _chat(instruction: str, text: str, tokenizer: Any) -> str:
@@ -234,17 +258,22 @@ def _encode_instructions(rows: Rows, tokenizer: Any, config: DataConfig) -> _Tex
             special, prompt = [int(prompt[0])], prompt[1:]
         if not special and not len(prompt):
             raise FedspanError(f"the prompt of row {row} has no tokens: expected at least one before the answer")
-        least = len(special) or 1
-        answer = np.append(answer, end)[: max(1, config.max_length - least)]
-        room = config.max_length - len(special) - len(answer)
-        prompt = prompt[max(0, len(prompt) - room) :]
-        sequences.append(np.concatenate([np.asarray(special, dtype=np.int64), prompt, answer]))
-        prompt_lengths.append(len(special) + len(prompt))
+        sequence, prompt_length = _fitted(special, prompt, np.append(answer, end), config.max_length)
+        sequences.append(sequence)
+        prompt_lengths.append(prompt_length)
     return _flat(sequences, None, torch.tensor(prompt_lengths), tokenizer)
 
 
+def _fitted(special: list[int], prompt: np.ndarray, answer: np.ndarray, max_length: int) -> tuple[np.ndarray, int]:
+    """Return a row of at most `max_length` tokens, and the length of its prompt."""
+    answer = answer[: max(1, max_length - (len(special) or 1))]
+    room = max_length - len(special) - len(answer)
+    prompt = prompt[max(0, len(prompt) - room) :]
+    return np.concatenate([np.asarray(special, dtype=np.int64), prompt, answer]), len(special) + len(prompt)
+
+
 def _leading_tokens(tokenizer: Any) -> list[int]:
-    """Special tokens that the tokenizer puts before a text (those after it are not for prompts)."""
+    """Return the special tokens that the tokenizer puts before a text (those after it are not for prompts)."""
     plain, full = (_tokens(tokenizer, ["a"], special)[0].tolist() for special in (False, True))
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:
@@ -253,13 +282,13 @@ def _leading_tokens(tokenizer: Any) -> list[int]:
 
 
 def _tokens(tokenizer: Any, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
-    found: list[np.ndarray] = []
+    tokens: list[np.ndarray] = []
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
         chunk = list(texts[start : start + _TEXTS_AT_ONCE])
-        # verbose=False: sequences longer than the model's context are cut right after.
+        # verbose=False: no warning of sequences longer than the model's context, which are cut afterwards.
         ids = tokenizer(chunk, add_special_tokens=special, verbose=False)["input_ids"]
-        found += [np.asarray(row, dtype=np.int64) for row in ids]
-    return found
+        tokens += [np.asarray(row, dtype=np.int64) for row in ids]
+    return tokens
 
 
 def _encode_texts(rows: Rows, tokenizer: Any, config: DataConfig) -> _Texts:
@@ -307,14 +336,14 @@ def _encode_images(images: Sequence[Any] | np.ndarray, processor: Any) -> Tensor
             for image in images[start : start + _IMAGES_AT_ONCE]
         ]
         try:
-            # Said outright, because an image three pixels high could be taken for one with channels first.
-            done = processor(images=coloured, return_tensors="pt", input_data_format="channels_last")
+            # Stated, because an image three pixels high could be taken for one with channels first.
+            processed = processor(images=coloured, return_tensors="pt", input_data_format="channels_last")
         except ValueError as error:
             raise FedspanError(
                 f"the image processor failed on images {start}..{start + len(coloured) - 1} "
                 f"({_sizes(coloured)}): {str(error).splitlines()[0]}"
             ) from None
-        parts.append(done["pixel_values"].to(torch.float32))
+        parts.append(processed["pixel_values"].to(torch.float32))
     if len({part.shape[1:] for part in parts}) != 1:
         raise FedspanError(f"images differ in size ({_sizes(images)}) and the processor does not resize them")
     return torch.cat(parts)

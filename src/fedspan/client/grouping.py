@@ -1,0 +1,140 @@
+"""The division of a round's clients into groups that are trained together.
+
+It depends on the work and the settings alone, never on how many processes share the work: which clients share a pass
+changes the last bits of their results, and the number of workers must not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedspan.client.training import Assignment, TrainingSettings
+from fedspan.config import EngineConfig
+from fedspan.data import Encoded
+from fedspan.methods.messages import Broadcast, Tensors
+from fedspan.methods.patches import patch_tensors
+from fedspan.models import FederatedModel
+
+WIDEST = 2**17
+"""Tokens of one client's step times the model's hidden size. Above it a pass of its own is as fast; below it as many
+clients share a pass as together reach it, for then their activations still lie in the cache (measured on a CPU)."""
+_MOST = 16
+_SHARES = 4
+"""Groups that the clients of a round are cut into where they are many, so that as many processes can share it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Planned:
+    """One client's work and its size."""
+
+    index: int
+    assignment: Assignment
+    tokens: int
+    """Of its largest batch, padding counted."""
+
+    @property
+    def cost(self) -> int:
+        """Tokens of all its steps."""
+        return self.assignment.steps * self.tokens
+
+
+def plan(
+    model: FederatedModel, data: Encoded, assignments: Sequence[Assignment], settings: TrainingSettings
+) -> list[list[int]]:
+    """Return the groups that are trained together, as indices into `assignments`, the costliest group first.
+
+    Clients with similar numbers of steps and lengths of rows share a group, so that little is padded and few of them
+    finish long before the others.
+    """
+    positions = _positions(model, data)
+    batch_size, engine = settings.local.batch_size, settings.engine
+    planned = [_Planned(i, a, _tokens(data, a, batch_size) * positions) for i, a in enumerate(assignments)]
+    largest = {"sequential": 0, "cohort": max(p.tokens for p in planned), "auto": WIDEST // _hidden(model)}[engine.name]
+    shared: list[_Planned] = []
+    groups: list[list[_Planned]] = []
+    for p in planned:
+        # A gradient of the base is computed in a pass of its own: all clients would add to the same weights' gradient.
+        if p.tokens <= largest and not p.assignment.broadcast.recipe.gradient:
+            shared.append(p)
+        else:
+            groups.append([p])
+    if shared:
+        groups += _alike(shared, _cohort_size(model, shared, engine))
+    # The costliest first: a long group that is begun last would keep every process waiting for it.
+    groups.sort(key=lambda group: (-sum(p.cost for p in group), group[0].index))
+    return [[p.index for p in group] for group in groups]
+
+
+def _alike(planned: Sequence[_Planned], size: int) -> list[list[_Planned]]:
+    """Return these clients in groups of at most `size` that can share a pass."""
+    groups: list[list[_Planned]] = []
+    for p in sorted(planned, key=lambda p: (-p.assignment.steps, -p.tokens, p.index)):
+        first = groups[-1][0].assignment.broadcast if groups else None
+        if first is None or len(groups[-1]) == size or not _together(first, p.assignment.broadcast):
+            groups.append([])
+        groups[-1].append(p)
+    return groups
+
+
+def _tokens(data: Encoded, assignment: Assignment, batch_size: int) -> int:
+    """Return the tokens of the client's largest batch, padding counted; images of an image batch."""
+    longest = int(data.subset(assignment.rows).lengths.max())
+    return min(batch_size, len(assignment.rows)) * longest
+
+
+def _positions(model: FederatedModel, data: Encoded) -> int:
+    """Return the positions that one row of an image batch takes in the model, one per patch; 1 for text."""
+    if data.pixels is None:
+        return 1
+    height, width = data.pixels.shape[-2:]
+    patch = getattr(model.model.config, "patch_size", 16)
+    side = patch if isinstance(patch, int) else max(patch)
+    return max(1, (height // side) * (width // side))
+
+
+def _hidden(model: FederatedModel) -> int:
+    """Return the width at which most of the model works."""
+    return min((n for _, n in model.modules().values()), default=1)
+
+
+def _together(x: Broadcast, y: Broadcast) -> bool:
+    """Return whether two clients can share a pass: they train the same parts, over the same patch on the base."""
+    same_parts = (x.recipe.train_a, x.recipe.train_b) == (y.recipe.train_a, y.recipe.train_b)
+    penalised = (x.recipe.tail_penalty is None) == (y.recipe.tail_penalty is None)
+    return same_parts and penalised and _same_patch(x, y)
+
+
+def _same_patch(x: Broadcast, y: Broadcast) -> bool:
+    if x.patch is y.patch or x.patch.keys() != y.patch.keys():
+        return x.patch is y.patch
+    return all(_same_tensors(patch_tensors(x.patch[name]), patch_tensors(y.patch[name])) for name in x.patch)
+
+
+def _same_tensors(x: Tensors, y: Tensors) -> bool:
+    return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+
+
+def _cohort_size(model: FederatedModel, planned: Sequence[_Planned], engine: EngineConfig) -> int:
+    """Return how many of these clients share a pass: as many as fit into memory, and on a CPU into the cache."""
+    if engine.cohort_size != "auto":
+        return engine.cohort_size
+    per_client = max(_bytes(model, p.assignment.broadcast, p.tokens) for p in planned)
+    fits = max(1, int(engine.memory * 2**30 / per_client))
+    if model.device.type != "cpu":
+        return fits
+    count = len(planned)
+    shared = max(2, -(-count // _SHARES), min(4, -(-count // 2)))
+    cached = max(2, WIDEST // (max(p.tokens for p in planned) * _hidden(model)))
+    return min(fits, shared, cached, _MOST)
+
+
+def _bytes(model: FederatedModel, broadcast: Broadcast, tokens: int) -> int:
+    """Estimate what one client adds to a pass: its numbers four times (gradients, Adam's moments), its activations."""
+    numbers = sum(f.a.numel() + f.b.numel() for f in broadcast.adapter.values())
+    numbers += sum(t.numel() for t in broadcast.dense.values())
+    # Each linear layer keeps its input, and what follows keeps about as much again as its output.
+    activations = tokens * sum(m * 2 + n for m, n in model.modules().values())
+    return 4 * (4 * numbers + activations)

@@ -1,0 +1,132 @@
+"""The division of rows into training, test and unseen data: values kept apart, a share held out, limits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedspan.data.rows import Corpus, Rows, concatenate
+from fedspan.support.errors import FedspanError
+from fedspan.support.suggest import nearest
+
+# The purpose of a draw, part of its generator's seed: no two draws share a stream.
+_HOLDOUT, _MAX_TRAIN, _MAX_TEST, _MAX_UNSEEN = range(4)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Splits:
+    """The rows of a corpus, as far as they are divided.
+
+    Attributes
+    ----------
+    train, test, unseen
+        The rows of each split; None for test or unseen data that there is none of (yet).
+    places
+        The place of each training row among all training rows that were read, from which its file follows.
+    """
+
+    train: Rows
+    test: Rows | None
+    unseen: Rows | None
+    places: np.ndarray
+
+
+def undivided(train: Rows, test: Rows | None, unseen: Rows | None) -> Splits:
+    """Return the rows as the source divides them."""
+    return Splits(train, test, unseen, np.arange(len(train)))
+
+
+def keep_apart(splits: Splits, values: Sequence[str]) -> Splits:
+    """Move the rows whose field is one of `values` out of the training and test data, into the unseen data.
+
+    Of a value that the test data has, its test rows are moved and its training rows dropped: rows of the test data
+    are preferred, because other results on that data were measured on them.
+
+    Raises
+    ------
+    FedspanError
+        When no row has one of the values, or when no training or test rows would be left.
+    """
+    if not values:
+        return splits
+    _check_values(splits, values)
+    kept, apart = _divide(splits.train, values)
+    train, test = splits.train.take(kept), splits.test
+    unseen = [] if splits.unseen is None else [splits.unseen]
+    tested: set[str] = set()
+    if splits.test is not None:
+        test_kept, test_apart = _divide(splits.test, values)
+        test, moved = splits.test.take(test_kept), splits.test.take(test_apart)
+        tested = set(moved.fields)
+        unseen.append(moved)
+    unseen.append(splits.train.take([i for i in apart.tolist() if splits.train.fields[i] not in tested]))
+    _check_rest(train, test, values)
+    return Splits(train, test, concatenate([part for part in unseen if len(part)]), splits.places[kept])
+
+
+def _check_rest(train: Rows, test: Rows | None, values: Sequence[str]) -> None:
+    for name, rows in (("training", train), ("test", test)):
+        if rows is not None and not len(rows):
+            raise FedspanError(f"data.unseen_values = {list(values)} leaves no {name} rows: expected some")
+
+
+def _check_values(splits: Splits, values: Sequence[str]) -> None:
+    parts = [part for part in (splits.train, splits.test, splits.unseen) if part is not None]
+    known = {field for part in parts for field in part.fields} - {""}
+    if not known:
+        raise FedspanError(
+            f"data.unseen_values = {list(values)}: the data names no field of its rows; expected data.field_column"
+        )
+    for value in values:
+        if value not in known:
+            raise FedspanError(f"data.unseen_values: no row has the value {value!r}{nearest(value, known)}")
+
+
+def _divide(rows: Rows, values: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of the rows with other fields, and of those whose field is one of `values`."""
+    named = np.isin(np.asarray(rows.fields, dtype=str), values)
+    return np.flatnonzero(~named), np.flatnonzero(named)
+
+
+def hold_out(splits: Splits, share: float, seed: int) -> Splits:
+    """Make a share of the training rows, drawn at random, the test data; both have at least one row.
+
+    Raises
+    ------
+    FedspanError
+        When there are fewer than two training rows.
+    """
+    num_rows = len(splits.train)
+    if num_rows < 2:
+        raise FedspanError(
+            f"the training data has {num_rows} row: expected 2 or more to hold out test data, or data.test"
+        )
+    size = min(max(1, round(share * num_rows)), num_rows - 1)
+    order = np.random.default_rng([seed, _HOLDOUT]).permutation(num_rows)
+    test, train = np.sort(order[:size]), np.sort(order[size:])
+    return Splits(splits.train.take(train), splits.train.take(test), splits.unseen, splits.places[train])
+
+
+def limited(corpus: Corpus, max_train: int | None, max_test: int | None, seed: int) -> Corpus:
+    """Return the corpus with at most `max_train` training rows, and `max_test` test and unseen rows, in their order."""
+    kept = _draw(len(corpus.train), max_train, seed, _MAX_TRAIN)
+    place = np.full(len(corpus.train), -1)
+    place[kept] = np.arange(len(kept))
+    files, unseen = corpus.client_files, corpus.unseen
+    if unseen is not None:
+        unseen = unseen.take(_draw(len(unseen), max_test, seed, _MAX_UNSEEN))
+    return replace(
+        corpus,
+        train=corpus.train.take(kept),
+        test=corpus.test.take(_draw(len(corpus.test), max_test, seed, _MAX_TEST)),
+        unseen=unseen,
+        client_files=None if files is None else tuple(place[file][place[file] >= 0] for file in files),
+    )
+
+
+def _draw(num_rows: int, limit: int | None, seed: int, purpose: int) -> np.ndarray:
+    if limit is None or limit >= num_rows:
+        return np.arange(num_rows)
+    return np.sort(np.random.default_rng([seed, purpose]).choice(num_rows, size=limit, replace=False))

@@ -148,11 +148,9 @@ class Bench:
         due = self._due(suite, case, arms)
         if not due:
             return
-        for arm in due:
-            if arm.prepare is not None:
-                arm.prepare()
         where = "process" if calibrate is None else "processes"
         calibrate = calibrate or partial(machine.calibration, self.options.device)
+        _prepare(due)
         before = calibrate()
         outputs, first = self._first_calls(due)
         agreement = check(outputs) if check is not None else {}
@@ -160,13 +158,13 @@ class Bench:
         outputs = {arm.name: outputs[arm.name] for arm in due if arm.details is not None}
         times = self._repeat(due, first, warm_up)
         common = {**self._floor(floor), **self._drift(where, before, calibrate())}
-        lines = []
+        records = []
         for arm in due:
             figures = summarise([t / arm.per for t in times[arm.name]]) | common
-            details = {} if arm.details is None else dict(arm.details(outputs[arm.name]))
-            lines.append(self._record(suite, case, arm.name, figures, details | dict(agreement.get(arm.name, {}))))
-            self.notify(f"  {arm.name}: {_line(lines[-1])}")
-        self._write(lines)
+            details = _details(arm, outputs.get(arm.name)) | dict(agreement.get(arm.name, {}))
+            records.append(self._record(suite, case, arm.name, figures, details))
+            self.notify(f"  {arm.name}: {_line(records[-1])}")
+        self._write(records)
 
     def _due(self, suite: str, case: CaseKey, arms: Sequence[Arm]) -> list[Arm]:
         """Return the arms that are not measured yet and fit into the budget; record why the others are skipped."""
@@ -292,6 +290,16 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def summarise(times: Sequence[float]) -> dict[str, Any]:
     """Return median, extremes (in seconds) and number of the timings."""
     return {"median": statistics.median(times), "min": min(times), "max": max(times), "repeats": len(times)}
+
+
+def _prepare(arms: Sequence[Arm]) -> None:
+    for arm in arms:
+        if arm.prepare is not None:
+            arm.prepare()
+
+
+def _details(arm: Arm, output: Any) -> dict[str, Any]:
+    return {} if arm.details is None else dict(arm.details(output))
 
 
 def _calls_per_timing(arm: Arm, seconds: float) -> int:

@@ -154,8 +154,12 @@ def _phase(section: SectionFormat, records: Sequence[Record]) -> list[str]:
         if having:
             baselines = section.baselines if detail.compare else ()
             parts += [f"{detail.title}:", _pivot(having, _value_of(detail.key), detail.unit, baselines, floor=False)]
-    skipped = [f"- {_case(r)}, {r['arm']}: {r['skipped']}" for r in records if r.get("skipped")]
-    return parts + (["Skipped:", "\n".join(skipped)] if skipped else [])
+    return parts + _skipped(records)
+
+
+def _skipped(records: Sequence[Record]) -> list[str]:
+    lines = [f"- {_case(r)}, {r['arm']}: {r['skipped']}" for r in records if r.get("skipped")]
+    return ["Skipped:", "\n".join(lines)] if lines else []
 
 
 def _value_of(key: str) -> Value:
@@ -169,16 +173,20 @@ def _case(record: Record) -> str:
 def _pivot(records: Sequence[Record], value: Value, unit: str, baselines: Sequence[str], *, floor: bool) -> str:
     """Return a table with one row per case and one column per arm."""
     arms = list(dict.fromkeys(r["arm"] for r in records if value(r) is not None))
-    cases: dict[str, list[Record]] = {}
-    for record in records:
-        cases.setdefault(_case(record), []).append(record)
     floor = floor and any("floor_seconds" in r for r in records)
     head = ["case", *arms, *(["floor"] if floor else [])]
     rows = [head, ["---"] * len(head)]
-    for name, case in cases.items():
+    for name, case in _by_case(records).items():
         cells = {r["arm"]: _cell(r, ratio(r, case, baselines, value), value, unit) for r in case}
         rows.append([name, *(cells.get(arm, "") for arm in arms), *([_floor_cell(case)] if floor else [])])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _by_case(records: Sequence[Record]) -> dict[str, list[Record]]:
+    cases: dict[str, list[Record]] = {}
+    for record in records:
+        cases.setdefault(_case(record), []).append(record)
+    return cases
 
 
 def _floor_cell(case: Sequence[Record]) -> str:

@@ -1,7 +1,7 @@
 # make demo   install into .venv and run the main job on the embedded data
 # make test   install with the development extra, then lint, types and the whole test suite
 # make demo-flower   four authenticated sites behind TLS and a proxy on this machine, under secure sums
-# make test-faults   whole deployments that are made to fail; minutes
+# make test-faults   whole deployments with injected faults; takes minutes
 
 PYTHON ?= python3
 VENV   := .venv

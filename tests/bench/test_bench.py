@@ -48,7 +48,7 @@ EXPERIMENT = {"clients": 2, "rounds": 1, "steps": 1, "batch": 2, "hidden": 64, "
 
 @pytest.fixture(scope="module", autouse=True)
 def small_ceilings() -> Iterator[None]:
-    """What the machine can do is measured often here, and of no interest."""
+    """Shrink the measurement of the machine's rates, which is frequent here and of no interest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "_READ", 2**16)
         patch.setattr(machine, "_GEMM", 64)
@@ -273,7 +273,7 @@ def test_ratios_do_not_depend_on_the_unit(times: list[float], unit: float) -> No
 
 
 def test_sequences_survive_the_tokenizer(tmp_path: Path) -> None:
-    """What the library trains on is, token by token, what the peers are given."""
+    """The library trains on exactly the tokens that the peers are given."""
     from fedspan.bench.local import encoded
 
     tokens = tiny.tokens(5, 12, "a")

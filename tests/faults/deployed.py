@@ -57,7 +57,7 @@ class Run:
         return (self.out / "summary.json").exists()
 
     def said(self, pattern: str = "") -> list[str]:
-        """What the server said of its sites, and why it ended."""
+        """Return the server's lines about its sites and about its end."""
         text = re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text(errors="replace"))
         found = [line.partition("site: line=")[2] for line in text.splitlines() if "site: line=" in line]
         found += [line for line in text.splitlines() if line.startswith("fedspan: ")]
@@ -126,7 +126,7 @@ class Deployed:
         return (self.folder / "logs" / f"{self._named[part]}.log").read_text(errors="replace")
 
     def pids(self, *words: str, site: str | None = None) -> list[int]:
-        """Of this deployment's processes, those whose command line has all of these words."""
+        """Return this deployment's processes whose command line has all of these words."""
         found = []
         mark = f"{MARK}={self.tree._mark}".encode()
         for entry in Path("/proc").glob("[0-9]*"):
@@ -175,7 +175,7 @@ class Deployed:
         path.write_text(json.dumps([*held, {"where": "worker", "at": "ask", **order}]))
 
     def happened(self) -> int:
-        """How many mishaps there have been."""
+        """Return the number of mishaps so far."""
         path = self.mishaps / "done.jsonl"
         return len(path.read_text().splitlines()) if path.exists() else 0
 
@@ -201,7 +201,7 @@ class Deployed:
     def reference(
         self, folder: Path, lost: Mapping[str, Sequence[int]], **sections: Mapping[str, Any]
     ) -> dict[str, torch.Tensor]:
-        """What the federation comes to in this process when those clients' answers are missing in those rounds."""
+        """Return the result of the federation in this process without those clients' answers in those rounds."""
         tree = self.server_config.model_dump()
         for section, values in sections.items():
             tree[section] = {**tree[section], **values}

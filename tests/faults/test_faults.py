@@ -68,7 +68,7 @@ def same_as_reference(up: Deployed, run: Run, folder: Path, **sections: Any) -> 
 
 
 def rejections(run: Run) -> str:
-    """Who was left out of which round and why."""
+    """Return the rejected clients with round and reason."""
     rejected = [(r["round_num"], who, why) for r in run.records() for who, why in r["rejected"].items()]
     return "; ".join(f"round {number}: {who}: {why}" for number, who, why in rejected) or "nothing"
 

@@ -30,7 +30,7 @@ def failing(folder: Path, content: bytes, timeout: float) -> bytes:
 
 
 def collect(transport: GridTransport, tickets: list[str], seconds: float = 10.0) -> dict[str, Delivery]:
-    """What comes of the tickets, each once."""
+    """Return the deliveries by ticket, each of which must arrive once."""
     found: dict[str, Delivery] = {}
     end = time.monotonic() + seconds
     while not found.keys() >= set(tickets) and time.monotonic() < end:

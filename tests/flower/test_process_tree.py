@@ -43,7 +43,7 @@ def gone_within(pids: list[int], seconds: float) -> bool:
 
 
 def started_pids(logs: Path) -> list[int]:
-    """What the processes said of themselves, once all three have."""
+    """Return the ids that all three processes have printed."""
     for _ in range(200):
         words = [path.read_text().split() for path in (logs / "detaching.log", logs / "hidden.log") if path.exists()]
         if [len(lines) for lines in words] == [2, 1]:

@@ -1,4 +1,4 @@
-"""Who may connect to a federation, and what its proxy lets through: a real SuperLink behind nginx and our own proxy."""
+"""Access to a federation, and the calls that its proxy forwards: a real SuperLink behind nginx and our own proxy."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def ask(server: Server, port: int, path: str, method: str = "POST", head: str = 
 
 
 def upstream_requests(server: Server) -> list[str]:
-    """What reached the SuperLink, beside the connected nodes' and the tests' own looking."""
+    """Return the requests that reached the SuperLink, except those to its fleet API."""
     return [line for line in server.log("superlink").splitlines() if '"' in line and "/v1/fleet/" not in line]
 
 

@@ -37,7 +37,7 @@ PLAIN = (
 
 
 def trained(sent: Broadcast, name: str, round_num: int) -> Update:
-    """What training comes to: noise that depends on the client and the round alone."""
+    """Return a stand-in for a trained update: noise that depends on the client and the round alone."""
     rng = generator(name, round_num, "training")
 
     def moved(x: torch.Tensor, trains: bool = True) -> torch.Tensor:
@@ -196,7 +196,7 @@ SPOILT: Mapping[str, tuple[Spoil, str]] = {
 
 @pytest.mark.parametrize("problem", SPOILT)
 def test_a_spoilt_reply_is_left_out_and_the_others_count(problem: str) -> None:
-    """As if the client had not taken part, to the last bit."""
+    """The result has the bits of a round without that client."""
     spoil, why = SPOILT[problem]
     method = METHODS["glora"]()
     # The spoilt one has the largest node id, so that of two with one name the honest one is believed.

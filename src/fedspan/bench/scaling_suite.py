@@ -68,17 +68,17 @@ def _measure(bench: Bench, case: CaseKey) -> None:
     device = bench.options.device
     source = SyntheticUpdates(draw_factors(d, rank, _POOL, device), k, layers)
     template = Template({f"layer{i:03d}": (d, d) for i in range(layers)}, rank, alpha=16.0)
-    held = 4.0 * k * layers * 2 * d * rank
+    num_bytes = 4.0 * k * layers * 2 * d * rank
     arms = [Arm("source", partial(_drain, source))]
     for name in METHOD_NAMES:
         method = METHODS[name]()
         state = method.init(template, {})
-        if bench.fits(4 * held):
+        if bench.fits(4 * num_bytes):
             arms.append(_arm(f"{name} held", partial(_held, method, state, source), device))
         else:
-            bench.skip(SUITE, case, f"{name} held", f"the updates alone take {held / 2**30:.1f} GiB")
+            bench.skip(SUITE, case, f"{name} held", f"the updates alone take {num_bytes / 2**30:.1f} GiB")
         arms.append(_arm(f"{name} streamed", partial(_streamed, method, state, source), device))
-    floor = Floor(held, 4 * 2.0 * 2 * d * k * layers * rank * (rank + OVERSAMPLING))  # as in the server suite
+    floor = Floor(num_bytes, 4 * 2.0 * 2 * d * k * layers * rank * (rank + OVERSAMPLING))  # as in the server suite
     bench.measure(SUITE, case, arms, floor=floor, check=_agreement)
 
 

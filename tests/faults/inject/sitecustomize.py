@@ -27,7 +27,7 @@ def head(content: bytes) -> dict[str, Any]:
 
 
 def due(where: str, site: str, message: dict[str, Any]) -> dict[str, Any] | None:
-    """What is to go wrong with this message; never again with another."""
+    """Return the mishap ordered for this message, if any, and remove the order."""
     path = FOLDER / f"{site}.json"
     if not path.exists():
         return None

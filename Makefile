@@ -2,7 +2,7 @@
 # make test   install with the development extra, then lint, types and the whole test suite
 # make demo-flower   four authenticated sites behind TLS and a proxy on this machine, under secure sums
 # make test-wheel    build the wheel, install it into an empty environment and run the quick start from there
-# make test-faults   whole deployments that are made to fail; minutes
+# make test-faults   whole deployments with injected faults; takes minutes
 
 PYTHON ?= python3
 VENV   := .venv

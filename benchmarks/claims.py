@@ -1,8 +1,8 @@
-"""What the two papers claim, and what the committed runs say to it: the tables of CLAIMS.md, made by table.py.
+"""The papers' claims and whether the committed runs reproduce them: the tables of CLAIMS.md, made by table.py.
 
-A claim that one method beats another is judged condition by condition, seed by seed on the same split, schedule and
-base: the mean of the paired differences with a 95 % interval (Student's t over the seeds). A claim about the algebra
-is judged by the diagnostics that the runs carry.
+A claim that one method beats another is judged for each condition by the mean of the paired differences (same seed,
+split, schedule and base) with a 95 % interval (Student's t over the seeds). A claim about the algebra is judged by the
+diagnostics in the runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SUITES = {
 CONDITIONS = {
     "dir01": "label skew Dir(0.1), equal ranks",
     "dir05": "label skew Dir(0.5), equal ranks",
-    "equal": "one task a client, equal ranks",
+    "equal": "one task per client, equal ranks",
     "heavy_tail": "mixed ranks, heavy tail",
     "sparse": "50 clients, 10 % take part",
 }
@@ -33,7 +33,7 @@ T975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9:
 """Student's t by the number of pairs."""
 
 FINEST = 0.01
-"""No interval is narrower: about the sampling error of a few hundred test examples, which all seeds share."""
+"""Half the narrowest interval: about the sampling error of a few hundred test examples, which all seeds share."""
 
 Line = dict[str, Any]
 
@@ -75,7 +75,7 @@ BETTER = (
     Better("GLoRA+ beats FlexLoRA", OURS, "glora_plus", "flexlora", tuple(CONDITIONS)),
     Better("a balanced readout beats the root one", OURS, "glora", "glora_root", tuple(CONDITIONS)),
     Better(
-        "a shared projector beats FedFTG, at a quarter of its traffic up",
+        "a shared projector beats FedFTG with a quarter of the uploaded bytes",
         OURS,
         "shared_galore",
         "fedftg",
@@ -86,7 +86,7 @@ BETTER = (
 
 @dataclass(frozen=True)
 class Measured:
-    """A claim about the algebra: a figure of every run of some arms, and when it bears the claim out."""
+    """A claim about the algebra: a figure of every run of some arms, and the values that support the claim."""
 
     text: str
     source: str
@@ -94,39 +94,39 @@ class Measured:
     figure: Callable[[Line], float | None]
     holds: Callable[[float], bool]
     shown: str
-    """How the figure is read."""
+    """The figure's description."""
     conditions: tuple[str, ...] = tuple(CONDITIONS)
 
 
 def largest(name: str) -> Callable[[Line], float | None]:
-    """Over the rounds of a run."""
+    """Return a function to a diagnostic's largest value over a run's rounds."""
     return lambda line: max(values(line, name), default=None)
 
 
 def mean(name: str) -> Callable[[Line], float | None]:
-    """Over the rounds of a run."""
+    """Return a function to a diagnostic's mean over a run's rounds."""
     return lambda line: statistics.mean(found) if (found := values(line, name)) else None
 
 
 def growth(name: str) -> Callable[[Line], float | None]:
-    """The last round's over the first's."""
+    """Return a function to a diagnostic's last value divided by its first."""
     return lambda line: found[-1] / found[0] if len(found := values(line, name)) > 1 and found[0] > 0 else None
 
 
 def smallest_rank_loss(line: Line) -> float | None:
-    """The share of the ideal update that the smallest client's readout leaves out, mean over the rounds."""
+    """Return the share of the ideal update that the smallest rank's readout leaves out, mean over the rounds."""
     found = [r["diagnostics"]["readout_loss"] for r in line["rounds"] if r.get("diagnostics", {}).get("readout_loss")]
     return statistics.mean(losses[min(losses, key=int)] for losses in found) if found else None
 
 
 def values(line: Line, name: str) -> list[float]:
-    """The figure in every round that has it."""
+    """Return a diagnostic's values in the rounds that have it."""
     return [x for r in line["rounds"] if (x := r.get("diagnostics", {}).get(name)) is not None]
 
 
 MEASURED = (
     Measured(
-        "Proposition 2: GLoRA does not see the clients' gauges",
+        "Proposition 2: GLoRA does not depend on the clients' gauges",
         GLORA,
         ("glora", "glora_plus"),
         largest("gauge_sensitivity"),
@@ -134,7 +134,7 @@ MEASURED = (
         "largest relative change when every client is re-factored",
     ),
     Measured(
-        "averaging factors does",
+        "averaging the factors depends on them",
         GLORA,
         ("fedit",),
         mean("gauge_sensitivity"),
@@ -163,18 +163,18 @@ MEASURED = (
         ("ffa_lora",),
         largest("first_a_escape"),
         lambda x: x < 1e-3,
-        "energy outside of it, largest over the rounds",
+        "energy outside this space, largest over the rounds",
     ),
     Measured(
-        "FlexLoRA does not",
+        "FlexLoRA leaves it",
         FTG,
         ("flexlora",),
         largest("first_a_escape"),
         lambda x: x > 0.01,
-        "energy outside of it, largest over the rounds",
+        "energy outside this space, largest over the rounds",
     ),
     Measured(
-        "the rank of what GaLore has learnt grows round by round",
+        "the rank of GaLore's accumulated update grows with the rounds",
         FTG,
         ("fedftg", "shared_galore"),
         growth("effective_rank"),
@@ -196,38 +196,38 @@ MEASURED = (
         ("fedftg", "shared_galore"),
         largest("distance_from_ideal"),
         lambda x: x < 1e-3,
-        "distance of what clients receive from the mean, largest over the rounds",
+        "distance of the broadcast from the mean, largest over the rounds",
     ),
 )
 
 
 def main() -> str:
-    """The page."""
+    """Return the page CLAIMS.md."""
     lines = {suite: [x for x in read(HERE / suite / "results.jsonl") if x["purpose"] == "test"] for suite in SUITES}
     lines = {suite: found for suite, found in lines.items() if found}
-    parts = ["# Which claims of the papers reproduce here", "", *PREFACE]
-    parts += ["", "## That one method beats another", "", *better(lines)]
-    parts += ["", "## About the algebra", "", *measured(lines)]
-    parts += ["", "## The figures behind it", ""]
+    parts = ["# Reproduction of the papers' claims", "", *PREFACE]
+    parts += ["", "## Claims that one method beats another", "", *better(lines)]
+    parts += ["", "## Claims about the algebra", "", *measured(lines)]
+    parts += ["", "## The underlying figures", ""]
     for suite, found in lines.items():
         parts += [f"### {SUITES[suite]}", "", *figures(found, "federated"), ""]
         if any(x["summary"]["unseen"] is not None for x in found):
-            parts += ["Unseen (other images of the same classes; tasks that nobody trained on):", ""]
+            parts += ["Unseen (other images of the same classes; tasks that no client trained on):", ""]
             parts += [*figures(found, "unseen"), ""]
     return "\n".join(parts)
 
 
 PREFACE = [
-    "Made by `python benchmarks/table.py` from `claims-*/results.jsonl`. Difference: the mean over the seeds of the",
-    "paired differences, with a 95 % interval by Student's t; **yes** and **no** where it excludes 0, *open* where it",
-    "does not; none is narrower than ± 0.01, which a few hundred test examples cannot resolve. Three to five seeds on",
-    "bases of about a million parameters can bear out or contradict a claim here; they cannot settle it for large",
-    "models. Nothing is left out.",
+    "Made by `python benchmarks/table.py` from `claims-*/results.jsonl`. The difference is the mean over the seeds of",
+    "the paired differences, with a 95 % interval by Student's t: **yes** or **no** where it excludes 0, *open* where",
+    "it does not. No interval is narrower than ± 0.01, which a few hundred test examples cannot resolve. Three to five",
+    "seeds on bases of about a million parameters can support or contradict a claim here; they cannot settle it for",
+    "large models. Nothing is left out.",
 ]
 
 
 def paired(lines: Sequence[Line], claim: Better, condition: str) -> tuple[float, float, int] | None:
-    """(mean difference, half the interval, seeds) of a claim under a condition."""
+    """Return (mean difference, half the interval, number of seeds) of a claim under a condition."""
     runs = {
         arm: {x["seed"]: x["summary"][claim.figure] for x in lines if (x["arm"], x["condition"]) == (arm, condition)}
         for arm in (claim.arm, claim.rival)
@@ -242,13 +242,13 @@ def paired(lines: Sequence[Line], claim: Better, condition: str) -> tuple[float,
 
 
 def verdict(gap: float, half: float) -> str:
-    """Whether the interval excludes 0."""
+    """Return the answer in the table: yes or no if the interval excludes 0, else open."""
     return "*open*" if abs(gap) <= half else "**yes**" if gap > 0 else "**no**"
 
 
 def better(lines: dict[str, list[Line]]) -> list[str]:
-    """One row for every claim, suite and condition that there are runs of."""
-    rows = ["| claim | whose | data | condition | difference | seeds | here |", "|" + " --- |" * 7]
+    """Return one row for every claim, suite and condition with runs."""
+    rows = ["| claim | source | data | condition | difference | seeds | reproduced |", "|" + " --- |" * 7]
     for claim in BETTER:
         for suite, found in lines.items():
             for condition in claim.conditions:
@@ -262,8 +262,11 @@ def better(lines: dict[str, list[Line]]) -> list[str]:
 
 
 def measured(lines: dict[str, list[Line]]) -> list[str]:
-    """One row for every claim about the algebra."""
-    rows = ["| claim | whose | figure | over all runs: smallest, median, largest | runs | here |", "|" + " --- |" * 6]
+    """Return one row for every claim about the algebra."""
+    rows = [
+        "| claim | source | figure | smallest, median, largest over the runs | runs | reproduced |",
+        "|" + " --- |" * 6,
+    ]
     for claim in MEASURED:
         chosen = [
             x
@@ -275,14 +278,14 @@ def measured(lines: dict[str, list[Line]]) -> list[str]:
         if not got:
             continue
         share = sum(map(claim.holds, got)) / len(got)
-        said = "**yes**" if share == 1 else "**no**" if share == 0 else f"in {share:.0%} of the runs"
+        answer = "**yes**" if share == 1 else "**no**" if share == 0 else f"in {share:.0%} of the runs"
         spread = ", ".join(f"{value:.2g}" for value in (min(got), statistics.median(got), max(got)))
-        rows.append(f"| {claim.text} | {claim.source} | {claim.shown} | {spread} | {len(got)} | {said} |")
+        rows.append(f"| {claim.text} | {claim.source} | {claim.shown} | {spread} | {len(got)} | {answer} |")
     return rows
 
 
 def figures(lines: Sequence[Line], figure: str) -> list[str]:
-    """Arms by conditions: mean ± standard deviation over the seeds."""
+    """Return a table of arms by conditions: mean ± standard deviation over the seeds (number of seeds)."""
     conditions = [c for c in CONDITIONS if any(x["condition"] == c for x in lines)]
     arms = list(dict.fromkeys(x["arm"] for x in lines))
     rows = ["| | " + " | ".join(CONDITIONS[c] for c in conditions) + " | MB up | MB down |"]

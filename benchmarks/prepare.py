@@ -1,10 +1,10 @@
-"""Put the benchmark data into the shapes that `fedspan run` reads: python benchmarks/prepare.py --data ../shared/data
+"""Convert the benchmark data to files that `fedspan run` reads: python benchmarks/prepare.py --data ../shared/data
 
 superni/{train,test,unseen}.jsonl: each row carries its task's instruction; rows short enough for the small base, one
 task of each category in turn. superni50: the same with 50 training tasks. mri/{train,test,official}.npz: a fifth of
-the training images held out as test data, and the official test images that are no copies of training images. The
-official ones differ from the training images (their mean brightness is 64 against 46), so they are kept as a second
-figure, under a shift, and not as the first.
+the training images held out as test data, and the official test images that are not copies of training images. The
+official ones differ from the training images (mean brightness 64 against 46), so they give a second figure, under a
+shift, not the main one.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/work/data"))
-    parser.add_argument("--clients", type=int, default=20, help="training tasks, one a client")
-    parser.add_argument("--unseen", type=int, default=16, help="tasks kept apart")
+    parser.add_argument("--clients", type=int, default=20, help="training tasks, one per client")
+    parser.add_argument("--unseen", type=int, default=16, help="tasks that no client trains on")
     parser.add_argument("--longest", type=int, default=420, help="longest instruction + input in characters")
     arguments = parser.parse_args()
     superni(arguments.data / "superni", arguments.out / "superni", arguments)
@@ -65,19 +65,19 @@ def superni(source: Path, out: Path, arguments: argparse.Namespace) -> None:
 
 
 def by_task(rows: list[Row], tasks: dict[str, Row], longest: int) -> dict[str, list[Row]]:
-    """Rows short enough, with their task's instruction, task by task."""
-    found: dict[str, list[Row]] = defaultdict(list)
+    """Return the rows that are short enough, with their task's instruction, by task."""
+    short: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         instruction = tasks[row["task"]]["instruction"]
         if len(instruction) + len(row["input"]) <= longest and len(row["target"]) <= 60:
-            found[row["task"]].append(
+            short[row["task"]].append(
                 {"task": row["task"], "instruction": instruction, "input": row["input"], "output": row["target"]}
             )
-    return found
+    return short
 
 
 def pick(rows: dict[str, list[Row]], tasks: dict[str, Row], num: int, least: int) -> list[str]:
-    """`num` tasks with at least `least` rows: one of each category in turn, so that the clients differ."""
+    """Return `num` tasks with at least `least` rows, one of each category in turn, so that the clients differ."""
     categories: dict[str, list[str]] = defaultdict(list)
     for task in sorted(rows):
         if len(rows[task]) >= least:

@@ -2,7 +2,7 @@
 
     python benchmarks/run.py benchmarks/sst2 --data ../shared/data [--shard 0/2]
 
-Every run is one line of SUITE/results.jsonl; what is there already is not run again, and a run that was cut off is
+Every run is one line of SUITE/results.jsonl; runs that are there already are not repeated, and an interrupted run is
 resumed from its checkpoint. Shards split the arms, so that two processes can share the work. A suite may have
 conditions, each a change of its configuration: every arm then runs under each of them, with a rate tuned there or,
 where the suite names a `tune_condition`, in that one alone.
@@ -30,15 +30,15 @@ KEPT = (
     "truncation_error",
     "optimizer_bytes",
 )
-"""What a line keeps of every round's record, beside the diagnostics without their worst modules."""
+"""The fields that a line keeps of every round's record, besides the diagnostics without their worst modules."""
 WIDEN = 1
-"""How often a grid is widened by one step when its best rate sits at the edge."""
+"""How many times a grid is widened by one step when its best rate is at the edge."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("suite", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="folder that {data} in the suite stands for")
+    parser.add_argument("--data", type=Path, required=True, help="folder that replaces {data} in the suite")
     parser.add_argument("--work", type=Path, default=Path("benchmarks/work"), help="run folders; not committed")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th arm, starting at the i-th")
     parser.add_argument("--arms", default="", help="only these arms, comma-separated")
@@ -49,7 +49,7 @@ def main() -> None:
     text = (arguments.suite / "suite.toml").read_text()
     text = text.replace("{data}", str(arguments.data)).replace("{work}", str(arguments.work))
     suite = tomllib.loads(text)
-    # Recorded as the code is loaded, not as a line is written: the tree may move on while a long suite runs.
+    # Recorded when the code is loaded, not when a line is written: the checkout may change while a long suite runs.
     loaded = revision()
     import_module("fedspan.runs.execution")
     index, count = map(int, arguments.shard.split("/"))
@@ -100,7 +100,7 @@ class Arm:
             self.one("test", best, seed, self.condition, {})
 
     def tune(self, rate: float) -> float:
-        """The validation score at this rate, larger is better."""
+        """Return the validation score at this rate; larger is better."""
         at = self.suite.get("tune_condition", self.condition.get("name"))
         condition = next(x for x in self.suite.get("condition", [{}]) if x.get("name") == at)
         line = self.one("tune", rate, self.suite["tune_seed"], condition, self.suite.get("tune", {}))
@@ -114,7 +114,7 @@ class Arm:
     def one(
         self, purpose: str, rate: float, seed: int, condition: dict[str, Any], changes: dict[str, Any]
     ) -> dict[str, Any]:
-        """The line of one run, from the results where it is there, otherwise made."""
+        """Return the line of one run from the results, or run it."""
         from fedspan import config as settings
         from fedspan.runs.execution import resume, run
 
@@ -131,7 +131,7 @@ class Arm:
             result = resume(out)
         else:
             shutil.rmtree(out, ignore_errors=True)
-            # Not part of the tree that is hashed.
+            # The number of workers changes no figure, so it is not part of the hashed settings.
             result = run(settings.from_mapping(merged(tree, {"engine": {"workers": self.workers}})), out)
         line = {
             "suite": self.results.parent.name,
@@ -153,26 +153,26 @@ class Arm:
 
 
 def brief(record: dict[str, Any]) -> dict[str, Any]:
-    """What a line keeps of a round's record; of the diagnostics four digits."""
+    """Return the kept fields of a round's record, diagnostics with four digits."""
     kept = {k: record[k] for k in KEPT if k in record}
     figures = {k: digits(v) for k, v in (record.get("diagnostics") or {}).items() if k != "worst"}
     return {**kept, "diagnostics": figures} if figures else kept
 
 
 def digits(value: Any) -> Any:
-    """Four significant ones, in mappings too."""
+    """Round numbers to four significant digits, in mappings too."""
     if isinstance(value, dict):
         return {k: digits(v) for k, v in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The finished runs."""
+    """Read the finished runs."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def merged(x: dict[str, Any], y: dict[str, Any]) -> dict[str, Any]:
-    """x with y's values, section by section."""
+    """Return x updated with y, section by section."""
     out = dict(x)
     for key, value in y.items():
         out[key] = merged(out.get(key, {}), value) if isinstance(value, dict) and key != "method" else value
@@ -180,7 +180,7 @@ def merged(x: dict[str, Any], y: dict[str, Any]) -> dict[str, Any]:
 
 
 def revision() -> str:
-    """The checked-out commit, marked `-dirty` when tracked files differ from it (results apart)."""
+    """Return the checked-out commit, marked `-dirty` when tracked files other than results differ from it."""
     words = ["git", "describe", "--always", "--exclude=*"]
     commit = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
     words = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/*/results.jsonl"]

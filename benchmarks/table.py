@@ -15,7 +15,7 @@ from run import read
 HERE = Path(__file__).parent
 SUITES = {
     "sst2": "SST-2, label-skewed clients",
-    "superni": "Super-NaturalInstructions, one task a client",
+    "superni": "Super-NaturalInstructions, one task per client",
     "mri": "Brain-MRI images, label-skewed sites",
 }
 BEGIN, END = "<!-- results: made by benchmarks/table.py -->", "<!-- end of results -->"
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def headlines() -> str:
-    """One row a method, one column a suite."""
+    """Return the README's table: one row per method, one column per suite."""
     final = {
         name: [x for x in read(HERE / name / "results.jsonl") if x["purpose"] == "test"]
         for name in SUITES
@@ -73,11 +73,11 @@ def headlines() -> str:
 
 
 def table(lines: list[dict[str, Any]]) -> list[str]:
-    """One suite's table and what must be said about it."""
+    """Return one suite's table and its notes."""
     final = [line for line in lines if line["purpose"] == "test"]
     arms = {line["arm"]: [x for x in final if x["arm"] == line["arm"]] for line in final}
     if not arms:
-        return ["No final run yet."]
+        return ["No run on the test data yet."]
     summary = final[0]["summary"]
     unseen = any(x["summary"]["unseen"] is not None for x in final)
     head = ["method", "learning rate", f"{summary['metric']} (clients)", *(["unseen"] if unseen else []), "seeds"]
@@ -97,9 +97,9 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
     bases = {x["seed"]: x["summary"]["base"] for x in final if x["summary"]["base"] is not None}
     notes = [f"\nUntouched base: {', '.join(f'{value:.3f} (seed {seed})' for seed, value in sorted(bases.items()))}."]
     notes.append(
-        "± is half the range over two seeds, which gives no interval: differences of that size mean nothing; figures "
-        "without it are of one seed. "
-        "\\* the best rate lies at the edge of the grid that was tried; † given, not tuned (see the suite)."
+        "± is half the range over two seeds, which is not a confidence interval: differences of that size mean "
+        "nothing. Figures without it come from one seed. "
+        "\\* the best rate is at the edge of the grid that was tried; † given, not tuned (see the suite)."
     )
     if "local" in arms:
         alone = mean(arms["local"], "federated")
@@ -109,12 +109,12 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
 
 
 def mean(runs: list[dict[str, Any]], key: str) -> float:
-    """Over the seeds."""
+    """Return a figure's mean over the seeds."""
     return statistics.mean(run["summary"][key] for run in runs)
 
 
 def spread(runs: list[dict[str, Any]], key: str) -> str:
-    """Mean ± half the range over the seeds; of one seed the figure alone."""
+    """Return mean ± half the range over the seeds; for one seed only the figure."""
     values = [run["summary"][key] for run in runs if run["summary"][key] is not None]
     if len(values) == 1:
         return f"{values[0]:.3f}"
@@ -122,7 +122,7 @@ def spread(runs: list[dict[str, Any]], key: str) -> str:
 
 
 def edge(arm: str, lines: list[dict[str, Any]]) -> str:
-    """A star where the chosen rate is the smallest or largest that was tried, a dagger where none was."""
+    """Return a star where the chosen rate is the smallest or largest of those tried, a dagger where none was tried."""
     tried = sorted({line["learning_rate"] for line in lines if line["arm"] == arm and line["purpose"] == "tune"})
     chosen = {line["learning_rate"] for line in lines if line["arm"] == arm and line["purpose"] == "test"}
     if not tried:

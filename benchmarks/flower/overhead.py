@@ -1,9 +1,9 @@
-"""What a round of a deployed federation costs beyond the sites' own work: four on loopback, TLS, node keys, a proxy.
+"""The overhead of a round of a deployed federation: four sites on loopback, with TLS, node keys and a proxy.
 
     python benchmarks/flower/overhead.py [--rounds 8] [--out benchmarks/flower/results.jsonl]
 
-Each arm is one `fedspan flower up` of the embedded task. A line holds every round's seconds: waited for answers, of
-them the busiest site's own work trip by trip, the server's step, and the whole round from one record to the next.
+Each arm is one `fedspan flower up` of the embedded task. A line holds, for every round, the seconds of waiting for
+answers, the busiest site's own work within them, summed over the round's exchanges, and the server's step.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.jsonl")
-    given = parser.parse_args()
-    lines = [measure(name, {**FEDERATION, **arm}, given.rounds) for name, arm in ARMS.items()]
-    given.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    print("| | trips a round | round | at the sites | the way, and waiting | server's step |")
+    options = parser.parse_args()
+    lines = [measure(name, {**FEDERATION, **arm}, options.rounds) for name, arm in ARMS.items()]
+    options.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    print("| | exchanges per round | round | at the sites | transfer and polling | server's step |")
     print("|---|---|---|---|---|---|")
     for line in lines:
         print(row(line))
 
 
 def measure(name: str, settings: dict[str, str], rounds: int) -> dict[str, Any]:
-    """One deployment, up and down again."""
+    """Run one deployment; return its line of results."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fedspan", "flower", "up", f"{folder}/trial", "--sites", "4", "--run", "one"]
         for key, value in {**settings, "federation.rounds": str(rounds)}.items():
@@ -58,23 +58,23 @@ def measure(name: str, settings: dict[str, str], rounds: int) -> dict[str, Any]:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
         records = (Path(folder) / "trial" / "server" / "runs" / "one" / "metrics.jsonl").read_text().splitlines()
     kept = ("round_trips", "waited_seconds", "slowest_seconds", "server_seconds", "wire_up", "wire_down")
-    found = [{key: record[key] for key in kept} for record in map(json.loads, records)]
+    rounds_kept = [{key: record[key] for key in kept} for record in map(json.loads, records)]
     machine = {"cores": os.cpu_count(), "system": platform.platform(), "load": os.getloadavg()[0]}
-    return {"arm": name, "rounds": found, "machine": machine}
+    return {"arm": name, "rounds": rounds_kept, "machine": machine}
 
 
 def row(line: dict[str, Any]) -> str:
-    """Medians over the rounds after the first, in seconds."""
+    """Return a row of medians over the rounds after the first, in seconds."""
     rounds: list[dict[str, float]] = line["rounds"]
 
     def median(pick: Callable[[dict[str, float]], float]) -> float:
         return statistics.median(map(pick, rounds[1:]))
 
     waited, slowest = median(lambda r: r["waited_seconds"]), median(lambda r: r["slowest_seconds"])
-    way = median(lambda r: r["waited_seconds"] - r["slowest_seconds"])
+    transfer = median(lambda r: r["waited_seconds"] - r["slowest_seconds"])
     step = median(lambda r: r["server_seconds"])
     trips = "–".join(str(int(count)) for count in sorted({r["round_trips"] for r in rounds}))
-    return f"| {line['arm']} | {trips} | {waited + step:.2f} s | {slowest:.2f} s | {way:.2f} s | {step:.2f} s |"
+    return f"| {line['arm']} | {trips} | {waited + step:.2f} s | {slowest:.2f} s | {transfer:.2f} s | {step:.2f} s |"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Every attack on every filter: how far the aggregate is from the honest clients' own.
+"""Every attack against every filter: the distance of the aggregate from that of the honest clients.
 
     python benchmarks/robust/attacks.py [--out benchmarks/robust/results.jsonl] [--runs]
 
-One line for each attack, method and filter; `docs/robust.md` gets the table. With --runs also five whole runs on the
-digits, in which two of seven sites have flipped labels (a minute or two); without it their lines stay as they are.
+One line for each attack, method and filter; the table is written to `docs/robust.md`. With --runs also five whole runs
+on the digits, in which two of seven sites have flipped labels (a minute or two); otherwise their lines are kept.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ RUNS = (("none", 0), ("none", 2), ("krum", 2), ("multi_krum", 2), ("geometric_me
 
 
 def figures() -> Iterator[dict[str, Any]]:
-    """The relative distance of the aggregate of all from that of the honest ones, attack by attack."""
+    """Yield the relative distance of the aggregate of all clients from that of the honest ones, for each attack."""
     for name in TRIED:
         method = METHODS[name]()
         stage, early = (attacks.stage(method, NUM, seed=1, rounds=r) for r in (2, 0))
@@ -60,14 +60,14 @@ def figures() -> Iterator[dict[str, Any]]:
                 line: dict[str, Any] = {"attack": attack, "method": name, "filter": kind, "error": None}
                 if refusal(method, kind, False, False) is None:
                     robust = {"filter": kind, "attackers": len(BAD)}
-                    found = screen(settings.from_mapping({"robust": robust}).robust, method)
-                    kept = updates if found is None else found(updates, stage.sent).updates
+                    screened = screen(settings.from_mapping({"robust": robust}).robust, method)
+                    kept = updates if screened is None else screened(updates, stage.sent).updates
                     line["error"] = attacks.distance(stage.delivered(kept), centre)
                 yield line
 
 
 def runs() -> Iterator[dict[str, Any]]:
-    """Final accuracy of GLoRA on the digits; the bad sites teach y + 1 for y."""
+    """Yield the final accuracy of GLoRA on the digits when the bad sites train on label y + 1 instead of y."""
     with tempfile.TemporaryDirectory() as folder:
         for kind, bad in RUNS:
             options = {"attackers": bad} if kind != "none" else {}
@@ -82,7 +82,7 @@ def short(error: float | None) -> str:
 
 
 def table(lines: list[Mapping[str, Any]]) -> str:
-    """One row for each attack and method, one column for each filter."""
+    """Return a table with one row for each attack and method, one column for each filter."""
     measured = [line for line in lines if "error" in line]
     cells = {(x["attack"], x["method"], x["filter"]): short(x["error"]) for x in measured}
     rows = ["| attack | method | " + " | ".join(FILTERS) + " |", "|---" * (2 + len(FILTERS)) + "|"]
@@ -98,11 +98,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.jsonl"))
     parser.add_argument("--runs", action="store_true")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    old = [json.loads(x) for x in asked.out.read_text().splitlines()] if asked.out.exists() else []
-    lines = [*figures(), *(runs() if asked.runs else [x for x in old if "accuracy" in x])]
-    asked.out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    old = [json.loads(x) for x in options.out.read_text().splitlines()] if options.out.exists() else []
+    lines = [*figures(), *(runs() if options.runs else [x for x in old if "accuracy" in x])]
+    options.out.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     before, _, rest = PAGE.read_text().partition("<!-- attacks -->\n")
     _, _, after = rest.partition("<!-- end -->")
     PAGE.write_text(f"{before}<!-- attacks -->\n{table(lines)}\n<!-- end -->{after}")

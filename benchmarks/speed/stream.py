@@ -3,13 +3,15 @@
     python benchmarks/speed/stream.py --clients 100000 [--limit-mib 1024] [--out results.jsonl]
     python benchmarks/speed/stream.py --spool FOLDER [--layers 32] [--cold] [--out results.jsonl]
 
-`--clients`: so many simulated updates, made anew in every pass, folded by GLoRA and FlexLoRA under a limit on the
-process's memory. `--spool`: the linear layers of a 7B-shaped model, 100 clients, written to FOLDER as float16 (8 GB)
-and aggregated from there; the files are deleted afterwards unless --keep. Every line of the result is one step.
+`--clients`: that many simulated updates, made on demand in every pass, folded by GLoRA and FlexLoRA under a limit on
+the process's memory. `--spool`: the linear layers of a 7B-shaped model, 100 clients, written to FOLDER as float16
+(8 GB) and aggregated from there; the files are deleted afterwards unless --keep is given. Every line of the result is
+one step.
 
-The truth is known. Client k holds B_k = (U S + σ_k E) G and A_k = Gᵀ (Vᵀ + τ_k F) with U, V orthonormal, S decreasing,
-E, F noise and G a random orthogonal gauge of its own; the signs σ, τ run through all four combinations in every four
-clients, who share E and F and their number of examples, so that the mean of the products is U S Vᵀ to rounding.
+The exact mean is known. Client k holds B_k = (U S + σ_k E) G and A_k = Gᵀ (Vᵀ + τ_k F), where U and V are orthonormal,
+S decreases, E and F are noise, and G is a random orthogonal gauge of that client. Every four clients have the same E, F
+and number of examples and all four combinations of the signs σ, τ, so that the mean of the products is U S Vᵀ up to
+rounding.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ LAYER_7B = {
 
 
 class Planted:
-    """The updates of clients 0 … number−1, made anew at every iteration."""
+    """The updates of clients 0 … number−1, made on demand and equal at every iteration."""
 
     def __init__(
         self, modules: Mapping[str, tuple[int, int]], rank: int, number: int, dtype: torch.dtype, block: int
@@ -73,30 +75,30 @@ class Planted:
 
     def __iter__(self) -> Iterator[Update]:
         for first in range(0, self.number, self.block):
-            made = {name: self._block(name, first) for name in self.template.modules}
+            factors = {name: self._block(name, first) for name in self.template.modules}
             for k in range(min(self.block, self.number - first)):
-                modules: dict[str, Payload] = {n: Factors(b[k], a[k], 1.0) for n, (b, a) in made.items()}
+                modules: dict[str, Payload] = {n: Factors(b[k], a[k], 1.0) for n, (b, a) in factors.items()}
                 yield Update(f"client{first + k:07d}", 10.0 + (first + k) // 4 % 7, modules, {})
 
     def _block(self, name: str, first: int) -> tuple[Tensor, Tensor]:
-        """B (clients, m, r) and A (clients, r, n) of a block of clients."""
+        """Return B (clients, m, r) and A (clients, r, n) of a block of clients."""
         truth, rank, fours = self.truth[name], self.template.rank, min(self.block, self.number - first) // 4
-        made = generator(1, name, first)
-        e = self._noise(made, truth.b, fours)
-        f = self._noise(made, truth.a, fours)
+        rng = generator(1, name, first)
+        e = self._noise(rng, truth.b, fours)
+        f = self._noise(rng, truth.a, fours)
         sigma, tau = torch.tensor(SIGNS).repeat(fours, 1)[:, :, None, None].unbind(1)
         b = truth.b + sigma * e.repeat_interleave(4, 0)
         a = truth.a + tau * f.repeat_interleave(4, 0)
-        gauge = torch.linalg.qr(torch.randn(len(b), rank, rank, generator=made))[0]
+        gauge = torch.linalg.qr(torch.randn(len(b), rank, rank, generator=rng))[0]
         return (b @ gauge).to(self.dtype), (gauge.mT @ a).to(self.dtype)
 
-    def _noise(self, made: torch.Generator, like: Tensor, number: int) -> Tensor:
+    def _noise(self, rng: torch.Generator, like: Tensor, number: int) -> Tensor:
         size = NOISE * float(like.norm()) / math.sqrt(like.numel())
-        return torch.randn((number, *like.shape), generator=made).mul_(size)
+        return torch.randn((number, *like.shape), generator=rng).mul_(size)
 
 
 class Timed(Mapping[str, Payload]):
-    """An update's modules; the time spent in reading them is added up over all threads."""
+    """An update's modules; the class sums the time and bytes of reading them over all threads."""
 
     seconds = 0.0
     bytes = 0
@@ -127,7 +129,7 @@ class Timed(Mapping[str, Payload]):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clients", type=int, help="how many simulated clients, a multiple of 4")
+    parser.add_argument("--clients", type=int, help="number of simulated clients, a multiple of 4")
     parser.add_argument("--size", type=int, default=1024, help="m = n of the simulated module")
     parser.add_argument("--limit-mib", type=int, default=1024, help="RLIMIT_DATA of the simulation")
     parser.add_argument("--spool", type=Path, help="folder for the updates of a 7B-shaped model")
@@ -148,27 +150,27 @@ def main() -> None:
     methods = arguments.methods.split(",")
     if arguments.clients:
         for method in methods:
-            tell(arguments, child(arguments, f"clients:{method}"))
+            write_line(arguments, child(arguments, f"clients:{method}"))
     if arguments.spool:
         try:
-            tell(arguments, child(arguments, "write:"))
-            tell(arguments, child(arguments, "read:"))
+            write_line(arguments, child(arguments, "write:"))
+            write_line(arguments, child(arguments, "read:"))
             for method in methods:
-                tell(arguments, child(arguments, f"spool:{method}"))
+                write_line(arguments, child(arguments, f"spool:{method}"))
         finally:
             if not arguments.keep:
                 shutil.rmtree(arguments.spool, ignore_errors=True)
 
 
 def child(arguments: argparse.Namespace, part: str) -> dict[str, Any]:
-    """One step in a process of its own, so that its peak memory is its own."""
+    """Run one step in a process of its own, so that its peak memory includes no other step."""
     command = [sys.executable, __file__, *sys.argv[1:], "--part", part]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return line
 
 
-def tell(arguments: argparse.Namespace, line: dict[str, Any]) -> None:
+def write_line(arguments: argparse.Namespace, line: dict[str, Any]) -> None:
     print(json.dumps(line), flush=True)
     if arguments.out:
         with arguments.out.open("a", encoding="utf-8") as file:
@@ -176,18 +178,20 @@ def tell(arguments: argparse.Namespace, line: dict[str, Any]) -> None:
 
 
 def peak_mib() -> float:
-    """The largest resident memory that this process has had (it has no children)."""
+    """Return the peak resident memory of this process in MiB (it has no children)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def error(source: Planted, modules: Mapping[str, Mapping[str, Tensor]]) -> float:
-    """‖T − U·C‖_F / ‖T‖_F over all modules, T the planted truth."""
-    off = [distance(truth, LowRank(modules[name]["u"], modules[name]["c"])) for name, truth in source.truth.items()]
-    return math.hypot(*off) / math.hypot(*(norm(truth) for truth in source.truth.values()))
+    """Return ‖T − U·C‖_F / ‖T‖_F over all modules, where T is the exact mean."""
+    distances = [
+        distance(truth, LowRank(modules[name]["u"], modules[name]["c"])) for name, truth in source.truth.items()
+    ]
+    return math.hypot(*distances) / math.hypot(*(norm(truth) for truth in source.truth.values()))
 
 
 def simulate(arguments: argparse.Namespace, name: str) -> None:
-    """All passes over the simulated clients, under a limit on the memory that this process can take."""
+    """Run all passes over the simulated clients, under a limit on this process's memory."""
     if arguments.clients % 4:
         raise ValueError(f"--clients {arguments.clients}: expected a multiple of 4")
     limit = arguments.limit_mib * 2**20
@@ -208,7 +212,7 @@ def simulate(arguments: argparse.Namespace, name: str) -> None:
 
     began = time.perf_counter()
     with parallel.threads(arguments.threads):
-        state, told = aggregate_stream(
+        state, diagnostics = aggregate_stream(
             method, method.init(source.template, {}), source, block=source.block, on_progress=progress
         )
     seconds, number = time.perf_counter() - began, max(passes) + 1
@@ -225,7 +229,7 @@ def simulate(arguments: argparse.Namespace, name: str) -> None:
         "limit_mib": arguments.limit_mib,
         "peak_mib": round(peak_mib(), 1),
         "error": error(source, state.modules),
-        "truncation_error": told["truncation_error"],
+        "truncation_error": diagnostics["truncation_error"],
     }
     print(json.dumps(line))
 
@@ -236,24 +240,24 @@ def planted_7b(arguments: argparse.Namespace) -> Planted:
 
 
 def write(arguments: argparse.Namespace, _: str) -> None:
-    """The spool, four clients at a time."""
+    """Write the spool, four clients at a time."""
     source, spool = planted_7b(arguments), Spool(arguments.spool)
     need = arguments.spool_clients * sum(sum(s) for s in source.template.modules.values()) * source.template.rank * 2
     arguments.spool.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(arguments.spool).free
     if free < 2 * need:
         raise ValueError(f"{arguments.spool} has {free / 1e9:.1f} GB free: expected {2 * need / 1e9:.1f} GB")
-    held = set(spool.clients())
+    present = set(spool.clients())
     began = time.perf_counter()
     for update in source:
-        if update.client_id not in held:
+        if update.client_id not in present:
             spool.add(update)
     line = {"kind": "spool_written", "clients": len(spool), "modules": len(source.template.modules), "bytes": need}
     print(json.dumps({**line, "seconds": round(time.perf_counter() - began, 2)}))
 
 
 def forget(spool: Spool) -> None:
-    """Ask the system to drop what it holds of the files, so that they come from the disk."""
+    """Ask the system to drop the files from its cache, so that they are read from the disk."""
     for path in spool.folder.iterdir():
         file = os.open(path, os.O_RDONLY)
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -261,7 +265,7 @@ def forget(spool: Spool) -> None:
 
 
 def read(arguments: argparse.Namespace, _: str) -> None:
-    """Every factor once, module by module as a server step does, and nothing else: the floor of the disk."""
+    """Read every factor once, module by module as a server step does, and nothing else: the disk's floor."""
     spool = Spool(arguments.spool)
     if arguments.cold:
         forget(spool)
@@ -280,7 +284,7 @@ def read(arguments: argparse.Namespace, _: str) -> None:
 
 
 def step(arguments: argparse.Namespace, name: str) -> None:
-    """One server step over the spool, each factor read once."""
+    """Run one server step over the spool, in which each factor is read once."""
     spool = Spool(arguments.spool)
     if arguments.cold:
         forget(spool)
@@ -291,7 +295,7 @@ def step(arguments: argparse.Namespace, name: str) -> None:
     began = time.perf_counter()
     with parallel.threads(arguments.threads):
         updates = [replace(update, modules=Timed(update.modules)) for update in spool]
-        state, told = aggregate(method, state, updates)
+        state, diagnostics = aggregate(method, state, updates)
     seconds, peak = time.perf_counter() - began, peak_mib()
     line = {
         "kind": "spool_step",
@@ -306,7 +310,7 @@ def step(arguments: argparse.Namespace, name: str) -> None:
         "bytes_read": Timed.bytes,
         "peak_mib": round(peak, 1),
         "error": error(planted_7b(arguments), state.modules),
-        "truncation_error": told["truncation_error"],
+        "truncation_error": diagnostics["truncation_error"],
     }
     print(json.dumps(line))
 

@@ -48,7 +48,7 @@ EXPERIMENT = {"clients": 2, "rounds": 1, "steps": 1, "batch": 2, "hidden": 64, "
 
 @pytest.fixture(scope="module", autouse=True)
 def small_ceilings() -> Iterator[None]:
-    """What the machine can do is measured often here, and of no interest."""
+    """Shrink the measurement of the machine's rates, which is frequent here and of no interest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "_READ", 2**16)
         patch.setattr(machine, "_GEMM", 64)
@@ -103,10 +103,10 @@ def test_a_measurement_is_complete(records: list[dict[str, Any]]) -> None:
 
 
 def test_arms_that_must_agree_do(records: list[dict[str, Any]]) -> None:
-    told = [r for r in records if "agrees" in r["details"]]
-    assert {r["suite"] for r in told} == {"server", "clients", "rounds", "scaling"}
-    assert [r["arm"] for r in told if not r["details"]["agrees"]] == []
-    exact = {r["arm"]: r["details"]["distance"] for r in told if r["suite"] == "server"}
+    agreeing = [r for r in records if "agrees" in r["details"]]
+    assert {r["suite"] for r in agreeing} == {"server", "clients", "rounds", "scaling"}
+    assert [r["arm"] for r in agreeing if not r["details"]["agrees"]] == []
+    exact = {r["arm"]: r["details"]["distance"] for r in agreeing if r["suite"] == "server"}
     assert max(exact[name] for name in ("flexlora", "peft_svd", "flora", "fedex_lora", "peft_cat")) < 1e-4
 
 
@@ -165,7 +165,7 @@ def test_the_table_is_made_of_the_measurements(records: list[dict[str, Any]]) ->
     text = table.render(changed)
     assert re.search(r"\| m=24 n=16 r=2 \| 500 ms \(1×\) \| ~125 ms \(4×\) \|", text)
     assert "no --flower-python was given" in text
-    assert all(layout.title in text for layout in table.LAYOUTS.values())
+    assert all(section.title in text for section in table.SECTIONS.values())
     next(r for r in changed if r["arm"] == "adamw")["details"]["agrees"] = False
     assert "| ≠500 ms (1×) |" in table.render(changed)
 
@@ -196,7 +196,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 
 class Work:
-    """An arm that takes the seconds it is told, and remembers who was called when."""
+    """An arm that takes the seconds it is agreeing, and remembers who was called when."""
 
     def __init__(self, log: list[str]) -> None:
         self.log = log
@@ -273,7 +273,7 @@ def test_ratios_do_not_depend_on_the_unit(times: list[float], unit: float) -> No
 
 
 def test_sequences_survive_the_tokenizer(tmp_path: Path) -> None:
-    """What the library trains on is, token by token, what the peers are given."""
+    """The library trains on exactly the tokens that the peers are given."""
     from fedspan.bench.local import encoded
 
     tokens = tiny.tokens(5, 12, "a")
@@ -284,15 +284,15 @@ def test_sequences_survive_the_tokenizer(tmp_path: Path) -> None:
     assert load_processor(str(tmp_path / "base"), "instruction").eos_token_id == tiny.END
 
 
-def test_a_seat_says_what_went_wrong(tmp_path: Path) -> None:
+def test_a_pool_worker_reports_what_went_wrong(tmp_path: Path) -> None:
     answers = io.StringIO()
     pool_worker.serve(torch.device("cpu"), ['{"op": "calibrate"}'], answers)
     assert json.loads(answers.getvalue())["seconds"] > 0
     base = str(tmp_path / "nowhere")
-    job = {"base": base, "batch": 1, "steps": 1, "length": 8, "num_clients": 1, "ranks": [2]}
-    asked = [json.dumps({"op": "prepare", "job": job, "arm": "cohort"})]
+    case = {"base": base, "batch": 1, "steps": 1, "length": 8, "num_clients": 1, "ranks": [2]}
+    requests = [json.dumps({"op": "prepare", "case": case, "arm": "cohort"})]
     with pytest.raises(ValueError, match="could not be read"):
-        pool_worker.serve(torch.device("cpu"), asked, answers)
+        pool_worker.serve(torch.device("cpu"), requests, answers)
 
 
 def test_a_failing_program_is_named_with_its_last_words(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from interrupts import interruptible_children
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -265,13 +266,15 @@ def test_resume_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def stop(args: Sequence[object], line: str, how: signal.Signals) -> tuple[int, str]:
     """Send the signal as soon as a line of the command's output starts so; its exit code and stderr."""
-    with subprocess.Popen(
-        [*COMMAND, *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment(),
-        text=True,
-    ) as process:
+    with interruptible_children():
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, args)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            text=True,
+        )
+    with process:
         assert process.stdout is not None
         for printed in process.stdout:
             if printed.strip().startswith(line):

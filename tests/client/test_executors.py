@@ -19,6 +19,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from interrupts import interruptible_children
 from run_folders import outcome
 
 from fedspan.algebra.lowrank import LowRank
@@ -210,14 +211,16 @@ COMMAND = [sys.executable, "-m", "fedspan", "run", "--workers", "2", "--set", "l
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_outlives_the_command(tmp_path: Path, how: signal.Signals) -> None:
     """Ctrl-C reaches all of them, as in a terminal; a kill only the first, while the others are in long work."""
-    with subprocess.Popen(
-        [*COMMAND, "--set", "evaluation.base=false", "--out", str(tmp_path / "run")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        text=True,
-        start_new_session=True,
-    ) as process:
+    with interruptible_children():
+        process = subprocess.Popen(
+            [*COMMAND, "--set", "evaluation.base=false", "--out", str(tmp_path / "run")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            text=True,
+            start_new_session=True,
+        )
+    with process:
         try:
             pids = wait_for_workers(process.pid, 2)
             if how == signal.SIGINT:

@@ -47,7 +47,7 @@ class Run:
     log: Path
     began: float
     process: str
-    """As the household knows it."""
+    """Its name in the process tree."""
 
     def records(self) -> list[dict[str, Any]]:
         path = self.out / "metrics.jsonl"
@@ -57,7 +57,7 @@ class Run:
         return (self.out / "summary.json").exists()
 
     def said(self, pattern: str = "") -> list[str]:
-        """What the server said of its sites, and why it ended."""
+        """Return the server's lines about its sites and about its end."""
         text = re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text(errors="replace"))
         found = [line.partition("site: line=")[2] for line in text.splitlines() if "site: line=" in line]
         found += [line for line in text.splitlines() if line.startswith("fedspan: ")]
@@ -81,18 +81,18 @@ def state_of(out: Path) -> dict[str, torch.Tensor]:
 class Deployed:
     """SuperLink, proxy and sites on this machine."""
 
-    house: ProcessTree
+    tree: ProcessTree
     folder: Path
     plan: deployment.Deployment
     config: Config
     mishaps: Path
     _count: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     _named: dict[str, str] = field(default_factory=dict)
-    """Part -> the name of its latest process in the household."""
+    """Part -> the name of its latest process in the process tree."""
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"PATH": trial._path(), "PYTHON": sys.executable}
+        return {"PATH": trial.program_path(), "PYTHON": sys.executable}
 
     # Parts
 
@@ -104,31 +104,31 @@ class Deployed:
             where, command = server, ["./superlink.sh"]
         elif part == "proxy":
             where, command = server, ["./proxy.sh"]
-            extra |= {"FEDSPAN_PROXY": trial.chosen_proxy("auto"), "FEDSPAN_NGINX": "master_process off;"}
+            extra |= {"FEDSPAN_PROXY": trial.choose_proxy("auto"), "FEDSPAN_NGINX": "master_process off;"}
         elif part in SITES:
             where = self.folder / "sites" / part
             paths = [str(INJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
             extra |= {"PYTHONPATH": os.pathsep.join(paths), "FEDSPAN_MISHAPS": str(self.mishaps)}
         else:
             where = server
-        self.house.start(name, command, where, extra)
+        self.tree.start(name, command, where, extra)
         self._named[part] = name
         port = {"superlink": self.plan.superlink_port, "proxy": self.plan.port}.get(part)
         if port is not None:
-            self.house.wait(name, lambda: trial.answers(port, server / "ca.crt"), trial.READY)
+            self.tree.wait(name, lambda: trial.answers(port, server / "ca.crt"), trial.READY)
         return name
 
     def ended(self, part: str) -> int | None:
         """The exit status of a part's latest process."""
-        return self.house.ended(self._named[part])
+        return self.tree.ended(self._named[part])
 
     def log(self, part: str) -> str:
         return (self.folder / "logs" / f"{self._named[part]}.log").read_text(errors="replace")
 
     def pids(self, *words: str, site: str | None = None) -> list[int]:
-        """Of this deployment's processes, those whose command line has all of these words."""
+        """Return this deployment's processes whose command line has all of these words."""
         found = []
-        mark = f"{MARK}={self.house._mark}".encode()
+        mark = f"{MARK}={self.tree._mark}".encode()
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 if mark not in (entry / "environ").read_bytes().split(b"\0"):
@@ -175,7 +175,7 @@ class Deployed:
         path.write_text(json.dumps([*held, {"where": "worker", "at": "ask", **order}]))
 
     def happened(self) -> int:
-        """How many mishaps there have been."""
+        """Return the number of mishaps so far."""
         path = self.mishaps / "done.jsonl"
         return len(path.read_text().splitlines()) if path.exists() else 0
 
@@ -184,14 +184,14 @@ class Deployed:
     def begin(self, name: str) -> Run:
         """Start a run, or go on with one."""
         process = f"run-{name}-{next(self._count)}"
-        self.house.start(process, ["./run.sh", name], self.folder / "server", self.environment)
+        self.tree.start(process, ["./run.sh", name], self.folder / "server", self.environment)
         out = self.folder / "server" / "runs" / name
         return Run(name, out, self.folder / "logs" / f"{process}.log", time.monotonic(), process)
 
     def end(self, run: Run, seconds: float = 300) -> float:
         """Wait until a run is over, its process too; the seconds since its start."""
         until(
-            lambda: self.house.ended(run.process) is not None,
+            lambda: self.tree.ended(run.process) is not None,
             seconds,
             f"the end of {run.name}: {run.log.read_text()[-2000:]}",
         )
@@ -201,7 +201,7 @@ class Deployed:
     def reference(
         self, folder: Path, lost: Mapping[str, Sequence[int]], **sections: Mapping[str, Any]
     ) -> dict[str, torch.Tensor]:
-        """What the federation comes to in this process when those clients' answers are missing in those rounds."""
+        """Return the result of the federation in this process without those clients' answers in those rounds."""
         tree = self.server_config.model_dump()
         for section, values in sections.items():
             tree[section] = {**tree[section], **values}
@@ -209,8 +209,8 @@ class Deployed:
         sites = make_sites(config, SITES, folder / "sites")
         port = MemoryPort({name: site.answer for name, site in sites.items()})
 
-        def mishap(node: str, told: dict[str, Any], content: bytes) -> str | None:
-            return "gone" if told["kind"] == "ask" and told["round"] in lost.get(node, ()) else None
+        def mishap(node: str, header: dict[str, Any], content: bytes) -> str | None:
+            return "gone" if header["kind"] == "ask" and header["round"] in lost.get(node, ()) else None
 
         port.mishap = mishap
         serve(config, folder / "run", lambda event: None, port)
@@ -223,12 +223,12 @@ def deployed(folder: Path, config: Config) -> Iterator[Deployed]:
     trial.prepare(folder, SITES, config)
     mishaps = folder / "mishaps"
     mishaps.mkdir()
-    with ProcessTree(folder / "logs") as house:
-        made = Deployed(house, folder.resolve(), deployment.read(folder), config, mishaps.resolve())
+    with ProcessTree(folder / "logs") as tree:
+        made = Deployed(tree, folder.resolve(), deployment.read(folder), config, mishaps.resolve())
         made.configure()
         made.start("superlink")
         made.start("proxy")
-        house.finish(made.start("register", ["./register.sh"]), trial.READY)
+        tree.finish(made.start("register", ["./register.sh"]), trial.READY)
         yield made
 
 

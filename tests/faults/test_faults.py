@@ -68,9 +68,9 @@ def same_as_reference(up: Deployed, run: Run, folder: Path, **sections: Any) -> 
 
 
 def rejections(run: Run) -> str:
-    """Who was left out of which round and why."""
-    told = [(r["round_num"], who, why) for r in run.records() for who, why in r["rejected"].items()]
-    return "; ".join(f"round {number}: {who}: {why}" for number, who, why in told) or "nothing"
+    """Return the rejected clients with round and reason."""
+    rejected = [(r["round_num"], who, why) for r in run.records() for who, why in r["rejected"].items()]
+    return "; ".join(f"round {number}: {who}: {why}" for number, who, why in rejected) or "nothing"
 
 
 def counts(run: Run) -> list[int]:
@@ -100,7 +100,7 @@ def test_a_site_that_is_started_late(there: Deployed, tmp_path: Path, outcomes: 
 
 
 ANSWERS: dict[str, tuple[dict[str, Any], str]] = {
-    "its client app raises an exception": ({"where": "executor", "do": "raise"}, "client app is broken"),
+    "its client app raises an exception": ({"where": "client app", "do": "raise"}, "client app is broken"),
     "its worker raises an exception": ({"do": "raise"}, "trainer is broken"),
     "its worker exits in the middle of training": ({"do": "exit while training"}, "cannot be asked"),
     "it sends an update with NaN": ({"do": "NaN"}, "NaN or infinity"),
@@ -176,8 +176,8 @@ def test_a_worker_that_hangs(up: Deployed, tmp_path: Path, outcomes: Outcome) ->
     same_as_reference(up, run, tmp_path)
     outcomes(
         f"a site's worker hangs (deadline {DEADLINE} s)",
-        "the site's executor answered in its place, ended the worker and started another; went on with the others; the "
-        "site is in the next round",
+        "the site's ClientApp process answered in its place, ended the worker and started another; went on with the "
+        "others; the site is in the next round",
         record["rejected"]["client-1"],
         record["waited_seconds"],
     )
@@ -199,25 +199,25 @@ def start_again(up: Deployed, site: str, pause: float = 5) -> tuple[int, float]:
     while True:
         name = up.start(site)
         until(
-            lambda n=name: up.house.ended(n) is not None or "is ready" in up.log(site), 120, f"{site} is ready or ends"
+            lambda n=name: up.tree.ended(n) is not None or "is ready" in up.log(site), 120, f"{site} is ready or ends"
         )
         end = time.monotonic() + 4
-        while up.house.ended(name) is None and time.monotonic() < end:
+        while up.tree.ended(name) is None and time.monotonic() < end:
             time.sleep(0.1)
-        if up.house.ended(name) is None:
+        if up.tree.ended(name) is None:
             return refused, time.monotonic() - began
         refused += 1
         assert time.monotonic() - began < 150, up.log(site)
         time.sleep(pause)
 
 
-@pytest.mark.parametrize("what", ["SuperNode", "executor"])
+@pytest.mark.parametrize("what", ["SuperNode", "ClientApp process"])
 def test_a_sites_process_is_killed(up: Deployed, tmp_path: Path, outcomes: Outcome, what: str) -> None:
     """The script that started both ends when either does; it is started again, as a service manager would."""
     up.configure(federation={"rounds": 4})
-    run = in_round_2(up, f"killed-{what.lower()}")
+    run = in_round_2(up, f"killed-{what.split()[0].lower()}")
     worker = up.pids("fedspan.site.worker", site="client-1")
-    up.kill(f"fedspan.flower.{'node' if what == 'SuperNode' else 'executor'}", site="client-1")
+    up.kill(f"fedspan.flower.{'node' if what == 'SuperNode' else 'client_app_process'}", site="client-1")
     until(lambda: up.ended("client-1") is not None, 20, "start.sh ends")
     until(lambda: not set(worker) & set(up.pids("fedspan.site.worker", site="client-1")), 20, "the worker ends")
     refused, taken = start_again(up, "client-1")
@@ -238,7 +238,7 @@ def test_a_sites_process_is_killed(up: Deployed, tmp_path: Path, outcomes: Outco
 
 def test_the_proxy_is_killed(up: Deployed, tmp_path: Path, outcomes: Outcome) -> None:
     run = in_round_2(up, "proxy")
-    up.house._processes[up._named["proxy"]].send_signal(signal.SIGKILL)
+    up.tree._processes[up._named["proxy"]].send_signal(signal.SIGKILL)
     until(lambda: up.ended("proxy") is not None, 10, "the proxy ends")
     time.sleep(10)
     up.start("proxy")
@@ -266,7 +266,7 @@ def test_the_server_app_is_killed(up: Deployed, tmp_path: Path, outcomes: Outcom
     assert counts(again) == [3, 3, 3]
     same_as_reference(up, again, tmp_path)
     seconds = time.monotonic() - killed
-    until(lambda: up.house.ended(run.process) is not None, 120, "the first `run.sh` ends")
+    until(lambda: up.tree.ended(run.process) is not None, 120, "the first `run.sh` ends")
     outcomes(
         "the ServerApp's process is killed (kill -9) in round 2, `run.sh` started again at once",
         "went on from round 1 to the bits of a run that was not disturbed; the first `run.sh` ended "
@@ -280,7 +280,7 @@ def test_a_run_is_started_twice(up: Deployed, tmp_path: Path, outcomes: Outcome)
     up.configure(deployment={"deadline": 200})
     run = in_round_2(up, "twice", seconds=150)
     second = up.begin("twice")
-    until(lambda: up.house.ended(second.process) is not None, 120, "the second one ends")
+    until(lambda: up.tree.ended(second.process) is not None, 120, "the second one ends")
     (up.mishaps / "go on").touch()
     taken = time.monotonic() - second.began
     assert "another process leads the run" in second.why()
@@ -298,7 +298,7 @@ def test_the_superlink_is_killed(up: Deployed, tmp_path: Path, outcomes: Outcome
     until(lambda: up.ended("superlink") is not None, 20, "the SuperLink ends")
     time.sleep(3)
     up.start("superlink")
-    up.house._processes[run.process].poll()
+    up.tree._processes[run.process].poll()
     again = up.begin("superlink")
     up.end(again)
     assert again.finished(), again.said()

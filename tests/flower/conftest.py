@@ -1,4 +1,4 @@
-"""What the tests of the Flower folder share; without flwr they are skipped."""
+"""Common settings of the tests of the Flower folder; without flwr they are skipped."""
 
 import os
 

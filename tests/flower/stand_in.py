@@ -1,4 +1,4 @@
-"""A worker that does as it is told: `stand_in.py FOLDER --lifeline`. The executor's command runs it in the tests."""
+"""A worker whose messages say what it does: `stand_in.py FOLDER --lifeline`, run by the ClientApp process in tests."""
 
 import os
 import signal

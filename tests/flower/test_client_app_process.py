@@ -1,4 +1,4 @@
-"""The warm executor against a SuperNode's own runtime API: one process, every message answered, whatever happens."""
+"""The ClientApp process against a SuperNode's own runtime API: every message is answered, and no failure ends it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from supernodes import SuperNode, free_port, supernode
 from fedspan.flower import node as node_command
 from fedspan.flower import records
 from fedspan.flower.client_app import refusal
-from fedspan.flower.client_app_process import Executor
-from fedspan.flower.runtime import Lost, Runtime
+from fedspan.flower.client_app_process import TaskLoop
+from fedspan.flower.runtime import Runtime, SuperNodeLost
 
 HERE = Path(__file__).parent
 START = """
@@ -35,7 +35,7 @@ main(["--site", site, *rest], command=[sys.executable, {stand_in!r}, site, "--li
 
 
 @contextmanager
-def executor(site: Path, port: int, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+def client_app_process(site: Path, port: int, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     site.mkdir(exist_ok=True)
     script = START.format(stand_in=str(HERE / "stand_in.py"))
     command = [sys.executable, "-c", script, str(site), "--runtime-api-address", f"127.0.0.1:{port}", *arguments]
@@ -86,7 +86,7 @@ def gone(pid: int, seconds: float = 10.0) -> bool:
 
 def test_every_message_is_answered_and_no_failure_ends_the_loop(tmp_path: Path) -> None:
     """A refusal, a worker that exits and one that hangs each cost their own answer and nothing else."""
-    with supernode() as made, executor(tmp_path / "clinic", made.port) as process:
+    with supernode() as made, client_app_process(tmp_path / "clinic", made.port) as process:
         first = worker(made)
         assert ask(made, b"x" * 6_000_000)[0] == f"{first} ".encode() + b"x" * 6_000_000
         assert ask(made, b"late", late=0.5)[0] == f"{first} late".encode()
@@ -114,15 +114,15 @@ def test_every_message_is_answered_and_no_failure_ends_the_loop(tmp_path: Path) 
         assert gone(third)
 
 
-def test_a_worker_does_not_outlive_an_executor_that_was_killed(tmp_path: Path) -> None:
-    with supernode() as made, executor(tmp_path / "clinic", made.port) as process:
+def test_a_worker_does_not_outlive_a_client_app_process_that_was_killed(tmp_path: Path) -> None:
+    with supernode() as made, client_app_process(tmp_path / "clinic", made.port) as process:
         pid = worker(made)
         process.send_signal(signal.SIGKILL)
         assert gone(pid)
 
 
 def test_a_worker_that_died_between_messages_is_replaced(tmp_path: Path) -> None:
-    with supernode() as made, executor(tmp_path / "clinic", made.port):
+    with supernode() as made, client_app_process(tmp_path / "clinic", made.port):
         pid = worker(made)
         os.kill(pid, signal.SIGKILL)
         assert worker(made) != pid
@@ -132,7 +132,7 @@ def test_a_worker_that_cannot_start_is_said_and_comes_back_when_it_can(tmp_path:
     site = tmp_path / "clinic"
     site.mkdir()
     (site / "broken").touch()
-    with supernode() as made, executor(site, made.port):
+    with supernode() as made, client_app_process(site, made.port):
         answer, error = ask(made, b"?")
         assert (answer, error) == (None, "the worker of clinic ended with exit status 5; its log says why")
         (site / "broken").unlink()
@@ -144,7 +144,7 @@ def test_a_worker_that_cannot_start_is_said_and_comes_back_when_it_can(tmp_path:
 
 def test_it_waits_for_its_supernode_and_outlives_it(tmp_path: Path) -> None:
     port = free_port()
-    with executor(tmp_path / "clinic", port) as process:
+    with client_app_process(tmp_path / "clinic", port) as process:
         with supernode(port) as made:
             pid = worker(made)
         time.sleep(0.3)
@@ -158,7 +158,7 @@ def test_whoever_does_not_share_the_secret_gets_no_task() -> None:
         made.put(records.pack(b"who", 60.0), records.MESSAGE_TYPE)
         for secret in (None, b"t" * 32):
             stranger = Runtime(f"127.0.0.1:{made.port}", secret=secret)
-            with closing(stranger), pytest.raises(Lost, match="401"):
+            with closing(stranger), pytest.raises(SuperNodeLost, match="401"):
                 stranger.acquire()
         with closing(Runtime(f"127.0.0.1:{made.port}", secret=b"s" * 32)) as friend:
             assert friend.acquire()
@@ -173,12 +173,12 @@ def test_a_task_in_hand_is_kept_alive_and_one_that_is_done_is_not() -> None:
         message, context = runtime.pull()
         (held,) = made.state.task_token_store.values()
         held.active_until = until = held.active_until - timedelta(seconds=20)
-        runtime.beat()
+        runtime.heartbeat()
         assert held.active_until - until > timedelta(seconds=15)
         runtime.push(refusal(message, "no"), context)
         sent: list[object] = []
         runtime._client.SendTaskHeartbeat = sent.append  # type: ignore[method-assign,assignment]
-        runtime.beat()
+        runtime.heartbeat()
         assert not sent
 
 
@@ -186,18 +186,18 @@ class Away:
     """A runtime whose SuperNode is away for a while."""
 
     def __init__(self, looks: int) -> None:
-        self.looks, self.executor = looks, None
+        self.looks, self.loop = looks, None
 
     def acquire(self) -> bool:
         self.looks -= 1
         if self.looks:
-            raise Lost("connection refused")
-        self.executor.stop()
+            raise SuperNodeLost("connection refused")
+        self.loop.stop()
         return False
 
 
 class Idle:
-    """A keeper of nothing."""
+    """A supervisor without a worker."""
 
     def ensure(self) -> bool:
         return True
@@ -208,9 +208,9 @@ def test_a_supernode_that_is_away_for_long_ends_nothing(
 ) -> None:
     monkeypatch.setattr("fedspan.flower.client_app_process._RETRY", 0.01)
     runtime: Any = Away(4)
-    keeper: Any = Idle()
-    runtime.executor = Executor(runtime, ClientApp())
-    runtime.executor.run(keeper)
+    supervisor: Any = Idle()
+    runtime.loop = TaskLoop(runtime, ClientApp())
+    runtime.loop.run(supervisor)
     assert [r.message for r in caplog.records if "waiting for it" in r.message] == [
         "the SuperNode cannot be reached, waiting for it: connection refused"
     ]
@@ -227,8 +227,8 @@ def test_an_answer_that_cannot_be_pushed_is_refused_instead() -> None:
     with supernode() as made, closing(Runtime(f"127.0.0.1:{made.port}")) as runtime:
         made.put(records.pack(b"?", 60.0), records.MESSAGE_TYPE)
         assert runtime.acquire()
-        Executor(runtime, app).handle()
-        assert made.reply().error.reason == "the answer could not be handed to the SuperNode"
+        TaskLoop(runtime, app).handle()
+        assert made.reply().error.reason == "the answer could not be passed to the SuperNode"
         assert not runtime.acquire()
 
 
@@ -247,7 +247,7 @@ def test_a_site_without_a_folder_is_refused_in_one_line(tmp_path: Path) -> None:
     assert ended.stderr.strip() == "error: --site none: expected a site's folder"
 
 
-def test_the_executor_and_the_client_app_import_no_torch() -> None:
+def test_the_client_app_and_its_process_import_no_torch() -> None:
     script = (
         "import sys, fedspan.flower.client_app_process, fedspan.flower.client_app; sys.exit('torch' in sys.modules)"
     )
@@ -255,24 +255,24 @@ def test_the_executor_and_the_client_app_import_no_torch() -> None:
 
 
 def test_the_nodes_poll_is_ours_and_the_rest_is_flowers() -> None:
-    assert node_command.own_arguments(["--insecure", "--poll", "0.3", "--port", "1"]) == (
+    assert node_command.split_arguments(["--insecure", "--poll", "0.3", "--port", "1"]) == (
         0.3,
         ["--insecure", "--port", "1"],
     )
-    assert node_command.own_arguments(["--poll=0.4"]) == (0.4, [])
-    assert node_command.own_arguments([]) == (node_command.POLL, [])
+    assert node_command.split_arguments(["--poll=0.4"]) == (0.4, [])
+    assert node_command.split_arguments([]) == (node_command.POLL, [])
     with pytest.raises(ValueError, match="--poll 'x'"):
-        node_command.own_arguments(["--poll", "x"])
+        node_command.split_arguments(["--poll", "x"])
 
 
-def test_naps_are_shortened_and_never_lengthened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sleeps_are_shortened_and_never_lengthened(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr("fedspan.flower.node.time.sleep", slept.append)
-    naps = node_command.Naps(0.2)
+    sleeps = node_command.ShortSleeps(0.2)
     for asked in (3, 0.5, 0.001, 3):
-        naps.sleep(asked)
+        sleeps.sleep(asked)
     assert slept == [0.15, 0.02, 0.001, 0.15]
-    assert naps.monotonic is time.monotonic
+    assert sleeps.monotonic is time.monotonic
 
 
 def test_a_main_loop_that_changed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,11 +280,11 @@ def test_a_main_loop_that_changed_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
     with monkeypatch.context() as patch:
         patch.setitem(vars(loop), "time", time)
-        node_command.shorten(0.2)
-        assert isinstance(vars(loop)["time"], node_command.Naps)
-        with pytest.raises(RuntimeError, match="no naps to shorten"):
-            node_command.shorten(0.2)  # what is there now is not the module any more
+        node_command.shorten_sleeps(0.2)
+        assert isinstance(vars(loop)["time"], node_command.ShortSleeps)
+        with pytest.raises(ValueError, match="no sleeps to shorten"):
+            node_command.shorten_sleeps(0.2)  # what is there now is not the module any more
     source = inspect.getsource
     monkeypatch.setattr(inspect, "getsource", lambda x: source(x).replace("time.sleep(3)", "wait(3)"))
-    with pytest.raises(RuntimeError, match="no naps to shorten"):
-        node_command.shorten(0.2)
+    with pytest.raises(ValueError, match="no sleeps to shorten"):
+        node_command.shorten_sleeps(0.2)

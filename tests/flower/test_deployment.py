@@ -23,7 +23,7 @@ from fedspan.config import load
 from fedspan.data.load import load as load_corpus
 from fedspan.federation.clients import make_clients
 from fedspan.flower import certificates, deployment, node_keys, trial
-from fedspan.flower.log_levels import QUIET
+from fedspan.flower.log_levels import ENVIRONMENT
 from fedspan.site.site import Settings
 
 SITES = ("charite", "mayo", "ucl")
@@ -139,7 +139,7 @@ def test_certificates_say_no_more_than_they_should(made: Path) -> None:
 
 def test_a_server_certificate_cannot_vouch_for_others(tmp_path: Path) -> None:
     """Whoever has the server's key cannot make certificates that sites would take."""
-    authority = certificates.authority("a")
+    authority = certificates.certificate_authority("a")
     server = certificates.server_certificate(authority, ["localhost"])
     forged = certificates.server_certificate(server, ["evil.example.org"])
     for name, content in {"ca": authority.public, "server": server.public, "forged": forged.public}.items():
@@ -152,22 +152,22 @@ def test_a_server_certificate_cannot_vouch_for_others(tmp_path: Path) -> None:
 def test_ssh_keygen_reads_the_node_keys(made: Path, tmp_path: Path) -> None:
     for name in SITES:
         key = made / "sites" / name / "node.key"
-        told = subprocess.run(["ssh-keygen", "-y", "-f", str(key)], capture_output=True, text=True, check=True).stdout
+        result = subprocess.run(["ssh-keygen", "-y", "-f", str(key)], capture_output=True, text=True, check=True).stdout
         public = (made / "server" / "nodes" / f"{name}.pub").read_text()
-        assert told.split()[:2] == public.split()[:2]
+        assert result.split()[:2] == public.split()[:2]
         assert public.split() == ["ecdsa-sha2-nistp384", public.split()[1], name]
-    assert sorted(node_keys.keys(made / "server" / "nodes")) == sorted(SITES)
+    assert sorted(node_keys.read_keys(made / "server" / "nodes")) == sorted(SITES)
 
 
 def test_identities_are_those_of_the_clients_as_a_run_names_them(made: Path) -> None:
     ids = deployment.client_ids(len(SITES))
     for name, client_id in zip(SITES, ids, strict=True):
         site = made / "sites" / name
-        told = tomllib.loads((site / "site.toml").read_text())
-        assert told == {"client_id": client_id, "identity": "identity.key"}
+        result = tomllib.loads((site / "site.toml").read_text())
+        assert result == {"client_id": client_id, "identity": "identity.key"}
         read = Settings.read(site)  # as a site reads its folder
         assert (read.client_id, read.rank, read.own_data) == (client_id, None, False)
-        public = load_pem_private_key((site / told["identity"]).read_bytes(), None).public_key().public_bytes_raw()
+        public = load_pem_private_key((site / result["identity"]).read_bytes(), None).public_key().public_bytes_raw()
         known = json.loads((site / "sites.json").read_text())
         assert sorted(known) == ids
         assert bytes.fromhex(known[client_id]) == public
@@ -212,9 +212,9 @@ def test_scripts_tell_flower_to_keep_to_itself(made: Path) -> None:
     for folder in (made / "server", made / "sites/ucl"):
         script = ". ./environment.sh; env; umask"
         given = {"PATH": "/usr/bin:/bin", "NO_PROXY": "a.org", "FLWR_INTERNAL_GRPC_CONTROL_API": "1"}
-        told = subprocess.run(["sh", "-c", script], cwd=folder, env=given, capture_output=True, text=True, check=True)
-        lines = told.stdout.splitlines()
-        assert {f"{name}={value}" for name, value in QUIET.items()} <= set(lines)
+        result = subprocess.run(["sh", "-c", script], cwd=folder, env=given, capture_output=True, text=True, check=True)
+        lines = result.stdout.splitlines()
+        assert {f"{name}={value}" for name, value in ENVIRONMENT.items()} <= set(lines)
         assert f"FLWR_HOME={folder}/flwr" in lines
         assert {"NO_PROXY=localhost,127.0.0.1,a.org", "no_proxy=localhost,127.0.0.1,a.org"} <= set(lines)
         assert not [line for line in lines if line.startswith("FLWR_INTERNAL_GRPC")]
@@ -264,7 +264,7 @@ def test_compose_files_hold_together(made: Path) -> None:
         assert (made / "sites" / name / site["build"] / "Dockerfile").exists()
         assert "ports" not in site, "nobody connects to a site"
         assert set(service["depends_on"]) <= set(server)
-    # The gate's is the only open port; the control API stays inside.
+    # The proxy's is the only open port; the control API stays inside.
     assert [service["ports"] for service in server.values() if "ports" in service] == [["8443:8443"]]
     for name, service in server.items():
         script = (service.get("entrypoint") or service["command"])[0]
@@ -276,8 +276,8 @@ def test_the_bundle_carries_no_code_and_flower_takes_it(made: Path) -> None:
     from flwr.common.config import get_fab_config
 
     assert [path.name for path in (made / "server/app").iterdir()] == ["pyproject.toml"]
-    told = get_fab_config(build_fab_from_disk(made / "server/app"))
-    assert told["tool"]["flwr"]["app"]["components"] == {
+    result = get_fab_config(build_fab_from_disk(made / "server/app"))
+    assert result["tool"]["flwr"]["app"]["components"] == {
         "serverapp": "fedspan.flower.server_app:app",
         "clientapp": "fedspan.flower.client_app:app",
     }
@@ -285,7 +285,7 @@ def test_the_bundle_carries_no_code_and_flower_takes_it(made: Path) -> None:
 
 def test_read_gives_back_what_was_planned(made: Path, tmp_path: Path) -> None:
     assert deployment.read(made) == deployment.plan(SITES, HOSTS)
-    with pytest.raises(ValueError, match=r"holds no deployment: expected a folder that `fedspan flower init` made"):
+    with pytest.raises(ValueError, match=r"holds no deployment: expected a folder made by `fedspan flower init`"):
         deployment.read(tmp_path)
 
 
@@ -303,20 +303,20 @@ def test_a_site_makes_its_own_keys(made: Path, tmp_path: Path) -> None:
     assert bytes.fromhex(public) == key.public_key().public_bytes_raw()
     known, old = json.loads(after["sites.json"]), json.loads(before["sites.json"])
     assert known == {**old, client_id: public} != old
-    with pytest.raises(ValueError, match="is no site's folder"):
+    with pytest.raises(ValueError, match="is not a site's folder"):
         deployment.renew_keys(tmp_path)
 
 
 REFUSED = [
     ({"sites": []}, "no sites: expected at least one"),
-    ({"sites": ["a", "b", "a"]}, "site 'a' is there twice"),
+    ({"sites": ["a", "b", "a"]}, "site 'a' is named twice"),
     ({"sites": ["../a"]}, "expected lower-case letters"),
     ({"sites": ["A"]}, "expected lower-case letters"),
     ({"sites": [""]}, "expected lower-case letters"),
     ({"sites": ["a" * 33]}, "expected lower-case letters"),
     ({"sites": ["a"], "port": 0}, "port 0: expected one between 1 and 65535"),
     ({"sites": ["a"], "port": 65535}, "port 65536: expected one"),
-    ({"sites": ["a"], "port": 8601}, "meets"),
+    ({"sites": ["a"], "port": 8601}, "collides with"),
     ({"sites": ["a"], "hosts": ["x;y"]}, "host 'x;y': expected a DNS name or an IP address"),
     ({"sites": ["a"], "hosts": ["1.2.3"]}, "host '1.2.3'"),
     ({"sites": ["a"], "hosts": ["-x.org"]}, "host '-x.org'"),
@@ -376,7 +376,7 @@ def test_tls_with_the_certificates_works_and_a_stranger_is_refused(made: Path, t
     with pytest.raises(ssl.SSLCertVerificationError):
         shake(ca, "other.example.org")
     with pytest.raises(ssl.SSLCertVerificationError):
-        shake(certificates.authority("another").public, "fed.example.org")
+        shake(certificates.certificate_authority("another").public, "fed.example.org")
 
 
 def test_the_command_writes_a_deployment(tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_the_command_writes_a_deployment(tmp_path: Path) -> None:
     for sites, said in (("0", "expected at least one"), ("a,,b", "expected lower-case letters")):
         refused = runner.invoke(app, ["init", str(tmp_path / "other"), "--sites", sites])
         assert said in str(refused.exception)
-    # What the method cannot do is told now, not between the hospitals.
+    # A method that cannot run under these settings is refused now, not after the folders were sent to the sites.
     impossible = ["--sites", "2", "--set", "method.name=flora", "--set", "federation.sums_only=true"]
     assert isinstance(runner.invoke(app, ["init", str(tmp_path / "other"), *impossible]).exception, ValueError)
     assert not (tmp_path / "other").exists()
@@ -407,8 +407,8 @@ def test_a_trial_refuses_what_is_no_trial(made: Path, tmp_path: Path, monkeypatc
         with pytest.raises(ValueError, match="is in use: expected it to be free"):
             trial.up(tmp_path / "here", print, proxy="python")
     with pytest.raises(ValueError, match="proxy 'apache': expected nginx, python, or auto"):
-        trial.chosen_proxy("apache")
-    monkeypatch.setattr(trial, "_path", lambda: str(tmp_path))
-    with pytest.raises(ValueError, match=r"nginx is not installed: install it .* or take .* --proxy python"):
-        trial.chosen_proxy("nginx")
-    assert trial.chosen_proxy("auto") == "python"
+        trial.choose_proxy("apache")
+    monkeypatch.setattr(trial, "program_path", lambda: str(tmp_path))
+    with pytest.raises(ValueError, match=r"nginx is not installed: install it .* or use .* --proxy python"):
+        trial.choose_proxy("nginx")
+    assert trial.choose_proxy("auto") == "python"

@@ -1,4 +1,4 @@
-"""No process of a household outlives the one that started it."""
+"""No process of a tree outlives the one that started it."""
 
 import os
 import signal
@@ -15,12 +15,12 @@ from fedspan.flower.process_tree import ProcessTree, marked
 PARENT = """
 import sys, time
 from pathlib import Path
-from fedspan.flower.process_tree import Household
-with Household(Path(sys.argv[1])) as house:
-    house.start("detaching", ["sh", "-c", "setsid sleep 1000 & echo $!; echo $$; sleep 1000"], Path("."), {})
+from fedspan.flower.process_tree import ProcessTree
+with ProcessTree(Path(sys.argv[1])) as tree:
+    tree.start("detaching", ["sh", "-c", "setsid sleep 1000 & echo $!; echo $$; sleep 1000"], Path("."), {})
     stubborn = sys.argv[3] + "echo $$; while :; do sleep 0.1; done"
-    house.start("hidden", ["env", "-i", "sh", "-c", stubborn], Path("."), {})
-    print(house._mark, flush=True)
+    tree.start("hidden", ["env", "-i", "sh", "-c", stubborn], Path("."), {})
+    print(tree._mark, flush=True)
     time.sleep(1000 if sys.argv[2] == "stay" else 0.5)
 """
 
@@ -43,11 +43,11 @@ def gone_within(pids: list[int], seconds: float) -> bool:
 
 
 def started_pids(logs: Path) -> list[int]:
-    """What the processes said of themselves, once all three have."""
+    """Return the ids that all three processes have printed."""
     for _ in range(200):
-        told = [path.read_text().split() for path in (logs / "detaching.log", logs / "hidden.log") if path.exists()]
-        if [len(lines) for lines in told] == [2, 1]:
-            return [int(pid) for lines in told for pid in lines]
+        words = [path.read_text().split() for path in (logs / "detaching.log", logs / "hidden.log") if path.exists()]
+        if [len(lines) for lines in words] == [2, 1]:
+            return [int(pid) for lines in words for pid in lines]
         time.sleep(0.05)
     raise AssertionError("the processes did not start")
 
@@ -78,11 +78,11 @@ def test_leaving_ends_everything(tmp_path: Path) -> None:
 
 def test_an_error_ends_everything_and_is_told_with_the_last_line(tmp_path: Path) -> None:
     def fail() -> None:
-        with ProcessTree(tmp_path) as house:
-            house.start("long", ["sh", "-c", "echo $$; sleep 1000"], tmp_path, {})
-            house.wait("long", lambda: (tmp_path / "long.log").read_text() != "", 10)
-            house.start("short", ["sh", "-c", "echo hello; echo and this went wrong; exit 3"], tmp_path, {})
-            house.wait("short", lambda: False, 10)
+        with ProcessTree(tmp_path) as tree:
+            tree.start("long", ["sh", "-c", "echo $$; sleep 1000"], tmp_path, {})
+            tree.wait("long", lambda: (tmp_path / "long.log").read_text() != "", 10)
+            tree.start("short", ["sh", "-c", "echo hello; echo and this went wrong; exit 3"], tmp_path, {})
+            tree.wait("short", lambda: False, 10)
 
     with pytest.raises(ValueError, match=r"^short ended \(exit status 3\): and this went wrong; all of it is in"):
         fail()
@@ -91,16 +91,16 @@ def test_an_error_ends_everything_and_is_told_with_the_last_line(tmp_path: Path)
 
 def test_processes_end_in_reverse_order(tmp_path: Path) -> None:
     said = tmp_path / "said"
-    with ProcessTree(tmp_path / "logs") as house:
+    with ProcessTree(tmp_path / "logs") as tree:
         for name in ("first", "second"):
             script = f"trap 'echo {name} >>{said}; exit 0' TERM; touch {tmp_path / name}; while :; do sleep 0.05; done"
-            house.start(name, ["sh", "-c", script], tmp_path, {})
-            house.wait(name, (tmp_path / name).exists, 10)
+            tree.start(name, ["sh", "-c", script], tmp_path, {})
+            tree.wait(name, (tmp_path / name).exists, 10)
     assert said.read_text().split() == ["second", "first"]
 
 
 def test_a_process_is_told_from_another_with_its_number() -> None:
-    from fedspan.flower.process_tree import _started
+    from fedspan.flower.process_tree import _start_time
 
-    assert _started(os.getpid()) == _started(os.getpid()) != _started(1)
-    assert _started(2**22 + 1) == "unknown"  # above the largest number that there can be
+    assert _start_time(os.getpid()) == _start_time(os.getpid()) != _start_time(1)
+    assert _start_time(2**22 + 1) == "unknown"  # above the largest number that there can be

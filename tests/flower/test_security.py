@@ -1,4 +1,4 @@
-"""Who may connect to a federation, and what its proxy lets through: a real SuperLink behind nginx and the gate."""
+"""Access to a federation, and the calls that its proxy forwards: a real SuperLink behind nginx and our own proxy."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from fedspan.config import load
 from fedspan.flower import certificates, node_keys, trial
 from fedspan.flower.deployment import Deployment
 from fedspan.flower.process_tree import ProcessTree
-from fedspan.flower.runtime import Lost, Runtime
+from fedspan.flower.runtime import Runtime, SuperNodeLost
 
 SITES = ("north", "south", "spare")
 PROXIES = [
-    pytest.param("nginx", marks=pytest.mark.skipif(trial.chosen_proxy("auto") != "nginx", reason="needs nginx")),
+    pytest.param("nginx", marks=pytest.mark.skipif(trial.choose_proxy("auto") != "nginx", reason="needs nginx")),
     "python",
 ]
 HEARTBEAT = 30.0
@@ -46,7 +46,7 @@ class Server:
 
     folder: Path
     plan: Deployment
-    house: ProcessTree
+    tree: ProcessTree
     ports: dict[str, int]
     runtimes: dict[str, int] = field(default_factory=dict)
 
@@ -74,7 +74,7 @@ class Server:
         command += ["--root-certificates", str(ca), "--auth-supernode-private-key", str(key)]
         command += ["--isolation", "process", "--host", "127.0.0.1", "--port", str(runtime)]
         command += ["--superexec-auth-secret-file", str(key.with_name("runtime.key"))]
-        self.house.start(name, command, self.folder, {"FLWR_HOME": str(self.folder / "home")})
+        self.tree.start(name, command, self.folder, {"FLWR_HOME": str(self.folder / "home")})
         return runtime
 
     def log(self, name: str) -> str:
@@ -86,27 +86,37 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("security") / "fed"
     plan = trial.prepare(folder, SITES, load(overrides=["federation.num_clients=3"]))
     (folder / "server/nodes/spare.pub").unlink()  # known to nobody
-    first = trial.chosen_proxy("auto")
-    with ProcessTree(folder / "logs") as house:
-        trial.start(house, folder, plan, first, lambda line: None, sites=False)
+    first = trial.choose_proxy("auto")
+    with ProcessTree(folder / "logs") as tree:
+        trial.start(tree, folder, plan, first, lambda line: None, sites=False)
         ports = {first: plan.port}
         if first != "python":
             ports["python"] = trial.free_ports(1)[0]
-            gate = [sys.executable, "-m", "fedspan.flower.proxy", "--host", "127.0.0.1", "--port", str(ports["python"])]
-            gate += ["--upstream", f"localhost:{plan.superlink_port}", "--ca", "ca.crt"]
-            house.start("gate", [*gate, "--certificate", "server.crt", "--key", "server.key"], folder / "server", {})
-            house.wait("gate", lambda: trial.answers(ports["python"], folder / "server/ca.crt"), trial.READY)
-        yield Server(folder, plan, house, ports)
+            command = [
+                sys.executable,
+                "-m",
+                "fedspan.flower.proxy",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(ports["python"]),
+            ]
+            command += ["--upstream", f"localhost:{plan.superlink_port}", "--ca", "ca.crt"]
+            tree.start(
+                "python-proxy", [*command, "--certificate", "server.crt", "--key", "server.key"], folder / "server", {}
+            )
+            tree.wait("python-proxy", lambda: trial.answers(ports["python"], folder / "server/ca.crt"), trial.READY)
+        yield Server(folder, plan, tree, ports)
 
 
 @pytest.fixture(scope="module")
 def connected(server: Server) -> Server:
     """A registered node behind each proxy, which are all online."""
-    for site, kind in zip(("north", "south"), ("python", trial.chosen_proxy("auto")), strict=True):
+    for site, kind in zip(("north", "south"), ("python", trial.choose_proxy("auto")), strict=True):
         key = server.folder / "sites" / site / "node.key"
         server.runtimes[site] = server.start_node(site, key, server.ca, server.ports[kind])
     for site in ("north", "south"):
-        server.house.wait(site, lambda site=site: server.status()[site] == "online", 30)
+        server.tree.wait(site, lambda site=site: server.status()[site] == "online", 30)
     return server
 
 
@@ -146,7 +156,7 @@ def test_a_supernode_with_an_unregistered_key_ends(connected: Server) -> None:
     key = connected.folder / "sites/spare/node.key"
     connected.start_node("stranger", key, connected.ca, connected.plan.port)
     with pytest.raises(ValueError, match=r"^stranger ended \(exit status [1-9]"):
-        connected.house.wait("stranger", lambda: False, 30)
+        connected.tree.wait("stranger", lambda: False, 30)
     assert "Failed to initialize the connection to the SuperLink" in connected.log("stranger")
 
 
@@ -180,7 +190,7 @@ def test_nobody_speaks_for_another(connected: Server, kind: str) -> None:
 @pytest.mark.parametrize("kind", PROXIES)
 def test_a_server_that_another_authority_vouches_for_is_refused(connected: Server, kind: str, tmp_path: Path) -> None:
     other = tmp_path / "other.crt"
-    other.write_bytes(certificates.authority("another").public)
+    other.write_bytes(certificates.certificate_authority("another").public)
     key = connected.key("north")
     client = fleet(connected, connected.ports[kind], key, ca=other)
     with client, pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
@@ -192,7 +202,7 @@ def test_a_server_that_another_authority_vouches_for_is_refused(connected: Serve
 def test_another_user_of_a_sites_machine_gets_no_task(connected: Server) -> None:
     address, key = f"127.0.0.1:{connected.runtimes['north']}", connected.folder / "sites/north/runtime.key"
     for secret in (None, b"guessed", (connected.folder / "sites/south/runtime.key").read_bytes()):
-        with pytest.raises(Lost, match="401"):
+        with pytest.raises(SuperNodeLost, match="401"):
             Runtime(address, secret=secret).acquire()
     assert Runtime(address, secret=key.read_bytes()).acquire() is False
 
@@ -232,7 +242,7 @@ def ask(server: Server, port: int, path: str, method: str = "POST", head: str = 
 
 
 def upstream_requests(server: Server) -> list[str]:
-    """What reached the SuperLink, beside the connected nodes' and the tests' own looking."""
+    """Return the requests that reached the SuperLink, except those to its fleet API."""
     return [line for line in server.log("superlink").splitlines() if '"' in line and "/v1/fleet/" not in line]
 
 
@@ -272,13 +282,13 @@ def test_a_second_request_cannot_be_hidden_in_a_first(server: Server, kind: str)
 def test_a_proxy_passes_nothing_to_a_server_that_it_cannot_trust(server: Server, kind: str, tmp_path: Path) -> None:
     folder, port = tmp_path / "server", trial.free_ports(1)[0]
     shutil.copytree(server.folder / "server", folder)
-    (folder / "ca.crt").write_bytes(certificates.authority("another").public)
+    (folder / "ca.crt").write_bytes(certificates.certificate_authority("another").public)
     (folder / "listen.conf").write_text(f"listen 127.0.0.1:{port} ssl;")
     script = (folder / "proxy.sh").read_text().replace(f"--port {server.plan.port}", f"--port {port}")
     (folder / "proxy.sh").write_text(script)
-    given = {"PATH": trial._path(), "PYTHON": sys.executable, "FEDSPAN_PROXY": kind}
-    server.house.start(f"distrustful-{kind}", ["./proxy.sh"], folder, {**given, "FEDSPAN_NGINX": "master_process off;"})
-    server.house.wait(f"distrustful-{kind}", lambda: trial.answers(port, server.ca), trial.READY)
+    given = {"PATH": trial.program_path(), "PYTHON": sys.executable, "FEDSPAN_PROXY": kind}
+    server.tree.start(f"distrustful-{kind}", ["./proxy.sh"], folder, {**given, "FEDSPAN_NGINX": "master_process off;"})
+    server.tree.wait(f"distrustful-{kind}", lambda: trial.answers(port, server.ca), trial.READY)
     before = server.log("superlink").count("/v1/fleet/get-fab")
     assert ask(server, port, "/v1/fleet/get-fab") == 502
     assert server.log("superlink").count("/v1/fleet/get-fab") == before
@@ -307,30 +317,30 @@ def test_plain_http_is_refused(server: Server) -> None:
 
 def test_the_folder_of_keys_says_who_is_registered(connected: Server, tmp_path: Path) -> None:
     client = node_keys.connect(f"localhost:{connected.plan.superlink_port}", connected.ca)
-    keys = node_keys.keys(connected.folder / "server/nodes")
-    assert node_keys.agree(client, keys) == ([], [])
+    keys = node_keys.read_keys(connected.folder / "server/nodes")
+    assert node_keys.synchronise(client, keys) == ([], [])
     (tmp_path / "spare.pub").write_bytes((connected.folder / "sites/spare/node.pub").read_bytes())
-    more = {**keys, **node_keys.keys(tmp_path)}
-    assert node_keys.agree(client, more) == (["spare"], [])
+    more = {**keys, **node_keys.read_keys(tmp_path)}
+    assert node_keys.synchronise(client, more) == (["spare"], [])
     assert connected.status()["spare"] == "registered"
-    # One that is shut out is shut out at once, though it is connected.
-    assert node_keys.agree(client, {"north": keys["north"]}) == ([], ["south", "spare"])
+    # A node that is unregistered loses its access at once, although it is connected.
+    assert node_keys.synchronise(client, {"north": keys["north"]}) == ([], ["south", "spare"])
     client.close()
     assert connected.status() == {"north": "online"}
     end = time.monotonic() + 40
-    while connected.house.ended("south") is None and time.monotonic() < end:
+    while connected.tree.ended("south") is None and time.monotonic() < end:
         time.sleep(0.1)
-    assert connected.house.ended("south") is not None
+    assert connected.tree.ended("south") is not None
 
 
 def test_keys_that_are_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no public key"):
-        node_keys.keys(tmp_path)
+        node_keys.read_keys(tmp_path)
     key = certificates.node_key("a").public
     (tmp_path / "a.pub").write_bytes(key)
     (tmp_path / "b.pub").write_bytes(key)
-    with pytest.raises(ValueError, match="holds the key of a too"):
-        node_keys.keys(tmp_path)
+    with pytest.raises(ValueError, match="holds the same key as a"):
+        node_keys.read_keys(tmp_path)
     (tmp_path / "b.pub").write_bytes(b"ssh-ed25519 AAAA x")
     with pytest.raises(ValueError, match="holds no public key on a NIST curve"):
-        node_keys.keys(tmp_path)
+        node_keys.read_keys(tmp_path)

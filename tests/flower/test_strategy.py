@@ -37,7 +37,7 @@ PLAIN = (
 
 
 def trained(sent: Broadcast, name: str, round_num: int) -> Update:
-    """What training comes to: noise that depends on the client and the round alone."""
+    """Return a stand-in for a trained update: noise that depends on the client and the round alone."""
     rng = generator(name, round_num, "training")
 
     def moved(x: torch.Tensor, trains: bool = True) -> torch.Tensor:
@@ -145,7 +145,7 @@ def changed(part: str, change: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, 
     return spoil
 
 
-def told(key: str, value: Any) -> Spoil:
+def with_config(key: str, value: Any) -> Spoil:
     def spoil(asked: Message, answer: Message) -> None:
         answer.content["fedspan"][key] = value
 
@@ -179,24 +179,24 @@ A = "layers.0.q/a"
 SPOILT: Mapping[str, tuple[Spoil, str]] = {
     "nan": (changed(A, put(float("nan"))), f"{A} holds NaN or infinity"),
     "infinity": (changed("head.weight", put(float("inf"))), "head.weight holds NaN or infinity"),
-    "rank 1": (changed(A, lambda x: x[:1]), rf"{A} is \(1, 5\) float32, expected \(4, 5\) float32"),
-    "transposed": (changed(A, lambda x: x.T), rf"{A} is \(5, 4\) float32, expected \(4, 5\) float32"),
-    "float64": (changed(A, lambda x: x.astype(np.float64)), rf"{A} is \(4, 5\) float64, expected \(4, 5\) float32"),
-    "missing": (without(A), f"it names {A}, which was not asked for, or lacks it"),
+    "rank 1": (changed(A, lambda x: x[:1]), rf"{A} is \(1, 5\) float32: expected \(4, 5\) float32"),
+    "transposed": (changed(A, lambda x: x.T), rf"{A} is \(5, 4\) float32: expected \(4, 5\) float32"),
+    "float64": (changed(A, lambda x: x.astype(np.float64)), rf"{A} is \(4, 5\) float64: expected \(4, 5\) float32"),
+    "missing": (without(A), f"it lacks the array {A}"),
     "cut short": (header(lambda x: x[:-4]), "head.weight cannot be read"),
     "huge": (header(lambda x: x.replace(b"(2, 3)", b"(2000000000, 3000000000)")), "head.weight cannot be read"),
     "no array": (header(lambda x: b"garbage"), "head.weight cannot be read"),
-    "old round": (told("round", 0), "it is of round 0, expected 1"),
-    "no examples": (told("num-examples", 0.0), "num-examples = 0.0"),
-    "nan examples": (told("num-examples", float("nan")), "num-examples = nan"),
-    "no name": (told("client-id", ""), "client-id = ''"),
-    "another's name": (told("client-id", "clinic-a"), "another node's name"),
+    "old round": (with_config("round", 0), "it is for round 0: expected 1"),
+    "no examples": (with_config("num-examples", 0.0), "num-examples = 0.0"),
+    "nan examples": (with_config("num-examples", float("nan")), "num-examples = nan"),
+    "no name": (with_config("client-id", ""), "client-id = ''"),
+    "another's name": (with_config("client-id", "clinic-a"), "belongs to another node"),
 }
 
 
 @pytest.mark.parametrize("problem", SPOILT)
 def test_a_spoilt_reply_is_left_out_and_the_others_count(problem: str) -> None:
-    """As if the client had not taken part, to the last bit."""
+    """The result has the bits of a round without that client."""
     spoil, why = SPOILT[problem]
     method = METHODS["glora"]()
     # The spoilt one has the largest node id, so that of two with one name the honest one is believed.
@@ -246,11 +246,11 @@ def test_the_order_of_the_replies_changes_nothing() -> None:
         replies = list(
             f.grid.send_and_receive(strategy.configure_train(1, strategy.arrays(), ConfigRecord(), f.grid), timeout=20)
         )
-        asked = dict(strategy._asked)
+        asked = dict(strategy._pending)
         states = []
         for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
             strategy.state = method.init(TEMPLATE, HEAD)
-            strategy._asked = dict(asked)
+            strategy._pending = dict(asked)
             strategy.aggregate_train(1, [replies[i] for i in order])
             states.append(strategy.state)
         same(states[0], states[1])
@@ -282,7 +282,7 @@ def test_waiting_for_nodes_ends() -> None:
     with field(site(METHODS["fedit"](), "clinic-a")) as f:
         strategy = FedspanStrategy(METHODS["fedit"](), TEMPLATE, dense=HEAD, min_nodes=2, wait=0.3)
         began = time.monotonic()
-        with pytest.raises(ValueError, match=r"1 nodes after 0\.3 s: expected at least 2"):
+        with pytest.raises(ValueError, match=r"1 nodes are connected after 0\.3 s: expected at least 2"):
             strategy.configure_train(1, strategy.arrays(), ConfigRecord(), f.grid)
         assert time.monotonic() - began < 5
 
@@ -351,7 +351,7 @@ def test_a_client_with_another_method_or_scaling_sends_nothing() -> None:
         strategy.start(f.grid, strategy.arrays(), num_rounds=1, timeout=20)
     assert problems == [
         "the server runs 'glora': expected 'fedit' as here",
-        "layers.0.q has scaling 1.0, expected 2.0 as was sent",
+        "layers.0.q has scaling 1.0: expected 2.0, as sent",
     ]
 
 
@@ -375,4 +375,4 @@ def test_a_figure_that_is_no_number_is_left_out() -> None:
     with field(site(method, "clinic-a"), site(method, "clinic-b", spoil)) as f:
         strategy = made("fedit", f)
         strategy.start(f.grid, strategy.arrays(), num_rounds=1, timeout=20)
-        assert list(strategy.rejected.values()) == ["loss = nan, expected a finite number"]
+        assert list(strategy.rejected.values()) == ["loss = nan: expected a finite number"]

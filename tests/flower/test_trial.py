@@ -47,14 +47,14 @@ def test_a_whole_federation_gives_the_same_bits_as_one_process(tmp_path: Path) -
     done = subprocess.run([*COMMAND, str(folder), *SMALL], capture_output=True, text=True, cwd="/", timeout=240)
     assert done.returncode == 0, done.stderr
     assert none_within(folder, 5)
-    for said in ("2 sites registered", "round 2: 2 sites", "untouched base", "federation (GLoRA)"):
-        assert said in done.stdout
+    for line in ("2 sites registered", "round 2: 2 sites", "untouched base", "federation (GLoRA)"):
+        assert line in done.stdout
     settings = [*SETTINGS, "federation.num_clients=2", "evaluation.local=false", "engine.name=sequential"]
     fedspan.run(load(overrides=settings), alone)
     result = folder / "server/runs/trial-1"
     for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
         assert (result / name).read_bytes() == (alone / name).read_bytes(), name
-    if trial.chosen_proxy("auto") == "nginx":
+    if trial.choose_proxy("auto") == "nginx":
         assert "/v1/fleet/push-messages" in (folder / "server/state/access.log").read_text()
     # What is on the disk is its owner's alone, the SuperLink's database with the messages too.
     assert all(path.stat().st_mode & 0o077 == 0 for path in (folder / "server/state").iterdir())
@@ -63,8 +63,8 @@ def test_a_whole_federation_gives_the_same_bits_as_one_process(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("number", "proxy", "when", "alive"),
     [
-        (signal.SIGKILL, "auto", "registered and starting", 5),  # superlink, its executor, the proxy, two sites
-        (signal.SIGTERM, "python", "lets the fleet API through", 3),
+        (signal.SIGKILL, "auto", "registered and starting", 5),  # the SuperLink, its executor, the proxy, two sites
+        (signal.SIGTERM, "python", "forwards the fleet API", 3),
     ],
 )
 def test_nothing_is_left_when_the_command_is_ended(

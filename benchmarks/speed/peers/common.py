@@ -1,4 +1,4 @@
-"""What the arms share: the experiment's description, a client's local work, and the average of the adapters.
+"""Code that the arms share: the experiment's description, a client's local work, and the average of the adapters.
 
 Nothing here imports fedspan, Flower or NVFlare, so that every environment can load it.
 """
@@ -111,7 +111,7 @@ def batches(num_examples: int, batch_size: int, steps: int, seed: int) -> Iterat
 
 @dataclass(frozen=True, slots=True)
 class LocalResult:
-    """What a client's work of one round came to."""
+    """The result of a client's local training in one round."""
 
     adapter: Adapter
     train_loss: float
@@ -120,7 +120,7 @@ class LocalResult:
     started: float
     """`now()` when its first step began; the base was in memory by then."""
     seconds: float
-    """What the local work took."""
+    """Seconds of the local training."""
 
 
 class Trainer:
@@ -205,7 +205,7 @@ def trainer(spec_path: str) -> Trainer:
 
 
 def initial_adapter(spec_path: str) -> Adapter:
-    """What the first round starts from."""
+    """Return the adapter from which the first round starts."""
     held = Spec.read(spec_path).initial_adapter
     if held is None:
         return trainer(spec_path).adapter()

@@ -47,7 +47,7 @@ def loss_on_all(trainer: common.Trainer, adapter: dict[str, np.ndarray]) -> floa
 
 
 def differences(arm: dict[str, Any], reference: dict[str, Any], tolerance: float) -> list[str]:
-    """What of `arm` is further from `reference` than a share `tolerance` of the reference's value."""
+    """Return the figures of `arm` that differ from `reference` by more than the share `tolerance`."""
     found = []
     if len(arm["train_loss"]) != len(reference["train_loss"]):
         found.append(f"{len(arm['train_loss'])} rounds; expected {len(reference['train_loss'])}")

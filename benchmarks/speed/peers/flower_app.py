@@ -42,7 +42,7 @@ class LoggedFedAvg(FedAvg):
     log: measure.Log
 
     def aggregate_train(self, server_round, replies):
-        """As Flower's, then note the round."""
+        """Aggregate as Flower does, then log the round."""
         replies = list(replies)
         arrays, metrics = super().aggregate_train(server_round, replies)
         failed = [reply.error.reason for reply in replies if reply.has_error()]

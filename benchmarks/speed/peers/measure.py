@@ -82,7 +82,7 @@ class Watch:
 
 @dataclass(slots=True)
 class Log:
-    """What the rounds came to; the first one begins when its first client does."""
+    """Times and losses of the rounds; the first round begins with its first client."""
 
     ends: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -98,7 +98,7 @@ class Log:
         self.client_seconds += seconds
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the fields for a JSON record."""
         return {
             "ends": self.ends,
             "losses": self.losses,
@@ -147,7 +147,7 @@ def write_result(
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the libraries that are installed here."""
+    """Return the versions of Python and of the installed libraries."""
     found = {"python": platform.python_version()}
     for name in ("torch", "transformers", "peft", "numpy", "flwr", "ray", "nvflare", "protobuf"):
         try:

@@ -36,7 +36,7 @@ class LoggedFedAvg(FedAvg):
         return bool(super()._aggregate_one_result(result))
 
     def update_model(self, model: FLModel, aggr_result: FLModel) -> Any:
-        """As NVFlare's, then note the round."""
+        """Update the model as NVFlare does, then log the round."""
         updated = super().update_model(model, aggr_result)
         held, self.replies = self.replies, []
         self.log.add(

@@ -1,7 +1,7 @@
-"""Suite (b): optimizer steps per second of clients' local work, one at a time and many in one pass.
+"""The clients suite: the time of local training, client by client and with many clients in one pass.
 
 Every arm trains LoRA adapters on all linear layers of a Llama of 4 layers, on the same batches. An arm runs in one
-process, or, with `x2` in its name, shares the clients between two processes of one thread each, which is the fair
+process or, with `x2` in its name, splits the clients between two processes of one thread each, which is the fair
 comparison on two cores. Figures are seconds per client-step.
 """
 
@@ -15,25 +15,25 @@ from typing import Any
 
 from fedspan.bench import tiny
 from fedspan.bench.harness import Arm, Bench, CaseKey, Timed
-from fedspan.bench.process_pool import Job, Seats
+from fedspan.bench.process_pool import ProcessPool, TrainingCase
 
 SUITE = "clients"
 LENGTH = 32
 LAYERS = 4
 RANKS = {"8": (8,), "2-16": (2, 4, 8, 16)}
-"""What the case calls `ranks`: one rank for all, or these in turn."""
+"""The case's `ranks` by name; clients take them in turn."""
 SEQUENTIAL = ("plain", "trainer", "sequential")
-"""Arms whose time per client-step does not depend on how many clients follow: timed on at most 8 of them."""
+"""Arms whose time per client-step does not depend on the number of clients: timed on at most 8 of them."""
 
 
 def run(bench: Bench) -> None:
-    """All cases, on models written to a temporary folder."""
+    """Measure all cases, on models written to a temporary folder."""
     cases = [c for c in _grid(bench.options.quick) if bench.missing(SUITE, c, list(_arms(bench, c)))]
     if not cases:
         return
-    with tempfile.TemporaryDirectory() as folder, Seats(bench.options) as seats:
+    with tempfile.TemporaryDirectory() as folder, ProcessPool(bench.options) as pool:
         for case in cases:
-            _measure(bench, case, seats, Path(folder))
+            _measure(bench, case, pool, Path(folder))
 
 
 def _grid(quick: bool) -> Iterator[CaseKey]:
@@ -47,37 +47,37 @@ def _grid(quick: bool) -> Iterator[CaseKey]:
 
 
 def _arms(bench: Bench, case: CaseKey) -> dict[str, tuple[str, int, int]]:
-    """Arm -> (engine, processes, clients)."""
+    """Return arm -> (engine, processes, clients)."""
     k, many = int(case["K"]), bench.options.processes
-    found = {name: (name, 1, min(k, 8)) for name in SEQUENTIAL} | {"cohort": ("cohort", 1, k)}
+    arms = {name: (name, 1, min(k, 8)) for name in SEQUENTIAL} | {"cohort": ("cohort", 1, k)}
     if k >= many > 1:
         both = {"plain": 8, "sequential": 8, "cohort": k}
-        found |= {f"{name} x{many}": (name, many, min(k, most)) for name, most in both.items()}
-    return found
+        arms |= {f"{name} x{many}": (name, many, min(k, most)) for name, most in both.items()}
+    return arms
 
 
-def _measure(bench: Bench, case: CaseKey, seats: Seats, folder: Path) -> None:
+def _measure(bench: Bench, case: CaseKey, pool: ProcessPool, folder: Path) -> None:
     hidden, k = int(case["hidden"]), int(case["K"])
     base = folder / f"llama-{hidden}"
     if not base.exists():
         tiny.llama(base, hidden, LAYERS, 2 * LENGTH)
-    job = Job(str(base), int(case["batch"]), int(case["steps"]), LENGTH, k, RANKS[str(case["ranks"])])
+    training = TrainingCase(str(base), int(case["batch"]), int(case["steps"]), LENGTH, k, RANKS[str(case["ranks"])])
     arms = []
     for name, (engine, processes, clients) in _arms(bench, case).items():
         arms.append(
             Arm(
                 name,
-                partial(_work, seats, job, engine, processes, clients),
-                per=clients * job.steps,
-                prepare=partial(seats.prepare, job, engine, processes),
+                partial(_train, pool, training, engine, processes, clients),
+                per=clients * training.steps,
+                prepare=partial(pool.prepare, training, engine, processes),
                 details=_details,
             )
         )
-    bench.measure(SUITE, case, arms, check=_agreement, calibrate=seats.calibrate)
+    bench.measure(SUITE, case, arms, check=_agreement, calibrate=pool.calibrate)
 
 
-def _work(seats: Seats, job: Job, engine: str, processes: int, clients: int) -> Timed:
-    seconds, losses = seats.work(job, engine, processes, clients)
+def _train(pool: ProcessPool, training: TrainingCase, engine: str, processes: int, clients: int) -> Timed:
+    seconds, losses = pool.train(training, engine, processes, clients)
     return Timed(seconds, losses)
 
 
@@ -86,12 +86,12 @@ def _details(losses: list[float]) -> Mapping[str, Any]:
 
 
 def _agreement(outputs: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
-    """The largest difference of a client's mean training loss from what the sequential engine came to."""
+    """Return the largest relative difference of a client's mean training loss from the sequential engine's."""
     reference = outputs.get("sequential") or next(iter(outputs.values()))
-    found: dict[str, Mapping[str, float]] = {}
+    agreement: dict[str, Mapping[str, float]] = {}
     for name, losses in outputs.items():
-        # The arms that train fewer clients train the first ones.
+        # Arms that train fewer clients train the first ones.
         pairs = list(zip(losses, reference, strict=False))
         distance = max(abs(x - y) / abs(y) for x, y in pairs)
-        found[name] = {"distance": distance, "agrees": distance <= 1e-3}
-    return found
+        agreement[name] = {"distance": distance, "agrees": distance <= 1e-3}
+    return agreement

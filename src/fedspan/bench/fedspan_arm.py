@@ -1,6 +1,7 @@
-"""The rounds suite's own arm: `python -m fedspan.bench.fedspan_arm --spec SPEC.json --out OUT.json`, in a new process.
+"""The rounds suite's fedspan arm: `python -m fedspan.bench.fedspan_arm --spec SPEC.json --out OUT.json`.
 
-It goes the way a user's experiment goes: data files, a configuration, `fedspan.run`, a PEFT folder.
+It runs in a new process and does what a user's experiment does: data files, a configuration, `fedspan.run`, a PEFT
+folder.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fedspan.config import Config, from_mapping
 
 
 def configuration(spec: Mapping[str, Any], files: Sequence[Path], test: Path, engine: str, workers: int) -> Config:
-    """The experiment as the library's settings."""
+    """Return the experiment as the library's settings."""
     return from_mapping(
         {
             "seed": spec["seed"],
@@ -67,12 +68,12 @@ def configuration(spec: Mapping[str, Any], files: Sequence[Path], test: Path, en
 
 
 def write_data(path: Path, folder: Path) -> tuple[list[Path], Path]:
-    """One JSONL file per client, and one example as test data."""
+    """Write one JSONL file per client, and one example as test data; return their paths."""
     files = []
-    with np.load(path, allow_pickle=False) as held:
-        for name in sorted(held.files):
-            files.append(_jsonl(folder / f"{name}.jsonl", held[name]))
-        test = _jsonl(folder / "test.jsonl", held[sorted(held.files)[0]][:1])
+    with np.load(path, allow_pickle=False) as archive:
+        for name in sorted(archive.files):
+            files.append(_jsonl(folder / f"{name}.jsonl", archive[name]))
+        test = _jsonl(folder / "test.jsonl", archive[sorted(archive.files)[0]][:1])
     return files, test
 
 
@@ -84,43 +85,43 @@ def _jsonl(path: Path, tokens: np.ndarray) -> Path:
 
 
 def process_age() -> float:
-    """Seconds since this process was started."""
+    """Return the seconds since this process was started."""
     started = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(started) / os.sysconf("SC_CLK_TCK")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run it and write OUT.json."""
+    """Run the experiment and write OUT.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--workers", type=int, default=1)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     from fedspan import run
     from fedspan.runs.events import Event
 
-    spec = json.loads(given.spec.read_text(encoding="utf-8"))
+    spec = json.loads(options.spec.read_text(encoding="utf-8"))
     ends: list[float] = []
 
     def on_event(event: Event) -> None:
         if event.kind == "round" or (event.kind == "phase" and event.data["phase"] == "federation"):
             ends.append(process_age())
 
-    folder = Path(tempfile.mkdtemp(dir=given.out.parent))
+    folder = Path(tempfile.mkdtemp(dir=options.out.parent))
     files, test = write_data(Path(spec["data"]), folder)
-    result = run(configuration(spec, files, test, given.engine, given.workers), folder / "run", on_event)
-    used = [resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    result = run(configuration(spec, files, test, options.engine, options.workers), folder / "run", on_event)
+    used = [resource.getrusage(target).ru_maxrss * 1024 for target in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     report = {
         "wall_seconds": process_age(),
         "startup_seconds": ends[0],
         "round_seconds": [after - before for before, after in pairwise(ends)],
         "final_adapter": str(result.adapter),
         "train_loss": [record["train_loss"] for record in result.history],
-        # At most so much: every worker counted as the largest of them.
-        "peak_rss_bytes": used[0] + (given.workers * used[1] if given.workers > 1 else 0),
+        # An upper bound: every worker counts as much as the largest.
+        "peak_rss_bytes": used[0] + (options.workers * used[1] if options.workers > 1 else 0),
     }
-    given.out.write_text(json.dumps(report, indent=2), encoding="utf-8")
+    options.out.write_text(json.dumps(report, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

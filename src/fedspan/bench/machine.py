@@ -1,4 +1,4 @@
-"""What this machine is and can do: the ceilings that the floors are worked out from, and whether it was idle."""
+"""The machine: its description, the peak rates from which floors are computed, and whether it is idle."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import torch
 from fedspan.support.peak_memory import peak_memory, reset_peak_memory
 
 _GEMM = 1024
-_READ = 2**26  # float32 numbers: 256 MiB, more than a core's share of any cache
+_READ = 2**26  # float32 numbers: 256 MiB, more than any cache holds
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The machine as far as timings depend on it. Rates are for `threads` threads of one process."""
+    """The properties of a machine on which timings depend. Rates are for `threads` threads of one process."""
 
     cpu: str
     cores: int
@@ -30,23 +30,23 @@ class Machine:
     threads: int
     dtype: str
     bandwidth: float
-    """Bytes per second of reading memory once."""
+    """Bytes per second when memory is read once."""
     gemm: float
     """Floating point operations per second of a square matrix product."""
     torch: str
     python: str
 
     def record(self) -> dict[str, Any]:
-        """As JSON."""
+        """Return the fields for a JSON record."""
         return asdict(self)
 
     def seconds(self, num_bytes: float, flops: float) -> float:
-        """The time below which no code can read so many bytes and do so many operations here."""
+        """Return the least time in which these bytes can be read and these operations done on this machine."""
         return max(num_bytes / self.bandwidth, flops / self.gemm)
 
 
 def measure(device: torch.device, threads: int, quick: bool) -> Machine:
-    """Describe the machine and measure its two ceilings (about a second)."""
+    """Describe the machine and measure its two peak rates (about a second)."""
     torch.set_num_threads(threads)
     size = 2 * _GEMM if device.type == "cuda" else _GEMM
     x, y = torch.ones((size, size), device=device), torch.ones((size, size), device=device)
@@ -78,7 +78,7 @@ def _name(device: torch.device) -> str:
 
 
 def now(device: torch.device) -> float:
-    """The clock, after everything that was asked of the device is done."""
+    """Return the clock's seconds, after all work queued on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -95,9 +95,9 @@ def _fastest(work: Callable[[], Any], device: torch.device, times: int) -> float
 
 
 def calibration(device: torch.device) -> float:
-    """Seconds of a fixed piece of work, the best of three: it is always the same unless something else is running.
+    """Return the seconds of a fixed piece of work, the best of three; it varies only when something else is running.
 
-    A chain of products and sums on 2 MiB, whose time depends on the clock, the caches and the neighbours.
+    A chain of products and sums on 2 MiB, whose time depends on clock speed, caches and other processes.
     """
     x = torch.full((512, 512), 1e-3, device=device)
 
@@ -110,7 +110,7 @@ def calibration(device: torch.device) -> float:
 
 
 def _meminfo(name: str) -> int:
-    """A line of /proc/meminfo in bytes; 0 on systems without it."""
+    """Return a line of /proc/meminfo in bytes; 0 on systems without it."""
     path = Path("/proc/meminfo")
     if not path.exists():
         return 0
@@ -119,14 +119,14 @@ def _meminfo(name: str) -> int:
 
 
 def memory_limit(device: torch.device) -> int:
-    """Bytes that a case may take: half of what is free."""
+    """Return the bytes that a case may take: half of the free memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
     return _meminfo("MemAvailable") // 2 or 2**32
 
 
 def start_peak(device: torch.device) -> int:
-    """Start a new measurement of peak memory; bytes in use now (0 on systems that do not tell)."""
+    """Start a new measurement of peak memory; return the bytes in use now (0 where the system does not report them)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -134,7 +134,7 @@ def start_peak(device: torch.device) -> int:
 
 
 def peak(device: torch.device) -> int:
-    """The largest memory in use since `start_peak`, in bytes (0 on systems that do not tell)."""
+    """Return the peak memory since `start_peak` in bytes (0 where the system does not report it)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_memory()

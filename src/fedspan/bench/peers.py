@@ -1,4 +1,4 @@
-"""What others offer for the same work, used as they document it: transformers' Trainer, PEFT's loop and merge.
+"""Other libraries' ways of doing the same work, used as documented: transformers' Trainer, PEFT's loop and merge.
 
 The only file of the benchmarks that imports transformers and peft.
 """
@@ -37,7 +37,7 @@ class PeftServer:
         self._model: Any = get_peft_model(base, config, adapter_name=first)
         self._layer: Any = self._model.base_model.model.layer
         parts = [getattr(self._layer, n) for n in (*self._layer.adapter_layer_names, *self._layer.other_param_names)]
-        # `add_adapter` walks over all adapters at every call, minutes for 1000 of them. What it leaves is the same.
+        # `add_adapter` visits all adapters at every call, minutes for 1000 of them; this has the same result.
         for name in others:
             self._model.peft_config[name] = config
             for part in parts:
@@ -48,7 +48,7 @@ class PeftServer:
             self._layer.lora_B[name].weight.data = f.b
 
     def merge(self, kind: str, rank: int) -> LowRank:
-        """`add_weighted_adapter` with equal weights; `kind` is "svd" (to `rank`) or "cat"."""
+        """Call `add_weighted_adapter` with equal weights; `kind` is "svd" (to `rank`) or "cat"."""
         weights = [1.0 / len(self._names)] * len(self._names)
         options = {"svd_rank": rank} if kind == "svd" else {}
         self._model.add_weighted_adapter(self._names, weights, MERGED, combination_type=kind, **options)
@@ -56,7 +56,7 @@ class PeftServer:
         return LowRank(b * self._layer.scaling[MERGED], a)
 
     def undo(self) -> None:
-        """Forget the merged adapter."""
+        """Delete the merged adapter."""
         self._model.delete_adapter(MERGED)
 
 
@@ -67,24 +67,24 @@ class PlainLoop:
         self._learning_rate = learning_rate
         self.model = _peft_model(base, ranks, device)
         self._device = device
-        self._shown = ""
+        self._active = ""
 
     def start(self, adapter: Mapping[str, Factors]) -> list[nn.Parameter]:
-        """Put a client's adapter into the model; what is trained."""
+        """Copy a client's adapter into the model; return the parameters to train."""
         rank = next(iter(adapter.values())).rank
-        if self._shown != _slot(rank):
-            self._shown = _slot(rank)
-            self.model.set_adapter(self._shown)
+        if self._active != _slot(rank):
+            self._active = _slot(rank)
+            self.model.set_adapter(self._active)
         with torch.no_grad():
             for name, f in adapter.items():
                 layer = self.model.base_model.model.get_submodule(name)
-                layer.lora_A[self._shown].weight.copy_(f.a)
-                layer.lora_B[self._shown].weight.copy_(f.b)
-                layer.scaling[self._shown] = f.scaling
+                layer.lora_A[self._active].weight.copy_(f.a)
+                layer.lora_B[self._active].weight.copy_(f.b)
+                layer.scaling[self._active] = f.scaling
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def train(self, adapter: Mapping[str, Factors], batches: Sequence[dict[str, Tensor]]) -> float:
-        """One client's steps; its mean loss."""
+        """Train one client and return its mean loss."""
         parameters = self.start(adapter)
         optimizer = torch.optim.AdamW(parameters, lr=self._learning_rate, weight_decay=0.0)
         self.model.train()
@@ -108,7 +108,7 @@ class TrainerLoop:
         self._device = device
 
     def train(self, adapter: Mapping[str, Factors], batches: Sequence[dict[str, Tensor]]) -> float:
-        """One client's steps; its mean loss."""
+        """Train one client and return its mean loss."""
         import transformers
 
         self._plain.start(adapter)
@@ -141,7 +141,7 @@ def _slot(rank: int) -> str:
 
 
 def _peft_model(base: str, ranks: Sequence[int], device: torch.device) -> Any:
-    """The base with one adapter per rank on every linear layer."""
+    """Load the base with one adapter per rank on every linear layer."""
     import transformers
     from peft import LoraConfig, get_peft_model
 

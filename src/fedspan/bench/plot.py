@@ -1,4 +1,4 @@
-"""results.jsonl -> one picture per suite: the time of every arm against what grows in the suite."""
+"""results.jsonl -> one plot per suite: the time of every arm against the size that grows in the suite."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from fedspan.bench.harness import describe
 from fedspan.bench.table import Record, latest
 
 GROWS: Mapping[str, str] = {"server": "K", "clients": "hidden", "scaling": "K", "galore": "r"}
-"""What is on the horizontal axis; a suite that is not here has one case and gets bars."""
+"""The key on the horizontal axis by suite; a suite without one has a single case and gets bars."""
 _PANELS = 12
 _COLORS = ("#0b6e99", "#d1495b", "#3c7d3c", "#b07d12", "#6b4fa0", "#3d3d3d", "#e07b39", "#4fa3a5", "#9a5ca8", "#7a7a7a")
 
 
 def draw(records: Sequence[Record], folder: Path) -> list[Path]:
-    """SUITE.png for every suite that was measured, from the setting measured last."""
+    """Draw SUITE.png for every suite that was measured, from the latest machine and sizes; return the paths."""
     paths = []
     for suite in dict.fromkeys(r["suite"] for r in records):
-        own = [r for r in latest([r for r in records if r["suite"] == suite]) if r["median"] is not None]
-        own = [r for r in own if (r["quick"], r["machine"]["cpu"]) == (own[-1]["quick"], own[-1]["machine"]["cpu"])]
+        own = _latest_setting([r for r in records if r["suite"] == suite])
         if own:
             path = folder / f"{suite}.png"
             figure = _lines(own, GROWS[suite]) if suite in GROWS else _bars(own)
@@ -31,26 +30,42 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
     return paths
 
 
+def _latest_setting(records: Sequence[Record]) -> list[Record]:
+    """Return the newest measurements that were taken with the sizes and on the CPU of the last one."""
+    measured = [r for r in latest(records) if r["median"] is not None]
+    return [r for r in measured if _setting(r) == _setting(measured[-1])]
+
+
+def _setting(record: Record) -> tuple[Any, ...]:
+    return record["quick"], record["machine"]["cpu"]
+
+
 def _lines(records: Sequence[Record], axis: str) -> Figure:
-    """One panel for every combination of what else varies, the largest ones; both axes logarithmic."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        if record["case"].get("phase") == "broadcast":  # the table has it; it hardly depends on anything
-            continue
-        groups.setdefault(describe({k: v for k, v in record["case"].items() if k != axis}), []).append(record)
-    # A panel with one point on its axis shows nothing; the last ones are the largest.
-    chosen = list({k: g for k, g in groups.items() if len({r["case"][axis] for r in g}) > 1} or groups)[-_PANELS:]
-    columns = min(3, len(chosen))
-    rows = -(-len(chosen) // columns)
+    """Draw one panel for every combination of the other keys, the largest ones, with logarithmic axes."""
+    panels = _panels(records, axis)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * columns + 1.6, 3.6 * rows), layout="constrained")
     arms = list(dict.fromkeys(r["arm"] for r in records))
-    for i, key in enumerate(chosen):
+    for i, (title, group) in enumerate(panels.items()):
         axes = figure.add_subplot(rows, columns, i + 1)
-        _panel(axes, groups[key], axis, arms)
-        axes.set_title(key, fontsize=9)
+        _panel(axes, group, axis, arms)
+        axes.set_title(title, fontsize=9)
     handles = {label: h for a in figure.axes for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=8)
     return figure
+
+
+def _panels(records: Sequence[Record], axis: str) -> dict[str, list[Record]]:
+    """Return the records of each panel by its title."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        if record["case"].get("phase") == "broadcast":  # only in the table: it hardly depends on anything
+            continue
+        groups.setdefault(describe({k: v for k, v in record["case"].items() if k != axis}), []).append(record)
+    # A panel with one point on its axis shows nothing; the last ones are the largest.
+    drawn = {title: g for title, g in groups.items() if len({r["case"][axis] for r in g}) > 1} or groups
+    return dict(list(drawn.items())[-_PANELS:])
 
 
 def _panel(axes: Any, records: Sequence[Record], axis: str, arms: Sequence[str]) -> None:
@@ -60,12 +75,15 @@ def _panel(axes: Any, records: Sequence[Record], axis: str, arms: Sequence[str])
             color = _COLORS[k % len(_COLORS)]
             dashes = "-" if k < len(_COLORS) else "--"
             axes.plot(*zip(*points, strict=True), dashes, color=color, marker="o", markersize=3, label=arm)
-    least = sorted({(r["case"][axis], r["floor_seconds"]) for r in records if r.get("floor_seconds")})
-    if least:
-        axes.plot(*zip(*least, strict=True), ":", color="#000000", linewidth=1, label="floor")
+    floors = sorted({(r["case"][axis], r["floor_seconds"]) for r in records if r.get("floor_seconds")})
+    if floors:
+        axes.plot(*zip(*floors, strict=True), ":", color="#000000", linewidth=1, label="floor")
+    _style(axes, axis, sorted({r["case"][axis] for r in records}))
+
+
+def _style(axes: Any, axis: str, ticks: Sequence[Any]) -> None:
     axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds")
-    places = sorted({r["case"][axis] for r in records})
-    axes.set_xticks(places, [str(place) for place in places])
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

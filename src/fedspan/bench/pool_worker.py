@@ -1,6 +1,6 @@
 """`python -m fedspan.bench.pool_worker THREADS DEVICE`: one process of the clients suite.
 
-It reads one JSON request a line and answers each with one line.
+It reads one JSON request per line and answers each with one line.
 """
 
 from __future__ import annotations
@@ -8,47 +8,59 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
 
 import torch
 
 from fedspan.bench import machine
-from fedspan.bench.local import Workplace
-from fedspan.bench.process_pool import Job
+from fedspan.bench.local import LocalClients
+from fedspan.bench.process_pool import TrainingCase
+from fedspan.support.errors import FedspanError
+
+
+class Worker:
+    """The answers of one process, which holds the models of one case at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._case: TrainingCase | None = None
+        self._clients: LocalClients | None = None
+
+    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the answer to one request."""
+        if request["op"] == "calibrate":
+            return {"seconds": machine.calibration(self._device)}
+        clients = self._load(TrainingCase(**{**request["case"], "ranks": tuple(request["case"]["ranks"])}))
+        if request["op"] == "prepare":
+            clients.prepare(request["arm"])
+            return {}
+        return {"losses": clients.train(request["arm"], request["clients"])}
+
+    def _load(self, case: TrainingCase) -> LocalClients:
+        if self._clients is None or self._case != case:
+            self._clients = None  # frees the models of the case before
+            self._case, self._clients = case, LocalClients(case, self._device)
+        return self._clients
 
 
 def serve(device: torch.device, lines: Iterable[str], answers: IO[str]) -> None:
-    """Answer requests until there are no more."""
-    places: dict[str, Workplace] = {}
+    """Answer requests, one per line, until there are no more."""
+    worker = Worker(device)
     for line in lines:
-        request = json.loads(line)
-        if request["op"] == "calibrate":
-            answer: dict[str, Any] = {"seconds": machine.calibration(device)}
-        else:
-            key = json.dumps(request["job"])
-            if key not in places:
-                places.clear()  # one case's models at a time
-                places[key] = Workplace(Job(**request["job"]), device)
-            place = places[key]
-            if request["op"] == "prepare":
-                place.prepare(request["arm"])
-                answer = {}
-            else:
-                answer = {"losses": place.work(request["arm"], request["clients"])}
-        answers.write(json.dumps(answer) + "\n")
+        answers.write(json.dumps(worker.answer(json.loads(line))) + "\n")
         answers.flush()
 
 
 def main(arguments: Sequence[str]) -> None:
-    """`THREADS DEVICE`, requests on the standard input."""
+    """Serve requests from the standard input; the arguments are THREADS and DEVICE."""
     torch.set_num_threads(int(arguments[0]))
-    # Whatever a library prints goes to stderr: the standard output is for the answers alone.
+    # The standard output is for answers only: what libraries print goes to stderr.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:
         serve(torch.device(arguments[1]), sys.stdin, answers)
-    except ValueError as error:
+    except FedspanError as error:
         answers.write(json.dumps({"error": str(error)}) + "\n")
         answers.flush()
 

@@ -1,4 +1,4 @@
-"""Processes of a fixed number of threads each, in which the client arms run: started once, asked one at a time."""
+"""A pool of processes with a fixed number of threads each, in which the arms of the clients suite run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
@@ -17,52 +17,52 @@ from fedspan.support.errors import FedspanError
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What all arms of a case train."""
+class TrainingCase:
+    """The local training that all arms of a case do."""
 
     base: str
     """The model's folder."""
     batch: int
     steps: int
     length: int
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     num_clients: int
     ranks: tuple[int, ...]
-    """In turn."""
+    """Clients take them in turn."""
 
     def rank(self, client: int) -> int:
-        """A client's rank."""
+        """Return a client's rank."""
         return self.ranks[client % len(self.ranks)]
 
 
-class Seats:
-    """The processes, from the first request to the end of the `with` block."""
+class ProcessPool:
+    """Processes that are started at the first request and end with the `with` block."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._seats: list[subprocess.Popen[str]] = []
+        self._processes: list[subprocess.Popen[str]] = []
 
-    def __enter__(self) -> Seats:
+    def __enter__(self) -> ProcessPool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for seat in self._seats:
+        for process in self._processes:
             if kind is not None:
-                seat.kill()
-            if seat.stdin is not None:
-                seat.stdin.close()
-            seat.wait()
+                process.kill()
+            if process.stdin is not None:
+                process.stdin.close()
+            process.wait()
 
-    def prepare(self, job: Job, arm: str, processes: int) -> None:
-        """Load the models and take a first step, so that nothing of it is timed."""
-        self._ask(processes, [{"op": "prepare", "job": asdict(job), "arm": arm}] * processes)
+    def prepare(self, case: TrainingCase, arm: str, num_processes: int) -> None:
+        """Load the models and take a first step, so that neither is timed."""
+        self._ask([{"op": "prepare", "case": asdict(case), "arm": arm}] * num_processes)
 
-    def work(self, job: Job, arm: str, processes: int, clients: int) -> tuple[float, list[float]]:
-        """Seconds until the last process is done, and every client's mean training loss."""
-        shares = [list(range(i, clients, processes)) for i in range(processes)]
+    def train(self, case: TrainingCase, arm: str, num_processes: int, clients: int) -> tuple[float, list[float]]:
+        """Train the first `clients` clients; return the seconds until the last process ends, and each mean loss."""
+        shares = [list(range(i, clients, num_processes)) for i in range(num_processes)]
         began = time.perf_counter()
-        asked = [{"op": "work", "job": asdict(job), "arm": arm, "clients": share} for share in shares]
-        answers = self._ask(processes, asked)
+        requests = [{"op": "train", "case": asdict(case), "arm": arm, "clients": share} for share in shares]
+        answers = self._ask(requests)
         seconds = time.perf_counter() - began
         losses: list[float] = [0.0] * clients
         for share, answer in zip(shares, answers, strict=True):
@@ -71,36 +71,37 @@ class Seats:
         return seconds, losses
 
     def calibrate(self) -> float:
-        """The fixed piece of work in all processes at once: the slowest of them."""
-        many = self._options.processes
-        return max(float(answer["seconds"]) for answer in self._ask(many, [{"op": "calibrate"}] * many))
+        """Return the seconds of the calibration work in all processes at once, from the slowest of them."""
+        answers = self._ask([{"op": "calibrate"}] * self._options.processes)
+        return max(float(answer["seconds"]) for answer in answers)
 
-    def _ask(self, processes: int, requests: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        while len(self._seats) < processes:
-            self._seats.append(self._start())
-        seats = self._seats[:processes]
-        for seat, request in zip(seats, requests, strict=True):
-            assert seat.stdin is not None
-            seat.stdin.write(json.dumps(request) + "\n")
-            seat.stdin.flush()
-        return [_answer(seat) for seat in seats]
+    def _ask(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        while len(self._processes) < len(requests):
+            self._processes.append(self._start())
+        processes = self._processes[: len(requests)]
+        # All requests are written before the first answer is read, so that the processes work at the same time.
+        for process, request in zip(processes, requests, strict=True):
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+        return [_answer(process) for process in processes]
 
     def _start(self) -> subprocess.Popen[str]:
         threads = str(self._options.threads)
         command = [sys.executable, "-m", "fedspan.bench.pool_worker", threads, str(self._options.device)]
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        # The libraries' advice is for their callers, not for whoever reads the figures.
+        # Without the libraries' warnings, which are of no use to readers of the figures.
         environment |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True, encoding="utf-8"
         )
 
 
-def _answer(seat: subprocess.Popen[str]) -> dict[str, Any]:
-    assert seat.stdout is not None
-    line = seat.stdout.readline()
+def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stdout is not None
+    line = process.stdout.readline()
     if not line:
-        raise FedspanError(f"a benchmark process ended with code {seat.wait()}: its own message is above")
+        raise FedspanError(f"a benchmark process ended with code {process.wait()}; its own message is above")
     answer: dict[str, Any] = json.loads(line)
     if "error" in answer:
         raise FedspanError(f"a benchmark process failed: {answer['error']}")

@@ -1,8 +1,8 @@
-"""Suite (c): whole experiments, from the command to the final adapter, each in processes of its own.
+"""The rounds suite: whole experiments, from the command to the final adapter, each in processes of its own.
 
-One definition (model, data, first adapter, schedule of local steps, plain average of the factors) is written to
-SPEC.json and run by every arm as `PROGRAM --spec SPEC.json --out OUT.json`. Afterwards all final adapters are
-measured by the same code: arms that trained differently show it in `train_loss`.
+One definition (model, data, initial adapter, local steps, plain average of the factors) is written to SPEC.json and
+run by every arm as `PROGRAM --spec SPEC.json --out OUT.json`. Afterwards the same code evaluates all final adapters,
+so that an arm that trained differently shows in `train_loss`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fedspan.adapters import peft_folder
 from fedspan.bench import tiny
 from fedspan.bench.harness import Arm, Bench, CaseKey, Options, Timed
 from fedspan.bench.local import encoded, load_model
-from fedspan.bench.process_pool import Job
+from fedspan.bench.process_pool import TrainingCase
 from fedspan.methods.messages import Broadcast, Factors
 from fedspan.methods.readout import fresh_adapter
 from fedspan.support.errors import FedspanError
@@ -39,19 +39,19 @@ LAYERS = 4
 HIDDEN = 64
 _PREFIX = "base_model.model."
 _TOLERANCE = 0.1
-"""Arms draw their batches each in its own way: a final loss may differ by this share of what was learnt."""
+"""Arms draw different batches: a final loss may differ by this share of the improvement over the initial adapter."""
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """How an arm is started."""
+    """An arm's name and the beginning of its command."""
 
     name: str
     command: tuple[str, ...]
 
 
 def run(bench: Bench) -> None:
-    """One experiment, by every arm that can be started here."""
+    """Measure one experiment with every arm that can be started here."""
     case = _case(bench.options.quick)
     programs = _programs(bench, case)
     if not bench.missing(SUITE, case, [program.name for program in programs]):
@@ -65,7 +65,7 @@ def run(bench: Bench) -> None:
             outputs: list[Mapping[str, Any]] = []
             work = partial(_execute, program, folder, bench.options, outputs)
             arms.append(Arm(program.name, work, details=partial(_details, outputs)))
-        # Nothing is warm in a new process, so that every run counts.
+        # No warm-up: every run starts new processes.
         bench.measure(SUITE, case, arms, check=experiment.agreement, warm_up=False)
 
 
@@ -75,10 +75,10 @@ def _case(quick: bool) -> CaseKey:
 
 
 def _programs(bench: Bench, case: CaseKey) -> list[Program]:
-    options, found = bench.options, []
+    options, programs = bench.options, []
     for engine, workers in _engines(options):
         more = ("--engine", engine, "--workers", str(workers))
-        found.append(
+        programs.append(
             Program(f"fedspan {engine} x{workers}", (sys.executable, "-m", "fedspan.bench.fedspan_arm", *more))
         )
     many = ("--parallel", str(options.processes))
@@ -93,17 +93,17 @@ def _programs(bench: Bench, case: CaseKey) -> list[Program]:
         elif not path.exists():
             bench.skip(SUITE, case, f"{name} x{options.processes}", f"{script} is not in --peers")
         else:
-            found.append(Program(f"{name} x{options.processes}", (str(python), str(path.resolve()), *many)))
-    return found
+            programs.append(Program(f"{name} x{options.processes}", (str(python), str(path.resolve()), *many)))
+    return programs
 
 
 def _engines(options: Options) -> list[tuple[str, int]]:
-    """(engine, workers) of the library's own arms."""
+    """Return (engine, workers) of the library's own arms."""
     return [(engine, workers) for engine in ("sequential", "cohort") for workers in sorted({1, options.processes})]
 
 
 def _execute(program: Program, folder: Path, options: Options, outputs: list[Mapping[str, Any]]) -> Timed:
-    """One whole run: seconds from its start to its end, and what it wrote of itself."""
+    """Run an arm once; return the seconds from start to end, and the report that it wrote."""
     out = folder / f"{program.name.replace(' ', '-')}.json"
     command = [*program.command, "--spec", str(folder / "SPEC.json"), "--out", str(out)]
     threads = str(options.threads)
@@ -114,14 +114,14 @@ def _execute(program: Program, folder: Path, options: Options, outputs: list[Map
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     seconds = time.perf_counter() - began
     if done.returncode != 0 or not out.exists():
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        last = (done.stderr.strip().splitlines() or ["it printed no message"])[-1]
         raise FedspanError(f"{program.name} ended with code {done.returncode}: {last}")
     outputs.append(json.loads(out.read_text(encoding="utf-8")))
     return Timed(seconds, outputs[-1])
 
 
 def _details(outputs: list[Mapping[str, Any]], _: Any) -> Mapping[str, Any]:
-    """Medians over the runs of an arm."""
+    """Return medians over the runs of an arm."""
     return {
         "startup_seconds": median(output["startup_seconds"] for output in outputs),
         "rounds_seconds": median(sum(output["round_seconds"]) for output in outputs),
@@ -132,16 +132,18 @@ def _details(outputs: list[Mapping[str, Any]], _: Any) -> Mapping[str, Any]:
 
 
 class Experiment:
-    """The definition on disk, and the one measure of what came out."""
+    """The definition on disk, and the evaluation of the final adapters."""
 
     def __init__(self, folder: Path, case: CaseKey) -> None:
         self.folder, self.case = folder, case
         self.clients, self.rank = int(case["clients"]), int(case["r"])
-        self._job = Job(str(folder / "model"), int(case["batch"]), int(case["steps"]), LENGTH, 1, (self.rank,))
+        self._training = TrainingCase(
+            str(folder / "model"), int(case["batch"]), int(case["steps"]), LENGTH, 1, (self.rank,)
+        )
         self._data = [tiny.tokens(64, LENGTH, "rounds", client % 4) for client in range(self.clients)]
 
     def write(self) -> None:
-        """The base, the clients' sequences, the first adapter and SPEC.json."""
+        """Write the base, the clients' sequences, the initial adapter and SPEC.json."""
         tiny.llama(self.folder / "model", HIDDEN, LAYERS, 2 * LENGTH)
         arrays: dict[str, Any] = {f"client_{i:03d}": tokens.numpy() for i, tokens in enumerate(self._data)}
         np.savez(self.folder / "data.npz", **arrays)
@@ -151,8 +153,8 @@ class Experiment:
             "num_clients": self.clients,
             "rounds": int(self.case["rounds"]),
             "participation": 1.0,
-            "local_steps": self._job.steps,
-            "batch_size": self._job.batch,
+            "local_steps": self._training.steps,
+            "batch_size": self._training.batch,
             "learning_rate": 3e-3,
             "rank": self.rank,
             "alpha": 16.0,
@@ -163,28 +165,28 @@ class Experiment:
             "initial_adapter": str(self.folder / "initial.safetensors"),
         }
         (self.folder / "SPEC.json").write_text(json.dumps(spec, indent=2), encoding="utf-8")
-        self.model = load_model(self._job, torch.device("cpu"))
-        # FedIT's own first adapter, so that every arm starts from the same one.
+        self.model = load_model(self._training, torch.device("cpu"))
+        # FedIT's own initial adapter, so that every arm starts from the same one.
         start = fresh_adapter(self.model.template(self.rank, 16.0, False, 0), self.rank)
         parts = [(name, part, t) for name, f in start.items() for part, t in (("A", f.a), ("B", f.b))]
         named = {f"{_PREFIX}{name}.lora_{part}.default.weight": t for name, part, t in parts}
         save_file(named, self.folder / "initial.safetensors")
 
     def agreement(self, outputs: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
-        """The loss of every final adapter; `distance`: from the first arm's, as a share of what that one learnt."""
+        """Return every final adapter's loss and its distance from the first arm's, as a share of the improvement."""
         losses = {name: self.loss(Path(output["final_adapter"])) for name, output in outputs.items()}
         before, reference = self.loss(self.folder / "initial.safetensors"), next(iter(losses.values()))
-        found: dict[str, Mapping[str, float]] = {}
+        agreement: dict[str, Mapping[str, float]] = {}
         for name, loss in losses.items():
             distance = abs(loss - reference) / abs(before - reference)
-            found[name] = {"train_loss": loss, "distance": distance, "agrees": distance <= _TOLERANCE}
-        return found
+            agreement[name] = {"train_loss": loss, "distance": distance, "agrees": distance <= _TOLERANCE}
+        return agreement
 
     def loss(self, path: Path) -> float:
-        """The mean loss on everybody's sequences with that adapter: a PEFT folder, or a file of PEFT's names."""
+        """Return an adapter's mean loss on all clients' sequences; `path` is a PEFT folder or a safetensors file."""
         factors = peft_folder.load(path).factors if path.is_dir() else _read(path, 16.0 / self.rank)
         self.model.load(Broadcast(factors, {}))
-        data = encoded(self._job.base, torch.cat(self._data))
+        data = encoded(self._training.base, torch.cat(self._data))
         losses = []
         with torch.no_grad():
             for start in range(0, len(data), 64):

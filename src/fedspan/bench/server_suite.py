@@ -1,12 +1,12 @@
-"""Suite (a): one server step over K clients' factors of one d×d layer, beside what else does it.
+"""The server suite: one server step over K clients' factors of one d×d layer, compared with other ways to do it.
 
-Two phases are timed apart: `step` folds the updates and makes the next state, `broadcast` reads one client's adapter
-out of it. The peers have no second phase.
+Two phases are timed separately: `step` folds the updates and makes the next state, `broadcast` derives one client's
+adapter from it. The peers have no second phase.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,24 +26,21 @@ SUITE = "server"
 MODULE = "layer"
 PEERS = ("dense_svd", "dense_lowrank", "dense_mean", "peft_svd", "peft_cat")
 OVERSAMPLING = 8
-"""Columns beyond the rank, of the range finder that the floor is of and of the dense one that is timed."""
+"""Columns beyond the rank of the range finders: the one that the floor assumes and the dense one that is timed."""
 _SVD = 27.0
-"""A full dense SVD of d×d takes as long as about 27 d³ operations of a product (measured at d = 768 to 4096)."""
+"""A full dense SVD of d×d takes as long as a product with about 27 d³ operations (measured at d = 768 to 4096)."""
 _ALPHA = 16.0
-
-Apply = Callable[[Tensor], Tensor]
-"""A d×d matrix as what it does to a few vectors."""
 
 
 def methods() -> list[str]:
-    """Every method whose server aggregates adapters, in one step."""
-    made = {name: factory() for name, factory in METHODS.items()}
-    infos = {name: method.info for name, method in made.items() if len(method.exchanges) == 1}
+    """Return every method whose server aggregates adapters in one step."""
+    created = {name: factory() for name, factory in METHODS.items()}
+    infos = {name: method.info for name, method in created.items() if len(method.exchanges) == 1}
     return [n for n, i in infos.items() if i.trains == "adapter" and not i.pooled and not i.personalised]
 
 
 def run(bench: Bench) -> None:
-    """All cases, few clients first, so that what would take too long is known from what came before."""
+    """Measure all cases, few clients first: their times predict which larger cases would take too long."""
     for d, rank, k in _grid(bench.options.quick):
         _measure(bench, d, k, rank)
 
@@ -60,7 +57,7 @@ def _measure(bench: Bench, d: int, k: int, rank: int) -> None:
     names = methods()
     if not bench.missing(SUITE, step, [*names, *PEERS]) and not bench.missing(SUITE, broadcast, names):
         return
-    # The factors, some methods' and PEFT's own copies of them, and stacked copies while a step runs.
+    # The factors, the copies of some methods and of PEFT, and stacked copies while a step runs.
     needed = 4 * (6 * k * 2 * d * rank + 6 * d * d)
     if not bench.fits(needed):
         for name in (*names, *PEERS):
@@ -75,15 +72,15 @@ def _measure(bench: Bench, d: int, k: int, rank: int) -> None:
     # The factors are read once; a range finder with one power iteration goes through them four times.
     floor = Floor(4.0 * k * 2 * d * rank, 4 * 2.0 * 2 * d * k * rank * (rank + OVERSAMPLING))
     bench.measure(SUITE, step, arms + _peers(bench, step, case), floor=floor, check=partial(_agreement, case, states))
-    able = [n for n in names if bench.known(SUITE, step, n) is not None]
-    for name in set(bench.missing(SUITE, broadcast, able)) - states.keys():
+    measured = [n for n in names if bench.known(SUITE, step, n) is not None]
+    for name in set(bench.missing(SUITE, broadcast, measured)) - states.keys():
         states[name] = case.step(name)
-    arms = [Arm(n, partial(case.broadcast, n, states.get(n))) for n in able]
+    arms = [Arm(n, partial(case.broadcast, n, states.get(n))) for n in measured]
     bench.measure(SUITE, broadcast, arms, floor=Floor(4.0 * 2 * 2 * d * rank))
 
 
 def _expected(bench: Bench, case: CaseKey, arm: str) -> float:
-    """At least half of what fewer clients took, in proportion."""
+    """Return a lower bound of the seconds: half of the time for fewer clients, scaled to this number."""
     k = int(case["K"])
     known = {fewer: bench.known(SUITE, {**case, "K": fewer}, arm) or 0.0 for fewer in (10, 100) if fewer < k}
     return max((seconds * k / fewer / 2 for fewer, seconds in known.items() if seconds > 1), default=0.0)
@@ -104,7 +101,7 @@ def _peers(bench: Bench, step: CaseKey, case: Case) -> list[Arm]:
 
 
 def draw_factors(d: int, rank: int, count: int, device: torch.device) -> list[Factors]:
-    """Clients' factors of one layer: a common part that decays, and a part of each client's own."""
+    """Draw clients' factors of one layer: a common part with decaying singular values, and noise of each client."""
     rng = generator("bench", SUITE, d, count, rank)
     decay = 0.7 ** torch.arange(2 * rank)
 
@@ -122,7 +119,7 @@ def draw_factors(d: int, rank: int, count: int, device: torch.device) -> list[Fa
 
 @dataclass(slots=True)
 class Case:
-    """K clients' factors of one layer, and what the arms make of them."""
+    """K clients' factors of one layer, and the work of the arms on them."""
 
     d: int
     k: int
@@ -134,16 +131,16 @@ class Case:
 
     @classmethod
     def draw(cls, d: int, k: int, rank: int, device: torch.device) -> Case:
-        """Factors from a seed."""
+        """Draw the factors from a seed."""
         factors = draw_factors(d, rank, k, device)
         return cls(d, k, rank, factors)
 
     def step(self, name: str) -> ServerState:
-        """Fold and finish: the state after the round."""
+        """Return the state after the round: fold and finish."""
         return aggregate(*self.encode(name))[0]
 
     def encode(self, name: str) -> tuple[Method, ServerState, list[Update]]:
-        """What the server holds and what the clients sent it."""
+        """Return the method, the server's state and the clients' encoded updates; cached by name."""
         if name in self._ready:
             return self._ready[name]
         method = METHODS[name]()
@@ -151,7 +148,7 @@ class Case:
         sent = method.start(method.broadcast(state, Request(self.rank)), None)
         updates = []
         for i, f in enumerate(self.factors):
-            # Where A is not trained, everybody holds the one that was sent.
+            # Where A is not trained, all clients keep the one that was sent.
             a = f.a if sent.recipe.train_a else sent.adapter[MODULE].a.to(f.a.device)
             update = Update(f"client-{i:04d}", 1.0, {MODULE: Factors(f.b, a, f.scaling)}, {})
             updates.append(method.encode(update, sent, None)[0])
@@ -159,12 +156,12 @@ class Case:
         return self._ready[name]
 
     def broadcast(self, name: str, state: ServerState | None) -> Broadcast:
-        """What one client is sent."""
+        """Return the broadcast to one client."""
         assert state is not None
         return METHODS[name]().broadcast(state, Request(self.rank))
 
     def _product(self) -> Tensor:
-        """T = Σ p_k s_k B_k A_k as a d×d matrix, in products of up to 512 columns."""
+        """Return T = Σ p_k s_k B_k A_k as a d×d matrix, summed in products of up to 512 columns."""
         total = torch.zeros((self.d, self.d), device=self.factors[0].b.device)
         at_once = max(1, 512 // self.rank)
         for i in range(0, self.k, at_once):
@@ -174,18 +171,18 @@ class Case:
         return total
 
     def dense_svd(self) -> LowRank:
-        """FlexLoRA as published: the product as a matrix, and its full SVD."""
+        """Compute FlexLoRA as published: the product as a matrix, and its full SVD."""
         u, s, vh = torch.linalg.svd(self._product(), full_matrices=False)
         return LowRank(u[:, : self.rank] * s[: self.rank], vh[: self.rank])
 
     def dense_lowrank(self) -> LowRank:
-        """The product as a matrix, and torch's randomized SVD of it."""
+        """Compute the product as a matrix, and torch's randomized SVD of it."""
         with torch.random.fork_rng(devices=[]):
             u, s, v = torch.svd_lowrank(self._product(), q=min(self.d, self.rank + OVERSAMPLING), niter=2)
         return LowRank(u[:, : self.rank] * s[: self.rank], v[:, : self.rank].mT)
 
     def dense_mean(self) -> Tensor:
-        """FedAvg on the whole weight: Σ p_k W_k."""
+        """Compute FedAvg on the whole weight: Σ p_k W_k."""
         weights = self.weights()
         total = torch.zeros_like(weights[0])
         for i in range(self.k):
@@ -193,57 +190,58 @@ class Case:
         return total
 
     def weights(self) -> list[Tensor]:
-        """Eight matrices that stand for K: too many for a core's cache."""
+        """Return eight matrices that stand for K of them: more than the cache holds."""
         if not self._weights:
             self._weights += [torch.randn((self.d, self.d), device=self.factors[0].b.device) for _ in range(8)]
         return self._weights
 
     def peft(self, kind: str) -> LowRank:
-        """PEFT's own merge of K adapters on a model of one layer."""
+        """Merge K adapters on a model of one layer with PEFT's own function."""
         return self.peft_model().merge(kind, self.rank)
 
     def peft_model(self) -> PeftServer:
-        """Every client's adapter in one PeftModel."""
+        """Return a PeftModel with every client's adapter; created at the first call."""
         if not self._peft:
             self._peft.append(PeftServer(self.d, self.factors))
         return self._peft[0]
 
     def undo(self) -> None:
-        """Take the merged adapter away again."""
+        """Delete the merged adapter."""
         self._peft[0].undo()
 
 
 def _agreement(
     case: Case, states: dict[str, ServerState], outputs: Mapping[str, Any]
 ) -> dict[str, Mapping[str, float]]:
-    """How far what should be the same product is from it, on 16 random vectors.
+    """Return the relative distances between results that should be equal, as products with 16 random vectors.
 
-    Exact rules are compared with Σ p_k s_k B_k A_k; rules that return the best product of rank r with the dense SVD
-    (or with FlexLoRA's where that was not run). `excess`: by how much such a product misses T more than the best.
+    Exact rules are compared with T = Σ p_k s_k B_k A_k; rules that return the best product of rank r are compared with
+    the dense SVD, or with FlexLoRA if that was not run. `excess` is the share by which such a product's distance from T
+    exceeds the best one's.
     """
     x = torch.randn((case.d, 16), generator=generator("bench", "probe")).to(case.factors[0].a.device)
     target = torch.stack([f.b @ (f.a @ x) * (f.scaling / case.k) for f in case.factors]).sum(dim=0)
-    given = {}
+    products = {}
     for name, output in outputs.items():
         if isinstance(output, ServerState):
             states[name] = output
-            given[name] = _received(case.broadcast(name, output), x)
+            products[name] = _applied(case.broadcast(name, output), x)
         elif isinstance(output, LowRank):
-            given[name] = output.b @ (output.a @ x)
-    best = given.get("dense_svd", given.get("flexlora"))
-    found: dict[str, Mapping[str, float]] = {}
-    for name, product in given.items():
+            products[name] = output.b @ (output.a @ x)
+    best = products.get("dense_svd", products.get("flexlora"))
+    agreement: dict[str, Mapping[str, float]] = {}
+    for name, product in products.items():
         if name in ("flora", "fedex_lora", "peft_cat"):
-            found[name] = _same(_relative(product, target), 1e-4)
+            agreement[name] = _within(_relative(product, target), 1e-4)
         elif name in ("flexlora", "dense_lowrank", "dense_svd", "peft_svd") and best is not None:
             excess = float((product - target).norm() / (best - target).norm()) - 1
-            found[name] = {**_same(_relative(product, best), 0.05), "excess": excess}
+            agreement[name] = {**_within(_relative(product, best), 0.05), "excess": excess}
         else:
-            found[name] = {"distance_to_mean": _relative(product, target)}
-    return found
+            agreement[name] = {"distance_to_mean": _relative(product, target)}
+    return agreement
 
 
-def _same(distance: float, tolerance: float) -> dict[str, float]:
+def _within(distance: float, tolerance: float) -> dict[str, float]:
     return {"distance": distance, "agrees": distance <= tolerance}
 
 
@@ -251,8 +249,8 @@ def _relative(x: Tensor, y: Tensor) -> float:
     return float((x - y).norm() / y.norm())
 
 
-def _received(sent: Broadcast, x: Tensor) -> Tensor:
-    """ΔW·x of what a client adds to its base, adapter and patch."""
+def _applied(sent: Broadcast, x: Tensor) -> Tensor:
+    """Return ΔW·x, where ΔW is the adapter and the patch that a client adds to its base."""
     total = torch.zeros((sent.adapter[MODULE].b.shape[0], x.shape[1]), device=x.device)
     delta = sent.adapter[MODULE].delta()
     total += delta.b.to(x.device) @ (delta.a.to(x.device) @ x)

@@ -1,4 +1,4 @@
-"""The suites by name, and a run of some of them."""
+"""The suites by name, and the run of several of them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ SUITES: Mapping[str, Callable[[Bench], None]] = {
 }
 
 
-def run(names: Sequence[str], options: Options, say: Callable[[str], None]) -> list[Path]:
-    """Run suites (none named: all) into a folder; what is measured there already is kept.
+def run(names: Sequence[str], options: Options, notify: Callable[[str], None]) -> list[Path]:
+    """Run suites (all if none is named) and write their results to a folder; measurements that it holds are kept.
 
     Returns
     -------
     list[Path]
-        What was written: results.jsonl, table.md and the plots.
+        The files written: results.jsonl, table.md and the plots.
 
     Raises
     ------
-    ValueError
+    FedspanError
         For an unknown suite, a number out of range, a program that fails, or a folder whose results are damaged.
     """
     for name in names:
@@ -40,20 +40,20 @@ def run(names: Sequence[str], options: Options, say: Callable[[str], None]) -> l
             raise FedspanError(f"unknown suite {name!r}{nearest(name, SUITES)}")
     _check(options)
     torch.set_num_threads(options.threads)
-    bench = Bench(options, say)
-    say(table.machine_line(bench.machine.record()))
+    bench = Bench(options, notify)
+    notify(table.machine_line(bench.machine.record()))
     for name in names or SUITES:
         SUITES[name](bench)
-    return [bench.path, *write(options.out, say)]
+    return [bench.path, *write(options.out, notify)]
 
 
-def write(folder: Path, say: Callable[[str], None]) -> list[Path]:
-    """table.md and, where matplotlib is installed, one picture per suite, from the folder's results.jsonl."""
+def write(folder: Path, notify: Callable[[str], None]) -> list[Path]:
+    """Write table.md and, if matplotlib is installed, one plot per suite, from the folder's results.jsonl."""
     records = read_results(folder / "results.jsonl")
     path = folder / "table.md"
     path.write_text(table.render(records), encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
-        say("no pictures: matplotlib is not installed (pip install 'fedspan[plots]')")
+        notify("no plots: matplotlib is not installed (pip install 'fedspan[plots]')")
         return [path]
     from fedspan.bench import plot
 
@@ -61,19 +61,19 @@ def write(folder: Path, say: Callable[[str], None]) -> list[Path]:
 
 
 def device_of(name: str) -> torch.device:
-    """The device of that name.
+    """Return the device of that name.
 
     Raises
     ------
-    ValueError
-        When it is unknown or not there.
+    FedspanError
+        When it is unknown or not available.
     """
     try:
         device = torch.device(name)
     except RuntimeError:
         raise FedspanError(f"--device {name!r}: expected cpu or cuda") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise FedspanError(f"--device {name}: no GPU can be used here")
+        raise FedspanError(f"--device {name}: expected cpu, since no GPU is available")
     return device
 
 

@@ -1,4 +1,4 @@
-"""results.jsonl -> table.md: every figure and every ratio is computed from the measurements in the file."""
+"""results.jsonl -> table.md: every figure and ratio is computed from the measurements in the file."""
 
 from __future__ import annotations
 
@@ -13,109 +13,115 @@ Value = Callable[[Record], float | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """Something that a suite's tables show beside the times."""
+class Detail:
+    """A figure other than the time, with a table of its own."""
 
     key: str
-    """Its name among a measurement's details."""
+    """Name in a measurement's details."""
     title: str
     unit: str
-    """`s`, `bytes` or none."""
+    """`s`, `bytes`, or empty for a plain number."""
     compare: bool = False
-    """Show ratios to the baseline."""
+    """True where ratios to the baseline are shown."""
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """How a suite is shown."""
+class SectionFormat:
+    """Title, baselines and further tables of a suite's section."""
 
     title: str
     baselines: tuple[str, ...]
-    """What ratios are taken to: the first of these arms that was measured in the case."""
-    figures: tuple[Figure, ...] = ()
+    """Arms that ratios refer to: the first of them that was measured in the case."""
+    details: tuple[Detail, ...] = ()
 
 
-LAYOUTS: Mapping[str, Layout] = {
-    "server": Layout(
+SECTIONS: Mapping[str, SectionFormat] = {
+    "server": SectionFormat(
         "Server: one step over K clients' factors of one d×d layer",
         ("dense_svd",),
         (
-            Figure("distance", "Relative distance from what it should be the same as", ""),
-            Figure("excess", "By how much the product of rank r misses the mean more than the best one", ""),
+            Detail("distance", "Relative distance from the result that it should equal", ""),
+            Detail(
+                "excess", "Share by which the distance of the rank-r product from the mean exceeds the best one's", ""
+            ),
         ),
     ),
-    "clients": Layout(
+    "clients": SectionFormat(
         "Clients: seconds per client-step",
         ("sequential x2", "sequential"),
-        (Figure("distance", "Largest relative difference of a client's training loss from the sequential one", ""),),
+        (Detail("distance", "Largest relative difference of a client's training loss from the sequential one", ""),),
     ),
-    "rounds": Layout(
+    "rounds": SectionFormat(
         "Rounds: a whole experiment, start-up included",
         ("flower x2", "flower x1", "plain loop x2", "fedspan sequential x1"),
         (
-            Figure("rounds_seconds", "The rounds alone, without start-up", "s", True),
-            Figure("round_seconds", "The median round", "s", True),
-            Figure("peak_rss_bytes", "Peak memory of all processes", "bytes"),
-            Figure("train_loss", "Loss on all training data with the final adapter", ""),
-            Figure("distance", "Its difference from the first column's, as a share of what was learnt", ""),
+            Detail("rounds_seconds", "The rounds alone, without start-up", "s", True),
+            Detail("round_seconds", "The median round", "s", True),
+            Detail("peak_rss_bytes", "Peak memory of all processes", "bytes"),
+            Detail("train_loss", "Loss of the final adapter on all training data", ""),
+            Detail(
+                "distance",
+                "Difference of that loss from the first column's, as a share of the improvement by training",
+                "",
+            ),
         ),
     ),
-    "scaling": Layout(
+    "scaling": SectionFormat(
         "Scaling: a server step as clients and layers grow",
         ("flexlora held",),
         (
-            Figure("peak_bytes", "Peak memory of the step, its updates included", "bytes"),
-            Figure("distance", "Relative distance of the streamed product from the held one", ""),
+            Detail("peak_bytes", "Peak memory of the step, its updates included", "bytes"),
+            Detail("distance", "Relative distance of the streamed product from the held one", ""),
         ),
     ),
-    "galore": Layout(
+    "galore": SectionFormat(
         "GaLore: an optimizer step on one m×n weight, and a refresh of its projector",
         ("adamw", "exact"),
         (
-            Figure("state_bytes", "Bytes of the optimizer's state", "bytes", True),
-            Figure("energy", "Share of the gradient's energy that the projector keeps", ""),
+            Detail("state_bytes", "Bytes of the optimizer's state", "bytes", True),
+            Detail("energy", "Share of the gradient's energy that the projector keeps", ""),
         ),
     ),
 }
 
 
 def render(records: Sequence[Record]) -> str:
-    """All measurements as Markdown: one part per machine and effort, one section per suite."""
+    """Return all measurements as Markdown: one part per machine and choice of sizes, one section per suite."""
     parts: list[str] = ["# fedspan bench"]
     for setting in _settings(records):
-        mine = [r for r in records if _setting(r) == setting]
-        parts.append(f"{machine_line(mine[-1]['machine'])}{' Quick sizes.' if mine[-1]['quick'] else ''}")
+        group = [r for r in records if _setting(r) == setting]
+        parts.append(f"{machine_line(group[-1]['machine'])}{' Quick sizes.' if group[-1]['quick'] else ''}")
         parts.append(
-            "A cell is the median time; in brackets, how many times faster than the column whose bracket is 1×. "
-            "`~` marks a case during which the machine was busy (its calibration drifted by more than 15 %), `≠` an "
-            "arm whose result is not what it should be the same as."
+            "A cell is the median time; in brackets, how many times faster it is than the column marked (1×). `~` "
+            "marks a case during which the machine was busy (its calibration drifted by more than 15 %), `≠` an arm "
+            "whose result differs from the one that it should equal."
         )
-        for suite, layout in LAYOUTS.items():
-            own = latest([r for r in mine if r["suite"] == suite])
+        for suite, section in SECTIONS.items():
+            own = latest([r for r in group if r["suite"] == suite])
             if own:
-                parts += _section(layout, own)
+                parts += _section(section, own)
     return "\n\n".join(parts) + "\n"
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
-    """The machine in one line."""
+    """Return a machine's description in one line."""
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, {machine['device']}, "
-        f"{machine['threads']} thread(s) a process; {machine['bandwidth'] / 1e9:.1f} GB/s read, "
+        f"{machine['threads']} thread(s) per process; {machine['bandwidth'] / 1e9:.1f} GB/s read, "
         f"{machine['gemm'] / 1e9:.0f} GFLOP/s {machine['dtype']}; torch {machine['torch']}, Python {machine['python']}."
     )
 
 
 def latest(records: Sequence[Record]) -> list[Record]:
-    """The newest line of every measurement, in the order of the first."""
-    found: dict[str, Record] = {}
+    """Return the newest record of every measurement, in the order of the first ones."""
+    newest: dict[str, Record] = {}
     for record in records:
-        found[f"{record['case']}/{record['arm']}"] = record
-    return list(found.values())
+        newest[f"{record['case']}/{record['arm']}"] = record
+    return list(newest.values())
 
 
 def ratio(record: Record, case: Sequence[Record], baselines: Sequence[str], value: Value) -> float | None:
-    """How many times smaller an arm's figure is than the baseline's in the same case."""
+    """Return the baseline's figure divided by the arm's in the same case; none without a baseline."""
     named = {r["arm"]: value(r) for r in case}
     base = next((named[name] for name in baselines if named.get(name) is not None), None)
     own = value(record)
@@ -131,26 +137,32 @@ def _settings(records: Sequence[Record]) -> list[tuple[Any, ...]]:
     return list(dict.fromkeys(_setting(record) for record in records))
 
 
-def _section(layout: Layout, records: Sequence[Record]) -> list[str]:
-    parts = [f"## {layout.title}"]
-    phases = list(dict.fromkeys(r["case"].get("phase", "") for r in records))
-    for phase in phases:
-        some = [r for r in records if r["case"].get("phase", "") == phase]
+def _section(section: SectionFormat, records: Sequence[Record]) -> list[str]:
+    parts = [f"## {section.title}"]
+    for phase in dict.fromkeys(r["case"].get("phase", "") for r in records):
         parts += [f"### {phase}"] if phase else []
-        if any(r["median"] is not None for r in some):
-            parts.append(_pivot(some, layout, lambda r: r["median"], "s", compare=True, floor=True))
-        for figure in layout.figures:
-            with_it = [r for r in some if figure.key in r.get("details", {})]
-            if with_it:
-                parts.append(f"{figure.title}:")
-                value = _detail(figure.key)
-                parts.append(_pivot(with_it, layout, value, figure.unit, compare=figure.compare, floor=False))
-        lines = [f"- {_case(r)}, {r['arm']}: {r['skipped']}" for r in some if r.get("skipped")]
-        parts += ["Skipped:", "\n".join(lines)] if lines else []
+        parts += _phase(section, [r for r in records if r["case"].get("phase", "") == phase])
     return parts
 
 
-def _detail(key: str) -> Value:
+def _phase(section: SectionFormat, records: Sequence[Record]) -> list[str]:
+    parts = []
+    if any(r["median"] is not None for r in records):
+        parts.append(_pivot(records, lambda r: r["median"], "s", section.baselines, floor=True))
+    for detail in section.details:
+        having = [r for r in records if detail.key in r.get("details", {})]
+        if having:
+            baselines = section.baselines if detail.compare else ()
+            parts += [f"{detail.title}:", _pivot(having, _value_of(detail.key), detail.unit, baselines, floor=False)]
+    return parts + _skipped(records)
+
+
+def _skipped(records: Sequence[Record]) -> list[str]:
+    lines = [f"- {_case(r)}, {r['arm']}: {r['skipped']}" for r in records if r.get("skipped")]
+    return ["Skipped:", "\n".join(lines)] if lines else []
+
+
+def _value_of(key: str) -> Value:
     return lambda record: record["details"].get(key)
 
 
@@ -158,21 +170,27 @@ def _case(record: Record) -> str:
     return " ".join(f"{name}={value}" for name, value in record["case"].items() if name != "phase")
 
 
-def _pivot(records: Sequence[Record], layout: Layout, value: Value, unit: str, *, compare: bool, floor: bool) -> str:
-    """One row per case, one column per arm."""
+def _pivot(records: Sequence[Record], value: Value, unit: str, baselines: Sequence[str], *, floor: bool) -> str:
+    """Return a table with one row per case and one column per arm."""
     arms = list(dict.fromkeys(r["arm"] for r in records if value(r) is not None))
-    cases: dict[str, list[Record]] = {}
-    for record in records:
-        cases.setdefault(_case(record), []).append(record)
     floor = floor and any("floor_seconds" in r for r in records)
     head = ["case", *arms, *(["floor"] if floor else [])]
     rows = [head, ["---"] * len(head)]
-    for name, case in cases.items():
-        baselines = layout.baselines if compare else ()
+    for name, case in _by_case(records).items():
         cells = {r["arm"]: _cell(r, ratio(r, case, baselines, value), value, unit) for r in case}
-        least = next((duration(r["floor_seconds"]) for r in case if "floor_seconds" in r), "")
-        rows.append([name, *(cells.get(arm, "") for arm in arms), *([least] if floor else [])])
+        rows.append([name, *(cells.get(arm, "") for arm in arms), *([_floor_cell(case)] if floor else [])])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _by_case(records: Sequence[Record]) -> dict[str, list[Record]]:
+    cases: dict[str, list[Record]] = {}
+    for record in records:
+        cases.setdefault(_case(record), []).append(record)
+    return cases
+
+
+def _floor_cell(case: Sequence[Record]) -> str:
+    return next((duration(r["floor_seconds"]) for r in case if "floor_seconds" in r), "")
 
 
 def _cell(record: Record, times: float | None, value: Value, unit: str) -> str:

@@ -1,6 +1,6 @@
-"""Small Llamas with random weights as local folders, and token sequences that can be learnt: all from seeds, offline.
+"""Small Llamas with random weights as local folders, and learnable token sequences: all from seeds, offline.
 
-The folder is what `transformers` would have saved, written here as plain JSON and safetensors.
+The folder has the files that `transformers` would save, written here as plain JSON and safetensors.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def llama(path: Path, hidden: int, layers: int = 4, length: int = 64) -> Path:
-    """A Llama of that hidden size with its tokenizer (one word `wN` per token N), the same for the same sizes.
+    """Write a Llama of that hidden size with its tokenizer (word `wN` for token N); equal sizes give equal files.
 
     Parameters
     ----------
     length
-        The longest sequence.
+        Longest sequence in tokens.
     """
     path.mkdir(parents=True, exist_ok=True)
     inner = hidden * 2
@@ -100,7 +100,7 @@ def _write_tokenizer(path: Path, length: int) -> None:
 
 
 def tokens(num_examples: int, length: int, *key: object) -> Tensor:
-    """Sequences (num_examples, length) in which every token follows from the one before, three times in four.
+    """Make sequences (num_examples, length) in which three of four tokens follow from the one before.
 
     The rule t → a·t + b differs between keys; the last token is the end token.
     """
@@ -109,18 +109,18 @@ def tokens(num_examples: int, length: int, *key: object) -> Tensor:
     a, b = (int(x) for x in torch.randint(1, words, (2,), generator=rng))
     noise = torch.randint(0, words, (num_examples, length), generator=rng)
     random = torch.rand((num_examples, length), generator=rng) < 0.25
-    found = noise.clone()
+    sequences = noise.clone()
     for i in range(1, length):
-        found[:, i] = torch.where(random[:, i], noise[:, i], (a * found[:, i - 1] + b) % words)
-    found += 2
-    found[:, -1] = END
-    return found
+        sequences[:, i] = torch.where(random[:, i], noise[:, i], (a * sequences[:, i - 1] + b) % words)
+    sequences += 2
+    sequences[:, -1] = END
+    return sequences
 
 
 def text(sequence: Tensor) -> tuple[str, str]:
-    """A sequence as (prompt, answer): the first token, and all others but the end token, which the library adds.
+    """Return a sequence as (prompt, answer): the first token, and the others without the end token, added later.
 
-    The loss of a causal model never sees its first token as a target, so it is the same as over the whole sequence.
+    A causal model's loss never has the first token as a target, so it equals the loss over the whole sequence.
     """
     words = [f"w{int(i)}" for i in sequence[:-1]]
     return words[0], " ".join(words[1:])

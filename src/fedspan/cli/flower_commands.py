@@ -1,4 +1,4 @@
-"""`fedspan flower`: a deployment as a folder, and a trial of one on this machine."""
+"""`fedspan flower`: write a deployment, try it on this machine, replace a site's keys."""
 
 from __future__ import annotations
 
@@ -26,19 +26,24 @@ app = typer.Typer(
 _Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The deployment's folder.")]
 _Config = Annotated[
     Path | None,
-    typer.Argument(metavar="CONFIG.toml", help="Settings; none: the embedded default.", show_default=False),
+    typer.Argument(
+        metavar="CONFIG.toml", help="Settings; the embedded default if it is not given.", show_default=False
+    ),
 ]
 _Sites = Annotated[
     str | None,
-    typer.Option(metavar="N|NAMES", help="How many sites, or their names with commas; else federation.num_clients."),
+    typer.Option(
+        metavar="N|NAMES",
+        help="Number of sites, or their names separated by commas; by default federation.num_clients.",
+    ),
 ]
 _Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; give it as often as you like."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; may be repeated."),
 ]
 
 
-@app.command(short_help="Write a ready deployment.")
+@app.command(short_help="Write a complete deployment.")
 def init(
     folder: _Folder,
     config: _Config = None,
@@ -46,44 +51,47 @@ def init(
     host: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="Name or address of the server, the first is what sites use; else localhost."
+            metavar="NAME",
+            help="Name or address of the server; sites use the first one. By default localhost; may be repeated.",
         ),
     ] = None,
-    port: Annotated[int, typer.Option(metavar="P", help="Where sites reach the server.")] = 8443,
+    port: Annotated[int, typer.Option(metavar="P", help="Port on which sites reach the server.")] = 8443,
     settings: _Settings = None,
 ) -> None:
-    """Write a ready deployment: certificates, keys, start scripts, the proxy's configuration, container files.
+    """Write a complete deployment: certificates, keys, start scripts, the proxy's configuration, container files.
 
     \b
     Examples:
       fedspan flower init fed my.toml --sites charite,mayo,ucl --host fed.example.org
       fedspan flower init trial --sites 4
 
-    `server/` stays with the server; each folder under `sites/` goes to its site over a safe channel. README.md in
+    `server/` stays on the server; each folder under `sites/` goes to its site over a secure channel. README.md in
     the folder says what to start in which order.
     """
     from fedspan.flower import deployment
 
     names, loaded = _federation(config, sites, settings)
     deployment.write(folder, deployment.plan(names, host or (), port), loaded)
-    typer.echo(f"{folder}/  {len(names)} sites: {', '.join(names)}; {folder / 'README.md'} says what to do next")
+    typer.echo(f"{folder}/  {len(names)} sites: {', '.join(names)}; for the next steps see {folder / 'README.md'}")
 
 
-@app.command(short_help="Try a deployment out on this machine.")
+@app.command(short_help="Try a deployment on this machine.")
 def up(
     folder: _Folder,
     config: _Config = None,
     sites: _Sites = None,
     settings: _Settings = None,
     proxy: Annotated[
-        str, typer.Option(metavar="NAME", help="nginx, python (comes with fedspan), or auto: nginx where there is one.")
+        str,
+        typer.Option(metavar="NAME", help="nginx, python (comes with fedspan), or auto (nginx if it is installed)."),
     ] = "auto",
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="For all of it.")] = 3600.0,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Longest time for everything.")] = 3600.0,
     run: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of the run; an unfinished one is gone on with. Else a new one.")
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the run, resumed if it is unfinished; by default a new one."),
     ] = None,
 ) -> None:
-    """Bring a deployment up on loopback, run its federation, print the result, and take everything down.
+    """Start a deployment on loopback, run its federation, print the result, and take everything down.
 
     \b
     Examples:
@@ -91,25 +99,27 @@ def up(
       fedspan flower up trial --sites 4 --set method.name=glora_sums --set privacy.secure_sums=true
 
     Server, proxy and sites are separate processes with TLS, node keys and the proxy's rules, as between real
-    machines. A folder that does not exist is made first, on free ports. Every process's log is in DIR/logs.
+    machines. A folder that does not exist is created first, with free ports. The logs are in DIR/logs.
     """
     from fedspan.flower import trial
 
-    trial.chosen_proxy(proxy)  # before anything is written
+    trial.choose_proxy(proxy)  # an unusable proxy is refused before anything is written
     if not folder.exists() or not any(folder.iterdir()):
         names, loaded = _federation(config, sites, settings)
         trial.prepare(folder, names, loaded)
     elif config is not None or sites is not None or settings:
-        raise FedspanError(f"{folder} is set up already: expected no --sites, --set or config, or a new folder")
+        raise FedspanError(
+            f"{folder} already holds a deployment: expected no --sites, --set or CONFIG.toml, or a new folder"
+        )
     outcome = trial.up(folder, typer.echo, proxy=proxy, timeout=timeout, run=run)
     _show(outcome)
 
 
-@app.command(short_help="Make a site's keys anew, at the site.")
+@app.command(short_help="Replace a site's keys, at the site.")
 def keys(
     folder: Annotated[Path, typer.Argument(metavar="SITE_DIR", help="The site's folder.")],
 ) -> None:
-    """Make a site's node key and identity anew, so that nobody else ever held them; print what the others need.
+    """Replace a site's node key and identity with new ones, and print what the server and the other sites need.
 
     \b
     Example:
@@ -119,30 +129,30 @@ def keys(
 
     client_id, identity = deployment.renew_keys(folder)
     typer.echo(
-        f"{folder / 'node.pub'} goes to the server, into nodes/ in place of the old one; then ./register.sh there"
+        f"send {folder / 'node.pub'} to the server, replace the old key in nodes/ with it, and run ./register.sh there"
     )
-    typer.echo(f'this line goes into sites.json at every site: "{client_id}": "{identity}"')
+    typer.echo(f'put this line into sites.json at every site: "{client_id}": "{identity}"')
 
 
 def _federation(path: Path | None, sites: str | None, settings: list[str] | None) -> tuple[list[str], Config]:
-    """The sites' names, and settings that are for so many; what no method could do is refused here."""
+    """Return the sites' names, and settings for that number of clients; refuse settings that cannot run."""
     from fedspan.config import load
     from fedspan.flower.deployment import client_ids
 
-    given = load(path, settings or ())
-    text = str(given.federation.num_clients) if sites is None else sites
+    config = load(path, settings or ())
+    text = str(config.federation.num_clients) if sites is None else sites
     if text.isdecimal():
         if int(text) < 1:
             raise FedspanError(f"--sites {text}: expected at least one")
         names = client_ids(int(text))
     else:
         names = [name.strip() for name in text.split(",")]
-    loaded = load(path, [*(settings or ()), f"federation.num_clients={len(names)}"])
+    config = load(path, [*(settings or ()), f"federation.num_clients={len(names)}"])
 
-    from fedspan.federation import requirements  # slow: a mistyped setting is answered before it
+    from fedspan.federation import requirements  # a slow import: mistyped settings are reported before it
 
-    requirements.chosen(loaded)
-    return names, loaded
+    requirements.chosen(config)
+    return names, config
 
 
 def _show(outcome: Outcome) -> None:
@@ -152,9 +162,9 @@ def _show(outcome: Outcome) -> None:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=160)  # a line of the table stays a line in a pipe
+        console = Console(width=160)  # wide enough that no row of the table is wrapped in a pipe
     console.print()
     console.print(report.summary_table(outcome.summary), highlight=False)
     console.print()
-    spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in outcome.seconds.items())
-    typer.echo(f"{outcome.out}/  {spent}")
+    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in outcome.seconds.items())
+    typer.echo(f"{outcome.out}/  {times}")

@@ -3,6 +3,7 @@
 It needs the extra `fedspan[flower]`.
 """
 
-from fedspan.flower.log_levels import hush
+from fedspan.flower.log_levels import set_environment
 
-hush()  # here, because this file runs before any other of the folder can import flwr
+# Here, because Flower reads these variables when it is imported, and this file runs before any other of the folder.
+set_environment()

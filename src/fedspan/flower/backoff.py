@@ -1,4 +1,4 @@
-"""How soon to look again: what keeps polling prompt while much happens and cheap while nothing does."""
+"""Polling intervals that are short while messages arrive and long while nothing happens."""
 
 from __future__ import annotations
 
@@ -8,48 +8,48 @@ from collections.abc import Callable
 from fedspan.support.errors import FedspanError
 
 FIRST = 0.02
-"""Seconds before the second look."""
+"""Seconds before the second poll."""
 SHARE = 0.25
 
 
 class Backoff:
-    """Waits for a fixed share of the time already waited, between `first` and `most` seconds.
+    """Intervals that are a fixed share of the time waited so far, between `first` and `longest` seconds.
 
-    Whoever waits for something that comes after t seconds notices within a quarter of t, and never later than `most`;
-    what comes at once is noticed at once.
+    An event that arrives after t seconds is noticed within a quarter of t, or within `longest` seconds if that is
+    sooner; one that arrives at once is noticed at once.
     """
 
-    def __init__(self, most: float, first: float = FIRST, clock: Callable[[], float] = time.monotonic) -> None:
-        if not most >= FIRST:
-            raise FedspanError(f"poll = {most}: expected at least {FIRST} seconds")
-        self.first, self.most = first, most
+    def __init__(self, longest: float, first: float = FIRST, clock: Callable[[], float] = time.monotonic) -> None:
+        if not longest >= FIRST:
+            raise FedspanError(f"poll = {longest}: expected at least {FIRST} seconds")
+        self.first, self.longest = first, longest
         self._clock = clock
         self.restart()
 
     def restart(self) -> None:
-        """Something came: whatever follows it is waited for anew."""
+        """Start a new wait: call it when an event has arrived."""
         self._since = self._clock()
 
     def seconds(self) -> float:
-        """How long to wait before the next look."""
-        return min(self.most, max(self.first, SHARE * (self._clock() - self._since)))
+        """Return the seconds to sleep before the next poll."""
+        return min(self.longest, max(self.first, SHARE * (self._clock() - self._since)))
 
 
-def quicken() -> None:
-    """Have Flower look again soon for the parts of a message that are still on their way.
+def shorten_pull_backoff() -> None:
+    """Make Flower ask again soon for the parts of a message that have not arrived yet.
 
     A message is announced before its parts are uploaded. Flower waits for a whole second when it finds one missing,
-    which for messages of a few kilobytes is most of their way.
+    which for messages of a few kilobytes is most of the transfer time.
 
     Raises
     ------
-    RuntimeError
-        When Flower's functions are not what they were in the versions that this was written for.
+    FedspanError
+        When the installed Flower's functions differ from those of the versions that this was written for.
     """
     from flwr.supercore.inflatable import inflatable_utils
 
     for name in ("pull_objects", "pull_and_inflate_object_from_tree"):
         defaults = getattr(getattr(inflatable_utils, name, None), "__kwdefaults__", None)
         if not defaults or "initial_backoff" not in defaults:
-            raise RuntimeError(f"flwr's {name} takes no initial_backoff: expected flwr>=1.41,<1.43")
+            raise FedspanError(f"flwr's {name} takes no initial_backoff: expected flwr>=1.41,<1.43")
         defaults["initial_backoff"] = FIRST

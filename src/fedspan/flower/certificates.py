@@ -1,8 +1,8 @@
-"""The keys and certificates of a deployment: who the server is, who the sites are, and who vouches for it.
+"""The keys and certificates of a deployment: the certificate authority, the server, the nodes and the identities.
 
-All of them are elliptic-curve keys: P-384 for TLS and for node keys, which Flower asks for, Ed25519 for the identities
-that sign the keys of secure sums.  Everything here is made by the `cryptography` library and returned as the bytes of
-a file; nothing is written.
+All keys are on elliptic curves: P-384 for TLS and for node keys, as Flower requires, Ed25519 for the identities that
+sign the keys of secure sums. Everything is made by the `cryptography` library and returned as the bytes of a file;
+nothing is written.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from fedspan.support.errors import FedspanError
 
 AUTHORITY_DAYS = 3650
 SERVER_DAYS = 825
-"""What the stricter TLS libraries take at most."""
-# Clocks of different machines differ.
+"""The longest validity that strict TLS libraries accept."""
+# Certificates are valid from an hour ago, because the clocks of different machines differ.
 _SLACK = timedelta(hours=1)
 _PEM = serialization.Encoding.PEM
 _OPEN = serialization.NoEncryption()
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """A private key and what goes with it in public, each the bytes of a file."""
+class KeyPair:
+    """A private key and its public counterpart, each as the bytes of a file."""
 
     private: bytes
     public: bytes
     """A certificate or a public key."""
 
 
-def authority(name: str) -> Pair:
-    """A certificate authority for one federation, valid for ten years; it can vouch for servers, not for others.
+def certificate_authority(name: str) -> KeyPair:
+    """Make a certificate authority for one federation, valid for ten years; it can sign servers, not authorities.
 
     Parameters
     ----------
     name
-        What a person sees who looks at the certificate.
+        The certificate's common name.
     """
     key = ec.generate_private_key(ec.SECP384R1())
     subject = _name(name)
@@ -53,27 +53,25 @@ def authority(name: str) -> Pair:
     return _pair(key, builder.sign(key, hashes.SHA384()))
 
 
-def server_certificate(vouching: Pair, hosts: Sequence[str]) -> Pair:
-    """A TLS certificate for a server under all of its names, valid for 825 days.
+def server_certificate(authority: KeyPair, hosts: Sequence[str]) -> KeyPair:
+    """Make a TLS certificate for a server under all of its names, valid for 825 days.
 
     Parameters
     ----------
-    vouching
-        As `authority` made it.
+    authority
+        As `certificate_authority` made it.
     hosts
-        Names and addresses under which the server is reached; the first one is its common name.
+        Names and addresses of the server; the first one is the common name.
 
     Raises
     ------
-    ValueError
+    FedspanError
         When a host is neither a DNS name nor an IP address.
     """
-    if not hosts:
-        raise FedspanError("a server certificate for no host: expected at least one name or address")
-    issuer = x509.load_pem_x509_certificate(vouching.public)
-    signer = serialization.load_pem_private_key(vouching.private, None)
-    if not isinstance(signer, ec.EllipticCurvePrivateKey):
-        raise FedspanError("the authority's key is of another kind: expected one on an elliptic curve")
+    assert hosts, "a server certificate needs at least one host"
+    issuer = x509.load_pem_x509_certificate(authority.public)
+    signer = serialization.load_pem_private_key(authority.private, None)
+    assert isinstance(signer, ec.EllipticCurvePrivateKey), "certificate_authority makes keys on an elliptic curve"
     key = ec.generate_private_key(ec.SECP384R1())
     builder = _builder(_name(hosts[0]), issuer.subject, key.public_key(), SERVER_DAYS)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -88,35 +86,35 @@ def server_certificate(vouching: Pair, hosts: Sequence[str]) -> Pair:
     return _pair(key, builder.sign(signer, hashes.SHA384()))
 
 
-def node_key(comment: str) -> Pair:
-    """A key by which a site's node proves who it is to the server, in OpenSSH's formats."""
+def node_key(comment: str) -> KeyPair:
+    """Make the key with which a site's node authenticates itself to the server, in OpenSSH's formats."""
     key = ec.generate_private_key(ec.SECP384R1())
-    return Pair(
+    return KeyPair(
         key.private_bytes(_PEM, serialization.PrivateFormat.OpenSSH, _OPEN),
         key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
         + f" {comment}\n".encode(),
     )
 
 
-def identity_key() -> Pair:
-    """An Ed25519 key by which a site signs what it says to the other sites through the server.
+def identity_key() -> KeyPair:
+    """Make an Ed25519 key with which a site signs what it sends to the other sites through the server.
 
-    The public part is its 32 bytes in hexadecimal digits.
+    The public part is the 32 bytes in hexadecimal digits.
     """
     key = ed25519.Ed25519PrivateKey.generate()
-    return Pair(
+    return KeyPair(
         key.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, _OPEN),
         key.public_key().public_bytes_raw().hex().encode(),
     )
 
 
 def _name(text: str) -> x509.Name:
-    # 64 characters are the most that a common name can have.
+    # X.509 limits a common name to 64 characters.
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text[:64])])
 
 
 def _alternative(host: str) -> x509.GeneralName:
-    """A host as a certificate names it."""
+    """Return a host in the form of a certificate's alternative names."""
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
     except ValueError:
@@ -156,6 +154,6 @@ def _usage(signs_certificates: bool) -> x509.KeyUsage:
     )
 
 
-def _pair(key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> Pair:
+def _pair(key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> KeyPair:
     private = key.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, _OPEN)
-    return Pair(private, certificate.public_bytes(_PEM))
+    return KeyPair(private, certificate.public_bytes(_PEM))

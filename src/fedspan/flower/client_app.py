@@ -1,7 +1,7 @@
-"""A site's ClientApp: takes the bytes out of a message, has the site's worker answer them, and puts the answer back.
+"""A site's ClientApp: unpacks a message, passes its bytes to the site's worker, and packs the worker's answer.
 
-It imports neither torch nor a model: Flower may start it anew for every message. `app` runs under Flower's own
-`flower-superexec` too; `fedspan.flower.client_app_process` keeps it loaded between messages.
+It imports neither torch nor a model: Flower may start it anew for every message. `app` also runs under Flower's own
+`flower-superexec`; `fedspan.flower.client_app_process` keeps it loaded between messages.
 """
 
 from __future__ import annotations
@@ -21,48 +21,48 @@ from fedspan.wire import unix_socket
 
 SITE = "FEDSPAN_SITE"
 SHARE = 0.9
-"""Of a message's lifetime is the worker's; the rest is left for the way, so that a refusal arrives in time too."""
+"""Share of a message's lifetime that the worker gets; the rest is for the way back, so that refusals arrive too."""
 
 Call = Callable[[Path, bytes, float], bytes]
-"""(site's folder, content, seconds) -> answer, as `fedspan.wire.unix_socket.call`."""
+"""(site's folder, content, timeout in seconds) -> answer, as `fedspan.wire.unix_socket.call`."""
 
 
-def client_app(call: Call = unix_socket.call, site: Path | None = None, most: float = float("inf")) -> ClientApp:
-    """The app that asks with `call`.
+def client_app(call: Call = unix_socket.call, site: Path | None = None, deadline: float = float("inf")) -> ClientApp:
+    """Return a ClientApp that answers messages with `call`.
 
     Parameters
     ----------
     site
-        The site's folder; none: `site` of the node's configuration, else the environment's FEDSPAN_SITE.
-    most
-        Seconds that one answer may take, whatever the message allows.
+        The site's folder; by default `site` of the node's configuration, else FEDSPAN_SITE in the environment.
+    deadline
+        Longest time for one answer in seconds, whatever the message's lifetime allows.
     """
-    made = ClientApp()
+    created = ClientApp()
 
-    @made.query("fedspan")
+    @created.query("fedspan")
     def answer(message: Message, context: Context) -> Message:
-        # Whatever goes wrong, the server is told: a message without an answer holds its SuperNode up.
+        # Every failure becomes a reply: a SuperNode waits for ever for the answer to its one message.
         try:
             content, lifetime = records.unpack(message)
-            answered = call(site or _folder(context), content, min(most, SHARE * lifetime))
-            return Message(records.pack(answered), reply_to=message)
+            reply = call(site or _folder(context), content, min(deadline, SHARE * lifetime))
+            return Message(records.pack(reply), reply_to=message)
         except Exception as error:
             return refusal(message, error)
 
-    return made
+    return created
 
 
-def refusal(message: Message, error: object) -> Message:
-    """An answer that only says why there is none."""
-    told = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, records.one_line(error))
-    return Message(told, reply_to=message)
+def refusal(message: Message, reason: object) -> Message:
+    """Return a reply that holds no answer, only the reason in one line."""
+    error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, records.one_line(reason))
+    return Message(error, reply_to=message)
 
 
 def _folder(context: Context) -> Path:
-    named = context.node_config.get("site") or os.environ.get(SITE)
-    if not named:
-        raise FedspanError(f"this node names no site: expected site=FOLDER in its --node-config, or {SITE}")
-    return Path(str(named))
+    name = context.node_config.get("site") or os.environ.get(SITE)
+    if not name:
+        raise FedspanError(f"this node has no site folder: expected site=FOLDER in its --node-config, or {SITE}")
+    return Path(str(name))
 
 
 app = client_app()

@@ -1,4 +1,4 @@
-"""A deployment as a folder: what the server needs, what each site is given, and what starts it all."""
+"""A deployment as a folder: the server's files, each site's files, and the scripts that start them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedspan.flower import certificates
 from fedspan.support.errors import FedspanError
 
 PORT = 8443
-"""Where sites reach the proxy."""
+"""Port on which sites reach the proxy."""
 _RUNTIME_PORT = 8601
 _LOCAL = ("localhost", "127.0.0.1")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
@@ -27,8 +27,8 @@ _RECORD = "deployment.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
-    """One site: its folder's name, who it is in the federation, and the port between its own two processes."""
+class SitePlan:
+    """One site: its folder's name, its client id, and the port between its own two processes."""
 
     name: str
     client_id: str
@@ -37,27 +37,27 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """Everything that the files of a deployment say, but the keys."""
+    """Everything that the files of a deployment depend on, except the keys."""
 
     hosts: tuple[str, ...]
     """Names and addresses of the server; sites use the first."""
     port: int
     superlink_port: int
-    sites: tuple[Site, ...]
+    sites: tuple[SitePlan, ...]
 
     @property
     def local(self) -> bool:
-        """Whether the server is for this machine alone."""
+        """True where only this machine can reach the server."""
         return all(host in _LOCAL for host in self.hosts)
 
     @property
     def listen(self) -> str:
-        """Where the proxy listens."""
+        """Address on which the proxy listens."""
         return "127.0.0.1" if self.local else "0.0.0.0"
 
     @property
     def server(self) -> str:
-        """What sites connect to."""
+        """HOST:PORT to which sites connect."""
         host = self.hosts[0]
         return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
@@ -69,59 +69,63 @@ def plan(
     superlink_port: int | None = None,
     runtime_ports: Sequence[int] = (),
 ) -> Deployment:
-    """A deployment for these sites, which are the federation's clients in this order.
+    """Return a deployment for these sites, which are the federation's clients in this order.
 
     Parameters
     ----------
     sites
         Their names: lower-case letters, digits and dashes.
     hosts
-        Names and addresses of the server; none: this machine alone.
+        Names and addresses of the server; empty: this machine only.
     port, superlink_port, runtime_ports
-        Of the proxy, of the SuperLink behind it (none: the one after), and between each site's own processes.
+        Ports of the proxy, of the SuperLink behind it (by default the next one), and between each site's processes.
 
     Raises
     ------
-    ValueError
-        For a name, a host or a port that cannot be one, or that is there twice.
+    FedspanError
+        For a name or a port that is not valid, or that is used twice.
     """
+    _check_names(sites)
+    behind = port + 1 if superlink_port is None else superlink_port
+    inner = list(runtime_ports) or [_RUNTIME_PORT + k for k in range(len(sites))]
+    _check_ports(port, behind, inner)
+    named = zip(sites, client_ids(len(sites)), inner, strict=True)
+    return Deployment(tuple(hosts) or _LOCAL[:1], port, behind, tuple(SitePlan(*fields) for fields in named))
+
+
+def _check_names(sites: Sequence[str]) -> None:
     for name in sites:
         if not _NAME.fullmatch(name):
             raise FedspanError(f"site {name!r}: expected lower-case letters, digits and dashes, 32 at most")
         if list(sites).count(name) > 1:
-            raise FedspanError(f"site {name!r} is there twice: expected different names")
+            raise FedspanError(f"site {name!r} is named twice: expected different names")
     if not sites:
         raise FedspanError("no sites: expected at least one")
-    behind = port + 1 if superlink_port is None else superlink_port
-    inner = list(runtime_ports) or [_RUNTIME_PORT + k for k in range(len(sites))]
+
+
+def _check_ports(port: int, behind: int, inner: Sequence[int]) -> None:
     for number in (port, behind, *inner):
         if not 0 < number < 65536:
             raise FedspanError(f"port {number}: expected one between 1 and 65535")
     if len({port, behind, *inner}) < 2 + len(inner):
         raise FedspanError(
-            f"port {port} meets {behind} or one of the sites' ports {inner[0]} to {inner[-1]}: expected another"
+            f"port {port} collides with the SuperLink's port {behind} or one of the sites' ports {inner[0]} to "
+            f"{inner[-1]}: expected another"
         )
-    ids = client_ids(len(sites))
-    return Deployment(
-        tuple(hosts) or _LOCAL[:1],
-        port,
-        behind,
-        tuple(Site(name, client_id, inner[k]) for k, (name, client_id) in enumerate(zip(sites, ids, strict=True))),
-    )
 
 
 def client_ids(count: int) -> list[str]:
-    """The clients' ids as a federation in one process names them."""
+    """Return the client ids that a federation in one process uses."""
     width = len(str(count - 1))
     return [f"client-{k:0{width}d}" for k in range(count)]
 
 
 def write(folder: Path, deployment: Deployment, config: Config) -> None:
-    """Write a whole deployment with new keys into a new folder, or nothing.
+    """Write a whole deployment with new keys into a new folder, or nothing on an error.
 
     Raises
     ------
-    ValueError
+    FedspanError
         When the folder exists and is not empty, or the configuration is for another number of clients.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -130,57 +134,57 @@ def write(folder: Path, deployment: Deployment, config: Config) -> None:
     if clients != len(deployment.sites):
         raise FedspanError(f"federation.num_clients = {clients}: expected {len(deployment.sites)}, one for each site")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Made under another name, so that a half-written deployment is never taken for a whole one; 0700, for the keys.
-    making = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    # Under another name until it is complete, so that half a deployment is never used; mode 0700, for the keys.
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         for path, content, mode in _files(deployment, config):
-            target = making / path
+            target = partial / path
             target.parent.mkdir(parents=True, exist_ok=True)
-            _put(target, content, mode)
-        (making / "server" / "runs").mkdir()
-        for inner in making.rglob("*/"):
+            _write_new(target, content, mode)
+        (partial / "server" / "runs").mkdir()
+        for inner in partial.rglob("*/"):
             inner.chmod(0o700)
-        making.rename(folder)
+        partial.rename(folder)
     except BaseException:
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
 def read(folder: Path) -> Deployment:
-    """The deployment in a folder that `write` made.
+    """Read the deployment in a folder that `write` made.
 
     Raises
     ------
-    ValueError
-        When it holds none.
+    FedspanError
+        When there is none.
     """
     try:
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        sites = tuple(Site(**site) for site in record["sites"])
+        sites = tuple(SitePlan(**site) for site in record["sites"])
         return Deployment(tuple(record["hosts"]), int(record["port"]), int(record["superlink_port"]), sites)
     except (OSError, ValueError, KeyError, TypeError):
-        raise FedspanError(f"{folder} holds no deployment: expected a folder that `fedspan flower init` made") from None
+        raise FedspanError(f"{folder} holds no deployment: expected a folder made by `fedspan flower init`") from None
 
 
 def renew_keys(site: Path) -> tuple[str, str]:
-    """Make a site's node key, identity and runtime key anew in its folder.
+    """Replace a site's node key, identity and runtime key in its folder.
 
     Returns
     -------
     tuple
-        The site's client id, and its new public identity for every site's `sites.json`; its own is changed.
+        The site's client id, and its new public identity for the `sites.json` of all sites; its own is updated.
 
     Raises
     ------
-    ValueError
-        When the folder is no site's.
+    FedspanError
+        When the folder is not a site's.
     """
     try:
         client_id = tomllib.loads((site / "site.toml").read_text(encoding="utf-8"))["client_id"]
         known = json.loads((site / "sites.json").read_text(encoding="utf-8"))
         comment = (site / "node.pub").read_text(encoding="utf-8").split()[-1]
     except (OSError, ValueError, KeyError, IndexError):
-        raise FedspanError(f"{site} is no site's folder: expected one that `fedspan flower init` made") from None
+        raise FedspanError(f"{site} is not a site's folder: expected one made by `fedspan flower init`") from None
     node, identity = certificates.node_key(comment), certificates.identity_key()
     known[client_id] = identity.public.decode()
     for name, content, mode in (
@@ -192,7 +196,7 @@ def renew_keys(site: Path) -> tuple[str, str]:
     ):
         new = site / f".{name}.new"
         new.unlink(missing_ok=True)
-        _put(new, content, mode)
+        _write_new(new, content, mode)
         new.replace(site / name)
     return client_id, known[client_id]
 
@@ -202,8 +206,8 @@ _OPEN, _SECRET, _SCRIPT = 0o644, 0o600, 0o755
 
 
 def _files(deployment: Deployment, config: Config) -> Iterator[_File]:
-    """Every file: its path, content and mode."""
-    authority = certificates.authority(f"fedspan federation at {deployment.hosts[0]}")
+    """Yield every file's path, content and mode."""
+    authority = certificates.certificate_authority(f"fedspan federation at {deployment.hosts[0]}")
     # The proxy and the server's own commands reach the SuperLink under the local names.
     hosts = [*deployment.hosts, *_LOCAL, "superlink"]
     server = certificates.server_certificate(authority, hosts)
@@ -250,12 +254,12 @@ def _server(deployment: Deployment) -> Iterator[_File]:
     yield "listen.conf", _fill("listen.conf", values), _OPEN
     yield "app/pyproject.toml", _fill("app.toml", values), _OPEN
     yield "compose.yml", _fill("compose.server.yml", values), _OPEN
-    # In a container the proxy must be reachable from outside of it.
+    # In a container the proxy must be reachable from outside the container.
     yield "container/listen.conf", _fill("listen.conf", {**values, "LISTEN": "0.0.0.0"}), _OPEN
     yield from _container()
 
 
-def _site(deployment: Deployment, site: Site) -> Iterator[_File]:
+def _site(deployment: Deployment, site: SitePlan) -> Iterator[_File]:
     values = {
         **_values(deployment),
         "NAME": site.name,
@@ -309,14 +313,14 @@ def _json(value: object) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _put(path: Path, content: bytes, mode: int) -> None:
-    """Write a new file that is never more open than it shall be."""
+def _write_new(path: Path, content: bytes, mode: int) -> None:
+    """Write a new file that never has more permissions than `mode`, not even while it is being written."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(content)
     path.chmod(mode)  # whatever the umask is
 
 
 def _fill(name: str, values: Mapping[str, str]) -> bytes:
-    """A template with every `@KEY@` replaced."""
+    """Return a template with every `@KEY@` replaced."""
     text = (resources.files("fedspan.flower") / "templates" / name).read_text(encoding="utf-8")
-    return re.sub(r"@([A-Z_]+)@", lambda found: values[found[1]], text).encode()
+    return re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], text).encode()

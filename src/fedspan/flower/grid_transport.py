@@ -16,15 +16,15 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 
 from fedspan.flower import records
-from fedspan.flower.backoff import quicken
+from fedspan.flower.backoff import shorten_pull_backoff
 from fedspan.support.errors import FedspanError
 from fedspan.wire.transport import Delivery
 
 PATIENCE = 60.0
-"""Seconds for which a SuperLink that answers with errors is asked again."""
+"""Seconds for which calls to a SuperLink that answers with errors are repeated."""
 _PAUSE = 0.5
 _TRANSIENT = (httpx.HTTPError, ObjectPushError, ObjectPullError, OSError)
-_SAID = {
+_REASONS = {
     ErrorCode.MESSAGE_UNAVAILABLE: "no answer came within the message's lifetime",
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "the answer came after the message's lifetime",
     ErrorCode.NODE_UNAVAILABLE: "the node is not connected",
@@ -34,42 +34,42 @@ _SAID = {
 T = TypeVar("T")
 
 
-class GridPort:
-    """Messages through a Grid; a ticket is Flower's id of the message.
+class GridTransport:
+    """Messages through a Grid; a ticket is Flower's message id.
 
-    Flower answers for what did not arrive: a message whose lifetime is over, or whose node is gone for a minute,
-    comes back from `poll` with the reason.
+    Flower itself replies for messages that did not arrive: one whose lifetime is over, or whose node has been gone for
+    a minute, comes back from `poll` with the reason.
 
     Parameters
     ----------
     group
-        What Flower's log calls the messages by; one for every run of ours.
+        Group name of the messages in Flower's log, one for each of our runs.
     """
 
     def __init__(self, grid: Grid, group: str) -> None:
-        quicken()
+        shorten_pull_backoff()
         self._grid, self._group = grid, group
         self._waiting: dict[str, str] = {}
         """Ticket -> node."""
         self._unsent: deque[Delivery] = deque()
         self._count = itertools.count()
-        self._failing: float | None = None
-        """Since when looking for answers has failed."""
+        self._failing_since: float | None = None
+        """Time of the first of the latest polls that all failed."""
 
     def nodes(self) -> list[str]:
-        """The connected SuperNodes, by Flower's ids, sorted."""
-        return [str(node) for node in sorted(self._patiently(lambda: list(self._grid.get_node_ids())))]
+        """Return Flower's ids of the connected SuperNodes, sorted."""
+        return [str(node) for node in sorted(self._retry(lambda: list(self._grid.get_node_ids())))]
 
     def send(self, messages: Sequence[tuple[str, bytes]], lifetime: float) -> list[str]:
-        """Send; a message that Flower does not take comes back from `poll` with an error."""
+        """Send messages and return their tickets; one that Flower rejects comes back from `poll` with an error."""
         if not lifetime > 0:
-            raise FedspanError(f"lifetime = {lifetime}: expected more than 0 seconds")
+            raise ValueError(f"lifetime = {lifetime}: expected more than 0 seconds")
         tickets: list[str] = []
         packed = {content: records.pack(content, lifetime) for _, content in messages}
-        # One by one: Flower says of a batch only how many it took. What is the same for all is uploaded once.
+        # One by one, since of a batch Flower reports only the number accepted. Equal contents are uploaded once.
         for node, content in messages:
             message = Message(packed[content], int(node), records.MESSAGE_TYPE, ttl=lifetime, group_id=self._group)
-            ticket, problem = self._sent(message)
+            ticket, problem = self._send_one(message)
             if problem is None:
                 self._waiting[ticket] = node
             else:
@@ -77,19 +77,19 @@ class GridPort:
             tickets.append(ticket)
         return tickets
 
-    def _sent(self, message: Message) -> tuple[str, str | None]:
-        """Its ticket, and why it could not be sent."""
-        problem = f"Flower did not take a message for the node {message.metadata.dst_node_id}"
+    def _send_one(self, message: Message) -> tuple[str, str | None]:
+        """Return the message's ticket, and the reason if it could not be sent."""
+        problem = f"Flower did not accept a message for the node {message.metadata.dst_node_id}"
         try:
-            taken = list(self._patiently(lambda: list(self._grid.push_messages([message]))))
+            accepted = self._retry(lambda: list(self._grid.push_messages([message])))
         except _TRANSIENT as error:
-            taken, problem = [], f"{problem} ({records.one_line(error)})"
-        if taken and taken[0]:
-            return taken[0], None
+            accepted, problem = [], f"{problem} ({records.one_line(error)})"
+        if accepted and accepted[0]:
+            return accepted[0], None
         return f"unsent-{next(self._count)}", problem
 
     def poll(self) -> list[Delivery]:
-        """What has come, each once.
+        """Return the deliveries since the last poll, each once.
 
         Raises
         ------
@@ -102,13 +102,11 @@ class GridPort:
         try:
             replies = list(self._grid.pull_messages(list(self._waiting)))
         except _TRANSIENT as error:
-            self._failing = self._failing or self.now()
-            if self.now() - self._failing > PATIENCE:
-                raise ConnectionError(
-                    f"the SuperLink cannot be asked for answers ({records.one_line(error)})"
-                ) from None
+            self._failing_since = self._failing_since or self.now()
+            if self.now() - self._failing_since > PATIENCE:
+                raise ConnectionError(f"the SuperLink gives no answers ({records.one_line(error)})") from None
             return arrived
-        self._failing = None
+        self._failing_since = None
         for reply in replies:
             ticket = reply.metadata.reply_to_message_id
             node = self._waiting.pop(ticket, None)
@@ -117,26 +115,26 @@ class GridPort:
         return arrived
 
     def forget(self, tickets: Sequence[str]) -> None:
-        """Nobody waits for these any more: Flower is not asked about them again, and drops them at their end."""
-        dropped = set(tickets)
-        for ticket in dropped:
+        """Stop waiting for these messages; Flower drops them when their lifetime is over."""
+        forgotten = set(tickets)
+        for ticket in forgotten:
             self._waiting.pop(ticket, None)
-        self._unsent = deque(delivery for delivery in self._unsent if delivery.ticket not in dropped)
+        self._unsent = deque(delivery for delivery in self._unsent if delivery.ticket not in forgotten)
 
     def now(self) -> float:
-        """Seconds of a clock that only goes forward."""
+        """Return the seconds of a monotonic clock."""
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
-        """Let time pass."""
+        """Sleep."""
         time.sleep(seconds)
 
-    def _patiently(self, ask: Callable[[], T]) -> T:
-        """What `ask` returns, asked again for up to `PATIENCE` seconds while the trouble may pass."""
+    def _retry(self, call: Callable[[], T]) -> T:
+        """Return the result of `call`, repeated for up to `PATIENCE` seconds while its errors are transient."""
         end = self.now() + PATIENCE
         while True:
             try:
-                return ask()
+                return call()
             except _TRANSIENT as error:
                 refused = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
                 if refused or self.now() > end:
@@ -149,11 +147,11 @@ def _delivery(ticket: str, node: str, reply: Message) -> Delivery:
         return Delivery(ticket, node, None, _reason(reply.error))
     try:
         return Delivery(ticket, node, records.unpack(reply)[0])
-    except ValueError as error:
+    except FedspanError as error:
         return Delivery(ticket, node, None, records.one_line(error))
 
 
 def _reason(error: Error) -> str:
-    if error.code in _SAID:
-        return _SAID[error.code]
+    if error.code in _REASONS:
+        return _REASONS[error.code]
     return records.one_line(error.reason or f"Flower's error {error.code}")

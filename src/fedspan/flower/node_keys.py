@@ -1,8 +1,8 @@
-"""The nodes that may connect, kept as a folder of public keys.
+"""Registration of the nodes that may connect, from a folder of public keys.
 
     python -m fedspan.flower.node_keys --superlink HOST:PORT --ca FILE NODES
 
-Flower keeps the registered nodes in its database; here the folder of public keys says what is in there.
+Flower keeps the registered nodes in its database; this command makes the database match the folder.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedspan.support.errors import FedspanError
 
-_GONE = "unregistered"
+_UNREGISTERED = "unregistered"
 _PATIENCE = 60.0
 _PAUSE = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node as the SuperLink knows it."""
+    """A registered node, as the SuperLink reports it."""
 
     node_id: int
     name: str
     public_key: bytes
     status: str
-    """registered, online, offline."""
+    """`registered`, `online` or `offline`."""
 
 
 def connect(superlink: str, ca: Path) -> ControlHttpClient:
-    """A SuperLink's control API.
+    """Return a client of a SuperLink's control API.
 
     Parameters
     ----------
     superlink
         HOST:PORT.
     ca
-        The certificate of the authority that vouches for it.
+        Certificate of the authority that signed the SuperLink's.
     """
     return ControlHttpClient.from_server_address(
         superlink, False, ca.read_bytes(), [RuntimeVersionHttpInterceptor("flwr CLI")]
@@ -56,54 +56,53 @@ def connect(superlink: str, ca: Path) -> ControlHttpClient:
 
 
 def nodes(client: ControlHttpClient) -> list[Node]:
-    """The nodes that are registered."""
-    found = client.ListNodes(ListNodesRequest()).nodes_info
-    return [Node(node.node_id, node.name, node.public_key, node.status) for node in found if node.status != _GONE]
+    """Return the registered nodes."""
+    infos = client.ListNodes(ListNodesRequest()).nodes_info
+    return [
+        Node(info.node_id, info.name, info.public_key, info.status) for info in infos if info.status != _UNREGISTERED
+    ]
 
 
-def keys(folder: Path) -> dict[str, bytes]:
-    """Each site's public key, from `SITE.pub` files in OpenSSH's format, as Flower takes it.
+def read_keys(folder: Path) -> dict[str, bytes]:
+    """Read each site's public key from `SITE.pub` files in OpenSSH's format, encoded as Flower expects it.
 
     Raises
     ------
-    ValueError
-        For a file that holds no such key, one key under two names, and a folder without keys.
+    FedspanError
+        For a file without such a key, one key under two names, and a folder without keys.
     """
-    found: dict[str, bytes] = {}
+    keys: dict[str, bytes] = {}
     for path in sorted(folder.glob("*.pub")):
         try:
             key = load_ssh_public_key(path.read_bytes())
         except ValueError:
             key = None
         if not isinstance(key, ec.EllipticCurvePublicKey):
-            raise FedspanError(
-                f"{path} holds no public key on a NIST curve: expected one as ssh-keygen -t ecdsa makes it"
-            )
+            raise FedspanError(f"{path} holds no public key on a NIST curve: expected one made by ssh-keygen -t ecdsa")
         encoded = public_key_to_bytes(key)
-        for name, other in found.items():
+        for name, other in keys.items():
             if other == encoded:
-                raise FedspanError(f"{path} holds the key of {name} too: expected a key of its own")
-        found[path.stem] = encoded
-    if not found:
+                raise FedspanError(f"{path} holds the same key as {name}: expected a different key for each site")
+        keys[path.stem] = encoded
+    if not keys:
         raise FedspanError(f"{folder} holds no public key: expected SITE.pub files")
-    return found
+    return keys
 
 
-def agree(client: ControlHttpClient, wanted: Mapping[str, bytes]) -> tuple[list[str], list[str]]:
-    """Register the nodes with these keys, shut all others out; the names of both."""
+def synchronise(client: ControlHttpClient, wanted: Mapping[str, bytes]) -> tuple[list[str], list[str]]:
+    """Register the nodes with these keys and unregister all others; return the names of both."""
     known = {node.public_key: node for node in nodes(client)}
-    # First out, then in: a key that is given to another site is registered anew under its name.
-    out = [node for key, node in known.items() if key not in wanted.values()]
-    for node in out:
+    # Unregister first: a key that moved to another site is then registered anew under that site's name.
+    removed = [node for key, node in known.items() if key not in wanted.values()]
+    for node in removed:
         client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
     added = [name for name, key in wanted.items() if key not in known]
     for name in added:
         client.RegisterNode(RegisterNodeRequest(public_key=wanted[name], name=name))
-    return added, [node.name or str(node.node_id) for node in out]
+    return added, [node.name or str(node.node_id) for node in removed]
 
 
-def _patiently(client: ControlHttpClient) -> None:
-    """Until the SuperLink answers."""
+def _wait_for_superlink(client: ControlHttpClient) -> None:
     end = time.monotonic() + _PATIENCE
     while True:
         try:
@@ -116,23 +115,25 @@ def _patiently(client: ControlHttpClient) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the SuperLink's nodes those of a folder."""
-    parser = argparse.ArgumentParser(prog="python -m fedspan.flower.node_keys", description="Who may connect.")
-    parser.add_argument("--superlink", required=True, metavar="HOST:PORT")
-    parser.add_argument("--ca", required=True, type=Path, metavar="FILE")
+    """Register the nodes whose keys are in a folder, and no others."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fedspan.flower.node_keys", description="Register the sites that may connect."
+    )
+    parser.add_argument("--superlink", required=True, metavar="HOST:PORT", help="the SuperLink's control API")
+    parser.add_argument("--ca", required=True, type=Path, metavar="FILE", help="certificate of its authority")
     parser.add_argument("nodes", type=Path, metavar="NODES", help="a folder of SITE.pub files")
     options = parser.parse_args(arguments)
     try:
-        wanted = keys(options.nodes)
+        wanted = read_keys(options.nodes)
         client = connect(options.superlink, options.ca)
-        _patiently(client)
-        added, out = agree(client, wanted)
-    except (ValueError, OSError, httpx.HTTPError) as error:
+        _wait_for_superlink(client)
+        added, removed = synchronise(client, wanted)
+    except (FedspanError, OSError, httpx.HTTPError) as error:
         raise SystemExit(f"error: {' '.join(str(error).split())}") from None
     for name in added:
         sys.stdout.write(f"registered {name}\n")
-    for name in out:
-        sys.stdout.write(f"shut out {name}\n")
+    for name in removed:
+        sys.stdout.write(f"unregistered {name}\n")
     sys.stdout.write(f"{len(wanted)} sites may connect\n")
 
 

@@ -1,8 +1,8 @@
-"""Processes of which none outlives the one that started them, whatever ended it, kill -9 included.
+"""Processes that never outlive the one that started them, however it ended, kill -9 included.
 
 Some of Flower's processes start others in sessions of their own, so a process group is not enough to find them all.
-Every process is given a mark in its environment, which its own children inherit, and a watcher in a session of its own
-waits for its pipe to close: then it ends whatever carries the mark.  Where there is no /proc, it ends the groups alone.
+Every process gets a mark in its environment, which its children inherit. A watcher in a session of its own waits for
+its pipe to close and then ends every process with the mark; without /proc it ends the process groups only.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from types import TracebackType
 
 from fedspan.support.errors import FedspanError
 
-MARK = "FEDSPAN_HOUSEHOLD"
+MARK = "FEDSPAN_PROCESS_TREE"
+"""Environment variable that holds the mark."""
 PATIENCE = 5.0
-"""Seconds that a process has to end by itself."""
-_LOOK = 0.05
-_ORNAMENT = re.compile(r"\x1b\[[0-9;]*m|[\u2500-\u257f]")
+"""Seconds that a process has to end after SIGTERM, and again after SIGKILL."""
+_POLL = 0.05
+_DECORATION = re.compile(r"\x1b\[[0-9;]*m|[\u2500-\u257f]")
 """Colours and frames."""
-# What says most of a log: our own last line, an exception, then what calls itself an error, then anything.
-_TELLING = (
+# The most informative line of a log: our own last line, else an exception, else an "error", else the last line.
+_INFORMATIVE = (
     re.compile(r"^fedspan: "),
     re.compile(r"^\w*(Error|Exception|Lost|Refused)\b.*:"),
     re.compile(r"(?i)\berror\b|unable to"),
@@ -39,12 +40,12 @@ _TELLING = (
 
 
 class ProcessTree:
-    """Starts processes, and ends them in reverse order when it is left.
+    """Context manager that starts processes, and ends them in reverse order on exit.
 
     Parameters
     ----------
     logs
-        A folder that gets one file for each process, with all that it prints.
+        Folder for one log file per process, with everything that it prints.
     """
 
     def __init__(self, logs: Path) -> None:
@@ -63,11 +64,11 @@ class ProcessTree:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # What was started by one command, as the sites were, is ended together.
-        for _, alike in itertools.groupby(reversed(self._processes.values()), lambda process: process.args):
-            processes = list(alike)
+        # Processes of one command, such as the sites, end together: one after the other, each could take PATIENCE.
+        for _, group in itertools.groupby(reversed(self._processes.values()), lambda process: process.args):
+            processes = list(group)
             _end([process.pid for process in processes], functools.partial(_any_group_lives, processes))
-        # What these have left behind in sessions of its own, the watcher ends.
+        # The watcher ends what these left behind in sessions of their own.
         assert self._watcher.stdin is not None
         self._watcher.stdin.close()
         self._watcher.wait()
@@ -78,7 +79,7 @@ class ProcessTree:
         Parameters
         ----------
         environment
-            Beside our own.
+            Variables to add to those of this process.
         """
         with (self._logs / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
@@ -92,104 +93,105 @@ class ProcessTree:
             )
         self._processes[name] = process
         assert self._watcher.stdin is not None
-        # For what hides its environment, as nginx does.
-        self._watcher.stdin.write(f"{process.pid} {_started(process.pid)}\n".encode())
+        # By its number too, because some programs, such as nginx, overwrite their environment.
+        self._watcher.stdin.write(f"{process.pid} {_start_time(process.pid)}\n".encode())
         self._watcher.stdin.flush()
 
     def ended(self, name: str) -> int | None:
-        """The exit status of a process that has ended."""
+        """Return a process's exit status; none while it runs."""
         return self._processes[name].poll()
 
     def wait(self, name: str, until: Callable[[], bool], seconds: float) -> None:
-        """Wait until something is so that this process brings about.
+        """Wait until a condition that this process brings about is true.
 
         Raises
         ------
-        ValueError
-            When it ended first, or was too late; with the line of its log that says most.
+        FedspanError
+            When it ended first, or took too long; with the most informative line of its log.
         """
         end = time.monotonic() + seconds
         while not until():
             if self.ended(name) is not None:
-                raise FedspanError(self.obituary(name))
+                raise FedspanError(self.exit_report(name))
             if time.monotonic() > end:
-                raise FedspanError(f"{name} was not ready after {seconds:g} s{self._last(name)}")
-            time.sleep(_LOOK)
+                raise FedspanError(f"{name} was not ready after {seconds:g} s{self._last_line(name)}")
+            time.sleep(_POLL)
 
     def finish(self, name: str, seconds: float) -> None:
-        """Wait until a process has ended well.
+        """Wait until a process has ended with exit status 0.
 
         Raises
         ------
-        ValueError
-            When it did not.
+        FedspanError
+            When it took too long, or ended with another status.
         """
         try:
             status = self._processes[name].wait(seconds)
         except subprocess.TimeoutExpired:
-            raise FedspanError(f"{name} was not done after {seconds:g} s{self._last(name)}") from None
+            raise FedspanError(f"{name} was not done after {seconds:g} s{self._last_line(name)}") from None
         if status:
-            raise FedspanError(self.obituary(name))
+            raise FedspanError(self.exit_report(name))
 
-    def obituary(self, name: str) -> str:
-        """How a process ended, in one line."""
-        return f"{name} ended (exit status {self.ended(name)}){self._last(name)}"
+    def exit_report(self, name: str) -> str:
+        """Return a process's exit status and the most informative line of its log, in one line."""
+        return f"{name} ended (exit status {self.ended(name)}){self._last_line(name)}"
 
-    def _last(self, name: str) -> str:
+    def _last_line(self, name: str) -> str:
         path = self._logs / f"{name}.log"
-        text = _ORNAMENT.sub("", path.read_text(encoding="utf-8", errors="replace"))
+        text = _DECORATION.sub("", path.read_text(encoding="utf-8", errors="replace"))
         lines = [" ".join(line.split()) for line in text.splitlines() if any(map(str.isalnum, line))]
         if not lines:
             return f"; {path} is empty"
-        said = next(found for telling in _TELLING if (found := [line for line in lines if telling.search(line)]))
-        return f": {said[-1][:300]}; all of it is in {path}"
+        matches = ([line for line in lines if pattern.search(line)] for pattern in _INFORMATIVE)
+        best = next(filter(None, matches))
+        return f": {best[-1][:300]}; all of it is in {path}"
 
 
 def marked(mark: str) -> list[int]:
-    """The processes with this mark, but for the one that asks; none where there is no /proc."""
+    """Return the ids of the processes with this mark, except this one; none without /proc."""
     wanted = f"{MARK}={mark}".encode()
-    found = []
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it ended while we looked, or is another user's
+        with suppress(OSError):  # it has just ended, or is another user's
             if wanted in (folder / "environ").read_bytes().split(b"\0") and int(folder.name) != os.getpid():
-                found.append(int(folder.name))
-    return found
+                pids.append(int(folder.name))
+    return pids
 
 
-def _end(pids: Sequence[int], living: Callable[[], bool], groups: bool = True) -> None:
-    """End groups or single processes: with SIGTERM, and with SIGKILL what then still lives."""
-    for number, patience in ((signal.SIGTERM, PATIENCE), (signal.SIGKILL, PATIENCE)):
+def _end(pids: Sequence[int], alive: Callable[[], bool], groups: bool = True) -> None:
+    """End groups or single processes, with SIGTERM and then, if any is still alive, with SIGKILL."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in pids:
             with suppress(ProcessLookupError, PermissionError):
                 (os.killpg if groups else os.kill)(pid, number)
-        end = time.monotonic() + patience
-        while living():
+        end = time.monotonic() + PATIENCE
+        while alive():
             if time.monotonic() > end:
                 break
-            time.sleep(_LOOK)
+            time.sleep(_POLL)
         else:
             return
 
 
 def _any_group_lives(processes: Sequence[subprocess.Popen[bytes]]) -> bool:
     for process in processes:
-        process.poll()  # or a dead leader would count as one of its group
-    return bool(_living({process.pid for process in processes}))
+        process.poll()  # otherwise a leader that is a zombie would count as a member of its group
+    return bool(_living_groups({process.pid for process in processes}))
 
 
-def _living(groups: set[int]) -> set[int]:
-    """Those of these groups that have a member which is not dead; a zombie, for whom nobody has asked yet, is."""
+def _living_groups(groups: set[int]) -> set[int]:
+    """Return those of these process groups that have a living member; zombies are dead."""
     if not Path("/proc/self/stat").exists():
-        return {group for group in groups if _answers(group)}
-    found = set()
+        return {group for group in groups if _exists(group)}
+    living = set()
     for folder in Path("/proc").glob("[0-9]*"):
         state, fields = _status(int(folder.name))
         if state not in ("Z", "") and int(fields[1]) in groups:
-            found.add(int(fields[1]))
-    return found
+            living.add(int(fields[1]))
+    return living
 
 
-def _answers(group: int) -> bool:
+def _exists(group: int) -> bool:
     try:
         os.killpg(group, 0)
     except OSError:
@@ -198,7 +200,7 @@ def _answers(group: int) -> bool:
 
 
 def _status(pid: int) -> tuple[str, list[str]]:
-    """A process's state and what follows it in /proc (parent, group, …); empty when there is none."""
+    """Return a process's state and the fields after it in /proc (parent, group, …); empty without such a process."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -206,20 +208,20 @@ def _status(pid: int) -> tuple[str, list[str]]:
     return state, fields
 
 
-def _started(pid: int) -> str:
-    """When a process started, by which it is told from a later one with the same number."""
+def _start_time(pid: int) -> str:
+    """Return a process's start time, which distinguishes it from a later process with the same number."""
     fields = _status(pid)[1]
     return fields[18] if fields else "unknown"
 
 
 def _watch(mark: str, lines: Iterable[str]) -> None:
-    """A watcher's whole life: wait until the pipe closes, then end whatever is left."""
-    started: dict[int, str] = {}
+    """Wait until the pipe closes, then end the processes that are left: the watcher's whole work."""
+    start_times: dict[int, str] = {}
     for line in lines:
-        pid, _, when = line.partition(" ")
-        started[int(pid)] = when.strip()
-    left = [pid for pid, when in started.items() if _started(pid) == when]
-    _end(left, lambda: bool(_living(set(left))))
+        pid, _, start_time = line.partition(" ")
+        start_times[int(pid)] = start_time.strip()
+    left = [pid for pid, start_time in start_times.items() if _start_time(pid) == start_time]
+    _end(left, lambda: bool(_living_groups(set(left))))
     _end(marked(mark), lambda: bool(marked(mark)), groups=False)
 
 

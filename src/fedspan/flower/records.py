@@ -1,4 +1,4 @@
-"""Bytes in and out of Flower's messages; nothing here knows what they say."""
+"""Bytes in and out of Flower's messages; nothing here interprets them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from fedspan.support.errors import FedspanError
 
 MESSAGE_TYPE = "query.fedspan"
 SERIALISATION = "fedspan.bytes"
-"""Ours, so that nobody takes the bytes for an array's."""
+"""A serialisation type of our own, so that no receiver reads the bytes as an array."""
 SMALL = 1 << 20
-"""Larger contents travel as an array, which Flower sends in pieces of 5 MiB; smaller ones in one request less."""
+"""Bytes; larger contents travel as an array, which Flower sends in pieces of 5 MiB, smaller ones save a request."""
 _CONFIG, _ARRAYS, _CONTENT, _LIFETIME = "fedspan", "fedspan-content", "content", "lifetime"
 
 
 def pack(content: bytes, lifetime: float = 0.0) -> RecordDict:
-    """The content of a message.
+    """Return a message's content as Flower's records.
 
     Parameters
     ----------
     lifetime
-        Seconds that whoever gets it has for the answer; of no meaning in an answer.
+        Seconds that the receiver has for its answer; without meaning in an answer.
     """
     config = ConfigRecord({_LIFETIME: float(lifetime)})
     records = RecordDict({_CONFIG: config})
@@ -33,12 +33,12 @@ def pack(content: bytes, lifetime: float = 0.0) -> RecordDict:
 
 
 def unpack(message: Message) -> tuple[bytes, float]:
-    """What `pack` was given.
+    """Return the content and the lifetime that `pack` was given.
 
     Raises
     ------
-    ValueError
-        When the message is none of ours.
+    FedspanError
+        When the message was not made by `pack`.
     """
     records = message.content
     config = records.config_records.get(_CONFIG)
@@ -53,11 +53,11 @@ def unpack(message: Message) -> tuple[bytes, float]:
     arrays = records.array_records.get(_ARRAYS)
     array = None if arrays is None else arrays.get(_CONTENT)
     if array is None or array.stype != SERIALISATION:
-        found = None if array is None else array.stype
-        raise FedspanError(f"a message's content is of the type {found!r}: expected {SERIALISATION!r}")
+        kind = None if array is None else array.stype
+        raise FedspanError(f"a message's content has the type {kind!r}: expected {SERIALISATION!r}")
     return array.data, lifetime
 
 
 def one_line(error: object) -> str:
-    """An error in one line."""
+    """Return an error's text in one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""A SuperNode's runtime API as an executor needs it: one kept connection, and retries that end."""
+"""A client of a SuperNode's runtime API: one persistent connection, and retries that end."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from fedspan.flower.backoff import FIRST
 from fedspan.flower.records import one_line
 
 PATIENCE = 20.0
-"""Seconds after which a SuperNode that does not respond is away."""
+"""Seconds after which a SuperNode that does not respond counts as unreachable."""
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 _TRANSIENT = (502, 503, 504)
 
 
-class Lost(RuntimeError):
+class SuperNodeLost(RuntimeError):
     """The SuperNode does not respond."""
 
 
 class _Token:
-    """Sends the token of the task that is being worked on: one connection serves all tasks, one after the other."""
+    """Adds the current task's token to each request: one connection serves all tasks, one after the other."""
 
     def __init__(self) -> None:
         self.value = ""
@@ -55,16 +55,16 @@ class _Token:
 
 
 class Runtime:
-    """Acquire a task, pull its message, push its answer.
+    """The calls for one task after another: acquire it, pull its message, push its answer.
 
     Parameters
     ----------
     address
         HOST:PORT of the SuperNode's runtime API.
     root_certificates
-        A PEM file, where that API has TLS.
+        A PEM file, if that API has TLS.
     secret
-        Shared with the SuperNode, where it asks for one.
+        Secret shared with the SuperNode, if it requires one.
     """
 
     def __init__(self, address: str, root_certificates: str | None = None, secret: bytes | None = None) -> None:
@@ -72,7 +72,7 @@ class Runtime:
         interceptors: list[ProtobufClientInterceptor] = [RuntimeVersionHttpInterceptor("SuperExec"), self._token]
         if secret is not None:
             interceptors.append(SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={_ACQUIRE}))
-        # Not Flower's own invoker: that one retries for ever, and ends the process when a task has expired.
+        # Not Flower's own invoker: it retries for ever, and ends the process when a task has expired.
         self._retries = RetryInvoker(
             lambda: exponential(base_delay=0.1, max_delay=2),
             httpx.HTTPError,
@@ -87,35 +87,35 @@ class Runtime:
             interceptors,
             retry_invoker=self._retries,
         )
-        self._beaten = threading.Lock()
+        self._token_lock = threading.Lock()
 
     def acquire(self) -> bool:
-        """Take on the task that waits longest; whether there is one.
+        """Acquire the task that has waited longest; return whether there was one.
 
         Raises
         ------
-        Lost
+        SuperNodeLost
             When the SuperNode does not respond.
         """
         try:
             answer = self._client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP]))
         except (httpx.HTTPError, OSError) as error:
-            raise Lost(one_line(error)) from None
+            raise SuperNodeLost(one_line(error)) from None
         if not answer.HasField("task") or not answer.token:
             return False
-        with self._beaten:
+        with self._token_lock:
             self._token.value = answer.token
         return True
 
     def pull(self) -> tuple[Message, Context]:
-        """The task's message, and what the SuperNode knows of itself and the run. The run's bundle is left alone."""
+        """Pull the task's message and its context (the node's and the run's). The run's code bundle is not fetched."""
         context = context_from_proto(self._client.PullTaskInput(PullTaskInputRequest()).context)
         node = Node(node_id=context.node_id)
         end = time.monotonic() + PATIENCE
         # The task is announced a moment before its message.
         while not (pulled := self._client.PullMessages(PullAppMessagesRequest())).messages_list:
             if time.monotonic() > end:
-                raise Lost("the SuperNode has a task without a message")
+                raise SuperNodeLost("the SuperNode has a task without a message")
             time.sleep(FIRST)
         tree = pulled.message_object_trees[0]
         message = pull_and_inflate_object_from_tree(
@@ -125,30 +125,30 @@ class Runtime:
             return_type=Message,
             initial_backoff=FIRST,
         )
-        # What is sent does not hold its own name.
+        # A message's id is not part of what is sent.
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message, context
 
     def push(self, reply: Message, context: Context) -> None:
-        """Hand the answer over; the task is done with it."""
+        """Push the answer, which completes the task."""
         push_message(self._client, reply, context)
         status = SubStatus.FAILED if reply.has_error() else SubStatus.COMPLETED
         push_task_output(self._client, context, status, reply.error.reason or "" if reply.has_error() else "")
-        with self._beaten:
+        with self._token_lock:
             self._token.value = ""
 
-    def beat(self) -> None:
-        """Tell the SuperNode that the task in hand, if there is one, is being worked on."""
-        with self._beaten:
+    def heartbeat(self) -> None:
+        """Send a heartbeat for the task in hand, if there is one."""
+        with self._token_lock:
             if not self._token.value:
                 return
             try:
                 self._client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
             except (httpx.HTTPError, OSError):
-                return  # the next beat, or the answer itself, will tell
+                return  # the next heartbeat, or the answer itself, reports a lasting problem
 
-    def hurry(self) -> None:
-        """From now on wait for nobody: this process is about to end, and what ends it may have ended the SuperNode."""
+    def stop_retrying(self) -> None:
+        """Retry no more: this process is about to end, and the same signal may have ended the SuperNode."""
         self._retries.max_tries = 1
 
     def close(self) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import threading
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -22,7 +19,8 @@ from fedspan.federation import requirements
 from fedspan.federation.clients import make_clients
 from fedspan.flower import records
 from fedspan.flower.client_app import refusal
-from fedspan.flower.grid_transport import GridPort
+from fedspan.flower.grid_transport import GridTransport
+from fedspan.flower.log_levels import errors_only
 from fedspan.runs import execution
 from fedspan.runs.events import OnEvent
 from fedspan.runs.execution import Result
@@ -33,16 +31,16 @@ from fedspan.support.errors import FedspanError
 def run(config: Config, out: Path, on_event: OnEvent) -> Result:
     """Run or resume a federation of simulated sites.
 
-    The same bits as `fedspan.run` with `engine.name = "sequential"`, which is how a site trains unless told otherwise.
+    The result has the same bits as `fedspan.run` with `engine.name = "sequential"`, which is a site's default engine.
 
-    Ray starts one process that holds the base, the data and all sites between messages: what a site keeps from one
-    message of a round to the next is in its memory, so its messages must not go from process to process. The
-    clients' own state is under `out/sites`.
+    Ray starts one process that keeps the base, the data and all sites between messages: a site holds its state between
+    the messages of a round in memory, so its messages must all reach the same process. The clients' persistent state
+    is under `out/sites`.
 
     Raises
     ------
-    ValueError
-        When Ray is missing, or for anything wrong with the settings, the data or the model.
+    FedspanError
+        When Ray is missing, or for an error in the settings, the data or the model.
     """
     if importlib.util.find_spec("ray") is None:
         raise FedspanError("the engine flower-simulation needs Ray: pip install 'flwr[simulation]>=1.41,<1.43'")
@@ -55,10 +53,10 @@ def run(config: Config, out: Path, on_event: OnEvent) -> Result:
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        results.append(execution.serve(config, out, on_event, GridPort(grid, "simulation")))
+        results.append(execution.serve(config, out, on_event, GridTransport(grid, "simulation")))
 
     on_gpu = device_of(config.device).type == "cuda"
-    with _errors_only():
+    with errors_only():
         run_simulation(
             server,
             client_app(to_toml(config), str((out / "sites").resolve())),
@@ -71,46 +69,32 @@ def run(config: Config, out: Path, on_event: OnEvent) -> Result:
     return results[0]
 
 
-@contextmanager
-def _errors_only() -> Iterator[None]:
-    """Flower logs what it does, and that this function is to go; our own events say what matters."""
-    logger = logging.getLogger("flwr")
-    level, propagate = logger.level, logger.propagate
-    logger.setLevel(logging.ERROR)
-    logger.propagate = False
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        logger.propagate = propagate
-
-
 def client_app(config: str, folder: str) -> ClientApp:
-    """The ClientApp of all simulated sites.
+    """Return the ClientApp of all simulated sites.
 
     Parameters
     ----------
     config
-        The federation's settings as TOML: what is sent to Ray's process is text.
+        The federation's settings as TOML, because Flower sends the app to Ray's process as plain values.
     folder
-        Where the sites keep their state.
+        Folder of the sites' persistent state.
     """
     app = ClientApp()
 
     @app.query("fedspan")
     def answer(message: Message, context: Context) -> Message:
-        return answered(message, context, config, folder)
+        return answer_message(message, context, config, folder)
 
     return app
 
 
-_HELD: dict[tuple[str, str], Everybody] = {}
-"""What Ray's process keeps between messages; it has nowhere else to keep anything."""
-_AT_WORK = threading.Lock()
+_SITES: dict[tuple[str, str], SimulatedSites] = {}
+"""The sites by settings and folder; a module-level cache is all that Ray's process keeps between messages."""
+_LOCK = threading.Lock()
 
 
-class Everybody:
-    """All sites of a federation in one process: one base and one set of data for all of them."""
+class SimulatedSites:
+    """All sites of a federation in one process, which share the base and the data."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, folder
@@ -122,21 +106,21 @@ class Everybody:
         self._sites: dict[str, Site] = {}
 
     def site(self, number: int) -> Site:
-        """The site of that number, in the order of the clients' ids."""
+        """Return the site with that position in the sorted client ids; created at the first call."""
         client_id = self._clients[number].client_id
         if client_id not in self._sites:
             self._sites[client_id] = Site(Settings(self.config, client_id), self.folder / client_id, self._loaded)
         return self._sites[client_id]
 
 
-def answered(message: Message, context: Context, config: str, folder: str) -> Message:
-    """A site's answer, or why there is none."""
+def answer_message(message: Message, context: Context, config: str, folder: str) -> Message:
+    """Return a site's answer, or a refusal with the reason."""
     try:
         content, _ = records.unpack(message)
         number = int(context.node_config["partition-id"])
-        with _AT_WORK:
-            if (config, folder) not in _HELD:
-                _HELD[config, folder] = Everybody(settings.from_mapping(tomllib.loads(config)), Path(folder))
-            return Message(records.pack(_HELD[config, folder].site(number).answer(content)), reply_to=message)
+        with _LOCK:
+            if (config, folder) not in _SITES:
+                _SITES[config, folder] = SimulatedSites(settings.from_mapping(tomllib.loads(config)), Path(folder))
+            return Message(records.pack(_SITES[config, folder].site(number).answer(content)), reply_to=message)
     except Exception as error:
         return refusal(message, error)

@@ -1,4 +1,4 @@
-"""A Flower strategy over one of our methods, for an app of the user's own.
+"""A Flower strategy that runs one of our methods, for users with their own Flower app.
 
     # ServerApp
     strategy = FedspanStrategy(create_method({"name": "glora"}), template, ranks={node: 4, other: 16})
@@ -11,8 +11,8 @@
         ...
         return reply(message, method, Update("clinic-1", num_examples, modules, dense), {"train_loss": loss})
 
-The server's step is `fedspan.aggregate`, to the last bit. Methods that need more than one exchange a round, or that
-keep something at the clients, run in fedspan's own app (`fedspan flower init`).
+The server's step has the bits of `fedspan.aggregate`. Methods that need several exchanges per round, or that keep
+state at the clients, run in fedspan's own app (`fedspan flower init`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from fedspan.support.errors import FedspanError
 
 __all__ = ["FedspanStrategy", "figures", "received", "reply"]
 
-_LOOK = 0.5
+_POLL = 0.5
 _CONFIG = "config"
 
 
@@ -48,30 +48,30 @@ class FedspanStrategy(Strategy):
     Parameters
     ----------
     method
-        From `fedspan.create_method`.
+        As made by `fedspan.create_method`.
     template
-        The adapted modules' shapes, the largest rank and the rule of the scaling.
+        The adapted modules' shapes, the largest rank and the scaling rule.
     dense
-        Trained dense weights of the base (heads; for full-weight methods everything that is trained).
+        Trained dense weights of the base (heads; for full-weight methods all trained weights).
     ranks
-        What the nodes train: one rank for all, or one by node id; none: the template's.
+        Ranks that the nodes train: one for all, or one by node id; none: the template's.
     participation
         Share of the connected nodes that train in a round, drawn by the template's seed from the sorted node ids.
     min_nodes
-        At least so many train, and are waited for.
+        Smallest number of nodes that train in a round; the strategy waits for them.
     min_success
-        At least so many valid replies are needed, or the run ends.
+        Smallest number of valid replies; with fewer the run ends.
     evaluation
         Share of the connected nodes that evaluate after a round.
     wait
-        Seconds to wait for `min_nodes` nodes at most.
+        Longest time to wait for `min_nodes` nodes, in seconds.
     lifetime
-        Seconds after which a message or its reply is not wanted any more.
+        Seconds after which a message or its reply expires.
 
     Raises
     ------
-    ValueError
-        For a method that Flower's one exchange a round cannot carry, or settings out of range.
+    FedspanError
+        For a method that one exchange per round cannot carry, or settings out of range.
     """
 
     def __init__(
@@ -101,12 +101,12 @@ class FedspanStrategy(Strategy):
         self.state: ServerState = method.init(template, dense or {})
         """The server's state after the last round."""
         self.diagnostics: list[Mapping[str, Any]] = []
-        """What the method measured of itself, round by round."""
+        """The method's own figures for each round."""
         self.rejected: dict[str, str] = {}
-        """Of the last round: node -> why its reply was left out."""
-        self._asked: dict[int, Broadcast] = {}
+        """Rejected replies of the last round: node -> reason."""
+        self._pending: dict[int, Broadcast] = {}
         self._owners: dict[str, int] = {}
-        """Client id -> the node that first used it."""
+        """Client id -> the node that used it first."""
         for rank in self._all_ranks():
             _check_broadcast(method, self.broadcast(rank))
         _check_later(method)
@@ -122,28 +122,28 @@ class FedspanStrategy(Strategy):
         seed: int = 0,
         **settings: Any,
     ) -> FedspanStrategy:
-        """A strategy for an untrained adapter as Flower has it, such as PEFT's state dict.
+        """Create a strategy for an untrained adapter in Flower's form, such as PEFT's state dict.
 
         Parameters
         ----------
         arrays
-            `MODULE.lora_A.weight` and `MODULE.lora_B.weight` or `MODULE/a` and `MODULE/b` of the largest rank, and
+            `MODULE.lora_A.weight` and `MODULE.lora_B.weight`, or `MODULE/a` and `MODULE/b`, of the largest rank, and
             dense weights. Only the factors' shapes are used: the method makes the first adapter.
 
         Raises
         ------
-        ValueError
-            For factors without their other half, of different ranks, or already trained.
+        FedspanError
+            For factors that are incomplete, of different ranks, or already trained.
         """
         template, dense = tensors.template_of(arrays, alpha, rslora, seed)
         return cls(method, template, dense=dense, **settings)
 
     def broadcast(self, rank: int | None = None) -> Broadcast:
-        """What a node of that rank receives; none: everything the server has."""
+        """Return the broadcast for a node of that rank; none: everything that the server holds."""
         return self.method.broadcast(self.state, Request(rank))
 
     def arrays(self, rank: int | None = None) -> ArrayRecord:
-        """The same as Flower's record: what `start` is given first, and what it ends with."""
+        """Return `broadcast` as Flower's record: the first argument of `start`, and its result."""
         return tensors.arrays_of(self.broadcast(rank))
 
     def summary(self) -> None:
@@ -156,18 +156,18 @@ class FedspanStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The round's messages, one for each node that was drawn.
+        """Return the round's messages, one for each node drawn.
 
         Raises
         ------
-        ValueError
-            When too few nodes come within `wait` seconds, or `arrays` are not this strategy's own.
+        FedspanError
+            When too few nodes connect within `wait` seconds, or `arrays` are not this strategy's.
         """
-        if not tensors.same(arrays, self.arrays()):
-            raise FedspanError("start was given other arrays than this strategy's: expected strategy.arrays()")
-        drawn = self._drawn(grid, self.participation, server_round, "train")
-        self._asked = {node: self.broadcast(self._rank(node)) for node in drawn}
-        return self._messages(self._asked, server_round, config, MessageType.TRAIN)
+        if not tensors.same_bits(arrays, self.arrays()):
+            raise FedspanError("the arrays passed to start are not this strategy's: expected strategy.arrays()")
+        nodes = self._draw_nodes(grid, self.participation, server_round, "train")
+        self._pending = {node: self.broadcast(self._rank(node)) for node in nodes}
+        return self._messages(self._pending, server_round, config, MessageType.TRAIN)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -176,60 +176,60 @@ class FedspanStrategy(Strategy):
 
         Raises
         ------
-        ValueError
-            When fewer than `min_success` replies are valid; the state is then as before.
+        FedspanError
+            When fewer than `min_success` replies are valid; the state is then unchanged.
         """
         self.rejected = {}
         updates: dict[str, tuple[Update, MetricRecord]] = {}
-        # By node, so that of two that claim one name the same one is believed however the replies arrive.
+        # Sorted, so that of two nodes that claim one client id the same one is accepted whatever the order of arrival.
         for message in sorted(replies, key=lambda m: (m.metadata.src_node_id, m.metadata.message_id)):
             node = message.metadata.src_node_id
             try:
-                if node not in self._asked:
-                    raise FedspanError("it was not asked, or has answered before")
-                update = tensors.update_of(message, self.method, self._asked.pop(node), server_round)
+                if node not in self._pending:
+                    raise FedspanError("it was not sampled, or has replied before")
+                update = tensors.update_of(message, self.method, self._pending.pop(node), server_round)
                 if self._owners.setdefault(update.client_id, node) != node:
-                    raise FedspanError(f"it calls itself {update.client_id!r}, which is another node's name")
+                    raise FedspanError(f"its client-id {update.client_id!r} belongs to another node")
                 updates[update.client_id] = update, tensors.metrics_of(message)
-            except ValueError as error:
+            except FedspanError as error:
                 self._reject(str(node), str(error))
-        for node in self._asked:
+        for node in self._pending:
             self._reject(str(node), "no reply")
         if len(updates) < self.min_success:
-            first = next((f": {node}: {why}" for node, why in self.rejected.items()), "")
+            first = next((f": {node}: {reason}" for node, reason in self.rejected.items()), "")
             raise FedspanError(
                 f"round {server_round}: {len(updates)} valid replies, min_success = {self.min_success}{first}"
             )
-        self.state, told = aggregate(self.method, self.state, [update for update, _ in updates.values()])
-        self.diagnostics.append(told)
-        found = [(updates[name][0].num_examples, updates[name][1]) for name in sorted(updates)]
-        return self.arrays(), tensors.mean_metrics(found)
+        self.state, diagnostics = aggregate(self.method, self.state, [update for update, _ in updates.values()])
+        self.diagnostics.append(diagnostics)
+        weighted = [(updates[name][0].num_examples, updates[name][1]) for name in sorted(updates)]
+        return self.arrays(), tensors.mean_metrics(weighted)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Messages to the nodes that evaluate what they receive."""
+        """Return the evaluation messages, one for each node drawn."""
         if self.evaluation == 0:
             return []
-        drawn = self._drawn(grid, self.evaluation, server_round, "evaluate")
-        sent = {node: self.broadcast(self._rank(node)) for node in drawn}
+        nodes = self._draw_nodes(grid, self.evaluation, server_round, "evaluate")
+        sent = {node: self.broadcast(self._rank(node)) for node in nodes}
         return self._messages(sent, server_round, config, MessageType.EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The mean of the nodes' figures, by their numbers of examples."""
-        found: list[tuple[str, float, MetricRecord]] = []
+        """Return the nodes' mean figures, weighted by their numbers of examples."""
+        results: list[tuple[str, float, MetricRecord]] = []
         for message in replies:
             try:
-                name, num_examples = tensors.sender_of(message, server_round)
-                found.append((name, num_examples, tensors.metrics_of(message)))
-            except ValueError as error:
+                client_id, num_examples = tensors.sender_of(message, server_round)
+                results.append((client_id, num_examples, tensors.metrics_of(message)))
+            except FedspanError as error:
                 self._reject(str(message.metadata.src_node_id), str(error))
-        found.sort(key=lambda x: x[0])
-        return tensors.mean_metrics([(weight, metrics) for _, weight, metrics in found]) if found else None
+        results.sort(key=lambda result: result[0])
+        return tensors.mean_metrics([(weight, metrics) for _, weight, metrics in results]) if results else None
 
-    def _reject(self, node: str, why: str) -> None:
-        self.rejected[node] = why
-        log(WARNING, "the reply of node %s is left out: %s", node, why)
+    def _reject(self, node: str, reason: str) -> None:
+        self.rejected[node] = reason
+        log(WARNING, "the reply of node %s is rejected: %s", node, reason)
 
     def _all_ranks(self) -> list[int]:
         if isinstance(self.ranks, Mapping):
@@ -243,12 +243,14 @@ class FedspanStrategy(Strategy):
             raise FedspanError(f"node {node} has no rank: expected one of {sorted(self.ranks)}")
         return self.ranks[node]
 
-    def _drawn(self, grid: Grid, share: float, server_round: int, purpose: str) -> list[int]:
+    def _draw_nodes(self, grid: Grid, share: float, server_round: int, purpose: str) -> list[int]:
         end = time.monotonic() + self.wait
         while len(nodes := sorted(grid.get_node_ids())) < self.min_nodes:
             if time.monotonic() > end:
-                raise FedspanError(f"{len(nodes)} nodes after {self.wait:g} s: expected at least {self.min_nodes}")
-            time.sleep(min(_LOOK, self.wait))
+                raise FedspanError(
+                    f"{len(nodes)} nodes are connected after {self.wait:g} s: expected at least {self.min_nodes}"
+                )
+            time.sleep(min(_POLL, self.wait))
         stream = ("train", "evaluate").index(purpose)
         sampler = UniformSampler(share, self.min_nodes, self.state.template.seed, stream)
         return [nodes[i] for i in sampler.draw(len(nodes), server_round)]
@@ -256,15 +258,15 @@ class FedspanStrategy(Strategy):
     def _messages(
         self, sent: Mapping[int, Broadcast], server_round: int, config: ConfigRecord, kind: str
     ) -> list[Message]:
-        told = ConfigRecord({**config, "server-round": server_round})
-        made: dict[int, RecordDict] = {}  # nodes of one rank share one record, which Flower uploads once
+        round_config = ConfigRecord({**config, "server-round": server_round})
+        records: dict[int, RecordDict] = {}  # nodes of one rank share one record, which Flower uploads once
         messages = []
         for node, broadcast in sent.items():
             rank = self._rank(node)
-            if rank not in made:
-                made[rank] = tensors.record_of(broadcast, self.method, server_round, rank)
-                made[rank][_CONFIG] = told
-            messages.append(Message(made[rank], node, kind, ttl=self.lifetime, group_id=str(server_round)))
+            if rank not in records:
+                records[rank] = tensors.record_of(broadcast, self.method, server_round, rank)
+                records[rank][_CONFIG] = round_config
+            messages.append(Message(records[rank], node, kind, ttl=self.lifetime, group_id=str(server_round)))
         return messages
 
 
@@ -273,24 +275,24 @@ def _check_method(method: Method) -> None:
     start = next(f.default for f in fields(Method) if f.name == "start")
     for wrong, reason in (
         (info.pooled or info.alone, "is a control"),
-        (len(method.exchanges) != 1, "has several exchanges a round"),
-        (info.personalised or method.start is not start, "keeps something at its clients"),
+        (len(method.exchanges) != 1, "has several exchanges per round"),
+        (info.personalised or method.start is not start, "keeps state at its clients"),
     ):
         if wrong:
-            raise FedspanError(f"{info.name} {reason}: expected one plain exchange; see `fedspan flower init`")
+            raise FedspanError(f"{info.name} {reason}: expected a method with one exchange; see `fedspan flower init`")
 
 
 def _check_broadcast(method: Method, sent: Broadcast) -> None:
     plain = Recipe(train_a=sent.recipe.train_a, train_b=sent.recipe.train_b, proximal=sent.recipe.proximal)
     if sent.patch or sent.correction or sent.subspaces or sent.moments or sent.recipe != plain:
         raise FedspanError(
-            f"{method.info.name} sends its clients more than factors and weights: expected nothing else; "
+            f"{method.info.name} sends its clients more than factors and weights: expected only these; "
             "see `fedspan flower init`"
         )
 
 
 def _check_later(method: Method) -> None:
-    """That it goes on as it begins: some methods add to their clients' base once clients differ."""
+    """Refuse methods that change the clients' base in later rounds, which shows only after updates that differ."""
     weights = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
     state = method.init(Template({"x": (2, 2)}, 1), {"x": weights})
     updates = []
@@ -302,6 +304,6 @@ def _check_later(method: Method) -> None:
     state, _ = aggregate(method, state, updates)
     if state.patches is not None:
         raise FedspanError(
-            f"{method.info.name} adds to its clients' base: expected factors and weights alone; "
+            f"{method.info.name} changes its clients' base: expected only factors and weights; "
             "see `fedspan flower init`"
         )

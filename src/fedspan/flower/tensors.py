@@ -1,6 +1,6 @@
-"""Our methods' messages as Flower's records of named arrays: factors by module, their scaling beside them.
+"""Conversion between our methods' messages and Flower's records of named arrays.
 
-Names: `MODULE/a`, `MODULE/b` (or what else a method sends of a module), and dense weights by their own.
+Names: `MODULE/a` and `MODULE/b` (or other parts that a method sends of a module); dense weights have their own names.
 """
 
 from __future__ import annotations
@@ -24,36 +24,39 @@ _PAIRS = ((".lora_A.weight", ".lora_B.weight"), ("/a", "/b"))
 
 
 def received(message: Message) -> Broadcast:
-    """In a ClientApp: what the server sent. The tensors are the caller's own.
+    """Return the broadcast in a message, for use in a ClientApp. The tensors are copies that the caller may change.
 
     Raises
     ------
-    ValueError
+    FedspanError
         When the message is not from a `FedspanStrategy`.
     """
     config, values = _config(message), _values(message)
     adapter: dict[str, Factors] = {}
     for name, scaling in zip(_list(config, "modules"), _list(config, "scalings"), strict=True):
         if not isinstance(name, str) or not isinstance(scaling, float):
-            raise FedspanError(f"the module {name!r} has the scaling {scaling!r}: expected a name and a number")
-        adapter[name] = Factors(_taken(values, f"{name}/b"), _taken(values, f"{name}/a"), scaling)
-    recipe = Recipe(
-        train_a=bool(config["train-a"]), train_b=bool(config["train-b"]), proximal=_number(config, "proximal")
-    )
-    return Broadcast(adapter, values, recipe)
+            raise FedspanError(f"module {name!r} has scaling {scaling!r}: expected a name and a number")
+        adapter[name] = Factors(_pop(values, f"{name}/b"), _pop(values, f"{name}/a"), scaling)
+    train_a, train_b = bool(config["train-a"]), bool(config["train-b"])
+    return Broadcast(adapter, values, Recipe(train_a=train_a, train_b=train_b, proximal=_number(config, "proximal")))
 
 
 def reply(message: Message, method: Method, update: Update, metrics: Mapping[str, float] | None = None) -> Message:
-    """In a ClientApp: what training came to, as the server's method wants it.
+    """Return the reply to a training message, for use in a ClientApp.
 
     Parameters
     ----------
     method
-        The server's: its `encode` runs here, so that only what it needs leaves the site.
+        The server's method: its `encode` runs here, so that only what the server needs leaves the site.
     update
-        Factors by module and dense weights, after training; `client_id` is this site's own name in every round.
+        Factors by module and dense weights, after training; `client_id` is this site's name, the same in every round.
     metrics
         Figures to be averaged over the clients.
+
+    Raises
+    ------
+    FedspanError
+        When the server runs another method, or a factor pair has another scaling than was sent.
     """
     config = _config(message)
     if config.get("method") != method.info.name:
@@ -61,8 +64,8 @@ def reply(message: Message, method: Method, update: Update, metrics: Mapping[str
     sent = received(message)
     for name, scaling in update.scalings().items():
         if name in sent.adapter and scaling != sent.adapter[name].scaling:
-            # The scaling does not travel back: the server takes it for the one that it sent.
-            raise FedspanError(f"{name} has scaling {scaling}, expected {sent.adapter[name].scaling} as was sent")
+            # The scaling is not part of the reply: the server assumes the one that it sent.
+            raise FedspanError(f"{name} has scaling {scaling}: expected {sent.adapter[name].scaling}, as sent")
     encoded, _ = method.encode(update, sent, None)
     records = _answer(message, update.client_id, update.num_examples, metrics)
     records[ARRAYS] = _arrays(_payload(encoded.modules, encoded.dense))
@@ -70,12 +73,12 @@ def reply(message: Message, method: Method, update: Update, metrics: Mapping[str
 
 
 def figures(message: Message, client_id: str, num_examples: float, metrics: Mapping[str, float]) -> Message:
-    """In a ClientApp: what evaluation came to."""
+    """Return the reply to an evaluation message, for use in a ClientApp."""
     return Message(_answer(message, client_id, num_examples, metrics), reply_to=message)
 
 
 def record_of(sent: Broadcast, method: Method, server_round: int, rank: int) -> RecordDict:
-    """What a node of that rank is sent."""
+    """Return the message content for a node of that rank."""
     config = ConfigRecord({"method": method.info.name, "round": server_round, "rank": rank})
     config["train-a"], config["train-b"] = sent.recipe.train_a, sent.recipe.train_b
     config["proximal"] = float(sent.recipe.proximal)
@@ -86,119 +89,142 @@ def record_of(sent: Broadcast, method: Method, server_round: int, rank: int) -> 
 
 
 def arrays_of(sent: Broadcast) -> ArrayRecord:
-    """The tensors of a broadcast."""
+    """Return the tensors of a broadcast."""
     return _arrays(_payload(sent.adapter, sent.dense))
 
 
 def update_of(message: Message, method: Method, sent: Broadcast, server_round: int) -> Update:
-    """A valid reply's update.
+    """Return the update in a reply, after checking it.
 
     Raises
     ------
-    ValueError
-        When it is another round's, or names, shapes or types differ from what the method makes of what was sent, or a
-        value is not finite.
+    FedspanError
+        When the reply is of another round, its names, shapes or types differ from those that the method makes of the
+        broadcast, or a value is not finite.
     """
     client_id, num_examples = sender_of(message, server_round)
-    # What encoding makes of the very tensors that were sent has the names, shapes and scalings of every answer.
+    # Encoding the broadcast itself gives the names, shapes and scalings that every valid reply must have.
     probe = Update(client_id, num_examples, dict(sent.adapter), dict(sent.dense))
     expected, _ = method.encode(probe, sent, None)
     wanted = _payload(expected.modules, expected.dense)
     record = message.content.array_records.get(ARRAYS)
-    got = {} if record is None else dict(record.items())
-    if got.keys() != wanted.keys():
-        odd = sorted(got.keys() ^ wanted.keys())[0]
-        raise FedspanError(f"it names {odd}, which was not asked for, or lacks it")
-    values = {name: _checked(name, got[name], wanted[name]) for name in wanted}
+    arrays = {} if record is None else dict(record.items())
+    if missing := wanted.keys() - arrays.keys():
+        raise FedspanError(f"it lacks the array {min(missing)}")
+    if unknown := arrays.keys() - wanted.keys():
+        raise FedspanError(f"it has the array {min(unknown)}, which was not requested")
+    values = {name: _checked(name, arrays[name], wanted[name]) for name in wanted}
     modules: dict[str, Payload] = {}
     for name, payload in expected.modules.items():
-        own = {part: values.pop(f"{name}/{part}") for part in payload.tensors()}
-        modules[name] = payload.with_tensors(own)
+        parts = {part: values.pop(f"{name}/{part}") for part in payload.tensors()}
+        modules[name] = payload.with_tensors(parts)
     return Update(client_id, num_examples, modules, values)
 
 
 def sender_of(message: Message, server_round: int) -> tuple[str, float]:
-    """Who answers, and for how many examples."""
+    """Return a reply's client id and number of examples.
+
+    Raises
+    ------
+    FedspanError
+        When the reply holds an error, is of another round, or one of the two is not valid.
+    """
     if message.has_error():
         raise FedspanError(one_line(message.error.reason or f"error {message.error.code}"))
     config = _config(message)
     client_id, num_examples = config.get("client-id"), config.get("num-examples")
     if config.get("round") != server_round:
-        raise FedspanError(f"it is of round {config.get('round')!r}, expected {server_round}")
+        raise FedspanError(f"it is for round {config.get('round')!r}: expected {server_round}")
     if not isinstance(client_id, str) or not client_id:
-        raise FedspanError(f"client-id = {client_id!r}, expected the site's name")
+        raise FedspanError(f"client-id = {client_id!r}: expected the site's name")
     if not isinstance(num_examples, float) or not (math.isfinite(num_examples) and num_examples > 0):
-        raise FedspanError(f"num-examples = {num_examples!r}, expected more than 0")
+        raise FedspanError(f"num-examples = {num_examples!r}: expected more than 0")
     return client_id, num_examples
 
 
 def metrics_of(message: Message) -> MetricRecord:
-    """A reply's figures, each one number.
+    """Return a reply's figures.
 
     Raises
     ------
-    ValueError
-        When one is not.
+    FedspanError
+        When one is not a single finite number.
     """
-    found = message.content.metric_records.get(METRICS) or MetricRecord()
-    for name, value in found.items():
+    metrics = message.content.metric_records.get(METRICS) or MetricRecord()
+    for name, value in metrics.items():
         if isinstance(value, list) or not math.isfinite(value):
-            raise FedspanError(f"{name} = {value!r}, expected a finite number")
-    return found
+            raise FedspanError(f"{name} = {value!r}: expected a finite number")
+    return metrics
 
 
-def mean_metrics(found: Sequence[tuple[float, MetricRecord]]) -> MetricRecord:
-    """Σ n_k x_k / Σ n_k of the figures that every client has, in the order given."""
-    total = sum(weight for weight, _ in found)
-    figures = [
-        (weight, {name: float(x) for name, x in told.items() if not isinstance(x, list)}) for weight, told in found
+def mean_metrics(weighted: Sequence[tuple[float, MetricRecord]]) -> MetricRecord:
+    """Return Σ n_k x_k / Σ n_k of each figure that every client reports, summed in the order given.
+
+    Parameters
+    ----------
+    weighted
+        Number of examples and figures of each client.
+    """
+    total = sum(weight for weight, _ in weighted)
+    numbers = [
+        (weight, {name: float(x) for name, x in metrics.items() if not isinstance(x, list)})
+        for weight, metrics in weighted
     ]
-    common = set.intersection(*(set(told) for _, told in figures))
-    means = MetricRecord({"num-clients": len(found)})
+    common = set.intersection(*(set(metrics) for _, metrics in numbers))
+    means = MetricRecord({"num-clients": len(weighted)})
     for name in sorted(common):
-        means[name] = sum(weight * told[name] for weight, told in figures) / total
+        means[name] = sum(weight * metrics[name] for weight, metrics in numbers) / total
     return means
 
 
 def template_of(arrays: ArrayRecord, alpha: float, rslora: bool, seed: int) -> tuple[Template, dict[str, Tensor]]:
-    """Modules, rank and dense weights of an untrained adapter."""
+    """Return the template and the dense weights of an untrained adapter.
+
+    Raises
+    ------
+    FedspanError
+        For an unreadable array, and factors that are incomplete, of different ranks, or already trained.
+    """
     values = {name: _tensor(name, array) for name, array in arrays.items()}
     modules: dict[str, tuple[int, int]] = {}
     ranks: set[int] = set()
-    for first, second in _PAIRS:
-        for name in [name for name in values if name.endswith((first, second))]:
-            module = name.removesuffix(first).removesuffix(second)
+    for suffix_a, suffix_b in _PAIRS:
+        names = [name for name in values if name.endswith((suffix_a, suffix_b))]
+        for module in dict.fromkeys(name.removesuffix(suffix_a).removesuffix(suffix_b) for name in names):
             if module in modules:
-                continue
-            a, b = _half(values, module + first), _half(values, module + second)
-            if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-                raise FedspanError(f"{module}: factors {tuple(a.shape)} and {tuple(b.shape)}, expected (r, n), (m, r)")
-            if bool(b.any()):
-                raise FedspanError(f"{module}: B is not zero, expected an untrained adapter; merge this one first")
+                raise FedspanError(f"{module} has two pairs of factors: expected one")
+            a, b = _pop_factor(values, module + suffix_a), _pop_factor(values, module + suffix_b)
+            _check_untrained(module, a, b)
             modules[module] = (b.shape[0], a.shape[1])
             ranks.add(a.shape[0])
-            del values[module + first], values[module + second]
     if len(ranks) > 1:
         raise FedspanError(f"the adapter has the ranks {sorted(ranks)}: expected one")
     return Template(modules, next(iter(ranks), 1), alpha, rslora, seed), values
 
 
-def same(x: ArrayRecord, y: ArrayRecord) -> bool:
-    """Whether two records are the same to the last bit."""
+def _check_untrained(module: str, a: Tensor, b: Tensor) -> None:
+    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+        raise FedspanError(f"{module}: factors {tuple(a.shape)} and {tuple(b.shape)}: expected (r, n) and (m, r)")
+    if bool(b.any()):
+        raise FedspanError(f"{module}: B is not zero: expected an untrained adapter; merge this one first")
+
+
+def same_bits(x: ArrayRecord, y: ArrayRecord) -> bool:
+    """Return whether two records are equal to the last bit."""
     return x.keys() == y.keys() and all(x[name].data == y[name].data for name in x)
 
 
 def _answer(message: Message, client_id: str, num_examples: float, metrics: Mapping[str, float] | None) -> RecordDict:
     config = ConfigRecord({"client-id": client_id, "num-examples": float(num_examples)})
     config["round"] = _config(message)["round"]
-    told = MetricRecord({name: float(value) for name, value in (metrics or {}).items()})
-    return RecordDict({CONFIG: config, METRICS: told})
+    record = MetricRecord({name: float(value) for name, value in (metrics or {}).items()})
+    return RecordDict({CONFIG: config, METRICS: record})
 
 
 def _payload(modules: Mapping[str, Payload], dense: Tensors) -> dict[str, Tensor]:
     named = {f"{name}/{part}": t for name, payload in modules.items() for part, t in payload.tensors().items()}
     if both := named.keys() & dense.keys():
-        raise FedspanError(f"{min(both)} is a dense weight and a factor's name: expected different names")
+        raise FedspanError(f"{min(both)} is the name of a dense weight and of a factor: expected different names")
     return named | dict(dense)
 
 
@@ -206,7 +232,7 @@ def _arrays(values: Mapping[str, Tensor]) -> ArrayRecord:
     record = ArrayRecord()
     for name, value in values.items():
         if value.dtype == torch.bfloat16:
-            raise FedspanError(f"{name} is bfloat16, which Flower's arrays cannot hold: expected float32")
+            raise FedspanError(f"{name} is bfloat16, which Flower's arrays do not support: expected float32")
         record[name] = Array(np.ascontiguousarray(value.detach().cpu().numpy()))
     return record
 
@@ -214,20 +240,22 @@ def _arrays(values: Mapping[str, Tensor]) -> ArrayRecord:
 def _checked(name: str, array: Array, wanted: Tensor) -> Tensor:
     value = _tensor(name, array)
     if value.shape != wanted.shape or value.dtype != wanted.dtype:
-        got, expected = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (value, wanted))
-        raise FedspanError(f"{name} is {got}, expected {expected}")
+        actual, expected = (f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in (value, wanted))
+        raise FedspanError(f"{name} is {actual}: expected {expected}")
     if not bool(torch.isfinite(value).all()):
         raise FedspanError(f"{name} holds NaN or infinity")
     return value
 
 
 def _tensor(name: str, array: Array) -> Tensor:
-    """An array's values, copied; no memory is taken for what its header only claims to hold."""
+    """Return a copy of an array's values; the header's shape alone never makes it allocate memory."""
     stream = io.BytesIO(array.data)
     try:
         version = np.lib.format.read_magic(stream)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran, dtype = read(stream)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
+            version
+        ]
+        shape, fortran, dtype = read_header(stream)
         if array.stype != "numpy.ndarray" or fortran or dtype.hasobject:
             raise FedspanError("expected a plain array in C order")
         body = array.data[stream.tell() :]
@@ -244,7 +272,7 @@ def _values(message: Message) -> dict[str, Tensor]:
 def _config(message: Message) -> ConfigRecord:
     config = message.content.config_records.get(CONFIG)
     if config is None:
-        raise FedspanError(f"a message without the record {CONFIG!r}: expected one of a FedspanStrategy")
+        raise FedspanError(f"a message lacks the record {CONFIG!r}: expected one from a FedspanStrategy")
     return config
 
 
@@ -256,17 +284,17 @@ def _list(config: ConfigRecord, key: str) -> Iterable[object]:
 def _number(config: ConfigRecord, key: str) -> float:
     value = config[key]
     if not isinstance(value, float):
-        raise FedspanError(f"{key} = {value!r}, expected a number")
+        raise FedspanError(f"{key} = {value!r}: expected a number")
     return value
 
 
-def _taken(values: dict[str, Tensor], name: str) -> Tensor:
+def _pop(values: dict[str, Tensor], name: str) -> Tensor:
     if name not in values:
-        raise FedspanError(f"a message lacks {name}")
+        raise FedspanError(f"a message lacks the array {name}")
     return values.pop(name)
 
 
-def _half(values: Mapping[str, Tensor], name: str) -> Tensor:
+def _pop_factor(values: dict[str, Tensor], name: str) -> Tensor:
     if name not in values:
         raise FedspanError(f"{name} is missing: expected both factors of every module")
-    return values[name]
+    return values.pop(name)

@@ -1,4 +1,4 @@
-"""A whole deployment on one machine: brought up over loopback with all its locks on, used once, and taken down."""
+"""A whole deployment on one machine: started on loopback with all its security, used for one run, and taken down."""
 
 from __future__ import annotations
 
@@ -25,115 +25,123 @@ from fedspan.flower.deployment import Deployment
 from fedspan.flower.process_tree import ProcessTree
 from fedspan.support.errors import FedspanError
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 READY = 60.0
-"""Seconds that a process has to answer after its start."""
-_LOOK = 0.1
+"""Seconds that a process has to become ready after its start."""
+_POLL = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a trial leaves behind."""
+    """The result of a trial."""
 
     out: Path
     """The run's folder."""
     summary: dict[str, Any]
     seconds: Mapping[str, float]
-    """`start`: until the first round is done; `rounds`: from there to the result; `end`: for taking everything down."""
+    """`start`: until the end of the first round; `rounds`: from there to the result; `end`: to take everything down."""
 
 
 def prepare(folder: Path, sites: Sequence[str], config: Config) -> Deployment:
     """Write a deployment for a trial, on ports that are free now."""
-    taken = free_ports(len(sites) + 2)
-    made = deployment.plan(sites, (), taken[0], taken[1], taken[2:])
-    deployment.write(folder, made, with_absolute_paths(config))
-    return made
+    port, superlink_port, *runtime_ports = free_ports(len(sites) + 2)
+    plan = deployment.plan(sites, (), port, superlink_port, runtime_ports)
+    deployment.write(folder, plan, with_absolute_paths(config))
+    return plan
 
 
-def chosen_proxy(proxy: str) -> str:
-    """The proxy to start: nginx or python.
+def choose_proxy(proxy: str) -> str:
+    """Return the proxy to start, `nginx` or `python`; `auto` is nginx where it is installed.
 
     Raises
     ------
-    ValueError
-        For another name, and when nginx is asked for and not installed.
+    FedspanError
+        For another name, and when nginx is requested but not installed.
     """
     if proxy not in ("auto", "nginx", "python"):
         raise FedspanError(f"proxy {proxy!r}: expected nginx, python, or auto")
-    found = shutil.which("nginx", path=_path())
-    if proxy == "nginx" and found is None:
+    installed = shutil.which("nginx", path=program_path()) is not None
+    if proxy == "nginx" and not installed:
         raise FedspanError(
-            "nginx is not installed: install it (such as `apt install nginx-light`), or take the proxy that comes with "
-            "fedspan with --proxy python"
+            "nginx is not installed: install it (for example `apt install nginx-light`), or use the proxy that "
+            "comes with fedspan: --proxy python"
         )
     if proxy == "auto":
-        return "python" if found is None else "nginx"
+        return "nginx" if installed else "python"
     return proxy
 
 
-def up(folder: Path, say: Say, *, proxy: str = "auto", timeout: float = 3600.0, run: str | None = None) -> Outcome:
-    """Bring a deployment up on loopback, run its federation, and take everything down, whatever happens.
+def up(
+    folder: Path, notify: Notify, *, proxy: str = "auto", timeout: float = 3600.0, run: str | None = None
+) -> Outcome:
+    """Start a deployment on loopback, run its federation, and take everything down, whatever happens.
 
     Parameters
     ----------
     folder
-        As `fedspan flower init` or `prepare` made it, for this machine alone.
-    say
-        Is told one line at a time how it goes.
+        A deployment for this machine only, made by `fedspan flower init` or `prepare`.
+    notify
+        Called with each line about the progress.
     timeout
-        Seconds for all of it.
+        Longest time for everything, in seconds.
     run
-        Name of the run's folder under `server/runs`; none: a new one.  An unfinished one is gone on with.
+        Name of the run's folder under `server/runs`; none: a new one. An unfinished run is resumed.
 
     Raises
     ------
-    ValueError
-        When the folder is no such deployment, a port is taken, a process ends that should not, or time is over; one
-        line, with the log that says more.
+    FedspanError
+        When the folder holds no such deployment, a port is in use, a process ends early, or the time is over; one line
+        that names the log with the details.
     """
-    plan, kind, name = deployment.read(folder), chosen_proxy(proxy), run or _new_run(folder)
+    plan, kind, name = deployment.read(folder), choose_proxy(proxy), run or _new_run(folder)
     if not plan.local:
-        raise FedspanError(f"{folder} is a deployment for {plan.hosts[0]}: expected one for localhost, for a trial")
+        raise FedspanError(f"{folder} is a deployment for {plan.hosts[0]}: expected one for localhost")
     for port in (plan.port, plan.superlink_port, *(site.runtime_port for site in plan.sites)):
         if not _is_free(port):
             raise FedspanError(
-                f"port {port} of {folder} is in use: expected it to be free; is this deployment up already?"
+                f"port {port} of {folder} is in use: expected it to be free; is this deployment running already?"
             )
     began = time.monotonic()
-    with _signals_as_errors(), ProcessTree(folder / "logs") as house:
+    with _signals_as_interrupts(), ProcessTree(folder / "logs") as tree:
         try:
-            start(house, folder, plan, kind, say)
+            start(tree, folder, plan, kind, notify)
             out = folder / "server" / "runs" / name
-            started, ended = _federate(house, plan, out, say, began + timeout)
+            started, ended = _federate(tree, plan, out, notify, began + timeout)
         finally:
-            say("taking everything down")
+            notify("taking everything down")
     seconds = {"start": started - began, "rounds": ended - started, "end": time.monotonic() - ended}
     return Outcome(out, json.loads((out / "summary.json").read_text(encoding="utf-8")), seconds)
 
 
-def start(house: ProcessTree, folder: Path, plan: Deployment, proxy: str, say: Say, sites: bool = True) -> None:
-    """Start the server's processes and the sites', by the very scripts of the deployment."""
-    server, environment = folder.resolve() / "server", {"PATH": _path(), "PYTHON": sys.executable}
+def start(tree: ProcessTree, folder: Path, plan: Deployment, proxy: str, notify: Notify, sites: bool = True) -> None:
+    """Start the server's and the sites' processes with the scripts of the deployment itself."""
+    server, environment = folder.resolve() / "server", script_environment()
     ca = server / "ca.crt"
-    house.start("superlink", ["./superlink.sh"], server, environment)
-    house.wait("superlink", lambda: answers(plan.superlink_port, ca), READY)
-    say(f"SuperLink on 127.0.0.1:{plan.superlink_port}, with TLS and the authentication of nodes")
-    # One process, so that nothing of nginx is left when it is killed.
+    tree.start("superlink", ["./superlink.sh"], server, environment)
+    tree.wait("superlink", lambda: answers(plan.superlink_port, ca), READY)
+    notify(f"SuperLink on 127.0.0.1:{plan.superlink_port}, with TLS and node authentication")
+    # A single process: workers of nginx would survive a kill -9 of their master.
     single = {"FEDSPAN_PROXY": proxy, "FEDSPAN_NGINX": "master_process off;"}
-    house.start("proxy", ["./proxy.sh"], server, {**environment, **single})
-    house.wait("proxy", lambda: answers(plan.port, ca), READY)
-    say(f"proxy ({proxy}) on {plan.listen}:{plan.port}, which lets the fleet API through and nothing else")
-    house.start("register", ["./register.sh"], server, environment)
-    house.finish("register", READY)
+    tree.start("proxy", ["./proxy.sh"], server, {**environment, **single})
+    tree.wait("proxy", lambda: answers(plan.port, ca), READY)
+    notify(f"proxy ({proxy}) on {plan.listen}:{plan.port}, which forwards the fleet API and nothing else")
+    tree.start("register", ["./register.sh"], server, environment)
+    tree.finish("register", READY)
     if sites:
         for site in plan.sites:
-            house.start(site.name, ["./start.sh"], folder.resolve() / "sites" / site.name, environment)
-        say(f"{len(plan.sites)} sites registered and starting: {', '.join(site.name for site in plan.sites)}")
+            tree.start(site.name, ["./start.sh"], folder.resolve() / "sites" / site.name, environment)
+        notify(f"{len(plan.sites)} sites registered and starting: {', '.join(site.name for site in plan.sites)}")
 
 
 def answers(port: int, ca: Path) -> bool:
-    """Whether something on that port of this machine shows a certificate that this authority vouches for."""
+    """Return whether a server on that port of this machine shows a certificate signed by this authority.
+
+    Raises
+    ------
+    FedspanError
+        When it shows another certificate.
+    """
     trust = ssl.create_default_context(cafile=str(ca))
     try:
         with (
@@ -148,57 +156,62 @@ def answers(port: int, ca: Path) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of this machine's loopback that nobody listens on now."""
-    held = [socket.socket() for _ in range(count)]
+    """Return ports of the loopback that are free now."""
+    # All are open at the same time, so that they differ.
+    sockets = [socket.socket() for _ in range(count)]
     try:
-        for each in held:
+        for each in sockets:
             each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in held]
+        return [each.getsockname()[1] for each in sockets]
     finally:
-        for each in held:
+        for each in sockets:
             each.close()
 
 
-def _federate(house: ProcessTree, plan: Deployment, out: Path, say: Say, deadline: float) -> tuple[float, float]:
-    """Start the run and follow it to its end; when its first round was done, and when all was."""
-    server = out.parent.parent
-    house.start("run", ["./run.sh", out.name], server, {"PATH": _path(), "PYTHON": sys.executable})
-    records = _Tail(out / "metrics.jsonl")
+def _federate(tree: ProcessTree, plan: Deployment, out: Path, notify: Notify, deadline: float) -> tuple[float, float]:
+    """Start the run and follow it to its end; return the times of the end of the first round, and of the run."""
+    tree.start("run", ["./run.sh", out.name], out.parent.parent, script_environment())
+    records, summary = _JsonlTail(out / "metrics.jsonl"), out / "summary.json"
     first: float | None = None
-    watched = ["superlink", "proxy", *(site.name for site in plan.sites)]
     while True:
-        finished, over = (out / "summary.json").exists(), house.ended("run") is not None
+        # Before the records are read, so that the last round is reported even if the run ends in between.
+        finished, ended = summary.exists(), tree.ended("run") is not None
         for record in records.read():
             first = first or time.monotonic()
-            say(round_line(record))
+            notify(round_line(record))
         if finished:
             now = time.monotonic()
             return first or now, now
-        for name in watched:
-            if house.ended(name) is not None:
-                raise FedspanError(house.obituary(name))
-        if over and not (out / "summary.json").exists():
-            raise FedspanError(f"the run ended without a result: {house.obituary('run')}")
+        _check_running(tree, plan)
+        if ended and not summary.exists():
+            raise FedspanError(f"the run ended without a result: {tree.exit_report('run')}")
         if time.monotonic() > deadline:
-            raise FedspanError(f"the run was not done in time (--timeout); its folder is {out}")
-        time.sleep(_LOOK)
+            raise FedspanError(f"the run did not end in time (--timeout); its folder is {out}")
+        time.sleep(_POLL)
+
+
+def _check_running(tree: ProcessTree, plan: Deployment) -> None:
+    """Raise an error when a process has ended that should run as long as the run does."""
+    for name in ("superlink", "proxy", *(site.name for site in plan.sites)):
+        if tree.ended(name) is not None:
+            raise FedspanError(tree.exit_report(name))
 
 
 def round_line(record: Mapping[str, Any]) -> str:
-    """A round's record of `metrics.jsonl` in one line."""
+    """Return a round's record of `metrics.jsonl` in one line."""
     count = record["num_clients"]
     parts = [f"round {record['round_num']}: {count} site{'s' * (count != 1)}"]
     parts += [f"{name} {value:.3f}" for name, value in (record.get("eval") or {}).items()]
     if record.get("rejected"):
-        parts.append("left out: " + "; ".join(f"{who} ({why})" for who, why in record["rejected"].items()))
+        parts.append("left out: " + "; ".join(f"{client} ({reason})" for client, reason in record["rejected"].items()))
     return ", ".join(parts)
 
 
-class _Tail:
-    """The objects of a JSONL file that have come since the last look."""
+class _JsonlTail:
+    """The objects that were added to a JSONL file since the last read."""
 
     def __init__(self, path: Path) -> None:
-        # What an earlier part of the run wrote has been told then.
+        # Lines of an earlier part of a resumed run are skipped.
         self._path, self._seen = path, path.stat().st_size if path.exists() else 0
 
     def read(self) -> Iterator[dict[str, Any]]:
@@ -207,8 +220,8 @@ class _Tail:
         content = self._path.read_bytes()
         if len(content) < self._seen:  # rewritten from a checkpoint
             self._seen = 0
-        whole = content.rfind(b"\n") + 1
-        lines, self._seen = content[self._seen : whole].splitlines(), max(whole, self._seen)
+        complete = content.rfind(b"\n") + 1  # the last line may still be being written
+        lines, self._seen = content[self._seen : complete].splitlines(), max(complete, self._seen)
         yield from (json.loads(line) for line in lines if line.strip())
 
 
@@ -220,8 +233,13 @@ def _new_run(folder: Path) -> str:
     return f"trial-{number}"
 
 
-def _path() -> str:
-    """Where programs are looked for: Flower's are beside this Python."""
+def script_environment() -> dict[str, str]:
+    """Return the variables that the scripts of a deployment need."""
+    return {"PATH": program_path(), "PYTHON": sys.executable}
+
+
+def program_path() -> str:
+    """Return the search path for programs: Flower's are beside this Python, nginx may be in /usr/sbin."""
     return os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath), "/usr/sbin"])
 
 
@@ -236,16 +254,18 @@ def _is_free(port: int) -> bool:
 
 
 @contextmanager
-def _signals_as_errors() -> Iterator[None]:
-    """SIGTERM and SIGHUP leave as Ctrl-C does, so that everything is taken down in order."""
+def _signals_as_interrupts() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP act like Ctrl-C, so that everything is taken down in order."""
 
-    def leave(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # A signal that was ignored from the start stays ignored: `nohup fedspan flower up` outlives its terminal.
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:

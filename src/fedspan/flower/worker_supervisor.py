@@ -1,4 +1,4 @@
-"""Keeps a site's worker alive: starts it, restarts it when it died or hung, and ends it with its keeper."""
+"""Supervision of a site's worker process: start it, restart it when it has died or hangs, and end it."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from pathlib import Path
 from fedspan.wire import unix_socket
 
 _LOOK = 0.05
-"""Seconds between two looks for the socket of a worker that starts."""
+"""Seconds between two checks for the socket of a worker that is starting."""
 _STEADY = 60.0
-"""A worker that lived so long was no bad start."""
+"""Seconds; a worker that ran longer than this had started properly."""
 _LONGEST_PAUSE = 30.0
 _LOADING = 900.0
-"""Seconds that a worker may take before its first answer: killed for a question that came meanwhile, it would begin
-anew, and never end where the base takes longer to load than a question may wait."""
+"""Seconds that a worker may take before its first answer. If it were killed whenever a message timed out meanwhile, a
+worker whose base takes longer to load than a message may wait would start over for ever."""
 
 
 class WorkerSupervisor:
     """One worker process, and the calls to it.
 
-    The worker holds the reading end of a pipe as its standard input and ends when that closes, so that it cannot
-    outlive its keeper however the keeper dies.
+    The worker's standard input is the reading end of a pipe, and the worker ends when the pipe closes, so it cannot
+    outlive its supervisor, however that ends.
 
     Parameters
     ----------
     folder
-        The site's.
+        The site's folder.
     command
-        What to run instead of `python -m fedspan.site.worker FOLDER --lifeline`.
+        Command to run instead of `python -m fedspan.site.worker FOLDER --lifeline`.
     """
 
     def __init__(self, folder: Path, command: Sequence[str] | None = None) -> None:
@@ -43,11 +43,11 @@ class WorkerSupervisor:
 
     @property
     def pid(self) -> int | None:
-        """Of the worker that runs now."""
+        """The running worker's process id; none when no worker runs."""
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
     def ensure(self) -> bool:
-        """Start the worker if it does not run, but not again at once when it keeps dying; whether it runs."""
+        """Start the worker unless it runs, with a growing pause when it keeps dying; return whether it runs."""
         if self.pid is not None:
             return True
         now = time.monotonic()
@@ -58,25 +58,25 @@ class WorkerSupervisor:
                 return False
         self._pause = min(_LONGEST_PAUSE, 2 * self._pause + 1)
         self._started, self._proven = now, False
-        unix_socket.socket_path(self.folder).unlink(missing_ok=True)  # of one that was killed: nobody listens there
+        unix_socket.socket_path(self.folder).unlink(missing_ok=True)  # left by a worker that was killed
         self._process = subprocess.Popen(self.command, stdin=subprocess.PIPE)
         return True
 
     def call(self, folder: Path, content: bytes, timeout: float) -> bytes:
-        """Ask the worker, once one that is still starting has come up; one that is too late is replaced.
+        """Return the worker's answer, after waiting for a worker that is still starting; replace one that hangs.
 
         Raises
         ------
         CallFailed
-            As there, and when the worker ended before it answered.
+            As `unix_socket.call`, and when the worker ended before it answered.
         """
         end = time.monotonic() + timeout
-        self._await(end)
+        self._wait_until_listening(end)
         try:
             answer = unix_socket.call(folder, content, max(_LOOK, end - time.monotonic()))
         except unix_socket.CallTimedOut:
             if self._proven or time.monotonic() - self._started > _LOADING:
-                # Whatever it is still at is not wanted any more, and would keep the next question waiting.
+                # Its answer is not wanted any more, and the next message would have to wait for it.
                 self.kill()
                 self._pause = 0.0
                 self.ensure()
@@ -84,8 +84,7 @@ class WorkerSupervisor:
         self._proven = True
         return answer
 
-    def _await(self, end: float) -> None:
-        """Until the worker listens."""
+    def _wait_until_listening(self, end: float) -> None:
         path = unix_socket.socket_path(self.folder)
         while self.ensure() and not path.exists():
             if time.monotonic() >= end:
@@ -97,13 +96,13 @@ class WorkerSupervisor:
             )
 
     def kill(self) -> None:
-        """End the worker now, whatever it does."""
+        """Kill the worker at once."""
         if self._process is not None:
             self._process.kill()
             self._close()
 
     def stop(self, patience: float = 10.0) -> None:
-        """End the worker, and wait until it has ended."""
+        """Ask the worker to end, wait up to `patience` seconds, then kill it."""
         if self._process is None:
             return
         self._process.terminate()

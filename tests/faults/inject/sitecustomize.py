@@ -1,8 +1,8 @@
 """Mishaps inside a site's processes, for which the product has no hook.
 
 Python reads this file in every process that has this folder on its PYTHONPATH. FEDSPAN_MISHAPS names a folder; when
-`SITE.json` appears there, it tells the site's worker, or its executor, what to do wrong at which message, once:
-`{"where", "at", "round", "do", …}`. That it was done is a line of `done.jsonl` there.
+`SITE.json` appears there, it tells the site's worker or its ClientApp process which message to handle wrongly, once,
+and how: `{"where", "at", "round", "do", …}`. That it was done is a line of `done.jsonl` there.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ FOLDER = Path(os.environ.get("FEDSPAN_MISHAPS", "."))
 
 
 def head(content: bytes) -> dict[str, Any]:
-    """What a message says of itself; read here, so that an executor needs no torch for it."""
+    """A message's header, read here so that the ClientApp process needs no torch for it."""
     (length,) = struct.unpack(">I", content[4:8])
-    told: dict[str, Any] = json.loads(content[8 : 8 + length])["message"]
-    return told
+    header: dict[str, Any] = json.loads(content[8 : 8 + length])["message"]
+    return header
 
 
 def due(where: str, site: str, message: dict[str, Any]) -> dict[str, Any] | None:
-    """What is to go wrong with this message; never again with another."""
+    """Return the mishap ordered for this message, if any, and remove the order."""
     path = FOLDER / f"{site}.json"
     if not path.exists():
         return None
@@ -47,12 +47,12 @@ def spoiled(content: bytes, change: Callable[[list[Any]], None]) -> bytes:
     """An answer with its tensors changed in place."""
     from fedspan.wire import protocol
 
-    told, tensors = protocol.decode(content)
+    header, tensors = protocol.decode(content)
     change(tensors)
     parcel = protocol.Parcel()
     for tensor in tensors:
         parcel.put(tensor)
-    return protocol.encode({k: v for k, v in told.items() if k not in ("schema", "places")}, parcel)
+    return protocol.encode({k: v for k, v in header.items() if k not in ("schema", "places")}, parcel)
 
 
 def pause(seconds: float) -> None:
@@ -97,19 +97,19 @@ def in_worker(site: str, answer: Callable[[bytes], bytes]) -> Callable[[bytes], 
                 after_training(lambda: time.sleep(3600))
             case "wait":
                 after_training(lambda: pause(order["seconds"]))
-        told = answer(content)
+        reply = answer(content)
         match order["do"]:
             case "NaN":
-                told = spoiled(told, lambda tensors: tensors[0].fill_(float("nan")))
+                reply = spoiled(reply, lambda tensors: tensors[0].fill_(float("nan")))
             case "shape":
-                told = spoiled(told, lambda tensors: tensors.__setitem__(0, tensors[0][:1].clone()))
+                reply = spoiled(reply, lambda tensors: tensors.__setitem__(0, tensors[0][:1].clone()))
             case "replay":
                 return from_file(FOLDER / f"{message['run']}-{order['of']}-{order['from']}.answer")
         if message["kind"] == "ask":
             path = FOLDER / f"{message['run']}-{site}-{message['round']}.answer"
-            path.with_suffix(".new").write_bytes(told)
+            path.with_suffix(".new").write_bytes(reply)
             path.with_suffix(".new").replace(path)
-        return told
+        return reply
 
     return answered
 
@@ -128,7 +128,7 @@ def install() -> None:
         call = WorkerSupervisor.call
 
         def called(self: WorkerSupervisor, folder: Path, content: bytes, timeout: float) -> bytes:
-            if due("executor", folder.name, head(content)) is not None:
+            if due("client app", folder.name, head(content)) is not None:
                 raise RuntimeError("this site's client app\nis broken")
             return call(self, folder, content, timeout)
 

@@ -1,6 +1,6 @@
 #!/bin/sh
-# 2. The proxy for the sites: of all that the SuperLink answers, the fleet API alone. FEDSPAN_PROXY=python takes the
-#    proxy that comes with fedspan where there is no nginx.
+# 2. The proxy, which gives sites access to the fleet API of the SuperLink and to nothing else. FEDSPAN_PROXY=python
+#    uses the proxy that comes with fedspan, for servers without nginx.
 set -eu
 cd "$(dirname "$0")"
 . ./environment.sh

@@ -1,5 +1,5 @@
 #!/bin/sh
-# 3. Makes the registered sites those whose public keys are in nodes/: new ones are added, others are shut out.
+# 3. Registers the sites whose public keys are in nodes/, and unregisters all others.
 set -eu
 cd "$(dirname "$0")"
 . ./environment.sh

@@ -1,5 +1,5 @@
 #!/bin/sh
-# 4. Starts or resumes the run runs/NAME (NAME is the first argument, else "federation") and shows its log.
+# 4. Starts or resumes the run runs/NAME (NAME is the first argument, by default "federation") and shows its log.
 set -eu
 cd "$(dirname "$0")"
 . ./environment.sh
@@ -15,7 +15,7 @@ END
 name="${1:-federation}"
 case "$name" in
 *[!A-Za-z0-9._-]* | .*)
-    echo "run name $name: expected letters, digits, dots and dashes" >&2
+    echo "run name $name: expected letters, digits, dots, dashes and underscores, not beginning with a dot" >&2
     exit 2
     ;;
 esac

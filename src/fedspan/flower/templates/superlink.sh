@@ -1,6 +1,6 @@
 #!/bin/sh
-# 1. Flower's SuperLink, the hub of the federation. It listens to this machine alone: its control API has no user
-#    accounts, and whoever reaches it can register sites and start runs.
+# 1. Flower's SuperLink, the hub of the federation. It listens on the loopback only: its control API has no user
+#    accounts, and anyone who reaches it can register sites and start runs.
 set -eu
 cd "$(dirname "$0")"
 . ./environment.sh

@@ -14,7 +14,7 @@ from grids import Field, field
 from fedspan.flower import records
 from fedspan.flower.backoff import Backoff
 from fedspan.flower.client_app import SHARE, client_app
-from fedspan.flower.grid_transport import GridPort
+from fedspan.flower.grid_transport import GridTransport
 from fedspan.wire.transport import Delivery
 from fedspan.wire.unix_socket import CallFailed
 
@@ -29,15 +29,15 @@ def failing(folder: Path, content: bytes, timeout: float) -> bytes:
     raise CallFailed("the worker has\nno memory left")
 
 
-def collect(port: GridPort, tickets: list[str], seconds: float = 10.0) -> dict[str, Delivery]:
+def collect(transport: GridTransport, tickets: list[str], seconds: float = 10.0) -> dict[str, Delivery]:
     """What comes of the tickets, each once."""
     found: dict[str, Delivery] = {}
     end = time.monotonic() + seconds
     while not found.keys() >= set(tickets) and time.monotonic() < end:
-        for delivery in port.poll():
+        for delivery in transport.poll():
             assert delivery.ticket not in found, "one delivery came twice"
             found[delivery.ticket] = delivery
-        port.sleep(0.01)
+        transport.sleep(0.01)
     return found
 
 
@@ -45,15 +45,15 @@ def collect(port: GridPort, tickets: list[str], seconds: float = 10.0) -> dict[s
 def test_what_is_answered_is_what_was_sent(size: int) -> None:
     content = os.urandom(size)
     with field(client_app(echo, HERE), client_app(echo, Path("b"))) as made:
-        port = GridPort(made.grid, "test")
-        assert port.nodes() == sorted(map(str, made.nodes), key=int)
+        transport = GridTransport(made.grid, "test")
+        assert transport.nodes() == sorted(map(str, made.nodes), key=int)
         first, second = map(str, made.nodes)
-        tickets = port.send([(first, content), (second, b"x" + content)], 60.0)
-        found = collect(port, tickets)
+        tickets = transport.send([(first, content), (second, b"x" + content)], 60.0)
+        found = collect(transport, tickets)
         assert [found[t].content for t in tickets] == [b"site" + content, b"bx" + content]
         assert [found[t].node for t in tickets] == [first, second]
         assert all(found[t].error is None for t in tickets)
-        assert port.poll() == []
+        assert transport.poll() == []
 
 
 def test_what_is_large_travels_in_pieces_and_what_is_small_in_one() -> None:
@@ -67,18 +67,18 @@ def test_what_is_large_travels_in_pieces_and_what_is_small_in_one() -> None:
 
 def test_a_failure_is_answered_at_once_and_in_one_line() -> None:
     with field(client_app(failing, HERE)) as made:
-        port = GridPort(made.grid, "test")
-        (ticket,) = port.send([(str(made.nodes[0]), b"?")], 60.0)
-        assert collect(port, [ticket])[ticket].error == "the worker has no memory left"
+        transport = GridTransport(made.grid, "test")
+        (ticket,) = transport.send([(str(made.nodes[0]), b"?")], 60.0)
+        assert collect(transport, [ticket])[ticket].error == "the worker has no memory left"
 
 
 def test_a_silent_node_is_reported_when_the_lifetime_is_over() -> None:
     with field(client_app(echo, HERE)) as made:
         made.silent.add(made.nodes[0])
-        port = GridPort(made.grid, "test")
+        transport = GridTransport(made.grid, "test")
         began = time.monotonic()
-        (ticket,) = port.send([(str(made.nodes[0]), b"?")], 0.5)
-        delivery = collect(port, [ticket])[ticket]
+        (ticket,) = transport.send([(str(made.nodes[0]), b"?")], 0.5)
+        delivery = collect(transport, [ticket])[ticket]
         assert delivery.content is None
         assert delivery.error == "no answer came within the message's lifetime"
         assert 0.4 < time.monotonic() - began < 5
@@ -86,22 +86,22 @@ def test_a_silent_node_is_reported_when_the_lifetime_is_over() -> None:
 
 def test_a_node_that_is_not_there_is_reported() -> None:
     with field(client_app(echo, HERE)) as made:
-        port = GridPort(made.grid, "test")
-        tickets = port.send([("12345", b"?"), (str(made.nodes[0]), b"!")], 60.0)
-        found = collect(port, tickets)
+        transport = GridTransport(made.grid, "test")
+        tickets = transport.send([("12345", b"?"), (str(made.nodes[0]), b"!")], 60.0)
+        found = collect(transport, tickets)
         assert found[tickets[0]].error == "Flower did not take a message for the node 12345"
         assert found[tickets[1]].content == b"site!"
 
 
 def test_a_forgotten_message_is_never_delivered() -> None:
     with field(client_app(echo, HERE)) as made:
-        port = GridPort(made.grid, "test")
-        forgotten, ticket = port.send([(str(made.nodes[0]), b"1"), (str(made.nodes[0]), b"2")], 60.0)
-        lost = port.send([("12345", b"?")], 60.0)
-        port.forget([forgotten, *lost])
-        assert list(collect(port, [ticket])) == [ticket]
+        transport = GridTransport(made.grid, "test")
+        forgotten, ticket = transport.send([(str(made.nodes[0]), b"1"), (str(made.nodes[0]), b"2")], 60.0)
+        lost = transport.send([("12345", b"?")], 60.0)
+        transport.forget([forgotten, *lost])
+        assert list(collect(transport, [ticket])) == [ticket]
         time.sleep(0.1)
-        assert port.poll() == []
+        assert transport.poll() == []
 
 
 def test_the_worker_gets_its_share_of_the_lifetime_and_never_more_than_the_site_allows() -> None:
@@ -112,25 +112,25 @@ def test_the_worker_gets_its_share_of_the_lifetime_and_never_more_than_the_site_
         return b""
 
     with field(client_app(asked, HERE), client_app(asked, HERE, most=5.0)) as made:
-        port = GridPort(made.grid, "test")
-        collect(port, port.send([(str(made.nodes[0]), b"?")], 60.0))
-        collect(port, port.send([(str(made.nodes[1]), b"?")], 60.0))
+        transport = GridTransport(made.grid, "test")
+        collect(transport, transport.send([(str(made.nodes[0]), b"?")], 60.0))
+        collect(transport, transport.send([(str(made.nodes[1]), b"?")], 60.0))
     assert seen == [SHARE * 60.0, 5.0]
 
 
 def test_the_site_is_the_nodes_or_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
     with field(client_app(echo), client_app(echo), configs=[{"site": "folder/a"}, {}]) as made:
-        port = GridPort(made.grid, "test")
+        transport = GridTransport(made.grid, "test")
         nodes = [str(node) for node in made.nodes]
-        tickets = port.send([(node, b"") for node in nodes], 60.0)
-        found = collect(port, tickets)
+        tickets = transport.send([(node, b"") for node in nodes], 60.0)
+        found = collect(transport, tickets)
         assert found[tickets[0]].content == b"a"
         assert found[tickets[1]].error == "this node names no site: expected site=FOLDER in its --node-config, or " + (
             "FEDSPAN_SITE"
         )
         monkeypatch.setenv("FEDSPAN_SITE", "folder/b")
-        (ticket,) = port.send([(nodes[1], b"")], 60.0)
-        assert collect(port, [ticket])[ticket].content == b"b"
+        (ticket,) = transport.send([(nodes[1], b"")], 60.0)
+        assert collect(transport, [ticket])[ticket].content == b"b"
 
 
 def test_an_answer_of_another_kind_is_an_error() -> None:
@@ -141,9 +141,9 @@ def test_an_answer_of_another_kind_is_an_error() -> None:
         return Message(RecordDict(), reply_to=message)
 
     with field(app) as made:
-        port = GridPort(made.grid, "test")
-        (ticket,) = port.send([(str(made.nodes[0]), b"?")], 60.0)
-        assert collect(port, [ticket])[ticket].error == "a message holds the records []: expected 'fedspan'"
+        transport = GridTransport(made.grid, "test")
+        (ticket,) = transport.send([(str(made.nodes[0]), b"?")], 60.0)
+        assert collect(transport, [ticket])[ticket].error == "a message holds the records []: expected 'fedspan'"
 
 
 def test_a_message_that_is_not_ours_is_refused_not_raised() -> None:
@@ -173,12 +173,12 @@ def test_trouble_that_passes_is_waited_out(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("fedspan.flower.grid_transport._PAUSE", 0.01)
     with field(client_app(echo, HERE)) as made:
         grid: Any = Flaky(made.grid, 3)
-        port = GridPort(grid, "test")
-        assert port.nodes() == [str(made.nodes[0])]
+        transport = GridTransport(grid, "test")
+        assert transport.nodes() == [str(made.nodes[0])]
         grid.failures = 3
-        (ticket,) = port.send([(str(made.nodes[0]), b"?")], 60.0)
+        (ticket,) = transport.send([(str(made.nodes[0]), b"?")], 60.0)
         grid.failures = 3
-        assert collect(port, [ticket])[ticket].content == b"site?"
+        assert collect(transport, [ticket])[ticket].content == b"site?"
 
 
 def test_trouble_that_stays_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,21 +186,21 @@ def test_trouble_that_stays_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("fedspan.flower.grid_transport.PATIENCE", 0.1)
     with field(client_app(echo, HERE)) as made:
         grid: Any = Flaky(made.grid, 0)
-        port = GridPort(grid, "test")
-        port.send([(str(made.nodes[0]), b"?")], 60.0)
+        transport = GridTransport(grid, "test")
+        transport.send([(str(made.nodes[0]), b"?")], 60.0)
         grid.failures = 10**6
         with pytest.raises(ConnectionError, match="SuperLink cannot be asked"):
-            collect(port, ["?"])
-        (ticket,) = port.send([(str(made.nodes[0]), b"?")], 60.0)
+            collect(transport, ["?"])
+        (ticket,) = transport.send([(str(made.nodes[0]), b"?")], 60.0)
         grid.failures = 0
-        found = collect(port, [ticket])
+        found = collect(transport, [ticket])
         assert "Flower did not take a message" in str(found[ticket].error)
 
 
 def test_a_lifetime_is_positive() -> None:
     made = Field([], [])
     with pytest.raises(ValueError, match="lifetime = 0"):
-        GridPort(made.grid, "test").send([], 0)
+        GridTransport(made.grid, "test").send([], 0)
 
 
 def test_the_pace_is_a_quarter_of_the_wait_within_its_bounds() -> None:

@@ -186,7 +186,7 @@ class ProcessExecutor:
 
         def task(group: Sequence[int]) -> Task:
             def message(held: set[int]) -> Message:
-                parcel = packing.Parcel()
+                parcel = packing.TensorList()
                 header: dict[str, Any] = {"work": "train", "round_num": round_num, "engine": engine}
                 header["clients"] = [self._shared_payloads.assignment(parcel, held, assignments[i]) for i in group]
                 header["forget"] = self._shared_payloads.forget(held)
@@ -209,7 +209,7 @@ class ProcessExecutor:
 
         def task(e: int, b: int) -> Task:
             def message(held: set[int]) -> Message:
-                parcel, rows = packing.Parcel(), evaluation_tasks[e].rows
+                parcel, rows = packing.TensorList(), evaluation_tasks[e].rows
                 header: dict[str, Any] = {"work": "evaluate", "split": evaluation_tasks[e].split}
                 header["rows"] = None if rows is None else parcel.put(torch.as_tensor(rows))
                 header["indices"] = parcel.put(torch.tensor(cuts[e][b]))
@@ -288,7 +288,7 @@ class _Worker:
             context.model, context.data["train"], group, context.settings(header["engine"]), header["round_num"]
         )
         seconds = time.perf_counter() - began
-        parcel = packing.Parcel()
+        parcel = packing.TensorList()
         return {"results": [put_result(parcel, x) for x in results], "seconds": seconds}, parcel.tensors
 
     def _evaluate(self, header: Mapping[str, Any], tensors: Sequence[Tensor]) -> Message:

@@ -1,4 +1,4 @@
-"""`fedspan.wire.transport.Port` over Flower's Grid."""
+"""`fedspan.wire.transport.Transport` over Flower's Grid."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SAID = {
 T = TypeVar("T")
 
 
-class GridPort:
+class GridTransport:
     """Messages through a Grid; a ticket is Flower's id of the message.
 
     Flower answers for what did not arrive: a message whose lifetime is over, or whose node is gone for a minute,

@@ -20,7 +20,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedspan import config as settings
-from fedspan.flower.grid_transport import GridPort
+from fedspan.flower.grid_transport import GridTransport
 from fedspan.flower.records import one_line
 from fedspan.runs import execution
 from fedspan.runs.engine import Event
@@ -41,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
         folder, name = _where(context)
         config = settings.load(folder / "config.toml")
         with leading(folder / "runs", name):
-            result = execution.serve(config, folder / "runs" / name, said(sys.stdout.write), GridPort(grid, name))
+            result = execution.serve(config, folder / "runs" / name, said(sys.stdout.write), GridTransport(grid, name))
     except _TOLD as error:
         logging.getLogger("flwr").addFilter(_without_traceback)
         sys.stdout.write(f"fedspan: {one_line(error)}\n")

@@ -22,7 +22,7 @@ from fedspan.federation import requirements
 from fedspan.federation.clients import make_clients
 from fedspan.flower import records
 from fedspan.flower.client_app import refusal
-from fedspan.flower.grid_transport import GridPort
+from fedspan.flower.grid_transport import GridTransport
 from fedspan.runs import execution
 from fedspan.runs.engine import OnEvent
 from fedspan.runs.execution import Result
@@ -54,7 +54,7 @@ def run(config: Config, out: Path, on_event: OnEvent) -> Result:
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        results.append(execution.serve(config, out, on_event, GridPort(grid, "simulation")))
+        results.append(execution.serve(config, out, on_event, GridTransport(grid, "simulation")))
 
     on_gpu = device_of(config.device).type == "cuda"
     with _errors_only():

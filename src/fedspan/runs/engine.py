@@ -31,7 +31,7 @@ from fedspan.methods.messages import Broadcast, Request
 from fedspan.models import FederatedModel
 from fedspan.models.quantised import base_size
 from fedspan.wire.precision import Precision
-from fedspan.wire.transport import Port
+from fedspan.wire.transport import Transport
 from fedspan.client.setup import base_model, device_of, encoded
 from fedspan.privacy.fixed_point import FixedPoint
 from fedspan.privacy.spending import Examples, secret_of
@@ -85,12 +85,12 @@ class Job:
     """What simulated clients have spent of their examples' privacy."""
 
     @classmethod
-    def prepare(cls, config: Config, method: Method, out: Path, on_event: OnEvent, port: Port | None = None) -> Job:
+    def prepare(cls, config: Config, method: Method, out: Path, on_event: OnEvent, transport: Transport | None = None) -> Job:
         """Read everything that a run needs.
 
         Parameters
         ----------
-        port
+        transport
             Through which the clients are reached; none: they are simulated here.
 
         Raises
@@ -101,10 +101,10 @@ class Job:
         torch.set_num_threads(config.threads)
         corpus = load_data(config.data, config.seed)
         coordinator = None
-        if port is None:
+        if transport is None:
             clients = make_clients(config, corpus)
         else:
-            coordinator = Coordinator(port, config, method, out, lambda line: on_event(Event("site", {"line": line})))
+            coordinator = Coordinator(transport, config, method, out, lambda line: on_event(Event("site", {"line": line})))
             clients = coordinator.gather()
         secret = secret_of(out)
         sampler = create_sampler(config.federation, config.seed, config.privacy.dp, secret)
@@ -146,7 +146,7 @@ class Job:
             total=_total(config),
             sampler=sampler,
             secret=secret,
-            examples=Examples(config, out) if config.privacy.dp == "example" and port is None else None,
+            examples=Examples(config, out) if config.privacy.dp == "example" and transport is None else None,
         )
 
     def emit(self, kind: str, **data: Any) -> None:

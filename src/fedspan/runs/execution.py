@@ -25,7 +25,7 @@ from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.messages import Broadcast, Factors, Request
 from fedspan.methods.readout import received
 from fedspan.data.metrics import METRICS
-from fedspan.wire.transport import Port
+from fedspan.wire.transport import Transport
 from fedspan.privacy.spending import secret_of
 from fedspan.support.errors import FedspanError
 
@@ -49,14 +49,14 @@ def _silent(event: Event) -> None:
     pass
 
 
-def run(config: Config, out: Path | None = None, on_event: OnEvent = _silent, port: Port | None = None) -> Result:
+def run(config: Config, out: Path | None = None, on_event: OnEvent = _silent, transport: Transport | None = None) -> Result:
     """Run a federation into a new folder.
 
     Parameters
     ----------
     out
         The run folder; none: `runs/METHOD-TIME`.
-    port
+    transport
         Through which the clients are reached; none: they are simulated in this process.
 
     Raises
@@ -67,7 +67,7 @@ def run(config: Config, out: Path | None = None, on_event: OnEvent = _silent, po
     folder = new_folder(config, out)
     method = requirements.chosen(config, secret_of(folder))
     config = with_absolute_paths(config)
-    job = Job.prepare(config, method, folder, on_event, port)
+    job = Job.prepare(config, method, folder, on_event, transport)
     main = job.federation("federation", method, job.clients)  # what does not fit is refused while there is no folder
     write_bytes(folder / "config.toml", to_toml(config).encode())
     return _execute(job, main)
@@ -88,14 +88,14 @@ def new_folder(config: Config, out: Path | None) -> Path:
     return folder
 
 
-def resume(out: Path, on_event: OnEvent = _silent, workers: int | None = None, port: Port | None = None) -> Result:
+def resume(out: Path, on_event: OnEvent = _silent, workers: int | None = None, transport: Transport | None = None) -> Result:
     """Go on with an interrupted run; it ends with the same bits as if it had never stopped.
 
     Parameters
     ----------
     workers
         Processes, where not as many as the run's own settings say.
-    port
+    transport
         As `run` has it.
 
     Raises
@@ -105,24 +105,24 @@ def resume(out: Path, on_event: OnEvent = _silent, workers: int | None = None, p
     """
     if not (out / "config.toml").exists():
         raise FedspanError(f"{out} holds no run (no config.toml): expected the folder of an earlier `fedspan run`")
-    if port is None and (out / "sites.json").exists():
+    if transport is None and (out / "sites.json").exists():
         raise FedspanError(f"the clients of {out} are at their sites: expected the server that led them to go on with it")
     config = load_config(out / "config.toml")
     if workers is not None:
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"workers": workers})})
-    return _execute(*_prepared(config, out, on_event, port))
+    return _execute(*_prepared(config, out, on_event, transport))
 
 
-def _prepared(config: Config, out: Path, on_event: OnEvent, port: Port | None) -> tuple[Job, Federation]:
-    job = Job.prepare(config, requirements.chosen(config, secret_of(out)), out, on_event, port)
+def _prepared(config: Config, out: Path, on_event: OnEvent, transport: Transport | None) -> tuple[Job, Federation]:
+    job = Job.prepare(config, requirements.chosen(config, secret_of(out)), out, on_event, transport)
     return job, job.federation("federation", job.method, job.clients)
 
 
-def serve(config: Config, out: Path, on_event: OnEvent, port: Port) -> Result:
-    """Lead a federation of sites that are reached through `port`: from the start, or from where its folder stands."""
+def serve(config: Config, out: Path, on_event: OnEvent, transport: Transport) -> Result:
+    """Lead a federation of sites that are reached through `transport`: from the start, or from where its folder stands."""
     if (out / "config.toml").exists():
-        return resume(out, on_event, port=port)
-    return run(config, out, on_event, port)
+        return resume(out, on_event, transport=transport)
+    return run(config, out, on_event, transport)
 
 
 def _execute(job: Job, main: Federation) -> Result:

@@ -123,7 +123,7 @@ class Site:
 
     def answer(self, content: bytes) -> bytes:
         """The answer to one message; what is wrong with it is an answer too."""
-        parcel = protocol.Parcel()
+        parcel = protocol.MessageTensors()
         try:
             message, tensors = protocol.decode(content)
             kinds: Mapping[str, Callable[..., dict[str, Any]]] = {
@@ -140,11 +140,13 @@ class Site:
             header |= {key: message[key] for key in ("run", "round", "number") if key in message}
         except (ValueError, KeyError, TypeError, IndexError) as error:
             line = " ".join(str(error).split()) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            parcel = protocol.Parcel()
+            parcel = protocol.MessageTensors()
             header = {"problem": line}
         return protocol.encode({"client_id": self.client.client_id, **header}, parcel)
 
-    def _hello(self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.Parcel) -> dict[str, Any]:
+    def _hello(
+        self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.MessageTensors
+    ) -> dict[str, Any]:
         shapes = {name: list(shape) for name, shape in self.loaded.context.model.modules().items()}
         shapes |= {f"dense {name}": list(t.shape) for name, t in self.loaded.initial.items()}
         hidden = self.config.privacy.secure_sums or self.config.privacy.dp != "none"
@@ -183,7 +185,9 @@ class Site:
             raise Refused(f"round {round_num} after {counted} finished rounds: expected the next one")
         self._newest_round = (run, counted)
 
-    def _ask(self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.Parcel) -> dict[str, Any]:
+    def _ask(
+        self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.MessageTensors
+    ) -> dict[str, Any]:
         self._check(message)
         p = self.config.privacy
         if (p.secure_sums or p.fixed_point) != ("sum" in message):
@@ -291,7 +295,7 @@ class Site:
         return self._sums[1]
 
     def _advertise(
-        self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.Parcel
+        self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.MessageTensors
     ) -> dict[str, Any]:
         from fedspan.privacy.secure_sum import RoundParticipant  # which needs the extra `secure`
 
@@ -307,7 +311,9 @@ class Site:
         self._sums = (session, sums)
         return {"keys": protocol.put_bytes(parcel, sums.advertise())}
 
-    def _share(self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.Parcel) -> dict[str, Any]:
+    def _share(
+        self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.MessageTensors
+    ) -> dict[str, Any]:
         sums = self._secure(message["session"])
         num_clients, threshold = len(message["keys"]), message["threshold"]
         if threshold < self.config.privacy.threshold * num_clients - 1e-9:
@@ -315,7 +321,9 @@ class Site:
         sealed = sums.share(_bytes_by_name(message["keys"], tensors), threshold)
         return {"shares": {other: protocol.put_bytes(parcel, content) for other, content in sealed.items()}}
 
-    def _unmask(self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.Parcel) -> dict[str, Any]:
+    def _unmask(
+        self, message: Mapping[str, Any], tensors: Sequence[Tensor], parcel: protocol.MessageTensors
+    ) -> dict[str, Any]:
         sums = self._secure(message["session"])
         self._storage.unmasking(message["run"], f"{message['round']}/{message['place'][0]}", message["survivors"])
         return {"unmask": protocol.put_bytes(parcel, sums.unmask(message["index"], message["survivors"]))}

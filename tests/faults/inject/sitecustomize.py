@@ -49,7 +49,7 @@ def spoiled(content: bytes, change: Callable[[list[Any]], None]) -> bytes:
 
     told, tensors = protocol.decode(content)
     change(tensors)
-    parcel = protocol.Parcel()
+    parcel = protocol.MessageTensors()
     for tensor in tensors:
         parcel.put(tensor)
     return protocol.encode({k: v for k, v in told.items() if k not in ("schema", "places")}, parcel)

@@ -16,8 +16,8 @@ Answer = Callable[[bytes], bytes]
 
 
 @dataclass
-class MemoryPort:
-    """Nodes by name; an answer is there after `delay` seconds of the port's own clock."""
+class MemoryTransport:
+    """Nodes by name; an answer is there after `delay` seconds of its own clock."""
 
     nodes_here: dict[str, Answer]
     delay: float = 0.01

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fedspan.config import Config
-from fedspan.site.site import Loaded, Settings, Site
+from fedspan.site.loading import Loaded
+from fedspan.site.settings import Settings
+from fedspan.site.site import Site
 from fedspan.wire import protocol
 from fedspan.wire.transport import Delivery
 

@@ -21,7 +21,8 @@ from fedspan.methods import METHODS
 from fedspan.runs import checkpoint
 from fedspan.runs.engine import Event
 from fedspan.runs.execution import run, serve
-from fedspan.site.site import Settings, Site
+from fedspan.site.settings import Settings
+from fedspan.site.site import Site
 from fedspan.wire import protocol
 
 REMOTE = [name for name in NAMES if not METHODS[name]().info.pooled and not METHODS[name]().info.alone]
@@ -70,7 +71,7 @@ class Federation:
     def restart(self, client_id: str) -> None:
         """The site's process ends and another begins, on the same disk."""
         old = self.sites[client_id]
-        fresh = Site(old.given, old.folder, old.loaded)
+        fresh = Site(old.settings, old.folder, old.loaded)
         self.sites[client_id] = fresh
         self.transport.nodes_here[f"node-{IDS.index(client_id)}"] = fresh.answer
 
@@ -611,6 +612,6 @@ def test_no_two_choices_of_clients_are_unmasked_for_one_sum(
         fed.restart(client_id)
     with pytest.raises(ValueError, match="helped to unmask"):
         fed.serve()
-    assert sum("their difference would tell of one of them" in line for line in fed.lines) == 3
+    assert sum("the difference would reveal the update of one of them" in line for line in fed.lines) == 3
     fed.transport.mishap = None
     fed.serve()  # the same clients again: nothing that was not told before

@@ -85,7 +85,7 @@ def test_it_ends_with_whoever_holds_its_lifeline(folder: Path) -> None:
         ('client_id = "client-9"', "client_id = 'client-9': expected one of client-0"),
         ("", "client_id = None, expected the name"),
         ('client_id = "client-0"\ncolour = 1', "unknown key 'colour'"),
-        ('client_id = "client-0"\nrank = 0', "rank = 0, expected a count"),
+        ('client_id = "client-0"\nrank = 0', "rank = 0, expected a positive integer"),
         ("client_id = ", "not valid TOML"),
         ('client_id = "client-0"\nidentity = "identity.key"', "identity = 'identity.key'"),
     ],

@@ -26,7 +26,9 @@ from fedspan.flower.grid_transport import GridTransport
 from fedspan.runs import execution
 from fedspan.runs.engine import OnEvent
 from fedspan.runs.execution import Result
-from fedspan.site.site import Loaded, Settings, Site
+from fedspan.site.loading import Loaded
+from fedspan.site.settings import Settings
+from fedspan.site.site import Site
 from fedspan.support.errors import FedspanError
 
 

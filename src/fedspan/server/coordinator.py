@@ -252,7 +252,7 @@ class Coordinator:
     def _ready(self, question: Question, clients: Sequence[Client]) -> list[Client]:
         """Return those of the clients that can be reached, after waiting for the others as long as the settings allow.
 
-        Only a round's first exchange waits: a site that leaves later has probably lost the results that are asked about.
+        Only a round's first exchange waits: a site that leaves later has probably lost the results asked about.
         """
         wait = self._deployment.wait if question.place[0] == 0 else 0.0
         began = self.transport.now()

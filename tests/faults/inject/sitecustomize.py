@@ -73,15 +73,16 @@ def in_worker(site: str, answer: Callable[[bytes], bytes]) -> Callable[[bytes], 
     held: Any = getattr(answer, "__self__", None)
 
     def after_training(act: Callable[[], object]) -> None:
-        work = held._work
+        work = held.work
+        train = work._train
 
-        def worked(*given: Any) -> Any:
-            held._work = work
-            result = work(*given)
+        def trained(*given: Any) -> Any:
+            work._train = train
+            result = train(*given)
             act()  # it has learnt, and nobody has heard of it
             return result
 
-        held._work = worked
+        work._train = trained
 
     def answered(content: bytes) -> bytes:
         message = head(content)

@@ -22,13 +22,14 @@ from fedspan.wire.sizes import payload_tensors
 DAMAGED = (ValueError, KeyError, TypeError, IndexError)
 """The errors of reading a head that lies about its content."""
 _MOMENTS = "moments/"
+_Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
     """The form of the answers to one broadcast."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: _Shapes
     scalings: Mapping[str, float]
 
 
@@ -147,21 +148,30 @@ def _scaling_problem(scalings: Mapping[str, float], expected: Mapping[str, float
     return None
 
 
-def _shape_problem(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> str | None:
-    moments = {name: shape for name, shape in shapes.items() if name.startswith(_MOMENTS)}
-    own = {name: shape for name, shape in shapes.items() if name not in moments}
-    wanted = {name: shape for name, shape in expected.items() if not name.startswith(_MOMENTS)}
+def _shape_problem(shapes: _Shapes, expected: _Shapes) -> str | None:
+    moments, own = _apart(shapes)
+    _, wanted = _apart(expected)
     if own.keys() != wanted.keys():
         return f"names {sorted(own.keys() ^ wanted.keys())[0]}, which was not asked for or is missing"
     for name, shape in own.items():
         if shape != wanted[name]:
             return f"{name} has shape {shape}, expected {wanted[name]}"
+    return _moment_problem(moments, wanted)
+
+
+def _moment_problem(moments: _Shapes, weights: _Shapes) -> str | None:
     # The shape of a moment depends on the side that a client's optimizer projects, so only its size is bounded.
     for name, shape in moments.items():
-        weight = wanted.get("dense/" + name.removeprefix(_MOMENTS))
+        weight = weights.get("dense/" + name.removeprefix(_MOMENTS))
         if weight is None or math.prod(shape) > math.prod(weight):
             return f"{name} has shape {shape}: expected the second moments of a trained weight"
     return None
+
+
+def _apart(shapes: _Shapes) -> tuple[_Shapes, _Shapes]:
+    """Return the shapes of the moments, and those of everything else."""
+    moments = {name: shape for name, shape in shapes.items() if name.startswith(_MOMENTS)}
+    return moments, {name: shape for name, shape in shapes.items() if name not in moments}
 
 
 def _value_problem(update: Update) -> str | None:

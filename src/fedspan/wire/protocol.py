@@ -125,15 +125,17 @@ def _check_tensor(name: str, shape: Sequence[int], strides: Sequence[int], start
     """
     if name not in _DTYPES:
         raise Malformed(f"a tensor of type {name!r}: expected one of {', '.join(_DTYPES)}")
-    # `type(x) is int` and not isinstance, which would let true and false pass.
-    are_counts = all(type(x) is int and x >= 0 for x in (*shape, *strides, start))
-    if not are_counts or len(shape) != len(strides) or len(shape) > _MAX_DIMENSIONS:
+    if not _are_counts(*shape, *strides, start) or len(shape) != len(strides) or len(shape) > _MAX_DIMENSIONS:
         raise Malformed(f"a tensor of shape {shape} and strides {strides}: expected counts")
     count = math.prod(shape)
     if start % packing.LINE or start + count * _DTYPES[name].itemsize > size:
         raise Malformed(f"a tensor of {count} numbers at byte {start} of {size}: it does not fit")
     if count and not _dense(shape, strides):
         raise Malformed(f"a tensor of shape {shape} and strides {strides}: expected it to be dense")
+
+
+def _are_counts(*values: object) -> bool:
+    return all(type(x) is int and x >= 0 for x in values)  # not isinstance, for which `true` is a number
 
 
 def _dense(shape: Sequence[int], strides: Sequence[int]) -> bool:

@@ -280,7 +280,7 @@ def test_what_clients_share_is_sent_to_a_process_once(context: RunContext, monke
     sent: list[int] = []
     put = packing.put_factors
 
-    def counted(parcel: packing.Parcel, adapter: Mapping[str, Factors]) -> dict[str, Any]:
+    def counted(parcel: packing.TensorList, adapter: Mapping[str, Factors]) -> dict[str, Any]:
         sent.append(len(adapter))
         return put(parcel, adapter)
 
@@ -345,7 +345,7 @@ def test_what_is_said_of_broadcasts_is_heard() -> None:
     b, a = torch.randn(6, 2, generator=rng), torch.randn(2, 5, generator=rng)
     adapter = {"one": Factors(b, a, 1 / 3), "two": Factors(b, a * 2, 8.0)}
     patch = {"one": LowRank(b, a), "two": b @ a}
-    parcel = packing.Parcel()
+    parcel = packing.TensorList()
     told = [
         packing.put_factors(parcel, adapter),
         packing.put_patch(parcel, patch),

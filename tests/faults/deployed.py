@@ -17,7 +17,7 @@ from typing import Any
 
 import tiny
 import torch
-from ports import MemoryPort, make_sites
+from memory_transport import MemoryTransport, make_sites
 
 from fedspan.config import Config, to_toml
 from fedspan.flower import deployment, trial
@@ -207,13 +207,13 @@ class Deployed:
             tree[section] = {**tree[section], **values}
         config = Config.model_validate(tree)
         sites = make_sites(config, SITES, folder / "sites")
-        port = MemoryPort({name: site.answer for name, site in sites.items()})
+        transport = MemoryTransport({name: site.answer for name, site in sites.items()})
 
         def mishap(node: str, header: dict[str, Any], content: bytes) -> str | None:
             return "gone" if header["kind"] == "ask" and header["round"] in lost.get(node, ()) else None
 
-        port.mishap = mishap
-        serve(config, folder / "run", lambda event: None, port)
+        transport.mishap = mishap
+        serve(config, folder / "run", lambda event: None, transport)
         return state_of(folder / "run")
 
 

@@ -102,7 +102,7 @@ def test_a_site_that_is_started_late(there: Deployed, tmp_path: Path, outcomes: 
 ANSWERS: dict[str, tuple[dict[str, Any], str]] = {
     "its client app raises an exception": ({"where": "client app", "do": "raise"}, "client app is broken"),
     "its worker raises an exception": ({"do": "raise"}, "trainer is broken"),
-    "its worker exits in the middle of training": ({"do": "exit while training"}, "cannot be asked"),
+    "its worker exits in the middle of training": ({"do": "exit while training"}, "cannot be reached"),
     "it sends an update with NaN": ({"do": "NaN"}, "NaN or infinity"),
     "it sends an update with a wrong shape": ({"do": "shape"}, "has shape"),
     "it sends its answer of the round before again": ({"do": "replay", "of": "client-1"}, "answered for round"),
@@ -159,7 +159,7 @@ def test_another_base(up: Deployed, bases: dict[str, Path], tmp_path: Path, outc
     assert run.finished(), run.said()
     assert counts(run) == [2, 2, 2]
     (line,) = run.said("left out")
-    assert "base weights are not the server's" in line
+    assert "base weights differ from the server's" in line
     outcomes("a site has another base", "asked it nothing, went on with the others", line, time.monotonic() - run.began)
 
 

@@ -96,7 +96,7 @@ def test_every_message_is_answered_and_no_failure_ends_the_loop(tmp_path: Path) 
 
         answer, error = ask(made, b"exit")
         assert answer is None
-        assert "worker of clinic cannot be asked" in str(error)
+        assert "worker of clinic cannot be reached" in str(error)
         second = worker(made)
         assert second != first
 

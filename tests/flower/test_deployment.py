@@ -24,7 +24,7 @@ from fedspan.data.load import load as load_corpus
 from fedspan.federation.clients import make_clients
 from fedspan.flower import certificates, deployment, node_keys, trial
 from fedspan.flower.log_levels import ENVIRONMENT
-from fedspan.site.site import Settings
+from fedspan.site.settings import Settings
 
 SITES = ("charite", "mayo", "ucl")
 HOSTS = ("fed.example.org", "10.0.0.5", "::1")

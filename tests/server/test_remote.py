@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from ports import MemoryPort, make_sites
+from memory_transport import MemoryTransport, make_sites
 from run_folders import NAMES, Stop
 
 from fedspan.config import Config
@@ -21,7 +21,8 @@ from fedspan.methods import METHODS
 from fedspan.runs import checkpoint
 from fedspan.runs.events import Event
 from fedspan.runs.execution import run, serve
-from fedspan.site.site import Settings, Site
+from fedspan.site.settings import Settings
+from fedspan.site.site import Site
 from fedspan.wire import protocol
 
 REMOTE = [name for name in NAMES if not METHODS[name]().info.pooled and not METHODS[name]().info.alone]
@@ -50,7 +51,7 @@ class Federation:
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, folder
         self.sites = make_sites(config, IDS, folder / "sites")
-        self.port = MemoryPort({f"node-{k}": site.answer for k, site in enumerate(self.sites.values())})
+        self.transport = MemoryTransport({f"node-{k}": site.answer for k, site in enumerate(self.sites.values())})
         self.lines: list[str] = []
 
     def serve(self, on_event: Callable[[Event], None] | None = None) -> list[dict[str, Any]]:
@@ -62,7 +63,7 @@ class Federation:
             if on_event is not None:
                 on_event(event)
 
-        return serve(self.config, self.folder / "run", listen, self.port).history
+        return serve(self.config, self.folder / "run", listen, self.transport).history
 
     def state(self) -> dict[str, torch.Tensor]:
         return state_of(self.folder / "run")
@@ -70,9 +71,9 @@ class Federation:
     def restart(self, client_id: str) -> None:
         """The site's process ends and another begins, on the same disk."""
         old = self.sites[client_id]
-        fresh = Site(old.given, old.folder, old.loaded)
+        fresh = Site(old.settings, old.folder, old.loaded)
         self.sites[client_id] = fresh
-        self.port.nodes_here[f"node-{IDS.index(client_id)}"] = fresh.answer
+        self.transport.nodes_here[f"node-{IDS.index(client_id)}"] = fresh.answer
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -85,7 +86,7 @@ def spoiled(change: Callable[[dict[str, Any], list[torch.Tensor]], None]) -> Cal
     def spoil(content: bytes) -> bytes:
         head, tensors = protocol.decode(content)
         change(head, tensors)
-        parcel = protocol.Parcel()
+        parcel = protocol.MessageTensors()
         for tensor in tensors:
             parcel.put(tensor)
         return protocol.encode({k: v for k, v in head.items() if k not in ("schema", "places")}, parcel)
@@ -147,17 +148,17 @@ def test_secure_sums_come_to_the_bits_of_fixed_point_in_one_process(
 
 
 def test_the_server_sees_masked_words_alone(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
-    """What passes the port under secure sums holds no tensor of an update, no loss and no count of examples."""
+    """What passes the transport under secure sums holds no tensor of an update, no loss and no count of examples."""
     fed = Federation(settings(bases["bert"], texts, "ffa_lora", privacy={"secure_sums": True}), tmp_path)
     seen: list[dict[str, Any]] = []
-    for node, answer in list(fed.port.nodes_here.items()):
+    for node, answer in list(fed.transport.nodes_here.items()):
 
         def watched(content: bytes, answer: Callable[[bytes], bytes] = answer) -> bytes:
             told = answer(content)
             seen.append(protocol.decode(told)[0])
             return told
 
-        fed.port.nodes_here[node] = watched
+        fed.transport.nodes_here[node] = watched
     fed.serve()
     assert {frozenset(m) & {"update", "train_loss"} for m in seen} == {frozenset()}
     assert {m["num_examples"] for m in seen if "num_examples" in m} == {None}
@@ -176,11 +177,11 @@ def test_a_server_cannot_talk_a_site_out_of_secure_sums(bases: dict[str, Path], 
         if head["kind"] == "ask":
             asked.append((node, content))
 
-    fed.port.mishap = mishap
+    fed.transport.mishap = mishap
     fed.serve()
     node, content = asked[0]
     bare = spoiled(lambda head, tensors: head.pop("sum"))(content)
-    told = protocol.decode(fed.port.nodes_here[node](bare))[0]
+    told = protocol.decode(fed.transport.nodes_here[node](bare))[0]
     assert "only sums may be known" in told["problem"]
     assert not {"update", "words", "train_loss"} & told.keys()
 
@@ -234,11 +235,11 @@ def test_a_lost_answer_leaves_no_trace_in_the_sites_state(bases: dict[str, Path]
         def mishap(node: str, head: dict[str, Any], content: bytes, lost: bool = lost, which: Any = which) -> Any:
             if node == "node-1" and head["kind"] == "ask" and head["round"] == 1:
                 if lost:
-                    which.port.nodes_here[node](content)  # it does its work for nothing
+                    which.transport.nodes_here[node](content)  # it does its work for nothing
                 return "the line was cut"
             return None
 
-        which.port.mishap = mishap
+        which.transport.mishap = mishap
         history = which.serve()
         assert history[1]["rejected"] == {"client-1": "the line was cut"}
     tiny.same(fed.state(), twin.state())
@@ -292,10 +293,12 @@ def test_a_bad_answer_is_left_out_and_named(bases: dict[str, Path], texts: Path,
     def mishap(node: str, head: dict[str, Any], content: bytes) -> bytes | None:
         if node != "node-2" or head["kind"] != "ask":
             return None
-        return spoiled(change)(fed.port.nodes_here[node](content))
+        return spoiled(change)(fed.transport.nodes_here[node](content))
 
-    fed.port.mishap = mishap
-    without.port.mishap = lambda node, head, content: "gone" if node == "node-2" and head["kind"] == "ask" else None
+    fed.transport.mishap = mishap
+    without.transport.mishap = lambda node, head, content: (
+        "gone" if node == "node-2" and head["kind"] == "ask" else None
+    )
     rejected = fed.serve()[0]["rejected"]
     assert list(rejected) == ["client-2"]
     assert expected in rejected["client-2"]
@@ -310,13 +313,13 @@ def test_an_answer_of_the_round_before_is_no_answer(bases: dict[str, Path], text
     def mishap(node: str, head: dict[str, Any], content: bytes) -> bytes | None:
         if head["kind"] != "ask" or node not in ("node-0", "node-1"):
             return None
-        told = fed.port.nodes_here[node](content)
+        told = fed.transport.nodes_here[node](content)
         if head["round"] == 1:
             return kept[node] if node == "node-0" else kept["node-0"]  # its own old one, and another client's
         kept[node] = told
         return told
 
-    fed.port.mishap = mishap
+    fed.transport.mishap = mishap
     rejected = fed.serve()[1]["rejected"]
     assert "answered for round 1" in rejected["client-0"]
     assert "answered as 'client-0'" in rejected["client-1"]
@@ -332,7 +335,7 @@ def test_a_site_refuses_an_old_round_another_base_and_other_settings(
         if head["kind"] == "ask" and node == "node-0":
             asked.append(content)
 
-    fed.port.mishap = mishap
+    fed.transport.mishap = mishap
     fed.serve()
     site = fed.sites["client-0"]
 
@@ -355,13 +358,13 @@ def test_a_site_with_other_settings_or_another_base_is_left_out(
     config = settings(bases["bert"], texts)
     fed = Federation(config, tmp_path)
     odd = make_sites(settings(bases["bert"], texts, local={"steps": 3}), ["client-0"], tmp_path / "odd")["client-0"]
-    fed.port.nodes_here["node-0"] = odd.answer
+    fed.transport.nodes_here["node-0"] = odd.answer
     other = fed.sites["client-1"]
     other.loaded = replace(other.loaded, base="0" * 64)
     history = fed.serve()
     lines = "\n".join(fed.lines)
     assert "local.steps is 3 on the site and 2 on the server" in lines
-    assert "base weights are not the server's" in lines
+    assert "base weights differ from the server's" in lines
     told = json.loads((tmp_path / "run" / "sites.json").read_text())
     assert [c["client_id"] for c in told["clients"]] == ["client-2", "client-3"]
     assert all(record["num_clients"] == 2 for record in history)
@@ -380,8 +383,8 @@ def test_sites_with_files_of_their_own(bases: dict[str, Path], texts: Path, tmp_
     for name, file in zip(names, files, strict=True):
         config = settings(bases["bert"], file, federation=federation, data={"test": [str(sample)]})
         sites[name] = Site(Settings(config, name, 4, own_data=True), tmp_path / name)
-    port = MemoryPort({name: site.answer for name, site in sites.items()})
-    history = serve(served, tmp_path / "run", lambda event: None, port).history
+    transport = MemoryTransport({name: site.answer for name, site in sites.items()})
+    history = serve(served, tmp_path / "run", lambda event: None, transport).history
     assert [record["rejected"] for record in history] == [{}, {}]
     told = json.loads((tmp_path / "run" / "sites.json").read_text())["clients"]
     assert [(c["client_id"], c["num_examples"]) for c in told] == [("charite", 12), ("mayo", 48)]
@@ -393,7 +396,7 @@ def test_a_site_whose_data_has_other_labels_is_left_out(bases: dict[str, Path], 
     fed = Federation(config, tmp_path)
     two = tiny.write_jsonl(tmp_path / "two.jsonl", [row for row in tiny.words() if row["label"] != "z"])
     odd = settings(bases["bert"], two, federation={"rounds": 1, "participation": 1.0})
-    fed.port.nodes_here["node-0"] = Site(Settings(odd, "client-0", 4, own_data=True), tmp_path / "odd").answer
+    fed.transport.nodes_here["node-0"] = Site(Settings(odd, "client-0", 4, own_data=True), tmp_path / "odd").answer
     assert fed.serve()[0]["num_clients"] == 3
     assert any("client-0 is left out: its model holds dense" in line for line in fed.lines)
 
@@ -401,8 +404,8 @@ def test_a_site_whose_data_has_other_labels_is_left_out(bases: dict[str, Path], 
 def test_a_second_node_of_one_client_is_not_taken_in(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
     config = settings(bases["bert"], texts, federation={"num_clients": 4, "rounds": 1})
     fed = Federation(config, tmp_path)
-    fed.port.nodes_here["node-9"] = fed.port.nodes_here["node-0"]
-    del fed.port.nodes_here["node-3"]
+    fed.transport.nodes_here["node-9"] = fed.transport.nodes_here["node-0"]
+    del fed.transport.nodes_here["node-3"]
     fed.serve()
     assert any("client-0 is here already" in line for line in fed.lines)
 
@@ -411,10 +414,10 @@ def test_too_few_sites_end_the_wait(bases: dict[str, Path], texts: Path, tmp_pat
     config = settings(bases["bert"], texts, federation={"min_success": 3})
     fed = Federation(config, tmp_path)
     for node in ("node-0", "node-1"):
-        del fed.port.nodes_here[node]
+        del fed.transport.nodes_here[node]
     with pytest.raises(ValueError, match=r"2 of 4 sites came within deployment.wait = 20 s: expected at least 3"):
         fed.serve()
-    assert fed.port.clock >= 20
+    assert fed.transport.clock >= 20
     assert not (tmp_path / "run").exists()
 
 
@@ -428,7 +431,7 @@ def test_the_server_needs_no_engine(bases: dict[str, Path], texts: Path, tmp_pat
 
 def test_controls_need_no_sites(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a control for one process"):
-        serve(settings(bases["bert"], texts, "centralised"), tmp_path / "run", lambda e: None, MemoryPort({}))
+        serve(settings(bases["bert"], texts, "centralised"), tmp_path / "run", lambda e: None, MemoryTransport({}))
 
 
 # Silence
@@ -444,7 +447,7 @@ def test_a_silent_site_is_waited_for_once_a_round_and_then_left_out(
         deployment={"patience": 2, "quarantine": 2, "deadline": 5},
     )
     fed = Federation(config, tmp_path)
-    fed.port.mishap = lambda node, head, content: "" if node == "node-3" and head["kind"] == "ask" else None
+    fed.transport.mishap = lambda node, head, content: "" if node == "node-3" and head["kind"] == "ask" else None
     history = fed.serve()
     silent = {"client-3": "did not answer within 5 s"}
     assert [record["rejected"] for record in history] == [silent, silent, {}, {}, silent, silent]
@@ -458,11 +461,11 @@ def test_a_node_that_is_gone_is_waited_for_and_then_missed(bases: dict[str, Path
 
     def leave(event: Event) -> None:
         if event.kind == "round":
-            fed.port.nodes_here.pop("node-2", None)
+            fed.transport.nodes_here.pop("node-2", None)
 
     history = fed.serve(leave)
     assert history[1]["rejected"] == {"client-2": "is not connected"}
-    assert fed.port.clock >= 20
+    assert fed.transport.clock >= 20
 
 
 def test_a_node_that_comes_back_under_another_name_is_known_again(
@@ -473,8 +476,8 @@ def test_a_node_that_comes_back_under_another_name_is_known_again(
     fed = Federation(config, tmp_path)
 
     def move(event: Event) -> None:
-        if event.kind == "round" and "node-2" in fed.port.nodes_here:
-            fed.port.nodes_here["node-7"] = fed.port.nodes_here.pop("node-2")
+        if event.kind == "round" and "node-2" in fed.transport.nodes_here:
+            fed.transport.nodes_here["node-7"] = fed.transport.nodes_here.pop("node-2")
 
     fed.serve(move)
     tiny.same(fed.state(), state_of(tmp_path / "here"))
@@ -489,12 +492,12 @@ def test_too_few_answers_fail_the_round_and_the_run_goes_on_later(
     people = [s.client for s in fed.sites.values()]
     drawn = [people[i] for i in create_sampler(config.federation, config.seed, "none").draw(len(people), 1)]
     bad = f"node-{IDS.index(drawn[0].client_id)}"
-    fed.port.mishap = lambda node, head, content: (
+    fed.transport.mishap = lambda node, head, content: (
         "out of order" if node == bad and head["kind"] == "ask" and head["round"] == 1 else None
     )
     with pytest.raises(RoundFailed, match=r"round 2: 2 valid updates.*out of order"):
         fed.serve()
-    fed.port.mishap = None
+    fed.transport.mishap = None
     fed.serve()
     tiny.same(fed.state(), state_of(tmp_path / "here"))
 
@@ -507,7 +510,9 @@ def test_over_sampling_does_not_wait_for_the_last(bases: dict[str, Path], texts:
         deployment={"oversample": 1.0, "deadline": 30, "order": "arrival"},
     )
     fed = Federation(config, tmp_path)
-    fed.port.mishap = lambda node, head, content: "" if node in ("node-1", "node-2") and head["kind"] == "ask" else None
+    fed.transport.mishap = lambda node, head, content: (
+        "" if node in ("node-1", "node-2") and head["kind"] == "ask" else None
+    )
     history = fed.serve()
     for record in history:
         assert record["num_clients"] == 2
@@ -519,8 +524,8 @@ def test_answers_in_any_order_come_to_the_same_bits(bases: dict[str, Path], text
     config = settings(bases["bert"], texts, "fedit", federation={"participation": 1.0})
     run(config, tmp_path / "here")
     fed = Federation(config, tmp_path)
-    poll = fed.port.poll
-    fed.port.poll = lambda: poll()[::-1]  # type: ignore[method-assign]
+    poll = fed.transport.poll
+    fed.transport.poll = lambda: poll()[::-1]  # type: ignore[method-assign]
     fed.serve()
     tiny.same(fed.state(), state_of(tmp_path / "here"))
 
@@ -536,13 +541,15 @@ def test_one_site_of_four_may_drop_out_of_a_secure_sum_anywhere(
     sections = {"federation": {"participation": 1.0, "rounds": 1}}
     config = settings(bases["bert"], texts, "ffa_lora", privacy={"secure_sums": True}, **sections)
     fed = Federation(config, tmp_path / "a")
-    fed.port.mishap = lambda node, head, content: "gone" if node == "node-1" and head["kind"] == kind else None
+    fed.transport.mishap = lambda node, head, content: "gone" if node == "node-1" and head["kind"] == kind else None
     history = fed.serve()
     plain = Federation(
         settings(bases["bert"], texts, "ffa_lora", privacy={"fixed_point": True}, **sections), tmp_path / "b"
     )
     if kind != "unmask":
-        plain.port.mishap = lambda node, head, content: "gone" if node == "node-1" and head["kind"] == "ask" else None
+        plain.transport.mishap = lambda node, head, content: (
+            "gone" if node == "node-1" and head["kind"] == "ask" else None
+        )
     plain.serve()
     assert history[0]["num_clients"] == (4 if kind == "unmask" else 3)
     tiny.same(fed.state(), plain.state())
@@ -553,14 +560,14 @@ def test_two_of_four_are_too_many_and_nothing_is_changed(bases: dict[str, Path],
         bases["bert"], texts, "ffa_lora", privacy={"secure_sums": True}, federation={"participation": 1.0, "rounds": 2}
     )
     fed = Federation(config, tmp_path)
-    fed.port.mishap = lambda node, head, content: (
+    fed.transport.mishap = lambda node, head, content: (
         "gone" if node in ("node-1", "node-2") and head["kind"] == "unmask" and head["round"] == 1 else None
     )
     with pytest.raises(ValueError, match="2"):
         fed.serve()
     before = fed.state()
     assert len(checkpoint.read(tmp_path / "run" / "checkpoint" / "federation.safetensors").history) == 1
-    fed.port.mishap = None
+    fed.transport.mishap = None
     fed.serve()
     assert any(not torch.equal(before[name], value) for name, value in fed.state().items())
 
@@ -600,11 +607,11 @@ def test_no_two_choices_of_clients_are_unmasked_for_one_sum(
 
     with pytest.raises(Stop):
         fed.serve(cut)
-    fed.port.mishap = lambda node, head, content: "gone" if node == "node-3" and head["kind"] != "hello" else None
+    fed.transport.mishap = lambda node, head, content: "gone" if node == "node-3" and head["kind"] != "hello" else None
     for client_id in IDS:
         fed.restart(client_id)
     with pytest.raises(ValueError, match="helped to unmask"):
         fed.serve()
-    assert sum("their difference would tell of one of them" in line for line in fed.lines) == 3
-    fed.port.mishap = None
+    assert sum("the difference would reveal the update of one of them" in line for line in fed.lines) == 3
+    fed.transport.mishap = None
     fed.serve()  # the same clients again: nothing that was not told before

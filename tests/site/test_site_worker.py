@@ -49,7 +49,7 @@ def worker(folder: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def hello(folder: Path) -> dict[str, object]:
-    return protocol.decode(call(folder, protocol.encode({"kind": "hello"}, protocol.Parcel()), 120))[0]
+    return protocol.decode(call(folder, protocol.encode({"kind": "hello"}, protocol.MessageTensors()), 120))[0]
 
 
 def test_it_answers_and_keeps_answering_whatever_it_is_sent(folder: Path) -> None:
@@ -66,7 +66,7 @@ def test_it_answers_and_keeps_answering_whatever_it_is_sent(folder: Path) -> Non
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
     assert not socket_path(folder).exists()
-    with pytest.raises(CallFailed, match="cannot be asked"):
+    with pytest.raises(CallFailed, match="cannot be reached"):
         call(folder, b"", 1)
 
 
@@ -85,7 +85,7 @@ def test_it_ends_with_whoever_holds_its_lifeline(folder: Path) -> None:
         ('client_id = "client-9"', "client_id = 'client-9': expected one of client-0"),
         ("", "client_id = None, expected the name"),
         ('client_id = "client-0"\ncolour = 1', "unknown key 'colour'"),
-        ('client_id = "client-0"\nrank = 0', "rank = 0, expected a count"),
+        ('client_id = "client-0"\nrank = 0', "rank = 0, expected a positive integer"),
         ("client_id = ", "not valid TOML"),
         ('client_id = "client-0"\nidentity = "identity.key"', "identity = 'identity.key'"),
     ],
@@ -95,7 +95,7 @@ def test_what_is_wrong_with_its_folder_is_told_to_whoever_asks(folder: Path, sit
     (folder / "site.toml").write_text(site)
     with worker(folder) as process:
         with pytest.raises(CallFailed) as told:
-            call(folder, protocol.encode({"kind": "hello"}, protocol.Parcel()), 120)
+            call(folder, protocol.encode({"kind": "hello"}, protocol.MessageTensors()), 120)
         assert expected in str(told.value)
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=20)[0].decode()

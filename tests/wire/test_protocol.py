@@ -18,7 +18,7 @@ from fedspan.wire.protocol import Malformed
 
 
 def test_messages_come_back_as_they_were() -> None:
-    parcel = protocol.Parcel()
+    parcel = protocol.MessageTensors()
     rng = torch.Generator().manual_seed(1)
     tensors = [torch.randn(5, 7, generator=rng), torch.randn(4, 6, generator=rng).T, torch.arange(3), torch.zeros(0, 3)]
     places = [parcel.put(t) for t in tensors]
@@ -30,7 +30,7 @@ def test_messages_come_back_as_they_were() -> None:
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_narrow_tensors_err_by_half_a_step_at_most(kind: Any) -> None:
-    parcel = protocol.Parcel(kind=kind)
+    parcel = protocol.MessageTensors(kind=kind)
     x = torch.randn(20, 30, generator=torch.Generator().manual_seed(2)) * torch.logspace(-6, 6, 20)[:, None]
     place = parcel.put(x)
     _, got = protocol.decode(protocol.encode({}, parcel))
@@ -40,7 +40,7 @@ def test_narrow_tensors_err_by_half_a_step_at_most(kind: Any) -> None:
 
 def test_every_damaged_byte_is_found_or_harmless() -> None:
     """A message with one byte changed or its end missing is refused, or decodes to tensors of the same shapes."""
-    parcel = protocol.Parcel()
+    parcel = protocol.MessageTensors()
     parcel.put(torch.ones(3, 5))
     parcel.put(torch.zeros(8, dtype=torch.int64))
     content = protocol.encode({"kind": "ask"}, parcel)
@@ -73,7 +73,7 @@ def test_every_damaged_byte_is_found_or_harmless() -> None:
     ],
 )
 def test_a_head_that_lies_is_refused(change: Callable[[dict[str, Any]], None], expected: str) -> None:
-    parcel = protocol.Parcel()
+    parcel = protocol.MessageTensors()
     parcel.put(torch.ones(3, 5))
     content = protocol.encode({"kind": "ask"}, parcel)
     start = 8

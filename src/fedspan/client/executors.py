@@ -201,7 +201,7 @@ class ProcessExecutor:
 
     def _training_message(self, group: Sequence[Assignment], round_num: int, engine: str) -> MakeMessage:
         def message(held: set[int]) -> Message:
-            parcel = packing.Parcel()
+            parcel = packing.TensorList()
             header: dict[str, Any] = {"work": "train", "round_num": round_num, "engine": engine}
             header["clients"] = [self._shared_payloads.assignment(parcel, held, a) for a in group]
             header["forget"] = self._shared_payloads.forget(held)
@@ -234,7 +234,7 @@ class ProcessExecutor:
 
     def _evaluation_message(self, task: EvaluationTask, indices: Sequence[int], max_new_tokens: int) -> MakeMessage:
         def message(held: set[int]) -> Message:
-            parcel = packing.Parcel()
+            parcel = packing.TensorList()
             header: dict[str, Any] = {"work": "evaluate", "split": task.split, "max_new_tokens": max_new_tokens}
             header["rows"] = None if task.rows is None else parcel.put(torch.as_tensor(task.rows))
             header["indices"] = parcel.put(torch.tensor(indices))
@@ -303,7 +303,7 @@ class _Worker:
         began = time.perf_counter()
         results = cohort.work(context.model, context.data["train"], group, settings, header["round_num"])
         seconds = time.perf_counter() - began
-        parcel = packing.Parcel()
+        parcel = packing.TensorList()
         return {"results": [put_result(parcel, x) for x in results], "seconds": seconds}, parcel.tensors
 
     def _evaluate(self, header: Mapping[str, Any], tensors: Sequence[Tensor]) -> Message:

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
-from fedspan.config import AdapterConfig, DataConfig, ModelConfig
+from fedspan.client.executors import WorkContext
+from fedspan.client.training import TrainingSettings
+from fedspan.config import Config, DataConfig
 from fedspan.data import Corpus, Encoded, encode
-from fedspan.models import FederatedModel, build, load_processor
+from fedspan.models import build, load_processor
 from fedspan.models.federated_model import Trains
 from fedspan.support.errors import FedspanError
 
@@ -26,31 +28,30 @@ def encoded(name: str, data: DataConfig, corpus: Corpus) -> tuple[Any, dict[str,
     return processor, {split: encode(part, processor, data) for split, part in rows.items()}
 
 
-def base_model(
-    model: ModelConfig,
-    adapter: AdapterConfig,
+def work_context(
+    config: Config,
     corpus: Corpus,
+    processor: Any,
     data: Mapping[str, Encoded],
     *,
     trains: Trains,
     max_rank: int,
     device: torch.device,
-    seed: int,
-) -> FederatedModel:
-    """Return the base that the settings name, with the parts that a method trains.
+) -> WorkContext:
+    """Return the base that the settings name, with the parts that a method trains, beside the data to train it on.
 
     Parameters
     ----------
-    data
-        The corpus encoded for this base.
+    processor, data
+        As `encoded` returns them.
     trains
         As a method's `info.trains` says.
     max_rank
         The largest rank of any client.
     """
-    texts = data["train"].texts
-    return build(
-        model.name,
+    texts, adapter = data["train"].texts, config.adapter
+    model = build(
+        config.model.name,
         corpus.kind,
         trains=trains,
         num_labels=corpus.num_labels,
@@ -58,14 +59,16 @@ def base_model(
         max_rank=max_rank,
         rslora=adapter.rslora,
         dropout=adapter.dropout,
-        dtype=model.dtype,
+        dtype=config.model.dtype,
         device=device,
-        seed=seed,
+        seed=config.seed,
         label_names=corpus.label_names,
         regression=corpus.num_labels == 1,
         pad_token_id=texts.pad if texts is not None else None,
-        quantise=model.quantise,
+        quantise=config.model.quantise,
     )
+    training = TrainingSettings.of(config)
+    return WorkContext(training, config.evaluation, config.threads, model, data, processor, corpus.metrics)
 
 
 def device_of(name: str) -> torch.device:

@@ -12,7 +12,7 @@ from fedspan.client.training import Assignment, LocalResult
 from fedspan.methods.messages import Broadcast, Update
 from fedspan.wire import packing
 
-_Put = Callable[[packing.Parcel, Any], dict[str, Any]]
+_Put = Callable[[packing.TensorList, Any], dict[str, Any]]
 _Get = Callable[[Any, Sequence[Tensor]], Any]
 _PARTS: Mapping[str, tuple[_Put, _Get]] = {
     "adapter": (packing.put_factors, packing.get_factors),
@@ -53,7 +53,7 @@ class SharedPayloads:
         held -= gone
         return sorted(gone)
 
-    def broadcast(self, parcel: packing.Parcel, held: set[int], b: Broadcast) -> dict[str, Any]:
+    def broadcast(self, parcel: packing.TensorList, held: set[int], b: Broadcast) -> dict[str, Any]:
         """Return a broadcast's description, with the parts that this process does not hold yet.
 
         Parameters
@@ -70,7 +70,7 @@ class SharedPayloads:
             header[name] = [number, put(parcel, part) if new else None]
         return header
 
-    def assignment(self, parcel: packing.Parcel, held: set[int], a: Assignment) -> dict[str, Any]:
+    def assignment(self, parcel: packing.TensorList, held: set[int], a: Assignment) -> dict[str, Any]:
         """Return an assignment's description."""
         return {
             "client_id": a.client_id,
@@ -112,7 +112,7 @@ class PayloadCache:
         return Assignment(header["client_id"], sent, rows, header["steps"], header["weight"], header["secret"])
 
 
-def put_result(parcel: packing.Parcel, result: LocalResult) -> dict[str, Any]:
+def put_result(parcel: packing.TensorList, result: LocalResult) -> dict[str, Any]:
     """Return the description of a client's result."""
     update = result.update
     return {

@@ -1,4 +1,4 @@
-"""`fedspan.wire.transport.Port` over Flower's Grid."""
+"""`fedspan.wire.transport.Transport` over Flower's Grid."""
 
 from __future__ import annotations
 

@@ -24,7 +24,9 @@ from fedspan.flower.log_levels import errors_only
 from fedspan.runs import execution
 from fedspan.runs.events import OnEvent
 from fedspan.runs.execution import Result
-from fedspan.site.site import Loaded, Settings, Site
+from fedspan.site.loading import Loaded
+from fedspan.site.settings import Settings
+from fedspan.site.site import Site
 from fedspan.support.errors import FedspanError
 
 

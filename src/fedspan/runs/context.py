@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedspan.client.executors import EvaluationTask, Executor, WorkContext, create_executor, num_worker_processes
-from fedspan.client.setup import base_model, device_of, encoded
-from fedspan.client.training import TrainingSettings
+from fedspan.client.executors import EvaluationTask, Executor, create_executor, num_worker_processes
+from fedspan.client.setup import device_of, encoded, work_context
 from fedspan.config import Config, PrivacyConfig
 from fedspan.data import Encoded
 from fedspan.data import load as load_data
@@ -28,7 +27,7 @@ from fedspan.privacy.secret_file import secret_of
 from fedspan.runs.events import Event, OnEvent
 from fedspan.server.coordinator import Coordinator
 from fedspan.support.errors import FedspanError
-from fedspan.wire.transport import Port
+from fedspan.wire.transport import Transport
 
 
 @dataclass(slots=True)
@@ -63,13 +62,13 @@ class RunContext:
 
     @classmethod
     def prepare(
-        cls, config: Config, method: Method, out: Path, on_event: OnEvent, port: Port | None = None
+        cls, config: Config, method: Method, out: Path, on_event: OnEvent, transport: Transport | None = None
     ) -> RunContext:
         """Read everything that a run needs.
 
         Parameters
         ----------
-        port
+        transport
             Reaches the clients; none: they are simulated in this process.
 
         Raises
@@ -80,10 +79,12 @@ class RunContext:
         torch.set_num_threads(config.threads)
         corpus = load_data(config.data, config.seed)
         coordinator = None
-        if port is None:
+        if transport is None:
             clients = make_clients(corpus, config.federation, config.seed, config.data.client_holdout)
         else:
-            coordinator = Coordinator(port, config, method, out, lambda line: on_event(Event("site", {"line": line})))
+            coordinator = Coordinator(
+                transport, config, method, out, lambda line: on_event(Event("site", {"line": line}))
+            )
             clients = coordinator.gather()
         sampler = create_sampler(config.federation, config.seed, config.privacy.dp, secret_of(out))
         num_sampled = max(1, round(sampler.expected_size(len(clients))))
@@ -97,18 +98,10 @@ class RunContext:
         max_rank = max(client.rank for client in clients)
         # Several workers copy a model that stays on the CPU to devices of their own.
         placed = device if num_workers == 1 else torch.device("cpu")
-        model = base_model(
-            config.model,
-            config.adapter,
-            corpus,
-            data,
-            trains=method.info.trains,
-            seed=config.seed,
-            max_rank=max_rank,
-            device=placed,
+        context = work_context(
+            config, corpus, processor, data, trains=method.info.trains, max_rank=max_rank, device=placed
         )
-        training = TrainingSettings.of(config)
-        context = WorkContext(training, config.evaluation, config.threads, model, data, processor, corpus.metrics)
+        model = context.model
         initial_dense = model.dense()
         if coordinator is not None:
             # Last, since it needs the base: sites with another base are turned away before the first round.

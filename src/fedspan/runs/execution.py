@@ -26,7 +26,7 @@ from fedspan.runs.summary import Summary, summarise
 from fedspan.support import standard_json
 from fedspan.support.errors import FedspanError
 from fedspan.support.files import StrPath, write_bytes
-from fedspan.wire.transport import Port
+from fedspan.wire.transport import Transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Result:
 
 
 def run(
-    config: Config, out: StrPath | None = None, on_event: OnEvent = events.ignore, port: Port | None = None
+    config: Config, out: StrPath | None = None, on_event: OnEvent = events.ignore, transport: Transport | None = None
 ) -> Result:
     """Run a federation into a new folder.
 
@@ -54,7 +54,7 @@ def run(
         The run folder; none: `runs/METHOD-TIME`.
     on_event
         Receives every event as it happens.
-    port
+    transport
         Reaches the clients; none: they are simulated in this process.
 
     Raises
@@ -66,7 +66,7 @@ def run(
     folder = new_folder(config, out)
     method = requirements.chosen(config, secret_of(folder))
     config = with_absolute_paths(config)
-    context = RunContext.prepare(config, method, folder, on_event, port)
+    context = RunContext.prepare(config, method, folder, on_event, transport)
     # The folder is made only after everything that can be refused has been.
     main = MethodRun.open(context, FEDERATION, method, context.clients)
     write_bytes(folder / "config.toml", to_toml(config).encode())
@@ -89,7 +89,7 @@ def new_folder(config: Config, out: StrPath | None) -> Path:
 
 
 def resume(
-    out: StrPath, on_event: OnEvent = events.ignore, workers: int | None = None, port: Port | None = None
+    out: StrPath, on_event: OnEvent = events.ignore, workers: int | None = None, transport: Transport | None = None
 ) -> Result:
     """Resume an interrupted run; it ends with the same bits as if it had never stopped.
 
@@ -97,32 +97,32 @@ def resume(
     ----------
     workers
         Number of processes; none: as in the run's own settings.
-    port
+    transport
         Reaches the clients; none: they are simulated in this process.
 
     Raises
     ------
     FedspanError
-        When `out` holds no run, or one whose clients are at real sites and no port is given.
+        When `out` holds no run, or one whose clients are at real sites and no transport is given.
     """
     folder = Path(out)
     if not (folder / "config.toml").exists():
         raise FedspanError(f"{folder} holds no run (no config.toml): expected the folder of an earlier `fedspan run`")
-    if port is None and (folder / "sites.json").exists():
+    if transport is None and (folder / "sites.json").exists():
         raise FedspanError(f"{folder} is a federation of real sites: expected the server that started it to resume it")
     config = load_config(folder / "config.toml")
     if workers is not None:
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"workers": workers})})
     method = requirements.chosen(config, secret_of(folder))
-    context = RunContext.prepare(config, method, folder, on_event, port)
+    context = RunContext.prepare(config, method, folder, on_event, transport)
     return _execute(context, MethodRun.open(context, FEDERATION, method, context.clients))
 
 
-def serve(config: Config, out: StrPath, on_event: OnEvent, port: Port) -> Result:
-    """Lead a federation of sites that are reached through `port`: a new one, or the one that `out` holds."""
+def serve(config: Config, out: StrPath, on_event: OnEvent, transport: Transport) -> Result:
+    """Lead a federation of sites that are reached through `transport`: a new one, or the one that `out` holds."""
     if (Path(out) / "config.toml").exists():
-        return resume(out, on_event, port=port)
-    return run(config, out, on_event, port)
+        return resume(out, on_event, transport=transport)
+    return run(config, out, on_event, transport)
 
 
 def _execute(context: RunContext, main: MethodRun) -> Result:

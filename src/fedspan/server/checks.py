@@ -1,50 +1,59 @@
-"""What an answer must look like before the round loop sees it."""
+"""The checks that an answer must pass before the round loop sees it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fedspan.config import Config
 from fedspan.federation.clients import Client
 from fedspan.federation.exchange import Answer, Question, begin, unlearnt
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, Request, Tensors, Update
 from fedspan.privacy.fixed_point import Words
-from fedspan.server.requests import Missing
+from fedspan.server.requests import Problem, Reply
 from fedspan.wire import protocol
-from fedspan.wire.precision import packed_bytes
+from fedspan.wire.precision import Kind, packed_bytes
 from fedspan.wire.sizes import payload_tensors
 
-_Wanted = tuple[Mapping[str, tuple[int, ...]], Mapping[str, float]]
-"""Shapes and scalings of an answer."""
 DAMAGED = (ValueError, KeyError, TypeError, IndexError)
-"""What reading a head that lies comes to."""
+"""The errors of reading a head that lies about its content."""
+_MOMENTS = "moments/"
+_Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """The form of the answers to one broadcast."""
+
+    shapes: _Shapes
+    scalings: Mapping[str, float]
 
 
 @dataclass(slots=True)
-class Checks:
-    """What the answers of one exchange must look like."""
+class AnswerChecks:
+    """The checks of one exchange's answers, made from what was sent."""
 
-    config: Config
     method: Method
     question: Question
     initial: Tensors
     """Heads and trained weights of the untouched base."""
-    raw: dict[int, Update]
-    """By rank, the shapes of what training, or a gradient, last came to: later exchanges of a round ask about it."""
+    results: dict[int, Update]
+    """By rank, an update of the shapes that training, or a gradient, last came to. Shared by the exchanges of a round,
+    since a later one may ask about the same result in another form."""
+    weighting: str
+    """`federation.weighting`."""
+    kind: Kind
+    """The type in which updates travel."""
     _derived: dict[int, Broadcast] = field(default_factory=dict)
-    _wanted: dict[str, _Wanted] = field(default_factory=dict)
-    _by_broadcast: dict[int, tuple[Broadcast, _Wanted]] = field(default_factory=dict)
+    _expected: dict[str, _Expected] = field(default_factory=dict)
+    _by_broadcast: dict[int, tuple[Broadcast, _Expected]] = field(default_factory=dict)
 
     def derived(self, rank: int) -> Broadcast:
-        """What a site of that rank works out by itself."""
+        """Return the broadcast that a site of this rank works out by itself."""
         if rank not in self._derived:
             q, method = self.question, self.method
             state = replace(method.init(q.template, self.initial), round_num=q.round_num)
@@ -52,85 +61,126 @@ class Checks:
         return self._derived[rank]
 
     def patch_versions(self, client: Client) -> tuple[int, int]:
-        """What the client holds, and what it will hold."""
+        """Return the versions of the patch that the client holds, and that it will hold."""
         return self.question.seen.get(client.client_id, 0), self.question.version
 
-    def note(self, client: Client, sent: Broadcast) -> None:
-        """Remember what an answer to this must hold."""
+    def expect(self, client: Client, sent: Broadcast) -> None:
+        """Expect an answer to this broadcast from the client.
+
+        Its form is found by encoding the update of a client that learnt nothing, so that every method has this check.
+        """
+        # By identity, since clients that ask for the same thing are sent the very same object; the broadcast is kept
+        # beside the result, so that its id cannot be given to another one.
         key = id(sent)
         if key not in self._by_broadcast:
             q, method = self.question, self.method
             started = begin(method, q, sent, None)
             if q.exchange.ask != "again":
-                self.raw[client.rank] = unlearnt(q.template, started)
-            header = method.encode(self.raw[client.rank], started, None)[0]
-            self._by_broadcast[key] = (sent, (protocol.shapes(header), header.scalings()))
-        self._wanted[client.client_id] = self._by_broadcast[key][1]
+                self.results[client.rank] = unlearnt(q.template, started)
+            update = method.encode(self.results[client.rank], started, None)[0]
+            self._by_broadcast[key] = (sent, _Expected(protocol.shapes(update), update.scalings()))
+        self._expected[client.client_id] = self._by_broadcast[key][1]
 
-    def answer(self, client: Client, header: Mapping[str, Any], tensors: Sequence[Tensor]) -> Answer:
-        """One client's update, or what is wrong with it."""
+    def update(self, client: Client, reply: Reply) -> Answer:
+        """Return one client's update as an answer, or the problem with it."""
+        header = reply.header
         try:
-            update = protocol.get_update(header["update"], tensors, client.client_id)
+            update = protocol.get_update(header["update"], reply.tensors, client.client_id)
             loss = math.nan if header["train_loss"] is None else float(header["train_loss"])
-            seconds, held = float(header["seconds"]), int(header["optimizer_bytes"])
+            seconds, optimizer_bytes = float(header["seconds"]), int(header["optimizer_bytes"])
         except DAMAGED as error:
-            return problem(client, f"sent a damaged update ({type(error).__name__}: {error})")
-        wrong = self._wrong(client, update)
-        if wrong is not None:
-            return problem(client, wrong)
-        kind = self.config.wire.up
+            return unusable(client, Problem(f"sent a damaged update ({type(error).__name__}: {error})"))
+        reason = self._reason_against(client, update)
+        if reason is not None:
+            return unusable(client, Problem(reason))
         return Answer(
             client,
             update,
             weight=update.num_examples,
             train_loss=loss,
             seconds=seconds,
-            bytes_up=packed_bytes(update, kind),
-            optimizer_bytes=held,
+            bytes_up=packed_bytes(update, self.kind),
+            optimizer_bytes=optimizer_bytes,
         )
 
-    def words(
-        self, client: Client, num_words: int, header: Mapping[str, Any], tensors: Sequence[Tensor]
-    ) -> tuple[Words, Answer] | str:
-        """One client's part of a sum, or what is wrong with it."""
+    def words(self, client: Client, num_words: int, reply: Reply) -> tuple[Words, Answer] | Problem:
+        """Return one client's part of a sum with its answer, or the problem with it.
+
+        Only type and length can be checked: under masks every vector of words looks like noise.
+        """
+        header = reply.header
         try:
-            vector, seconds, held = tensors[header["words"]], float(header["seconds"]), int(header["optimizer_bytes"])
+            vector = reply.tensors[header["words"]]
+            seconds, optimizer_bytes = float(header["seconds"]), int(header["optimizer_bytes"])
         except DAMAGED as error:
-            return f"sent a damaged vector ({type(error).__name__}: {error})"
+            return Problem(f"sent a damaged vector ({type(error).__name__}: {error})")
         if vector.dtype != torch.int64 or tuple(vector.shape) != (num_words,):
-            return f"sent a vector of {vector.dtype} in shape {tuple(vector.shape)}: expected {num_words} words"
+            return Problem(
+                f"sent a vector of {vector.dtype} in shape {tuple(vector.shape)}: expected {num_words} words"
+            )
         answer = Answer(
-            client, None, train_loss=math.nan, seconds=seconds, bytes_up=8 * num_words, optimizer_bytes=held
+            client, None, train_loss=math.nan, seconds=seconds, bytes_up=8 * num_words, optimizer_bytes=optimizer_bytes
         )
         return vector.contiguous().numpy().view(np.uint64), answer
 
-    def _wrong(self, client: Client, update: Update) -> str | None:
-        wanted, scalings = self._wanted[client.client_id]
-        for name, scaling in update.scalings().items():
-            if scaling != scalings.get(name):
-                return f"scales its factors of {name} by {scaling:g}: expected {scalings.get(name, 1.0):g}"
-        got = protocol.shapes(update)
-        moments = {name: shape for name, shape in got.items() if name.startswith("moments/")}
-        got = {name: shape for name, shape in got.items() if name not in moments}
-        wanted = {name: shape for name, shape in wanted.items() if not name.startswith("moments/")}
-        if got.keys() != wanted.keys():
-            return f"names {sorted(got.keys() ^ wanted.keys())[0]}, which was not asked for or is missing"
-        for name, shape in got.items():
-            if shape != wanted[name]:
-                return f"{name} has shape {shape}, expected {wanted[name]}"
-        for name, shape in moments.items():
-            trained = wanted.get("dense/" + name.removeprefix("moments/"))
-            if trained is None or math.prod(shape) > math.prod(trained):
-                return f"{name} has shape {shape}: expected the second moments of a trained weight"
-        for value in payload_tensors(update):
-            if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
-                return "what it sent holds NaN or infinity, or no numbers"
-        weight = client.weight(self.config.federation.weighting)
-        if update.num_examples != weight:
-            return f"counts as {update.num_examples:g} examples: it said {weight:g} when it came"
-        return None
+    def _reason_against(self, client: Client, update: Update) -> str | None:
+        """Return the first reason not to use an update, or None."""
+        expected = self._expected[client.client_id]
+        return (
+            _scaling_problem(update.scalings(), expected.scalings)
+            or _shape_problem(protocol.shapes(update), expected.shapes)
+            or _value_problem(update)
+            or self._weight_problem(client, update)
+        )
+
+    def _weight_problem(self, client: Client, update: Update) -> str | None:
+        # Otherwise a site could take over the average by counting as more examples than it said it has.
+        weight = client.weight(self.weighting)
+        if update.num_examples == weight:
+            return None
+        return f"counts as {update.num_examples:g} examples: it said {weight:g} when it came"
 
 
-def problem(client: Client, reason: str) -> Answer:
-    """No answer, and why."""
-    return Answer(client, None, reason, isinstance(reason, Missing), 0.0)
+def _scaling_problem(scalings: Mapping[str, float], expected: Mapping[str, float]) -> str | None:
+    for name, scaling in scalings.items():
+        if scaling != expected.get(name):
+            return f"scales its factors of {name} by {scaling:g}: expected {expected.get(name, 1.0):g}"
+    return None
+
+
+def _shape_problem(shapes: _Shapes, expected: _Shapes) -> str | None:
+    moments, own = _apart(shapes)
+    _, wanted = _apart(expected)
+    if own.keys() != wanted.keys():
+        return f"names {sorted(own.keys() ^ wanted.keys())[0]}, which was not asked for or is missing"
+    for name, shape in own.items():
+        if shape != wanted[name]:
+            return f"{name} has shape {shape}, expected {wanted[name]}"
+    return _moment_problem(moments, wanted)
+
+
+def _moment_problem(moments: _Shapes, weights: _Shapes) -> str | None:
+    # The shape of a moment depends on the side that a client's optimizer projects, so only its size is bounded.
+    for name, shape in moments.items():
+        weight = weights.get("dense/" + name.removeprefix(_MOMENTS))
+        if weight is None or math.prod(shape) > math.prod(weight):
+            return f"{name} has shape {shape}: expected the second moments of a trained weight"
+    return None
+
+
+def _apart(shapes: _Shapes) -> tuple[_Shapes, _Shapes]:
+    """Return the shapes of the moments, and those of everything else."""
+    moments = {name: shape for name, shape in shapes.items() if name.startswith(_MOMENTS)}
+    return moments, {name: shape for name, shape in shapes.items() if name not in moments}
+
+
+def _value_problem(update: Update) -> str | None:
+    for value in payload_tensors(update):
+        if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+            return "sent NaN or infinity, or values that are not floating-point numbers"
+    return None
+
+
+def unusable(client: Client, problem: Problem) -> Answer:
+    """Return the answer of a client whose answer cannot be used."""
+    return Answer(client, None, problem.reason, problem.absent, 0.0)

@@ -1,14 +1,14 @@
 """The server's side of a federation of real sites, over any transport (`fedspan.wire.transport`).
 
 It waits for sites and for answers no longer than the settings say, leaves out sites that stay silent, and checks every
-answer before the round loop sees it. What a round is, and what becomes of
-the answers, is the concern of `fedspan.federation.rounds` alone.
+answer before the round loop sees it. The course of a round, and the use made of the answers, are the concern of
+`fedspan.federation.rounds` alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,46 +22,55 @@ from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, ClientState, Tensors, Update
 from fedspan.privacy.fixed_point import FixedPoint
 from fedspan.privacy.layout import Layout
-from fedspan.privacy.running_sum import SumSettings
-from fedspan.server.checks import Checks, problem
-from fedspan.server.masked_sums import Setup, set_up, unmasked
+from fedspan.server.checks import AnswerChecks, unusable
+from fedspan.server.masked_sums import MaskedSums
 from fedspan.server.registry import SiteRegistry
-from fedspan.server.requests import ABSENT, Requests
+from fedspan.server.requests import NOT_CONNECTED, Problem, Reply, Requests
+from fedspan.server.sums import PlainSum, SumCollector
 from fedspan.support.errors import FedspanError
 from fedspan.wire import agreement, protocol
-from fedspan.wire.transport import Port
+from fedspan.wire.protocol import MessageTensors
+from fedspan.wire.transport import Transport
 
 __all__ = ["Coordinator"]
 
 
 class Coordinator:
-    """Sites that are reached through a port.
+    """The sites of a run, which are reached through a transport.
 
     Parameters
     ----------
     out
-        The run's folder: who takes part is written there once, so that a resumed run asks the same clients.
-    tell
-        Called with a line for people whenever something happened to a site.
+        The run's folder: the list of clients is written there once, so that a resumed run asks the same ones.
+    notify
+        Called with a line for people whenever something happens to a site.
     """
 
-    def __init__(self, port: Port, config: Config, method: Method, out: Path, notify: Callable[[str], None]) -> None:
+    def __init__(
+        self, transport: Transport, config: Config, method: Method, out: Path, notify: Callable[[str], None]
+    ) -> None:
         if method.info.pooled or method.info.alone:
             raise FedspanError(f"method.name = '{method.info.name}' is a control for one process: sites share no data")
-        self.port, self.config, self.method, self.notify = port, config, method, notify
-        self.registry = SiteRegistry(port, config, method, out / "sites.json", notify)
+        self.transport, self.method = transport, method
+        self._seed, self._weighting, self._wire = config.seed, config.federation.weighting, config.wire
+        self._deployment, self._privacy = config.deployment, config.privacy
+        terms = agreement.terms(config)
+        self._terms_digest = agreement.digest(terms)
+        path = out / "sites.json"
+        self.registry = SiteRegistry(transport, config.federation, config.deployment, terms, method, path, notify)
         self._requests = Requests(self.registry)
+        self._masked_sums = MaskedSums(self._requests, config.privacy, config.federation.rounds, notify)
         self._initial: Tensors = {}
-        self._raw: dict[int, Update] = {}
+        self._results: dict[int, Update] = {}
         self._needed = 0
-        self._setup: Setup | None = None
+        """Answers that the round at hand needs."""
 
     def gather(self) -> list[Client]:
-        """Wait for the federation's sites; who they are, in the order of their ids.
+        """Wait for the federation's sites and return their clients, in the order of their ids.
 
         Raises
         ------
-        ValueError
+        FedspanError
             When too few came in `deployment.wait` seconds.
         """
         return self.registry.gather()
@@ -69,136 +78,142 @@ class Coordinator:
     def agree(
         self, base: str, shapes: Mapping[str, Sequence[int]], initial: Tensors, clients: Sequence[Client]
     ) -> list[Client]:
-        """The clients whose base is the server's own; the others are told why and not asked.
+        """Return the clients whose base is the server's own; the others are reported, and not asked from now on.
 
         Parameters
         ----------
+        base
+            Digest of the server's untouched base.
         initial
             Heads and trained weights of the untouched base.
+
+        Raises
+        ------
+        FedspanError
+            When fewer clients agree than `federation.min_success`.
         """
         self._initial = initial
         return self.registry.agree(base, shapes, clients)
 
     def enrol(self) -> None:
-        """Write down who takes part, where that has not been done by an earlier start of this run."""
+        """Write down the clients that take part, unless an earlier start of this run has done so."""
         self.registry.enrol()
 
     def draw(self, drawn: Sequence[Client], clients: Sequence[Client], round_num: int) -> list[Client]:
-        """Who is asked in a round for which `drawn` were drawn: they, but for those in quarantine, and some more where
-        that is set."""
+        """Return the clients to ask in a round for which the sampler drew `drawn`.
+
+        Clients in quarantine are replaced by others, and `deployment.oversample` adds some more.
+        """
         self._needed = len(drawn)
-        away = self.registry.away(round_num)
+        away = self.registry.quarantined(round_num)
         chosen = [c for c in drawn if c.client_id not in away]
-        wanted = len(drawn) + math.ceil(self.config.deployment.oversample * len(drawn))
+        wanted = len(drawn) + math.ceil(self._deployment.oversample * len(drawn))
+        # Client-level privacy is accounted for one independent coin per client and round. A replacement would have a
+        # higher chance than its coin, and one that depends on the others, so the ε that is reported would be wrong.
+        if self._privacy.dp == "client" or (not away and wanted == len(drawn)):
+            return chosen
         rest = [c for c in clients if c not in drawn and c.client_id not in away]
-        order = np.random.default_rng([self.config.seed, 4, round_num]).permutation(len(rest))
-        if (away or wanted > len(drawn)) and self.config.privacy.dp != "client":  # whose coins nothing replaces
-            chosen += [rest[i] for i in order[: max(0, wanted - len(chosen))]]
-        return chosen
+        order = np.random.default_rng([self._seed, 4, round_num]).permutation(len(rest))
+        return chosen + [rest[i] for i in order[: max(0, wanted - len(chosen))]]
 
     def ask(self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor) -> Iterator[Answer]:
-        """The answers in the clients' order, or as they come where the settings allow it."""
+        """Yield the answers in the order of the clients' ids, or as they come where the settings allow it."""
         checks = self._checks(question)
+        by_id = {c.client_id: c for c in clients}
         messages = {
             c.client_id: self._message(question, c, broadcast_for(c), checks) for c in self._ready(question, clients)
         }
-        waiting = sorted(c.client_id for c in clients)
-        by_id = {c.client_id: c for c in clients}
-        held: dict[str, Answer] = {c: problem(by_id[c], ABSENT) for c in waiting if c not in messages}
-        ordered = self.config.deployment.order == "sorted"
-        for client_id, reply in self._requests.go(question, messages, self._enough(question)):
-            client = by_id[client_id]
-            answer = checks.answer(client, *reply) if isinstance(reply, tuple) else problem(client, reply)
-            if not ordered:
-                waiting.remove(client_id)
-                yield answer
-                continue
-            held[client_id] = answer
-            while waiting and waiting[0] in held:
-                yield held.pop(waiting.pop(0))
-        yield from (held[client_id] for client_id in waiting)
+        absent = {who: unusable(by_id[who], NOT_CONNECTED) for who in sorted(by_id.keys() - messages.keys())}
+        answers = (
+            checks.update(by_id[who], reply) if isinstance(reply, Reply) else unusable(by_id[who], reply)
+            for who, reply in self._requests.exchange(question, messages, self._enough(question))
+        )
+        if self._deployment.order == "sorted":
+            yield from _in_order(answers, absent, sorted(by_id))
+        else:
+            yield from answers
+            yield from absent.values()
 
     def sum(self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor, layout: Layout) -> Summed:
-        """The sum of the answers; under masks the server sees nothing else.
+        """Return the sum of the answers; under masks the server sees nothing else.
 
         Raises
         ------
-        ValueError
+        FedspanError
             When fewer clients stayed than can unmask the sum.
         """
-        checks = self._checks(question)
-        p, by_id = self.config.privacy, {c.client_id: c for c in clients}
         ready = self._ready(question, clients)
-        problems = self._keys(question, ready) if p.secure_sums else {}
-        setup = self._setup if p.secure_sums else None
-        index = setup.left.pop(0) if setup is not None else 0
-        adding: Any = setup.aggregator.sum(index, layout.num_words) if setup is not None else None
-        extra: dict[str, Any] = {"layout": layout.to_json(), "num_clients": len(ready), "index": index}
-        messages: dict[str, bytes] = {}
-        for client in ready:
-            if client.client_id in problems or (setup is not None and client.client_id not in setup.clients):
-                continue
-            messages[client.client_id] = self._message(question, client, broadcast_for(client), checks, extra, setup)
-        total = np.zeros(layout.num_words, dtype=np.uint64)
-        answers: list[Answer] = []
-        for client_id, reply in self._requests.go(question, messages, self._enough(question)):
-            checked = checks.words(by_id[client_id], layout.num_words, *reply) if isinstance(reply, tuple) else reply
-            if isinstance(checked, str):
-                problems[client_id] = checked
-                continue
-            words, answer = checked
-            try:
-                if adding is not None:
-                    adding.add(client_id, words)
-                else:
-                    total += words
-            except ValueError as error:
-                problems[client_id] = str(error)
-                continue
-            answers.append(answer)
-        if setup is not None:
-            total = unmasked(self._requests, question, self._head(question), setup, index, adding, self.notify)
-        for client_id in sorted(by_id.keys() - {a.client.client_id for a in answers}):
-            answers.append(problem(by_id[client_id], problems.get(client_id, ABSENT)))
-        answers.sort(key=lambda a: a.client.client_id)
-        if setup is not None and problems:
-            setup.stale = True
-        count = sum(a.problem is None for a in answers)
+        collector: SumCollector = PlainSum(layout.num_words)
+        if self._privacy.secure_sums:
+            collector = self._masked_sums.begin(question, self._heading(question), ready, layout.num_words)
+        answers = self._collect(question, ready, broadcast_for, layout, collector)
+        total, count = collector.total(), len(answers)
+        for client in clients:
+            if client.client_id not in answers:
+                problem = collector.problems.get(client.client_id, NOT_CONNECTED)
+                answers[client.client_id] = unusable(client, problem)
+        ordered = [answers[client_id] for client_id in sorted(answers)]
         if not count:
-            return Summed(Partial(), 0.0, answers)
-        partial, loss = layout.partial(FixedPoint(p.fraction_bits).decode(total), count)
-        return Summed(partial, loss, answers)
+            return Summed(Partial(), 0.0, ordered)
+        partial, loss = layout.partial(FixedPoint(self._privacy.fraction_bits).decode(total), count)
+        return Summed(partial, loss, ordered)
 
     def states(self) -> Mapping[str, ClientState]:
-        """Nothing: the sites keep their own."""
+        """Return nothing: the sites keep their own states."""
         return {}
 
     def costs(self) -> Mapping[str, Any]:
-        """What the round cost on the wire."""
+        """Return the bytes sent and the time waited since the last call."""
         return self._requests.costs()
 
-    def _keys(self, question: Question, clients: Sequence[Client]) -> dict[str, str]:
-        """Have secure sums ready for this round; what was wrong with whom."""
-        if question.place[0] or (self._setup is not None and self._setup.serves(clients, question.place[1])):
-            return {}
-        p = self.config.privacy
-        how = SumSettings(FixedPoint(p.fraction_bits), True, p.threshold)
-        ahead = min(p.rounds_ahead, self.config.federation.rounds - question.round_num)
-        self._setup, problems = set_up(self._requests, how, question, self._head(question), clients, ahead)
-        return problems
+    def _collect(
+        self,
+        question: Question,
+        ready: Sequence[Client],
+        broadcast_for: BroadcastFor,
+        layout: Layout,
+        collector: SumCollector,
+    ) -> dict[str, Answer]:
+        """Ask for the parts of a sum and add those that are right; return the answers of the clients in it."""
+        checks, by_id, description = self._checks(question), {c.client_id: c for c in ready}, layout.to_json()
 
-    def _checks(self, question: Question) -> Checks:
-        return Checks(self.config, self.method, question, self._initial, self._raw)
+        def sum_fields(client_id: str, outgoing: MessageTensors) -> dict[str, Any]:
+            # Every client scales its numbers so that a sum over this many cannot wrap, whether or not all of them stay.
+            common = {"layout": description, "num_clients": len(ready)}
+            return {**common, **collector.message_fields(client_id, outgoing)}
 
-    def _head(self, question: Question) -> dict[str, Any]:
-        """What every message of an exchange names."""
+        messages = {
+            c.client_id: self._message(question, c, broadcast_for(c), checks, sum_fields)
+            for c in ready
+            if c.client_id not in collector.problems
+        }
+        answers: dict[str, Answer] = {}
+        for client_id, reply in self._requests.exchange(question, messages, self._enough(question)):
+            part = checks.words(by_id[client_id], layout.num_words, reply) if isinstance(reply, Reply) else reply
+            if isinstance(part, Problem):
+                collector.leave_out(client_id, part)
+                continue
+            words, answer = part
+            try:
+                collector.add(client_id, words)
+            except FedspanError as error:
+                collector.leave_out(client_id, Problem(str(error)))
+            else:
+                answers[client_id] = answer
+        return answers
+
+    def _checks(self, question: Question) -> AnswerChecks:
+        return AnswerChecks(self.method, question, self._initial, self._results, self._weighting, self._wire.up)
+
+    def _heading(self, question: Question) -> dict[str, Any]:
+        """Return the fields that every message of an exchange has."""
         return {
             "run": self.registry.run,
             "round": question.round_num,
             "number": question.number,
             "place": list(question.place),
             "keep": question.keep,
-            "terms": agreement.digest(self.registry.terms),
+            "terms": self._terms_digest,
             "base": self.registry.base,
             "rank": question.template.rank,
             "num_clients": question.template.num_clients,
@@ -209,44 +224,73 @@ class Coordinator:
         question: Question,
         client: Client,
         sent: Broadcast,
-        checks: Checks,
-        extra: Mapping[str, Any] | None = None,
-        setup: Setup | None = None,
+        checks: AnswerChecks,
+        sum_fields: Callable[[str, MessageTensors], dict[str, Any]] | None = None,
     ) -> bytes:
-        parcel = protocol.Parcel()
+        """Return the message that asks one client, and have `checks` expect its answer.
+
+        Parameters
+        ----------
+        sum_fields
+            (client, the message's tensors) -> the description of the sum that it is to take part in; None: the client
+            is asked for its own update.
+        """
+        outgoing = MessageTensors()
         seen, version = checks.patch_versions(client)
         head = {
-            **self._head(question),
+            **self._heading(question),
             "kind": "ask",
             "counted": question.counted.get(client.client_id, 0),
-            "broadcast": protocol.put_broadcast(parcel, sent, checks.derived(client.rank), self.config.wire.down),
-            "patch": protocol.put_patch(parcel, sent, seen, version),
+            "broadcast": protocol.put_broadcast(outgoing, sent, checks.derived(client.rank), self._wire.down),
+            "patch": protocol.put_patch(outgoing, sent, seen, version),
         }
-        checks.note(client, sent)
-        if extra is not None:
-            head["sum"] = dict(extra)
-            if setup is not None:
-                head["sum"]["session"] = setup.session
-                shares = setup.handed.pop(client.client_id, None)
-                if shares is not None:
-                    head["sum"]["shares"] = {name: protocol.put_bytes(parcel, x) for name, x in shares.items()}
-        return protocol.encode(head, parcel)
+        checks.expect(client, sent)
+        if sum_fields is not None:
+            head["sum"] = sum_fields(client.client_id, outgoing)
+        return protocol.encode(head, outgoing)
 
     def _ready(self, question: Question, clients: Sequence[Client]) -> list[Client]:
-        """Those of the clients that can be reached, after the wait that the settings allow at the round's start."""
-        wait = self.config.deployment.wait if question.place[0] == 0 else 0.0
-        began = self.port.now()
+        """Return those of the clients that can be reached, after waiting for the others as long as the settings allow.
+
+        Only a round's first exchange waits: a site that leaves later has probably lost the results asked about.
+        """
+        wait = self._deployment.wait if question.place[0] == 0 else 0.0
+        began = self.transport.now()
         while True:
-            here = self.registry.here(clients)
-            if len(here) == len(clients) or self.port.now() - began >= wait:
+            ready = self.registry.reachable(clients)
+            if len(ready) == len(clients) or self.transport.now() - began >= wait:
                 break
+            # A site that lost its connection may be back as a node of another name, which only a greeting tells.
             self.registry.greet()
-            self.port.sleep(self.config.deployment.poll)
+            self.transport.sleep(self._deployment.poll)
         for client in clients:
-            if client not in here:
-                self.registry.note(client.client_id, question.round_num, missed=True)
-        return here
+            if client not in ready:
+                self.registry.record(client.client_id, question.round_num, missed=True)
+        return ready
 
     def _enough(self, question: Question) -> int | None:
-        """How many answers are waited for: with over-sampling, no more than the round needs."""
-        return self._needed if question.place[0] == 0 and self.config.deployment.oversample else None
+        """Return the number of answers to wait for: with over-sampling, no more than the round needs.
+
+        Later exchanges are waited for in full, since they ask only the clients whose first answer was in time.
+        """
+        return self._needed if question.place[0] == 0 and self._deployment.oversample else None
+
+
+def _in_order(answers: Iterable[Answer], early: dict[str, Answer], ids: list[str]) -> Iterator[Answer]:
+    """Yield answers in the order of `ids`, each as soon as all before it are known.
+
+    Floating-point sums depend on their order, and the order of arrival is never the same twice.
+
+    Parameters
+    ----------
+    early
+        The answers that are known beforehand.
+    ids
+        Every client, in order.
+    """
+    waiting, known = list(ids), dict(early)
+    for answer in answers:
+        known[answer.client.client_id] = answer
+        while waiting and waiting[0] in known:
+            yield known.pop(waiting.pop(0))
+    yield from (known[client_id] for client_id in waiting)

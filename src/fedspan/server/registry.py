@@ -1,39 +1,44 @@
-"""Who the sites of a federation are: they say hello, are compared with the server, and are written down."""
+"""The sites of a federation: they introduce themselves, are compared with the server, and are written down."""
 
 from __future__ import annotations
 
 import json
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from fedspan.config import Config
+from fedspan.config import DeploymentConfig, FederationConfig
 from fedspan.federation.clients import Client
 from fedspan.methods.base import Method
+from fedspan.server.greeting import Greeting
 from fedspan.support.errors import FedspanError
 from fedspan.support.files import write_bytes
 from fedspan.wire import agreement, protocol
-from fedspan.wire.transport import Delivery, Port
+from fedspan.wire.transport import Delivery, Transport
 
-_NONE = np.zeros(0, dtype=np.int64)
-_AGAIN = 2.0
-"""Seconds after which a node that could not say hello is asked once more."""
-_HELLO = 60.0
-"""Seconds that one round of hellos is waited for: who is still reading its base is asked again."""
+_NO_ROWS = np.zeros(0, dtype=np.int64)
+_GREET_AGAIN = 2.0
+"""Seconds after which a node that could not introduce itself is asked once more."""
+_MAX_GREETING = 60.0
+"""Seconds to wait for the answers to one set of greetings."""
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """What is known of one site."""
+    """One site that takes part."""
 
     node: str
+    """The transport's name for it, which may change when the site reconnects."""
     client: Client
     shapes: Mapping[str, Sequence[int]]
+    """Of its adapted modules and trained weights, by name."""
     base: str
+    """Digest of its untouched base."""
 
 
 @dataclass(slots=True)
@@ -41,7 +46,7 @@ class _Silence:
     missed: int = 0
     """Answers in a row that did not come."""
     until: int = 0
-    """The round before which it is not asked."""
+    """The first round in which it is asked again."""
 
 
 class SiteRegistry:
@@ -49,92 +54,118 @@ class SiteRegistry:
 
     Parameters
     ----------
+    terms
+        The settings that a site must share with the server.
     path
-        Where they are written down, so that a resumed run asks the same clients.
-    tell
-        Called with a line for people whenever something happened to a site.
+        The file that lists the sites, so that a resumed run asks the same clients.
+    notify
+        Called with a line for people whenever something happens to a site.
     """
 
-    def __init__(self, port: Port, config: Config, method: Method, path: Path, notify: Callable[[str], None]) -> None:
-        self.port, self.config, self.method, self.notify = port, config, method, notify
-        self.terms = agreement.terms(config)
+    def __init__(
+        self,
+        transport: Transport,
+        federation: FederationConfig,
+        deployment: DeploymentConfig,
+        terms: Mapping[str, Any],
+        method: Method,
+        path: Path,
+        notify: Callable[[str], None],
+    ) -> None:
+        self.transport, self.federation, self.deployment = transport, federation, deployment
+        self.terms, self.method, self.notify = terms, method, notify
         self.members: dict[str, Member] = {}
         self.run = ""
-        """The run's own name, which every message tells."""
+        """The run's own name, which is in every message."""
         self.base = ""
-        """Digest of the untouched base."""
+        """Digest of the server's untouched base."""
         self._greeted: dict[str, float] = {}
-        """Node -> when it was last asked who it is."""
+        """Node -> time of the last answer to a greeting, or of giving up on it."""
         self._refused: dict[str, str] = {}
-        """Node -> why it is not a member."""
+        """Node or client -> the reason why it is not a member."""
         self._path = path
         self._kept: list[Client] = []
         self._silence: dict[str, _Silence] = {}
 
     def gather(self) -> list[Client]:
-        """Wait for the federation's sites; who they are, in the order of their ids.
+        """Wait for the federation's sites and return their clients, in the order of their ids.
 
         Raises
         ------
-        ValueError
+        FedspanError
             When too few came in `deployment.wait` seconds.
         """
-        f, wait = self.config.federation, self.config.deployment.wait
-        expected = self._enrolled()
-        wanted = len(expected) if expected else f.num_clients
-        began = self.port.now()
+        wait, enrolled = self.deployment.wait, self._enrolled()
+        wanted = len(enrolled) if enrolled else self.federation.num_clients
+        began = self.transport.now()
         self.notify(f"waiting for {wanted} sites, at most {wait:g} s")
-        while len(self.members) < wanted and self.port.now() - began < wait:
+        while len(self.members) < wanted and self.transport.now() - began < wait:
             self.greet()
-            self.port.sleep(self.config.deployment.poll)
-        fewest = max(f.min_clients, f.min_success)
+            self.transport.sleep(self.deployment.poll)
+        fewest = max(self.federation.min_clients, self.federation.min_success)
         if len(self.members) < fewest:
             reasons = "".join(f"; {reason}" for reason in list(self._refused.values())[:3])
             raise FedspanError(
                 f"{len(self.members)} of {wanted} sites came within deployment.wait = {wait:g} s: expected at least "
                 f"{fewest}{reasons}"
             )
-        if expected:
-            return expected
-        return [self.members[name].client for name in sorted(self.members)]
+        # A resumed run keeps its enrolled clients, even those that have not come back: with other clients to draw
+        # from, its later rounds would draw differently from the uninterrupted run.
+        return enrolled or [self.members[name].client for name in sorted(self.members)]
 
     def agree(self, base: str, shapes: Mapping[str, Sequence[int]], clients: Sequence[Client]) -> list[Client]:
-        """The clients whose base is the server's own; the others are told why and not asked."""
+        """Return the clients whose base is the server's own; the others are reported, and not asked from now on.
+
+        Raises
+        ------
+        FedspanError
+            When fewer clients agree than `federation.min_success`.
+        """
         self.base = base
         kept: list[Client] = []
         for client in clients:
             member = self.members.get(client.client_id)
-            problem = None if member is None else self._disagreement(member, shapes)
+            problem = None if member is None else self._base_problem(member, shapes)
             if problem is None:
                 kept.append(client)
             else:
                 self.members.pop(client.client_id)
                 self.notify(f"{client.client_id} is left out: {problem}")
                 self._refused[client.client_id] = f"{client.client_id}: {problem}"
-        if len(kept) < max(1, self.config.federation.min_success):
-            raise FedspanError(f"{len(kept)} sites agree with the server: {'; '.join(self._refused.values())}")
+        fewest = max(1, self.federation.min_success)
+        if len(kept) < fewest:
+            raise FedspanError(
+                f"{len(kept)} sites agree with the server: expected at least {fewest}; "
+                f"{'; '.join(self._refused.values())}"
+            )
         self._kept = kept
         return kept
 
-    def _disagreement(self, member: Member, shapes: Mapping[str, Sequence[int]]) -> str | None:
+    def _base_problem(self, member: Member, shapes: Mapping[str, Sequence[int]]) -> str | None:
         for name in sorted(shapes.keys() | member.shapes.keys()):
             own, other = shapes.get(name), member.shapes.get(name)
             if own is None or other is None or list(own) != list(other):
                 return f"its model holds {name} as {other}, the server's as {None if own is None else list(own)}"
         if member.base != self.base:
-            return "its base weights are not the server's, to the bit: expected the same files and types"
+            return "its base weights differ from the server's (digest mismatch): expected the same files and types"
         return None
 
     def _enrolled(self) -> list[Client]:
-        """The clients of an earlier start of this run."""
+        """Return the clients of an earlier start of this run, and take over its name; none where this is the first."""
         if not self._path.exists():
             return []
-        header = json.loads(self._path.read_text(encoding="utf-8"))
-        self.run = header["run"]
-        return [Client(c["client_id"], c["rank"], _NONE, _NONE, c["num_examples"]) for c in header["clients"]]
+        try:
+            content = json.loads(self._path.read_text(encoding="utf-8"))
+            clients = [
+                Client(c["client_id"], c["rank"], _NO_ROWS, _NO_ROWS, c["num_examples"]) for c in content["clients"]
+            ]
+            self.run = content["run"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise FedspanError(f"{self._path} is damaged ({type(error).__name__}: {error})") from None
+        return clients
 
     def enrol(self) -> None:
-        """Write down who takes part, where that has not been done by an earlier start of this run."""
+        """Write down the clients that take part, unless an earlier start of this run has done so."""
         if self.run:
             return
         self.run = secrets.token_hex(8)
@@ -142,79 +173,104 @@ class SiteRegistry:
         write_bytes(self._path, json.dumps({"run": self.run, "clients": listed}, indent=2).encode())
 
     def greet(self) -> None:
-        """Ask the nodes that are not known yet who they are."""
-        now = self.port.now()
-        known = {member.node for member in self.members.values()}
-        new = [n for n in self.port.nodes() if n not in known and now - self._greeted.get(n, -math.inf) >= _AGAIN]
-        if not new:
+        """Ask the nodes that are not known yet to introduce themselves.
+
+        A node may be unable to answer yet, while it reads its base or its worker is being restarted, and a site that
+        reconnects may have a new node name. Greetings are therefore repeated until the node is a member, and a refusal
+        is not final.
+        """
+        nodes = self._nodes_to_greet()
+        if not nodes:
             return
-        content = protocol.encode({"kind": "hello"}, protocol.Parcel())
-        tickets = dict(zip(self.port.send([(n, content) for n in new], self.config.deployment.wait), new, strict=True))
-        began = self.port.now()
-        # One that is still reading its base answers when it has; the others must not wait for it much longer.
-        while tickets and self.port.now() - began < min(_HELLO, self.config.deployment.wait):
-            for delivery in self.port.poll():
+        for node, delivery in self._introductions(nodes):
+            self._greeted[node] = self.transport.now()
+            if delivery is None:
+                self._refused[node] = f"node {node} does not answer"
+            else:
+                self._welcome(node, delivery)
+
+    def _nodes_to_greet(self) -> list[str]:
+        now = self.transport.now()
+        known = {member.node for member in self.members.values()}
+        return [
+            node
+            for node in self.transport.nodes()
+            if node not in known and now - self._greeted.get(node, -math.inf) >= _GREET_AGAIN
+        ]
+
+    def _introductions(self, nodes: Sequence[str]) -> Iterator[tuple[str, Delivery | None]]:
+        """Greet the nodes and yield their answers as they come; None for a node that does not answer in time."""
+        wait = self.deployment.wait
+        content = protocol.encode({"kind": "hello"}, protocol.MessageTensors())
+        tickets = dict(zip(self.transport.send([(node, content) for node in nodes], wait), nodes, strict=True))
+        began = self.transport.now()
+        # The others must not wait much longer for one that is still reading its base: it is asked again.
+        while tickets and self.transport.now() - began < min(_MAX_GREETING, wait):
+            for delivery in self.transport.poll():
                 node = tickets.pop(delivery.ticket, None)
                 if node is not None:
-                    self._greeted[node] = self.port.now()
-                    self._welcome(node, delivery)
-            self.port.sleep(self.config.deployment.poll)
-        self.port.forget(list(tickets))
-        for node in tickets.values():
-            self._greeted[node] = self.port.now()
-            self._refused[node] = f"node {node} does not answer"
+                    yield node, delivery
+            self.transport.sleep(self.deployment.poll)
+        self.transport.forget(list(tickets))
+        yield from ((node, None) for node in tickets.values())
 
     def _welcome(self, node: str, delivery: Delivery) -> None:
-        """Take in whoever said hello, unless something is wrong with it."""
+        """Make the site behind a node a member, unless there is a problem with it."""
         try:
-            if delivery.content is None:
-                raise FedspanError(delivery.error or "no answer")
-            header, _ = protocol.decode(delivery.content)
-            if "problem" in header:
-                raise FedspanError(header["problem"])
-            client_id, rank, count = header["client_id"], header["rank"], header["num_examples"]
-            if not isinstance(client_id, str) or type(rank) is not int or rank < 1:
-                raise FedspanError(f"a site says client_id {client_id!r} and rank {rank!r}")
-            if count is not None and (type(count) is not int or count < 1):
-                raise FedspanError(f"{client_id} says that it has {count!r} examples")
-            differs = agreement.difference(self.terms, header["terms"])
-            if differs is not None:
-                raise FedspanError(f"{client_id}: {differs}")
-            if not self.method.info.hetero_rank and any(m.client.rank != rank for m in self.members.values()):
-                raise FedspanError(f"{client_id} has rank {rank}: {self.method.info.name} needs one rank for all")
-            shapes, base = dict(header["shapes"]), str(header["base"])
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"node {node}: {' '.join(str(error).split())}"
-            if self._refused.get(node) != reason:  # it is asked again and again, and told of once
-                self.notify(f"a node is not taken in: {reason}")
-            self._refused[node] = reason
+            greeting = Greeting.read(delivery)
+            self._compare(greeting)
+        except FedspanError as error:
+            self._refuse(node, " ".join(str(error).split()))
             return
-        held = self.members.get(client_id)
-        if held is not None and held.node in self.port.nodes():
-            self._refused[node] = f"node {node}: {client_id} is here already, as another node"
-            self.notify(self._refused[node])
-            return
+        client = Client(greeting.client_id, greeting.rank, _NO_ROWS, _NO_ROWS, greeting.num_examples)
         self._refused.pop(node, None)
-        client = Client(client_id, rank, _NONE, _NONE, 1 if count is None else count)
-        if held is not None and (rank, client.num_examples) != (held.client.rank, held.client.num_examples):
-            self._refused[node] = f"node {node}: {client_id} came back with another rank or other data"
-            return
-        self.members[client_id] = Member(node, client, shapes, base)
-        self.notify(f"{client_id} is here, rank {rank}")
+        self.members[greeting.client_id] = Member(node, client, greeting.shapes, greeting.base)
+        self.notify(f"{greeting.client_id} is here, rank {greeting.rank}")
 
-    def away(self, round_num: int) -> set[str]:
-        """The clients that are not asked in this round."""
+    def _compare(self, greeting: Greeting) -> None:
+        """Compare a site with the server and with the members.
+
+        Raises
+        ------
+        FedspanError
+            When it cannot take part.
+        """
+        client_id, rank = greeting.client_id, greeting.rank
+        difference = agreement.difference(self.terms, greeting.terms)
+        if difference is not None:
+            raise FedspanError(f"{client_id}: {difference}")
+        if not self.method.info.hetero_rank and any(m.client.rank != rank for m in self.members.values()):
+            raise FedspanError(f"{client_id} has rank {rank}: {self.method.info.name} needs one rank for all")
+        member = self.members.get(client_id)
+        if member is None:
+            return
+        if member.node in self.transport.nodes():
+            raise FedspanError(f"{client_id} is here already, as another node")
+        # Its weight in averages and the shape of its payloads were fixed when it was first taken in.
+        if (rank, greeting.num_examples) != (member.client.rank, member.client.num_examples):
+            raise FedspanError(f"{client_id} came back with another rank or other data")
+
+    def _refuse(self, node: str, reason: str) -> None:
+        line = f"node {node}: {reason}"
+        if self._refused.get(node) != line:  # it is asked again and again, but people need the line only once
+            self.notify(f"a node is not taken in: {line}")
+        self._refused[node] = line
+
+    def quarantined(self, round_num: int) -> set[str]:
+        """Return the clients that are not asked in this round because they were silent before."""
         return {name for name, silence in self._silence.items() if silence.until > round_num}
 
-    def note(self, client_id: str, round_num: int, missed: bool) -> None:
-        """Whether an answer came; after too many that did not, the client is left out for a while."""
-        silence, d = self._silence.setdefault(client_id, _Silence()), self.config.deployment
+    def record(self, client_id: str, round_num: int, missed: bool) -> None:
+        """Record whether an answer came; after too many missing ones in a row the client is left out for a while."""
+        silence, patience = self._silence.setdefault(client_id, _Silence()), self.deployment.patience
         silence.missed = silence.missed + 1 if missed else 0
-        if silence.missed >= d.patience:
-            silence.missed, silence.until = 0, round_num + 1 + d.quarantine
-            self.notify(f"{client_id} has been silent {d.patience} times: left out for {d.quarantine} rounds")
+        if silence.missed >= patience:
+            silence.missed, silence.until = 0, round_num + 1 + self.deployment.quarantine
+            self.notify(
+                f"{client_id} has been silent {patience} times: left out for {self.deployment.quarantine} rounds"
+            )
 
-    def here(self, clients: Sequence[Client]) -> list[Client]:
-        """Those of the clients that can be reached now."""
-        nodes = set(self.port.nodes())
+    def reachable(self, clients: Sequence[Client]) -> list[Client]:
+        """Return those of the clients that can be reached now."""
+        nodes = set(self.transport.nodes())
         return [c for c in clients if (m := self.members.get(c.client_id)) is not None and m.node in nodes]

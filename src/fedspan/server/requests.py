@@ -1,4 +1,4 @@
-"""One question to many sites and back: messages out, answers in, each until its deadline, and what that cost."""
+"""One question to many sites: messages out, answers in, each until its deadline, and their cost."""
 
 from __future__ import annotations
 
@@ -11,18 +11,32 @@ from torch import Tensor
 
 from fedspan.federation.exchange import Question
 from fedspan.server.registry import SiteRegistry
+from fedspan.support.errors import FedspanError
 from fedspan.wire import protocol
 from fedspan.wire.transport import Delivery
 
-Reply = tuple[dict[str, Any], list[Tensor]]
-"""Head and tensors of an answer."""
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The head and tensors of an answer to the question that was asked."""
+
+    header: Mapping[str, Any]
+    tensors: list[Tensor]
 
 
-class Missing(str):
-    """Why nothing came of a question, which speaks of the line and not of the client."""
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """The reason why there is no usable answer from a client."""
+
+    reason: str
+    absent: bool = False
+    """No answer came at all.
+
+    That says something about the connection and nothing about the client, whereas a wrong answer may be an attack:
+    robust filters count wrong answers among the clients that they must be prepared for, and not missing ones."""
 
 
-ABSENT = Missing("is not connected")
+NOT_CONNECTED = Problem("is not connected", absent=True)
 
 
 @dataclass(slots=True)
@@ -33,85 +47,105 @@ class _Costs:
     waited_seconds: float = 0.0
     """From the sending of messages until the last answer that was waited for."""
     slowest_seconds: float = 0.0
-    """Of it, how long the busiest site was at work, trip by trip: the rest is the way there and back."""
+    """The part of it during which the busiest site was at work, summed over round trips. The rest is transfer."""
 
 
 class Requests:
-    """Carries messages to the sites on the roll."""
+    """Sends messages to the registered sites and returns their answers."""
 
     def __init__(self, registry: SiteRegistry) -> None:
-        self.registry, self.port = registry, registry.port
+        self.registry, self.transport = registry, registry.transport
         self._costs = _Costs()
 
     def costs(self) -> dict[str, Any]:
-        """What was sent and waited for since the last call."""
+        """Return the bytes sent and the time waited since the last call."""
         costs, self._costs = self._costs, _Costs()
         return asdict(costs)
 
-    def go(
+    def exchange(
         self, question: Question, messages: Mapping[str, bytes], enough: int | None = None
-    ) -> Iterator[tuple[str, Reply | str]]:
-        """Send everyone its message; answers as they come, or why there is none. Each client once.
+    ) -> Iterator[tuple[str, Reply | Problem]]:
+        """Send every client its message, and yield the answers as they come: each client once, with a reply or not.
 
         Parameters
         ----------
         messages
             By client.
         enough
-            So many answers are waited for; none: all of them.
+            The number of answers to wait for; None: all of them.
         """
-        d, wanted = self.registry.config.deployment, len(messages) if enough is None else enough
-        began = self.port.now()
-        self._costs.round_trips += 1
-        self._costs.wire_down += sum(map(len, messages.values()))
-        addressed = [(self.registry.members[c].node, content) for c, content in messages.items()]
-        tickets = dict(zip(self.port.send(addressed, d.deadline), messages, strict=True))
-        got, slowest = 0, 0.0
-        while tickets and got < wanted and self.port.now() - began < d.deadline:
-            for delivery in self.port.poll():
+        deployment, wanted = self.registry.deployment, len(messages) if enough is None else enough
+        began = self.transport.now()
+        tickets = self._send(messages)
+        num_replies, slowest = 0, 0.0
+        while tickets and num_replies < wanted and self.transport.now() - began < deployment.deadline:
+            for delivery in self.transport.poll():
                 client_id = tickets.pop(delivery.ticket, None)
                 if client_id is None:
                     continue
                 reply = self._read(client_id, question, delivery)
-                self.registry.note(client_id, question.round_num, missed=delivery.content is None)
-                if not isinstance(reply, str):
-                    got += 1
-                    slowest = max(slowest, _busy(reply[0]))
+                self.registry.record(client_id, question.round_num, missed=delivery.content is None)
+                if isinstance(reply, Reply):
+                    num_replies += 1
+                    slowest = max(slowest, _busy_seconds(reply.header))
                 yield client_id, reply
-            if tickets and got < wanted:
-                self.port.sleep(d.poll)
-        self.port.forget(list(tickets))
-        self._costs.waited_seconds += self.port.now() - began
+            if tickets and num_replies < wanted:
+                self.transport.sleep(deployment.poll)
+        self.transport.forget(list(tickets))
+        self._costs.waited_seconds += self.transport.now() - began
         self._costs.slowest_seconds += slowest
-        for client_id in tickets.values():
-            late = got >= wanted
-            if not late:
-                self.registry.note(client_id, question.round_num, missed=True)
-            reason = "was not waited for" if late else f"did not answer within {d.deadline:g} s"
-            yield client_id, Missing(reason)
+        yield from self._unanswered(question, list(tickets.values()), num_replies >= wanted)
 
-    def _read(self, client_id: str, question: Question, delivery: Delivery) -> Reply | str:
-        """An answer that belongs to what was asked, or what is wrong with it."""
+    def _send(self, messages: Mapping[str, bytes]) -> dict[str, str]:
+        """Send the messages; return the client of every ticket."""
+        self._costs.round_trips += 1
+        self._costs.wire_down += sum(map(len, messages.values()))
+        addressed = [(self.registry.members[c].node, content) for c, content in messages.items()]
+        return dict(zip(self.transport.send(addressed, self.registry.deployment.deadline), messages, strict=True))
+
+    def _unanswered(
+        self, question: Question, client_ids: list[str], had_enough: bool
+    ) -> Iterator[tuple[str, Reply | Problem]]:
+        """Yield the problem of every client that was still at work when the wait ended."""
+        for client_id in client_ids:
+            # A client that others merely overtook has missed nothing, and is not on its way into quarantine.
+            if not had_enough:
+                self.registry.record(client_id, question.round_num, missed=True)
+            deadline = self.registry.deployment.deadline
+            reason = "was not waited for" if had_enough else f"did not answer within {deadline:g} s"
+            yield client_id, Problem(reason, absent=True)
+
+    def _read(self, client_id: str, question: Question, delivery: Delivery) -> Reply | Problem:
+        """Return an answer that belongs to the question, or the problem with it."""
         if delivery.content is None:
-            return Missing(delivery.error or "gave no answer")
+            return Problem(delivery.error or "gave no answer", absent=True)
         self._costs.wire_up += len(delivery.content)
         try:
             header, tensors = protocol.decode(delivery.content)
-        except ValueError as error:
-            return f"sent {error}"
+        except FedspanError as error:
+            return Problem(f"sent {error}")
         if header.get("client_id") != client_id:
-            return f"answered as {header.get('client_id')!r}"
+            return Problem(f"answered as {header.get('client_id')!r}")
         if "problem" in header:
-            return str(header["problem"])
-        for key, own in (("run", self.registry.run), ("round", question.round_num), ("number", question.number)):
-            got = header.get(key)
-            if got != own and key == "round" and type(got) is int:
-                return f"answered for round {got + 1}: expected {question.round_num + 1}"  # people count from one
-            if got != own:
-                return f"answered for {key} {got!r}: expected {own!r}"
-        return header, tensors
+            return Problem(" ".join(str(header["problem"]).split()))
+        mismatch = self._mismatch(question, header)
+        return Reply(header, tensors) if mismatch is None else Problem(mismatch)
+
+    def _mismatch(self, question: Question, header: Mapping[str, Any]) -> str | None:
+        """Return the reason why an answer belongs to another question, or None.
+
+        A delayed answer of an earlier round has valid shapes and finite values, so no later check would notice it.
+        """
+        expected = {"run": self.registry.run, "round": question.round_num, "number": question.number}
+        for key, value in expected.items():
+            other = header.get(key)
+            if other != value and key == "round" and type(other) is int:
+                return f"answered for round {other + 1}: expected {question.round_num + 1}"  # people count from one
+            if other != value:
+                return f"answered for {key} {other!r}: expected {value!r}"
+        return None
 
 
-def _busy(header: Mapping[str, Any]) -> float:
+def _busy_seconds(header: Mapping[str, Any]) -> float:
     seconds = header.get("seconds", 0.0)
     return float(seconds) if isinstance(seconds, int | float) and math.isfinite(seconds) else 0.0

@@ -1,4 +1,4 @@
-"""What a site's folder says of it."""
+"""The settings of one site, read from its folder."""
 
 from __future__ import annotations
 
@@ -7,79 +7,95 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from fedspan import config as settings
+from fedspan import config as federation_settings
 from fedspan.config import Config
 from fedspan.support.errors import FedspanError
+
+_KEYS = ("client_id", "config", "data", "device", "identity", "model", "rank", "threads")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a site's folder says: `site.toml` beside the federation's `config.toml`."""
+    """The settings of one site: `site.toml` beside the federation's `config.toml`."""
 
     config: Config
+    """The federation's, with this site's own data, model, device and threads."""
     client_id: str
     rank: int | None = None
-    """What it can train; none: as the federation's settings say."""
+    """The rank that it can train; None: as the federation's settings say."""
     own_data: bool = False
     """All of `data.train` is this client's, instead of its part of the federation's partition."""
     identity: bytes | None = None
-    """The private Ed25519 key that signs its keys for secure sums, raw."""
+    """The private Ed25519 key that signs its keys for secure sums, 32 raw bytes."""
     trusted: Mapping[str, bytes] | None = None
-    """The public ones of all sites."""
+    """The public Ed25519 keys of all sites, by client."""
 
     @classmethod
     def read(cls, folder: Path) -> Settings:
-        """The settings of that folder.
+        """Read the settings of a site's folder.
 
         Raises
         ------
-        ValueError
+        FedspanError
             For a file that is missing or wrong, in one line.
         """
         path = folder / "site.toml"
-        try:
-            entries = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise FedspanError(f"cannot read {path}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise FedspanError(f"{path} is not valid TOML: {error}") from None
-        known = {"client_id", "rank", "identity", "config", "device", "threads", "data", "model"}
-        odd = sorted(entries.keys() - known)
-        if odd:
-            raise FedspanError(f"{path}: unknown key {odd[0]!r}, expected one of {', '.join(sorted(known))}")
-        client_id = entries.get("client_id")
+        entries = _entries(path)
+        client_id, rank = entries.get("client_id"), entries.get("rank")
         if not isinstance(client_id, str) or not client_id:
             raise FedspanError(f"{path}: client_id = {client_id!r}, expected the name of this site on the server")
-        rank = entries.get("rank")
-        if rank is not None and (not isinstance(rank, int) or rank < 1):
-            raise FedspanError(f"{path}: rank = {rank!r}, expected a count")
-        with_own = [
-            f"{section}.{key}={_toml(value)}"
-            for section in ("data", "model")
-            for key, value in entries.get(section, {}).items()
-        ]
-        with_own += [f"{key}={_toml(entries[key])}" for key in ("device", "threads") if key in entries]
-        config = settings.load(folder / entries.get("config", "config.toml"), with_own)
+        # Not isinstance, for which `true` is a number.
+        if rank is not None and (type(rank) is not int or rank < 1):
+            raise FedspanError(f"{path}: rank = {rank!r}, expected a positive integer")
+        config = federation_settings.load(folder / entries.get("config", "config.toml"), _overrides(entries))
         identity, trusted = _identities(folder, entries.get("identity"))
         return cls(config, client_id, rank, "train" in entries.get("data", {}), identity, trusted)
 
 
-def _toml(value: object) -> str:
-    return json.dumps(value)  # JSON's strings, numbers, booleans and arrays are TOML's too
+def _entries(path: Path) -> dict[str, Any]:
+    """Return the entries of a `site.toml`, all of them known and of the right kind."""
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FedspanError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FedspanError(f"{path} is not valid TOML: {error}") from None
+    unknown = sorted(entries.keys() - set(_KEYS))
+    if unknown:
+        raise FedspanError(f"{path}: unknown key {unknown[0]!r}, expected one of {', '.join(_KEYS)}")
+    for key in ("data", "model"):
+        if not isinstance(entries.get(key, {}), dict):
+            raise FedspanError(f"{path}: {key} = {entries[key]!r}, expected a section [{key}]")
+    for key in ("config", "identity"):
+        if not isinstance(entries.get(key, ""), str):
+            raise FedspanError(f"{path}: {key} = {entries[key]!r}, expected the name of a file")
+    return entries
+
+
+def _overrides(entries: Mapping[str, Any]) -> list[str]:
+    """Return a site's own settings as overrides of the federation's."""
+    values = {f"{section}.{key}": x for section in ("data", "model") for key, x in entries.get(section, {}).items()}
+    values |= {key: entries[key] for key in ("device", "threads") if key in entries}
+    # JSON's values are TOML's too; a date, which JSON has not, becomes a text that the setting's type refuses.
+    return [f"{key}={json.dumps(value, default=str)}" for key, value in values.items()]
 
 
 def _identities(folder: Path, name: str | None) -> tuple[bytes | None, dict[str, bytes] | None]:
-    """This site's private key and everybody's public ones."""
+    """Return this site's private key and the public keys of all sites; None where signatures are not used."""
     if name is None:
         return None, None
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     try:
         key = serialization.load_pem_private_key((folder / name).read_bytes(), None)
         sites = json.loads((folder / "sites.json").read_text(encoding="utf-8"))
         trusted = {client: bytes.fromhex(public) for client, public in sites.items()}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, UnsupportedAlgorithm) as error:
         raise FedspanError(f"{folder}: identity = {name!r} or sites.json cannot be read ({error})") from None
-    raw = serialization.Encoding.Raw, serialization.PrivateFormat.Raw, serialization.NoEncryption()
-    return key.private_bytes(*raw), trusted
+    if not isinstance(key, Ed25519PrivateKey):
+        raise FedspanError(f"{folder}: identity = {name!r} is a {type(key).__name__}: expected an Ed25519 private key")
+    return key.private_bytes_raw(), trusted

@@ -1,4 +1,4 @@
-"""What a site keeps between rounds, on its own disk."""
+"""The files that a site keeps between rounds, on its own disk."""
 
 from __future__ import annotations
 
@@ -14,19 +14,15 @@ from torch import Tensor
 
 from fedspan.methods.messages import ClientState
 from fedspan.methods.patches import Patch, patch_of, patch_sum, patch_tensors
-from fedspan.support.errors import FedspanError
+from fedspan.site.errors import Refused
 from fedspan.support.files import read_tensors, write_bytes
 
 
-class Refused(FedspanError):
-    """A message that this site does not act on, and why."""
-
-
 class SiteStorage:
-    """What a client keeps on its own disk: its state, and the patch on its base, each by the rounds it is of.
+    """A client's state and the patch on its base, in one file for each round or version, under a folder for each run.
 
-    The server names the round whose answer last counted, so what a client made of an answer that was lost is never
-    used: the file of the last round that counted lies beside it until the server has named a later one.
+    The server names the round whose answer last counted. The state of that round is kept beside the state of a later
+    round until the server has named the later one, so that the state after an answer that was lost is never used.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,7 +30,7 @@ class SiteStorage:
         self._patch: tuple[tuple[str, int], dict[str, Patch]] | None = None
 
     def state(self, run: str, counted: int) -> ClientState | None:
-        """The state after that many rounds; none: there is none."""
+        """Return the state after that many finished rounds, or None; the files of earlier rounds are removed."""
         folder = self.folder / run
         for path in folder.glob("client-*.safetensors"):
             if int(path.stem.removeprefix("client-")) < counted:
@@ -43,12 +39,17 @@ class SiteStorage:
         return self._read(path) if path.exists() else None
 
     def keep(self, run: str, finished: int, state: ClientState) -> None:
-        """The state after that many rounds, should the answer count."""
+        """Keep the state after that many finished rounds, for the case that the answer counts."""
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
         write_bytes(self.folder / run / f"client-{finished}.safetensors", save(tensors))
 
     def patch(self, run: str, header: Mapping[str, Any], news: Sequence[Mapping[str, Patch]]) -> dict[str, Patch]:
-        """The whole patch, after what is new has been added to what is held.
+        """Return the whole patch, after adding the new parts to the version that is held.
+
+        Parameters
+        ----------
+        header
+            `whole`: the news are the whole patch. `seen` and `version`: the versions before and after the news.
 
         Raises
         ------
@@ -65,6 +66,7 @@ class SiteStorage:
                     total[name] = patch_sum(total.get(name), patch)
         if not version:
             return total
+        # The exchanges of a round name the same version, and the news must be added to it only once.
         if self._patch is None or self._patch[0] != (run, version):
             self._patch = ((run, version), total)
             self._write(run, version, seen, total)
@@ -78,11 +80,11 @@ class SiteStorage:
         path = self.folder / run / f"patch-{seen}.safetensors"
         if not path.exists():
             raise Refused(f"the server counts on version {seen} of the patch, which this site does not hold")
-        held: dict[str, dict[str, Tensor]] = {}
+        parts: dict[str, dict[str, Tensor]] = {}
         for key, tensor in self._read(path).items():
             name, _, part = key.rpartition("/")
-            held.setdefault(name, {})[part] = tensor
-        return {name: patch_of(tensors) for name, tensors in held.items()}
+            parts.setdefault(name, {})[part] = tensor
+        return {name: patch_of(tensors) for name, tensors in parts.items()}
 
     def _write(self, run: str, version: int, seen: int, total: Mapping[str, Patch]) -> None:
         flat: dict[str, Tensor] = {}
@@ -90,29 +92,37 @@ class SiteStorage:
             flat |= {f"{name}/{part}": t for part, t in patch_tensors(p).items()}
         folder = self.folder / run
         write_bytes(folder / f"patch-{version}.safetensors", save({k: t.contiguous().clone() for k, t in flat.items()}))
+        # The version before stays too: if this answer is lost, the server sends the same news again.
         for path in folder.glob("patch-*.safetensors"):
             if int(path.stem.removeprefix("patch-")) not in (version, seen):
                 with suppress(OSError):
                     path.unlink()
 
-    def unmasking(self, run: str, sum_name: str, survivors: Sequence[str]) -> None:
-        """Note whose sum is unmasked: of one sum's clients no other choice is ever unmasked, or the difference of two
-        sums would tell what one client sent.
+    def allow_unmasking(self, run: str, sum_name: str, survivors: Sequence[str]) -> None:
+        """Record the clients for which a sum is unmasked, before this site helps to do so.
+
+        One sum is never unmasked for two choices of clients, since the difference of the two results would be the
+        update of the clients in which they differ. The record is on disk because a server that was restarted asks
+        about the same round again, and this site may have been restarted too.
 
         Raises
         ------
         Refused
-            For another choice.
+            When the sum was unmasked for other clients before, or the record cannot be read.
         """
         path = self.folder / run / "unmasked.json"
-        held: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            unmasked: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError as error:
+            # Not taken for an empty record, which would allow everything.
+            raise Refused(f"{path.name} is damaged ({error}): this site cannot tell what it has unmasked") from None
         chosen = sorted(survivors)
-        if held.setdefault(sum_name, chosen) != chosen:
+        if unmasked.setdefault(sum_name, chosen) != chosen:
             raise Refused(
-                f"sum {sum_name} was unmasked for other clients before: their difference would tell of one of them; "
-                f"whoever is responsible for this site may allow it by removing {path.name} from its state"
+                f"sum {sum_name} was unmasked for other clients before, and the difference would reveal the update of "
+                f"one of them; the person responsible for this site may allow it by removing {path.name} from its state"
             )
-        write_bytes(path, json.dumps(held).encode())
+        write_bytes(path, json.dumps(unmasked).encode())
 
     @staticmethod
     def _read(path: Path) -> dict[str, Tensor]:

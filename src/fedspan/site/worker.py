@@ -2,7 +2,7 @@
 
     python -m fedspan.site.worker SITE_DIR
 
-It answers over a Unix socket that its owner alone may open (`fedspan.wire.unix_socket`), one message after the other.
+It answers over a Unix socket that only its owner may open (`fedspan.wire.unix_socket`), one message after the other.
 """
 
 from __future__ import annotations
@@ -20,26 +20,31 @@ from fedspan.wire.unix_socket import Listener
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM, or until stdin closes where that was asked for."""
+    """Serve until SIGTERM, or until stdin closes where `--lifeline` was given; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fedspan.site.worker", description=__doc__)
     parser.add_argument("folder", type=Path, help="the site's folder, with site.toml and config.toml")
-    parser.add_argument("--lifeline", action="store_true", help="end when stdin closes: whoever started this is gone")
-    given = parser.parse_args(arguments)
+    parser.add_argument(
+        "--lifeline", action="store_true", help="end when stdin closes, as it does when the parent ends"
+    )
+    options = parser.parse_args(arguments)
     try:
-        listener = Listener(given.folder)
-    except (OSError, ValueError) as error:
+        # Before the base is read, so that callers wait for an answer instead of being refused.
+        listener = Listener(options.folder)
+    except (OSError, FedspanError) as error:
         print(f"fedspan: {error}", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda number, frame: _end(listener))
-    if given.lifeline:
-        threading.Thread(target=_watch, args=(listener,), daemon=True).start()
+    if options.lifeline:
+        threading.Thread(target=_watch_stdin, args=(listener,), daemon=True).start()
     try:
-        from fedspan.site.site import Settings, Site  # torch, transformers: a caller waits meanwhile
+        from fedspan.site.settings import Settings
+        from fedspan.site.site import Site  # imports torch and transformers, which takes seconds
 
-        site = Site(Settings.read(given.folder), given.folder, say=lambda line: print(line, flush=True))
-    except ValueError as error:
+        site = Site(Settings.read(options.folder), options.folder, notify=lambda line: print(line, flush=True))
+    except (OSError, FedspanError) as error:
         line = " ".join(str(error).split())
         print(f"fedspan: {line}", file=sys.stderr)
+        # Every caller gets the reason, until someone has mended the folder and starts the worker again.
         listener.serve(_refusing(line))
         return 2
     print(f"{site.client.client_id} is ready: rank {site.client.rank}", flush=True)
@@ -54,7 +59,7 @@ def _refusing(line: str) -> Callable[[bytes], bytes]:
     return answer
 
 
-def _watch(listener: Listener) -> None:
+def _watch_stdin(listener: Listener) -> None:
     while os.read(sys.stdin.fileno(), 4096):
         pass
     _end(listener)
@@ -62,7 +67,8 @@ def _watch(listener: Listener) -> None:
 
 def _end(listener: Listener) -> None:
     listener.close()
-    os._exit(0)  # whatever is being worked out has nobody to go to
+    # Not sys.exit, which in the thread that watches stdin would end that thread only.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of federated learning: seeds, threads, files, errors, peak memory."""
+"""Helpers that know nothing about federated learning: seeds, threads, files, errors, peak memory."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class FedspanError(ValueError):
-    """Something that the user got wrong, or that the outside world refused, told in one line.
+    """A mistake of the user or a refusal of the outside world, described in one line.
 
     The command prints the line and exits with status 2. Any other exception is a defect of this library; the command
     writes its traceback to a file and exits with status 1. It is a `ValueError`, so code that caught one still does.

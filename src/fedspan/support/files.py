@@ -13,8 +13,13 @@ StrPath = str | os.PathLike[str]
 """A path as callers may give it; functions that take one make a `Path` of it."""
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing: a temporary file beside it, flushed to the disk, then renamed."""
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a whole file or nothing; its folder is created where it is missing.
+
+    A temporary file is written beside it, flushed to the disk and renamed, so that a reader sees the old content or
+    the new one, even after a power cut.
+    """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
     try:
@@ -33,17 +38,17 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.close(folder)
 
 
-def read_tensors(path: Path, key: str) -> tuple[Any, dict[str, Tensor]]:
-    """The JSON under `key` of a safetensors file's header (none: null), and its tensors.
+def read_tensors(path: str | os.PathLike[str], key: str) -> tuple[Any, dict[str, Tensor]]:
+    """Return the JSON under `key` of a safetensors file's header (None where it has no such key), and its tensors.
 
     Raises
     ------
     SafetensorError, json.JSONDecodeError
-        When the file or its JSON is damaged.
+        When the file or its JSON is damaged. Callers know what the file was for, and say so to the user.
     """
-    from safetensors import safe_open  # torch and safetensors are needed here alone
+    from safetensors import safe_open  # writers need not wait for this import
 
-    with safe_open(str(path), framework="pt") as file:
+    with safe_open(os.fspath(path), framework="pt") as file:
         meta = json.loads((file.metadata() or {}).get(key, "null"))
-        names = file.keys()  # an open file is no mapping: it cannot be iterated itself
+        names = file.keys()  # an open file is not a mapping and cannot itself be iterated over
         return meta, {name: file.get_tensor(name) for name in names}

@@ -24,11 +24,11 @@ _threads: ContextVar[int] = ContextVar("fedspan_threads", default=1)
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Let every `ordered_map` inside use so many threads; 1 when nothing is said.
+    """Let every `ordered_map` inside use this many threads; outside it uses 1.
 
     Raises
     ------
-    ValueError
+    FedspanError
         For less than one thread.
     """
     if number < 1:
@@ -41,9 +41,10 @@ def threads(number: int) -> Iterator[None]:
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """[function(x) for x in items], on the threads that `threads` allows; PyTorch lets go of Python inside a kernel.
+    """Return [function(x) for x in items], computed on the threads that `threads` allows.
 
-    `function` must not share what it writes. A call inside a call runs on the thread it is on.
+    PyTorch releases Python's lock inside a kernel, so threads are enough. Calls of `function` must not write to shared
+    objects. A call inside a call runs on the thread that it is on.
     """
     work = list(items)
     workers = min(_threads.get(), len(work))

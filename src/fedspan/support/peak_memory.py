@@ -1,4 +1,4 @@
-"""What the process has held at most, as Linux tells it."""
+"""Peak resident memory of the process, from Linux's /proc."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak_memory() -> int:
-    """Start a new measurement of the process's peak resident memory; its value now, in bytes."""
+    """Start a new measurement of the process's peak resident memory, and return its value now, in bytes."""
     if _CLEAR.exists() and os.access(_CLEAR, os.W_OK):
-        # Memory that glibc's allocator only hoards would hide what is taken anew.
+        # Memory that glibc's allocator keeps although it is free would hide new allocations.
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
         _CLEAR.write_text("5")
     return peak_memory()
 
 
 def peak_memory() -> int:
-    """Peak resident memory since the last reset, in bytes; 0 on systems that do not tell."""
+    """Return the peak resident memory since the last reset, in bytes; 0 on systems without /proc."""
     if not _STATUS.exists():
         return 0
     line = next((x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM:")), "VmHWM: 0 kB")

@@ -1,4 +1,4 @@
-"""What a server and its sites must have set alike, and how a difference is told."""
+"""The settings that a server and its sites must have in common, and the report of a difference."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from typing import Any
 
 from fedspan.config import Config
 
-_ALIKE = ("adapter", "local", "privacy", "wire", "method")
+_SHARED_SECTIONS = ("adapter", "local", "privacy", "wire", "method")
 
 
 def terms(config: Config) -> dict[str, Any]:
-    """Every setting that both sides act on, by its key. Where the base lies and what data there is are each side's own;
-    that the bases are the same is seen by their digests."""
+    """Return every setting that both sides act on, by its key.
+
+    The location of the base and the data are each side's own. That the bases are the same is checked by their digests.
+    """
     settings = config.model_dump(mode="json")
-    found: dict[str, Any] = {"seed": config.seed, "federation.weighting": config.federation.weighting}
-    found |= {f"model.{key}": settings["model"][key] for key in ("dtype", "quantise")}
-    found["engine.autocast"] = settings["engine"]["autocast"]
-    for section in _ALIKE:
-        found |= {f"{section}.{key}": value for key, value in settings[section].items()}
-    return found
+    shared: dict[str, Any] = {"seed": config.seed, "federation.weighting": config.federation.weighting}
+    shared |= {f"model.{key}": settings["model"][key] for key in ("dtype", "quantise")}
+    shared["engine.autocast"] = settings["engine"]["autocast"]
+    for section in _SHARED_SECTIONS:
+        shared |= {f"{section}.{key}": value for key, value in settings[section].items()}
+    return shared
 
 
-def digest(found: Mapping[str, Any]) -> str:
-    """One short name of all the terms."""
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+def digest(settings: Mapping[str, Any]) -> str:
+    """Return one short name for all the settings of `terms`."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def difference(server: Mapping[str, Any], site: Mapping[str, Any]) -> str | None:
-    """The first setting in which they differ, in one line; none: they agree."""
+    """Return the first setting in which the two differ, in one line, or None where they agree."""
     for key in sorted(server.keys() | site.keys()):
         if server.get(key) != site.get(key):
             return f"{key} is {site.get(key)!r} on the site and {server.get(key)!r} on the server: expected one value"

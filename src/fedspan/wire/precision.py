@@ -1,7 +1,7 @@
 """The types in which tensors travel: float32, bfloat16, or int8 with a scale for every row.
 
-What is computed from them is float32 again. The round trip is one function, used by the engine in one process and by
-whoever really sends, so that both see the same bits.
+Everything computed from them is float32 again. The round trip is one function, used both by the engine in one process
+and by real senders, so that both see the same bits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Kind = Literal["float32", "bfloat16", "int8"]
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """The types of one run."""
+    """The types of one run, from the clients and to them."""
 
     up: Kind = "float32"
     down: Kind = "float32"
@@ -31,11 +31,11 @@ EXACT = Precision()
 
 
 def pack(tensor: Tensor, kind: Kind) -> tuple[Tensor, ...]:
-    """What travels: the tensor itself, or bfloat16, or int8 codes with the scale of every row, max |x| / 127.
+    """Return the tensors that travel: the tensor itself, bfloat16, or int8 codes and each row's scale, max |x| / 127.
 
     Tensors that are not floating point, and those of fewer than two dimensions, which are small, stay as they are.
     """
-    if kind == "float32" or not tensor.is_floating_point() or tensor.ndim < 2 or not tensor.numel():
+    if not _is_rounded(tensor, kind):
         return (tensor,)
     if kind == "bfloat16":
         return (tensor.to(torch.bfloat16),)
@@ -45,7 +45,7 @@ def pack(tensor: Tensor, kind: Kind) -> tuple[Tensor, ...]:
 
 
 def unpack(parts: tuple[Tensor, ...]) -> Tensor:
-    """The tensor again, in float32 where it was narrowed."""
+    """Return the tensor again, in float32 where it was rounded."""
     if len(parts) == 2:
         codes, scale = parts
         return codes.to(torch.float32) * scale
@@ -53,56 +53,60 @@ def unpack(parts: tuple[Tensor, ...]) -> Tensor:
 
 
 def round_trip(tensor: Tensor, kind: Kind) -> Tensor:
-    """What arrives."""
+    """Return the tensor as it arrives."""
     return unpack(pack(tensor, kind))
 
 
 def rounded_update(update: Update, kind: Kind) -> tuple[Update, int]:
-    """What arrives of an update, and the bytes of its tensors on the way."""
+    """Return an update as it arrives, and the bytes of its tensors on the way."""
     if kind == "float32":
         return update, payload_bytes(update)
 
-    def through(tensor: Tensor) -> Tensor:
+    def rounded(tensor: Tensor) -> Tensor:
         return round_trip(tensor, kind)
 
     arrived = replace(
         update,
-        modules={name: payload.map(through) for name, payload in update.modules.items()},
-        dense=_each(update.dense, through),
-        moments=_each(update.moments, through),
+        modules={name: payload.map(rounded) for name, payload in update.modules.items()},
+        dense=_map(update.dense, rounded),
+        moments=_map(update.moments, rounded),
     )
     return arrived, packed_bytes(update, kind)
 
 
 def packed_bytes(update: Update, kind: Kind) -> int:
-    """Bytes of an update's tensors on the way."""
-    return sum(_size(tensor, kind) for tensor in payload_tensors(update))
+    """Return the bytes of an update's tensors on the way."""
+    return sum(_packed_size(tensor, kind) for tensor in payload_tensors(update))
 
 
-def _size(tensor: Tensor, kind: Kind) -> int:
+def _packed_size(tensor: Tensor, kind: Kind) -> int:
     count = tensor.numel()
-    if kind == "float32" or not tensor.is_floating_point() or tensor.ndim < 2 or not count:
+    if not _is_rounded(tensor, kind):
         return count * tensor.element_size()
     return 2 * count if kind == "bfloat16" else count + 4 * (count // tensor.shape[-1])
 
 
+def _is_rounded(tensor: Tensor, kind: Kind) -> bool:
+    return kind != "float32" and tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel() > 0
+
+
 def rounded_broadcast(sent: Broadcast, kind: Kind) -> Broadcast:
-    """What arrives of a broadcast; a client's frozen patch stays in float32, since its errors would add up."""
+    """Return a broadcast as it arrives. The patch of a frozen base stays in float32, since its errors would add up."""
     if kind == "float32":
         return sent
 
-    def through(tensor: Tensor) -> Tensor:
+    def rounded(tensor: Tensor) -> Tensor:
         return round_trip(tensor, kind)
 
-    # What a client has by itself does not travel, and is not narrowed.
+    # A part that the client has by itself does not travel, and is therefore not rounded.
     own = sent.seeded
     adapter = {
-        name: replace(f, a=f.a if "a" in own else through(f.a), b=f.b if "b" in own else through(f.b))
+        name: replace(f, a=f.a if "a" in own else rounded(f.a), b=f.b if "b" in own else rounded(f.b))
         for name, f in sent.adapter.items()
     }
-    dense = {n: t if "dense" in own or n in own else through(t) for n, t in sent.dense.items()}
-    return replace(sent, adapter=adapter, dense=dense, correction=_each(sent.correction, through))
+    dense = {n: t if "dense" in own or n in own else rounded(t) for n, t in sent.dense.items()}
+    return replace(sent, adapter=adapter, dense=dense, correction=_map(sent.correction, rounded))
 
 
-def _each(tensors: Tensors, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+def _map(tensors: Tensors, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     return {name: change(t) for name, t in tensors.items()}

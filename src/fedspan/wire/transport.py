@@ -1,6 +1,6 @@
-"""What carries messages between a server and its sites: a few functions, so that any transport can be put behind them.
+"""The interface between a server and whatever carries its messages to the sites and back.
 
-A message is bytes. What is in it, and whether it can be trusted, is `fedspan.wire.protocol`'s concern.
+A message is bytes. Its content, and whether it can be trusted, is the concern of `fedspan.wire.protocol`.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What came of one message that was sent."""
+    """The outcome of one message that was sent."""
 
     ticket: str
-    """As `send` returned it."""
+    """As `Transport.send` returned it."""
     node: str
     content: bytes | None
-    """The answer; none where there will be none."""
+    """The answer; None where there will be none."""
     error: str | None = None
-    """Why there is no answer, in one line."""
+    """The reason why there is no answer, in one line."""
 
 
-class Port(Protocol):
-    """The server's side of a transport."""
+class Transport(Protocol):
+    """The server's side of a transport. Everything that takes time goes through it, so that tests can own the clock."""
 
     def nodes(self) -> list[str]:
-        """The sites that can be reached now, by the transport's own names."""
+        """Return the sites that can be reached now, by the transport's own names."""
 
     def send(self, messages: Sequence[tuple[str, bytes]], lifetime: float) -> list[str]:
-        """Send each node its message, and return a ticket for each, in their order.
+        """Send each node its message, and return a ticket for each, in the same order.
 
         Parameters
         ----------
@@ -41,13 +41,13 @@ class Port(Protocol):
         """
 
     def poll(self) -> list[Delivery]:
-        """What has come since the last call, each once; returns at once."""
+        """Return the outcomes known since the last call, each once, without waiting."""
 
     def forget(self, tickets: Sequence[str]) -> None:
-        """Nobody waits for these any more; a late answer is dropped."""
+        """Stop waiting for these; a late answer is dropped."""
 
     def now(self) -> float:
-        """Seconds of a clock that only goes forward."""
+        """Return the seconds of a clock that only goes forward."""
 
     def sleep(self, seconds: float) -> None:
         """Let time pass."""

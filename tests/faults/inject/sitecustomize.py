@@ -49,7 +49,7 @@ def spoiled(content: bytes, change: Callable[[list[Any]], None]) -> bytes:
 
     header, tensors = protocol.decode(content)
     change(tensors)
-    parcel = protocol.Parcel()
+    parcel = protocol.MessageTensors()
     for tensor in tensors:
         parcel.put(tensor)
     return protocol.encode({k: v for k, v in header.items() if k not in ("schema", "places")}, parcel)
@@ -73,15 +73,16 @@ def in_worker(site: str, answer: Callable[[bytes], bytes]) -> Callable[[bytes], 
     held: Any = getattr(answer, "__self__", None)
 
     def after_training(act: Callable[[], object]) -> None:
-        work = held._work
+        work = held.work
+        train = work._train
 
-        def worked(*given: Any) -> Any:
-            held._work = work
-            result = work(*given)
+        def trained(*given: Any) -> Any:
+            work._train = train
+            result = train(*given)
             act()  # it has learnt, and nobody has heard of it
             return result
 
-        held._work = worked
+        work._train = trained
 
     def answered(content: bytes) -> bytes:
         message = head(content)

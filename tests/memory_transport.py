@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fedspan.config import Config
-from fedspan.site.site import Loaded, Settings, Site
+from fedspan.site.loading import Loaded
+from fedspan.site.settings import Settings
+from fedspan.site.site import Site
 from fedspan.wire import protocol
 from fedspan.wire.transport import Delivery
 
@@ -16,8 +18,8 @@ Answer = Callable[[bytes], bytes]
 
 
 @dataclass
-class MemoryPort:
-    """Nodes by name; an answer is there after `delay` seconds of the port's own clock."""
+class MemoryTransport:
+    """Nodes by name; an answer is there after `delay` seconds of its own clock."""
 
     nodes_here: dict[str, Answer]
     delay: float = 0.01

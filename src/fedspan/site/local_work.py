@@ -1,0 +1,160 @@
+"""One client's work in a round: from a question and what was sent with it to the update that leaves the site."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from fedspan.client.executors import InlineExecutor
+from fedspan.client.training import Assignment, LocalResult, num_steps
+from fedspan.config import Config
+from fedspan.federation.clients import Client
+from fedspan.federation.exchange import Question, begin, respond, unlearnt
+from fedspan.methods.base import Method
+from fedspan.methods.messages import Broadcast, ClientState, Request, Update
+from fedspan.privacy.ledgers import ExampleLedgers
+from fedspan.site.errors import Refused
+from fedspan.site.loading import Loaded
+from fedspan.site.message_checks import RoundHeader
+from fedspan.site.storage import SiteStorage
+from fedspan.wire import protocol
+from fedspan.wire.precision import EXACT
+
+
+@dataclass(frozen=True, slots=True)
+class LocalAnswer:
+    """The update that answers a question, before it is put into a message."""
+
+    update: Update
+    train_loss: float
+    optimizer_bytes: int
+    seconds: float
+    """Time at work."""
+
+
+class LocalWork:
+    """The work of a site's client, and what it holds between the exchanges of a round.
+
+    Parameters
+    ----------
+    loaded
+        The base and data that it works on.
+    storage
+        Its state and patches on disk.
+    examples
+        The account of its examples' privacy, under `privacy.dp = "example"`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        method: Method,
+        client: Client,
+        loaded: Loaded,
+        storage: SiteStorage,
+        examples: ExampleLedgers | None,
+    ) -> None:
+        self._method, self._client, self._storage, self._examples = method, client, storage, examples
+        self._adapter, self._seed = config.adapter, config.seed
+        self._steps = num_steps(config.local, client.num_examples)
+        self._weight = client.weight(config.federation.weighting)
+        self._engine = "cohort" if config.engine.name == "cohort" else "sequential"
+        self._model, self._initial = loaded.context.model, loaded.initial
+        self._executor = InlineExecutor(loaded.context)
+        self._derived: Broadcast | None = None
+        """The method's broadcast before it has learnt anything: tensors equal to it are not sent."""
+        self._result: LocalResult | None = None
+        """The result of training, while a later exchange of the round may ask about it."""
+        self._state: ClientState | None = None
+
+    def question(self, message: Mapping[str, Any], header: RoundHeader) -> Question:
+        """Return the question that a message asks.
+
+        Raises
+        ------
+        Refused
+            When the method has no such exchange.
+        """
+        exchanges = self._method.exchanges
+        if header.number >= len(exchanges):
+            raise Refused(f"exchange {header.number}: {self._method.info.name} has {len(exchanges)}")
+        place, num_places = message["place"]
+        template = self._model.template(
+            header.rank, self._adapter.alpha, self._adapter.rslora, self._seed, header.num_clients
+        )
+        exchange, keep = exchanges[header.number], bool(message["keep"])
+        return Question(template, header.round_num, header.number, exchange, (place, num_places), keep)
+
+    def answer(
+        self, question: Question, message: Mapping[str, Any], header: RoundHeader, tensors: Sequence[Tensor]
+    ) -> LocalAnswer:
+        """Do the work that a question asks for.
+
+        Raises
+        ------
+        Refused
+            When the question assumes something that this site does not hold, or the result must not leave it.
+        """
+        sent = self._received(message, header, tensors, question)
+        if question.place[0] == 0:
+            # Read anew in every round: after a lost answer the state in memory is ahead of the one that counts.
+            self._state = self._state_after(header, question)
+        began = time.perf_counter()
+        if question.exchange.ask == "again":
+            started = sent
+        else:
+            started = begin(self._method, question, sent, self._state)
+            self._result = self._train(started, question.round_num)
+        if self._result is None:
+            raise Refused("a question about a training result that this site does not hold any more")
+        # Exact here: tensors are rounded when they are put into the message, to the same bits.
+        response = respond(self._method, question, self._result, started, self._state, EXACT, self._weight)
+        seconds = time.perf_counter() - began
+        if response.problem is not None:
+            raise Refused(response.problem)
+        assert response.update is not None
+        if response.kept is not None:
+            self._state = response.kept
+            self._storage.keep(header.run, question.round_num + 1, response.kept)
+        result = self._result
+        if not question.keep:
+            self._result = None
+        return LocalAnswer(response.update, result.train_loss, result.optimizer_bytes, seconds)
+
+    def _received(
+        self, message: Mapping[str, Any], header: RoundHeader, tensors: Sequence[Tensor], question: Question
+    ) -> Broadcast:
+        """Return the broadcast, completed with what this site derives by itself and the patch that it holds."""
+        if question.place[0] == 0 or self._derived is None:
+            state = replace(self._method.init(question.template, self._initial), round_num=question.round_num)
+            self._derived = self._method.broadcast(state, Request(self._client.rank))
+        news = protocol.get_news(message["patch"], tensors)
+        patch = self._storage.patch(header.run, message["patch"], news)
+        return protocol.get_broadcast(message["broadcast"], tensors, self._derived, patch)
+
+    def _state_after(self, header: RoundHeader, question: Question) -> ClientState | None:
+        """Return this client's state after the last round whose answer counted; None where the method keeps none."""
+        state = self._storage.state(header.run, header.counted)
+        if state is None and header.counted and self._derived is not None:
+            # The method tells by encoding an update of the right shapes whether it keeps a state at all.
+            started = begin(self._method, question, self._derived, None)
+            if self._method.encode(unlearnt(question.template, started), started, None)[1] is not None:
+                raise Refused(
+                    f"the server counts on this site's state after round {header.counted}, which it does not hold"
+                )
+        return state
+
+    def _train(self, started: Broadcast, round_num: int) -> LocalResult:
+        client = self._client
+        self._model.check_fits(started)
+        secret = None
+        if self._examples is not None:
+            # Before the work: a site that is stopped in the middle must not get to do it again for free.
+            secret = self._examples.charge(client.client_id, client.num_examples, self._steps)
+        assignment = Assignment(client.client_id, started, client.indices, self._steps, self._weight, secret)
+        ((result, _),) = self._executor.train([assignment], round_num, self._engine)
+        return result

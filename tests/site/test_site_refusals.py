@@ -1,0 +1,76 @@
+"""The messages that a site must not act on, and its record of the sums that it has helped to unmask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedspan.config import Config
+from fedspan.site.errors import Refused
+from fedspan.site.message_checks import MessageChecks, RoundHeader
+from fedspan.site.settings import Settings
+from fedspan.site.storage import SiteStorage
+from fedspan.site.sum_participant import SumParticipant
+from fedspan.wire import agreement
+
+TERMS = {"seed": 0}
+
+
+def message(**fields: Any) -> dict[str, Any]:
+    common = {"terms": agreement.digest(TERMS), "base": "b", "run": "r1", "round": 3, "counted": 2}
+    return {**common, "number": 0, "rank": 4, "num_clients": 5, **fields}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"terms": "x"}, "other settings"),
+        ({"base": "x"}, "other base weights"),
+        ({"run": "../r1"}, "expected a name and two counts"),
+        ({"run": 7}, "expected a name and two counts"),
+        ({"round": True}, "expected a name and two counts"),
+        ({"number": -1}, "number = -1: expected a count"),
+        ({"rank": 2**31}, "rank = 2147483648: expected a count"),
+        ({"counted": 4}, "round 3 after 4 finished rounds"),
+        ({"counted": -1}, "round 3 after -1 finished rounds"),
+    ],
+)
+def test_a_message_for_others_or_with_odd_fields_is_refused(fields: dict[str, Any], expected: str) -> None:
+    with pytest.raises(Refused, match=expected):
+        MessageChecks(TERMS).check(message(**fields), "b")
+
+
+def test_a_refused_message_does_not_make_the_next_one_old() -> None:
+    checks = MessageChecks(TERMS)
+    with pytest.raises(Refused):
+        checks.check(message(counted=3, number=-1), "b")
+    assert checks.check(message(), "b") == RoundHeader("r1", 3, 2, 0, 4, 5)
+    with pytest.raises(Refused, match="from before round 2"):
+        checks.check(message(counted=1), "b")
+    checks.check(message(run="r2", counted=0, round=0), "b")  # another run begins where it likes
+
+
+def test_a_sums_keys_serve_the_run_that_they_were_made_for(tmp_path: Path) -> None:
+    """Under another run's name the record of unmasked sums would be another file, and empty."""
+    settings = Settings(Config(), "a")
+    sums = SumParticipant(settings, "a", SiteStorage(tmp_path))
+    sums.advertise(RoundHeader("r1", 0, 0, 0, 4, 2), "s", 1)
+    for run, session in (("r2", "s"), ("../r1", "s"), ("r1", "t")):
+        with pytest.raises(Refused, match="no keys for"):
+            sums.unmask(run, session, 0, "0/0", ["a", "b"])
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_sum_is_unmasked_for_one_choice_of_clients_and_never_on_a_damaged_record(tmp_path: Path) -> None:
+    storage = SiteStorage(tmp_path)
+    storage.allow_unmasking("r1", "0/0", ["b", "a"])
+    SiteStorage(tmp_path).allow_unmasking("r1", "0/0", ["a", "b"])
+    storage.allow_unmasking("r1", "1/0", ["a"])
+    with pytest.raises(Refused, match="was unmasked for other clients before"):
+        SiteStorage(tmp_path).allow_unmasking("r1", "0/0", ["a"])
+    path = tmp_path / "r1" / "unmasked.json"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(Refused, match=r"unmasked.json is damaged"):
+        storage.allow_unmasking("r1", "0/0", ["a"])

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 DOCS = Path(__file__).parents[2] / "docs"
 NUMBERS = {"one": 1, "two": 2, "three": 3}
@@ -71,6 +72,13 @@ def copied_package(folder: Path) -> Path:
         DOCS.parent / "src" / "fedspan", folder / "src" / "fedspan", ignore=shutil.ignore_patterns("__pycache__")
     )
     return folder
+
+
+def run(code: str) -> dict[str, Any]:
+    """Execute code; what it has defined, by name."""
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(code, "page", "exec"), names)
+    return names
 
 
 def load(code: str, name: str, folder: Path) -> ModuleType:

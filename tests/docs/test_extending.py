@@ -17,7 +17,7 @@ import numpy as np
 import pages
 import pytest
 import tiny
-from federations import Case, assert_same, build, distance, gauge, received, regauged, served
+from methods.federations import Case, assert_same, build, distance, gauge, received, regauged, served
 
 from fedspan import methods
 from fedspan.config import Config, to_toml
@@ -102,11 +102,9 @@ def test_these_files_are_enough_for_the_command(
 
 @pytest.mark.slow
 def test_the_examples_keep_to_the_layers(extended: Path) -> None:
-    tests = Path(__file__).parents[1]
-    in_the_copy(
-        extended, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tests), str(tests / "test_layers.py"),
-        "-k", "downwards or cycles or layer_is",
-    )  # fmt: skip
+    layers = Path(__file__).parents[1] / "test_layers.py"
+    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(layers.parent)]
+    in_the_copy(extended, "-m", "pytest", *options, str(layers), "-k", "downwards or cycles or layer_is")
 
 
 # A method

@@ -1,10 +1,11 @@
-"""The code on the pages of `docs/`: found, applied to a copy of the package, and loaded."""
+"""The code on the pages of `docs/`: found, applied to a copy of the package, and executed."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ from typing import Any
 
 DOCS = Path(__file__).parents[2] / "docs"
 NUMBERS = {"one": 1, "two": 2, "three": 3}
-_BLOCK = re.compile(r"^`(\S+)`, (new|changed):\n\n```(?:python|diff)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"^`(\S+)`, (new|changed|above `\w+`):\n\n```(?:python|diff)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -20,22 +21,33 @@ class Edit:
     """What one block of a page does to one file."""
 
     path: str
-    new: bool
+    how: str
+    """`new`: the whole file; `changed`: a diff; "above `NAME`": code before the line that begins with NAME."""
     text: str
 
     def apply(self, folder: Path) -> None:
-        """Write the new file, or apply every hunk of the diff where its context occurs, which is once."""
+        """Apply it to the file, where the anchor or the context of every hunk occurs exactly once."""
         file = folder / self.path
-        assert file.exists() != self.new, self.path
-        content = self.text if self.new else file.read_text(encoding="utf-8")
-        for hunk in () if self.new else re.split(r"^@@\n", self.text, flags=re.MULTILINE):
-            lines = hunk.splitlines(keepends=True)
-            before = "".join(line[1:] for line in lines if line[0] in " -")
-            after = "".join(line[1:] for line in lines if line[0] in " +")
+        if self.how == "new":
+            assert not file.exists(), self.path
+            file.write_text(self.text, encoding="utf-8")
+            return
+        content = file.read_text(encoding="utf-8")
+        for before, after in self._changes():
             assert before, f"{self.path}: a hunk without context"
             assert content.count(before) == 1, f"{self.path}: {before!r} is there {content.count(before)} times"
             content = content.replace(before, after)
         file.write_text(content, encoding="utf-8")
+
+    def _changes(self) -> Iterator[tuple[str, str]]:
+        """(Text that is there, text that replaces it)."""
+        if self.how != "changed":
+            anchor = "\n" + self.how.split("`")[1] + ":"
+            yield anchor, f"\n{self.text}\n\n{anchor.strip()}"
+            return
+        for hunk in re.split(r"^@@\n", self.text, flags=re.MULTILINE):
+            lines = hunk.splitlines(keepends=True)
+            yield "".join(x[1:] for x in lines if x[0] in " -"), "".join(x[1:] for x in lines if x[0] in " +")
 
 
 @dataclass(frozen=True)
@@ -46,10 +58,15 @@ class Example:
     num_files: int
     edits: tuple[Edit, ...]
 
-    def code(self) -> str:
-        """The file that the example adds."""
-        (edit,) = (edit for edit in self.edits if edit.new)
-        return edit.text
+    def load(self) -> ModuleType:
+        """The example's code as a module, with the names of the file that it goes into."""
+        (edit,) = (edit for edit in self.edits if edit.how != "changed")
+        module = ModuleType(Path(edit.path).stem)
+        if edit.how != "new":
+            home = importlib.import_module(".".join(Path(edit.path).with_suffix("").parts[1:]))
+            vars(module).update({name: value for name, value in vars(home).items() if not name.startswith("__")})
+        exec(compile(edit.text, edit.path, "exec", dont_inherit=True), vars(module))
+        return module
 
 
 def examples() -> dict[str, Example]:
@@ -60,7 +77,7 @@ def examples() -> dict[str, Example]:
         title: Example(
             title,
             NUMBERS[number],
-            tuple(Edit(path, kind == "new", text) for path, kind, text in _BLOCK.findall(body)),
+            tuple(Edit(*block) for block in _BLOCK.findall(body)),
         )
         for title, number, body in sections
     }
@@ -74,20 +91,8 @@ def copied_package(folder: Path) -> Path:
     return folder
 
 
-def run(code: str) -> dict[str, Any]:
-    """Execute code; what it has defined, by name."""
-    names: dict[str, Any] = {"__name__": "page"}
-    exec(compile(code, "page", "exec"), names)
+def run(code: str, **given: Any) -> dict[str, Any]:
+    """Execute code with these names given; every name that it knows in the end."""
+    names: dict[str, Any] = {"__name__": "page", **given}
+    exec(compile(code, "page", "exec", dont_inherit=True), names)
     return names
-
-
-def load(code: str, name: str, folder: Path) -> ModuleType:
-    """Code as a module."""
-    file = folder / f"{name}.py"
-    file.write_text(code, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -5,25 +5,34 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pages
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 
+import fedspan
 from fedspan import config as settings
-from fedspan.adapters.peft_folder import write_adapter
 from fedspan.config import ALIASES
 from fedspan.methods import METHODS
+from fedspan.support.seeding import generator
 
 PAGE = (pages.DOCS / "coming_from.md").read_text(encoding="utf-8")
-ROWS = re.findall(r"^\| `(\w+)` \| `([\w.]+)(?: = [^`]+)?` \| (?:`([\w.]+)`)? ?\|$", PAGE, flags=re.MULTILINE)
+ROWS = re.findall(
+    r"^\| `(\w+)` \| `([\w.]+)(?: = [^`]+)?` \| (?:`([\w.]+)`)? ?\|$",
+    PAGE.split("## OpenFedLLM")[0],
+    flags=re.MULTILINE,
+)
 
 
 def test_every_alias_is_in_its_row_and_means_the_same_setting() -> None:
     rows = {alias: (theirs, ours) for theirs, ours, alias in ROWS if alias}
     assert {alias: ours for alias, (_, ours) in rows.items()} == {
-        alias: ours for alias, ours in ALIASES.items() if alias != "federation.rank"  # our own
+        alias: ours
+        for alias, ours in ALIASES.items()
+        if alias != "federation.rank"  # our own
     }
     for alias, (theirs, _) in rows.items():
         assert alias.split(".")[1] == theirs
@@ -51,18 +60,41 @@ def test_methods_and_filters_exist() -> None:
         assert name in METHODS
 
 
-def test_the_code_runs(bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two adapters are merged, a strategy starts, and a round is aggregated."""
+def small_model(rank: int) -> Any:
+    """A Llama with an adapter of its own."""
+    lora = LoraConfig(
+        r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    return get_peft_model(tiny.make("llama"), lora)
+
+
+def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server over two rounds, a merge of two folders, a strategy, and a round in plain functions."""
     pytest.importorskip("flwr")
-    model = tiny.load(bases["llama"], "instruction")
-    for k, name in enumerate(("alice", "bob")):
-        adapter = tiny.random_adapter(model, 4, k, scaling=2.0)
-        write_adapter(tmp_path / name, adapter, base=str(bases["llama"]), alpha=8.0)
     monkeypatch.chdir(tmp_path)
-    results = [pages.run(block) for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)]
-    merged, strategy, round_ = results
-    assert merged["report"].rank == 8
+    server, merge, strategy, plain = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+
+    trained = []
+
+    def train(model: Any) -> None:
+        trained.append(model)
+        with torch.no_grad():
+            for k, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator("train", len(trained), k))
+
+    models = {"a": small_model(4), "b": small_model(8)}
+    names = pages.run(server, models=models, train=train)
+    assert len(trained) == 4
+    assert names["report"].round_num == 2
+    assert names["report"].weights == pytest.approx({"a": 300 / 420, "b": 120 / 420})
+    assert fedspan.Server.load("server.safetensors").round_num == 2
+
+    models["a"].save_pretrained("alice")
+    models["b"].save_pretrained("bob")
+    assert pages.run(merge)["report"].rank == 8
     assert (tmp_path / "merged" / "adapter_config.json").exists()
-    assert strategy["arrays"].keys()
-    assert round_["adapter"]["layer"].rank == 2
-    assert torch.isfinite(round_["adapter"]["layer"].b).all()
+
+    assert len(pages.run(strategy)["arrays"]) == 2
+    adapter = pages.run(plain)["adapter"]
+    assert adapter["layer"].rank == 2
+    assert torch.isfinite(adapter["layer"].b).all()

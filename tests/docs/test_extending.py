@@ -17,24 +17,21 @@ import numpy as np
 import pages
 import pytest
 import tiny
+from fedspan.privacy.pld import PLDAccountant
 from methods.federations import Case, assert_same, build, distance, gauge, received, regauged, served
 
 from fedspan import methods
 from fedspan.config import Config, to_toml
+from fedspan.data.metrics import METRICS, Metric, Score
 from fedspan.federation import sampling
 from fedspan.methods.base import Method
+from fedspan.privacy import accounting
 from fedspan.runs.engine import Event
 from fedspan.runs.execution import run
 
 EXAMPLES = pages.examples()
-SEAMS = ["method", "client sampler", "transport"]
+SEAMS = ["method", "metric", "client sampler", "transport", "accountant"]
 Factory = Callable[..., Method]
-
-
-def as_module(title: str, folder: Path) -> ModuleType:
-    """The file that an example adds, under its own name."""
-    (path,) = (edit.path for edit in EXAMPLES[title].edits if edit.new)
-    return pages.load(EXAMPLES[title].code(), Path(path).stem, folder)
 
 
 # Files to open
@@ -51,14 +48,17 @@ def test_the_page_has_every_seam_and_its_table_agrees() -> None:
 
 @pytest.mark.parametrize("title", SEAMS)
 def test_an_example_opens_as_many_files_as_its_heading_says(title: str) -> None:
-    """Every hunk adds lines to a table or an import, and takes none away."""
+    """And beside its own code it adds one entry of a table, and the import that the entry needs."""
     example = EXAMPLES[title]
-    assert len({edit.path for edit in example.edits}) == len(example.edits) == example.num_files
-    for edit in example.edits:
-        if not edit.new:
-            added = [line for line in edit.text.splitlines() if line.startswith("+")]
-            assert len(added) == 2
-            assert not [line for line in edit.text.splitlines() if line.startswith("-")]
+    assert len({edit.path for edit in example.edits}) == example.num_files
+    kinds = [edit.how.split()[0] for edit in example.edits]
+    assert kinds == {"transport": ["new"]}.get(title, [*kinds[:1], "changed"])
+    for edit in example.edits[1:]:
+        lines = edit.text.splitlines()
+        assert not [line for line in lines if line.startswith("-")]
+        assert len([line for line in lines if line.startswith("+    ")]) == 1
+        assert len([line for line in lines if line.startswith("+from ")]) == kinds.count("new")
+        assert {line[0] for line in lines} <= set(" +@")
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +87,22 @@ def in_the_copy(folder: Path, *words: str) -> str:
 
 @pytest.mark.slow
 def test_these_files_are_enough_for_the_command(
-    extended: Path, bases: dict[str, Path], texts: Path, tmp_path: Path
+    extended: Path, bases: dict[str, Path], instructions: Path, tmp_path: Path
 ) -> None:
-    """Method and sampler by their names, in a run of the copy from the command line."""
-    config = tiny.config(bases["bert"], texts, "glora", federation={"ranks": [1, 2, 4, 8]})
+    """Method, metric, sampler and accountant by their names, in a run of the copy from the command line."""
+    config = tiny.config(bases["llama"], instructions, "glora", federation={"ranks": [1, 2, 4, 8]})
     (tmp_path / "run.toml").write_text(to_toml(config), encoding="utf-8")
-    names = ["method.name=clipped_flora", "method.bound=0.5", "federation.sampler=cyclic"]
+    names = [
+        "method.name=clipped_flora",
+        "method.bound=0.5",
+        "data.metric=prefix_match",
+        "federation.sampler=cyclic",
+        "privacy.accountant=zcdp",
+    ]
     settings = [word for name in names for word in ("--set", name)]
     in_the_copy(extended, "-m", "fedspan", "run", str(tmp_path / "run.toml"), "--out", str(tmp_path / "run"), *settings)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
-    assert summary["method"] == "clipped_flora"
-    assert "clipped_flora" in in_the_copy(extended, "-m", "fedspan", "methods", "--json")
+    assert (summary["method"], summary["metric"]) == ("clipped_flora", "prefix_match")
 
 
 @pytest.mark.slow
@@ -111,14 +116,14 @@ def test_the_examples_keep_to_the_layers(extended: Path) -> None:
 
 
 @pytest.fixture
-def method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Factory:
-    factory: Factory = as_module("method", tmp_path).clipped_flora
+def method(monkeypatch: pytest.MonkeyPatch) -> Factory:
+    factory: Factory = EXAMPLES["method"].load().clipped_flora
     monkeypatch.setattr(methods, "METHODS", {**methods.METHODS, "clipped_flora": factory})
     return factory
 
 
 def test_the_method_has_ten_lines() -> None:
-    body = EXAMPLES["method"].code().split("def clipped_flora")[1].splitlines()[2:]
+    body = EXAMPLES["method"].edits[0].text.split("def clipped_flora")[1].splitlines()[2:]
     assert len([line for line in body if line.strip()]) <= 10
 
 
@@ -143,16 +148,45 @@ def test_the_method_runs_by_its_name(method: Factory, bases: dict[str, Path], te
     assert result.summary["method"] == "clipped_flora"
     assert result.adapter is not None
     with pytest.raises(ValueError, match="bound"):
-        methods.create({"name": "clipped_flora", "bound": "much"})
+        methods.create("clipped_flora", bound="much")
+
+
+# A metric
+
+
+@pytest.fixture
+def metric(monkeypatch: pytest.MonkeyPatch) -> Score:
+    score: Score = EXAMPLES["metric"].load().prefix_match
+    monkeypatch.setitem(METRICS, "prefix_match", Metric(score, "texts", ("instruction",)))
+    return score
+
+
+def test_the_metric_counts_beginnings(metric: Score) -> None:
+    assert metric(["Yes.", "yes, it is", "no", "never"], ["yes", "Yes", "no", "no"]) == 0.75
+    assert metric(["a b"], ["a  b c"]) == 0.0
+    with pytest.raises(ValueError, match="predictions"):
+        metric(["a"], [])
+
+
+def test_the_metric_is_that_of_a_run(
+    metric: Score, bases: dict[str, Path], instructions: Path, texts: Path, tmp_path: Path
+) -> None:
+    """It is never below exact match, and is refused for data without texts."""
+    config = tiny.config(bases["llama"], instructions, "fedit", data={"metric": "prefix_match"})
+    result = run(config, tmp_path / "run")
+    assert result.summary["metric"] == "prefix_match"
+    assert all(record["eval"]["prefix_match"] >= record["eval"].get("exact_match", 0.0) for record in result.history)
+    with pytest.raises(ValueError, match="prefix_match"):
+        run(tiny.config(bases["bert"], texts, "fedit", data={"metric": "prefix_match"}), tmp_path / "refused")
 
 
 # A client sampler
 
 
 @pytest.fixture
-def sampler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    module = as_module("client sampler", tmp_path)
-    monkeypatch.setattr(sampling, "SAMPLERS", {**sampling.SAMPLERS, "cyclic": module.cyclic})
+def sampler(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = EXAMPLES["client sampler"].load()
+    monkeypatch.setattr(sampling, "SAMPLERS", {**sampling.SAMPLERS, "cyclic": module._cyclic})
     return module
 
 
@@ -200,9 +234,41 @@ def test_the_transport_ends_with_the_bits_of_a_simulation(bases: dict[str, Path]
         engine={"name": "sequential"},
         evaluation={"diagnostics": False, "base": False, "per_rank": False},
     )
-    direct = as_module("transport", tmp_path)
+    direct = EXAMPLES["transport"].load()
     there: Any = direct.run_with_sites(config, tmp_path / "there")
     here = run(config, tmp_path / "here")
     file = "adapter_model.safetensors"
     assert (there.adapter / file).read_bytes() == (here.adapter / file).read_bytes()
     assert all(record["wire_up"] > 0 for record in there.history)
+
+
+# An accountant
+
+
+@pytest.fixture
+def accountant(monkeypatch: pytest.MonkeyPatch) -> type:
+    pytest.importorskip("dp_accounting")  # to compare with
+    made: type = EXAMPLES["accountant"].load().ZCDPAccountant
+    monkeypatch.setattr(accounting, "ACCOUNTANTS", {**accounting.ACCOUNTANTS, "zcdp": made})
+    return made
+
+
+def test_the_accountant_bounds_what_the_tight_one_counts(accountant: type) -> None:
+    """At q = 1 by less than a half, and below by far, since it does not count on sampling."""
+    for z, steps in ((1.0, 1), (2.0, 12), (8.0, 100)):
+        tight, loose = (accounting.epsilon(z, 1.0, steps, 1e-5, make) for make in (PLDAccountant, accountant))
+        assert tight < loose < 1.5 * tight
+        assert accounting.epsilon(z, 0.1, steps, 1e-5, accountant) == loose
+    assert accounting.epsilon(2.0, 0.1, 12, 1e-5) < accounting.epsilon(2.0, 0.1, 12, 1e-5, accountant) / 3
+
+
+def test_the_accountant_counts_a_run(accountant: type, bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    config = tiny.config(
+        bases["bert"],
+        texts,
+        "ffa_lora",
+        federation={"weighting": "equal"},
+        privacy={"dp": "client", "noise_multiplier": 4.0, "accountant": "zcdp"},
+    )
+    spent = [record["epsilon"] for record in run(config, tmp_path / "run").history]
+    assert spent == [accounting.epsilon(4.0, 0.5, rounds, 1e-5, accountant) for rounds in (1, 2)]

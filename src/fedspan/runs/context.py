@@ -82,7 +82,10 @@ class RunContext:
         if transport is None:
             clients = make_clients(corpus, config.federation, config.seed, config.data.client_holdout)
         else:
-            coordinator = Coordinator(
+            def notify(line: str) -> None:
+                on_event(Event("site", {"line": line}))
+
+            coordinator = Coordinator(transport, config, method, out, notify)
                 transport, config, method, out, lambda line: on_event(Event("site", {"line": line}))
             )
             clients = coordinator.gather()

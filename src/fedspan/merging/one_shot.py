@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from fedspan.adapters.compatibility import check_compatible
-from fedspan.adapters.peft_folder import CARRIED, Adapter, check_free, load, save
+from fedspan.adapters.lora_config import CARRIED
+from fedspan.adapters.peft_folder import check_free, load, save
+from fedspan.adapters.state_dict import Adapter
 from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods import METHODS

@@ -15,10 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import ServerState
-from fedspan.methods.messages import ClientState, Template
-from fedspan.methods.patches import Patch, PatchLog, patch_of, patch_tensors
+from fedspan.methods.messages import ClientState
+from fedspan.methods.state_file import pack_state, pack_tensors, separate, unpack_state, unpack_tensors
 from fedspan.support.files import read_tensors, write_bytes
 from fedspan.support.errors import FedspanError
 
@@ -52,7 +51,7 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     tensors: dict[str, Tensor] = {}
     structure = _pack(checkpoint, tensors)
     meta = {"fedspan": json.dumps({"format": _FORMAT, "checkpoint": structure})}
-    write_bytes(path, save(_apart(tensors), metadata=meta))
+    write_bytes(path, save(separate(tensors), metadata=meta))
 
 
 def read(path: Path) -> Checkpoint:
@@ -76,32 +75,11 @@ def read(path: Path) -> Checkpoint:
 
 
 def _pack(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    state = checkpoint.state
-    t = state.template
-    log = state.patches
     return {
-        "template": {
-            "modules": {name: list(shape) for name, shape in t.modules.items()},
-            "rank": t.rank,
-            "alpha": t.alpha,
-            "rslora": t.rslora,
-            "seed": t.seed,
-            "num_clients": t.num_clients,
-        },
-        "round_num": state.round_num,
-        "exchange": state.exchange,
-        "modules": {name: _named(held, f"module/{name}", tensors) for name, held in state.modules.items()},
-        "dense": _named(state.dense, "dense", tensors),
-        "extra": _named(state.extra, "extra", tensors),
-        "patches": None
-        if log is None
-        else {
-            "version": log.version,
-            "total": _pack_patch(log.total, "patch/total", tensors),
-            "increments": [_pack_patch(x, f"patch/{i}", tensors) for i, x in enumerate(log.increments)],
-        },
+        **pack_state(checkpoint.state, tensors),
         "client_states": {
-            client: _named(kept, f"client/{client}", tensors) for client, kept in checkpoint.client_states.items()
+            client: pack_tensors(kept, f"client/{client}", tensors)
+            for client, kept in checkpoint.client_states.items()
         },
         "seen": dict(checkpoint.seen),
         "counted": dict(checkpoint.counted),
@@ -111,51 +89,6 @@ def _pack(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _unpack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
-    t = meta["template"]
-    log = meta["patches"]
-    state = ServerState(
-        Template(**{**t, "modules": {n: (m, k) for n, (m, k) in t["modules"].items()}}),
-        {name: _load(keys, tensors) for name, keys in meta["modules"].items()},
-        _load(meta["dense"], tensors),
-        meta["round_num"],
-        meta["exchange"],
-        None
-        if log is None
-        else PatchLog(
-            _unpack_patch(log["total"], tensors),
-            log["version"],
-            tuple(_unpack_patch(x, tensors) for x in log["increments"]),
-        ),
-        _load(meta["extra"], tensors),
-    )
-    clients = {client: _load(keys, tensors) for client, keys in meta["client_states"].items()}
+    state = unpack_state(meta, tensors)
+    clients = {client: unpack_tensors(keys, tensors) for client, keys in meta["client_states"].items()}
     return Checkpoint(state, clients, meta["seen"], tuple(meta["history"]), meta["notes"], meta["counted"])
-
-
-def _named(held: Mapping[str, Tensor], prefix: str, tensors: dict[str, Tensor]) -> dict[str, str]:
-    keys = {name: f"{prefix}/{name}" for name in held}
-    tensors.update({keys[name]: value for name, value in held.items()})
-    return keys
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous, and without shared memory, which the file format refuses: a log's first increment is its total."""
-    apart: dict[str, Tensor] = {}
-    held: set[int] = set()
-    for name, tensor in tensors.items():
-        whole = tensor.contiguous()
-        apart[name] = whole.clone() if whole.untyped_storage().data_ptr() in held else whole
-        held.add(apart[name].untyped_storage().data_ptr())
-    return apart
-
-
-def _load(keys: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensors[key] for name, key in keys.items()}
-
-
-def _pack_patch(patch: Mapping[str, Patch], prefix: str, tensors: dict[str, Tensor]) -> dict[str, dict[str, str]]:
-    return {name: _named(patch_tensors(p), f"{prefix}/{name}", tensors) for name, p in patch.items()}
-
-
-def _unpack_patch(meta: Mapping[str, Mapping[str, str]], tensors: Mapping[str, Tensor]) -> dict[str, Patch]:
-    return {name: patch_of(_load(keys, tensors)) for name, keys in meta.items()}

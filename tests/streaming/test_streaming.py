@@ -36,7 +36,7 @@ from fedspan.methods import METHODS, create
 from fedspan.methods.base import ServerState
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Factors, Template, Update
-from fedspan.methods.queries import Questions
+from fedspan.methods.queries import Queries
 from fedspan.streaming import Progress, Source, Tree, aggregate_stream, drive, merge, saved, sum_pass
 from fedspan.streaming.spool import Spool
 
@@ -47,7 +47,8 @@ def talks(case: Case) -> bool:
     """Some options need all updates at once, and say so before the first pass."""
     method = case.make()
     try:
-        return method.converse is not None and method.converse(method.init(Template({"x": (2, 2)}, 1), {})) is not None
+        by_queries, state = method.finish_by_queries, method.init(Template({"x": (2, 2)}, 1), {})
+        return by_queries is not None and by_queries(state) is not None
     except ValueError:
         return False
 
@@ -151,7 +152,7 @@ def test_servers_elsewhere_send_sums_of_plain_tensors(case: Case) -> None:
     updates = encoded(fed)
     asked: list[bool] = []
 
-    def ask(questions: Questions | None, dense: bool) -> Partial:
+    def ask(questions: Queries | None, dense: bool) -> Partial:
         asked.append(dense)
         parts = [
             sum_pass(fed.method, fed.state, updates[i : i + 2], questions, dense=dense, block=1) for i in range(0, 6, 2)

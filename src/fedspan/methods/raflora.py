@@ -57,8 +57,8 @@ def raflora(weighting: Literal["rank", "rb"] = "rank", algebra: Algebra = "auto"
         return server.finish(state, replace(partial, collected=tuple(updates)))
 
     info = replace(server.info, name="raflora", title="raFLoRA", paper="2602.13486", exact=False, gauge_invariant=False)
-    # FlexLoRA's conversation would ask for plain sums.
-    return replace(server, info=info, finish=finish, converse=None)
+    # FlexLoRA's queries are about plain sums.
+    return replace(server, info=info, finish=finish, finish_by_queries=None)
 
 
 def balance(updates: Sequence[Update], module: str) -> Tensor:

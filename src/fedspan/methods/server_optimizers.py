@@ -124,8 +124,8 @@ def with_server_optimizer(
         return replace(direct.write(after, values), extra=extra), diagnostics
 
     info = replace(method.info, title=f"{method.info.title} + {_TITLES[kind]}", exact=False)
-    # One optimizer is enough, and what a conversation ends with would not pass through this one.
-    return replace(method, info=info, finish=finish, vector=None, converse=None)
+    # A second optimizer is refused, and the result of a query procedure would not pass through this one.
+    return replace(method, info=info, finish=finish, vector=None, finish_by_queries=None)
 
 
 def fedavgm(learning_rate: float = 1.0, momentum: float = 0.9, trains: Trains = "targets") -> Method:

@@ -1,6 +1,6 @@
 """A server step over updates that are never held at once: folded as they come, in as many passes as the rule asks.
 
-A method whose exchange is a sum takes one pass. One that holds a conversation (`fedspan.methods.queries`) takes a
+A method whose exchange is a sum takes one pass. One that asks queries (`fedspan.methods.queries`) takes a
 pass per question; every answer is a weighted sum over the clients, so memory is O(R(m+n)) per module however many
 they are, and servers may form a tree whose nodes add up their children's sums.
 """

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedspan.methods.folds import SUM, Partial
 from fedspan.methods.messages import Factors, Update
-from fedspan.methods.queries import Questions, Term, Terms, partial_sums
+from fedspan.methods.queries import Contribution, ContributionOf, Queries, partial_sums
 from fedspan.streaming.spool import is_finite
 from fedspan.support.errors import FedspanError
 
@@ -63,7 +63,11 @@ def _own_tensors(total: Partial) -> dict[_Place, Tensor]:
 
 
 def answers_of(
-    questions: Questions, updates: Sequence[Update], terms: Terms, shapes: Mapping[str, tuple[int, int]], dense: bool
+    questions: Queries,
+    updates: Sequence[Update],
+    contribution_of: ContributionOf,
+    shapes: Mapping[str, tuple[int, int]],
+    dense: bool,
 ) -> Partial:
     """The sums that the questions ask for, Σ n_k (…) by number of the question; with `dense`, Σ n_k x_k too.
 
@@ -73,11 +77,11 @@ def answers_of(
         (m, n) of every module.
     """
 
-    def term(update: Update, name: str) -> Term:
+    def checked_contribution(update: Update, name: str) -> Contribution:
         # Read once what may lie in a file.
-        return terms(replace(update, modules={name: _checked(update, name, shapes[name])}), name)
+        return contribution_of(replace(update, modules={name: _checked(update, name, shapes[name])}), name)
 
-    answers = partial_sums(questions, updates, term)
+    answers = partial_sums(questions, updates, checked_contribution)
     # Contiguous, as a checkpoint gives them back: products of another layout differ in the last bits.
     sums = {name: {str(i): x.contiguous() for i, x in enumerate(values)} for name, values in answers.items()}
     heads = sum_of([replace(update, modules={}) for update in updates], dense).dense

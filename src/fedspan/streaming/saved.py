@@ -20,7 +20,7 @@ from torch import Tensor
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.folds import Partial
 from fedspan.methods.patches import patch_tensors
-from fedspan.methods.queries import Questions
+from fedspan.methods.queries import Queries
 from fedspan.support.errors import FedspanError
 from fedspan.support.files import read_tensors, write_bytes
 
@@ -97,7 +97,7 @@ def digest_of_step(method: Method, state: ServerState) -> str:
     return _digest(json.dumps(about), values)
 
 
-def digest_of_questions(questions: Questions | None) -> str:
+def digest_of_questions(questions: Queries | None) -> str:
     """The same for the same questions, bit by bit; empty for a method that asks none."""
     if questions is None:
         return ""

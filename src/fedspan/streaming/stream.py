@@ -11,14 +11,14 @@ from fedspan.methods import METHODS
 from fedspan.methods.base import Method, ServerState, advance
 from fedspan.methods.folds import SUM, Partial
 from fedspan.methods.messages import Diagnostics, Update
-from fedspan.methods.queries import Answers, Conversation, Outcome, Questions
+from fedspan.methods.queries import Queries, QueryProcedure, QueryResults, ServerStep
 from fedspan.streaming import saved
 from fedspan.streaming.blocks import answers_of, sum_of
 from fedspan.streaming.saved import Pass, Saved
 from fedspan.streaming.source import Edge, RollCall, Source, walk
 from fedspan.support.errors import FedspanError
 
-Ask = Callable[[Questions | None, bool], Partial]
+Ask = Callable[[Queries | None, bool], Partial]
 """(questions, dense) -> the sums of one pass over all clients: the method's own sum where nothing is asked, else the
 answers, and Σ n_k x_k of the dense weights with them where `dense`."""
 
@@ -80,7 +80,7 @@ def sum_pass(
     method: Method,
     state: ServerState,
     source: Source,
-    questions: Questions | None = None,
+    questions: Queries | None = None,
     *,
     dense: bool = True,
     block: int = 32,
@@ -107,33 +107,33 @@ def drive(method: Method, state: ServerState, ask: Ask) -> tuple[ServerState, Di
     """
     if method.exchanges[state.exchange].fold.kind == "sum":
         return method.finish(state, ask(None, True))
-    if method.converse is None:
+    if method.finish_by_queries is None:
         makers = [make() for make in METHODS.values()]
-        able = [m.info.name for m in makers if (m.secure_sum or m.converse) and not m.info.personalised]
+        able = [m.info.name for m in makers if (m.secure_sum or m.finish_by_queries) and not m.info.personalised]
         raise FedspanError(f"{method.info.name} needs all updates at once; these stream: {', '.join(sorted(able))}")
-    talk = method.converse(state)
-    asked, outcome = _next(talk, None)
-    # The first pass is taken even where nothing is asked: the dense weights need it.
-    partial = ask(asked, True)
+    procedure = method.finish_by_queries(state)
+    queries, step = _next(procedure, None)
+    # The first pass is taken even where there is no query: the dense weights need it.
+    partial = ask(queries, True)
     dense = partial.mean_dense()
-    while outcome is None:
-        asked, outcome = _next(talk, _answers(partial, asked))
-        if outcome is None:
-            partial = ask(asked, False)
-    return advance(state, modules=outcome.modules, dense=dense), outcome.diagnostics
+    while step is None:
+        queries, step = _next(procedure, _results(partial, queries))
+        if step is None:
+            partial = ask(queries, False)
+    return advance(state, modules=step.modules, dense=dense), step.diagnostics
 
 
-def _next(talk: Conversation, answers: Answers | None) -> tuple[Questions, Outcome | None]:
-    """The next questions, or none and what the conversation ended with."""
+def _next(procedure: QueryProcedure, results: QueryResults | None) -> tuple[Queries, ServerStep | None]:
+    """Return the next queries, or none and the procedure's result."""
     try:
-        return (next(talk) if answers is None else talk.send(answers)), None
+        return (next(procedure) if results is None else procedure.send(results)), None
     except StopIteration as stop:
         return {}, stop.value
 
 
-def _answers(partial: Partial, questions: Questions) -> Answers:
-    means = {name: partial.mean(name) for name in questions}
-    return {name: tuple(means[name][str(i)] for i in range(len(asked))) for name, asked in questions.items()}
+def _results(partial: Partial, queries: Queries) -> QueryResults:
+    means = {name: partial.mean(name) for name in queries}
+    return {name: tuple(means[name][str(i)] for i in range(len(asked))) for name, asked in queries.items()}
 
 
 class _Passes:
@@ -146,7 +146,7 @@ class _Passes:
         self.state = state
         self.source = source
         self.block = block
-        self._terms = method.terms(state)
+        self._contribution_of = method.contributions(state)
         self.on_progress: Callable[[Progress], None] | None = None
         self._path: Path | None = None
         self._seconds = 0.0
@@ -167,7 +167,7 @@ class _Passes:
             if self._before.block != self.block:
                 raise FedspanError(f"{path} was written with block = {self._before.block}: expected {self.block}")
 
-    def run(self, questions: Questions | None, dense: bool) -> Partial:
+    def run(self, questions: Queries | None, dense: bool) -> Partial:
         """One pass over the source, or its answers as a checkpoint holds them."""
         num = len(self._finished)
         # Only a checkpoint compares questions between two processes.
@@ -191,7 +191,7 @@ class _Passes:
                     roll.call_all(at)
             self._check_same(roll, self._finished[0])
 
-    def _walk(self, start: Pass, questions: Questions | None, dense: bool) -> Pass:
+    def _walk(self, start: Pass, questions: Queries | None, dense: bool) -> Pass:
         """The pass from where `start` stands to the end of the source."""
         roll = RollCall(self.source)
         stack: list[Partial] = []
@@ -217,10 +217,10 @@ class _Passes:
             self._check_same(roll, start)
         return self._pass_done(Pass(start.asked, tuple(stack), roll.num_clients, roll.digest))
 
-    def _sum(self, updates: list[Update], questions: Questions | None, dense: bool) -> Partial:
+    def _sum(self, updates: list[Update], questions: Queries | None, dense: bool) -> Partial:
         if questions is None:
             return sum_of(updates, dense)
-        return answers_of(questions, updates, self._terms, self.state.template.modules, dense)
+        return answers_of(questions, updates, self._contribution_of, self.state.template.modules, dense)
 
     def _check_same(self, roll: RollCall, start: Pass) -> None:
         if (roll.num_clients, roll.digest) != (start.num_clients, start.roll):

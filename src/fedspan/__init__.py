@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedspan.algebra.lowrank import LowRank as LowRank
     from fedspan.config import Config as Config
     from fedspan.config import load as load_config
-    from fedspan.merging.one_shot import MergeReport as MergeReport
+    from fedspan.merging.merge_report import MergeReport as MergeReport
     from fedspan.merging.one_shot import merge as merge
     from fedspan.merging.server import RoundReport as RoundReport
     from fedspan.merging.server import Server as Server
@@ -79,7 +79,7 @@ _HOME: Mapping[str, tuple[str, str]] = {
     "Config": ("fedspan.config", "Config"),
     "Event": ("fedspan.runs.engine", "Event"),
     "LowRank": ("fedspan.algebra.lowrank", "LowRank"),
-    "MergeReport": ("fedspan.merging.one_shot", "MergeReport"),
+    "MergeReport": ("fedspan.merging.merge_report", "MergeReport"),
     "Method": ("fedspan.methods.base", "Method"),
     "Result": ("fedspan.runs.execution", "Result"),
     "aggregate": ("fedspan.methods.base", "aggregate"),

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fedspan.adapters.peft_folder import CONFIG_NAME, WEIGHTS_NAME, load
-from fedspan.merging.one_shot import MergeReport, combine, merge
+from fedspan.merging.merge_report import MergeReport
+from fedspan.merging.one_shot import combine, merge
 from fedspan.methods import METHODS, create
 from fedspan.methods.messages import Request, Template
 from fedspan.support.seeding import generator

@@ -61,7 +61,7 @@ def as_glora(fed: Federation, **options: Any) -> Federation:
 def shapes(update: Update) -> dict[str, tuple[int, ...]]:
     """Names and shapes of everything in it."""
     parts = {f"{name}/{part}": tuple(t.shape) for name, p in update.modules.items() for part, t in p.tensors().items()}
-    return measured | {name: tuple(t.shape) for name, t in (*update.dense.items(), *update.moments.items())}
+    return parts | {name: tuple(t.shape) for name, t in (*update.dense.items(), *update.moments.items())}
 
 
 def projectors(state: ServerState) -> dict[str, Array]:

@@ -52,6 +52,13 @@ def check_config(where: Path | str, config: Mapping[str, Any]) -> None:
     if config.get("bias", "none") != "none":
         raise FedspanError(f"{where}: bias={config['bias']!r} also trains biases of the base: expected 'none'")
     _check_init(where, config.get("init_lora_weights", True))
+    _check_numbers(where, config)
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
+        raise FedspanError(f"{where}: modules_to_save = {saved!r}: expected a list of names")
+
+
+def _check_numbers(where: Path | str, config: Mapping[str, Any]) -> None:
     ranks, alphas = (_patterns(where, config, key) for key in ("rank_pattern", "alpha_pattern"))
     for key, value in (("r", config.get("r")), *ranks.items()):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -59,9 +66,6 @@ def check_config(where: Path | str, config: Mapping[str, Any]) -> None:
     for key, value in (("lora_alpha", config.get("lora_alpha")), *alphas.items()):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise FedspanError(f"{where}: alpha {key} = {value!r}: expected a finite number")
-    saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
-        raise FedspanError(f"{where}: modules_to_save = {saved!r}: expected a list of names")
 
 
 def _check_init(where: Path | str, init: Any) -> None:

@@ -101,15 +101,20 @@ def layout_of(
     """
     if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
         raise FedspanError(f"max_rank = {max_rank!r}: expected a whole number of at least 1")
-    changes: dict[str, Any] = {key: value for key, value in (("rank", max_rank), ("seed", seed)) if value is not None}
-    if isinstance(base, Template):
-        return Layout(replace(base, **changes), adapter_name), {}
-    if isinstance(base, Mapping):
-        if max_rank is None:
-            raise FedspanError("base is shapes by module: expected max_rank=, the largest rank of a client, with it")
-        return Layout(replace(Template(dict(base), max_rank), **changes), adapter_name), {}
+    given = {"rank": max_rank, "seed": seed}
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if isinstance(base, Template | Mapping):
+        return Layout(replace(_template(base, max_rank), **changes), adapter_name), {}
     adapter = load(Path(base)) if isinstance(base, str | os.PathLike) else adapter_of_model(base, adapter_name)
     return _of_adapter(adapter, changes, adapter_name), {n: t.detach().clone() for n, t in adapter.dense.items()}
+
+
+def _template(base: Template | Mapping[str, tuple[int, int]], max_rank: int | None) -> Template:
+    if isinstance(base, Template):
+        return base
+    if max_rank is None:
+        raise FedspanError("base is shapes by module: expected max_rank=, the largest rank of a client, with it")
+    return Template(dict(base), max_rank)
 
 
 def _of_adapter(adapter: Adapter, changes: Mapping[str, Any], adapter_name: str) -> Layout:

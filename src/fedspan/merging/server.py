@@ -32,7 +32,7 @@ _KEY = "fedspan_server"
 
 @dataclass(frozen=True, slots=True)
 class RoundReport:
-    """One round of a server."""
+    """The result of one round of a server."""
 
     method: str
     round_num: int
@@ -43,7 +43,7 @@ class RoundReport:
     bytes_up: int
     """Size of the clients' state dicts."""
     diagnostics: Diagnostics
-    """What the method measured of itself."""
+    """The method's own diagnostics."""
 
 
 class Server:
@@ -184,31 +184,12 @@ class Server:
         Raises
         ------
         FedspanError
-            Naming the client, and what is wrong with its state dict or its number of examples. The server is then as
-            it was before.
+            Naming the client, and what is wrong with its state dict or its number of examples. The server is then
+            unchanged.
         """
         counts = _counts(state_dicts, num_examples)
         given = {client_id: self._layout.read(f"client {client_id}", state_dicts[client_id]) for client_id in counts}
-        state, kept = self._state, dict(self._client_states)
-        trained: dict[str, Update] = {}
-        diagnostics: dict[str, Any] = {}
-        for number, exchange in enumerate(self._method.exchanges):
-            if not exchange.due(state.round_num):
-                continue
-            state = replace(state, exchange=number)
-            starts = self._starts(state, {client_id: rank for client_id, (_, rank) in given.items()})
-            if exchange.ask == "train":
-                trained = {c: self._trained(c, adapter, starts[c], counts[c]) for c, (adapter, _) in given.items()}
-            encoded = []
-            for client_id, update in trained.items():
-                before = self._client_states.get(client_id)
-                sent, after = self._method.encode(update, starts[client_id], before)
-                encoded.append(_finite(sent))
-                if after is not None:
-                    kept[client_id] = after
-            with parallel.threads(os.cpu_count() or 1):
-                state, measured = aggregate(self._method, state, encoded)
-            diagnostics |= measured
+        state, kept, diagnostics = self._round(given, counts)
         self._state, self._client_states = state, kept
         total = math.fsum(counts.values())
         return RoundReport(
@@ -280,6 +261,26 @@ class Server:
         server._state = state
         return server
 
+    def _round(
+        self, given: Mapping[str, tuple[Adapter, int]], counts: Mapping[str, float]
+    ) -> tuple[ServerState, dict[str, ClientState], Diagnostics]:
+        """Run the round's exchanges, both sides of them, on (adapter, rank) by client."""
+        state, kept = self._state, dict(self._client_states)
+        trained: dict[str, Update] = {}
+        diagnostics: dict[str, Any] = {}
+        for number, exchange in enumerate(self._method.exchanges):
+            if not exchange.due(state.round_num):
+                continue
+            state = replace(state, exchange=number)
+            starts = self._starts(state, {client_id: rank for client_id, (_, rank) in given.items()})
+            if exchange.ask == "train":
+                trained = {c: self._trained(c, adapter, starts[c], counts[c]) for c, (adapter, _) in given.items()}
+            replies = [self._encoded(update, starts[client_id], kept) for client_id, update in trained.items()]
+            with parallel.threads(os.cpu_count() or 1):
+                state, measured = aggregate(self._method, state, replies)
+            diagnostics |= measured
+        return state, kept, diagnostics
+
     def _broadcast(self, state: ServerState, rank: int, where: str) -> Broadcast:
         """Return what a client of this rank is sent."""
         info, largest = self._method.info, self._layout.template.rank
@@ -325,6 +326,18 @@ class Server:
             modules[name] = f
         return Update(client_id, count, modules, adapter.dense)
 
+    def _encoded(self, trained: Update, start: Broadcast, kept: dict[str, ClientState]) -> Update:
+        """Return what the method makes of a client's update, and put what it keeps for the client in `kept`."""
+        client_id = trained.client_id
+        update, after = self._method.encode(trained, start, self._client_states.get(client_id))
+        if after is not None:
+            kept[client_id] = after
+        # Trained tensors are finite, but a norm or a product of them need not be.
+        for (module, part), tensor in update.named_tensors().items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise FedspanError(f"client {client_id}: {part} of {module} overflowed: expected finite values")
+        return update
+
 
 def _why_not(method: Method) -> str | None:
     """Return why the method cannot serve a plain LoRA training loop; none where it can."""
@@ -362,11 +375,3 @@ def _same_in_some_precision(x: Tensor, sent: Tensor) -> bool:
     """Return whether x is what was sent, perhaps rounded by a model in half precision."""
     kinds = (x.dtype, torch.bfloat16, torch.float16)
     return any(torch.equal(x, sent.to(kind).to(x.dtype)) for kind in kinds)
-
-
-def _finite(update: Update) -> Update:
-    # Trained tensors are finite, but a norm or a product of them need not be.
-    for (module, part), tensor in update.named_tensors().items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise FedspanError(f"client {update.client_id}: {module} {part} overflowed: expected finite values")
-    return update

@@ -59,13 +59,17 @@ def test_links_of_the_documents_lead_somewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    "command",
-    [["examples/python_api.py"], ["-m", "fedspan", "run", "examples/own_data/config.toml", "--out"]],
-    ids=["python", "own data"],
+    ("command", "written"),
+    [
+        (["examples/python_api.py"], "adapter/adapter_config.json"),
+        (["-m", "fedspan", "run", "examples/own_data/config.toml", "--out"], "adapter/adapter_config.json"),
+        (["examples/own_loop.py"], ""),
+    ],
+    ids=["python", "own data", "own loop"],
 )
-def test_the_examples_run_as_they_are(command: list[str], tmp_path: Path) -> None:
+def test_the_examples_run_as_they_are(command: list[str], written: str, tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     words = [sys.executable, *command, str(tmp_path / "run")]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+    assert (tmp_path / "run" / written).exists()

@@ -20,12 +20,21 @@ if TYPE_CHECKING:
     from fedspan.algebra.lowrank import LowRank as LowRank
     from fedspan.config import Config as Config
     from fedspan.config import load as load_config
-    from fedspan.merging.one_shot import MergeReport as MergeReport
+    from fedspan.merging.merge_report import MergeReport as MergeReport
     from fedspan.merging.one_shot import merge as merge
+    from fedspan.merging.server import RoundReport as RoundReport
+    from fedspan.merging.server import Server as Server
     from fedspan.methods import METHODS as METHODS
     from fedspan.methods import create as create_method
     from fedspan.methods.base import Method as Method
+    from fedspan.methods.base import ServerState as ServerState
     from fedspan.methods.base import aggregate as aggregate
+    from fedspan.methods.messages import Broadcast as Broadcast
+    from fedspan.methods.messages import Factors as Factors
+    from fedspan.methods.messages import Request as Request
+    from fedspan.methods.messages import Template as Template
+    from fedspan.methods.messages import Update as Update
+    from fedspan.methods.messages import Vector as Vector
     from fedspan.runs.events import Event as Event
     from fedspan.runs.execution import Result as Result
     from fedspan.runs.execution import resume as resume
@@ -33,12 +42,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS",
+    "Broadcast",
     "Config",
     "Event",
+    "Factors",
     "LowRank",
     "MergeReport",
     "Method",
+    "Request",
     "Result",
+    "RoundReport",
+    "Server",
+    "ServerState",
+    "Template",
+    "Update",
+    "Vector",
     "aggregate",
     "create_method",
     "load_config",
@@ -48,11 +66,20 @@ __all__ = [
 ]
 
 _HOME: Mapping[str, tuple[str, str]] = {
+    "Vector": ("fedspan.methods.messages", "Vector"),
+    "Update": ("fedspan.methods.messages", "Update"),
+    "Template": ("fedspan.methods.messages", "Template"),
+    "ServerState": ("fedspan.methods.base", "ServerState"),
+    "Server": ("fedspan.merging.server", "Server"),
+    "RoundReport": ("fedspan.merging.server", "RoundReport"),
+    "Request": ("fedspan.methods.messages", "Request"),
+    "Factors": ("fedspan.methods.messages", "Factors"),
+    "Broadcast": ("fedspan.methods.messages", "Broadcast"),
     "METHODS": ("fedspan.methods", "METHODS"),
     "Config": ("fedspan.config", "Config"),
     "Event": ("fedspan.runs.events", "Event"),
     "LowRank": ("fedspan.algebra.lowrank", "LowRank"),
-    "MergeReport": ("fedspan.merging.one_shot", "MergeReport"),
+    "MergeReport": ("fedspan.merging.merge_report", "MergeReport"),
     "Method": ("fedspan.methods.base", "Method"),
     "Result": ("fedspan.runs.execution", "Result"),
     "aggregate": ("fedspan.methods.base", "aggregate"),

@@ -31,7 +31,9 @@ from transformers import (
 )
 
 from fedspan.adapters import peft_folder
-from fedspan.adapters.peft_folder import CARRIED, CONFIG_NAME, WEIGHTS_NAME, Adapter, load, pattern_value, save
+from fedspan.adapters.lora_config import CARRIED, pattern_value
+from fedspan.adapters.peft_folder import CONFIG_NAME, WEIGHTS_NAME, load, save
+from fedspan.adapters.state_dict import Adapter
 from fedspan.methods.messages import Factors
 from fedspan.support.seeding import generator
 

@@ -145,7 +145,7 @@ def started(context: RunContext) -> list[int]:
 @pytest.fixture
 def context(bases: dict[str, Path], texts: Path, tmp_path: Path) -> Iterator[RunContext]:
     config = settings(bases["bert"], texts, "fedit", federation={"ranks": 4})
-    prepared = RunContext.prepare(config, create(config.method), tmp_path / "run", lambda event: None)
+    prepared = RunContext.prepare(config, create(**config.method), tmp_path / "run", lambda event: None)
     yield prepared
     prepared.close()
 

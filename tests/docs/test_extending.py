@@ -17,7 +17,7 @@ import numpy as np
 import pages
 import pytest
 import tiny
-from fedspan.privacy.pld import PLDAccountant
+from fedspan.runs.engine import Event
 from methods.federations import Case, assert_same, build, distance, gauge, received, regauged, served
 
 from fedspan import methods
@@ -26,7 +26,7 @@ from fedspan.data.metrics import METRICS, Metric, Score
 from fedspan.federation import sampling
 from fedspan.methods.base import Method
 from fedspan.privacy import accounting
-from fedspan.runs.engine import Event
+from fedspan.privacy.pld import PLDAccountant
 from fedspan.runs.execution import run
 
 EXAMPLES = pages.examples()

@@ -82,11 +82,11 @@ class Federation:
     method: Method
     template: Template
     state: ServerState
-    """As the clients found it when they were told to train."""
+    """The state that training starts from."""
     updates: tuple[Update, ...]
     dtype: torch.dtype
     before: tuple[tuple[Broadcast, Update], ...] = ()
-    """What the first client was sent and answered before it was told to train."""
+    """The first client's broadcasts and replies in the exchanges before training."""
 
     @property
     def ideal(self) -> Dense:

@@ -24,7 +24,7 @@ from federations import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_spectral import converse, second_round
+from test_spectral import by_queries, second_round
 
 from fedspan.methods import flexlora, glora
 from fedspan.methods.base import ServerState
@@ -470,9 +470,9 @@ def test_momentum_is_the_same_through_questions(options: dict[str, Any]) -> None
     method = glora(**{"server_rank": 6, "momentum": 0.7, **options, "algebra": "randomized"})
     fed = second_round(method, 3)
     state, diagnostics = served(fed)
-    modules, told, _ = converse(fed, 2)
+    modules, measured, _ = by_queries(fed, 2)
     assert_same(modules, {name: held(state, name) for name in modules}, 1e-7)
-    assert told == pytest.approx(diagnostics, rel=1e-6)
+    assert measured == pytest.approx(diagnostics, rel=1e-6)
     plain = served(replace(fed, method=glora(**{"server_rank": 6, **options, "algebra": "randomized"})))[0]
     assert distance({name: held(plain, name) for name in modules}, modules) > 0.05
 
@@ -598,9 +598,9 @@ def test_a_server_rank_may_be_twice_the_clients_largest() -> None:
 def test_an_automatic_rank_comes_with_a_certificate_for_every_module(basis: Any) -> None:
     """Its rank, and the share of ‖T‖_F² that is not in the state: measured densely, they are so."""
     fed = build(glora(server_rank="auto", tolerance=0.4, basis=basis), 3, **MIXED)
-    state, told = served(fed)
-    assert told["certificate"].keys() == fed.template.modules.keys()
-    for name, said in told["certificate"].items():
+    state, measured = served(fed)
+    assert measured["certificate"].keys() == fed.template.modules.keys()
+    for name, said in measured["certificate"].items():
         ideal = fed.ideal[name]
         lost = np.linalg.norm(ideal - held(state, name)) ** 2 / np.linalg.norm(ideal) ** 2
         assert said["discarded"] == pytest.approx(lost, rel=1e-9)

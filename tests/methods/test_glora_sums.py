@@ -60,8 +60,8 @@ def as_glora(fed: Federation, **options: Any) -> Federation:
 
 def shapes(update: Update) -> dict[str, tuple[int, ...]]:
     """Names and shapes of everything in it."""
-    told = {f"{name}/{part}": tuple(t.shape) for name, p in update.modules.items() for part, t in p.tensors().items()}
-    return told | {name: tuple(t.shape) for name, t in (*update.dense.items(), *update.moments.items())}
+    parts = {f"{name}/{part}": tuple(t.shape) for name, p in update.modules.items() for part, t in p.tensors().items()}
+    return parts | {name: tuple(t.shape) for name, t in (*update.dense.items(), *update.moments.items())}
 
 
 def projectors(state: ServerState) -> dict[str, Array]:
@@ -164,8 +164,8 @@ def test_what_leaves_a_site_says_nothing_of_its_rank_or_data_by_its_shape(number
     seen = [[shapes(u) for u in sent] for fed in (mixed, idle) for sent in answers(fed)]
     half = len(seen) // 2
     for exchange in range(half):
-        told = [*seen[exchange], *seen[exchange + half]]
-        assert all(one == told[0] for one in told)
+        measured = [*seen[exchange], *seen[exchange + half]]
+        assert all(one == measured[0] for one in measured)
     first, *_, last = seen
     assert first[0]["layer0/sketch"] == (60, 14)
     assert last[0] == {"layer0/core": (6, 50), "layer1/core": (6, 64), "layer2/core": (6, 30)}
@@ -193,9 +193,9 @@ def test_clients_who_learnt_nothing_name_no_direction(number: int) -> None:
     fed = build(glora_sums(passes=number), 10, **FEW, server_rank=6, silent=range(5))
     for update in (u for sent in answers(fed) for u in sent):
         assert not any(bool(t.any()) for p in update.modules.values() for t in p.tensors().values())
-    state, told = served(fed)
+    state, measured = served(fed)
     assert not any(x["u"].shape[1] for x in state.modules.values())
-    assert told["truncation_error"] == 0.0
+    assert measured["truncation_error"] == 0.0
     after = build(fed.method, 11, **FEW, server_rank=6, start=state)
     assert_same(held(served(after)[0]), held(served(as_glora(after, algebra="exact"))[0]), 1e-9)
     some = build(fed.method, 12, **FEW, server_rank=6, silent=(0, 2))
@@ -245,10 +245,10 @@ def test_what_is_lost_is_estimated_without_bias(number: int) -> None:
     for seed in range(100):
         fed = build(glora_sums(passes=number), 15, [(40, 36)], (4,) * 8, range(1, 9), server_rank=4)
         fed = replace(fed, state=replace(fed.state, template=replace(fed.template, seed=seed)))
-        state, told = served(fed)
+        state, measured = served(fed)
         size = np.linalg.norm(held(state)["layer0"]) ** 2
-        assert told["truncation_error_estimated"] == 1.0
-        share = told["truncation_error"] ** 2
+        assert measured["truncation_error_estimated"] == 1.0
+        share = measured["truncation_error"] ** 2
         estimated = size * share / (1 - share)
         errors.append(estimated / np.linalg.norm(fed.ideal["layer0"] - held(state)["layer0"]) ** 2 - 1)
     assert abs(np.mean(errors)) < 5 * np.std(errors) / len(errors) ** 0.5
@@ -265,8 +265,8 @@ def test_a_client_lost_between_the_exchanges_counts_as_far_as_it_came(number: in
     assert_same(held(after), rest.ideal, 1e-9)
     torch.testing.assert_close(after.dense["head"], served(fed)[0].dense["head"])
     state = replace(exchanged(fed)[-2], exchange=number)
-    _, told = aggregate(fed.method, state, encoded(replace(fed, state=state))[1:])
-    assert set(told) == {"server_rank"}
+    _, measured = aggregate(fed.method, state, encoded(replace(fed, state=state))[1:])
+    assert set(measured) == {"server_rank"}
 
 
 @pytest.mark.parametrize(("kind", "worse"), [("bfloat16", 0.006), ("int8", 0.03)])
@@ -314,8 +314,8 @@ def test_a_larger_server_keeps_more() -> None:
     errors: list[float] = []
     for server_rank, rank in ((2, 2), (None, 6), (9, 9), ("double", 12)):
         fed = build(glora_sums(server_rank, passes=2), 18, **FEW, server_rank=6)
-        state, told = served(fed)
-        assert told["server_rank"] == rank == state.modules["layer0"]["u"].shape[1]
+        state, measured = served(fed)
+        assert measured["server_rank"] == rank == state.modules["layer0"]["u"].shape[1]
         errors.append(lost(fed))
     assert all(x > y for x, y in pairwise(errors))
 

@@ -397,8 +397,8 @@ def test_it_acts_once_a_round_and_keeps_what_the_method_keeps() -> None:
         update = Update("c", 1, {}, {"w": state.dense["w"] + 1})
         between, _ = aggregate(method, state, [update])
         assert torch.equal(between.dense["w"], state.dense["w"])
-        state, told = aggregate(method, between, [update])
-        assert (state.round_num, float(state.extra["seen"]), told) == (round_num + 1, round_num, {"measured": 1.0})
+        state, measured = aggregate(method, between, [update])
+        assert (state.round_num, float(state.extra["seen"]), measured) == (round_num + 1, round_num, {"measured": 1.0})
         torch.testing.assert_close(state.dense["w"], torch.full((2,), moved))
 
 

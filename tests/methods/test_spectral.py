@@ -18,8 +18,8 @@ from fedspan.algebra.lowrank import LowRank
 from fedspan.methods import METHODS, create, flexlora, glora
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.messages import Diagnostics, Factors, Request, Update
-from fedspan.methods.queries import Question, Sums, Term, add_sums, partial_sums, shares_of
-from fedspan.methods.spectral import Wanted, answered, dialogue, exactly, prefers_exact
+from fedspan.methods.queries import Contribution, Query, Sums, add_sums, means_of, partial_sums
+from fedspan.methods.spectral import ApproximationSpec, prefers_exact, procedure_for, run_procedure, solve_exactly
 from fedspan.support import parallel
 
 laws = settings(deadline=None, max_examples=10, derandomize=True)
@@ -71,17 +71,17 @@ def second_round(method: Method, seed: int, **fixed: Any) -> Federation:
     return replace(shared(fed, seed + 1, noise=0.02, decay=1.0), state=after)
 
 
-def converse(fed: Federation, splits: int = 1) -> tuple[dict[str, Array], Diagnostics, int]:
-    """What the conversation comes to over so many separate sets of clients; and how many passes it took."""
-    assert fed.method.converse is not None
-    talk, terms = fed.method.converse(fed.state), fed.method.terms(fed.state)
+def by_queries(fed: Federation, splits: int = 1) -> tuple[dict[str, Array], Diagnostics, int]:
+    """Run the query procedure over that many separate sets of clients; the last result is its number of passes."""
+    assert fed.method.finish_by_queries is not None
+    procedure, contribution_of = fed.method.finish_by_queries(fed.state), fed.method.contributions(fed.state)
     weight = sum(u.num_examples for u in fed.updates)
-    questions, passes = next(talk), 0
+    queries, passes = next(procedure), 0
     while True:
-        parts = [partial_sums(questions, fed.updates[i::splits], terms) for i in range(splits)]
+        parts = [partial_sums(queries, fed.updates[i::splits], contribution_of) for i in range(splits)]
         passes += 1
         try:
-            questions = talk.send(shares_of(reduce(add_sums, parts), weight))
+            queries = procedure.send(means_of(reduce(add_sums, parts), weight))
         except StopIteration as stop:
             modules = {name: array(x["u"]) @ array(x["c"]) for name, x in stop.value.modules.items()}
             return modules, stop.value.diagnostics, passes
@@ -151,26 +151,26 @@ def test_the_randomized_path_sees_no_gauge(options: dict[str, Any]) -> None:
         fed = shared(fed, seed)
         rng = np.random.default_rng(seed)
         other = regauged(fed, lambda k, rank: gauge(rng, rank, 1e6))
-        (first, told), (second, told_other) = served(fed), served(other)
+        (first, measured), (second, measured_other) = served(fed), served(other)
         size = max(float(np.linalg.norm(x)) for x in fed.ideal.values())
         assert_same(held(second), held(first), 1e-6, size)
-        assert told["server_rank"] == told_other["server_rank"] == min(server_rank, 6)
+        assert measured["server_rank"] == measured_other["server_rank"] == min(server_rank, 6)
 
     law()
 
 
 @rules
 def test_the_conversation_is_the_servers_own_step(options: dict[str, Any]) -> None:
-    """Questions about one, two or five separate sets of clients lead to the state that `finish` computes."""
+    """Queries about one, two or five separate sets of clients lead to the state that `finish` computes."""
 
     @laws
     @given(seed=seeds, splits=st.sampled_from([1, 2, 5]))
     def law(seed: int, splits: int) -> None:
         fed = second_round(glora(server_rank=6, algebra="randomized", **options), seed)
         state, diagnostics = served(fed)
-        modules, told, passes = converse(fed, splits)
+        modules, measured, passes = by_queries(fed, splits)
         assert_same(modules, held(state), 1e-7)
-        assert told == pytest.approx(diagnostics, rel=1e-7)
+        assert measured == pytest.approx(diagnostics, rel=1e-7)
         assert passes <= 4
 
     law()
@@ -179,8 +179,8 @@ def test_the_conversation_is_the_servers_own_step(options: dict[str, Any]) -> No
 def test_a_silent_conversation_ends_with_nothing() -> None:
     for options in RULES.values():
         fed = build(glora(algebra="randomized", **options), 0, **MANY, server_rank=6, silent=range(12))
-        modules, told, _ = converse(fed, 2)
-        assert told == {"server_rank": 0, "truncation_error": 0, "truncation_error_estimated": 1}
+        modules, measured, _ = by_queries(fed, 2)
+        assert measured == {"server_rank": 0, "truncation_error": 0, "truncation_error_estimated": 1}
         assert not any(x.any() for x in modules.values())
         assert not any(x.any() for x in received(fed, served(fed)[0]).values())
 
@@ -188,9 +188,9 @@ def test_a_silent_conversation_ends_with_nothing() -> None:
 def test_a_conversation_that_cannot_be_held_is_refused_when_it_is_asked_for() -> None:
     fed = build(glora(algebra="exact"), 0)
     for method in (glora(algebra="exact"), glora(server_rank="auto"), flexlora("exact")):
-        assert method.converse is not None
+        assert method.finish_by_queries is not None
         with pytest.raises(ValueError, match="needs all updates at once"):
-            method.converse(fed.state)
+            method.finish_by_queries(fed.state)
     with pytest.raises(ValueError, match="algebra = 'randomized': expected 'auto' or 'exact'"):
         glora(server_rank="auto", algebra="randomized")
 
@@ -227,11 +227,11 @@ def test_partial_sums_are_the_dense_sums_and_add_up(seed: int, rest_rank: int, v
         "columns": sum(u.num_examples * projector(dense[u.client_id], vote) @ y for u in updates),
         "rows": sum(u.num_examples * projector(dense[u.client_id].T, vote) @ x for u in updates),
     }
-    asked = tuple(Question(kind, torch.from_numpy(x if kind in ("times", "rows") else y), vote) for kind in expected)
+    asked = tuple(Query(kind, torch.from_numpy(x if kind in ("times", "rows") else y), vote) for kind in expected)
 
-    def terms(update: Update, module: str) -> Term:
+    def terms(update: Update, module: str) -> Contribution:
         f = update.factors(module)
-        return Term(LowRank(f.b, f.a), f.scaling, rest)
+        return Contribution(LowRank(f.b, f.a), f.scaling, rest)
 
     questions = {"layer": asked}
     whole = partial_sums(questions, updates, terms)
@@ -246,7 +246,7 @@ def test_partial_sums_are_the_dense_sums_and_add_up(seed: int, rest_rank: int, v
 def test_questions_about_half_precision_are_answered_in_float32() -> None:
     fed = build(glora(), 0, **MANY, dtype=torch.bfloat16)
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-    questions = {"layer0": (Question("times", x), Question("rows", x))}
+    questions = {"layer0": (Query("times", x), Query("rows", x))}
     times, rows = partial_sums(questions, fed.updates)["layer0"]
     assert times.dtype == rows.dtype == torch.float32
     wanted = sum(u.num_examples * fed.delta_of(u, "layer0") for u in fed.updates) @ array(x)
@@ -258,7 +258,7 @@ def test_questions_about_half_precision_are_answered_in_float32() -> None:
 def test_twice_and_with_three_threads_the_bits_are_the_same(method: str, algebra: str) -> None:
     """And no draw comes from the global generator, or moves it."""
     options = {"algebra": algebra} if method in ("glora", "flexlora") else {}
-    made = create({"name": method, **options})
+    made = create(method, **options)
     ranks = MANY["ranks"] if made.info.hetero_rank else (3,) * 12
     fed = build(made, 1, shapes=((60, 50),) * 3 + ((48, 64),) * 2, ranks=ranks, counts=MANY["counts"])
 
@@ -340,11 +340,11 @@ def test_both_algebras_agree_on_a_large_stack(basis: Any, dtype: torch.dtype) ->
     for _ in range(80):
         b = u + 0.3 * rng.standard_normal((400, 10)) / 20 / votes**0.5
         a = np.diag(np.logspace(0, -1, 10)) @ v.T + 0.002 * rng.standard_normal((10, 300))
-        terms.append(Term(LowRank(torch.from_numpy(b).to(dtype), torch.from_numpy(a).to(dtype))))
+        terms.append(Contribution(LowRank(torch.from_numpy(b).to(dtype), torch.from_numpy(a).to(dtype))))
     sums = Sums(terms, [1 / 80] * 80)
-    wanted = Wanted(6, basis)
-    (exact,) = exactly([sums], wanted)
-    found = answered(dialogue((400, 300), wanted, "key"), sums)
+    wanted = ApproximationSpec(6, basis)
+    (exact,) = solve_exactly([sums], wanted)
+    found = run_procedure(procedure_for((400, 300), wanted, "key"), sums)
     assert found.state.b.dtype == exact.state.b.dtype == dtype
     difference = np.linalg.norm(array(found.state.dense()) - array(exact.state.dense()))
     assert difference < 1e-2 * exact.size_squared**0.5
@@ -356,6 +356,6 @@ def test_both_algebras_agree_on_a_large_stack(basis: Any, dtype: torch.dtype) ->
     assert found.size_squared == pytest.approx(exact.size_squared, rel=0.01)
 
 
-def test_methods_that_converse_are_those_that_must() -> None:
+def test_methods_with_a_query_procedure_are_those_that_need_one() -> None:
     """Whoever needs each client's factors and has a result that does not grow with them."""
-    assert [name for name, make in METHODS.items() if make().converse] == ["glora", "glora_plus", "flexlora"]
+    assert [name for name, make in METHODS.items() if make().finish_by_queries] == ["glora", "glora_plus", "flexlora"]

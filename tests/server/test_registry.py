@@ -33,7 +33,7 @@ def introduced(**fields: Any) -> bytes:
 def registry(folder: Path, answers: dict[str, bytes], lines: list[str], name: str = "fedit") -> SiteRegistry:
     config = Config()
     transport = MemoryTransport({node: lambda content, answer=answer: answer for node, answer in answers.items()})
-    method = methods.create({"name": name})
+    method = methods.create(name)
     path = folder / "sites.json"
     return SiteRegistry(transport, config.federation, config.deployment, TERMS, method, path, lines.append)
 

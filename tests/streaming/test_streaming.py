@@ -36,7 +36,7 @@ from fedspan.methods import METHODS, create
 from fedspan.methods.base import ServerState
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Factors, Template, Update
-from fedspan.methods.queries import Questions
+from fedspan.methods.queries import Queries
 from fedspan.streaming import (
     Progress,
     Source,
@@ -56,7 +56,8 @@ def talks(case: Case) -> bool:
     """Some options need all updates at once, and say so before the first pass."""
     method = case.make()
     try:
-        return method.converse is not None and method.converse(method.init(Template({"x": (2, 2)}, 1), {})) is not None
+        by_queries, state = method.finish_by_queries, method.init(Template({"x": (2, 2)}, 1), {})
+        return by_queries is not None and by_queries(state) is not None
     except ValueError:
         return False
 
@@ -160,7 +161,7 @@ def test_servers_elsewhere_send_sums_of_plain_tensors(case: Case) -> None:
     updates = encoded(fed)
     asked: list[bool] = []
 
-    def ask(questions: Questions | None, dense: bool) -> Partial:
+    def ask(questions: Queries | None, dense: bool) -> Partial:
         asked.append(dense)
         parts = [
             sum_pass(fed.method, fed.state, updates[i : i + 2], questions, dense=dense, block=1) for i in range(0, 6, 2)
@@ -354,7 +355,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     refused("another method, state or round", replace(fed, method=METHODS["flexlora"]()))
     refused("another method, state or round", replace(fed, state=replace(fed.state, round_num=7)))
     refused("another method, state or round", replace(fed, state=replace(fed.state, dense={"head": torch.ones(3, 4)})))
-    refused("other questions", replace(fed, method=METHODS["glora"](basis="energy")))
+    refused("other queries", replace(fed, method=METHODS["glora"](basis="energy")))
     refused("other updates", fed, [replace(u, num_examples=u.num_examples + 1) for u in updates])
     refused("other updates", fed, [replace(u, client_id="x" + u.client_id) for u in updates])
     refused("other updates", fed, updates[:2])
@@ -403,7 +404,7 @@ from safetensors.torch import save_file
 
 torch.set_num_threads(1)
 folder, slow = Path(sys.argv[1]), float(sys.argv[2])
-method = create({"name": "glora"})
+method = create("glora")
 state = method.init(Template({"x": (30, 20), "y": (16, 16)}, 3), {"head": torch.zeros(3)})
 
 def tell(progress):
@@ -473,7 +474,7 @@ class Made:
             factors = Factors(torch.randn(256, 4, generator=g), torch.randn(4, 256, generator=g), 2.0)
             yield Update(f"c{k:06d}", 1.0, {"x": factors}, {"head": torch.randn(64, generator=g)})
 
-method = create({"name": sys.argv[1]})
+method = create(sys.argv[1])
 state = method.init(Template({"x": (256, 256)}, 4), {"head": torch.zeros(64)})
 step = aggregate_stream if sys.argv[2] == "stream" else lambda m, s, u: aggregate(m, s, list(u))
 step(method, state, Made(64))  # libraries take their workspaces at first use
@@ -534,7 +535,7 @@ def test_a_block_is_at_least_one_update() -> None:
 
 def test_streaming_needs_no_method_by_name() -> None:
     """`create` makes what streams; options travel with the method."""
-    method = create({"name": "glora", "server_rank": 3})
+    method = create("glora", server_rank=3)
     state = method.init(Template({"x": (8, 8)}, 2), {})
     updates = [Update(f"c{k}", 1.0, {"x": Factors(torch.randn(8, 2), torch.randn(2, 8), 1.0)}, {}) for k in range(4)]
     after, told = aggregate_stream(method, state, updates)

@@ -1,1 +1,1 @@
-"""PEFT LoRA adapter folders, read and written strictly, and whether they belong together."""
+"""PEFT LoRA adapters as folders and as state dicts, read and written strictly, and checks that they fit together."""

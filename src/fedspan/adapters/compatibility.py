@@ -1,4 +1,4 @@
-"""Whether adapter folders belong together."""
+"""Checks that adapter folders belong together."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from fedspan.adapters.peft_folder import Adapter
+from fedspan.adapters.state_dict import Adapter
 from fedspan.support.errors import FedspanError
 
 
 def check_compatible(labels: Sequence[str], adapters: Sequence[Adapter]) -> None:
-    """Whether these adapters can be averaged: one base, the same modules, shapes and whole weights.
+    """Refuse adapters that cannot be averaged: other bases, modules, shapes or whole weights.
 
     Raises
     ------
-    ValueError
-        Naming, by its label, the first adapter that differs from the first of all, and in what.
+    FedspanError
+        Naming, by its label, the first adapter that differs from the first of all, and the difference.
     """
     first = adapters[0]
     for label, adapter in zip(labels[1:], adapters[1:], strict=True):
@@ -26,32 +26,45 @@ def check_compatible(labels: Sequence[str], adapters: Sequence[Adapter]) -> None
             raise FedspanError(f"{bases}: expected one base model")
         _same_names(label, labels[0], "adapts other modules", adapter.factors, first.factors)
         _same_names(label, labels[0], "saves other whole weights", adapter.dense, first.dense)
-        for name, f in adapter.factors.items():
-            if f.delta().shape != first.factors[name].delta().shape:
-                raise FedspanError(
-                    f"{label}: {name} is {f.delta().shape}: expected {first.factors[name].delta().shape}, "
-                    f"as in {labels[0]}"
-                )
-        for name, tensor in adapter.dense.items():
-            if tensor.shape != first.dense[name].shape:
-                raise FedspanError(
-                    f"{label}: {name} is {tuple(tensor.shape)}: expected {tuple(first.dense[name].shape)}, "
-                    f"as in {labels[0]}"
-                )
-        for name, tensor in adapter.frozen.items():
-            if not torch.equal(tensor, first.frozen.get(name, tensor)):
-                raise FedspanError(f"{label}: the base's {name} is not that of {labels[0]}: expected one base")
+        _same_shapes(label, labels[0], _deltas(adapter), _deltas(first))
+        _same_shapes(label, labels[0], _shapes(adapter), _shapes(first))
+        _same_frozen(label, labels[0], adapter, first)
         for what in ("embeddings", "fan_in_fan_out", "ensure_weight_tying"):
             mine, theirs = _trait(adapter, what), _trait(first, what)
             if mine != theirs:
                 raise FedspanError(f"{label}: {what} is {mine!r}: expected {theirs!r}, as in {labels[0]}")
+    _check_tasks(labels, adapters)
 
+
+def _check_tasks(labels: Sequence[str], adapters: Sequence[Adapter]) -> None:
     # An adapter made without a task type fits them all.
     tasks = {a.config.get("task_type"): label for label, a in zip(labels, adapters, strict=True)}
     tasks.pop(None, None)
     if len(tasks) > 1:
         given = " and ".join(f"{task!r} in {label}" for task, label in tasks.items())
         raise FedspanError(f"task_type is {given}: expected one")
+
+
+def _deltas(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    return {name: (f.b.shape[0], f.a.shape[1]) for name, f in adapter.factors.items()}
+
+
+def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in adapter.dense.items()}
+
+
+def _same_shapes(
+    label: str, first: str, mine: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]]
+) -> None:
+    for name, shape in mine.items():
+        if shape != theirs[name]:
+            raise FedspanError(f"{label}: {name} is {shape}: expected {theirs[name]}, as in {first}")
+
+
+def _same_frozen(label: str, first_label: str, adapter: Adapter, first: Adapter) -> None:
+    for name, tensor in adapter.frozen.items():
+        if not torch.equal(tensor, first.frozen.get(name, tensor)):
+            raise FedspanError(f"{label}: the base's {name} is not that of {first_label}: expected one base")
 
 
 def _base(adapter: Adapter) -> str | None:

@@ -1,7 +1,7 @@
 """GaLore: AdamW whose moments live in a low-rank projection of each weight's gradient. Needs torch alone.
 
-Shapes: weight and gradient G (m, n); r the rank. The projector is on one side of the weight, the narrower one unless
-asked otherwise. Left: P (m, r) from G's left singular vectors, and R = PᵀG (r, n). Right: the same for Gᵀ, so P (n, r)
+Shapes: weight and gradient G (m, n); r the rank. The projector is on one side of the weight, by default the
+narrower one. Left: P (m, r) from G's left singular vectors, and R = PᵀG (r, n). Right: the same for Gᵀ, so P (n, r)
 and R (r, m).
 """
 
@@ -44,7 +44,7 @@ class GaloreAdamW(torch.optim.Optimizer):
     Laws: at full rank the trajectory is AdamW's on the rotated weights PᵀW; between two refreshes ΔW has rank
     at most r (without weight decay); a weight and its transpose take transposed steps; a run resumed from
     `state_dict` is the uninterrupted one bit for bit. The state holds plain tensors only, for a weight projected
-    on the left: "projector" (m, r), "exp_avg" and "exp_avg_sq" (r, n), "step" (), so that `state_numel_of` tells its
+    on the left: "projector" (m, r), "exp_avg" and "exp_avg_sq" (r, n), "step" (), so that `state_numel_of` gives its
     size; "seeded" () marks second moments that did not start from zero.
 
     Parameters
@@ -66,12 +66,12 @@ class GaloreAdamW(torch.optim.Optimizer):
     scale
         Factor on the projected step (α in the paper).
     svd
-        How a refresh finds P. "exact"; "randomized": a range finder with oversampling 10 and one power iteration;
-        "power": orth(G Gᵀ P_old), one power iteration from the last basis, randomized at the first refresh.
+        Algorithm for P at a refresh. "exact"; "randomized": a range finder with oversampling 10 and one power
+        iteration; "power": orth(G Gᵀ P_old), one power iteration from the last basis, randomized at the first refresh.
     side
-        Which side P is on: "auto", the narrower one, as in the paper; "left" or "right" whatever the shape.
+        The side that P is on: "auto", the narrower one, as in the paper; "left" or "right", for any shape.
     on_refresh
-        What becomes of the moments in the new basis. "keep": nothing, as in the paper. "reset": both start again
+        Treatment of the moments in the new basis. "keep": unchanged, as in the paper. "reset": both start again
         from zero, and so does their correction. "project": LDAdam's rule (Robert et al. 2024, 2410.16103), which
         takes V̂ − M̂∘M̂ for a variance; with O = P_newᵀ P_old and c = 1 − β₂ᵗ after t gradients (1 where V was seeded)
 
@@ -83,7 +83,7 @@ class GaloreAdamW(torch.optim.Optimizer):
 
     Raises
     ------
-    ValueError
+    FedspanError
         For an option out of range; for a projected parameter that is no matrix or is smaller than the rank;
         for a parameter in half precision, whose moments would lose small steps.
     """
@@ -122,13 +122,13 @@ class GaloreAdamW(torch.optim.Optimizer):
         # Checked afterwards: only then are the defaults filled in.
         try:
             _check_group(self.param_groups[-1])
-        except ValueError:
+        except FedspanError:
             self.param_groups.pop()
             raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step on every parameter that has a gradient; returns what `closure` returned."""
+        """Take one step on every parameter that has a gradient, and return the closure's value."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -154,7 +154,7 @@ class GaloreAdamW(torch.optim.Optimizer):
 
         Raises
         ------
-        ValueError
+        FedspanError
             For a parameter that is not this optimizer's or has taken a step, another shape, a negative entry or NaN.
         """
         group = next((g for g in self.param_groups if any(p is parameter for p in g["params"])), None)
@@ -174,27 +174,27 @@ class GaloreAdamW(torch.optim.Optimizer):
         state["exp_avg"] = torch.zeros_like(state["exp_avg_sq"])
 
     def second_moments(self) -> dict[Tensor, Tensor]:
-        """V̂, corrected for its start, of every projected parameter that has taken a step; as `start_from` takes it."""
-        found: dict[Tensor, Tensor] = {}
+        """Return V̂, corrected for its start, of every projected parameter that has taken a step, for `start_from`."""
+        moments: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
             for p in group["params"] if group["rank"] is not None else ():
                 state = self.state.get(p, {})
                 if state and int(state["step"]):
-                    found[p] = state["exp_avg_sq"] / _mass(state, group, _age(group, int(state["step"])))
-        return found
+                    moments[p] = state["exp_avg_sq"] / _mass(state, group, _age(group, int(state["step"])))
+        return moments
 
     def state_numel(self) -> int:
-        """How many numbers the state holds, counts and marks left out: the sum of `state_numel_of`."""
+        """Return the number of entries in the state without counts and marks: the sum of `state_numel_of`."""
         return sum(t.numel() for state in self.state.values() for name, t in state.items() if name in _COUNTED)
 
 
 def takes_left(shape: Sequence[int], side: Side = "auto") -> bool:
-    """Whether the projector of a weight (m, n) is on its left."""
+    """Return whether the projector of a weight (m, n) is on its left."""
     return side == "left" or (side == "auto" and shape[0] <= shape[1])
 
 
 def state_numel_of(shape: Sequence[int], rank: int | None, side: Side = "auto") -> int:
-    """Numbers that the optimizer keeps for one weight: m·r + 2·n·r with P on the left, n·r + 2·m·r on the right.
+    """Return the size of one weight's state: m·r + 2·n·r numbers with P on the left, n·r + 2·m·r on the right.
 
     Without a rank, for a weight of any shape, 2 of its size.
     """
@@ -221,8 +221,12 @@ def _check_group(group: dict[str, Any]) -> None:
     for p in group["params"]:
         if p.dtype not in (torch.float32, torch.float64):
             raise FedspanError(f"a parameter of type {p.dtype}: expected torch.float32 or torch.float64")
-    if group["rank"] is None:
-        return
+    if group["rank"] is not None:
+        _check_projection(group)
+
+
+def _check_projection(group: dict[str, Any]) -> None:
+    """Refuse options of the projection that are out of range, and parameters that do not fit its rank."""
     for name in ("rank", "update_gap"):
         if group[name] < 1:
             raise FedspanError(f"{name} = {group[name]}: expected at least 1")
@@ -254,7 +258,7 @@ def _step(p: Tensor, state: dict[str, Tensor], group: dict[str, Any], index: int
 
 
 def _projected(grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], done: int, index: int) -> Tensor:
-    """scale · P adam(PᵀG), in the gradient's own orientation."""
+    """Return scale · P adam(PᵀG), in the gradient's own orientation."""
     left = takes_left(grad.shape, group["side"])
     turned = grad if left else grad.mT
     if done % group["update_gap"] == 0:
@@ -266,7 +270,7 @@ def _projected(grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], do
 
 
 def _age(group: dict[str, Any], done: int) -> int:
-    """How many gradients the moments have seen after so many steps."""
+    """Return the number of gradients in the moments after `done` steps."""
     if done and group["rank"] is not None and group["on_refresh"] == "reset":
         # They are as old as the projector, and so is the correction of their zero start.
         return int((done - 1) % group["update_gap"]) + 1
@@ -274,12 +278,12 @@ def _age(group: dict[str, Any], done: int) -> int:
 
 
 def _mass(state: dict[str, Tensor], group: dict[str, Any], age: int) -> float:
-    """What the weights of the running average V sum to: V̂ = V / mass."""
+    """Return the sum of the weights of the running average V: V̂ = V / mass."""
     return 1.0 if "seeded" in state else 1.0 - group["betas"][1] ** age
 
 
 def _adam(grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], age: int) -> Tensor:
-    """M̂ / (√V̂ + ε) after taking `grad` in; the moments have then seen `age` gradients."""
+    """Return M̂ / (√V̂ + ε) after adding `grad` to the moments, which then hold `age` gradients."""
     if "exp_avg" not in state:
         state["exp_avg"] = torch.zeros_like(grad, memory_format=torch.contiguous_format)
         state["exp_avg_sq"] = torch.zeros_like(grad, memory_format=torch.contiguous_format)
@@ -313,9 +317,9 @@ def _refresh(state: dict[str, Tensor], new: Tensor, group: dict[str, Any], done:
 
 
 def projector(grad: Tensor, rank: int, svd: SVDKind, rng: torch.Generator, last: Tensor | None = None) -> Tensor:
-    """Orthonormal P (m, r), the top left singular vectors of G (m, n), exactly or nearly.
+    """Return an orthonormal P (m, r), the top left singular vectors of G (m, n), exactly or approximately.
 
-    A gradient that is not finite gives a projector of NaN: the weights then show it, as under plain AdamW.
+    A gradient that is not finite gives a projector of NaN, so that the weights become NaN, as under plain AdamW.
 
     Parameters
     ----------
@@ -324,7 +328,7 @@ def projector(grad: Tensor, rank: int, svd: SVDKind, rng: torch.Generator, last:
     rng
         On the CPU; "exact" draws nothing.
     last
-        The basis that "power" starts from; none: it draws one, as "randomized" does. What it returns is aligned with
+        The basis that "power" starts from; none: it draws one, as "randomized" does. The result is aligned with
         `last`, column by column, rather than with the singular vectors, so that moments kept in it stay meaningful.
     """
     # A finite sum has finite terms, and costs a tenth of looking at each; otherwise they may be large alone.
@@ -348,6 +352,6 @@ def projector(grad: Tensor, rank: int, svd: SVDKind, rng: torch.Generator, last:
 
 
 def _times(x: Tensor, y: Tensor) -> Tensor:
-    """X·Y for a Y of few columns, as (YᵀXᵀ)ᵀ: with the narrow one on the right BLAS is up to twenty times slower."""
+    """Return X·Y for a Y of few columns, as (YᵀXᵀ)ᵀ: BLAS is up to twenty times slower with Y on the right."""
     product: Tensor = (y.mT @ x.mT).mT
     return product

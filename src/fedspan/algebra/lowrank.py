@@ -2,11 +2,11 @@
 
 Shapes, PEFT's: B (m, r), A (r, n); m = out_features, n = in_features; c = the summed rank of a stack.
 
-One rule serves every question about a single pair: thin QR of B and of Aᵀ, then ordinary dense algebra on the core
+One rule serves all functions of a single pair: thin QR of B and of Aᵀ, then ordinary dense algebra on the core
 R_B R_Aᵀ, which is min(m, c) × min(n, c). Householder QR is backward stable column by column, so factors of wildly
 different scale (B·1e8, A·1e-8) lose nothing, which a Gram matrix would.
-`left_coordinates` and `left_singular`, which a server asks of whole stacks, are the same rule with no more of it than
-is asked for; they take leading dimensions (…), so that layers of one shape share every call.
+`left_coordinates` and `left_singular`, which servers apply to whole stacks, are the same rule and compute no more than
+they return; they take leading dimensions (…), so that layers of one shape share every call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedspan.support.errors import FedspanError
 
 
 def promote(x: Tensor) -> Tensor:
-    """At least float32: half-precision factors are accumulated in float32."""
+    """Return x in float32 at least: half-precision factors are accumulated in float32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -49,11 +49,11 @@ class LowRank:
         return self.b.shape[1]
 
     def transposed(self) -> LowRank:
-        """The n×m matrix AᵀBᵀ."""
+        """Return the n×m matrix AᵀBᵀ."""
         return LowRank(self.a.mT, self.b.mT)
 
     def dense(self) -> Tensor:
-        """The m×n matrix itself: for a client's base weight and for oracles, never for a server rule."""
+        """Return the m×n matrix itself: for a client's base weight and for oracles, never for a server rule."""
         return promote(self.b) @ promote(self.a)
 
 
@@ -67,22 +67,23 @@ class SVD:
 
 
 def zeros(m: int, n: int, like: Tensor | None = None) -> LowRank:
-    """The zero matrix, at rank 0."""
+    """Return the zero matrix, at rank 0."""
     make = torch.zeros if like is None else like.new_zeros
     return LowRank(make((m, 0)), make((0, n)))
 
 
 def scaled(x: LowRank, factor: float) -> LowRank:
-    """factor · B·A."""
+    """Return factor · B·A."""
     return LowRank(promote(x.b) * factor, promote(x.a))
 
 
 def stack(terms: Sequence[LowRank], weights: Sequence[float] | None = None) -> LowRank:
-    """Σ w_k B_k A_k as one pair [w_1 B_1 …], [A_1; …] of rank Σ r_k: exact, no arithmetic but the weights.
+    """Return Σ w_k B_k A_k as one pair [w_1 B_1 …], [A_1; …] of rank Σ r_k: exact, since nothing is computed beside the
+    weights.
 
     Raises
     ------
-    ValueError
+    FedspanError
         When there is no term, or the terms' shapes differ.
     """
     if not terms:
@@ -98,32 +99,32 @@ def stack(terms: Sequence[LowRank], weights: Sequence[float] | None = None) -> L
 
 
 def core(x: LowRank) -> tuple[Tensor, Tensor, Tensor]:
-    """(Q_B, K, Q_A) with B·A = Q_B K Q_Aᵀ, orthonormal Q_B (m, p) and Q_A (n, q), small K (p, q)."""
+    """Return (Q_B, K, Q_A) with B·A = Q_B K Q_Aᵀ, orthonormal Q_B (m, p) and Q_A (n, q), small K (p, q)."""
     q_b, r_b = torch.linalg.qr(promote(x.b))
     q_a, r_a = torch.linalg.qr(promote(x.a).mT)
     return q_b, r_b @ r_a.mT, q_a
 
 
 def svd(x: LowRank) -> SVD:
-    """Thin SVD of B·A, of at most min(m, n, r) terms."""
+    """Return the thin SVD of B·A, of at most min(m, n, r) terms."""
     q_b, k, q_a = core(x)
     u, s, vh = torch.linalg.svd(k, full_matrices=False)
     return SVD(q_b @ u, s, vh @ q_a.mT)
 
 
 def term_size(x: LowRank) -> float:
-    """(Σ_j ‖b_j‖² ‖a_j‖²)^½ over the columns of B and rows of A: above ‖B·A‖_F where the terms b_j a_j cancel."""
+    """Return (Σ_j ‖b_j‖² ‖a_j‖²)^½ over the columns of B and rows of A, above ‖B·A‖_F where terms b_j a_j cancel."""
     return float((promote(x.b).norm(dim=0) * promote(x.a).norm(dim=1)).norm())
 
 
 def above_rounding(s: Tensor, size: float | Tensor = 0.0) -> Tensor:
-    """Which singular values (…, q) stand above rounding: σ_j > 4·q·eps·max(σ_1, size).
+    """Return a mask of the singular values (…, q) that stand above rounding: σ_j > 4·q·eps·max(σ_1, size).
 
     Parameters
     ----------
     size
-        The `term_size` of the product they are of, (…) where there are several. Rounding follows the terms, not their
-        sum: after an ill-conditioned gauge its noise stands far above eps·σ_1 and would count as directions of its own.
+        The `term_size` of their product, (…) where there are several. Rounding follows the terms, not their sum:
+        after an ill-conditioned gauge its noise stands far above eps·σ_1 and would count as directions of its own.
     """
     floor = torch.as_tensor(size, dtype=s.dtype, device=s.device)[..., None]
     # Not >=, or this fails with a matrix of all zeros.
@@ -131,12 +132,12 @@ def above_rounding(s: Tensor, size: float | Tensor = 0.0) -> Tensor:
 
 
 def numerical_rank(s: Tensor, size: float = 0.0) -> int:
-    """How many of the singular values (q,) are `above_rounding`."""
+    """Return the number of singular values (q,) that are `above_rounding`."""
     return int(above_rounding(s, size).sum())
 
 
 def left_coordinates(b: Tensor, a: Tensor) -> Tensor:
-    """Y with Y Yᵀ = B A Aᵀ Bᵀ, no larger than the factors: B·A on an orthonormal basis of its row space.
+    """Return Y with Y Yᵀ = B A Aᵀ Bᵀ, no larger than the factors: B·A on an orthonormal basis of its row space.
 
     Left singular vectors, singular values, norms and ‖B A − U Uᵀ B A‖ are those of Y.
 
@@ -156,7 +157,7 @@ def left_coordinates(b: Tensor, a: Tensor) -> Tensor:
 
 
 def left_singular(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The first left singular vectors of Y (…, m, q), and all its singular values.
+    """Return the first left singular vectors of Y (…, m, q), and all its singular values.
 
     Returns
     -------
@@ -172,27 +173,27 @@ def left_singular(y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _triangle(x: Tensor) -> Tensor:
-    """R of X = Q R without Q: at half the work of both, as fast as a Gram matrix in float64, and with no square."""
+    """Return R of X = Q R without Q: half the work, as fast as a Gram matrix in float64, and without squaring."""
     r: Tensor = torch.linalg.qr(x, mode="r")[1]
     return r
 
 
 def truncate(x: LowRank, rank: int) -> LowRank:
-    """The best rank-`rank` approximation in Frobenius norm (Eckart and Young 1936), as (U Σ, Vᵀ)."""
+    """Return the best rank-`rank` approximation in Frobenius norm (Eckart and Young 1936), as (U Σ, Vᵀ)."""
     f = svd(x)
     return LowRank(f.u[:, :rank] * f.s[:rank], f.vh[:rank])
 
 
 def norm(x: LowRank) -> float:
-    """‖B·A‖_F, on a basis of the row space (a difference never goes negative, as it would through Grams)."""
+    """Return ‖B·A‖_F, on a basis of the row space (a difference never goes negative, as it would through Grams)."""
     return float(torch.linalg.matrix_norm(left_coordinates(promote(x.b), promote(x.a))))
 
 
 def distance(x: LowRank, y: LowRank) -> float:
-    """‖X − Y‖_F: subtract first, as a stacked pair, then take the norm."""
+    """Return ‖X − Y‖_F: subtract first, as a stacked pair, then take the norm."""
     return norm(stack([x, y], [1.0, -1.0]))
 
 
 def inner(x: LowRank, y: LowRank) -> float:
-    """⟨X, Y⟩ = tr(Xᵀ Y) from r×r matrices only."""
+    """Return ⟨X, Y⟩ = tr(Xᵀ Y) from r×r matrices only."""
     return float(((promote(x.b).mT @ promote(y.b)) * (promote(x.a) @ promote(y.a).mT)).sum())

@@ -17,7 +17,7 @@ from fedspan.algebra.lowrank import LowRank
 
 _WORST, _WORST_WIDER = 1e2, 1e6
 """The largest ‖G⁻¹‖ of a Gram matrix with unit diagonal that is whitened, in the factors' own precision and in float64
-for float32 factors. What rounding of G does to projector and basis is ‖G⁻¹‖·eps."""
+for float32 factors. Rounding of G changes projector and basis by about ‖G⁻¹‖·eps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Span:
 
 
 def column_basis(x: LowRank, max_rank: int | None = None) -> Tensor:
-    """Orthonormal basis of col(B·A): the left singular vectors above rounding.
+    """Return an orthonormal basis of col(B·A): the left singular vectors above rounding.
 
     The column space of the *product*, so that neither the gauge, nor its conditioning, nor a zero factor on
     either side changes it. A zero update gives no column.
@@ -42,7 +42,7 @@ def column_basis(x: LowRank, max_rank: int | None = None) -> Tensor:
     Parameters
     ----------
     max_rank
-        Keep at most so many directions, those of largest singular value.
+        Keep at most this number of directions, those of largest singular value.
 
     Returns
     -------
@@ -55,10 +55,10 @@ def column_basis(x: LowRank, max_rank: int | None = None) -> Tensor:
 
 
 def column_spans(terms: Sequence[LowRank], max_rank: int | None = None) -> list[Span]:
-    """The column spaces of many products, of any shapes, as `column_basis` gives them but without a QR of each.
+    """Return the column spaces of many products, of any shapes, as `column_basis` does but without a QR of each.
 
     Where B and A, columns and rows scaled to length 1, are far from dependent, Cholesky factors of their r×r Gram
-    matrices do what the triangular factors of two QRs would (CholeskyQR; Yamamoto et al. 2015 on its rounding): the
+    matrices replace the triangular factors of two QRs (CholeskyQR; Yamamoto et al. 2015 on its rounding): the
     product then has full rank for certain, and B·Z spans it. Grams that are too ill-conditioned in float32 are made
     again in float64, and products that are so there, or near rank deficiency, take the QR.
     """
@@ -80,7 +80,7 @@ def column_spans(terms: Sequence[LowRank], max_rank: int | None = None) -> list[
 def _whitened(
     terms: Sequence[LowRank], members: Sequence[int], dtype: torch.dtype | None, max_rank: int | None
 ) -> dict[int, Span]:
-    """The spans of those members, all of one rank and type, that Grams in that precision give safely."""
+    """Return the spans of those members, all of one rank and type, for which Grams in that precision are accurate."""
     kind = torch.promote_types(terms[members[0]].b.dtype, torch.float32)
     left, z, worst_b, size_b = _triangle(_grams([terms[i].b for i in members], dtype or kind))
     right, _, worst_a, size_a = _triangle(_grams([terms[i].a.mT for i in members], dtype or kind))
@@ -99,12 +99,12 @@ def _whitened(
 
 
 def _grams(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """XᵀX (k, r, r) of factors (·, r), multiplied in that precision."""
+    """Return XᵀX (k, r, r) of factors (·, r), multiplied in that precision."""
     return torch.stack([x.mT @ x for x in (factor.to(dtype) for factor in factors)]).double()
 
 
 def _triangle(grams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(R, Z, ‖G⁻¹‖_F, lengths): B Z orthonormal and B = (B Z) R for the Grams BᵀB (k, r, r), G at unit diagonal."""
+    """Return (R, Z, ‖G⁻¹‖_F, lengths): B Z orthonormal, B = (B Z) R, for Grams BᵀB (k, r, r), G at unit diagonal."""
     lengths = grams.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
     unit = grams / (lengths[:, :, None] * lengths[:, None, :])
     lower, failed = torch.linalg.cholesky_ex(unit)
@@ -116,7 +116,7 @@ def _triangle(grams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def consensus(bases: Sequence[Tensor], weights: Sequence[float], rank: int) -> tuple[Tensor, Tensor]:
-    """Top-`rank` eigenvectors of the weighted projector sum Σ p_k Q_k Q_kᵀ.
+    """Return the top-`rank` eigenvectors of the weighted projector sum Σ p_k Q_k Q_kᵀ.
 
     They are the left singular vectors of [√p_1 Q_1 … √p_K Q_K], so no m×m matrix is formed. Chen et al. 2026
     (2605.06733) call this the consensus update subspace; the formula is our reconstruction of it.
@@ -135,7 +135,7 @@ def consensus(bases: Sequence[Tensor], weights: Sequence[float], rank: int) -> t
 
 
 def principal_angles(u: Tensor, v: Tensor) -> Tensor:
-    """Angles in radians, increasing, between span(U) and span(V), both orthonormal (Björck and Golub 1973).
+    """Return the angles in radians, increasing, between span(U) and span(V), both orthonormal (Björck and Golub 1973).
 
     Small angles are taken from their sine: the cosine alone cannot tell 1e-4 from 0 in float32.
     """

@@ -39,7 +39,7 @@ def chosen(config: Config, secret: Callable[[], int] | None = None) -> Method:
         the message names the methods for which it is.
     """
     federation, privacy, server = config.federation, config.privacy, config.server
-    method = methods.create(config.method)
+    method = methods.create(**config.method)
     if server.optimizer != "none":
         _check_vector(method)
         method = with_server_optimizer(

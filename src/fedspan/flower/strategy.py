@@ -1,7 +1,7 @@
 """A Flower strategy that runs one of our methods, for users with their own Flower app.
 
     # ServerApp
-    strategy = FedspanStrategy(create_method({"name": "glora"}), template, ranks={node: 4, other: 16})
+    strategy = FedspanStrategy(create_method("glora"), template, ranks={node: 4, other: 16})
     strategy.start(grid, strategy.arrays(), num_rounds=10)
 
     # ClientApp

@@ -1,1 +1,1 @@
-"""A server rule applied outside a run: once to adapter folders, or round by round in a loop of your own."""
+"""Server rules outside a run: applied once to adapter folders, or round by round in a training loop of your own."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from fedspan.adapters.compatibility import check_compatible
-from fedspan.adapters.peft_folder import CARRIED, Adapter, check_free, load, save
+from fedspan.adapters.lora_config import CARRIED
+from fedspan.adapters.peft_folder import check_free, load, save
+from fedspan.adapters.state_dict import Adapter
 from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
+from fedspan.merging.merge_report import MergeReport, Tally
 from fedspan.methods import METHODS
 from fedspan.methods.base import Method, ServerState, aggregate
 from fedspan.methods.messages import Broadcast, Factors, Request, Template, Update
@@ -28,64 +31,13 @@ from fedspan.support import parallel
 from fedspan.support.errors import FedspanError
 
 
-@dataclass(frozen=True, slots=True)
-class MergeReport:
-    """What a merge did, and what it cost. All losses are shares of a Frobenius norm, 0 for none."""
-
-    method: str
-    shares: tuple[float, ...]
-    """p_k, in the order of the folders."""
-    rank: int
-    """r of the written adapter."""
-    ranks: Mapping[str, int]
-    """Directions written, per module."""
-    full_ranks: Mapping[str, int]
-    """Directions of the method's result, per module: the rank that holds all of it."""
-    lost: Mapping[str, float]
-    """‖result − written‖ / ‖result‖ per module: what the rank limit cut off the method's result."""
-    lost_overall: float
-    """The same over all modules together."""
-    distance: Mapping[str, float]
-    """‖T − written‖ / ‖T‖ per module: how far the written adapter is from the true average."""
-    distance_overall: float
-    """The same over all modules together."""
-    num_dense: int
-    """Whole weights (heads) averaged."""
-    diagnostics: Mapping[str, float]
-    """What the method measured of itself."""
-
-    def lines(self) -> list[str]:
-        """The report in a few sentences, one each."""
-        shares = ", ".join(f"{share:.4g}" for share in self.shares)
-        heads = f" and {self.num_dense} whole weights" if self.num_dense else ""
-        lines = [
-            f"{self.method}: {len(self.shares)} adapters (weights {shares}) merged into one "
-            f"of rank {self.rank}, {len(self.ranks)} modules{heads}."
-        ]
-        cut = [name for name, full in self.full_ranks.items() if full > self.ranks[name]]
-        if cut:
-            worst = max(cut, key=lambda name: self.lost[name])
-            lines.append(
-                f"The rank does not hold all of it: {len(cut)} modules were cut and {self.lost_overall:.3%} "
-                f"of the norm is lost (most in {worst}, {self.lost[worst]:.3%}); "
-                f"rank {max(self.full_ranks.values())} would hold everything."
-            )
-        else:
-            lines.append(f"The adapter holds all that {self.method} gives.")
-        lines.append(f"Distance from the average of the updates themselves: {self.distance_overall:.3%} of its norm.")
-        return lines
-
-    def __str__(self) -> str:
-        return " ".join(self.lines())
-
-
 def merge(
-    folders: Sequence[Path],
+    folders: Sequence[str | os.PathLike[str]],
     method: Method,
     *,
     weights: Sequence[float] | None = None,
     rank: int | None = None,
-    out: Path,
+    out: str | os.PathLike[str],
 ) -> MergeReport:
     """Merge PEFT LoRA folders by the server rule of `method` and write the result as one PEFT folder.
 
@@ -94,23 +46,23 @@ def merge(
     weights
         One positive weight per folder, such as its number of examples; none: equal.
     rank
-        The largest rank that may be written; none: whatever holds the result.
+        The largest rank that may be written; none: the rank that holds the whole result.
     out
         A new or empty folder; it is written whole or not at all.
 
     Raises
     ------
-    ValueError
+    FedspanError
         See `combine` and `fedspan.adapters.peft_folder.load`; or `out` is not empty.
     """
-    out = Path(out)
-    check_free(out)
+    target = Path(out)
+    check_free(target)
     _check_arguments(len(folders), method, weights, rank)
     adapters = [load(Path(folder)) for folder in folders]
     result, report = combine(adapters, method, weights=weights, rank=rank, names=[str(folder) for folder in folders])
     config = result.config
     save(
-        out,
+        target,
         result.factors,
         base_model=config["base_model_name_or_path"],
         task_type=config["task_type"],
@@ -132,12 +84,12 @@ def combine(
     rank: int | None = None,
     names: Sequence[str] | None = None,
 ) -> tuple[Adapter, MergeReport]:
-    """`merge` without files.
+    """Merge adapters that are in memory.
 
-    Every adapter counts as the answer of one client in a first round. What a client would then receive,
+    Every adapter counts as the update of one client in a first round. The model that a client would receive next,
     adapter plus patch on its base, is joined into one pair per module by the QR core, and cut to `rank`
-    by its SVD: the best approximation of that rank (Eckart and Young 1936), whichever way the method
-    serves smaller clients.
+    by its SVD: the best approximation of that rank (Eckart and Young 1936), however the method serves
+    smaller clients.
 
     Each scaling is folded into its B first, so the method sees a common scaling of 1. Methods that work
     on products cannot tell. FedIT averages B without its scaling; with one scaling s in a module, s·B̄Ā =
@@ -152,11 +104,11 @@ def combine(
     Parameters
     ----------
     names
-        What errors call the adapters; none: by number.
+        The adapters' names in messages; none: their numbers.
 
     Raises
     ------
-    ValueError
+    FedspanError
         For a method that cannot merge in one shot, or not these adapters, naming those that can; for weights
         or a rank out of range; for adapters of different bases, modules, shapes or heads, naming the adapter.
     """
@@ -166,29 +118,24 @@ def combine(
     template, state = _start(labels, adapters, method)
     sent = method.broadcast(state, Request(rank=None))
     counts = [1.0] * len(adapters) if weights is None else [float(w) for w in weights]
-    updates = [
-        # The index leads, padded, so that clients are folded in the order of the folders.
-        method.encode(_update(f"{i:06d}", adapter, count), sent, None)[0]
-        for i, (adapter, count) in enumerate(zip(adapters, counts, strict=True))
-    ]
+    updates = [method.encode(update, sent, None)[0] for update in _updates(adapters, counts)]
     with parallel.threads(os.cpu_count() or 1):
         state, diagnostics = aggregate(method, state, updates)
     answer = method.broadcast(state, Request(rank=None))
     shares = [count / math.fsum(counts) for count in counts]
-    factors: dict[str, Factors] = {}
-    tally = _Tally({}, {}, {}, {})
-    for name in template.modules:
-        target = lowrank.stack([_delta(adapter.factors[name]) for adapter in adapters], shares)
-        factors[name] = _fit(tally, name, received(answer, name), target, rank)
+    tally = Tally({}, {}, {}, {})
+    factors = {
+        name: tally.fit(name, received(answer, name), _mean_delta(adapters, shares, name), rank)
+        for name in template.modules
+    }
     dense = _dense(labels, adapters, answer)
-    frozen = {name: tensor for adapter in adapters for name, tensor in adapter.frozen.items()}
-    result = Adapter(factors, dense, _common_config(adapters), adapters[0].embeddings, frozen)
+    result = Adapter(factors, dense, _common_config(adapters), adapters[0].embeddings, _frozen(adapters))
     written = max(1, *tally.kept.values())
     return result, tally.report(method, shares, written, len(dense), diagnostics)
 
 
 def _why_not(method: Method) -> str | None:
-    """Why the method has no rule for adapters that are merged once; none when it has."""
+    """Return why the method cannot merge adapters once; none where it can."""
     if method.info.pooled:
         return "pools the data and aggregates nothing"
     if method.info.personalised:
@@ -206,7 +153,7 @@ def _freezes_a(method: Method) -> bool:
 
 
 def _able(hetero_rank: bool = False) -> str:
-    """The names of the methods that can merge any adapters, or any of mixed ranks."""
+    """Return the names of the methods that can merge any adapters, or any of mixed ranks."""
     methods = {name: factory() for name, factory in METHODS.items()}
     return ", ".join(
         name
@@ -223,8 +170,11 @@ def _check_arguments(number: int, method: Method, weights: Sequence[float] | Non
         raise FedspanError("no adapter to merge: expected at least one folder")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise FedspanError(f"rank = {rank!r}: expected a whole number of at least 1")
-    if weights is None:
-        return
+    if weights is not None:
+        _check_weights(number, weights)
+
+
+def _check_weights(number: int, weights: Sequence[float]) -> None:
     if len(weights) != number:
         raise FedspanError(f"{len(weights)} weights for {number} adapters: expected one each")
     for weight in weights:
@@ -233,23 +183,36 @@ def _check_arguments(number: int, method: Method, weights: Sequence[float] | Non
 
 
 def _start(labels: Sequence[str], adapters: Sequence[Adapter], method: Method) -> tuple[Template, ServerState]:
-    """The template, with a common scaling of 1, and the state before the round."""
+    """Return the template, with a common scaling of 1, and the state before the round."""
     info, frozen_a = method.info, _freezes_a(method)
     shapes = {name: f.delta().shape for name, f in adapters[0].factors.items()}
     ranks = {name: [adapter.factors[name].rank for adapter in adapters] for name in shapes}
     if not info.hetero_rank:
-        _check_one(labels, info.name, "rank", {name: list(r) for name, r in ranks.items()})
-        if not info.exact:
-            scalings = {name: [a.factors[name].scaling for a in adapters] for name in shapes}
-            _check_one(labels, info.name, "scaling", scalings)
+        _check_alike(labels, adapters, method, ranks)
     size = max(max(r) for r in ranks.values())
     if info.exact and info.hetero_rank and not frozen_a:
-        # The server keeps enough directions to be exact: all that the clients' column spaces span together. The
-        # rank of T does not suffice, it is at most n where n < m, and a projector of that rank would lose some.
-        size = max(size, *(min(max(m, n), sum(ranks[name])) for name, (m, n) in shapes.items()))
+        size = max(size, _union_rank(shapes, ranks))
     template = Template(shapes, size, alpha=float(size))
     state = method.init(template, adapters[0].dense)
     return template, _with_common_a(labels, adapters, method, state) if frozen_a else state
+
+
+def _union_rank(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, list[int]]) -> int:
+    """Return a server rank that is exact: all that the clients' column spaces span together.
+
+    The rank of T does not suffice: it is at most n where n < m, and a projector of that rank would lose some.
+    """
+    return max(min(max(m, n), sum(ranks[name])) for name, (m, n) in shapes.items())
+
+
+def _check_alike(
+    labels: Sequence[str], adapters: Sequence[Adapter], method: Method, ranks: Mapping[str, list[int]]
+) -> None:
+    """Refuse mixed ranks, or mixed scalings in a module, where the method's result would depend on them."""
+    _check_one(labels, method.info.name, "rank", ranks)
+    if not method.info.exact:
+        scalings = {name: [adapter.factors[name].scaling for adapter in adapters] for name in ranks}
+        _check_one(labels, method.info.name, "scaling", scalings)
 
 
 def _check_one(labels: Sequence[str], name: str, what: str, values: Mapping[str, Sequence[float]]) -> None:
@@ -264,7 +227,7 @@ def _check_one(labels: Sequence[str], name: str, what: str, values: Mapping[str,
 def _with_common_a(
     labels: Sequence[str], adapters: Sequence[Adapter], method: Method, state: ServerState
 ) -> ServerState:
-    """The state with the A that all adapters share, where the method would have drawn one."""
+    """Return the state with the A that all adapters share, in place of a drawn one."""
     size = state.template.rank
     modules = dict(state.modules)
     differ = []
@@ -287,14 +250,24 @@ def _with_common_a(
 
 
 def _delta(f: Factors) -> LowRank:
-    """s·B·A in float64 where the file has it, in float32 otherwise."""
+    """Return s·B·A in float64 where the file has it, in float32 otherwise."""
     delta = f.delta()
     dtype = torch.promote_types(delta.b.dtype, delta.a.dtype)
     return LowRank(delta.b.to(dtype), delta.a.to(dtype))
 
 
+def _mean_delta(adapters: Sequence[Adapter], shares: Sequence[float], module: str) -> LowRank:
+    """Return T = Σ p_k s_k B_k A_k of one module."""
+    return lowrank.stack([_delta(adapter.factors[module]) for adapter in adapters], shares)
+
+
+def _updates(adapters: Sequence[Adapter], counts: Sequence[float]) -> list[Update]:
+    # The padded index is the client's id, so that clients are folded in the order of the folders.
+    return [_update(f"{i:06d}", x, count) for i, (x, count) in enumerate(zip(adapters, counts, strict=True))]
+
+
 def _update(client_id: str, adapter: Adapter, count: float) -> Update:
-    """The adapter as a client's answer: scaling 1, and one rank for all its modules, as in a federation."""
+    """Return the adapter as a client's update: scaling 1, and one rank for all its modules, as in a federation."""
     rank = max(f.rank for f in adapter.factors.values())
     modules = {}
     for name, f in adapter.factors.items():
@@ -307,7 +280,7 @@ def _update(client_id: str, adapter: Adapter, count: float) -> Update:
 
 
 def _dense(labels: Sequence[str], adapters: Sequence[Adapter], answer: Broadcast) -> dict[str, Tensor]:
-    """The averaged whole weights; those that are bitwise equal everywhere stay so."""
+    """Return the averaged whole weights; those that are bitwise equal everywhere stay so."""
     dense: dict[str, Tensor] = {}
     for name, tensor in adapters[0].dense.items():
         odd = [label for label, x in zip(labels, adapters, strict=True) if not torch.equal(x.dense[name], tensor)]
@@ -318,6 +291,10 @@ def _dense(labels: Sequence[str], adapters: Sequence[Adapter], answer: Broadcast
         else:
             raise FedspanError(f"{odd[0]}: {name} is {tensor.dtype} and differs from {labels[0]}'s: expected equality")
     return dense
+
+
+def _frozen(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+    return {name: tensor for adapter in adapters for name, tensor in adapter.frozen.items()}
 
 
 def _common_config(adapters: Sequence[Adapter]) -> dict[str, Any]:
@@ -331,54 +308,3 @@ def _common_config(adapters: Sequence[Adapter]) -> dict[str, Any]:
         "modules_to_save": list(saved),
         "fan_in_fan_out": bool(first.get("fan_in_fan_out")),
     }
-
-
-@dataclass(frozen=True, slots=True)
-class _Tally:
-    """What was kept and lost, gathered module by module; norms, not shares."""
-
-    kept: dict[str, int]
-    full: dict[str, int]
-    lost: dict[str, tuple[float, float]]
-    distance: dict[str, tuple[float, float]]
-
-    def report(
-        self,
-        method: Method,
-        shares: Sequence[float],
-        rank: int,
-        num_dense: int,
-        diagnostics: Mapping[str, float],
-    ) -> MergeReport:
-        return MergeReport(
-            method.info.name,
-            tuple(shares),
-            rank,
-            self.kept,
-            self.full,
-            {name: _share(*pair) for name, pair in self.lost.items()},
-            _share(*(math.hypot(*norms) for norms in zip(*self.lost.values(), strict=True))),
-            {name: _share(*pair) for name, pair in self.distance.items()},
-            _share(*(math.hypot(*norms) for norms in zip(*self.distance.values(), strict=True))),
-            num_dense,
-            diagnostics,
-        )
-
-
-def _share(part: float, whole: float) -> float:
-    if whole > 0:
-        return part / whole
-    return 0.0 if part == 0 else math.inf
-
-
-def _fit(tally: _Tally, name: str, result: LowRank, target: LowRank, rank: int | None) -> Factors:
-    """The result as a balanced pair of at most `rank` directions, with what that costs noted down."""
-    f = lowrank.svd(result)
-    full = lowrank.numerical_rank(f.s)
-    keep = full if rank is None else min(full, rank)
-    root = f.s[:keep].sqrt()
-    factors = Factors(f.u[:, :keep] * root, root[:, None] * f.vh[:keep], 1.0)
-    tally.kept[name], tally.full[name] = keep, full
-    tally.lost[name] = float(f.s[keep:].norm()), float(f.s.norm())
-    tally.distance[name] = lowrank.distance(target, factors.delta()), lowrank.norm(target)
-    return factors

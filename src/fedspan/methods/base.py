@@ -26,7 +26,7 @@ from typing import Any, Literal
 from fedspan.methods.folds import Exchange, Partial
 from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Request, Template, Tensors, Update
 from fedspan.methods.patches import PatchLog
-from fedspan.methods.queries import Conversation, Terms, own_terms
+from fedspan.methods.queries import ContributionOf, QueryProcedure, own_contribution
 from fedspan.support.errors import FedspanError
 
 
@@ -90,8 +90,8 @@ def _everything(update: Update, broadcast: Broadcast, state: ClientState | None)
     return replace(update, moments={}, rate_sum=0.0), state
 
 
-def _own_terms(state: ServerState) -> Terms:
-    return own_terms
+def _own_contributions(state: ServerState) -> ContributionOf:
+    return own_contribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +109,11 @@ class Method:
     """On the site, before training: combine what was sent with what the client kept."""
     encode: Callable[[Update, Broadcast, ClientState | None], tuple[Update, ClientState | None]] = _everything
     """On the site, after training: what leaves it, and what stays."""
-    converse: Callable[[ServerState], Conversation] | None = None
+    finish_by_queries: Callable[[ServerState], QueryProcedure] | None = None
     """The same rule as `finish` through sums alone, for updates that are not held at once; none: a method whose fold
     is a sum needs no second form, and one whose result grows with the clients cannot have it."""
-    terms: Callable[[ServerState], Terms] = _own_terms
-    """What the questions of `converse` are about: X_k by update and module, for `questions.partial_sums`."""
+    contributions: Callable[[ServerState], ContributionOf] = _own_contributions
+    """The X_k that these queries are about, by update and module, for `queries.partial_sums`."""
     vector: Direct | None = None
     """None: a server optimizer would act on factor pairs, and its result would depend on their gauge."""
 

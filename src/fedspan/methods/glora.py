@@ -17,9 +17,9 @@ from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, Diagnostics, Factors, Request, Template, Tensors, Update
 from fedspan.methods.momentum import extrapolated, previous
-from fedspan.methods.queries import Conversation, Outcome, Sums, Term, Terms, own_terms
+from fedspan.methods.queries import Contribution, ContributionOf, QueryProcedure, ServerStep, Sums, own_contribution
 from fedspan.methods.readout import Balance, fresh_adapter, leading_adapter
-from fedspan.methods.spectral import Dialogue, Found, Wanted
+from fedspan.methods.spectral import Approximation, ApproximationSpec, ModuleProcedure
 from fedspan.support import parallel
 from fedspan.support.errors import FedspanError
 
@@ -29,7 +29,7 @@ ServerRank = int | Literal["auto", "double"] | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Options:
+class _GloraOptions:
     server_rank: ServerRank
     tolerance: float
     basis: Literal["projector", "energy"]
@@ -68,34 +68,37 @@ def glora(
     Parameters
     ----------
     server_rank
-        R; none: the largest client rank; `double`: twice that. The aggregate is exact once R spans the union of the
-        clients' column spaces, at most min(m, Σ r_k). `auto`: module by module the smallest R that
-        discards at most the share `tolerance` of ‖T‖_F; every round's record then has a `certificate`: each module's
-        rank and the share of its energy ‖T‖_F² that was discarded.
+        R, the rank of the server's state; `none`: the largest client rank, `double`: twice that, `auto`: module by
+        module the smallest rank that discards at most the tolerance. The aggregate is exact once R spans the union of
+        the clients' column spaces, at most min(m, Σ r_k).
+    tolerance
+        The share of ‖T‖_F that may be discarded with `server_rank = "auto"`. Every round's record then has a
+        `certificate`: each module's rank, and the share of its energy ‖T‖_F² that was discarded.
     basis
         `projector`: every client's subspace counts by its weight alone. `energy`: the left singular vectors of the
         aggregate itself, which lose the least energy.
     sides
-        `both`: a consensus right basis V too, so that the state is U (Uᵀ T V) Vᵀ; for the energy basis the same thing.
+        `both`: a consensus basis V on the right too, so that the state is U (Uᵀ T V) Vᵀ; for the energy basis the
+        two choices are the same.
     update
-        `replace`: the new state is built from the whole adapters that came back. `innovation`: each client's
-        innovation, its adapter minus the readout it was sent, is added to the state; directions that a low-rank client
-        was never sent are kept, and so is what absent clients taught.
+        `replace`: the new state is built from the whole adapters that came back. `innovation`: each client's adapter
+        minus the readout it was sent is added to the state, so that directions that a low-rank client was never sent
+        are kept, and so are those learnt by absent clients.
     start
         `readout`: clients continue from the state truncated to their rank. `state`: they receive the whole state as a
-        frozen patch and train a fresh adapter on top, so innovations are exact at any rank; more traffic down.
-        `split`: they train the readout of their rank on a frozen patch that holds the rest of the state, so that they
-        neither lack nor learn again what they cannot hold; as much traffic down.
+        frozen patch and train a fresh adapter on top. `split`: they train the readout of their rank on a frozen patch
+        that holds the rest of the state. The last two add innovations to the state, and send R(m+n) down.
     readout
         `svd`: the best adapter of each rank. `nested`: the first directions of U in the consensus's order, so that
         ranks nest.
     balance
-        How the size of a direction is shared between B and A (see `leading_adapter`).
+        How the size of a direction is shared between B and A: `init` keeps the rows of A as long as freshly drawn ones,
+        `even` gives both factors the same length, `root` gives B the root of the singular value and A that over s.
     algebra
-        `exact` or `randomized` (see `fedspan.methods.spectral`); `auto`: by shape, exact while that is cheap.
+        `exact`, `randomized`, or `auto`: chosen by shape, exact while that is cheap.
     momentum
-        β of S_t = trunc_R(T̂_t + β (S_{t−1} − S_{t−2})) on the state (see `fedspan.methods.momentum`), which is then
-        kept in the form of its SVD; 0: S_t = T̂_t. Heads are averaged without it.
+        β of S_t = trunc_R(T̂_t + β (S_{t−1} − S_{t−2})) on the state, which is then kept in the form of its SVD;
+        0: S_t = T̂_t. Heads are averaged without it.
     """
     if start != "readout":
         # What comes back is an addition to the state, never a replacement of it.
@@ -108,7 +111,7 @@ def glora(
         raise FedspanError("method.algebra = 'randomized': expected 'auto' or 'exact' with method.server_rank = 'auto'")
     if not 0 <= momentum < 1:
         raise FedspanError(f"method.momentum = {momentum}: expected at least 0 and below 1")
-    options = _Options(server_rank, tolerance, basis, sides, update, start, readout, algebra, balance, momentum)
+    options = _GloraOptions(server_rank, tolerance, basis, sides, update, start, readout, algebra, balance, momentum)
     info = MethodInfo(
         name="glora",
         title="GLoRA",
@@ -133,10 +136,8 @@ def flexlora(algebra: Algebra = "auto", balance: Balance = "init") -> Method:
 
     Parameters
     ----------
-    algebra
-        `exact` or `randomized` (see `fedspan.methods.spectral`); `auto`: by shape, exact while that is cheap.
-    balance
-        How the size of a direction is shared between B and A (see `leading_adapter`).
+    algebra, balance
+        As in `glora`.
     """
     info = MethodInfo(
         name="flexlora",
@@ -148,10 +149,12 @@ def flexlora(algebra: Algebra = "auto", balance: Balance = "init") -> Method:
         traffic_up="r(m+n)",
         traffic_down="r(m+n)",
     )
-    return _product_server(info, _Options(None, 0.01, "energy", "left", "replace", "readout", "svd", algebra, balance))
+    return _product_server(
+        info, _GloraOptions(None, 0.01, "energy", "left", "replace", "readout", "svd", algebra, balance)
+    )
 
 
-def _product_server(info: MethodInfo, options: _Options) -> Method:
+def _product_server(info: MethodInfo, options: _GloraOptions) -> Method:
     def init(template: Template, dense: Tensors) -> ServerState:
         empty: dict[str, Tensors] = {}
         for name, (m, n) in template.modules.items():
@@ -177,27 +180,33 @@ def _product_server(info: MethodInfo, options: _Options) -> Method:
             return Broadcast(adapter, state.dense, patch=patch, news=(patch,))
         return Broadcast(adapter, state.dense)
 
-    def terms(state: ServerState) -> Terms:
-        return _terms(state, options)
+    def contributions(state: ServerState) -> ContributionOf:
+        return _contributions(state, options)
 
     def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
-        term = terms(state)
+        contribution_of = contributions(state)
         weights = partial.shares()
 
         def sums(name: str) -> Sums:
-            return Sums([term(u, name) for u in partial.collected], weights)
+            return Sums([contribution_of(u, name) for u in partial.collected], weights)
 
-        outcome = _pushed(
-            state, outcome_of(_solve(state, sums, len(weights), options), options.server_rank == "auto"), options
-        )
-        return advance(state, modules=outcome.modules, dense=partial.mean_dense()), outcome.diagnostics
+        approximations = _solve(state, sums, len(weights), options)
+        step = _with_momentum(state, step_of(approximations, options.server_rank == "auto"), options)
+        return advance(state, modules=step.modules, dense=partial.mean_dense()), step.diagnostics
 
-    def converse(state: ServerState) -> Conversation:
+    def finish_by_queries(state: ServerState) -> QueryProcedure:
         if options.algebra == "exact" or options.server_rank == "auto":
             raise FedspanError(f"{info.name} with exact algebra or an automatic rank needs all updates at once")
-        return _conversation(state, options)
+        return _query_procedure(state, options)
 
-    return Method(info=info, init=init, broadcast=broadcast, finish=finish, converse=converse, terms=terms)
+    return Method(
+        info=info,
+        init=init,
+        broadcast=broadcast,
+        finish=finish,
+        finish_by_queries=finish_by_queries,
+        contributions=contributions,
+    )
 
 
 def _held(state: ServerState) -> dict[str, LowRank]:
@@ -205,98 +214,103 @@ def _held(state: ServerState) -> dict[str, LowRank]:
 
 
 def _rest(x: LowRank, rank: int | None) -> LowRank:
-    """What a readout of that rank leaves of U·C."""
+    """Return what a readout of that rank leaves of U·C."""
     return LowRank(x.b[:, rank:], x.a[rank:])
 
 
-def _terms(state: ServerState, options: _Options) -> Terms:
-    """What the state is the average of: the clients' updates, or, where innovations are added to the state, each
-    client's update as if it had been sent the whole state."""
+def _contributions(state: ServerState, options: _GloraOptions) -> ContributionOf:
+    """Return the X_k whose mean the next state approximates.
+
+    They are the clients' updates or, where innovations are added to the state, each client's update as if it had been
+    sent the whole state.
+    """
     if options.update == "replace":
-        return own_terms
+        return own_contribution
     held = _held(state)
-    # One object per module and rank: `questions` asks it once for all the clients that share it.
+    # One object per module and rank: a query multiplies by it once for all the clients that share it.
     rests: dict[tuple[str, int], LowRank] = {}
 
-    def term(update: Update, module: str) -> Term:
-        x, own = held[module], own_terms(update, module)
+    def contribution_of(update: Update, module: str) -> Contribution:
+        x, own = held[module], own_contribution(update, module)
         sent = 0 if options.start == "state" else min(own.own.rank, x.rank)
         if sent == x.rank:
             return own
         rest = rests.setdefault((module, sent), _rest(x, sent))
-        return Term(own.own, own.scaling, rest)
+        return Contribution(own.own, own.scaling, rest)
 
-    return term
+    return contribution_of
 
 
 def kept_rank(template: Template, server_rank: int | Literal["double"] | None) -> int:
-    """R."""
+    """Return R."""
     if isinstance(server_rank, int):
         return server_rank
     return template.rank * (2 if server_rank == "double" else 1)
 
 
-def _wanted(state: ServerState, shape: tuple[int, int], options: _Options) -> Wanted:
+def _spec(state: ServerState, shape: tuple[int, int], options: _GloraOptions) -> ApproximationSpec:
     automatic = options.server_rank == "auto"
     rank = max(shape) if options.server_rank == "auto" else kept_rank(state.template, options.server_rank)
     # With more directions each, the old state, which all clients hold, would outvote everything new.
     vote = None if options.update == "replace" else state.template.rank if automatic else rank
     tolerance = options.tolerance if automatic else None
     both = options.sides == "both" and options.basis == "projector"
-    return Wanted(rank, options.basis, both, vote, tolerance, options.readout == "svd" or automatic)
+    return ApproximationSpec(rank, options.basis, both, vote, tolerance, options.readout == "svd" or automatic)
 
 
-def _dialogue(state: ServerState, name: str, options: _Options) -> Dialogue:
+def _procedure(state: ServerState, name: str, options: _GloraOptions) -> ModuleProcedure:
     template = state.template
     shape = template.modules[name]
-    return spectral.dialogue(shape, _wanted(state, shape, options), template.seed, state.round_num, name, "spectral")
+    spec = _spec(state, shape, options)
+    return spectral.procedure_for(shape, spec, template.seed, state.round_num, name, "spectral")
 
 
-def _conversation(state: ServerState, options: _Options) -> Conversation:
-    talks = {name: _dialogue(state, name, options) for name in state.modules}
-    return _pushed(state, outcome_of((yield from spectral.together(talks))), options)
+def _query_procedure(state: ServerState, options: _GloraOptions) -> QueryProcedure:
+    procedures = {name: _procedure(state, name, options) for name in state.modules}
+    return _with_momentum(state, step_of((yield from spectral.run_together(procedures))), options)
 
 
-def _pushed(state: ServerState, outcome: Outcome, options: _Options) -> Outcome:
-    """The outcome with the server's momentum."""
+def _with_momentum(state: ServerState, step: ServerStep, options: _GloraOptions) -> ServerStep:
     if options.momentum == 0:
-        return outcome
+        return step
 
     def limits(name: str) -> tuple[int, float | None]:
-        wanted = _wanted(state, state.template.modules[name], options)
-        return wanted.rank, wanted.tolerance
+        spec = _spec(state, state.template.modules[name], options)
+        return spec.rank, spec.tolerance
 
-    return extrapolated(state, outcome, options.momentum, limits)
+    return extrapolated(state, step, options.momentum, limits)
 
 
-def _solve(state: ServerState, sums: Callable[[str], Sums], num_clients: int, options: _Options) -> dict[str, Found]:
-    """U·C of every module by the algebra of its shape; a batch of modules is read, solved and let go of."""
+def _solve(
+    state: ServerState, sums: Callable[[str], Sums], num_clients: int, options: _GloraOptions
+) -> dict[str, Approximation]:
+    """Return U·C of every module by the algebra of its shape; one batch of modules is held at a time."""
 
-    def solve(names: Sequence[str]) -> dict[str, Found]:
+    def solve(names: Sequence[str]) -> dict[str, Approximation]:
         alike: dict[object, dict[str, Sums]] = {}
         for name in names:
             held = sums(name)
             alike.setdefault((held.ranks, held.dtype), {})[name] = held
-        found: dict[str, Found] = {}
+        solved: dict[str, Approximation] = {}
         for modules in alike.values():
-            found |= zip(modules, _solve_alike(state, modules, options), strict=True)
-        return found
+            solved |= zip(modules, _solve_alike(state, modules, options), strict=True)
+        return solved
 
     batches = _batches(state.template, num_clients)
-    by_name = {name: x for found in parallel.ordered_map(solve, batches) for name, x in found.items()}
+    by_name = {name: x for solved in parallel.ordered_map(solve, batches) for name, x in solved.items()}
     return {name: by_name[name] for name in state.modules}
 
 
-def _solve_alike(state: ServerState, modules: Mapping[str, Sums], options: _Options) -> list[Found]:
-    """The same for modules of one shape whose clients have the same ranks."""
+def _solve_alike(state: ServerState, modules: Mapping[str, Sums], options: _GloraOptions) -> list[Approximation]:
+    """Return U·C of modules of one shape whose clients have the same ranks."""
     name, first = next(iter(modules.items()))
     shape = state.template.modules[name]
-    wanted = _wanted(state, shape, options)
+    spec = _spec(state, shape, options)
     if options.algebra == "exact" or (
-        options.algebra == "auto" and (wanted.tolerance or spectral.prefers_exact(shape, first.total_rank, wanted.rank))
+        options.algebra == "auto" and (spec.tolerance or spectral.prefers_exact(shape, first.total_rank, spec.rank))
     ):
-        return spectral.exactly(list(modules.values()), wanted)
-    return [spectral.answered(_dialogue(state, name, options), sums) for name, sums in modules.items()]
+        return spectral.solve_exactly(list(modules.values()), spec)
+    return [spectral.run_procedure(_procedure(state, name, options), sums) for name, sums in modules.items()]
 
 
 _BATCH = 2**20
@@ -304,7 +318,7 @@ _BATCH = 2**20
 
 
 def _batches(template: Template, num_clients: int) -> Iterable[list[str]]:
-    """Modules of one shape, so many at a time as are small together. Nothing is read: clients count at full rank."""
+    """Yield modules of one shape, as many at a time as fit `_BATCH` if every client has the largest rank."""
     groups: dict[tuple[int, int], list[str]] = {}
     for name, shape in template.modules.items():
         groups.setdefault(shape, []).append(name)
@@ -313,17 +327,21 @@ def _batches(template: Template, num_clients: int) -> Iterable[list[str]]:
         yield from (names[i : i + size] for i in range(0, len(names), size))
 
 
-def outcome_of(found: Mapping[str, Found], certified: bool = False) -> Outcome:
-    """The modules of the next state, and how much of T is not in them."""
-    lost, total = (sum(getattr(x, part) for x in found.values()) for part in ("lost_squared", "size_squared"))
-    rank = max(x.state.rank for x in found.values())
+def step_of(approximations: Mapping[str, Approximation], certified: bool = False) -> ServerStep:
+    """Return the modules of the next state, with how much of T is not in them as diagnostics."""
+    lost, total = (sum(getattr(x, part) for x in approximations.values()) for part in ("lost_squared", "size_squared"))
     error = (lost / total) ** 0.5 if total > 0 else 0.0
+    rank = max(x.state.rank for x in approximations.values())
     diagnostics: dict[str, Any] = {"server_rank": float(rank), "truncation_error": error}
     if certified:
         diagnostics["certificate"] = {
-            name: {"rank": x.state.rank, "discarded": x.lost_squared / x.size_squared if x.size_squared else 0.0}
-            for name, x in found.items()
+            name: {"rank": x.state.rank, "discarded": _discarded(x)} for name, x in approximations.items()
         }
-    if any(x.estimated for x in found.values()):
+    if any(x.estimated for x in approximations.values()):
         diagnostics["truncation_error_estimated"] = 1.0
-    return Outcome({name: {"u": x.state.b, "c": x.state.a} for name, x in found.items()}, diagnostics)
+    return ServerStep({name: {"u": x.state.b, "c": x.state.a} for name, x in approximations.items()}, diagnostics)
+
+
+def _discarded(x: Approximation) -> float:
+    """Return ‖T − U·C‖_F² / ‖T‖_F²."""
+    return x.lost_squared / x.size_squared if x.size_squared else 0.0

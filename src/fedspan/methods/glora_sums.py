@@ -16,42 +16,42 @@ from torch import Tensor
 from fedspan.methods import spectral
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import SUM, Exchange, Partial
-from fedspan.methods.glora import glora, kept_rank, outcome_of
+from fedspan.methods.glora import glora, kept_rank, step_of
 from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Request, Subspace, Template, Update, Vector
-from fedspan.methods.queries import Question, Sums, own_terms
+from fedspan.methods.queries import Query, Sums, own_contribution
 from fedspan.methods.readout import Balance
-from fedspan.methods.spectral import PROBES, Found
+from fedspan.methods.spectral import PROBES, Approximation
 from fedspan.support import parallel
 from fedspan.support.errors import FedspanError
 
 _PARTS = _SKETCH, _BASIS, _LEFT, _RIGHT = "columns", "adjoint", "left", "right"
-"""What a client is asked, by the last part of its name in `Broadcast.subspaces`: P_k times it, X_kᵀ times it, and the
-two sides of the probes."""
+"""The last parts of the names in `Broadcast.subspaces`: a client multiplies P_k or X_kᵀ by the first two; the others
+are the two sides of the probes."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What the two sides agree on."""
+    """The settings that server and clients share."""
 
     server_rank: int | Literal["double"] | None
     passes: int
 
     def rank(self, template: Template, name: str) -> int:
-        """R, at most m."""
+        """Return R, at most m."""
         return min(kept_rank(template, self.server_rank), template.modules[name][0])
 
     def first(self, state: ServerState, name: str) -> Tensor:
-        """Ω, the same on both sides from the run's seed and the round; the identity where it would be square."""
+        """Return Ω, the same on both sides from the run's seed and the round; the identity where it would be square."""
         m = state.template.modules[name][0]
         omega = spectral.first_block(m, self.rank(state.template, name), *_key(state, name), _SKETCH)
-        # The whole projector sum then, as it is.
+        # Y is then the whole projector sum.
         return torch.eye(m) if omega.shape[1] == m else omega
 
 
 def glora_sums(
     server_rank: int | Literal["double"] | None = None, passes: Literal[1, 2] = 1, balance: Balance = "init"
 ) -> Method:
-    """GLoRA of which the server sees sums alone: Σ p_k P_k Ω, then Σ p_k Uᵀ X_k.
+    """GLoRA for a server that sees sums alone: Σ p_k P_k Ω, then Σ p_k Uᵀ X_k.
 
     With X_k = s_k B_k A_k, T = Σ p_k X_k and S = Σ p_k P_k, whose leading eigenvectors are GLoRA's consensus basis:
 
@@ -86,12 +86,12 @@ def glora_sums(
     Parameters
     ----------
     server_rank
-        R, as in `glora`; `auto` would make what travels depend on the data.
+        R, the rank of the server's state; `none`: the largest client rank, `double`: twice that.
     passes
-        2: S is asked once more, about what Y adds to Ω, before U is made: an exchange and m·l numbers each way more,
-        and nearly nothing is left of what one pass loses.
+        2: the clients are asked once more, about what Y adds to Ω, before U is made. That costs another exchange of m·l
+        numbers each way, and recovers nearly all that one pass loses.
     balance
-        How the size of a direction is shared between B and A (see `leading_adapter`).
+        As in `glora`.
     """
     # A readout of the state is the same thing wherever the state came from.
     plain = glora(server_rank=server_rank, balance=balance)
@@ -110,7 +110,7 @@ def glora_sums(
 
     def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
         if state.exchange < passes:
-            return _found(state, partial, plan), {}
+            return _with_basis(state, partial, plan), {}
         return _closed(state, partial)
 
     return Method(
@@ -139,12 +139,12 @@ def _info(passes: int) -> MethodInfo:
 
 
 def _key(state: ServerState, name: str) -> tuple[object, ...]:
-    """As in `glora` with randomized algebra, which then asks the very same things."""
+    """Return the key of `glora` with randomized algebra, whose queries are then the same."""
     return state.template.seed, state.round_num, name, "spectral"
 
 
 def _drawn(state: ServerState, name: str, plan: _Plan) -> dict[str, Subspace]:
-    """What the first exchange asks of one module: Ω and the probes."""
+    """Return Ω and the probes of one module, for the first exchange."""
     (m, n), key = state.template.modules[name], _key(state, name)
     return {
         f"{name}/{_SKETCH}": Subspace(plan.first(state, name)),
@@ -154,33 +154,33 @@ def _drawn(state: ServerState, name: str, plan: _Plan) -> dict[str, Subspace]:
 
 
 def _asked(state: ServerState, part: str) -> dict[str, Subspace]:
-    """What a later exchange asks: about a second block, or in the end about U."""
+    """Return the subspaces of a later exchange: a second block, or in the last one U."""
     return {name: Subspace(value) for name, value in state.extra.items() if name.endswith(f"/{part}")}
 
 
 def _encode(update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[Update, ClientState | None]:
-    def answer(name: str) -> dict[str, Tensor]:
-        ask = {part: sent.subspaces[key].basis for part in _PARTS if (key := f"{name}/{part}") in sent.subspaces}
-        own = Sums([own_terms(update, name)], [1.0])
-        told: dict[str, Tensor] = {}
-        if _SKETCH in ask:
-            (told["sketch"],) = own((Question("columns", ask[_SKETCH]),))
-        if _BASIS in ask:
-            told["core"] = own((Question("adjoint", ask[_BASIS]),))[0].mT.contiguous()
-        if _LEFT in ask:
+    def reply_about(name: str) -> dict[str, Tensor]:
+        blocks = {part: sent.subspaces[key].basis for part in _PARTS if (key := f"{name}/{part}") in sent.subspaces}
+        own = Sums([own_contribution(update, name)], [1.0])
+        reply: dict[str, Tensor] = {}
+        if _SKETCH in blocks:
+            (reply["sketch"],) = own((Query("columns", blocks[_SKETCH]),))
+        if _BASIS in blocks:
+            reply["core"] = own((Query("adjoint", blocks[_BASIS]),))[0].mT.contiguous()
+        if _LEFT in blocks:
             x = update.factors(name).delta()
-            told["probes"] = (ask[_LEFT].to(x.b).mT @ x.b) @ (x.a @ ask[_RIGHT].to(x.a))
-        return told
+            reply["probes"] = (blocks[_LEFT].to(x.b).mT @ x.b) @ (x.a @ blocks[_RIGHT].to(x.a))
+        return reply
 
-    answers = zip(update.modules, parallel.ordered_map(answer, list(update.modules)), strict=True)
+    replies = zip(update.modules, parallel.ordered_map(reply_about, list(update.modules)), strict=True)
     # Heads go with the sketches.
     first = "subspaces" in sent.seeded
-    modules = {name: Vector(told) for name, told in answers if told}
+    modules = {name: Vector(reply) for name, reply in replies if reply}
     return replace(update, modules=modules, dense=update.dense if first else {}, moments={}, rate_sum=0.0), kept
 
 
-def _found(state: ServerState, partial: Partial, plan: _Plan) -> ServerState:
-    """What was learnt of S: U where that is enough, or what to ask next."""
+def _with_basis(state: ServerState, partial: Partial, plan: _Plan) -> ServerState:
+    """Return the state with U, or with the block that the next exchange is about."""
     extra = {name: value for name, value in state.extra.items() if not name.endswith(f"/{_SKETCH}")}
     if state.exchange == 0:
         extra["weight"] = torch.tensor(partial.weight, dtype=torch.float64)
@@ -202,9 +202,9 @@ def _found(state: ServerState, partial: Partial, plan: _Plan) -> ServerState:
 
 
 def _basis(omega: Tensor, y: Tensor, rank: int) -> Tensor:
-    """U (m, R) from Y = S Ω, with columns of zeros where fewer directions stand above rounding."""
+    """Return U (m, R) from Y = S Ω, with columns of zeros where fewer directions stand above rounding."""
     if omega.shape[0] == omega.shape[1]:
-        # All of S is known: nothing need be cut, since T is what it is along directions that rounding made, too.
+        # All of S is known. Directions made by rounding need not be cut: C holds what T is along them, too.
         s = torch.linalg.solve(omega.mT.double(), y.mT.double())  # Sᵀ
         _, vectors = torch.linalg.eigh((s + s.mT) / 2)
         top: Tensor = vectors.flip(1)[:, :rank].to(y)
@@ -214,24 +214,24 @@ def _basis(omega: Tensor, y: Tensor, rank: int) -> Tensor:
 
 
 def _closed(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
-    """The next state, from U and the sum of the cores."""
+    """Return the next state, from U and the sum of the cores."""
     # Probes and cores of different clients would be compared otherwise.
     whole = math.isclose(float(state.extra["weight"]), partial.weight, rel_tol=1e-9)
 
-    def close(name: str) -> Found:
+    def close(name: str) -> Approximation:
         u, c = state.extra[f"{name}/{_BASIS}"], partial.mean(name)["core"]
         size = float(c.double().square().sum())
         lost = _left_out(state, name, u, c) if whole else 0.0
-        return Found(spectral.arranged(u.to(c), c), lost, lost + size, True)
+        return Approximation(spectral.arranged(u.to(c), c), lost, lost + size, True)
 
     names = list(state.modules)
-    outcome = outcome_of(dict(zip(names, parallel.ordered_map(close, names), strict=True)))
-    told = {key: value for key, value in outcome.diagnostics.items() if whole or not key.startswith("truncation")}
-    return advance(state, modules=outcome.modules, extra={}), told
+    step = step_of(dict(zip(names, parallel.ordered_map(close, names), strict=True)))
+    known = {key: value for key, value in step.diagnostics.items() if whole or not key.startswith("truncation")}
+    return advance(state, modules=step.modules, extra={}), known
 
 
 def _left_out(state: ServerState, name: str, u: Tensor, c: Tensor) -> float:
-    """An unbiased estimate of ‖T − U C‖_F² from Gᵀ T H: E ‖Gᵀ D H‖_F² = 64 ‖D‖_F² for any D that they do not know."""
+    """Return an unbiased estimate of ‖T − U C‖_F² from Gᵀ T H: E ‖Gᵀ D H‖_F² = 64 ‖D‖_F² for D independent of G, H."""
     (m, n), key = state.template.modules[name], _key(state, name)
     left, right = (spectral.gaussian(m, PROBES, *key, _LEFT), spectral.gaussian(n, PROBES, *key, _RIGHT))
     inside = (left.to(u).mT @ u) @ (c @ right.to(c))

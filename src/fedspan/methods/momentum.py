@@ -15,7 +15,7 @@ from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import ServerState
 from fedspan.methods.messages import Tensors
-from fedspan.methods.queries import Outcome
+from fedspan.methods.queries import ServerStep
 from fedspan.support import parallel
 
 Limits = Callable[[str], tuple[int, float | None]]
@@ -23,13 +23,13 @@ Limits = Callable[[str], tuple[int, float | None]]
 
 
 def previous(m: int, n: int) -> Tensors:
-    """S_{−1} = 0, the state before the first, as the entries that momentum keeps beside U and C."""
+    """Return S_{−1} = 0, the state before the first, as the entries that momentum keeps beside U and C."""
     nothing = lowrank.zeros(m, n)
     return {"u0": nothing.b, "c0": nothing.a}
 
 
-def extrapolated(state: ServerState, outcome: Outcome, momentum: float, limits: Limits) -> Outcome:
-    """The outcome with β (S_{t−1} − S_{t−2}) added to every module and cut to R again, by energy.
+def extrapolated(state: ServerState, step: ServerStep, momentum: float, limits: Limits) -> ServerStep:
+    """Return the step with β (S_{t−1} − S_{t−2}) added to every module and cut to R again, by energy.
 
     Without truncation this is FedAvgM on T (Hsu et al. 2019, 1909.06335): Polyak's heavy ball. What the second
     truncation discards is reported as "momentum_truncation_error", a share of the sum's norm over all modules.
@@ -38,32 +38,32 @@ def extrapolated(state: ServerState, outcome: Outcome, momentum: float, limits: 
     ----------
     state
         The state of the round before, whose modules hold S_{t−1} as "u", "c" and S_{t−2} as "u0", "c0".
-    outcome
+    step
         T̂_t as "u", "c".
     """
 
     def push(name: str) -> tuple[LowRank, float, float]:
-        held, found = state.modules[name], outcome.modules[name]
-        terms = [LowRank(found["u"], found["c"]), LowRank(held["u"], held["c"]), LowRank(held["u0"], held["c0"])]
+        held, new = state.modules[name], step.modules[name]
+        terms = [LowRank(new["u"], new["c"]), LowRank(held["u"], held["c"]), LowRank(held["u0"], held["c0"])]
         return _cut(terms, [1.0, momentum, -momentum], *limits(name))
 
-    pushed = dict(zip(outcome.modules, parallel.ordered_map(push, outcome.modules), strict=True))
+    pushed = dict(zip(step.modules, parallel.ordered_map(push, step.modules), strict=True))
     modules: dict[str, Tensors] = {}
     for name, (x, _, _) in pushed.items():
         modules[name] = {"u": x.b, "c": x.a, "u0": state.modules[name]["u"], "c0": state.modules[name]["c"]}
     lost, size = sum(lost for _, lost, _ in pushed.values()), sum(size for _, _, size in pushed.values())
     diagnostics = {
-        **outcome.diagnostics,
+        **step.diagnostics,
         "server_rank": float(max(x.rank for x, _, _ in pushed.values())),
         "momentum_truncation_error": (lost / size) ** 0.5 if size > 0 else 0.0,
     }
-    return Outcome(modules, diagnostics)
+    return ServerStep(modules, diagnostics)
 
 
 def _cut(
     terms: list[LowRank], weights: list[float], rank: int, tolerance: float | None
 ) -> tuple[LowRank, float, float]:
-    """The sum's leading part in the form of its SVD, and the squared norms of what is left out and of all."""
+    """Return the sum's leading part in the form of its SVD, and the squared norms of what it leaves out and of all."""
     if not any(term.rank for term in terms[1:]):
         # Nothing to extrapolate from: the estimate stays as it is, to the bit.
         return terms[0], 0.0, float(terms[0].a.double().square().sum())

@@ -39,7 +39,7 @@ _OVERSAMPLING = 8
 
 
 @dataclass(frozen=True, slots=True)
-class _Options:
+class _SharedGaloreOptions:
     rank: int
     refresh: int
     basis: Basis
@@ -79,26 +79,26 @@ def shared_galore(
     Parameters
     ----------
     rank
-        r; a layer with a narrower side is trained whole.
+        r, the dimension of the subspace; a layer with a narrower side is trained whole.
     refresh
-        Rounds that one subspace serves.
+        Number of rounds between two new subspaces.
     basis
         `projector`: every client's subspace counts by its weight alone. `energy`: eigenvectors of Σ p_k G_k G_kᵀ, where
         a client with larger gradients counts for more. `seeded`: random directions from the run's seed; no client is
         asked for a gradient, and P does not travel.
     repeats
-        Power iterations on the clients' sum; each costs their sketches once more.
+        Number of power iterations on the clients' sum; each costs their sketches once more.
     scale
         Factor on the trained step (α in GaLore).
     probe_batches
-        Batches whose mean gradient is sketched.
+        Number of batches whose mean gradient each client sketches.
     svd
-        How a client finds its Q_k, exactly or nearly.
+        Algorithm for a client's Q_k, exact or randomized.
     """
-    o = _Options(rank, refresh, basis, repeats, scale, probe_batches, svd)
+    options = _SharedGaloreOptions(rank, refresh, basis, repeats, scale, probe_batches, svd)
     for name, least in (("rank", 1), ("refresh", 1), ("repeats", 0), ("probe_batches", 1)):
-        if getattr(o, name) < least:
-            raise FedspanError(f"method.{name} = {getattr(o, name)}: expected at least {least}")
+        if getattr(options, name) < least:
+            raise FedspanError(f"method.{name} = {getattr(options, name)}: expected at least {least}")
     if not scale > 0:
         raise FedspanError(f"method.scale = {scale}: expected more than 0")
     ask: list[Exchange] = []
@@ -107,25 +107,28 @@ def shared_galore(
 
     def broadcast(state: ServerState, request: Request) -> Broadcast:
         names = state.template.modules
-        asking = bool(ask) and ask[0].due(state.round_num) and state.exchange < len(ask)
-        first = not ask or not ask[0].due(state.round_num) or state.exchange == 0
-        sent = Broadcast({}, state.dense, Recipe(confined=True, probe_batches=probe_batches))
-        if asking:
-            spaces = {name: Subspace(_probe(state, name, o), _side(state.template, name)) for name in names}
+        asked = bool(ask) and ask[0].due(state.round_num)
+        first = not asked or state.exchange == 0  # of this round
+        if asked and state.exchange < len(ask):
+            spaces = {name: Subspace(_probe(state, name, options), _side(state.template, name)) for name in names}
             held = state.exchange == 0  # the first probe is drawn from the run's seed
         else:
-            spaces = {name: _space(state, name, o) for name in names}
-            # Whoever took part since this subspace was made holds it.
-            held = basis == "seeded" or request.seen >= _log(state).version - state.round_num % refresh
-        known = frozenset({"subspaces"} if held else ()) | (frozenset(names) if first else {"dense"})
-        news = _news(_log(state), request.seen, basis == "seeded") if first else ()
-        return replace(sent, subspaces=spaces, seeded=known, news=news)
+            spaces = {name: _space(state, name, options) for name in names}
+            held = _holds_space(state, request, options)
+        return Broadcast(
+            {},
+            state.dense,
+            Recipe(confined=True, probe_batches=probe_batches),
+            subspaces=spaces,
+            seeded=frozenset({"subspaces"} if held else ()) | (frozenset(names) if first else {"dense"}),
+            news=_news(_log(state), request.seen, basis == "seeded") if first else (),
+        )
 
     def encode(update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[Update, ClientState | None]:
         if update.modules:
             spaces = sent.subspaces
-            sketches = {name: Vector({"sketch": _sketch(_gradient(update, name), x, o)}) for name, x in spaces.items()}
-            return replace(update, modules=sketches), kept
+            sketches = {name: _sketch(_gradient(update, name), x, options) for name, x in spaces.items()}
+            return replace(update, modules={name: Vector({"sketch": x}) for name, x in sketches.items()}), kept
         moved = {}
         for name, x in sent.subspaces.items():
             step = lowrank.promote(update.dense[name]) - lowrank.promote(sent.dense[name])
@@ -136,16 +139,16 @@ def shared_galore(
 
     def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
         if state.exchange < len(ask):
-            return _estimate(state, partial, o, last=state.exchange == len(ask) - 1), {}
+            return _estimate(state, partial, options, last=state.exchange == len(ask) - 1), {}
         dense, steps = dict(partial.mean_dense()), {}
         for name in state.template.modules:
-            x, z = _space(state, name, o), partial.mean(name)["z"]
+            x, z = _space(state, name, options), partial.mean(name)["z"]
             steps[name] = LowRank(x.basis, z) if x.side == "left" else LowRank(z, x.basis.mT)
             dense[name] = lowrank.promote(state.dense[name]) + x.expand(z)
         return advance(state, dense=dense, patches=_log(state).append(steps)), {}
 
     return Method(
-        info=_info(o),
+        info=_info(options),
         init=_init,
         broadcast=broadcast,
         finish=finish,
@@ -155,13 +158,13 @@ def shared_galore(
     )
 
 
-def _info(o: _Options) -> MethodInfo:
+def _info(options: _SharedGaloreOptions) -> MethodInfo:
     up, down = ["r max(m,n)"], ["r max(m,n)"]
-    if o.basis != "seeded":
+    if options.basis != "seeded":
         sketch = f"(r+{_OVERSAMPLING})min(m,n)"
-        up.append(f"{1 + o.repeats}{sketch}" if o.repeats else sketch)
+        up.append(f"{1 + options.repeats}{sketch}" if options.repeats else sketch)
         down = ["r(m+n)"]
-        down += [f"{o.repeats}{sketch}" if o.repeats > 1 else sketch] if o.repeats else []
+        down += [f"{options.repeats}{sketch}" if options.repeats > 1 else sketch] if options.repeats else []
     return MethodInfo(
         name="shared_galore",
         title="Shared-projector GaLore",
@@ -198,40 +201,46 @@ def _drawn(state: ServerState, name: str, columns: int, *key: object) -> Tensor:
     return q.to(lowrank.promote(state.dense[name]))
 
 
-def _probe(state: ServerState, name: str, o: _Options) -> Tensor:
+def _probe(state: ServerState, name: str, options: _SharedGaloreOptions) -> Tensor:
     """Ω: at random first, then where the last sum pointed."""
     if state.exchange:
         return state.modules[name]["probe"]
-    return _drawn(state, name, o.rank + _OVERSAMPLING, state.round_num, "probe")
+    return _drawn(state, name, options.rank + _OVERSAMPLING, state.round_num, "probe")
 
 
-def _space(state: ServerState, name: str, o: _Options) -> Subspace:
+def _space(state: ServerState, name: str, options: _SharedGaloreOptions) -> Subspace:
     """Where clients train: P, its columns as long as the scale."""
-    if o.basis == "seeded":
-        p = _drawn(state, name, o.rank, state.round_num // o.refresh, "basis")
+    if options.basis == "seeded":
+        p = _drawn(state, name, options.rank, state.round_num // options.refresh, "basis")
     else:
         p = state.modules[name]["basis"]
-    return Subspace(p * o.scale, _side(state.template, name))
+    return Subspace(p * options.scale, _side(state.template, name))
+
+
+def _holds_space(state: ServerState, request: Request, options: _SharedGaloreOptions) -> bool:
+    """Return whether a client has P already: from the seed, or from a round since P was made."""
+    made_in = _log(state).version - state.round_num % options.refresh
+    return options.basis == "seeded" or request.seen >= made_in
 
 
 def _gradient(update: Update, name: str) -> Tensor:
     return lowrank.promote(update.vector(name)["gradient"])
 
 
-def _sketch(grad: Tensor, asked: Subspace, o: _Options) -> Tensor:
+def _sketch(grad: Tensor, asked: Subspace, options: _SharedGaloreOptions) -> Tensor:
     """Q Qᵀ Ω, or G Gᵀ Ω (m, r + 8), of a client's gradient G."""
     turned = grad if asked.side == "left" else grad.mT
     omega = asked.basis.to(turned)
-    if o.basis == "energy":
+    if options.basis == "energy":
         return turned @ (turned.mT @ omega)
-    near = projector(turned, min(o.rank, *turned.shape), o.svd, generator("shared_galore", "sketch"))
+    near = projector(turned, min(options.rank, *turned.shape), options.svd, generator("shared_galore", "sketch"))
     u, s, _ = torch.linalg.svd(near.mT @ turned, full_matrices=False)
     # A gradient of smaller rank has no say about the other directions.
     q: Tensor = near @ u[:, lowrank.above_rounding(s, float(turned.norm()))]
     return q @ (q.mT @ omega)
 
 
-def _estimate(state: ServerState, partial: Partial, o: _Options, last: bool) -> ServerState:
+def _estimate(state: ServerState, partial: Partial, options: _SharedGaloreOptions, last: bool) -> ServerState:
     """The next probe, or in the end P, from Y = S Ω with S the clients' positive semi-definite sum."""
     found: dict[str, Tensors] = {}
     for name, shape in state.template.modules.items():
@@ -239,8 +248,8 @@ def _estimate(state: ServerState, partial: Partial, o: _Options, last: bool) -> 
         if not last:
             found[name] = {"probe": torch.linalg.qr(y)[0]}
             continue
-        rank = min(o.rank, *shape)
-        p = nystrom(_probe(state, name, o).to(y), y, rank)
+        rank = min(options.rank, *shape)
+        p = nystrom(_probe(state, name, options).to(y), y, rank)
         # Where the clients name fewer directions than r, the spare ones are random: they can still learn.
         spare = _drawn(state, name, rank, state.round_num, "spare").to(y)
         more = torch.linalg.qr(torch.cat([p, spare], dim=1))[0][:, p.shape[1] : rank]

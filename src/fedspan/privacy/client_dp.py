@@ -95,7 +95,7 @@ def with_client_dp(
         raise FedspanError(f"client-level privacy: {method.info.name}: {reason}")
     rule = _Rule(method, clip, noise_multiplier, expected, secret)
     info = replace(method.info, title=f"{method.info.title} + client-level DP", exact=False)
-    return replace(method, info=info, encode=rule.encode, finish=rule.finish, vector=None, converse=None)
+    return replace(method, info=info, encode=rule.encode, finish=rule.finish, vector=None, finish_by_queries=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,12 +82,7 @@ class RunContext:
         if transport is None:
             clients = make_clients(corpus, config.federation, config.seed, config.data.client_holdout)
         else:
-            def notify(line: str) -> None:
-                on_event(Event("site", {"line": line}))
-
-            coordinator = Coordinator(transport, config, method, out, notify)
-                transport, config, method, out, lambda line: on_event(Event("site", {"line": line}))
-            )
+            coordinator = Coordinator(transport, config, method, out, _site_lines(on_event))
             clients = coordinator.gather()
         sampler = create_sampler(config.federation, config.seed, config.privacy.dp, secret_of(out))
         num_sampled = max(1, round(sampler.expected_size(len(clients))))
@@ -159,6 +154,11 @@ class RunContext:
     def close(self) -> None:
         """End every process that was started."""
         self.executor.close()
+
+
+def _site_lines(on_event: OnEvent) -> Callable[[str], None]:
+    """Return a function that turns the coordinator's lines about sites into events."""
+    return lambda line: on_event(Event("site", {"line": line}))
 
 
 def _check_min_success(min_success: int, num_sampled: int) -> None:

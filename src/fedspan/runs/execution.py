@@ -182,7 +182,7 @@ def _local_control(context: RunContext) -> dict[str, float] | None:
     """Train every client alone, on the same schedule, and return the mean of the clients' figures."""
     if not context.config.evaluation.local or context.method.info.alone or context.coordinator is not None:
         return None
-    control = methods.create({"name": "local", "trains": context.method.info.trains})
+    control = methods.create("local", trains=context.method.info.trains)
     alone = MethodRun.open(context, "local", control, context.clients)
     alone.advance(context.config.federation.rounds)
     return personal_metrics(context, control, alone.saved, alone.clients)

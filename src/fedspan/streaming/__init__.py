@@ -1,7 +1,7 @@
 """A server step over updates that are never all in memory: folded as they arrive, in as many passes as the rule needs.
 
-A method whose exchange is a sum takes one pass. One that holds a conversation (`fedspan.methods.queries`) takes a
-pass per question; every answer is a weighted sum over the clients, so memory is O(R(m+n)) per module however many
+A method whose exchange is a sum takes one pass. One that asks queries (`fedspan.methods.queries`) takes a
+pass per query; every result is a weighted sum over the clients, so memory is O(R(m+n)) per module however many
 there are, and servers may form a tree whose nodes add up their children's sums.
 """
 

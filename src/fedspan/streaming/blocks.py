@@ -1,4 +1,4 @@
-"""The sums over one block of updates in a pass: the method's own, or the answers to its questions.
+"""The sums over one block of updates in a pass: the method's own, or the results of its queries.
 
 Shapes: B (m, r), A (r, n), as in `fedspan.algebra.lowrank`.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedspan.methods.folds import SUM, Partial
 from fedspan.methods.messages import Factors, Update
-from fedspan.methods.queries import Questions, Term, Terms, partial_sums
+from fedspan.methods.queries import Contribution, ContributionOf, Queries, partial_sums
 from fedspan.streaming.spool import is_finite
 from fedspan.support.errors import FedspanError
 
@@ -59,10 +59,14 @@ def _own_tensors(total: Partial) -> dict[_Place, Tensor]:
     return values
 
 
-def answers_of(
-    questions: Questions, updates: Sequence[Update], terms: Terms, shapes: Mapping[str, tuple[int, int]], dense: bool
+def results_of(
+    queries: Queries,
+    updates: Sequence[Update],
+    contribution_of: ContributionOf,
+    shapes: Mapping[str, tuple[int, int]],
+    dense: bool,
 ) -> Partial:
-    """Return the sums that the questions ask for, Σ n_k (…) by number of the question; with `dense`, Σ n_k x_k too.
+    """Return the sums that the queries ask for, Σ n_k (…) by number of the query; with `dense`, Σ n_k x_k too.
 
     Parameters
     ----------
@@ -70,13 +74,13 @@ def answers_of(
         (m, n) of every module.
     """
 
-    def term(update: Update, name: str) -> Term:
+    def checked_contribution(update: Update, name: str) -> Contribution:
         # Every access may read a file anew, so the factors are read here, once.
-        return terms(replace(update, modules={name: _checked(update, name, shapes[name])}), name)
+        return contribution_of(replace(update, modules={name: _checked(update, name, shapes[name])}), name)
 
-    answers = partial_sums(questions, updates, term)
+    results = partial_sums(queries, updates, checked_contribution)
     # Contiguous, as a checkpoint restores them: products of another memory layout differ in the last bits.
-    sums = {name: {str(i): x.contiguous() for i, x in enumerate(values)} for name, values in answers.items()}
+    sums = {name: {str(i): x.contiguous() for i, x in enumerate(values)} for name, values in results.items()}
     heads = sum_of([replace(update, modules={}) for update in updates], dense).dense
     return Partial(len(updates), sum(float(update.num_examples) for update in updates), heads, sums)
 

@@ -11,15 +11,15 @@ from fedspan.methods import METHODS
 from fedspan.methods.base import Method, ServerState, advance
 from fedspan.methods.folds import SUM, Partial
 from fedspan.methods.messages import Diagnostics, Update
-from fedspan.methods.queries import Answers, Conversation, Outcome, Questions
+from fedspan.methods.queries import Queries, QueryProcedure, QueryResults, ServerStep
 from fedspan.streaming import stream_checkpoint
-from fedspan.streaming.blocks import answers_of, sum_of
+from fedspan.streaming.blocks import results_of, sum_of
 from fedspan.streaming.source import Boundary, ClientSequence, Source, walk
 from fedspan.streaming.stream_checkpoint import PassSums, StreamCheckpoint
 from fedspan.support.errors import FedspanError
 
-RunPass = Callable[[Questions | None, bool], Partial]
-"""(questions, dense) -> the sums of one pass over all clients: the method's own sum where the questions are None, else
+RunPass = Callable[[Queries | None, bool], Partial]
+"""(queries, dense) -> the sums of one pass over all clients: the method's own sum where the queries are None, else
 their answers; with Σ n_k x_k of the dense weights where `dense`."""
 
 
@@ -80,7 +80,7 @@ def sum_pass(
     method: Method,
     state: ServerState,
     source: Source,
-    questions: Questions | None = None,
+    queries: Queries | None = None,
     *,
     dense: bool = True,
     block: int = 32,
@@ -89,12 +89,12 @@ def sum_pass(
 
     Parameters
     ----------
-    questions
-        Asked by the root; None: the method's own sum. The answers are in ``sums`` by the number of their question.
+    queries
+        Asked by the root; None: the method's own sum. The answers are in ``sums`` by the number of their query.
     dense
         Add Σ n_k x_k of the dense weights, which the root needs once.
     """
-    return _PassRunner(method, state, source, block).run(questions, dense)
+    return _PassRunner(method, state, source, block).run(queries, dense)
 
 
 def aggregate_passes(method: Method, state: ServerState, run_pass: RunPass) -> tuple[ServerState, Diagnostics]:
@@ -109,33 +109,33 @@ def aggregate_passes(method: Method, state: ServerState, run_pass: RunPass) -> t
     """
     if method.exchanges[state.exchange].fold.kind == "sum":
         return method.finish(state, run_pass(None, True))
-    if method.converse is None:
+    if method.finish_by_queries is None:
         candidates = [make() for make in METHODS.values()]
-        able = [m.info.name for m in candidates if (m.secure_sum or m.converse) and not m.info.personalised]
+        able = [m.info.name for m in candidates if (m.secure_sum or m.finish_by_queries) and not m.info.personalised]
         raise FedspanError(f"{method.info.name} needs all updates at once; these stream: {', '.join(sorted(able))}")
-    conversation = method.converse(state)
-    asked, outcome = _next(conversation, None)
-    # The first pass is made even where nothing is asked: the dense weights need it.
-    partial = run_pass(asked, True)
+    procedure = method.finish_by_queries(state)
+    queries, step = _next(procedure, None)
+    # The first pass is made even where there is no query: the dense weights need it.
+    partial = run_pass(queries, True)
     dense = partial.mean_dense()
-    while outcome is None:
-        asked, outcome = _next(conversation, _answers(partial, asked))
-        if outcome is None:
-            partial = run_pass(asked, False)
-    return advance(state, modules=outcome.modules, dense=dense), outcome.diagnostics
+    while step is None:
+        queries, step = _next(procedure, _results(partial, queries))
+        if step is None:
+            partial = run_pass(queries, False)
+    return advance(state, modules=step.modules, dense=dense), step.diagnostics
 
 
-def _next(conversation: Conversation, answers: Answers | None) -> tuple[Questions, Outcome | None]:
-    """Return the next questions, or none of them and the outcome of the conversation."""
+def _next(procedure: QueryProcedure, results: QueryResults | None) -> tuple[Queries, ServerStep | None]:
+    """Return the next queries, or none of them and the result of the procedure."""
     try:
-        return (next(conversation) if answers is None else conversation.send(answers)), None
+        return (next(procedure) if results is None else procedure.send(results)), None
     except StopIteration as stop:
         return {}, stop.value
 
 
-def _answers(partial: Partial, questions: Questions) -> Answers:
-    means = {name: partial.mean(name) for name in questions}
-    return {name: tuple(means[name][str(i)] for i in range(len(asked))) for name, asked in questions.items()}
+def _results(partial: Partial, queries: Queries) -> QueryResults:
+    means = {name: partial.mean(name) for name in queries}
+    return {name: tuple(means[name][str(i)] for i in range(len(asked))) for name, asked in queries.items()}
 
 
 class _PassRunner:
@@ -148,7 +148,7 @@ class _PassRunner:
         self.state = state
         self.source = source
         self.block = block
-        self._terms = method.terms(state)
+        self._contribution_of = method.contributions(state)
         self.on_progress: Callable[[Progress], None] | None = None
         self._path: Path | None = None
         self._seconds = 0.0
@@ -169,16 +169,16 @@ class _PassRunner:
             if self._resumed.block != self.block:
                 raise FedspanError(f"{path} was written with block = {self._resumed.block}: expected {self.block}")
 
-    def run(self, questions: Questions | None, dense: bool) -> Partial:
+    def run(self, queries: Queries | None, dense: bool) -> Partial:
         """Return the sums of one pass over the source, or of the same pass as a checkpoint holds it."""
         num = len(self._finished)
-        # Digested for checkpoints alone, in which two processes' questions are compared.
-        asked = "" if self._path is None else stream_checkpoint.digest_of_questions(questions)
+        # Digested for checkpoints alone, in which two processes' queries are compared.
+        asked = "" if self._path is None else stream_checkpoint.digest_of_queries(queries)
         recorded = [*self._resumed.finished, *([self._resumed.current] if self._resumed.current else [])]
         start = recorded[num] if num < len(recorded) else PassSums(asked)
         if start.queries_digest != asked:
-            raise FedspanError(f"{self._path} is a checkpoint of other questions: expected the method's own options")
-        done = start if num < len(self._resumed.finished) else self._walk(start, questions, dense)
+            raise FedspanError(f"{self._path} is a checkpoint of other queries: expected the method's own options")
+        done = start if num < len(self._resumed.finished) else self._walk(start, queries, dense)
         self._finished.append(done)
         return done.stack[0]
 
@@ -190,7 +190,7 @@ class _PassRunner:
                 _count(clients, part)
             self._check_same(clients, self._finished[0])
 
-    def _walk(self, start: PassSums, questions: Questions | None, dense: bool) -> PassSums:
+    def _walk(self, start: PassSums, queries: Queries | None, dense: bool) -> PassSums:
         """Return the pass that `start` began, continued to the end of the source."""
         clients = ClientSequence(self.source)
         stack: list[Partial] = []
@@ -208,16 +208,16 @@ class _PassRunner:
                 last = stack.pop()
                 stack = [*stack[:-1], SUM.merge(stack[-1], last)] if stack else [last]
             else:
-                stack[-1] = SUM.merge(stack[-1], self._sum(part, questions, dense))
+                stack[-1] = SUM.merge(stack[-1], self._sum(part, queries, dense))
                 self._block_done(PassSums(start.queries_digest, tuple(stack), clients.num_clients, clients.digest))
         if catching_up:
             self._check_same(clients, start)
         return self._pass_done(PassSums(start.queries_digest, tuple(stack), clients.num_clients, clients.digest))
 
-    def _sum(self, updates: list[Update], questions: Questions | None, dense: bool) -> Partial:
-        if questions is None:
+    def _sum(self, updates: list[Update], queries: Queries | None, dense: bool) -> Partial:
+        if queries is None:
             return sum_of(updates, dense)
-        return answers_of(questions, updates, self._terms, self.state.template.modules, dense)
+        return results_of(queries, updates, self._contribution_of, self.state.template.modules, dense)
 
     def _check_same(self, clients: ClientSequence, start: PassSums) -> None:
         if (clients.num_clients, clients.digest) != (start.num_clients, start.clients_digest):

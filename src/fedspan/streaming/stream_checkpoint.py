@@ -20,7 +20,7 @@ from torch import Tensor
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.folds import Partial
 from fedspan.methods.patches import patch_tensors
-from fedspan.methods.queries import Questions
+from fedspan.methods.queries import Queries
 from fedspan.support.errors import FedspanError
 from fedspan.support.files import read_tensors, write_bytes
 
@@ -32,7 +32,7 @@ class PassSums:
     """The sums of one pass over the source, finished or not."""
 
     queries_digest: str
-    """`digest_of_questions` of what the pass asks."""
+    """`digest_of_queries` of what the pass asks."""
     stack: tuple[Partial, ...] = ()
     """The sums so far of every node between the root and the source that is being read; one when finished."""
     num_clients: int = 0
@@ -98,11 +98,11 @@ def digest_of_step(method: Method, state: ServerState) -> str:
     return _digest(json.dumps(about), values)
 
 
-def digest_of_questions(questions: Questions | None) -> str:
+def digest_of_queries(queries: Queries | None) -> str:
     """Return a digest of what a pass asks, bit by bit; empty for a method that asks nothing."""
-    if questions is None:
+    if queries is None:
         return ""
-    numbered = {(name, i): q for name, asked in questions.items() for i, q in enumerate(asked)}
+    numbered = {(name, i): q for name, asked in queries.items() for i, q in enumerate(asked)}
     return _digest("", {f"{place} {q.kind} {q.vote}": q.x for place, q in numbered.items()})
 
 

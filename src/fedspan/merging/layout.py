@@ -1,0 +1,150 @@
+"""The adapter that a server's clients share: its modules, heads and LoRA settings, and its state dicts."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedspan.adapters.peft_folder import load
+from fedspan.adapters.state_dict import PREFIX, Adapter, adapter_of, adapter_of_model, tensors_of, without_adapter_name
+from fedspan.methods.messages import Factors, Template
+from fedspan.methods.patches import Patch, patch_dense
+from fedspan.support.errors import FedspanError
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What all clients' adapters have in common, beside the shapes in the template."""
+
+    template: Template
+    adapter_name: str = "default"
+    """The adapter's name in the clients' models."""
+    heads: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Trained whole weights (`modules_to_save`) and their shapes."""
+    modules_to_save: tuple[str, ...] = ()
+    embeddings: frozenset[str] = frozenset()
+    """The adapted modules that are embeddings."""
+    fan_in_fan_out: bool = False
+    """Base weights are stored as (in, out): GPT-2's Conv1D."""
+
+    def read(self, where: str, state_dict: Mapping[str, Tensor]) -> tuple[Adapter, int]:
+        """Return the adapter in a client's state dict, and its rank.
+
+        Raises
+        ------
+        FedspanError
+            When it is not of this layout, whatever its rank.
+        """
+        for key, tensor in state_dict.items():
+            if not isinstance(tensor, Tensor):
+                raise FedspanError(f"{where}: {key!r} is a {type(tensor).__name__}: expected a tensor")
+        tensors = {key: tensor.detach().cpu() for key, tensor in state_dict.items()}
+        tensors = without_adapter_name(tensors, self.adapter_name)
+        rank = next((t.shape[0] for key, t in tensors.items() if ".lora_A" in key or ".lora_embedding_A" in key), 1)
+        adapter = adapter_of(where, self._config(rank), tensors)
+        if odd := sorted(adapter.embeddings ^ self.embeddings):
+            raise FedspanError(f"{where}: {odd[0]} is an embedding here or in the base: expected it in both")
+        deltas = {name: (f.b.shape[0], f.a.shape[1]) for name, f in adapter.factors.items()}
+        _same(where, "adapter", deltas, self.template.modules)
+        _same(where, "whole weight", {name: tuple(t.shape) for name, t in adapter.dense.items()}, self.heads)
+        return adapter, rank
+
+    def write(self, factors: Mapping[str, Factors], dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the state dict of an adapter and heads, as `peft.set_peft_model_state_dict` takes it."""
+        return tensors_of(factors, dense, self.embeddings)
+
+    def base_weight(self, module: str, patch: Patch) -> tuple[str, Tensor]:
+        """Return a patch as an addition to the base's weight: its name in the PEFT model, and the whole matrix."""
+        delta = patch_dense(patch)
+        if self.fan_in_fan_out or module in self.embeddings:
+            delta = delta.mT
+        return f"{PREFIX}{module}.base_layer.weight", delta.contiguous().clone()
+
+    def factor_names(self, side: str) -> tuple[str, ...]:
+        """Return the names that PEFT gives to factor "A" or "B" in this adapter."""
+        names = (f"lora_{side}", f"lora_embedding_{side}")
+        return names if self.embeddings else names[:1]
+
+    def _config(self, rank: int) -> dict[str, Any]:
+        return {
+            "r": rank,
+            "lora_alpha": self.template.alpha,
+            "use_rslora": self.template.rslora,
+            "modules_to_save": list(self.modules_to_save),
+        }
+
+
+def layout_of(
+    base: Any, max_rank: int | None, seed: int | None, adapter_name: str
+) -> tuple[Layout, Mapping[str, Tensor]]:
+    """Return the layout of a base, and the values of its heads.
+
+    Parameters
+    ----------
+    base
+        A PEFT model, an adapter folder, a template, or shapes by module.
+    max_rank
+        The template's rank; none: the base's own.
+    seed
+        The template's seed; none: the base's own, or 0.
+
+    Raises
+    ------
+    FedspanError
+        When the base is none of these, or has no one rank and scaling for all modules.
+    """
+    if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
+        raise FedspanError(f"max_rank = {max_rank!r}: expected a whole number of at least 1")
+    given = {"rank": max_rank, "seed": seed}
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if isinstance(base, Template | Mapping):
+        return Layout(replace(_template(base, max_rank), **changes), adapter_name), {}
+    adapter = load(Path(base)) if isinstance(base, str | os.PathLike) else adapter_of_model(base, adapter_name)
+    return _of_adapter(adapter, changes, adapter_name), {n: t.detach().clone() for n, t in adapter.dense.items()}
+
+
+def _template(base: Template | Mapping[str, tuple[int, int]], max_rank: int | None) -> Template:
+    if isinstance(base, Template):
+        return base
+    if max_rank is None:
+        raise FedspanError("base is shapes by module: expected max_rank=, the largest rank of a client, with it")
+    return Template(dict(base), max_rank)
+
+
+def _of_adapter(adapter: Adapter, changes: Mapping[str, Any], adapter_name: str) -> Layout:
+    config = adapter.config
+    shapes = {name: (f.b.shape[0], f.a.shape[1]) for name, f in adapter.factors.items()}
+    template = Template(shapes, config["r"], float(config["lora_alpha"]), bool(config.get("use_rslora")))
+    for name, f in adapter.factors.items():
+        if f.rank != template.rank or not math.isclose(f.scaling, template.scaling(f.rank), rel_tol=1e-9):
+            raise FedspanError(
+                f"base: {name} has rank {f.rank} and scaling {f.scaling:g} by a rank_pattern or alpha_pattern: "
+                f"expected rank {template.rank} and scaling {template.scaling(template.rank):g} for every module"
+            )
+    for name, tensor in adapter.dense.items():
+        if not tensor.is_floating_point():
+            raise FedspanError(f"base: {name} is {tensor.dtype}: expected floating-point weights in modules_to_save")
+    return Layout(
+        replace(template, **changes),
+        adapter_name,
+        {name: tuple(tensor.shape) for name, tensor in adapter.dense.items()},
+        adapter.modules_to_save,
+        adapter.embeddings,
+        bool(config.get("fan_in_fan_out")),
+    )
+
+
+def _same(where: str, what: str, given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    odd = sorted(given.keys() ^ expected.keys())
+    if odd:
+        problem = "missing" if odd[0] in expected else "not the server's"
+        raise FedspanError(f"{where}: the {what} of {odd[0]} is {problem}: expected {len(expected)} as in the base")
+    for name, shape in given.items():
+        if shape != tuple(expected[name]):
+            raise FedspanError(f"{where}: the {what} of {name} has shape {shape}: expected {tuple(expected[name])}")

@@ -69,3 +69,12 @@ def test_the_examples_run_as_they_are(command: list[str], tmp_path: Path) -> Non
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+
+
+def test_the_table_of_aliases_is_the_table_in_the_code() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text()
+    rows = re.findall(r"^\| `([\w.]+)` \| `([\w.]+)` \|$", page, flags=re.MULTILINE)
+    assert dict(rows) == config.ALIASES
+    assert set(re.findall(r"`\[(\w+)\]`", page)) == {key for key in config.valid_keys() if "." not in key} - {
+        *("seed", "device", "threads")
+    }

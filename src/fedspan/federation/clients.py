@@ -62,7 +62,7 @@ def make_clients(config: Config, corpus: Corpus) -> list[Client]:
     if empty and not f.drop_empty:
         raise FedspanError(
             f"{', '.join(empty)} got no data from the {f.partition} partition: give fewer clients or a larger "
-            f"federation.alpha, or set federation.drop_empty = true"
+            f"federation.dirichlet_alpha, or set federation.drop_empty = true"
         )
     return clients
 
@@ -90,7 +90,7 @@ def _partition(config: Config, corpus: Corpus, rng: np.random.Generator) -> list
             raise FedspanError('federation.partition = "by_field" needs data.field_column with at least two values')
         return partition.by_field(rows.fields, f.num_clients, rng)
     labels = rows.fields if corpus.kind == "instruction" else rows.targets
-    return partition.dirichlet(np.asarray(labels), f.num_clients, f.alpha, rng)
+    return partition.dirichlet(np.asarray(labels), f.num_clients, f.dirichlet_alpha, rng)
 
 
 def pooled(clients: list[Client]) -> list[Client]:

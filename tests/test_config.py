@@ -216,7 +216,7 @@ def test_nothing_reads_back_as_nothing(tmp_path: Path, tree: dict[str, Any]) -> 
     (tmp_path / "config.toml").write_text(to_toml(config), encoding="utf-8")
     again = load(tmp_path / "config.toml")
     assert again.local.clip_norm == config.local.clip_norm
-    create_method(again.method)
+    create_method(**again.method)
     if config.method["name"] == "fedftg":
         assert again.method.get("galore_rank", "left out") in (None, "none")
 

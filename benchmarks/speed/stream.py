@@ -198,7 +198,7 @@ def simulate(arguments: argparse.Namespace, name: str) -> None:
     for _ in source:
         pass
     making = time.perf_counter() - began
-    method = create({"name": name})
+    method = create(name)
     passes: list[int] = []
 
     def progress(at: Progress) -> None:
@@ -286,7 +286,7 @@ def step(arguments: argparse.Namespace, name: str) -> None:
         forget(spool)
     modules = {f"layers.{i}.{x}": shape for i in range(arguments.layers) for x, shape in LAYER_7B.items()}
     rank = arguments.rank or 16
-    method = create({"name": name})
+    method = create(name)
     state = method.init(Template(modules, rank, alpha=float(rank)), {})
     began = time.perf_counter()
     with parallel.threads(arguments.threads):

@@ -111,7 +111,7 @@ def test_methods_as_json_says_what_the_methods_say() -> None:
     listed = {entry["name"]: entry for entry in json.loads(done.stdout)}
     assert list(listed) == list(METHODS)
     for name, entry in listed.items():
-        method = create({"name": name})
+        method = create(name)
         for tag in ("exact", "gauge_invariant", "hetero_rank", "personalised", "paper", "traffic_up"):
             assert entry[tag] == getattr(method.info, tag)
         assert entry["secure_sum"] == method.secure_sum

@@ -142,7 +142,7 @@ def started(job: Job) -> list[int]:
 @pytest.fixture
 def job(bases: dict[str, Path], texts: Path, tmp_path: Path) -> Iterator[Job]:
     config = settings(bases["bert"], texts, "fedit", federation={"ranks": 4})
-    prepared = Job.prepare(config, create(config.method), tmp_path / "run", lambda event: None)
+    prepared = Job.prepare(config, create(**config.method), tmp_path / "run", lambda event: None)
     yield prepared
     prepared.close()
 

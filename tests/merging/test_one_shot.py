@@ -112,7 +112,7 @@ def best(x: Tensor, rank: int) -> Tensor:
 def test_exact_methods_write_the_true_average(options: dict[str, Any], tmp_path: Path) -> None:
     """Mixed ranks, alphas, rsLoRA and patterns: the written adapter is T to 1e-5, and the report says so."""
     folders = write(tmp_path, MIXED, revision="v1")
-    report = merge(folders, create(options), weights=WEIGHTS, out=tmp_path / "out")
+    report = merge(folders, create(**options), weights=WEIGHTS, out=tmp_path / "out")
     assert_products(tmp_path / "out", average(MIXED))
     written = load(tmp_path / "out").config
     assert (written["base_model_name_or_path"], written["revision"]) == ("base", "v1")
@@ -128,14 +128,14 @@ def test_exact_methods_write_the_true_average(options: dict[str, Any], tmp_path:
 def test_a_uniform_cohort_is_exact_under_every_exact_method(name: str, tmp_path: Path) -> None:
     """Equal ranks: FedEx-LoRA's means and residual, joined, are T like the others."""
     folders = write(tmp_path, UNIFORM)
-    merge(folders, create({"name": name}), weights=WEIGHTS, out=tmp_path / "out")
+    merge(folders, create(name), weights=WEIGHTS, out=tmp_path / "out")
     assert_products(tmp_path / "out", average(UNIFORM))
 
 
 def test_fedex_folds_different_alphas(tmp_path: Path) -> None:
     """With one rank but several alphas the sum of means and residual is still T."""
     clients = [{"r": 3, "lora_alpha": alpha} for alpha in (2, 6, 30)]
-    merge(write(tmp_path, clients), create({"name": "fedex_lora"}), weights=WEIGHTS, out=tmp_path / "out")
+    merge(write(tmp_path, clients), create("fedex_lora"), weights=WEIGHTS, out=tmp_path / "out")
     assert_products(tmp_path / "out", average(clients))
 
 
@@ -143,7 +143,7 @@ def test_fedit_writes_the_product_of_the_means(tmp_path: Path) -> None:
     """s·B̄Ā with each module's own scaling, far from T; the report measures how far."""
     clients = [{"r": 3, "lora_alpha": 6, "alpha_pattern": {"up": 24}, "rank_pattern": {"1.q": 2}}] * 3
     folders = write(tmp_path, clients)
-    report = merge(folders, create({"name": "fedit"}), weights=WEIGHTS, out=tmp_path / "out")
+    report = merge(folders, create("fedit"), weights=WEIGHTS, out=tmp_path / "out")
     expected = {}
     for name in SHAPES:
         terms = [pair(options, name, seed) for seed, options in enumerate(clients)]
@@ -162,7 +162,7 @@ def test_fedit_writes_the_product_of_the_means(tmp_path: Path) -> None:
 def test_hetlora_pads_and_weights_by_norm(tmp_path: Path) -> None:
     """Ā, B̄ padded with zeros and weighted by n_k·‖ΔW_k‖, per-module ranks included."""
     folders = write(tmp_path, MIXED)
-    merge(folders, create({"name": "hetlora"}), weights=WEIGHTS, out=tmp_path / "out")
+    merge(folders, create("hetlora"), weights=WEIGHTS, out=tmp_path / "out")
     terms = {n: [pair(o, n, k) for k, o in enumerate(MIXED)] for n in SHAPES}
     sizes = [sum((t[k][2] * t[k][0] @ t[k][1]).norm() ** 2 for t in terms.values()) ** 0.5 for k in range(3)]
     weights = [w * float(size) for w, size in zip(WEIGHTS, sizes, strict=True)]
@@ -179,7 +179,7 @@ def test_hetlora_pads_and_weights_by_norm(tmp_path: Path) -> None:
 def test_ffa_lora_averages_b_for_a_common_a(tmp_path: Path) -> None:
     """With one A everywhere the result is T; it has no more directions than A."""
     folders = write(tmp_path, UNIFORM, same_a=True)
-    report = merge(folders, create({"name": "ffa_lora"}), weights=WEIGHTS, out=tmp_path / "out")
+    report = merge(folders, create("ffa_lora"), weights=WEIGHTS, out=tmp_path / "out")
     expected = {}
     for name in SHAPES:
         b = sum(p * pair(o, name, k)[0].double() for k, (p, o) in enumerate(zip(SHARES, UNIFORM, strict=True)))
@@ -195,8 +195,8 @@ def test_a_rank_limit_gives_the_best_adapter_of_that_rank(name: str, tmp_path: P
     """With `rank` the file holds the truncated SVD of the unlimited result, and the report says what that lost."""
     clients = UNIFORM if name.startswith("fed") else MIXED
     folders = write(tmp_path, clients)
-    merge(folders, create({"name": name}), weights=WEIGHTS, out=tmp_path / "all")
-    report = merge(folders, create({"name": name}), weights=WEIGHTS, rank=2, out=tmp_path / "two")
+    merge(folders, create(name), weights=WEIGHTS, out=tmp_path / "all")
+    report = merge(folders, create(name), weights=WEIGHTS, rank=2, out=tmp_path / "two")
     full, target = products(tmp_path / "all"), average(clients)
     expected = {module: best(x, 2) for module, x in full.items()}
     assert_products(tmp_path / "two", expected, 1e-4)
@@ -212,7 +212,7 @@ def test_a_rank_limit_gives_the_best_adapter_of_that_rank(name: str, tmp_path: P
 def test_glora_server_rank_limits_the_state(tmp_path: Path) -> None:
     """The method's own option is honoured, and its cost shows as distance, not as truncation."""
     folders = write(tmp_path, MIXED)
-    report = merge(folders, create({"name": "glora", "server_rank": 2}), out=tmp_path / "out")
+    report = merge(folders, create("glora", server_rank=2), out=tmp_path / "out")
     assert report.rank == 2
     assert report.lost_overall < 1e-5
     assert report.distance_overall > 0.1
@@ -224,7 +224,7 @@ def test_one_adapter_and_equal_adapters_come_back(tmp_path: Path) -> None:
     folders = write(tmp_path, MIXED)
     for number, given in enumerate(([folders[2]], [folders[2]] * 3)):
         out = tmp_path / f"out{number}"
-        merge(given, create({"name": "glora"}), out=out)
+        merge(given, create("glora"), out=out)
         b, a, s = pair(MIXED[2], "l.1.q", 2)
         torch.testing.assert_close(products(out)["l.1.q"], s * b.double() @ a.double(), rtol=1e-4, atol=1e-5)
         assert torch.equal(load(out).dense["score.weight"], head(2))
@@ -238,7 +238,7 @@ def test_zero_adapters_merge_to_zero(tmp_path: Path) -> None:
         tensors |= {f"base_model.model.{n}.lora_B.weight": torch.zeros(SHAPES[n][0], 3) for n in SHAPES}
         save_file(tensors | {"base_model.model.score.weight": head(0)}, folder / WEIGHTS_NAME)
     for name in ["hetlora", "fedit", "fedex_lora", *EXACT]:
-        report = merge(folders, create({"name": name}), out=tmp_path / name)
+        report = merge(folders, create(name), out=tmp_path / name)
         assert all(not x.any() for x in products(tmp_path / name).values())
         assert (report.lost_overall, report.distance_overall, report.rank) == (0.0, 0.0, 1)
 
@@ -253,7 +253,7 @@ def test_half_precision_is_merged_in_float32(tmp_path: Path) -> None:
             tensors[f"base_model.model.{name}.lora_A.weight"] = a.bfloat16()
             tensors[f"base_model.model.{name}.lora_B.weight"] = b.bfloat16()
         save_file(tensors, folder / WEIGHTS_NAME)
-    merge(folders, create({"name": "flora"}), out=tmp_path / "out")
+    merge(folders, create("flora"), out=tmp_path / "out")
     expected = {}
     for name in SHAPES:
         terms = [pair(UNIFORM[0], name, seed) for seed in range(3)]
@@ -265,7 +265,7 @@ def test_half_precision_is_merged_in_float32(tmp_path: Path) -> None:
 def test_every_method_merges_or_says_which_can(name: str, tmp_path: Path) -> None:
     """No method fails in its own way: it writes an adapter, or names methods that would."""
     folders = write(tmp_path, UNIFORM)
-    method = create({"name": name})
+    method = create(name)
     info = method.info
     mergeable = info.trains == "adapter" and not info.pooled and not info.personalised
     if mergeable and len(method.exchanges) == 1:
@@ -353,7 +353,7 @@ def test_peft_runs_the_merged_adapter(kind: str, tmp_path: Path) -> None:
     models = [trained(base(), seed, **o) for seed, o in enumerate(options)]
     for seed, model in enumerate(models):
         model.save_pretrained(tmp_path / str(seed))
-    report = merge([tmp_path / "0", tmp_path / "1"], create({"name": "glora"}), weights=[1, 3], out=tmp_path / "out")
+    report = merge([tmp_path / "0", tmp_path / "1"], create("glora"), weights=[1, 3], out=tmp_path / "out")
     assert report.distance_overall < 1e-5
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
@@ -377,8 +377,8 @@ def test_pefts_linear_combination_is_not_the_average(tmp_path: Path) -> None:
     both.add_weighted_adapter(["x0", "x1"], [0.5, 0.5], "mean", combination_type="linear")
     layers = {n: m for n, m in both.named_modules() if isinstance(m, LoraLayer)}
     folders = [tmp_path / "0", tmp_path / "1"]
-    merge(folders, create({"name": "flora"}), out=tmp_path / "exact")
-    merge(folders, create({"name": "fedit"}), out=tmp_path / "fedit")
+    merge(folders, create("flora"), out=tmp_path / "exact")
+    merge(folders, create("fedit"), out=tmp_path / "fedit")
     exact, fedit = products(tmp_path / "exact"), products(tmp_path / "fedit")
     for name, layer in layers.items():
         truth = (0.5 * layer.get_delta_weight("x0") + 0.5 * layer.get_delta_weight("x1")).detach().double()
@@ -410,7 +410,7 @@ def edit(folder: Path, **changes: Any) -> None:
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
-    given: dict[str, Any] = {"folders": write(tmp_path, UNIFORM), "method": create({"name": "flora"})} | arguments
+    given: dict[str, Any] = {"folders": write(tmp_path, UNIFORM), "method": create("flora")} | arguments
     with pytest.raises(ValueError, match=message):
         merge(**given, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -431,18 +431,18 @@ def test_adapters_of_different_bases(changes: dict[str, Any], message: str, tmp_
     folders = write(tmp_path, UNIFORM)
     edit(folders[2], **changes)
     with pytest.raises(ValueError, match=message):
-        merge(folders, create({"name": "flora"}), out=tmp_path / "out")
+        merge(folders, create("flora"), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_task_types_may_be_absent_but_not_differ(tmp_path: Path) -> None:
     folders = write(tmp_path, UNIFORM)
     edit(folders[1], task_type="SEQ_CLS")
-    merge(folders, create({"name": "flora"}), out=tmp_path / "out")
+    merge(folders, create("flora"), out=tmp_path / "out")
     assert load(tmp_path / "out").config["task_type"] == "SEQ_CLS"
     edit(folders[2], task_type="CAUSAL_LM")
     with pytest.raises(ValueError, match=r"task_type is 'SEQ_CLS' in .*client-1 and 'CAUSAL_LM' in .*client-2"):
-        merge(folders, create({"name": "flora"}), out=tmp_path / "out2")
+        merge(folders, create("flora"), out=tmp_path / "out2")
 
 
 @pytest.mark.parametrize(
@@ -478,7 +478,7 @@ def test_adapters_of_different_shapes(change: str, message: str, tmp_path: Path)
             tensors["base_model.model.embed_tokens.weight"] = torch.zeros(2)
         save_file(tensors, folders[seed] / WEIGHTS_NAME)
     with pytest.raises(ValueError, match=message):
-        merge(folders[:2], create({"name": "flora"}), out=tmp_path / "out")
+        merge(folders[:2], create("flora"), out=tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["fedit", "fedex_lora"])
@@ -486,13 +486,13 @@ def test_methods_of_one_rank_refuse_mixed_ranks(name: str, tmp_path: Path) -> No
     """The error names the module, both ranks, and the methods that can."""
     folders = write(tmp_path, MIXED)
     with pytest.raises(ValueError, match=f"{name} needs one rank per module; l.0.q has 2 .* and 4 in .*flexlora"):
-        merge(folders, create({"name": name}), out=tmp_path / "out")
+        merge(folders, create(name), out=tmp_path / "out")
 
 
 def test_fedit_refuses_mixed_scalings(tmp_path: Path) -> None:
     folders = write(tmp_path, [{"r": 3, "lora_alpha": 6}, {"r": 3, "lora_alpha": 9}])
     with pytest.raises(ValueError, match=r"one scaling per module; l\.0\.q has 2 .*client-0 and 3 in .*client-1"):
-        merge(folders, create({"name": "fedit"}), out=tmp_path / "out")
+        merge(folders, create("fedit"), out=tmp_path / "out")
 
 
 def test_the_output_folder_must_be_free(tmp_path: Path) -> None:
@@ -500,17 +500,17 @@ def test_the_output_folder_must_be_free(tmp_path: Path) -> None:
     folders = write(tmp_path, UNIFORM)
     before = (folders[0] / WEIGHTS_NAME).read_bytes()
     with pytest.raises(ValueError, match="client-0 exists already: expected a new or empty folder"):
-        merge(folders, create({"name": "flora"}), out=folders[0])
+        merge(folders, create("flora"), out=folders[0])
     assert (folders[0] / WEIGHTS_NAME).read_bytes() == before
 
 
 def test_combine_works_without_files(tmp_path: Path) -> None:
     """The same result in memory, adapters called by number in errors."""
     given = [load(folder) for folder in write(tmp_path, MIXED)]
-    adapter, report = combine(given, create({"name": "flora"}), weights=WEIGHTS)
+    adapter, report = combine(given, create("flora"), weights=WEIGHTS)
     assert isinstance(report, MergeReport)
     assert report.shares == pytest.approx(SHARES)
     for name, delta in average(MIXED).items():
         torch.testing.assert_close(adapter.factors[name].delta().dense().double(), delta, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="in adapter 0 and 4 in adapter 1"):
-        combine(given, create({"name": "fedit"}))
+        combine(given, create("fedit"))

@@ -63,4 +63,4 @@ def test_it_runs_by_its_name(example: Factory, bases: dict[str, Path], texts: Pa
     assert result.summary["method"] == "clipped_flora"
     assert result.adapter is not None
     with pytest.raises(ValueError, match="bound"):
-        methods.create({"name": "clipped_flora", "bound": "much"})
+        methods.create("clipped_flora", bound="much")

@@ -23,7 +23,7 @@ from fedspan.support.peak_memory import peak_memory, reset_peak_memory
 torch.set_num_threads(1)
 
 def step(size, rank=4, clients=3, **options):
-    method = create({"name": sys.argv[1], **options})
+    method = create(sys.argv[1], **options)
     template = Template({"layer": (size, size)}, rank, alpha=8.0)
     state = method.init(template, {})
     peaks, learnt = [], {}

@@ -258,7 +258,7 @@ def test_questions_about_half_precision_are_answered_in_float32() -> None:
 def test_twice_and_with_three_threads_the_bits_are_the_same(method: str, algebra: str) -> None:
     """And no draw comes from the global generator, or moves it."""
     options = {"algebra": algebra} if method in ("glora", "flexlora") else {}
-    made = create({"name": method, **options})
+    made = create(method, **options)
     ranks = MANY["ranks"] if made.info.hetero_rank else (3,) * 12
     fed = build(made, 1, shapes=((60, 50),) * 3 + ((48, 64),) * 2, ranks=ranks, counts=MANY["counts"])
 

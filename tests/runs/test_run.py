@@ -262,7 +262,7 @@ def test_the_centralised_control_trains_on_everything_as_long_as_the_cohort(
     run(tiny.config(bases["bert"], texts, "glora", **sections), tmp_path / "federated")
     assert [steps, again] == [seen[0][1] + seen[1][1], seen[2][1] + seen[3][1]]
     own = result.summary["metrics"]["own_data"]["loss"]
-    job = Job.prepare(config, create(config.method), tmp_path / "none", lambda event: None)
+    job = Job.prepare(config, create(**config.method), tmp_path / "none", lambda event: None)
     main = replace(job, out=result.out).federation("federation", job.method, job.clients)
     whole = job.method.broadcast(main.saved.state, engine.Request(None))
     found = job.evaluate([job.evaluation_task(whole, split="train", rows=c.holdout) for c in people])
@@ -303,7 +303,7 @@ def test_a_decoder_without_padding_token_classifies_alike_at_every_batch_size(
     base = tiny.save("gpt2", tmp_path / "base", pad_token_id=None)
     tiny.tokenizer(pad=False).save_pretrained(str(base))
     config = tiny.config(base, texts, "fedit", adapter={"target_modules": ["c_attn"]})
-    job = Job.prepare(config, create(config.method), tmp_path / "run", lambda event: None)
+    job = Job.prepare(config, create(**config.method), tmp_path / "run", lambda event: None)
     sent = job.federation("federation", job.method, job.clients).initial()
     figures = []
     for size in (1, 16):

@@ -238,7 +238,7 @@ def test_bytes_after_the_end_are_refused(tmp_path: Path) -> None:
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
     """A safetensors file of somebody else, a checkpoint, text, an empty file, another client's update."""
     save_file({"w": torch.ones(2)}, tmp_path / "other.safetensors")
-    state = create({"name": "fedit"}).init(Template({"x": (2, 2)}, 1), {})
+    state = create("fedit").init(Template({"x": (2, 2)}, 1), {})
     checkpoint.write(tmp_path / "run.safetensors", checkpoint.Checkpoint(state))
     (tmp_path / "text.safetensors").write_text("{}" * 40)
     (tmp_path / "empty.safetensors").write_bytes(b"")
@@ -269,7 +269,7 @@ def test_integers_are_no_update(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["glora", "flexlora", "flora", "fedex_lora", "fedit"])
 def test_a_server_step_over_a_spool_is_that_over_memory(tmp_path: Path, name: str) -> None:
     """The same bits, since the same numbers are read."""
-    method = create({"name": name})
+    method = create(name)
     state = method.init(Template({"x": (9, 7), "y": (6, 6)}, 2), {"head": torch.zeros(3)})
     updates = []
     for k in range(4):
@@ -299,7 +299,7 @@ spool = Spool(Path(sys.argv[1]))
 for k in range(25):
     factors = {n: Factors(torch.randn(m, 8), torch.randn(8, c), 2.0) for n, (m, c) in modules.items()}
     spool.add(Update(f"c{k:03d}", 1.0, factors, {}))
-method = create({"name": sys.argv[2]})
+method = create(sys.argv[2])
 state = method.init(template, {})
 updates = list(spool)
 warm = Template({"layer0": (512, 512)}, 8)

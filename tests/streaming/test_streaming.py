@@ -394,7 +394,7 @@ from safetensors.torch import save_file
 
 torch.set_num_threads(1)
 folder, slow = Path(sys.argv[1]), float(sys.argv[2])
-method = create({"name": "glora"})
+method = create("glora")
 state = method.init(Template({"x": (30, 20), "y": (16, 16)}, 3), {"head": torch.zeros(3)})
 
 def tell(progress):
@@ -464,7 +464,7 @@ class Made:
             factors = Factors(torch.randn(256, 4, generator=g), torch.randn(4, 256, generator=g), 2.0)
             yield Update(f"c{k:06d}", 1.0, {"x": factors}, {"head": torch.randn(64, generator=g)})
 
-method = create({"name": sys.argv[1]})
+method = create(sys.argv[1])
 state = method.init(Template({"x": (256, 256)}, 4), {"head": torch.zeros(64)})
 step = aggregate_stream if sys.argv[2] == "stream" else lambda m, s, u: aggregate(m, s, list(u))
 step(method, state, Made(64))  # libraries take their workspaces at first use
@@ -523,7 +523,7 @@ def test_a_block_is_at_least_one_update() -> None:
 
 def test_streaming_needs_no_method_by_name() -> None:
     """`create` makes what streams; options travel with the method."""
-    method = create({"name": "glora", "server_rank": 3})
+    method = create("glora", server_rank=3)
     state = method.init(Template({"x": (8, 8)}, 2), {})
     updates = [Update(f"c{k}", 1.0, {"x": Factors(torch.randn(8, 2), torch.randn(2, 8), 1.0)}, {}) for k in range(4)]
     after, told = aggregate_stream(method, state, updates)

@@ -183,7 +183,7 @@ def merge(
     from fedspan import create_method
     from fedspan import merge as merge_adapters
 
-    report = merge_adapters(folders, create_method(options), weights=numbers, rank=limit, out=out)
+    report = merge_adapters(folders, create_method(**options), weights=numbers, rank=limit, out=out)
     for line in report.lines():
         print(line)
 

@@ -54,7 +54,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
 
 
 def _headline(summary: Mapping[str, Any]) -> str:
-    info = methods.create({"name": summary["method"], **summary.get("options", {})}).info
+    info = methods.create(summary["method"], **summary.get("options", {})).info
     if info.pooled or info.alone:
         return f"{info.title} (control)"
     return f"federation ({info.title})"

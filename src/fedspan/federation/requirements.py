@@ -36,7 +36,7 @@ def chosen(config: Config, secret: Callable[[], int] | None = None) -> Method:
         When the method, an option of it, or what the rest of the configuration asks of it is not possible; where
         others can do it, they are named.
     """
-    method = methods.create(config.method)
+    method = methods.create(**config.method)
     s = config.server
     if s.optimizer != "none":
         _check_vector(method)

@@ -1,7 +1,7 @@
 """A Flower strategy over one of our methods, for an app of the user's own.
 
     # ServerApp
-    strategy = FedspanStrategy(create_method({"name": "glora"}), template, ranks={node: 4, other: 16})
+    strategy = FedspanStrategy(create_method("glora"), template, ranks={node: 4, other: 16})
     strategy.start(grid, strategy.arrays(), num_rounds=10)
 
     # ClientApp

@@ -56,7 +56,7 @@ def read(folder: Path) -> Inspection:
         if not history:
             raise FedspanError(f"{folder}: no round is finished yet")
         raise FedspanError(f"{folder}: its rounds hold no diagnostics; run it with --set evaluation.diagnostics=true")
-    return Inspection(folder, methods.create(load(folder / "config.toml").method).info, rounds)
+    return Inspection(folder, methods.create(**load(folder / "config.toml").method).info, rounds)
 
 
 def percent(value: float | None) -> str:

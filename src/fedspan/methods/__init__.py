@@ -1,4 +1,4 @@
-"""Every method, by name. A new one is a file beside these and a line in `METHODS`."""
+"""All methods, by name. To add one, write a file beside these and a line in `METHODS`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from fedspan.methods.glora_plus import glora_plus
 from fedspan.methods.glora_sums import glora_sums
 from fedspan.methods.hetlora import hetlora
 from fedspan.methods.lora_fair import lora_fair, lora_fair_ridge
+from fedspan.methods.option_docs import MethodOption, options_of
 from fedspan.methods.raflora import raflora
 from fedspan.methods.rolora import rolora
 from fedspan.methods.scaffold import scaffold
@@ -33,6 +34,8 @@ from fedspan.methods.server_optimizers import fedadam, fedavgm, fedyogi
 from fedspan.methods.shared_galore import shared_galore
 from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
+
+__all__ = ["METHODS", "MethodOption", "create", "options"]
 
 METHODS: Mapping[str, Callable[..., Method]] = {
     "glora": glora,
@@ -65,34 +68,48 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "local": local,
     "centralised": centralised,
 }
-"""Product rules and their kin first, then averages of factors, then weights, then controls."""
+"""Name -> factory: rules on products first, then averages of factors, then of weights, then the controls."""
 
 
-def create(options: Mapping[str, Any]) -> Method:
-    """The method called `options["name"]`, with the other entries as its own options.
+def create(name: str, **options: Any) -> Method:
+    """Make the method of that name: ``create("glora", server_rank=32)``, or ``create(**config.method)``.
+
+    The string "none" stands for `None`, because TOML and the command line have no null.
 
     Raises
     ------
-    ValueError
-        For a name, an option or an option's value that is not one, naming the nearest that is.
+    FedspanError
+        For an unknown name, an unknown option (naming the nearest valid one), or a value out of range.
     """
-    given = dict(options)
-    name = given.pop("name", None)
-    if name not in METHODS:
-        raise FedspanError(f"unknown method {name!r}{nearest(str(name), METHODS)}")
-    factory = METHODS[name]
+    factory = _factory(name)
     known = inspect.signature(factory).parameters
-    for key, value in given.items():
+    for key in options:
         if key not in known:
-            takes = nearest(key, known) if known else f"; {name} has no options"
-            raise FedspanError(f"unknown key 'method.{key}' for {name}{takes}")
-        if value == "none":  # TOML has no null
-            given[key] = None
+            valid = nearest(key, known) if known else f"; {name} has no options"
+            raise FedspanError(f"unknown key 'method.{key}' for {name}{valid}")
     try:
-        return validate_call(factory)(**given)
+        return validate_call(factory)(**{key: None if value == "none" else value for key, value in options.items()})
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"][:1])
         message = problem["msg"].removeprefix("Value error, ")
         prefix = "" if message.startswith("method.") else f"method.{key} = {problem['input']!r}: "
         raise FedspanError(prefix + message) from None
+
+
+def options(name: str) -> list[MethodOption]:
+    """Return the options of a method in the order of its signature, with types, defaults and meanings.
+
+    Raises
+    ------
+    FedspanError
+        When there is no method of that name.
+    """
+    _factory(name)
+    return options_of(name, METHODS)
+
+
+def _factory(name: str) -> Callable[..., Method]:
+    if not isinstance(name, str) or name not in METHODS:
+        raise FedspanError(f"unknown method {name!r}{nearest(str(name), METHODS)}")
+    return METHODS[name]

@@ -22,7 +22,7 @@ def local(trains: Trains = "adapter") -> Method:
     Parameters
     ----------
     trains
-        LoRA factors, the weights of the target modules, or every weight.
+        What clients train: LoRA factors, the weights of the target modules, or every weight of the model.
     """
 
     def start(sent: Broadcast, kept: ClientState | None) -> Broadcast:
@@ -70,7 +70,8 @@ def centralised(trains: Trains = "adapter") -> Method:
     Parameters
     ----------
     trains
-        LoRA factors at the largest client rank, the weights of the target modules, or every weight.
+        What is trained: LoRA factors of the largest client rank, the weights of the target modules, or every weight of
+        the model.
     """
 
     def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:

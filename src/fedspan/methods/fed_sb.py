@@ -57,9 +57,9 @@ def fed_sb(first_step: float = 0.0, probe_batches: int = 4) -> Method:
     Parameters
     ----------
     first_step
-        η of a gradient step W − η G that R starts from, at rank r: s R = −η Σ_r. 0: R = 0.
+        η of a gradient step W − η G that R starts from, cut to rank r: s R = −η Σ_r. 0: R starts at 0.
     probe_batches
-        Batches whose mean gradient a client sketches.
+        Number of batches whose mean gradient each client sketches before the first round.
     """
     if not first_step >= 0:
         raise FedspanError(f"method.first_step = {first_step}: expected at least 0")

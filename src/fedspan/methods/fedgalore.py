@@ -47,10 +47,12 @@ def fedgalore(
 
     Parameters
     ----------
-    galore_rank, update_gap, scale, svd, side, on_refresh
+    galore_rank
+        r of the gradient projector.
+    update_gap, scale, svd, side, on_refresh
         As in `fedftg`.
     threshold
-        τ, from 0 to 1.
+        τ, from 0 to 1: the share of the clients' weight that must contain a direction for its moments to be kept.
     floor
         φ, from 0 to 1: the share of the plain mean below which no second moment falls.
     """

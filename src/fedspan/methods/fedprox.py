@@ -23,9 +23,9 @@ def fedprox(mu: float = 0.01, trains: Literal["targets", "all"] = "targets") -> 
     Parameters
     ----------
     mu
-        μ, at least 0.
+        μ, the weight of the proximal term, at least 0.
     trains
-        The weights of the target modules, or every weight of the model.
+        The weights that clients train: those of the target modules, or every weight of the model.
     """
     if not mu >= 0:
         raise FedspanError(f"method.mu = {mu}: expected at least 0")

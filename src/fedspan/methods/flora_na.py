@@ -35,7 +35,7 @@ def flora_na(sweeps: int = 10) -> Method:
     Parameters
     ----------
     sweeps
-        How often p and then q are solved for.
+        Number of times that p and then q are solved for.
     """
     if sweeps < 1:
         raise FedspanError(f"method.sweeps = {sweeps}: expected at least 1")

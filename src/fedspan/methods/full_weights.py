@@ -69,18 +69,18 @@ def fedftg(
     Parameters
     ----------
     galore_rank
-        r of the gradient projector; none: no projection, plain AdamW on the same weights.
+        r of the gradient projector; `none`: no projection, plain AdamW on the same weights.
     update_gap
         Local steps between two refreshes of the projector, which also starts afresh every round.
     scale
-        Factor on the projected step.
+        Factor on the projected step (α in the paper).
     svd
-        How the projector is computed; `power`: by one power iteration from the last one, the cheapest.
+        Algorithm for the projector; `power`, one power iteration from the last projector, is the cheapest.
     side
-        Which side of the weights is projected; `auto`: the narrower, as in GaLore.
+        The side of the weights that is projected; `auto`: the narrower one, as in GaLore.
     on_refresh
-        What becomes of the optimizer's moments when the projector changes: `keep` (GaLore's own), `project` them
-        into the new basis (LDAdam's rule), or `reset` them.
+        What happens to the optimizer's moments when the projector changes: `keep` them (GaLore's rule), `project` them
+        onto the new basis (LDAdam's rule), or `reset` them to zero.
     """
     galore = None
     if galore_rank is not None:

@@ -68,34 +68,37 @@ def glora(
     Parameters
     ----------
     server_rank
-        R; none: the largest client rank; `double`: twice that. The aggregate is exact once R spans the union of the
-        clients' column spaces, at most min(m, Σ r_k). `auto`: module by module the smallest R that
-        discards at most the share `tolerance` of ‖T‖_F; every round's record then has a `certificate`: each module's
-        rank and the share of its energy ‖T‖_F² that was discarded.
+        R, the rank of the server's state; `none`: the largest client rank, `double`: twice that, `auto`: module by
+        module the smallest rank that discards at most the tolerance. The aggregate is exact once R spans the union of
+        the clients' column spaces, at most min(m, Σ r_k).
+    tolerance
+        The share of ‖T‖_F that may be discarded with `server_rank = "auto"`. Every round's record then has a
+        `certificate`: each module's rank, and the share of its energy ‖T‖_F² that was discarded.
     basis
         `projector`: every client's subspace counts by its weight alone. `energy`: the left singular vectors of the
         aggregate itself, which lose the least energy.
     sides
-        `both`: a consensus right basis V too, so that the state is U (Uᵀ T V) Vᵀ; for the energy basis the same thing.
+        `both`: a consensus basis V on the right too, so that the state is U (Uᵀ T V) Vᵀ; for the energy basis the
+        two choices are the same.
     update
-        `replace`: the new state is built from the whole adapters that came back. `innovation`: each client's
-        innovation, its adapter minus the readout it was sent, is added to the state; directions that a low-rank client
-        was never sent are kept, and so is what absent clients taught.
+        `replace`: the new state is built from the whole adapters that came back. `innovation`: each client's adapter
+        minus the readout it was sent is added to the state, so that directions that a low-rank client was never sent
+        are kept, and so are those learnt by absent clients.
     start
         `readout`: clients continue from the state truncated to their rank. `state`: they receive the whole state as a
-        frozen patch and train a fresh adapter on top, so innovations are exact at any rank; more traffic down.
-        `split`: they train the readout of their rank on a frozen patch that holds the rest of the state, so that they
-        neither lack nor learn again what they cannot hold; as much traffic down.
+        frozen patch and train a fresh adapter on top. `split`: they train the readout of their rank on a frozen patch
+        that holds the rest of the state. The last two add innovations to the state, and send R(m+n) down.
     readout
         `svd`: the best adapter of each rank. `nested`: the first directions of U in the consensus's order, so that
         ranks nest.
     balance
-        How the size of a direction is shared between B and A (see `leading_adapter`).
+        How the size of a direction is shared between B and A: `init` keeps the rows of A as long as freshly drawn ones,
+        `even` gives both factors the same length, `root` gives B the root of the singular value and A that over s.
     algebra
-        `exact` or `randomized` (see `fedspan.methods.spectral`); `auto`: by shape, exact while that is cheap.
+        `exact`, `randomized`, or `auto`: chosen by shape, exact while that is cheap.
     momentum
-        β of S_t = trunc_R(T̂_t + β (S_{t−1} − S_{t−2})) on the state (see `fedspan.methods.momentum`), which is then
-        kept in the form of its SVD; 0: S_t = T̂_t. Heads are averaged without it.
+        β of S_t = trunc_R(T̂_t + β (S_{t−1} − S_{t−2})) on the state, which is then kept in the form of its SVD;
+        0: S_t = T̂_t. Heads are averaged without it.
     """
     if start != "readout":
         # What comes back is an addition to the state, never a replacement of it.
@@ -133,10 +136,8 @@ def flexlora(algebra: Algebra = "auto", balance: Balance = "init") -> Method:
 
     Parameters
     ----------
-    algebra
-        `exact` or `randomized` (see `fedspan.methods.spectral`); `auto`: by shape, exact while that is cheap.
-    balance
-        How the size of a direction is shared between B and A (see `leading_adapter`).
+    algebra, balance
+        As in `glora`.
     """
     info = MethodInfo(
         name="flexlora",

@@ -25,7 +25,9 @@ def glora_plus(server_rank: ServerRank = "double", momentum: float = 0.0) -> Met
 
     Parameters
     ----------
-    server_rank, momentum
+    server_rank
+        As in `glora`. The tolerance is 0.01.
+    momentum
         As in `glora`.
     """
     method = glora(server_rank=server_rank, start="split", momentum=momentum)

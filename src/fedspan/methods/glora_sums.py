@@ -86,12 +86,12 @@ def glora_sums(
     Parameters
     ----------
     server_rank
-        R, as in `glora`; `auto` would make what travels depend on the data.
+        R, the rank of the server's state; `none`: the largest client rank, `double`: twice that.
     passes
-        2: S is asked once more, about what Y adds to Ω, before U is made: an exchange and m·l numbers each way more,
-        and nearly nothing is left of what one pass loses.
+        2: the clients are asked once more, about what Y adds to Ω, before U is made. That costs another exchange of m·l
+        numbers each way, and recovers nearly all that one pass loses.
     balance
-        How the size of a direction is shared between B and A (see `leading_adapter`).
+        As in `glora`.
     """
     # A readout of the state is the same thing wherever the state came from.
     plain = glora(server_rank=server_rank, balance=balance)

@@ -39,7 +39,7 @@ def hetlora(gamma: float = 0.99, penalty: float = 5e-3) -> Method:
     Parameters
     ----------
     gamma
-        The tail starts at ⌊γ r⌋ (at least 1); 1 turns pruning off.
+        γ: the tail of a client's components starts at ⌊γ r⌋ (at least 1); 1 turns pruning off.
     penalty
         λ, the weight of the tail's norm in the client's loss.
     """

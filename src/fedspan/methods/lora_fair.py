@@ -44,7 +44,7 @@ def lora_fair(penalty: float = 0.01) -> Method:
     Parameters
     ----------
     penalty
-        λ, above 0.
+        λ, the weight of the correction's norm, above 0.
     """
     _check(penalty)
 
@@ -67,7 +67,8 @@ def lora_fair_ridge(penalty: float = 0.01) -> Method:
     Parameters
     ----------
     penalty
-        λ, above 0, in units of the eigenvalues of Ā Āᵀ (about 1/3 where A is as it was drawn).
+        λ, the weight of the correction's squared norm, above 0, in units of the eigenvalues of Ā Āᵀ (about 1/3 where A
+        is as it was drawn).
     """
     _check(penalty)
 

@@ -29,6 +29,10 @@ def raflora(weighting: Literal["rank", "rb"] = "rank", algebra: Algebra = "auto"
 
     Source: Wu et al. 2026, "Preventing Rank Collapse in Federated Low-Rank Adaptation with Client Heterogeneity"
     (2602.13486).
+    `weighting = "rb"` is RB-LoRA (Ha et al. 2026, Findings of EACL, "RB-LoRA: Rank-Balanced Aggregation for Low-Rank
+    Adaptation with Federated Fine-Tuning"), a reconstruction: the weights p_k·β_j, β_j = N/N_j, are those above, but
+    T' = (Σ_k p_k β_j s_k b_kj) (Σ_k p_k β_j a_kj). The paper states the weights; its public code computes them and
+    never calls them.
     Differences: component by component, which gives what slices between any rank levels give, since N_j changes only
     at the ranks of the clients; those are the participants of the round, so what none of them has is not in T'. The
     SVD is FlexLoRA's here, from the factors.
@@ -36,12 +40,9 @@ def raflora(weighting: Literal["rank", "rb"] = "rank", algebra: Algebra = "auto"
     Parameters
     ----------
     weighting
-        `rank`: raFLoRA's. `rb`: RB-LoRA (Ha et al. 2026, Findings of EACL, "RB-LoRA: Rank-Balanced Aggregation for
-        Low-Rank Adaptation with Federated Fine-Tuning"), whose weights p_k·β_j, β_j = N/N_j, are the same numbers, but
-        applied to the factors: T' = (Σ_k p_k β_j s_k b_kj) (Σ_k p_k β_j a_kj), zero-padded. A reconstruction: the paper
-        states the weights, its public code computes them and never calls them.
+        `rank`: raFLoRA's weights, on the products. `rb`: RB-LoRA's, the same numbers on the zero-padded factors.
     algebra
-        `exact` or `randomized` (see `fedspan.methods.spectral`); `auto`: by shape, exact while that is cheap.
+        As in `glora`.
     """
     if weighting not in ("rank", "rb"):
         raise FedspanError(f"method.weighting = {weighting!r}: expected 'rank' or 'rb'")

@@ -37,13 +37,13 @@ def scaffold(
     Parameters
     ----------
     optimizer
-        `sgd`: the method as published, which needs `local.optimizer = "sgd"`. `adamw`: a heuristic for any local
-        optimizer. The correction then passes through Adam's moments, and c_k⁺ is a mean of scaled steps rather
-        than of gradients, so nothing of the paper's theory holds.
+        `sgd`: the method as published, which requires `local.optimizer = "sgd"`. `adamw`: a heuristic for any local
+        optimizer, outside the paper's theory: the correction passes through Adam's moments, and c_k⁺ is a mean of
+        scaled steps rather than of gradients.
     server_rate
-        ρ, the server's step; the paper's experiments have 1.
+        ρ, the server's step size; 1 in the paper's experiments.
     trains
-        Every weight of the model, or those of the target modules.
+        The weights that clients train: every weight of the model, or those of the target modules.
     """
     if not server_rate > 0:
         raise FedspanError(f"method.server_rate = {server_rate}: expected above 0")

@@ -135,10 +135,12 @@ def fedavgm(learning_rate: float = 1.0, momentum: float = 0.9, trains: Trains = 
 
     Parameters
     ----------
-    learning_rate, momentum
-        η and β. A steady drift moves the model by η/(1−β) of the average step.
+    learning_rate
+        η, the server's step size.
+    momentum
+        β. A steady drift moves the model by η/(1−β) of the average step.
     trains
-        The weights of the target modules, or every weight of the model.
+        The weights that clients train: those of the target modules, or every weight of the model.
     """
     return _averaging("fedavgm", "1909.06335", trains, learning_rate, momentum)
 
@@ -158,10 +160,14 @@ def fedadam(
     ----------
     learning_rate
         η, about the largest change of any weight in a round.
-    momentum, beta2, tau
-        β₁, β₂ and τ.
+    momentum
+        β₁, the decay of the mean of the steps.
+    beta2
+        β₂, the decay of the mean of their squares.
+    tau
+        τ, added to the root of that mean; a larger value makes the rule less adaptive.
     trains
-        The weights of the target modules, or every weight of the model.
+        The weights that clients train: those of the target modules, or every weight of the model.
     """
     return _averaging("fedadam", "2003.00295", trains, learning_rate, momentum, beta2, tau)
 
@@ -181,10 +187,14 @@ def fedyogi(
     ----------
     learning_rate
         η, about the largest change of any weight in a round.
-    momentum, beta2, tau
-        β₁, β₂ and τ.
+    momentum
+        β₁, the decay of the mean of the steps.
+    beta2
+        β₂, the decay of the mean of their squares.
+    tau
+        τ, added to the root of that mean; a larger value makes the rule less adaptive.
     trains
-        The weights of the target modules, or every weight of the model.
+        The weights that clients train: those of the target modules, or every weight of the model.
     """
     return _averaging("fedyogi", "2003.00295", trains, learning_rate, momentum, beta2, tau)
 

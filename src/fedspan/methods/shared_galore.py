@@ -79,21 +79,21 @@ def shared_galore(
     Parameters
     ----------
     rank
-        r; a layer with a narrower side is trained whole.
+        r, the dimension of the subspace; a layer with a narrower side is trained whole.
     refresh
-        Rounds that one subspace serves.
+        Number of rounds between two new subspaces.
     basis
         `projector`: every client's subspace counts by its weight alone. `energy`: eigenvectors of Σ p_k G_k G_kᵀ, where
         a client with larger gradients counts for more. `seeded`: random directions from the run's seed; no client is
         asked for a gradient, and P does not travel.
     repeats
-        Power iterations on the clients' sum; each costs their sketches once more.
+        Number of power iterations on the clients' sum; each costs their sketches once more.
     scale
         Factor on the trained step (α in GaLore).
     probe_batches
-        Batches whose mean gradient is sketched.
+        Number of batches whose mean gradient each client sketches.
     svd
-        How a client finds its Q_k, exactly or nearly.
+        Algorithm for a client's Q_k, exact or randomized.
     """
     o = _Options(rank, refresh, basis, repeats, scale, probe_batches, svd)
     for name, least in (("rank", 1), ("refresh", 1), ("repeats", 0), ("probe_batches", 1)):

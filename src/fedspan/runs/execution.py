@@ -158,7 +158,7 @@ def _local_control(job: Job) -> Figures | None:
     """Every client alone, on the same schedule; the mean of the clients' figures."""
     if not job.config.evaluation.local or job.method.info.alone or job.coordinator is not None:
         return None
-    control = methods.create({"name": "local", "trains": job.method.info.trains})
+    control = methods.create("local", trains=job.method.info.trains)
     alone = job.federation("local", control, job.clients)
     alone.advance(job.config.federation.rounds)
     return alone.personal_metrics()

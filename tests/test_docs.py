@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedspan import config
-from fedspan.display.report import method_records
+from fedspan.display.method_tables import method_records
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -1,23 +1,21 @@
-"""Federated fine-tuning of transformers with server rules that are mathematically right.
+"""Federated fine-tuning of transformers with aggregation rules whose exactness is stated and tested.
 
     import fedspan
 
-    config = fedspan.load_config(overrides=["federation.rounds=6", "method.name=flora"])
-    result = fedspan.run(config)
+    result = fedspan.run({"federation": {"rounds": 6}, "method": {"name": "flora"}})
     print(result.summary["base"], result.summary["local"], result.summary["federated"], result.adapter)
 
 Importing the package imports no tensor library: every name below is looked up when it is first used. The
-algebra (`fedspan.algebra`) and the methods (`fedspan.methods`) need torch and nothing of transformers.
+algebra (`fedspan.algebra`) and the methods (`fedspan.methods`) need torch but not transformers.
 """
 
-from __future__ import annotations
+import importlib as _importlib
+import typing as _typing
 
-from collections.abc import Mapping
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from fedspan.algebra.lowrank import LowRank as LowRank
+    from fedspan.api import resume as resume
+    from fedspan.api import run as run
     from fedspan.config import Config as Config
     from fedspan.config import load as load_config
     from fedspan.merging.one_shot import MergeReport as MergeReport
@@ -25,20 +23,36 @@ if TYPE_CHECKING:
     from fedspan.methods import METHODS as METHODS
     from fedspan.methods import create as create_method
     from fedspan.methods.base import Method as Method
+    from fedspan.methods.base import ServerState as ServerState
     from fedspan.methods.base import aggregate as aggregate
+    from fedspan.methods.messages import Broadcast as Broadcast
+    from fedspan.methods.messages import Factors as Factors
+    from fedspan.methods.messages import Request as Request
+    from fedspan.methods.messages import Template as Template
+    from fedspan.methods.messages import Update as Update
+    from fedspan.methods.messages import Vector as Vector
     from fedspan.runs.engine import Event as Event
     from fedspan.runs.execution import Result as Result
-    from fedspan.runs.execution import resume as resume
-    from fedspan.runs.execution import run as run
+    from fedspan.support.errors import FedspanError as FedspanError
+
+    __version__: str
 
 __all__ = [
     "METHODS",
+    "Broadcast",
     "Config",
     "Event",
+    "Factors",
+    "FedspanError",
     "LowRank",
     "MergeReport",
     "Method",
+    "Request",
     "Result",
+    "ServerState",
+    "Template",
+    "Update",
+    "Vector",
     "aggregate",
     "create_method",
     "load_config",
@@ -47,34 +61,44 @@ __all__ = [
     "run",
 ]
 
-_HOME: Mapping[str, tuple[str, str]] = {
+_HOME = {
     "METHODS": ("fedspan.methods", "METHODS"),
+    "Broadcast": ("fedspan.methods.messages", "Broadcast"),
     "Config": ("fedspan.config", "Config"),
     "Event": ("fedspan.runs.engine", "Event"),
+    "Factors": ("fedspan.methods.messages", "Factors"),
+    "FedspanError": ("fedspan.support.errors", "FedspanError"),
     "LowRank": ("fedspan.algebra.lowrank", "LowRank"),
     "MergeReport": ("fedspan.merging.one_shot", "MergeReport"),
     "Method": ("fedspan.methods.base", "Method"),
+    "Request": ("fedspan.methods.messages", "Request"),
     "Result": ("fedspan.runs.execution", "Result"),
+    "ServerState": ("fedspan.methods.base", "ServerState"),
+    "Template": ("fedspan.methods.messages", "Template"),
+    "Update": ("fedspan.methods.messages", "Update"),
+    "Vector": ("fedspan.methods.messages", "Vector"),
     "aggregate": ("fedspan.methods.base", "aggregate"),
     "create_method": ("fedspan.methods", "create"),
     "load_config": ("fedspan.config", "load"),
     "merge": ("fedspan.merging.one_shot", "merge"),
-    "resume": ("fedspan.runs.execution", "resume"),
-    "run": ("fedspan.runs.execution", "run"),
+    "resume": ("fedspan.api", "resume"),
+    "run": ("fedspan.api", "run"),
 }
+"""Public name -> the module that defines it, and its name there."""
 
 
-def __getattr__(name: str) -> Any:
-    """A public name, imported now."""
+def __getattr__(name: str) -> object:
+    """Return a public name, importing it now."""
     if name == "__version__":
-        from importlib.metadata import version
+        from fedspan.support.versions import installed_version
 
-        return version("fedspan")
+        return installed_version("fedspan")
     if name not in _HOME:
         raise AttributeError(f"module 'fedspan' has no attribute {name!r}")
     module, attribute = _HOME[name]
-    return getattr(import_module(module), attribute)
+    return getattr(_importlib.import_module(module), attribute)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "__version__"})
+    # Only what is public: neither submodules that happen to be loaded, nor this file's own imports.
+    return sorted([*__all__, "__version__"])

@@ -97,8 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--workers", type=int, default=1)
     given = parser.parse_args(arguments)
-    from fedspan import run
     from fedspan.runs.engine import Event
+    from fedspan.runs.execution import run
 
     spec = json.loads(given.spec.read_text(encoding="utf-8"))
     ends: list[float] = []

@@ -207,7 +207,7 @@ def _die_with_parent() -> None:
 def _told(error: Exception) -> dict[str, Any]:
     parts = [error.errno, error.strerror, error.filename] if isinstance(error, OSError) else None
     return {
-        "class": type(error).__name__,
+        "class": "FedspanError" if isinstance(error, FedspanError) else type(error).__name__,
         "text": str(error),
         "os": parts,
         "trace": "".join(traceback.format_exception(error)),
@@ -217,7 +217,8 @@ def _told(error: Exception) -> dict[str, Any]:
 def _raised(header: Mapping[str, Any]) -> Exception:
     """The error of another process, as if it had been raised here."""
     text = header["text"]
-    common: dict[str, type[Exception]] = {c.__name__: c for c in (ValueError, MemoryError, RuntimeError, TypeError)}
+    classes = (FedspanError, ValueError, MemoryError, RuntimeError, TypeError)
+    common: dict[str, type[Exception]] = {c.__name__: c for c in classes}
     common["OutOfMemoryError"] = torch.OutOfMemoryError
     error: Exception
     if header["os"] is not None and header["os"][0] is not None:

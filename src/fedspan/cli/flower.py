@@ -1,0 +1,175 @@
+"""`fedspan flower`: write a deployment, try it on this machine, replace a site's keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedspan.cli.arguments import ConfigFile, PlainCommand, Settings, new_app
+from fedspan.support.errors import FedspanError
+
+if TYPE_CHECKING:
+    from fedspan.config import Config
+    from fedspan.flower.trial import Outcome
+
+app = new_app()
+
+
+@app.callback()
+def _top() -> None:
+    """Deploy a federation of real sites over Flower."""
+
+
+_Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The deployment's folder.")]
+_Sites = Annotated[
+    str | None,
+    typer.Option(
+        "--sites",
+        metavar="N|NAMES",
+        help="Number of sites, or their names separated by commas; if not given, federation.num_clients.",
+    ),
+]
+
+
+@app.command(cls=PlainCommand, short_help="Write a complete deployment.")
+def init(
+    folder: _Folder,
+    config: ConfigFile = None,
+    sites: _Sites = None,
+    host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--host",
+            metavar="NAME",
+            help="Name or address of the server; may be repeated, sites use the first. If not given, localhost.",
+        ),
+    ] = None,
+    port: Annotated[
+        int,
+        typer.Option(
+            "--port", metavar="P", show_default=False, help="Port on which sites reach the server; 8443 by default."
+        ),
+    ] = 8443,
+    settings: Settings = None,
+) -> None:
+    """Write a complete deployment: certificates, keys, start scripts, the proxy's configuration, container files.
+
+    \b
+    Examples:
+      fedspan flower init fed my.toml --sites charite,mayo,ucl --host fed.example.org
+      fedspan flower init trial --sites 4
+
+    `server/` stays on the server; each folder under `sites/` goes to its site over a secure channel. README.md in
+    the folder says what to start, and in which order.
+    """
+    from fedspan.flower import deployment
+
+    names, loaded = _federation(config, sites, settings)
+    deployment.write(folder, deployment.plan(names, host or (), port), loaded)
+    typer.echo(f"{folder}/  {len(names)} sites: {', '.join(names)}; for the next steps see {folder / 'README.md'}")
+
+
+@app.command(cls=PlainCommand, short_help="Try a deployment on this machine.")
+def up(
+    folder: _Folder,
+    config: ConfigFile = None,
+    sites: _Sites = None,
+    settings: Settings = None,
+    proxy: Annotated[
+        str,
+        typer.Option(
+            "--proxy",
+            metavar="NAME",
+            show_default=False,
+            help="nginx, python (comes with fedspan), or auto (by default: nginx if it is installed).",
+        ),
+    ] = "auto",
+    timeout: Annotated[
+        float,
+        typer.Option(
+            "--timeout", metavar="SECONDS", show_default=False, help="Longest time for everything; 3600 by default."
+        ),
+    ] = 3600.0,
+    run: Annotated[
+        str | None,
+        typer.Option(
+            "--run", metavar="NAME", help="Name of the run, resumed if it is unfinished; if not given, a new one."
+        ),
+    ] = None,
+) -> None:
+    """Start a deployment on loopback, run its federation, print the result, and take everything down.
+
+    \b
+    Examples:
+      fedspan flower up trial --sites 4
+      fedspan flower up trial --sites 4 --set method.name=glora_sums --set privacy.secure_sums=true
+
+    Server, proxy and sites are separate processes with TLS, node keys and the proxy's rules, as between real
+    machines. A folder that does not exist is created first, with free ports. The logs are in DIR/logs.
+    """
+    from fedspan.flower import trial
+
+    trial.chosen_proxy(proxy)  # an unusable proxy is refused before anything is written
+    if not folder.exists() or not any(folder.iterdir()):
+        names, loaded = _federation(config, sites, settings)
+        trial.prepare(folder, names, loaded)
+    elif config is not None or sites is not None or settings:
+        raise FedspanError(
+            f"{folder} already holds a deployment: expected no --sites, --set or CONFIG.toml, or a new folder"
+        )
+    outcome = trial.up(folder, typer.echo, proxy=proxy, timeout=timeout, run=run)
+    _show(outcome)
+
+
+@app.command(cls=PlainCommand, short_help="Replace a site's keys, at the site.")
+def keys(
+    folder: Annotated[Path, typer.Argument(metavar="SITE_DIR", help="The site's folder.")],
+) -> None:
+    """Replace a site's node key and identity with new ones, and print what the server and the other sites need.
+
+    \b
+    Example:
+      fedspan flower keys sites/charite
+    """
+    from fedspan.flower import deployment
+
+    client_id, identity = deployment.renew_keys(folder)
+    typer.echo(
+        f"send {folder / 'node.pub'} to the server, replace the old key in nodes/ with it, and run ./register.sh there"
+    )
+    typer.echo(f'put this line into sites.json at every site: "{client_id}": "{identity}"')
+
+
+def _federation(path: Path | None, sites: str | None, settings: list[str] | None) -> tuple[list[str], Config]:
+    """Return the sites' names, and settings for that number of clients; refuse settings that cannot run."""
+    from fedspan.config import load
+    from fedspan.flower.deployment import client_ids
+
+    config = load(path, settings or ())
+    text = str(config.federation.num_clients) if sites is None else sites
+    if text.isdecimal():
+        if int(text) < 1:
+            raise FedspanError(f"--sites {text}: expected at least one")
+        names = client_ids(int(text))
+    else:
+        names = [name.strip() for name in text.split(",")]
+    config = load(path, [*(settings or ()), f"federation.num_clients={len(names)}"])
+
+    from fedspan.federation import requirements  # a slow import: mistyped settings are reported before it
+
+    requirements.chosen(config)
+    return names, config
+
+
+def _show(outcome: Outcome) -> None:
+    from fedspan.display import report
+    from fedspan.display.console import command_console
+
+    console = command_console()
+    console.print()
+    console.print(report.summary_table(outcome.summary), highlight=False)
+    console.print()
+    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in outcome.seconds.items())
+    typer.echo(f"{outcome.out}/  {times}")

@@ -1,5 +1,7 @@
 """Settings: what TOML and `--set` accept, and what a mistake is answered with."""
 
+import tomllib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedspan.config import Config, _valid_keys, from_mapping, load, to_toml
+from fedspan.config import ALIASES, Config, from_mapping, json_schema, load, to_toml, valid_keys
+from fedspan.config.aliases import RENAMED
+
+ROOT = Path(__file__).parents[1]
 
 texts = st.text(max_size=20)
 names = st.lists(texts, max_size=3)
@@ -40,7 +45,7 @@ CONFIGS = sections(
         num_clients=positive,
         participation=st.floats(min_value=0, max_value=1, exclude_min=True),
         ranks=st.one_of(positive, st.lists(positive, max_size=4), st.sampled_from(["uniform", "heavy_tail"])),
-        alpha=positive_floats,
+        dirichlet_alpha=positive_floats,
         drop_empty=st.booleans(),
     ),
     local=st.one_of(
@@ -51,12 +56,149 @@ CONFIGS = sections(
 )
 
 
+@pytest.fixture(scope="module")
+def schema_check() -> Any:
+    jsonschema = pytest.importorskip("jsonschema")
+    return jsonschema.Draft202012Validator(json_schema())
+
+
 @given(CONFIGS)
-def test_written_settings_read_back_the_same(tmp_path_factory: pytest.TempPathFactory, tree: dict[str, Any]) -> None:
+def test_written_settings_read_back_the_same(
+    tmp_path_factory: pytest.TempPathFactory, schema_check: Any, tree: dict[str, Any]
+) -> None:
     config = from_mapping(tree)
     path = tmp_path_factory.mktemp("config") / "config.toml"
     path.write_text(to_toml(config), encoding="utf-8")
     assert load(path) == config
+    schema_check.validate(tomllib.loads(to_toml(config)))
+
+
+def suites() -> list[dict[str, Any]]:
+    """The settings of every benchmark, with each of its conditions."""
+    trees = []
+    for path in sorted(ROOT.glob("benchmarks/*/suite.toml")):
+        suite = tomllib.loads(path.read_text(encoding="utf-8"))
+        for changes in [{}, suite.get("tune", {}), *(c.get("config", {}) for c in suite.get("condition", ()))]:
+            names = {**suite["config"], **changes}
+            trees.append({name: {**suite["config"].get(name, {}), **changes.get(name, {})} for name in names})
+    return trees
+
+
+@pytest.mark.parametrize("tree", [{}, tomllib.loads((ROOT / "examples/own_data/config.toml").read_text()), *suites()])
+def test_every_setting_is_written_and_reads_back_the_same(tree: dict[str, Any]) -> None:
+    """One line for each, commented out where it is unset, below its explanation."""
+    config = from_mapping(tree)
+    text = to_toml(config)
+    assert from_mapping(tomllib.loads(text)) == config
+    assert max(map(len, text.splitlines())) <= 100
+    section, written = "", []
+    lines = text.splitlines()
+    for above, line in pairwise(lines):
+        if line.startswith("["):
+            section = line.strip("[]") + "."
+            written.append(section[:-1])
+        elif " = " in line and not line.startswith("# "):
+            written.append(section + line.removeprefix("#").partition(" = ")[0])
+        else:
+            continue
+        assert above.startswith("# ") or section == "method.", line
+    assert [key for key in written if not key.startswith("method.")] == list(section_first(valid_keys()))
+
+
+def section_first(keys: list[str]) -> list[str]:
+    """A section ahead of its settings, as in a file."""
+    return sorted(keys, key=lambda key: (keys.index(key.partition(".")[0]), "." in key))
+
+
+def test_the_schema_is_one_and_explains_every_setting(schema_check: Any) -> None:
+    schema, check = json_schema(), schema_check
+    check.check_schema(schema)
+    for part in (schema, *schema["$defs"].values()):
+        for name, entry in part["properties"].items():
+            assert "$ref" in entry or entry["description"].rstrip().endswith("."), name
+    assert check.is_valid({"local": {"max_steps": 5, "clip_norm": "none"}, "data": {"train": "one.jsonl"}})
+    for wrong in ({"local": {"step": 5}}, {"local": {"steps": 0}}, {"federation": {"alpha": 0.5}}):
+        assert not check.is_valid(wrong)
+
+
+# A value of each setting that has an alias, other than its default.
+VALUES: dict[str, Any] = {
+    "adapter.alpha": 3.0,
+    "adapter.dropout": 0.25,
+    "adapter.rslora": True,
+    "data.max_length": 77,
+    "data.max_test": 77,
+    "data.max_train": 77,
+    "data.subset": "x",
+    "data.test": "x.jsonl",
+    "data.train": "x.jsonl",
+    "evaluation.batch_size": 3,
+    "federation.min_clients": 3,
+    "federation.num_clients": 3,
+    "federation.participation": 0.25,
+    "federation.ranks": 3,
+    "federation.rounds": 3,
+    "local.batch_size": 3,
+    "local.clip_norm": 3.0,
+    "local.epochs": 3,
+    "local.steps": 3,
+    "local.warmup": 0.25,
+    "model.dtype": "float16",
+    "model.name": "x",
+    "privacy.clip": 3.0,
+    "robust.attackers": 3,
+    "server.beta2": 0.25,
+    "server.learning_rate": 0.25,
+    "server.momentum": 0.25,
+}
+
+
+def nested(key: str, value: object) -> dict[str, Any]:
+    section, _, name = key.partition(".")
+    return {section: {name: value}}
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_other_libraries_names_are_read_and_written_back_in_ours(alias: str, tmp_path: Path) -> None:
+    """In files and in `--set`; both names at once are refused, but an override replaces what the file says."""
+    ours = ALIASES[alias]
+    assert ours in valid_keys()
+    assert alias not in valid_keys()
+    value = VALUES[ours]
+    section, _, name = alias.partition(".")
+    path = tmp_path / "c.toml"
+    path.write_text(f"[{section}]\n{name} = {str(value).lower() if value is True else repr(value)}\n")
+    config = from_mapping(nested(ours, value))
+    assert config != Config()
+    assert load(path) == load(overrides=[f"{alias}={value}"]) == config
+    assert load(overrides=[f"{section}={{{name} = {str(value).lower() if value is True else repr(value)}}}"]) == config
+    assert tomllib.loads(to_toml(config)) == tomllib.loads(to_toml(load(path)))
+    assert name not in tomllib.loads(to_toml(config)).get(section, {})
+    assert load(path, [f"{ours}={value}"]) == config
+    both = {section: {name: value}}
+    both.setdefault(ours.partition(".")[0], {})[ours.partition(".")[2]] = value
+    with pytest.raises(ValueError, match=r"are the same setting: give only one of them$"):
+        from_mapping(both)
+    with pytest.raises(ValueError, match=f"^{ours} and {alias} are the same setting"):
+        load(overrides=[f"{ours}={value}", f"{alias}={value}"])
+
+
+@pytest.mark.parametrize("former", RENAMED)
+def test_a_former_name_is_refused_with_the_present_one(former: str) -> None:
+    now = RENAMED[former]
+    assert now in valid_keys()
+    message = f"^{former} is now called {now}$"
+    with pytest.raises(ValueError, match=message):
+        load(overrides=[f"{former}=0.5"])
+    with pytest.raises(ValueError, match=message):
+        from_mapping(nested(former, 0.5))
+
+
+def test_an_alias_of_another_section_needs_a_section_there() -> None:
+    assert from_mapping({"adapter": {"r": 8, "lora_alpha": 32}}).federation.ranks == 8
+    for wrong in ({"adapter": {"r": 8}, "federation": 3}, {"adapter": 3}):
+        with pytest.raises(ValueError, match=r"(federation|adapter) = 3: "):
+            from_mapping(wrong)
 
 
 @pytest.mark.parametrize(
@@ -113,13 +255,13 @@ def test_the_digits_bring_their_own_base_and_partition() -> None:
     assert mine.federation.partition == "iid"
 
 
-@given(st.sampled_from([key for key in _valid_keys() if "." in key]), st.data())
+@given(st.sampled_from([key for key in valid_keys() if "." in key]), st.data())
 def test_a_slip_in_a_key_names_a_valid_one(key: str, data: st.DataObject) -> None:
     """One letter lost from any setting's name: the answer suggests a setting, nearly always that one."""
     section, _, name = key.partition(".")
     place = data.draw(st.integers(0, len(name) - 1))
     wrong = f"{section}.{name[:place]}{name[place + 1 :]}"
-    if wrong in _valid_keys() or wrong.endswith("."):
+    if wrong in valid_keys() or wrong in ALIASES or wrong.endswith("."):
         return
     with pytest.raises(ValueError, match=r"unknown key .*; did you mean '[a-z0-9_.]+'\?$") as error:
         load(overrides=[f"{wrong}=1"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedspan import config
-from fedspan.display.report import method_records
+from fedspan.display.method_tables import method_records
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -73,3 +73,12 @@ def test_the_examples_run_as_they_are(command: list[str], written: str, tmp_path
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / written).exists()
+
+
+def test_the_table_of_aliases_is_the_table_in_the_code() -> None:
+    page = (ROOT / "docs" / "settings.md").read_text()
+    rows = re.findall(r"^\| `([\w.]+)` \| `([\w.]+)` \|$", page, flags=re.MULTILINE)
+    assert dict(rows) == config.ALIASES
+    assert set(re.findall(r"`\[(\w+)\]`", page)) == {key for key in config.valid_keys() if "." not in key} - {
+        *("seed", "device", "threads")
+    }

@@ -1,23 +1,21 @@
-"""Federated fine-tuning of transformers with server rules that are mathematically right.
+"""Federated fine-tuning of transformers with aggregation rules whose exactness is stated and tested.
 
     import fedspan
 
-    config = fedspan.load_config(overrides=["federation.rounds=6", "method.name=flora"])
-    result = fedspan.run(config)
+    result = fedspan.run({"federation": {"rounds": 6}, "method": {"name": "flora"}})
     print(result.summary["base"], result.summary["local"], result.summary["federated"], result.adapter)
 
 Importing the package imports no tensor library: every name below is looked up when it is first used. The
-algebra (`fedspan.algebra`) and the methods (`fedspan.methods`) need torch and nothing of transformers.
+algebra (`fedspan.algebra`) and the methods (`fedspan.methods`) need torch but not transformers.
 """
 
-from __future__ import annotations
+import importlib as _importlib
+import typing as _typing
 
-from collections.abc import Mapping
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from fedspan.algebra.lowrank import LowRank as LowRank
+    from fedspan.api import resume as resume
+    from fedspan.api import run as run
     from fedspan.config import Config as Config
     from fedspan.config import load as load_config
     from fedspan.merging.merge_report import MergeReport as MergeReport
@@ -37,8 +35,10 @@ if TYPE_CHECKING:
     from fedspan.methods.messages import Vector as Vector
     from fedspan.runs.events import Event as Event
     from fedspan.runs.execution import Result as Result
-    from fedspan.runs.execution import resume as resume
-    from fedspan.runs.execution import run as run
+    from fedspan.runs.summary import Summary as Summary
+    from fedspan.support.errors import FedspanError as FedspanError
+
+    __version__: str
 
 __all__ = [
     "METHODS",
@@ -46,6 +46,7 @@ __all__ = [
     "Config",
     "Event",
     "Factors",
+    "FedspanError",
     "LowRank",
     "MergeReport",
     "Method",
@@ -54,6 +55,7 @@ __all__ = [
     "RoundReport",
     "Server",
     "ServerState",
+    "Summary",
     "Template",
     "Update",
     "Vector",
@@ -65,34 +67,37 @@ __all__ = [
     "run",
 ]
 
-_HOME: Mapping[str, tuple[str, str]] = {
-    "Vector": ("fedspan.methods.messages", "Vector"),
-    "Update": ("fedspan.methods.messages", "Update"),
-    "Template": ("fedspan.methods.messages", "Template"),
-    "ServerState": ("fedspan.methods.base", "ServerState"),
-    "Server": ("fedspan.merging.server", "Server"),
-    "RoundReport": ("fedspan.merging.server", "RoundReport"),
-    "Request": ("fedspan.methods.messages", "Request"),
-    "Factors": ("fedspan.methods.messages", "Factors"),
-    "Broadcast": ("fedspan.methods.messages", "Broadcast"),
+_HOME = {
     "METHODS": ("fedspan.methods", "METHODS"),
+    "Broadcast": ("fedspan.methods.messages", "Broadcast"),
     "Config": ("fedspan.config", "Config"),
     "Event": ("fedspan.runs.events", "Event"),
+    "Factors": ("fedspan.methods.messages", "Factors"),
+    "FedspanError": ("fedspan.support.errors", "FedspanError"),
     "LowRank": ("fedspan.algebra.lowrank", "LowRank"),
     "MergeReport": ("fedspan.merging.merge_report", "MergeReport"),
     "Method": ("fedspan.methods.base", "Method"),
+    "Request": ("fedspan.methods.messages", "Request"),
     "Result": ("fedspan.runs.execution", "Result"),
+    "RoundReport": ("fedspan.merging.server", "RoundReport"),
+    "Server": ("fedspan.merging.server", "Server"),
+    "ServerState": ("fedspan.methods.base", "ServerState"),
+    "Summary": ("fedspan.runs.summary", "Summary"),
+    "Template": ("fedspan.methods.messages", "Template"),
+    "Update": ("fedspan.methods.messages", "Update"),
+    "Vector": ("fedspan.methods.messages", "Vector"),
     "aggregate": ("fedspan.methods.base", "aggregate"),
     "create_method": ("fedspan.methods", "create"),
     "load_config": ("fedspan.config", "load"),
     "merge": ("fedspan.merging.one_shot", "merge"),
-    "resume": ("fedspan.runs.execution", "resume"),
-    "run": ("fedspan.runs.execution", "run"),
+    "resume": ("fedspan.api", "resume"),
+    "run": ("fedspan.api", "run"),
 }
+"""Public name -> the module that defines it, and its name there."""
 
 
-def __getattr__(name: str) -> Any:
-    """A public name, imported now."""
+def __getattr__(name: str) -> object:
+    """Return a public name, importing it now."""
     if name == "__version__":
         from fedspan.support.versions import installed_version
 
@@ -100,8 +105,9 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'fedspan' has no attribute {name!r}")
     module, attribute = _HOME[name]
-    return getattr(import_module(module), attribute)
+    return getattr(_importlib.import_module(module), attribute)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "__version__"})
+    # Only what is public: neither submodules that happen to be loaded, nor this file's own imports.
+    return sorted([*__all__, "__version__"])

@@ -294,7 +294,7 @@ def test_a_run_stopped_twice_ends_with_the_same_bits(
     assert code == -signal.SIGKILL
     assert 2 <= len(records(folder)) <= 3
     code, errors = stop(["resume", folder], "clients alone", signal.SIGINT)
-    assert (code, errors) == (130, f"fedspan: interrupted; go on with: fedspan resume {folder}\n")
+    assert (code, errors) == (130, f"fedspan: interrupted; continue with: fedspan resume {folder}\n")
     assert not (folder / "summary.json").exists()
     done = fedspan("resume", folder)
     assert (done.returncode, done.stderr) == (0, "")

@@ -233,7 +233,7 @@ def test_no_process_outlives_the_command(tmp_path: Path, how: signal.Signals) ->
             process.kill()
     if how == signal.SIGINT:
         assert process.returncode == 130
-        assert errors == f"fedspan: interrupted; go on with: fedspan resume {tmp_path / 'run'}\n"
+        assert errors == f"fedspan: interrupted; continue with: fedspan resume {tmp_path / 'run'}\n"
 
 
 def wait_for_workers(parent: int, num: int) -> list[int]:

@@ -17,7 +17,6 @@ import numpy as np
 import pages
 import pytest
 import tiny
-from fedspan.runs.engine import Event
 from methods.federations import Case, assert_same, build, distance, gauge, received, regauged, served
 
 from fedspan import methods
@@ -27,6 +26,7 @@ from fedspan.federation import sampling
 from fedspan.methods.base import Method
 from fedspan.privacy import accounting
 from fedspan.privacy.pld import PLDAccountant
+from fedspan.runs.events import Event
 from fedspan.runs.execution import run
 
 EXAMPLES = pages.examples()

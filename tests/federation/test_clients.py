@@ -61,7 +61,8 @@ def all_rows(clients: list[Client]) -> list[int]:
 def test_clients_and_their_holdouts_are_a_partition(
     seed: int, num: int, rows: int, holdout: float, partition: str
 ) -> None:
-    c = config(seed, holdout, num_clients=num, partition=partition, alpha=0.5, drop_empty=True, ranks="uniform")
+    options = {"dirichlet_alpha": 0.5, "drop_empty": True, "ranks": "uniform"}
+    c = config(seed, holdout, num_clients=num, partition=partition, **options)
     clients = made(c, corpus(rows))
     assert all_rows(clients) == list(range(rows))
     for client in clients:
@@ -136,7 +137,7 @@ def test_fields_that_say_nothing_are_refused() -> None:
 
 def test_label_skew_of_instructions_is_by_their_field() -> None:
     data = corpus(kind="instruction", fields=["a"] * 20 + ["b"] * 20)
-    clients = made(config(partition="dirichlet", alpha=0.001, num_clients=2, drop_empty=True), data)
+    clients = made(config(partition="dirichlet", dirichlet_alpha=0.001, num_clients=2, drop_empty=True), data)
     for client in clients:
         fields = {data.train.fields[i] for i in client.indices}
         assert len(fields) == 1 or len(clients) == 1

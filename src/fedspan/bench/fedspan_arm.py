@@ -98,8 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args(arguments)
-    from fedspan import run
     from fedspan.runs.events import Event
+    from fedspan.runs.execution import run
 
     spec = json.loads(options.spec.read_text(encoding="utf-8"))
     ends: list[float] = []

@@ -1,37 +1,92 @@
-"""What the command line understands beyond the ordinary: several numbers after one option, nearest names."""
+"""Arguments that several commands take, and the parsing that typer lacks.
+
+Every option's name is written out: newer versions of typer would make one of the `metavar` otherwise.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
+from fedspan.cli import completion
 from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
 
+ConfigFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="CONFIG.toml", help="Settings; if not given, the built-in defaults.", show_default=False),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override one setting; may be repeated.",
+        autocompletion=completion.settings,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def new_app(*, add_completion: bool = False) -> typer.Typer:
+    """Return a group of commands with plain help pages; its own help is the docstring of its callback."""
+    return typer.Typer(
+        cls=NearestNames,
+        add_completion=add_completion,
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
 
 class NearestNames(TyperGroup):
-    """Names the nearest command when there is none of the name given."""
+    """A group that shows its help when no command is given, and suggests the nearest one for an unknown command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; none stand for `--help`."""
+        return super().parse_args(ctx, args or ["--help"])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Refuse an unknown command in our own words."""
+        """Refuse an unknown command with a suggestion."""
         if args and not args[0].startswith("-") and args[0] not in self.commands:
             raise FedspanError(f"unknown command {args[0]!r}{nearest(args[0], self.commands)}")
         return super().resolve_command(ctx, args)
 
 
-class WithWeights(TyperCommand):
-    """Lets `--weights` take several numbers: `--weights 3 1 2` is read as `--weights 3,1,2`."""
+class PlainCommand(TyperCommand):
+    """A command whose help page is the same with all versions of typer and click."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # Typer before 0.26 loses an argument's help to click 8.5's own.
+        hints = get_type_hints(inspect.unwrap(self.callback), include_extras=True) if self.callback else {}
+        for parameter in self.params:
+            for note in getattr(hints.get(parameter.name), "__metadata__", ()):
+                if getattr(parameter, "help", None) is None and hasattr(note, "help"):
+                    parameter.help = note.help
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help page."""
+        super().format_help(ctx, formatter)
+        # Typer escapes brackets for rich even where rich does not print.
+        formatter.buffer[:] = [text.replace(r"\[", "[") for text in formatter.buffer]
+
+
+class WithWeights(PlainCommand):
+    """A command whose `--weights` takes several numbers: `--weights 3 1 2` is read as `--weights 3,1,2`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse after joining."""
+        """Join the numbers after `--weights`, then parse."""
         return super().parse_args(ctx, join_weights(args))
 
 
 def join_weights(args: Sequence[str]) -> list[str]:
-    """Put the numbers that follow `--weights` into one argument; anything else ends the list."""
+    """Join the numbers that follow `--weights` into one argument; anything else ends the list."""
     joined: list[str] = []
     rest = list(args)
     while rest:
@@ -49,12 +104,12 @@ def join_weights(args: Sequence[str]) -> list[str]:
 
 
 def parse_weights(given: Sequence[str]) -> list[float] | None:
-    """The numbers of one or several `--weights`, in order; none when there are none.
+    """Return the numbers of one or several `--weights`, in order; None when there are none.
 
     Raises
     ------
-    ValueError
-        For anything that is no number.
+    FedspanError
+        For anything that is not a number.
     """
     texts = [text.strip() for item in given for text in item.split(",") if text.strip()]
     for text in texts:
@@ -64,12 +119,12 @@ def parse_weights(given: Sequence[str]) -> list[float] | None:
 
 
 def parse_rank(text: str | None) -> int | None:
-    """The whole number of `--rank`, or none.
+    """Return `--rank` as a number; None when it is not given.
 
     Raises
     ------
-    ValueError
-        For anything else.
+    FedspanError
+        For anything but a whole number.
     """
     try:
         return None if text is None else int(text)
@@ -77,16 +132,16 @@ def parse_rank(text: str | None) -> int | None:
         raise FedspanError(f"--rank {text!r}: expected a whole number, such as --rank 8") from None
 
 
+def method_section(name: str, settings: Sequence[str]) -> Mapping[str, Any]:
+    """Return the `[method]` section of a name and `--set` items (`server_rank=8` or `method.server_rank=8`)."""
+    from fedspan.config import load
+
+    full = [item if item.startswith("method.") else f"method.{item}" for item in settings]
+    return load(overrides=[*full, f"method.name={json.dumps(name)}"]).method
+
+
 def _is_number(text: str) -> bool:
     try:
         return all(float(part) is not None for part in text.split(","))
     except ValueError:
         return False
-
-
-def method_options(name: str, settings: Sequence[str]) -> Mapping[str, Any]:
-    """A method's name and `--set` items (`server_rank=8` or `method.server_rank=8`) as its options."""
-    from fedspan.config import load
-
-    full = [item if item.startswith("method.") else f"method.{item}" for item in settings]
-    return load(overrides=[*full, f"method.name={json.dumps(name)}"]).method

@@ -73,7 +73,7 @@ def make_clients(corpus: Corpus, federation: FederationConfig, seed: int, client
     if empty and not federation.drop_empty:
         raise FedspanError(
             f"{', '.join(empty)} got no data from the {federation.partition} partition: give fewer clients or a larger "
-            f"federation.alpha, or set federation.drop_empty = true"
+            f"federation.dirichlet_alpha, or set federation.drop_empty = true"
         )
     return clients
 
@@ -102,7 +102,7 @@ def _partition(corpus: Corpus, federation: FederationConfig, rng: np.random.Gene
         return partition.by_field(rows.fields, num_clients, rng)
     # Instructions have no labels to be skewed by: their fields (tasks, categories) stand in.
     labels = rows.fields if corpus.kind == "instruction" else rows.targets
-    return partition.dirichlet(np.asarray(labels), num_clients, federation.alpha, rng)
+    return partition.dirichlet(np.asarray(labels), num_clients, federation.dirichlet_alpha, rng)
 
 
 def pooled(clients: list[Client]) -> list[Client]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedspan.display.curves import save_figure
 from fedspan.inspection.record import Inspection
 from fedspan.support.errors import FedspanError
 
@@ -53,9 +54,7 @@ def plot(run: Inspection, out: Path) -> Path:
         axes.set_xlabel("round")
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(f"{run.info.title}: {run.folder.name}", fontsize=10)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=160)
-    return out
+    return save_figure(figure, out)
 
 
 def _readout_series(run: Inspection, rank: str) -> list[float | None]:

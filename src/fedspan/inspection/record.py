@@ -9,7 +9,7 @@ from typing import Any
 
 from fedspan import methods
 from fedspan.config import load
-from fedspan.display.report import read_run
+from fedspan.display.run_folder import read_run
 from fedspan.methods.base import MethodInfo
 from fedspan.support.errors import FedspanError
 

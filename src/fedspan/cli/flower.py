@@ -7,56 +7,52 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedspan.cli.arguments import NearestNames
+from fedspan.cli.arguments import ConfigFile, PlainCommand, Settings, new_app
 from fedspan.support.errors import FedspanError
 
 if TYPE_CHECKING:
     from fedspan.config import Config
     from fedspan.flower.trial import Outcome
 
-app = typer.Typer(
-    cls=NearestNames,
-    add_completion=False,
-    rich_markup_mode=None,
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Deploy a federation of real sites over Flower.",
-)
+app = new_app()
+
+
+@app.callback()
+def _top() -> None:
+    """Deploy a federation of real sites over Flower."""
+
 
 _Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The deployment's folder.")]
-_Config = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="CONFIG.toml", help="Settings; the embedded default if it is not given.", show_default=False
-    ),
-]
 _Sites = Annotated[
     str | None,
     typer.Option(
+        "--sites",
         metavar="N|NAMES",
-        help="Number of sites, or their names separated by commas; by default federation.num_clients.",
+        help="Number of sites, or their names separated by commas; if not given, federation.num_clients.",
     ),
 ]
-_Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting; may be repeated."),
-]
 
 
-@app.command(short_help="Write a complete deployment.")
+@app.command(cls=PlainCommand, short_help="Write a complete deployment.")
 def init(
     folder: _Folder,
-    config: _Config = None,
+    config: ConfigFile = None,
     sites: _Sites = None,
     host: Annotated[
         list[str] | None,
         typer.Option(
+            "--host",
             metavar="NAME",
-            help="Name or address of the server; sites use the first one. By default localhost; may be repeated.",
+            help="Name or address of the server; may be repeated, sites use the first. If not given, localhost.",
         ),
     ] = None,
-    port: Annotated[int, typer.Option(metavar="P", help="Port on which sites reach the server.")] = 8443,
-    settings: _Settings = None,
+    port: Annotated[
+        int,
+        typer.Option(
+            "--port", metavar="P", show_default=False, help="Port on which sites reach the server; 8443 by default."
+        ),
+    ] = 8443,
+    settings: Settings = None,
 ) -> None:
     """Write a complete deployment: certificates, keys, start scripts, the proxy's configuration, container files.
 
@@ -66,7 +62,7 @@ def init(
       fedspan flower init trial --sites 4
 
     `server/` stays on the server; each folder under `sites/` goes to its site over a secure channel. README.md in
-    the folder says what to start in which order.
+    the folder says what to start, and in which order.
     """
     from fedspan.flower import deployment
 
@@ -75,20 +71,32 @@ def init(
     typer.echo(f"{folder}/  {len(names)} sites: {', '.join(names)}; for the next steps see {folder / 'README.md'}")
 
 
-@app.command(short_help="Try a deployment on this machine.")
+@app.command(cls=PlainCommand, short_help="Try a deployment on this machine.")
 def up(
     folder: _Folder,
-    config: _Config = None,
+    config: ConfigFile = None,
     sites: _Sites = None,
-    settings: _Settings = None,
+    settings: Settings = None,
     proxy: Annotated[
         str,
-        typer.Option(metavar="NAME", help="nginx, python (comes with fedspan), or auto (nginx if it is installed)."),
+        typer.Option(
+            "--proxy",
+            metavar="NAME",
+            show_default=False,
+            help="nginx, python (comes with fedspan), or auto (by default: nginx if it is installed).",
+        ),
     ] = "auto",
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Longest time for everything.")] = 3600.0,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            "--timeout", metavar="SECONDS", show_default=False, help="Longest time for everything; 3600 by default."
+        ),
+    ] = 3600.0,
     run: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Name of the run, resumed if it is unfinished; by default a new one."),
+        typer.Option(
+            "--run", metavar="NAME", help="Name of the run, resumed if it is unfinished; if not given, a new one."
+        ),
     ] = None,
 ) -> None:
     """Start a deployment on loopback, run its federation, print the result, and take everything down.
@@ -115,7 +123,7 @@ def up(
     _show(outcome)
 
 
-@app.command(short_help="Replace a site's keys, at the site.")
+@app.command(cls=PlainCommand, short_help="Replace a site's keys, at the site.")
 def keys(
     folder: Annotated[Path, typer.Argument(metavar="SITE_DIR", help="The site's folder.")],
 ) -> None:
@@ -156,13 +164,10 @@ def _federation(path: Path | None, sites: str | None, settings: list[str] | None
 
 
 def _show(outcome: Outcome) -> None:
-    from rich.console import Console
-
     from fedspan.display import report
+    from fedspan.display.console import command_console
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # wide enough that no row of the table is wrapped in a pipe
+    console = command_console()
     console.print()
     console.print(report.summary_table(outcome.summary), highlight=False)
     console.print()

@@ -1,0 +1,36 @@
+"""`fedspan config`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from fedspan.cli.arguments import ConfigFile, Settings
+
+
+def config(
+    config: ConfigFile = None,
+    settings: Settings = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of a settings file instead, for editors.")
+    ] = False,
+) -> None:
+    """Print every setting with its value and explanation as TOML: a file to start from.
+
+    \b
+    Examples:
+      fedspan config > my.toml
+      fedspan config my.toml --set federation.rounds=30
+      fedspan config --schema > fedspan.schema.json
+
+    A setting that is unset is commented out. `fedspan methods NAME` lists the options of [method].
+    """
+    from fedspan.config import json_schema, load, to_toml
+
+    loaded = load(config, settings or ())
+    if schema:
+        print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    else:
+        print(to_toml(loaded), end="")

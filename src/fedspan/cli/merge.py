@@ -1,0 +1,66 @@
+"""`fedspan merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedspan.cli import completion
+from fedspan.cli.arguments import method_section, parse_rank, parse_weights
+
+
+def merge(
+    folders: Annotated[list[Path], typer.Argument(metavar="ADAPTER_DIR", help="PEFT LoRA adapter folders.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help="The aggregation rule; see `fedspan methods`.",
+            autocompletion=completion.method_names,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new folder for the merged adapter.")],
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weights",
+            metavar="W1 W2 …",
+            help="Weight of each adapter, such as its number of examples; if not given, all weigh the same.",
+        ),
+    ] = None,
+    rank: Annotated[
+        str | None,
+        typer.Option("--rank", metavar="R", help="Rank of the result; if not given, large enough to be exact."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Set an option of the method; may be repeated.",
+            autocompletion=completion.method_options,
+        ),
+    ] = None,
+) -> None:
+    """Apply an aggregation rule once to PEFT adapter folders from anywhere, of any ranks and scalings.
+
+    \b
+    Examples:
+      fedspan merge alice bob carol --method glora --out merged
+      fedspan merge alice bob --weights 300 100 --method flexlora --rank 8 --out merged
+      fedspan merge a b c --method glora --set server_rank=auto --out merged
+
+    The result is a PEFT folder. If an exact method's result does not fit in it, the loss is reported. The weights end
+    at the first word that is not a number; write ./7 for a folder whose name is a number.
+    """
+    section = method_section(method, settings or ())
+    numbers, limit = parse_weights(weights or ()), parse_rank(rank)
+    from fedspan import create_method
+    from fedspan import merge as merge_adapters
+
+    report = merge_adapters(folders, create_method(**section), weights=numbers, rank=limit, out=out)
+    for line in report.lines():
+        print(line)

@@ -1,0 +1,148 @@
+"""`fedspan run` and `fedspan resume`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedspan.cli.arguments import ConfigFile, Settings
+from fedspan.cli.failures import Bug, Interrupted, is_out_of_memory, is_users, message
+from fedspan.support.errors import FedspanError
+
+if TYPE_CHECKING:
+    from fedspan.runs.events import Event, OnEvent
+    from fedspan.runs.execution import Result
+
+
+def run(
+    config: ConfigFile = None,
+    settings: Settings = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="A new folder for the run; if not given, runs/METHOD-TIME."),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--engine",
+            metavar="NAME",
+            help="cohort (many clients in one pass), sequential, or auto (the cohort where the method allows it and it "
+            "is faster); flower-simulation: server and sites exchange messages over Flower's simulation engine.",
+        ),
+    ] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            "--workers",
+            metavar="N",
+            help="Number of processes that share the work; auto: one per core or GPU. Changes no result.",
+        ),
+    ] = None,
+) -> None:
+    """Run a federation and compare it with the untouched base and with every client alone.
+
+    \b
+    Examples:
+      fedspan run                                   the embedded text task
+      fedspan run --set data.task=builtin:digits    the same for images
+      fedspan run --set method.name=flora --set federation.rounds=20
+      fedspan run my.toml --out runs/mine           your own model and data
+      fedspan run --engine sequential --workers 1   one client after the other, in one process
+      fedspan run --engine flower-simulation        the same bits, as messages over Flower's simulation
+
+    The run folder holds config.toml (every setting), metrics.jsonl (one object per round), summary.json,
+    checkpoint/, and adapter/ in PEFT's format (model/ for methods that train full weights).
+    `fedspan config` prints every setting with its value and explanation.
+    """
+    from fedspan.config import load
+
+    simulated = engine == "flower-simulation"
+    given = {"engine.name": "sequential" if simulated else engine, "engine.workers": workers}
+    overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
+    # Before the slow imports, so that a typing mistake is answered at once.
+    loaded = load(config, [*(settings or ()), *overrides])
+
+    def work(on_event: OnEvent) -> Result:
+        from fedspan.runs import execution
+
+        if simulated:
+            from fedspan.flower import simulation
+
+            return simulation.run(loaded, execution.new_folder(loaded, out), on_event)
+        return execution.run(loaded, out, on_event)
+
+    _federate(work, None)
+
+
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the interrupted run.")],
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", metavar="N", min=1, help="Number of processes; if not given, as the run was set up."),
+    ] = None,
+) -> None:
+    """Continue an interrupted run; the result has the same bits as that of an uninterrupted one.
+
+    \b
+    Example:
+      fedspan resume runs/glora-20260101-120000
+    """
+
+    def work(on_event: OnEvent) -> Result:
+        from fedspan.runs import execution
+
+        return execution.resume(folder, on_event, workers)
+
+    _federate(work, folder)
+
+
+def _federate(work: Callable[[OnEvent], Result], folder: Path | None) -> None:
+    """Run a federation, or resume the one in `folder`, under a display; then print what to do with the result."""
+    from fedspan.display.console import command_console
+    from fedspan.display.session import watch
+
+    console = command_console()
+    started: list[Path] = []
+
+    def note_folder(event: Event) -> None:
+        if event.kind == "start":
+            started.append(Path(event.data["out"]))
+
+    def observed(show: OnEvent) -> Result:
+        def on_event(event: Event) -> None:
+            note_folder(event)
+            show(event)
+
+        return work(on_event)
+
+    try:
+        result = watch(observed, console)
+    except KeyboardInterrupt:
+        # A resumed run can be resumed even where it had not started to work.
+        raise Interrupted("interrupted" + _how_to_resume(started or ([] if folder is None else [folder]))) from None
+    except Exception as error:
+        if is_users(error):
+            raise FedspanError(message(error) + _how_to_resume(started)) from error
+        if is_out_of_memory(error):
+            raise
+        raise Bug(started[0] if started else folder) from error
+    for line in _next_steps(result):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _next_steps(result: Result) -> Iterator[str]:
+    from fedspan.display.progress import duration
+
+    yield f"{result.out}/  {duration(result.summary['totals']['wall_seconds'])}, metrics.jsonl, summary.json"
+    if result.adapter is not None:
+        yield f"load the adapter:  PeftModel.from_pretrained(base, {str(result.adapter)!r})"
+    elif (result.out / "model").exists():
+        yield f"load the model:  AutoModel….from_pretrained({str(result.out / 'model')!r})"
+
+
+def _how_to_resume(folders: list[Path]) -> str:
+    """Return the command to type next, once there is a run folder."""
+    return f"; continue with: fedspan resume {folders[0]}" if folders else ""

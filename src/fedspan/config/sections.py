@@ -1,0 +1,353 @@
+"""The settings of a run, section by section: names, types, defaults and explanations.
+
+The docstring below a setting is its explanation everywhere: in the file that `fedspan config` prints and in the JSON
+Schema. A new setting needs its line and its explanation here, and nothing elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+
+from fedspan.support.errors import FedspanError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+PartialFraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _as_tuple(value: object) -> object:
+    """Return a single name as a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
+def _none(value: object) -> object:
+    """Return None for the word `none`, since TOML has no null."""
+    return None if value == "none" else value
+
+
+Names = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_as_tuple),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+PositiveFloatOrNone = Annotated[
+    PositiveFloat | None,
+    BeforeValidator(_none),
+    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "none"}, {"type": "null"}]}),
+]
+
+
+class Section(BaseModel):
+    """Settings that belong together: frozen, and without room for a key that is not one of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    """The base model, which every client holds."""
+
+    name: str = "builtin:decoder"
+    """A local folder, a Hugging Face Hub id, `builtin:decoder` or `builtin:vit`."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the frozen base. Adapters, patches and full-weight training always use float32."""
+    quantise: Literal["none", "int8", "nf4"] = "none"
+    """Hold the base's linear layers in 8 bits (`int8`) or 4 bits (`nf4`); needs the extra `quantised`. Patches stay
+    beside them in float32."""
+
+
+class AdapterConfig(Section):
+    """The LoRA adapters. Their ranks are set by `federation.ranks`."""
+
+    target_modules: Names = ("all-linear",)
+    """Name endings of the linear layers to adapt; `all-linear` means every one except the head. Methods that train
+    the full weights of selected layers use the same list."""
+    alpha: PositiveFloat = 16.0
+    """Numerator of the scaling: a client of rank r scales its update by alpha / r (rsLoRA: alpha / √r)."""
+    rslora: bool = False
+    """Use rsLoRA's scaling, alpha / √r instead of alpha / r."""
+    dropout: PartialFraction = 0.0
+    """Probability of dropping an adapter's input during training."""
+
+
+class DataConfig(Section):
+    """The data that the clients train on and the data that evaluates them."""
+
+    task: str = "builtin:tasks"
+    """`builtin:tasks`, `builtin:digits`, `glue/NAME`, `hub:NAME`, or `files`."""
+    kind: Literal["instruction", "classification", "image"] | None = None
+    """Kind of the examples. Unset: known for built-in and GLUE tasks, otherwise inferred from the columns."""
+    train: Names = ()
+    """With `task = "files"`: JSONL, JSON, CSV or Parquet files (gzip too), an .npz file, or an image folder; with
+    `partition = "files"` each file is one client. With Hub data: the name of a split."""
+    test: Names = ()
+    """Held-out data, in the same forms. Empty: `holdout` of the training data is held out."""
+    unseen: Names = ()
+    """Files that are evaluated but never trained on (unseen tasks or clients)."""
+    unseen_values: Names = ()
+    """Values of `field_column` whose rows are never trained on and are evaluated as unseen data."""
+    subset: str | None = None
+    """Configuration name of a Hub dataset."""
+    text_columns: Names = ()
+    """One or two text columns for classification. Empty: `text`, `sentence`, or `sentence1` and `sentence2`."""
+    label_column: str = "label"
+    """Column of the labels in classification and image data."""
+    instruction_column: str = "instruction"
+    """Column of the instructions in instruction data; an empty name means that there is no such column."""
+    input_column: str = "input"
+    """Column of the inputs in instruction data; an empty name means that there is no such column."""
+    output_column: str = "output"
+    """Column of the answers in instruction data."""
+    image_column: str = "image"
+    """Column of the images in image data."""
+    field_column: str | None = None
+    """Column that `partition = "by_field"` splits by, such as a task, category or source. Unset: `task`, where there
+    is such a column."""
+    template: str = "{instruction}\n{input}\n"
+    """Prompt of instruction data, with {instruction} and {input} filled in; `chat` uses the tokenizer's chat
+    template."""
+    metric: str | None = None
+    """Metric of the summary. Unset: the usual one for the task."""
+    max_length: PositiveInt = 256
+    """Maximum sequence length in tokens. A longer prompt is cut at its start; an answer is never cut."""
+    max_train: PositiveInt | None = None
+    """Maximum number of training examples, drawn by the seed. Unset: all."""
+    max_test: PositiveInt | None = None
+    """Maximum number of test examples, and of unseen ones, drawn by the seed. Unset: all."""
+    holdout: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
+    """Share of the training data held out as test data when no test data is given."""
+    client_holdout: PartialFraction = 0.0
+    """Share of each client's data held out for evaluation on that client's own data."""
+
+
+class FederationConfig(Section):
+    """The clients: their number, their data, their ranks, and the rounds in which they take part."""
+
+    num_clients: PositiveInt = 8
+    """Number of clients."""
+    rounds: PositiveInt = 12
+    """Number of rounds."""
+    participation: Fraction = 0.5
+    """Share of the clients sampled in each round, by the run's seed."""
+    sampler: str = "auto"
+    """Sampling of a round's clients: `uniform` (the same number every round), `poisson` (each client independently),
+    or `auto`: `poisson` where `privacy.dp = "client"` with `participation` below 1 requires it, otherwise
+    `uniform`."""
+    min_clients: PositiveInt = 1
+    """Minimum number of clients sampled in a round, whatever `participation` says."""
+    min_success: PositiveInt = 1
+    """Minimum number of valid updates in a round. With fewer, the run stops and can be resumed."""
+    ranks: int | tuple[int, ...] | Literal["uniform", "normal", "heavy_tail"] = "uniform"
+    """LoRA rank of each client: one number for all, a list with one number per client, or a distribution over
+    `rank_values`."""
+    rank_values: tuple[int, ...] = (2, 4, 8, 16)
+    """Ranks that the distributions of `ranks` draw from."""
+    partition: Literal["iid", "dirichlet", "by_field", "preset", "files"] = "by_field"
+    """Split of the training data over the clients: at random, with Dirichlet label skew, by `data.field_column`, by a
+    published recipe (`preset`), or one file per client."""
+    dirichlet_alpha: PositiveFloat = 0.5
+    """Concentration of `partition = "dirichlet"`: a small value gives clients very different label distributions."""
+    preset: str = "dolly-ftg-2"
+    """Name of the recipe of `partition = "preset"`."""
+    weighting: Literal["examples", "equal"] = "examples"
+    """Weight of a client in every average: its number of training examples, or the same for all."""
+    sums_only: bool = False
+    """Refuse methods whose server needs more than sums over the clients' updates."""
+    drop_empty: bool = False
+    """Leave out clients without data instead of refusing to start."""
+
+
+class LocalConfig(Section):
+    """A client's training in one round."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """`sgd` is without momentum; SCAFFOLD's analysis assumes it. GaLore always uses AdamW."""
+    learning_rate: Annotated[float, Field(gt=0, lt=3e38)] = 3e-3
+    """Learning rate at its highest, after the warm-up."""
+    steps: PositiveInt | None = None
+    """Optimizer steps per round. Unset: 10, or as many as `epochs` takes."""
+    epochs: PositiveInt | None = None
+    """Passes over the client's data per round, instead of `steps`."""
+    batch_size: PositiveInt = 16
+    """Examples per optimizer step."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    clip_norm: PositiveFloatOrNone = 1.0
+    """Norm to which a larger gradient is scaled down; "none": no clipping."""
+    warmup: PartialFraction = 0.0
+    """Share of a round's steps over which the learning rate rises linearly from zero."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> LocalConfig:
+        if self.steps is not None and self.epochs is not None:
+            raise FedspanError("give local.steps or local.epochs, not both")
+        return self
+
+
+class ServerConfig(Section):
+    """An optimizer on the server, for methods whose global model is one plain vector."""
+
+    optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi"] = "none"
+    """Optimizer that takes the average of the updates as a pseudo-gradient. Methods that average factor pairs
+    refuse it."""
+    learning_rate: PositiveFloatOrNone = None
+    """Server learning rate. Unset or "none": 1 for FedAvgM, 0.01 for the others, whose steps have about this size in
+    every entry."""
+    momentum: PartialFraction = 0.9
+    """β of FedAvgM, β₁ of the others."""
+    beta2: PartialFraction = 0.99
+    """β₂ of FedAdam and FedYogi."""
+    tau: PositiveFloat = 1e-3
+    """Constant that FedAdam and FedYogi add to the root of the second moment."""
+
+
+class EvaluationConfig(Section):
+    """Evaluation: the figures that are measured, and when."""
+
+    every: PositiveInt = 1
+    """Rounds between two evaluations of the server's state. The last round is always evaluated."""
+    batch_size: PositiveInt = 64
+    """Examples per forward pass."""
+    max_examples: PositiveInt | None = None
+    """Maximum number of test examples between rounds, and for each client's own model in personalised methods. The
+    last evaluation of a shared model always uses the whole test data. Unset: all."""
+    max_new_tokens: PositiveInt = 16
+    """Maximum length of a generated answer in tokens."""
+    base: bool = True
+    """Evaluate the untouched base first."""
+    local: bool = True
+    """As a control, train every client alone with the same number of steps, and report the average."""
+    per_rank: bool = True
+    """In the last evaluation, measure the adapter that a client of each rank receives."""
+    diagnostics: bool | Literal["auto"] = "auto"
+    """Measure every round's server step (distance from the ideal update, ranks, angles), for `fedspan inspect`. The
+    clients' updates are kept in memory meanwhile. `auto`: where adapters are trained, at most 64 clients take part in
+    a round, and nothing under `[privacy]` hides their updates from the server."""
+
+
+class PrivacyConfig(Section):
+    """Secure sums and differential privacy."""
+
+    secure_sums: bool = False
+    """Clients send masked vectors, of which the server learns only the sum (pairwise masks, Bonawitz et al. 2017)."""
+    fixed_point: bool = False
+    """Compute in the fixed-point arithmetic of secure sums, without the masks; gives the same bits as with them."""
+    fraction_bits: Annotated[int, Field(ge=8, le=48)] = 32
+    """Bits after the binary point in that 64-bit arithmetic."""
+    threshold: Annotated[float, Field(gt=0.5, le=1.0)] = 0.6
+    """Share of a round's clients that must stay to its end for the sum to be recovered. Fewer clients cannot remove
+    each other's masks."""
+    rounds_ahead: PositiveInt = 8
+    """Rounds for which real sites exchange keys and shares at once, as long as the same sites take part."""
+    dp: Literal["none", "client", "example"] = "none"
+    """Differential privacy. `client`: every client's update is clipped and the sum gets Gaussian noise. `example`:
+    DP-SGD on the client."""
+    clip: PositiveFloat = 1.0
+    """Largest norm of one client's (or one example's) contribution to a sum."""
+    noise_multiplier: Annotated[float, Field(ge=0)] = 1.0
+    """Standard deviation of the noise, in units of `clip`."""
+    accountant: str = "pld"
+    """Computes ε. `pld`: privacy loss distributions, by Google's dp-accounting."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """δ of (ε, δ)-differential privacy."""
+    epsilon: PositiveFloatOrNone = None
+    """Privacy budget: the run stops before the round (with `dp = "example"`, a client before the work) that would
+    exceed it. Unset or "none": no budget."""
+
+
+class RobustConfig(Section):
+    """Filters that keep a few bad clients from spoiling a round; not possible under secure sums."""
+
+    filter: Literal["none", "krum", "multi_krum", "geometric_median", "median", "trimmed_mean"] = "none"
+    """Filter of a round's updates. Krum and the geometric median compare products B·A, never factors; `median` and
+    `trimmed_mean` work coordinate by coordinate, for methods whose clients send one plain vector."""
+    attackers: PositiveInt = 1
+    """f: the number of a round's clients that may be bad."""
+    max_norm: PositiveFloatOrNone = None
+    """Largest accepted change of the weights, in Frobenius norm; an update above it is rejected. Unset or "none": any
+    size."""
+
+
+class WireConfig(Section):
+    """The types in which tensors travel. Everything computed from them is float32."""
+
+    up: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Type from clients to server; `int8` has one scale per row. Secure sums send 64-bit integers instead."""
+    down: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Type from server to clients."""
+
+
+class DeploymentConfig(Section):
+    """A federation of real sites. Without effect where all clients are simulated in one process."""
+
+    wait: PositiveFloat = 300.0
+    """Longest wait for enough sites before a round, in seconds."""
+    deadline: PositiveFloat = 600.0
+    """Time that a site has for one answer, in seconds."""
+    oversample: Annotated[float, Field(ge=0.0, le=4.0)] = 0.0
+    """Extra clients asked in a round, as a share of those that it needs; the round does not wait for the last ones."""
+    order: Literal["sorted", "arrival"] = "sorted"
+    """`sorted`: updates are added in the order of the clients' ids, which gives the same bits every time. `arrival`:
+    as they arrive."""
+    patience: PositiveInt = 2
+    """Consecutive missed answers after which a site is left out for `quarantine` rounds."""
+    quarantine: PositiveInt = 3
+    """Number of rounds for which an unresponsive site is left out."""
+    poll: Annotated[float, Field(gt=0, le=10)] = 0.1
+    """Seconds between two looks for answers."""
+
+
+class EngineConfig(Section):
+    """The way the work is done on this machine. Engines agree up to rounding; the number of workers changes nothing."""
+
+    name: Literal["auto", "cohort", "sequential"] = "auto"
+    """`cohort`: many clients in one batched pass over the shared frozen base. `sequential`: one client after the
+    other. `auto`: the cohort where the method allows it and the model is small enough for it to be faster."""
+    cohort_size: PositiveInt | Literal["auto"] = "auto"
+    """Clients in one pass; `auto`: as many as fit into `memory`."""
+    memory: PositiveFloat = 2.0
+    """Memory that one process's passes over a cohort may take beside the base, in GiB."""
+    workers: PositiveInt | Literal["auto"] = "auto"
+    """Number of processes, of `threads` threads each; `auto`: one for each GPU, or for as many as there are cores."""
+    compile: bool = False
+    """Compile the base's forward and backward passes: half a minute at the start, faster steps afterwards."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Type of the base's matrix products in training; worthwhile for wide models (hidden size 512 and more)."""
+
+
+class Config(Section):
+    """All settings of a run. `Config()` is the embedded default."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of every random draw, except secret ones under `[privacy]`."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, …; `auto`: a GPU when there is one."""
+    threads: PositiveInt = 1
+    """CPU threads per process; one is fastest for small models."""
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig = DataConfig()
+    federation: FederationConfig = FederationConfig()
+    local: LocalConfig = LocalConfig()
+    server: ServerConfig = ServerConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    robust: RobustConfig = RobustConfig()
+    wire: WireConfig = WireConfig()
+    deployment: DeploymentConfig = DeploymentConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    engine: EngineConfig = EngineConfig()
+    method: dict[str, Any] = Field(default_factory=lambda: {"name": "glora"})
+    """The method's `name` and its own options; `fedspan methods NAME` lists them."""
+
+
+def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Return the dotted key of every setting and section, in the order of the file."""
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += valid_keys(kind, f"{prefix}{name}.")
+        keys.append(prefix + name)
+    return keys

@@ -1,0 +1,28 @@
+"""A run with its progress shown while it works, and a table of its result at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+
+from fedspan.display.progress import follow
+from fedspan.display.report import summary_table
+from fedspan.runs.events import OnEvent
+from fedspan.runs.execution import Result
+
+
+def watch(work: Callable[[OnEvent], Result], console: Console) -> Result:
+    """Do the work of a run under a progress display, print the table of its result, and return it.
+
+    Parameters
+    ----------
+    work
+        Runs a federation and hands every event to the listener that it is given.
+    """
+    with follow(console) as show:
+        result = work(show)
+    console.print()
+    console.print(summary_table(result.summary), highlight=False)
+    console.print()
+    return result

@@ -23,6 +23,7 @@ from fedspan.methods import METHODS
 from fedspan.methods.base import Method
 from fedspan.runs import checkpoint
 from fedspan.runs.checkpoint import Checkpoint
+from fedspan.support.files import write_bytes
 from fedspan.support.seeding import generator
 
 SMALL = {"one": (6, 5), "two": (5, 5)}
@@ -226,3 +227,11 @@ def test_a_checkpoint_without_a_tensor_that_it_names_is_refused(tmp_path: Path) 
     save_file({"other": torch.zeros(1)}, path, metadata=meta)
     with pytest.raises(ValueError, match="expected a checkpoint"):
         checkpoint.read(path)
+
+
+def test_bytes_are_written_whole_into_a_new_folder(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file"
+    for content in (b"one", b"", b"three"):
+        write_bytes(path, content)
+        assert path.read_bytes() == content
+    assert [p.name for p in path.parent.iterdir()] == ["file"]

@@ -1,4 +1,4 @@
-"""A transport in memory: real sites that answer bytes with bytes, a clock that only sleeping moves, and mishaps."""
+"""A transport in memory: real sites that answer bytes with bytes, a clock that only `sleep` moves, and mishaps."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ Answer = Callable[[bytes], bytes]
 
 @dataclass
 class MemoryTransport:
-    """Nodes by name; an answer is there after `delay` seconds of its own clock."""
+    """Sites in this process; an answer is there after `delay` seconds of the transport's own clock."""
 
-    nodes_here: dict[str, Answer]
+    handlers: dict[str, Answer]
+    """By node."""
     delay: float = 0.01
     clock: float = 0.0
     sent: list[tuple[str, str]] = field(default_factory=list)
     """(node, kind) of every message."""
     mishap: Callable[[str, dict[str, Any], bytes], bytes | str | None] | None = None
-    """(node, head of the message, the message) -> other bytes to answer, a one-line error, or "" for silence; none:
-    nothing happens."""
+    """(node, head of the message, the message) -> other bytes to answer, a one-line error, or "" for silence; None:
+    the site answers."""
     _due: list[tuple[float, Delivery]] = field(default_factory=list)
     _count: int = 0
 
     def nodes(self) -> list[str]:
-        return sorted(self.nodes_here)
+        return sorted(self.handlers)
 
     def send(self, messages: Sequence[tuple[str, bytes]], lifetime: float) -> list[str]:
         tickets = []
@@ -43,13 +44,13 @@ class MemoryTransport:
             tickets.append(ticket)
             head, _ = protocol.decode(content)
             self.sent.append((node, head["kind"]))
-            told = None if self.mishap is None else self.mishap(node, head, content)
-            if told == "":
+            outcome = None if self.mishap is None else self.mishap(node, head, content)
+            if outcome == "":
                 continue
-            if isinstance(told, str):
-                delivery = Delivery(ticket, node, None, told)
+            if isinstance(outcome, str):
+                delivery = Delivery(ticket, node, None, outcome)
             else:
-                delivery = Delivery(ticket, node, self.nodes_here[node](content) if told is None else told)
+                delivery = Delivery(ticket, node, self.handlers[node](content) if outcome is None else outcome)
             self._due.append((self.clock + self.delay, delivery))
         return tickets
 
@@ -71,11 +72,11 @@ class MemoryTransport:
 def make_sites(
     config: Config, clients: Sequence[str], folder: Path, ranks: Mapping[str, int] | None = None
 ) -> dict[str, Site]:
-    """A site for each client; they share one base and one copy of the data in memory."""
+    """Return a site for each client; they share one base and one copy of the data in memory."""
     loaded: Loaded | None = None
-    found: dict[str, Site] = {}
+    sites: dict[str, Site] = {}
     for client in clients:
-        given = Settings(config, client, (ranks or {}).get(client))
-        found[client] = Site(given, folder / client, loaded)
-        loaded = found[client].loaded
-    return found
+        settings = Settings(config, client, (ranks or {}).get(client))
+        sites[client] = Site(settings, folder / client, loaded)
+        loaded = sites[client].loaded
+    return sites

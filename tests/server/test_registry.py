@@ -71,7 +71,7 @@ def test_sites_are_members_once_and_keep_their_rank_and_data(tmp_path: Path) -> 
     sites = registry(tmp_path, {"n1": introduced(), "n2": introduced()}, lines)
     sites.greet()
     assert [member.node for member in sites.members.values()] == ["n1"]
-    nodes = sites.transport.nodes_here  # type: ignore[attr-defined]
+    nodes = sites.transport.handlers  # type: ignore[attr-defined]
     del nodes["n1"], nodes["n2"]
     nodes["n3"] = lambda content: introduced(num_examples=10)
     sites.greet()

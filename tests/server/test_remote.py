@@ -1,4 +1,4 @@
-"""A server and its sites in bytes: the same bits as in one process, and what happens when a site misbehaves."""
+"""A server and its sites in memory: the same bits as in one process, and what becomes of sites that misbehave."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Federation:
         self.lines: list[str] = []
 
     def serve(self, on_event: Callable[[Event], None] | None = None) -> list[dict[str, Any]]:
-        """The run's records."""
+        """Run the server and return the records of the rounds."""
 
         def listen(event: Event) -> None:
             if event.kind == "site":
@@ -69,11 +69,11 @@ class Federation:
         return state_of(self.folder / "run")
 
     def restart(self, client_id: str) -> None:
-        """The site's process ends and another begins, on the same disk."""
+        """Replace a site by a new one on the same disk, as if its process had been restarted."""
         old = self.sites[client_id]
         fresh = Site(old.settings, old.folder, old.loaded)
         self.sites[client_id] = fresh
-        self.transport.nodes_here[f"node-{IDS.index(client_id)}"] = fresh.answer
+        self.transport.handlers[f"node-{IDS.index(client_id)}"] = fresh.answer
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -81,15 +81,15 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def spoiled(change: Callable[[dict[str, Any], list[torch.Tensor]], None]) -> Callable[[bytes], bytes]:
-    """An answer with its head or tensors changed in place."""
+    """Return a function that changes the head or tensors of a message."""
 
     def spoil(content: bytes) -> bytes:
         head, tensors = protocol.decode(content)
         change(head, tensors)
-        parcel = protocol.MessageTensors()
+        outgoing = protocol.MessageTensors()
         for tensor in tensors:
-            parcel.put(tensor)
-        return protocol.encode({k: v for k, v in head.items() if k not in ("schema", "places")}, parcel)
+            outgoing.put(tensor)
+        return protocol.encode({k: v for k, v in head.items() if k not in ("schema", "places")}, outgoing)
 
     return spoil
 
@@ -120,7 +120,7 @@ def test_mixed_ranks(bases: dict[str, Path], texts: Path, tmp_path: Path, name: 
 
 @pytest.mark.parametrize("up", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", ["flexlora", "ffa_lora"])
-def test_narrow_payloads_are_rounded_alike_and_are_smaller(
+def test_small_types_are_rounded_alike_and_are_smaller(
     bases: dict[str, Path], texts: Path, tmp_path: Path, name: str, up: str
 ) -> None:
     config = settings(bases["bert"], texts, name, wire={"up": up, "down": up}, federation={"rounds": 2})
@@ -148,17 +148,17 @@ def test_secure_sums_come_to_the_bits_of_fixed_point_in_one_process(
 
 
 def test_the_server_sees_masked_words_alone(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
-    """What passes the transport under secure sums holds no tensor of an update, no loss and no count of examples."""
+    """No message under secure sums holds a tensor of an update, a loss or a count of examples."""
     fed = Federation(settings(bases["bert"], texts, "ffa_lora", privacy={"secure_sums": True}), tmp_path)
     seen: list[dict[str, Any]] = []
-    for node, answer in list(fed.transport.nodes_here.items()):
+    for node, answer in list(fed.transport.handlers.items()):
 
         def watched(content: bytes, answer: Callable[[bytes], bytes] = answer) -> bytes:
-            told = answer(content)
-            seen.append(protocol.decode(told)[0])
-            return told
+            reply = answer(content)
+            seen.append(protocol.decode(reply)[0])
+            return reply
 
-        fed.transport.nodes_here[node] = watched
+        fed.transport.handlers[node] = watched
     fed.serve()
     assert {frozenset(m) & {"update", "train_loss"} for m in seen} == {frozenset()}
     assert {m["num_examples"] for m in seen if "num_examples" in m} == {None}
@@ -181,9 +181,9 @@ def test_a_server_cannot_talk_a_site_out_of_secure_sums(bases: dict[str, Path], 
     fed.serve()
     node, content = asked[0]
     bare = spoiled(lambda head, tensors: head.pop("sum"))(content)
-    told = protocol.decode(fed.transport.nodes_here[node](bare))[0]
-    assert "only sums may be known" in told["problem"]
-    assert not {"update", "words", "train_loss"} & told.keys()
+    header = protocol.decode(fed.transport.handlers[node](bare))[0]
+    assert "only sums may be known" in header["problem"]
+    assert not {"update", "words", "train_loss"} & header.keys()
 
 
 # Going on
@@ -198,7 +198,7 @@ def stop_in_round_2(event: Event) -> None:
 def test_a_server_that_was_cut_off_goes_on_to_the_same_bits(
     bases: dict[str, Path], texts: Path, tmp_path: Path, name: str
 ) -> None:
-    """In the middle of round 2, after its clients have answered: what they kept of it is not used again."""
+    """In the middle of round 2, after its clients have answered: the states that they kept then are not used again."""
     config = settings(bases["bert"], texts, name)
     run(config, tmp_path / "here")
     fed = Federation(config, tmp_path)
@@ -227,7 +227,7 @@ def test_a_site_whose_process_was_restarted_has_its_state(
 
 
 def test_a_lost_answer_leaves_no_trace_in_the_sites_state(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
-    """client-1 works in round 1 and its answer is lost: in round 2 it starts from what it was before."""
+    """client-1 works in round 1 and its answer is lost: in round 2 it starts from its state before round 1."""
     config = settings(bases["bert"], texts, "scaffold", federation={"participation": 1.0})
     fed, twin = Federation(config, tmp_path / "a"), Federation(config, tmp_path / "b")
     for lost, which in ((True, fed), (False, twin)):
@@ -235,7 +235,7 @@ def test_a_lost_answer_leaves_no_trace_in_the_sites_state(bases: dict[str, Path]
         def mishap(node: str, head: dict[str, Any], content: bytes, lost: bool = lost, which: Any = which) -> Any:
             if node == "node-1" and head["kind"] == "ask" and head["round"] == 1:
                 if lost:
-                    which.transport.nodes_here[node](content)  # it does its work for nothing
+                    which.transport.handlers[node](content)  # it does its work for nothing
                 return "the line was cut"
             return None
 
@@ -263,7 +263,7 @@ def test_a_site_that_lost_its_disk_says_so(bases: dict[str, Path], texts: Path, 
 
 
 def rescale(modules: dict[str, Any]) -> None:
-    """The first module's scaling doubled."""
+    """Double the first module's scaling."""
     next(iter(modules.values()))[""][2] *= 2
 
 
@@ -293,7 +293,7 @@ def test_a_bad_answer_is_left_out_and_named(bases: dict[str, Path], texts: Path,
     def mishap(node: str, head: dict[str, Any], content: bytes) -> bytes | None:
         if node != "node-2" or head["kind"] != "ask":
             return None
-        return spoiled(change)(fed.transport.nodes_here[node](content))
+        return spoiled(change)(fed.transport.handlers[node](content))
 
     fed.transport.mishap = mishap
     without.transport.mishap = lambda node, head, content: (
@@ -313,11 +313,11 @@ def test_an_answer_of_the_round_before_is_no_answer(bases: dict[str, Path], text
     def mishap(node: str, head: dict[str, Any], content: bytes) -> bytes | None:
         if head["kind"] != "ask" or node not in ("node-0", "node-1"):
             return None
-        told = fed.transport.nodes_here[node](content)
+        reply = fed.transport.handlers[node](content)
         if head["round"] == 1:
             return kept[node] if node == "node-0" else kept["node-0"]  # its own old one, and another client's
-        kept[node] = told
-        return told
+        kept[node] = reply
+        return reply
 
     fed.transport.mishap = mishap
     rejected = fed.serve()[1]["rejected"]
@@ -339,14 +339,14 @@ def test_a_site_refuses_an_old_round_another_base_and_other_settings(
     fed.serve()
     site = fed.sites["client-0"]
 
-    def told(content: bytes) -> str:
+    def problem(content: bytes) -> str:
         return str(protocol.decode(site.answer(content))[0]["problem"])
 
-    assert "from before round 2" in told(asked[0])
-    assert "other base weights" in told(spoiled(lambda head, tensors: head.update(base="0" * 64))(asked[-1]))
-    assert "other settings" in told(spoiled(lambda head, tensors: head.update(terms="x"))(asked[-1]))
-    assert "kind 'drop'" in told(spoiled(lambda head, tensors: head.update(kind="drop"))(asked[-1]))
-    assert "no fedspan message" in told(b"hello")
+    assert "from before round 2" in problem(asked[0])
+    assert "other base weights" in problem(spoiled(lambda head, tensors: head.update(base="0" * 64))(asked[-1]))
+    assert "other settings" in problem(spoiled(lambda head, tensors: head.update(terms="x"))(asked[-1]))
+    assert "kind 'drop'" in problem(spoiled(lambda head, tensors: head.update(kind="drop"))(asked[-1]))
+    assert "no fedspan message" in problem(b"hello")
 
 
 # Who is taken in
@@ -358,15 +358,15 @@ def test_a_site_with_other_settings_or_another_base_is_left_out(
     config = settings(bases["bert"], texts)
     fed = Federation(config, tmp_path)
     odd = make_sites(settings(bases["bert"], texts, local={"steps": 3}), ["client-0"], tmp_path / "odd")["client-0"]
-    fed.transport.nodes_here["node-0"] = odd.answer
+    fed.transport.handlers["node-0"] = odd.answer
     other = fed.sites["client-1"]
     other.loaded = replace(other.loaded, base="0" * 64)
     history = fed.serve()
     lines = "\n".join(fed.lines)
     assert "local.steps is 3 on the site and 2 on the server" in lines
     assert "base weights differ from the server's" in lines
-    told = json.loads((tmp_path / "run" / "sites.json").read_text())
-    assert [c["client_id"] for c in told["clients"]] == ["client-2", "client-3"]
+    listed = json.loads((tmp_path / "run" / "sites.json").read_text())
+    assert [c["client_id"] for c in listed["clients"]] == ["client-2", "client-3"]
     assert all(record["num_clients"] == 2 for record in history)
 
 
@@ -386,17 +386,17 @@ def test_sites_with_files_of_their_own(bases: dict[str, Path], texts: Path, tmp_
     transport = MemoryTransport({name: site.answer for name, site in sites.items()})
     history = serve(served, tmp_path / "run", lambda event: None, transport).history
     assert [record["rejected"] for record in history] == [{}, {}]
-    told = json.loads((tmp_path / "run" / "sites.json").read_text())["clients"]
-    assert [(c["client_id"], c["num_examples"]) for c in told] == [("charite", 12), ("mayo", 48)]
+    listed = json.loads((tmp_path / "run" / "sites.json").read_text())["clients"]
+    assert [(c["client_id"], c["num_examples"]) for c in listed] == [("charite", 12), ("mayo", 48)]
 
 
 def test_a_site_whose_data_has_other_labels_is_left_out(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
-    """Its head would have another shape than everybody's."""
+    """Its head would have another shape than those of the others."""
     config = settings(bases["bert"], texts, federation={"rounds": 1, "participation": 1.0})
     fed = Federation(config, tmp_path)
     two = tiny.write_jsonl(tmp_path / "two.jsonl", [row for row in tiny.words() if row["label"] != "z"])
     odd = settings(bases["bert"], two, federation={"rounds": 1, "participation": 1.0})
-    fed.transport.nodes_here["node-0"] = Site(Settings(odd, "client-0", 4, own_data=True), tmp_path / "odd").answer
+    fed.transport.handlers["node-0"] = Site(Settings(odd, "client-0", 4, own_data=True), tmp_path / "odd").answer
     assert fed.serve()[0]["num_clients"] == 3
     assert any("client-0 is left out: its model holds dense" in line for line in fed.lines)
 
@@ -404,8 +404,8 @@ def test_a_site_whose_data_has_other_labels_is_left_out(bases: dict[str, Path], 
 def test_a_second_node_of_one_client_is_not_taken_in(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
     config = settings(bases["bert"], texts, federation={"num_clients": 4, "rounds": 1})
     fed = Federation(config, tmp_path)
-    fed.transport.nodes_here["node-9"] = fed.transport.nodes_here["node-0"]
-    del fed.transport.nodes_here["node-3"]
+    fed.transport.handlers["node-9"] = fed.transport.handlers["node-0"]
+    del fed.transport.handlers["node-3"]
     fed.serve()
     assert any("client-0 is here already" in line for line in fed.lines)
 
@@ -414,7 +414,7 @@ def test_too_few_sites_end_the_wait(bases: dict[str, Path], texts: Path, tmp_pat
     config = settings(bases["bert"], texts, federation={"min_success": 3})
     fed = Federation(config, tmp_path)
     for node in ("node-0", "node-1"):
-        del fed.transport.nodes_here[node]
+        del fed.transport.handlers[node]
     with pytest.raises(ValueError, match=r"2 of 4 sites came within deployment.wait = 20 s: expected at least 3"):
         fed.serve()
     assert fed.transport.clock >= 20
@@ -422,7 +422,7 @@ def test_too_few_sites_end_the_wait(bases: dict[str, Path], texts: Path, tmp_pat
 
 
 def test_the_server_needs_no_engine(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
-    """Its own settings say `auto`, which is for work that it does not do."""
+    """Its own settings say `auto`, but it trains nothing."""
     fed = Federation(settings(bases["bert"], texts, engine={"name": "auto"}, federation={"rounds": 1}), tmp_path)
     seen: dict[str, Any] = {}
     fed.serve(lambda event: seen.update(event.data) if event.kind == "start" else None)
@@ -461,7 +461,7 @@ def test_a_node_that_is_gone_is_waited_for_and_then_missed(bases: dict[str, Path
 
     def leave(event: Event) -> None:
         if event.kind == "round":
-            fed.transport.nodes_here.pop("node-2", None)
+            fed.transport.handlers.pop("node-2", None)
 
     history = fed.serve(leave)
     assert history[1]["rejected"] == {"client-2": "is not connected"}
@@ -476,8 +476,8 @@ def test_a_node_that_comes_back_under_another_name_is_known_again(
     fed = Federation(config, tmp_path)
 
     def move(event: Event) -> None:
-        if event.kind == "round" and "node-2" in fed.transport.nodes_here:
-            fed.transport.nodes_here["node-7"] = fed.transport.nodes_here.pop("node-2")
+        if event.kind == "round" and "node-2" in fed.transport.handlers:
+            fed.transport.handlers["node-7"] = fed.transport.handlers.pop("node-2")
 
     fed.serve(move)
     tiny.same(fed.state(), state_of(tmp_path / "here"))
@@ -573,7 +573,7 @@ def test_two_of_four_are_too_many_and_nothing_is_changed(bases: dict[str, Path],
 
 
 def test_keys_are_exchanged_for_several_rounds_at_once(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
-    """Two trips a round instead of four, until somebody has lost its keys: then once more, to the same bits."""
+    """A round takes two trips instead of four, until a site has lost its keys: then they are exchanged once more."""
     one = {"participation": 1.0, "rounds": 6}
     masked = {"secure_sums": True, "rounds_ahead": 4}
     config = settings(bases["bert"], texts, "ffa_lora", privacy=masked, federation=one)
@@ -614,4 +614,4 @@ def test_no_two_choices_of_clients_are_unmasked_for_one_sum(
         fed.serve()
     assert sum("the difference would reveal the update of one of them" in line for line in fed.lines) == 3
     fed.transport.mishap = None
-    fed.serve()  # the same clients again: nothing that was not told before
+    fed.serve()  # the same clients again: nothing is revealed that was not known before

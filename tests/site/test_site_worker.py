@@ -52,15 +52,15 @@ def hello(folder: Path) -> dict[str, object]:
     return protocol.decode(call(folder, protocol.encode({"kind": "hello"}, protocol.MessageTensors()), 120))[0]
 
 
-def test_it_answers_and_keeps_answering_whatever_it_is_sent(folder: Path) -> None:
+def test_it_answers_and_goes_on_answering_after_odd_messages(folder: Path) -> None:
     with worker(folder) as process:
-        told = hello(folder)
-        assert (told["client_id"], told["rank"]) == ("client-1", 4)
+        greeting = hello(folder)
+        assert (greeting["client_id"], greeting["rank"]) == ("client-1", 4)
         assert "no fedspan message" in protocol.decode(call(folder, b"rubbish", 10))[0]["problem"]
         with closing(socket.socket(socket.AF_UNIX)) as rude:  # announces more than it sends
             rude.connect(str(socket_path(folder)))
             rude.sendall((10**9).to_bytes(8, "big") + b"x")
-        assert hello(folder) == told
+        assert hello(folder) == greeting
         mode = stat.S_IMODE(socket_path(folder).stat().st_mode)
         assert mode & 0o077 == 0
         process.send_signal(signal.SIGTERM)
@@ -70,7 +70,7 @@ def test_it_answers_and_keeps_answering_whatever_it_is_sent(folder: Path) -> Non
         call(folder, b"", 1)
 
 
-def test_it_ends_with_whoever_holds_its_lifeline(folder: Path) -> None:
+def test_it_ends_when_its_stdin_closes(folder: Path) -> None:
     with worker(folder, "--lifeline") as process:
         hello(folder)
         assert process.stdin is not None
@@ -90,13 +90,13 @@ def test_it_ends_with_whoever_holds_its_lifeline(folder: Path) -> None:
         ('client_id = "client-0"\nidentity = "identity.key"', "identity = 'identity.key'"),
     ],
 )
-def test_what_is_wrong_with_its_folder_is_told_to_whoever_asks(folder: Path, site: str, expected: str) -> None:
-    """In one line, and to the one who started it as well."""
+def test_a_mistake_in_its_folder_is_reported_to_every_caller(folder: Path, site: str, expected: str) -> None:
+    """In one line, and on its own output too."""
     (folder / "site.toml").write_text(site)
     with worker(folder) as process:
-        with pytest.raises(CallFailed) as told:
+        with pytest.raises(CallFailed) as caught:
             call(folder, protocol.encode({"kind": "hello"}, protocol.MessageTensors()), 120)
-        assert expected in str(told.value)
+        assert expected in str(caught.value)
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=20)[0].decode()
     assert expected in output
@@ -104,11 +104,11 @@ def test_what_is_wrong_with_its_folder_is_told_to_whoever_asks(folder: Path, sit
 
 
 def test_a_site_with_data_of_its_own(folder: Path, texts: Path) -> None:
-    """All of it is its own; its rank is what it says, since nobody else can know it."""
+    """All of the data is its own, and its rank is that of its settings: the federation names no such client."""
     (folder / "site.toml").write_text(f'client_id = "mayo"\nrank = 3\n[data]\ntrain = ["{texts}"]\n')
     with worker(folder):
-        told = hello(folder)
-    assert (told["client_id"], told["rank"], told["num_examples"]) == ("mayo", 3, 38)
+        greeting = hello(folder)
+    assert (greeting["client_id"], greeting["rank"], greeting["num_examples"]) == ("mayo", 3, 38)
 
 
 def test_a_slow_answer_is_not_waited_for_longer_than_said(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The bytes between a server and its sites: what is sent arrives, and what lies is refused."""
+"""The bytes between a server and its sites: messages arrive as they were, and messages that lie are refused."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from fedspan.wire.protocol import Malformed
 
 
 def test_messages_come_back_as_they_were() -> None:
-    parcel = protocol.MessageTensors()
+    outgoing = protocol.MessageTensors()
     rng = torch.Generator().manual_seed(1)
     tensors = [torch.randn(5, 7, generator=rng), torch.randn(4, 6, generator=rng).T, torch.arange(3), torch.zeros(0, 3)]
-    places = [parcel.put(t) for t in tensors]
-    head, got = protocol.decode(protocol.encode({"kind": "x", "places_of": places}, parcel))
-    for place, tensor in zip(head["places_of"], tensors, strict=True):
-        assert got[place].stride() == tensor.stride() or not tensor.numel()
-        assert torch.equal(got[place], tensor)
+    indices = [outgoing.put(t) for t in tensors]
+    head, got = protocol.decode(protocol.encode({"kind": "x", "order": indices}, outgoing))
+    for index, tensor in zip(head["order"], tensors, strict=True):
+        assert got[index].stride() == tensor.stride() or not tensor.numel()
+        assert torch.equal(got[index], tensor)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
-def test_narrow_tensors_err_by_half_a_step_at_most(kind: Any) -> None:
-    parcel = protocol.MessageTensors(kind=kind)
+def test_rounded_tensors_err_by_half_a_step_at_most(kind: Any) -> None:
+    outgoing = protocol.MessageTensors(kind=kind)
     x = torch.randn(20, 30, generator=torch.Generator().manual_seed(2)) * torch.logspace(-6, 6, 20)[:, None]
-    place = parcel.put(x)
-    _, got = protocol.decode(protocol.encode({}, parcel))
+    index = outgoing.put(x)
+    _, got = protocol.decode(protocol.encode({}, outgoing))
     step = x.abs().amax(dim=1, keepdim=True) / 127 if kind == "int8" else x.abs() * 2.0**-7
-    assert bool(((got[place] - x).abs() <= step / 2 * 1.001).all())
+    assert bool(((got[index] - x).abs() <= step / 2 * 1.001).all())
 
 
 def test_every_damaged_byte_is_found_or_harmless() -> None:
     """A message with one byte changed or its end missing is refused, or decodes to tensors of the same shapes."""
-    parcel = protocol.MessageTensors()
-    parcel.put(torch.ones(3, 5))
-    parcel.put(torch.zeros(8, dtype=torch.int64))
-    content = protocol.encode({"kind": "ask"}, parcel)
+    outgoing = protocol.MessageTensors()
+    outgoing.put(torch.ones(3, 5))
+    outgoing.put(torch.zeros(8, dtype=torch.int64))
+    content = protocol.encode({"kind": "ask"}, outgoing)
     refused = 0
     for position in range(len(content)):
         for bad in (
@@ -73,20 +73,20 @@ def test_every_damaged_byte_is_found_or_harmless() -> None:
     ],
 )
 def test_a_head_that_lies_is_refused(change: Callable[[dict[str, Any]], None], expected: str) -> None:
-    parcel = protocol.MessageTensors()
-    parcel.put(torch.ones(3, 5))
-    content = protocol.encode({"kind": "ask"}, parcel)
+    outgoing = protocol.MessageTensors()
+    outgoing.put(torch.ones(3, 5))
+    content = protocol.encode({"kind": "ask"}, outgoing)
     start = 8
     length = int.from_bytes(content[4:8], "big")
-    told: dict[str, Any] = json.loads(content[start : start + length])
-    change(told)
-    head = json.dumps(told).encode()
+    described: dict[str, Any] = json.loads(content[start : start + length])
+    change(described)
+    head = json.dumps(described).encode()
     with pytest.raises(Malformed, match=expected):
         protocol.decode(content[:4] + len(head).to_bytes(4, "big") + head + content[start + length :])
 
 
 def test_a_patch_is_put_together_as_the_server_does(tmp_path: Path) -> None:
-    """Increments onto what is held, whole patches, and dense ones, from the disk of a restarted process too."""
+    """Increments, whole patches and dense ones, read from the disk of a restarted process too."""
     rng = torch.Generator().manual_seed(3)
 
     def increment() -> Mapping[str, LowRank]:
@@ -100,8 +100,8 @@ def test_a_patch_is_put_together_as_the_server_does(tmp_path: Path) -> None:
             continue  # away
         news = log.since(seen)
         whole = len(news) == 1 and news[0] is log.total
-        told = {"whole": whole, "seen": seen, "version": log.version}
-        got = SiteStorage(tmp_path).patch("run", told, news)["x"]
+        header = {"whole": whole, "seen": seen, "version": log.version}
+        got = SiteStorage(tmp_path).patch("run", header, news)["x"]
         want = log.total["x"]
         pairs = zip((got.b, got.a), (want.b, want.a), strict=True) if isinstance(want, LowRank) else [(got, want)]
         assert all(torch.equal(x, y) for x, y in pairs)  # type: ignore[arg-type]

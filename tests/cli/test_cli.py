@@ -2,75 +2,28 @@
 
 import io
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command import COMMAND, SMALL, assert_mistake, environment, fedspan, inside, settings
 from interrupts import interruptible_children
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from fedspan.cli.arguments import join_weights, parse_weights
 from fedspan.cli.main import main
+from fedspan.config import json_schema
 from fedspan.display.progress import Live, Progression, duration, follow, number, size
-from fedspan.methods import METHODS, create
+from fedspan.methods import METHODS, create, options
 from fedspan.runs.events import Event
 
-COMMAND = [sys.executable, "-m", "fedspan"]
-SMALL = [
-    "federation.num_clients=3",
-    "federation.rounds=3",
-    "federation.participation=0.7",
-    "local.steps=2",
-    "data.max_train=120",
-    "data.max_test=12",
-    "evaluation.max_new_tokens=4",
-]
 TIMING = ("server_seconds", "client_seconds", "train_wall_seconds", "peak_server_bytes")
-
-
-def environment(**extra: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100", **extra}
-
-
-def fedspan(*args: object, cwd: Path | None = None, **extra: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *map(str, args)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment(**extra),
-        timeout=300,
-        check=False,
-    )
-
-
-def inside(capsys: pytest.CaptureFixture[str], *args: object) -> subprocess.CompletedProcess[str]:
-    """The same in this process, which has its libraries loaded already."""
-    code = main([str(arg) for arg in args])
-    said = capsys.readouterr()
-    return subprocess.CompletedProcess(args, code, said.out, said.err)
-
-
-def settings(items: Sequence[str]) -> list[str]:
-    return [part for item in items for part in ("--set", item)]
-
-
-def assert_mistake(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """Exit code 2 and exactly one line on stderr that holds the parts."""
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("fedspan: ")
-    assert done.stderr.count("\n") == 1, done.stderr
-    for part in parts:
-        assert part in done.stderr
-    assert done.stdout == ""
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -116,6 +69,47 @@ def test_methods_as_json_says_what_the_methods_say() -> None:
         for tag in ("exact", "gauge_invariant", "hetero_rank", "personalised", "paper", "traffic_up"):
             assert entry[tag] == getattr(method.info, tag)
         assert entry["secure_sum"] == method.secure_sum
+
+
+def test_a_methods_options_are_listed_with_defaults_and_meanings() -> None:
+    done = fedspan("methods", "glora")
+    assert (done.returncode, done.stderr) == (0, "")
+    text = " ".join(done.stdout.split())
+    for option in options("glora"):
+        default = "none" if option.default is None else option.default
+        assert re.search(rf"^{option.name} .* {re.escape(str(default))} ", done.stdout, re.MULTILINE)
+        assert option.meaning.split(";")[0].split(":")[0][:30] in text
+    record = json.loads(fedspan("methods", "glora", "--json").stdout)
+    assert [option["name"] for option in record["options"]] == [option.name for option in options("glora")]
+    assert record["exact"] is True
+    assert "fedit has no options" in fedspan("methods", "fedit").stdout
+    assert_mistake(fedspan("methods", "glor"), "unknown method 'glor'", "did you mean 'glora'?")
+
+
+def test_the_schema_is_printed() -> None:
+    done = fedspan("config", "--schema")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == json_schema()
+
+
+HELP = [(), ("run",), ("resume",), ("merge",), ("methods",), ("config",), ("plot",), ("inspect",), ("bench",)]
+HELP += [("flower",), ("flower", "init"), ("flower", "up"), ("flower", "keys")]
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_pages_are_the_same_with_every_typer(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """Option names as written, every argument and option explained, no escapes."""
+    done = inside(capsys, *command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\" not in done.stdout
+    assert not re.search(r"--[a-z-]*[A-Z]", done.stdout)
+    entries = re.split(r"\n  (?=\S)", re.split(r"^(?:Arguments|Options):$", done.stdout, flags=re.MULTILINE)[-1])
+    arguments = re.search(r"^Arguments:\n((?:  .*\n)+)", done.stdout, re.MULTILINE)
+    if arguments is not None:
+        entries += re.split(r"\n  (?=\S)", arguments[1])
+    for entry in filter(str.strip, entries):
+        assert re.search(r"  +[a-zA-Z`]", entry.strip()), entry
+    assert inside(capsys, *command[:-1], *command[-1:], "-h").stdout == done.stdout
 
 
 def test_methods_as_a_table_has_one_line_each() -> None:

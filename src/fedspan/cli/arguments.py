@@ -49,11 +49,12 @@ class NearestNames(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments; none stand for `--help`."""
-        return super().parse_args(ctx, args or ["--help"])
+        return super().parse_args(ctx, args if args or ctx.resilient_parsing else ["--help"])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Refuse an unknown command with a suggestion."""
-        if args and not args[0].startswith("-") and args[0] not in self.commands:
+        # While a shell completes a line, a mistake in it is no error.
+        if args and not ctx.resilient_parsing and not args[0].startswith("-") and args[0] not in self.commands:
             raise FedspanError(f"unknown command {args[0]!r}{nearest(args[0], self.commands)}")
         return super().resolve_command(ctx, args)
 

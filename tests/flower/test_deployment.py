@@ -18,7 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from typer.testing import CliRunner
 
-from fedspan.cli.flower_commands import app
+from fedspan.cli.flower import app
 from fedspan.config import load
 from fedspan.data.load import load as load_corpus
 from fedspan.federation.clients import make_clients

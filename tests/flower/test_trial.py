@@ -13,7 +13,7 @@ import fedspan
 from fedspan.config import load
 from fedspan.flower import trial
 
-COMMAND = [sys.executable, "-c", "from fedspan.cli.flower_commands import app; app()", "up"]
+COMMAND = [sys.executable, "-c", "from fedspan.cli.flower import app; app()", "up"]
 SETTINGS = ["federation.rounds=2", "federation.participation=1.0", "local.steps=2", "data.max_test=20"]
 SMALL = ["--sites", "2", *(word for setting in SETTINGS for word in ("--set", setting))]
 

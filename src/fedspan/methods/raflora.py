@@ -24,8 +24,8 @@ def raflora(weighting: Literal["rank", "rb"] = "rank", algebra: Algebra = "auto"
     b_kj and a_kj are column j of B_k and row j of A_k, N_j = Σ_{k: r_k ≥ j} n_k. Plain averaging divides what few
     clients can learn by the examples of all: round by round the components beyond the smallest rank fade (rank
     collapse). Here a component counts in full for any number of clients that have it. At equal ranks T' = T and the
-    method is FlexLoRA; at mixed ranks it is exact for T' and not for T, and a client's gauge moves strength between components
-    that are weighted differently.
+    method is FlexLoRA; at mixed ranks it is exact for T' and not for T, and a client's gauge moves strength between
+    components that are weighted differently.
 
     Source: Wu et al. 2026, "Preventing Rank Collapse in Federated Low-Rank Adaptation with Client Heterogeneity"
     (2602.13486).

@@ -9,10 +9,10 @@ A round is a short list of exchanges, for most methods one. An exchange, in the 
     fold.add(partial, update) ◀─────  encode(update, broadcast, client_state)
     finish(state, partial)
 
-Between the exchanges of a round the site keeps its own update. `state.exchange`, which the round loop sets, tells the
-server's functions which exchange they are in, and what is broadcast tells `encode`.
+Between the exchanges of a round the site keeps its own update. `state.exchange`, which the round loop sets, is the
+current exchange for the server's functions; `encode` sees it from the broadcast.
 
-A method is one frozen `Method`, made by a factory whose keyword arguments are its options. Nothing here knows
+A method is one frozen `Method`, made by a factory whose keyword arguments are its options. Nothing here depends on
 a model, a file or a network. Shapes: B (m, r), A (r, n), as in `fedspan.algebra.lowrank`.
 """
 
@@ -32,13 +32,13 @@ from fedspan.support.errors import FedspanError
 
 @dataclass(frozen=True, slots=True)
 class MethodInfo:
-    """What is true of a method; `fedspan methods` prints it and the law tests check it."""
+    """The properties of a method; `fedspan methods` prints them and the law tests check them."""
 
     name: str
     title: str
     paper: str
     exact: bool
-    """What the clients receive, at sufficient rank, is the ideal update T = Σ p_k s_k B_k A_k."""
+    """The clients receive, at sufficient rank, the ideal update T = Σ p_k s_k B_k A_k."""
     gauge_invariant: bool
     """Re-factoring any client's (B, A) as (B G, G⁻¹ A) does not change the result."""
     hetero_rank: bool
@@ -50,16 +50,16 @@ class MethodInfo:
     personalised: bool = False
     """Each client ends with a model of its own; figures are averages over the clients' models."""
     pooled: bool = False
-    """A control that trains on everybody's data in one place."""
+    """A control that trains on all data in one place."""
     alone: bool = False
     """A control: no client learns anything from another."""
     optimizer: Literal["any", "sgd"] = "any"
-    """What the local optimizer must be for the method to be what it claims."""
+    """The local optimizer that the method's claims require."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """All that the server keeps: plain tensors and numbers, so that it can be saved, resumed and sent."""
+    """Everything that the server keeps: plain tensors and numbers, so that it can be saved, resumed and sent."""
 
     template: Template
     modules: Mapping[str, Tensors]
@@ -67,7 +67,7 @@ class ServerState:
     round_num: int = 0
     """Rounds finished."""
     exchange: int = 0
-    """Which of the method's exchanges the round is in."""
+    """The index of the current exchange among the method's."""
     patches: PatchLog | None = None
     extra: Tensors = field(default_factory=dict)
     """Named tensors beside the weights: control variates, a server optimizer's moments."""
@@ -75,11 +75,11 @@ class ServerState:
 
 @dataclass(frozen=True, slots=True)
 class Direct:
-    """The global model as one vector in coordinates that all clients share: what a server optimizer may act on."""
+    """Access to the global model as one vector in coordinates that all clients share, for a server optimizer."""
 
     read: Callable[[ServerState], Tensors]
     write: Callable[[ServerState, Tensors], ServerState]
-    """The state with these values instead; the names and shapes are those of `read`."""
+    """Return the state with these values; the names and shapes are those of `read`."""
 
 
 def _as_sent(broadcast: Broadcast, client_state: ClientState | None) -> Broadcast:
@@ -103,33 +103,33 @@ class Method:
     """(template, dense weights of the base) -> the state before the first round."""
     broadcast: Callable[[ServerState, Request], Broadcast]
     finish: Callable[[ServerState, Partial], tuple[ServerState, Diagnostics]]
-    """Runs on the fold of all updates; returns the next state and what the method measured of itself."""
+    """Runs on the fold of all updates; returns the next state and the method's diagnostics."""
     exchanges: tuple[Exchange, ...] = (Exchange(),)
     start: Callable[[Broadcast, ClientState | None], Broadcast] = _as_sent
-    """On the site, before training: combine what was sent with what the client kept."""
+    """On the site, before training: combine the broadcast with the state that the client kept."""
     encode: Callable[[Update, Broadcast, ClientState | None], tuple[Update, ClientState | None]] = _everything
-    """On the site, after training: what leaves it, and what stays."""
+    """On the site, after training: return the update that leaves it, and the state that stays."""
     finish_by_queries: Callable[[ServerState], QueryProcedure] | None = None
     """The same rule as `finish` through sums alone, for updates that are not held at once; none: a method whose fold
     is a sum needs no second form, and one whose result grows with the clients cannot have it."""
     contributions: Callable[[ServerState], ContributionOf] = _own_contributions
     """The X_k that these queries are about, by update and module, for `queries.partial_sums`."""
     vector: Direct | None = None
-    """None: a server optimizer would act on factor pairs, and its result would depend on their gauge."""
+    """None where a server optimizer would act on factor pairs, so that its result would depend on their gauge."""
 
     @property
     def secure_sum(self) -> bool:
-        """Every exchange is a sum, so the method runs as it is where the server may see only sums."""
+        """True where every exchange is a sum, so that the method runs unchanged where the server may see only sums."""
         return all(exchange.fold.kind == "sum" for exchange in self.exchanges)
 
 
 def aggregate(method: Method, state: ServerState, updates: list[Update]) -> tuple[ServerState, Diagnostics]:
-    """The server's side of one exchange: fold the encoded updates in sorted client order, then finish.
+    """Run the server's side of one exchange: fold the encoded updates in sorted client order, then finish.
 
     Raises
     ------
-    ValueError
-        When the list is empty, two updates carry the same client id, or a client counts for nothing.
+    FedspanError
+        When the list is empty, two updates carry the same client id, or a client's number of examples is not above 0.
     """
     if not updates:
         raise FedspanError("no update to aggregate: expected at least one client")
@@ -147,5 +147,5 @@ def aggregate(method: Method, state: ServerState, updates: list[Update]) -> tupl
 
 
 def advance(state: ServerState, **changes: Any) -> ServerState:
-    """The state with `changes`, one round later."""
+    """Return the state with `changes`, one round later."""
     return replace(state, round_num=state.round_num + 1, exchange=0, **changes)

@@ -1,4 +1,4 @@
-"""The two controls of every comparison: each client alone, and everybody's data in one place."""
+"""The two controls of every comparison: each client alone, and all data in one place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Trains = Literal["adapter", "targets", "all"]
 
 
 def local(trains: Trains = "adapter") -> Method:
-    """No federation: every client trains on from where it was; nothing is sent. Figures are means over the clients.
+    """No federation: every client continues its own training, and nothing is sent. Figures are means over the clients.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def local(trains: Trains = "adapter") -> Method:
 
 
 def centralised(trains: Trains = "adapter") -> Method:
-    """Everybody's data in one place: one client holds all of it and does as many steps a round as the cohort together.
+    """All data in one place: one client holds it and does as many steps a round as the cohort together.
 
     Parameters
     ----------

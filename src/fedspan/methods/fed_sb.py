@@ -42,7 +42,7 @@ def fed_sb(first_step: float = 0.0, probe_batches: int = 4) -> Method:
 
     B and V hold the first r left and right singular vectors of the clients' mean gradient G at the start, from two
     sums: Y = Σ p_k G_k Ω, and Z = Σ p_k G_kᵀ Q with Q = orth(Y); then G ≈ Q Zᵀ. Afterwards r² numbers per module travel
-    either way, however many clients there are; but what can be learnt stays inside those two spaces for ever.
+    either way, for any number of clients; but learning never leaves those two spaces.
 
     Source: Singhal et al. 2025, "Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in
     (Private) Federated LoRA Fine-Tuning" (2502.15436), with the initialisation of LoRA-SB (Ponkshe et al. 2024,
@@ -73,14 +73,14 @@ def fed_sb(first_step: float = 0.0, probe_batches: int = 4) -> Method:
         check_rank(state, request)
         recipe = Recipe(train_b=False, confined=True, probe_batches=probe_batches)
         # Heads go with the first exchange of a round.
-        told = frozenset({"dense"} if state.exchange and state.round_num == 0 else ())
+        sent_before = frozenset({"dense"} if state.exchange and state.round_num == 0 else ())
         if state.round_num or state.exchange == _ESTIMATE:
-            return _training(state, request, recipe, told)
+            return _training(state, request, recipe, sent_before)
         # ΔW = 0: gradients are asked at the base. The first probe is drawn from the run's seed.
         start = Broadcast(fresh_adapter(state.template, state.template.rank), state.dense, recipe)
         first = frozenset({"a", "b"} if state.exchange else {"a", "b", "subspaces"})
         return replace(
-            start, seeded=first | told, subspaces={name: _probe(state, name) for name in state.template.modules}
+            start, seeded=first | sent_before, subspaces={name: _probe(state, name) for name in state.template.modules}
         )
 
     def encode(update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[Update, ClientState | None]:
@@ -90,8 +90,8 @@ def fed_sb(first_step: float = 0.0, probe_batches: int = 4) -> Method:
     def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
         means = {name: partial.mean(name) for name in state.template.modules}
         if state.round_num == 0 and state.exchange == 0:
-            found = {name: {"range": torch.linalg.qr(mean["sketch"])[0]} for name, mean in means.items()}
-            return replace(state, modules=found), {}
+            ranges = {name: {"range": torch.linalg.qr(mean["sketch"])[0]} for name, mean in means.items()}
+            return replace(state, modules=ranges), {}
         if state.round_num == 0 and state.exchange == 1:
             bases = {name: _bases(state, name, mean["sketch"], first_step) for name, mean in means.items()}
             # From now on a client that has trained, and so has seen version 1, holds the bases.
@@ -119,7 +119,7 @@ def fed_sb(first_step: float = 0.0, probe_batches: int = 4) -> Method:
     )
 
 
-def _training(state: ServerState, request: Request, recipe: Recipe, told: frozenset[str]) -> Broadcast:
+def _training(state: ServerState, request: Request, recipe: Recipe, sent_before: frozenset[str]) -> Broadcast:
     s = state.template.scaling(state.template.rank)
     adapter = {name: Factors(t["b"], t["core"] / s @ t["v"].mT, s) for name, t in state.modules.items()}
     spaces = {f"{name}/a": Subspace(t["v"], "right") for name, t in state.modules.items()}
@@ -128,15 +128,15 @@ def _training(state: ServerState, request: Request, recipe: Recipe, told: frozen
         adapter,
         state.dense,
         recipe,
-        # Nobody needs to be told of a zero.
+        # A zero core need not be sent.
         news=(cores,) if any(bool(core.any()) for core in cores.values()) else (),
-        seeded=told | {"a"} | ({"b", "subspaces"} if request.seen else frozenset()),
+        seeded=sent_before | {"a"} | ({"b", "subspaces"} if request.seen else frozenset()),
         subspaces=spaces,
     )
 
 
 def _probe(state: ServerState, name: str) -> Subspace:
-    """Where the mean gradient is looked at: on Ω from the right, then on the range it was seen to have."""
+    """Return the subspace in which the mean gradient is measured: Ω on the right, then the range found there."""
     if state.exchange:
         return Subspace(state.modules[name]["range"], "left")
     m, n = state.template.modules[name]
@@ -145,7 +145,7 @@ def _probe(state: ServerState, name: str) -> Subspace:
 
 
 def _answer(update: Update, sent: Broadcast, name: str) -> Tensors:
-    """A gradient's coordinates in what was asked about; or s R, the adapter's coordinates between B and V."""
+    """Return a gradient's coordinates in the subspace of the broadcast, or s R, the adapter's between B and V."""
     payload = update.modules[name]
     if isinstance(payload, Vector):
         grad = lowrank.promote(payload.values["gradient"])
@@ -159,7 +159,7 @@ def _answer(update: Update, sent: Broadcast, name: str) -> Tensors:
 
 
 def _bases(state: ServerState, name: str, coordinates: Tensor, first_step: float) -> Tensors:
-    """B, V and s R from the mean gradient Q·C, C (r + 8, n)."""
+    """Return B, V and s R from the mean gradient Q·C, C (r + 8, n)."""
     q, rank = state.modules[name]["range"].to(coordinates), state.template.rank
     u, sigma, vh = torch.linalg.svd(coordinates, full_matrices=False)
 
@@ -173,7 +173,7 @@ def _bases(state: ServerState, name: str, coordinates: Tensor, first_step: float
 
 
 def _read(state: ServerState) -> Tensors:
-    """s·R of every module, between bases that are everybody's, and the heads."""
+    """Return s·R of every module, between bases common to all clients, and the heads."""
     return {**state.dense, **{f"{name}/core": t["core"] for name, t in state.modules.items() if "core" in t}}
 
 

@@ -34,8 +34,8 @@ def fedgalore(
 
         v = max(v̄ J Jᵀ, φ v̄),   v̄ = Σ p_k v_k,
 
-    which everybody's optimizer starts the next round from. A squared singular value is Σ p_k ‖V_kᵀ x‖², the weight of
-    the clients whose space holds the direction x, so τ = 1 keeps what all share and τ = 0 everything. Where no
+    from which every client's optimizer starts the next round. A squared singular value is Σ p_k ‖V_kᵀ x‖², the weight
+    of the clients whose space holds the direction x, so τ = 1 keeps what all share and τ = 0 everything. Where no
     direction passes, moments start from zero as in FedFTG.
 
     Source: "FedGaLore" (2602.01746), whose server synchronises projected second moments by AJIVE (Feng et al. 2018,
@@ -84,7 +84,7 @@ def fedgalore(
         shares = partial.shares()
         modules: dict[str, Tensors] = {}
         joint = 0
-        # A weight that no loss depends on has no gradient, and so no moments, at any client.
+        # A weight on which no loss depends has no gradient, and so no moments, at any client.
         for name in (n for n in state.template.modules if any(n in u.moments for u in partial.collected)):
             moments = [_moment(update, name) for update in partial.collected]
             basis = _joint(moments, shares, threshold)
@@ -107,11 +107,11 @@ def _moment(update: Update, name: str) -> Tensor:
 
 
 def _joint(moments: list[Tensor], shares: list[float], threshold: float) -> Tensor:
-    """J (n, q): the directions of the clients' row spaces that so much of the clients' weight shares."""
+    """Return J (n, q): the directions in the row spaces of clients that hold at least that share of the weight."""
     bases = []
     for v in moments:
         _, s, vh = torch.linalg.svd(v, full_matrices=False)
         bases.append(vh[lowrank.above_rounding(s)].mT)
     basis, shared = consensus(bases, shares, sum(q.shape[1] for q in bases))
-    # Rounding must not cost a direction that everybody has.
+    # Rounding must not drop a direction that all clients share.
     return basis[:, shared[: basis.shape[1]] >= threshold * (1 - 1e-5)]

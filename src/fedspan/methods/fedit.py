@@ -14,13 +14,13 @@ from fedspan.support.errors import FedspanError
 
 
 def init_factors(template: Template, dense: Tensors) -> ServerState:
-    """The state of a method that keeps one pair of factors per module: random A, zero B."""
+    """Return the state of a method that keeps one pair of factors per module: random A, zero B."""
     start = fresh_adapter(template, template.rank)
     return ServerState(template, {name: {"a": f.a, "b": f.b} for name, f in start.items()}, dense)
 
 
 def factors_of(state: ServerState) -> Mapping[str, Factors]:
-    """The state's factor pairs as adapters at the run's one rank."""
+    """Return the state's factor pairs as adapters at the run's one rank."""
     s = state.template.scaling(state.template.rank)
     return {name: Factors(t["b"], t["a"], s) for name, t in state.modules.items()}
 
@@ -35,7 +35,7 @@ def fedit() -> Method:
     """FedIT, FedAvg on LoRA factors: Ā = Σ p_k A_k, B̄ = Σ p_k B_k.
 
     B̄Ā is not the mean of the products: it holds every cross term B_k A_j, and it changes with each client's gauge.
-    The baseline that the whole field starts from.
+    The field's baseline.
 
     Source: Zhang et al. 2023, "Towards Building the Federated GPT: Federated Instruction Tuning" (2305.05644).
     Differences: an adapter with another scaling than the run's is rescaled into its B before it is averaged.
@@ -73,7 +73,7 @@ def fedit() -> Method:
 
 
 def _rescaled(f: Factors, sent: Factors) -> Factors:
-    """The same ΔW at the scaling and rank that were sent."""
+    """Return the same ΔW at the scaling and rank that were sent."""
     if f.rank != sent.rank:
         raise FedspanError(f"an adapter of rank {f.rank}: expected rank {sent.rank} for every client")
     return Factors(lowrank.promote(f.b) * (f.scaling / sent.scaling), f.a, sent.scaling)

@@ -18,8 +18,8 @@ def fedrot_lora() -> Method:
 
     Q_k = argmin ‖B_k Q/‖B_k‖ − B/‖B‖‖_F² + ‖QᵀA_k/‖A_k‖ − A/‖A‖‖_F², the orthogonal Procrustes problem of both factors
     jointly: Q_k = U Vᵀ from the SVD of the r×r matrix B_kᵀB/(‖B_k‖‖B‖) + A_kAᵀ/(‖A_k‖‖A‖). At length 1 neither factor
-    outweighs the other, whatever the scale between them; a factor that is zero, as B is at first, has no say. The
-    product B_k A_k is unchanged, and what follows is FedIT: the server sees sums.
+    outweighs the other, whatever the scale between them; a factor that is zero, as B is at first, has no influence.
+    The product B_k A_k is unchanged, and what follows is FedIT: the server sees sums.
 
     Turning a client's pair by any orthogonal G changes nothing (Q_k undoes it); a general gauge still does.
 
@@ -39,7 +39,7 @@ def fedrot_lora() -> Method:
 
 
 def _turned(f: Factors, target: Factors) -> Factors:
-    """The same product, its factors as close to the target's as an orthogonal Q brings them."""
+    """Return the same product with its factors as close to the target's as an orthogonal Q brings them."""
     overlap = _overlap(f.b.mT, target.b) + _overlap(f.a, target.a.mT)
     if not overlap.any():
         return f
@@ -50,7 +50,7 @@ def _turned(f: Factors, target: Factors) -> Factors:
 
 
 def _overlap(x: Tensor, y: Tensor) -> Tensor:
-    """X Y / (‖X‖ ‖Y‖) in float64; zero where one of them is."""
+    """Return X Y / (‖X‖ ‖Y‖) in float64; zero where one of them is."""
     x, y = x.double(), y.double()
     size = x.norm() * y.norm()
     return x @ y / torch.where(size > 0, size, torch.ones_like(size))

@@ -26,9 +26,9 @@ from fedspan.methods.readout import fresh_adapter
 def fedsa_lora() -> Method:
     """FedSA-LoRA: both factors are trained, Ā = Σ p_k A_k is shared, and B_k never leaves its client.
 
-    Client k's model is the base + s·B_k Ā. B_k is the client's own state: it waits through rounds in which the client
-    is away, and is saved with the checkpoint. A client that never took part has B = 0, that is, the base itself with
-    the averaged heads; so has what the server answers to nobody in particular.
+    Client k's model is the base + s·B_k Ā. B_k is the client's own state: it is kept through rounds in which the client
+    is away, and saved with the checkpoint. A client that never took part has B = 0, that is, the base itself with
+    the averaged heads, and so has the server's own model.
 
     Source: Guo et al. 2025, "Selective Aggregation for Low-Rank Adaptation in Federated Learning" (2410.01463).
     Differences: an adapter with another scaling than the run's is rescaled into its B; heads are averaged, as for all
@@ -56,7 +56,7 @@ def fedsa_lora() -> Method:
         return replace(sent, adapter={name: replace(f, b=kept[f"{name}/b"]) for name, f in sent.adapter.items()})
 
     def encode(update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[Update, ClientState | None]:
-        # What it makes of B is a new tensor: the client's state is no view of a model that trains on.
+        # Rescaling makes a new tensor of B, so the client's state is no view of a model that goes on training.
         rescaled, _ = plain.encode(update, sent, kept)
         own = {f"{name}/b": rescaled.factors(name).b for name in update.modules}
         return replace(rescaled, modules={name: Vector({"a": update.factors(name).a}) for name in update.modules}), own

@@ -20,7 +20,7 @@ def fedsvd() -> Method:
     """FedSVD: A is frozen and common, B is trained and averaged; then B̄ A = U Σ Vᵀ becomes B = U Σ, A = Vᵀ.
 
     T = s B̄ A, exactly, before and after the SVD. The rows of A are orthonormal, which bounds the gradient of B; but
-    they span what the first, random A spanned, for ever: turning A inside its row space does not leave it.
+    they always span what the first, random A spanned: rotating A inside its row space does not leave it.
 
     Until something is learnt (B̄ = 0) A stays as it was drawn. As in FFA-LoRA no client has a gauge of its own, A being
     the server's: that is what the tag `gauge_invariant` says here.
@@ -43,8 +43,8 @@ def fedsvd() -> Method:
         def refactored(name: str) -> Tensors:
             return _orthogonal(partial.mean(name)["b"], state.modules[name]["a"])
 
-        found = parallel.ordered_map(refactored, state.modules)
-        modules = dict(zip(state.modules, found, strict=True))
+        pairs = parallel.ordered_map(refactored, state.modules)
+        modules = dict(zip(state.modules, pairs, strict=True))
         return advance(state, modules=modules, dense=partial.mean_dense()), {}
 
     return Method(
@@ -67,11 +67,11 @@ def fedsvd() -> Method:
 
 
 def _orthogonal(b: Tensor, a: Tensor) -> Tensors:
-    """The same product with the orthonormal rows of its SVD for A, in the shapes of B (m, r) and A (r, n)."""
+    """Return the same product with the orthonormal rows of its SVD for A, in the shapes of B (m, r) and A (r, n)."""
     a = a.to(b.dtype)
     if not b.any():
         return {"a": a, "b": b}
-    # The SVD of the core keeps r directions inside row(A), those of no strength too: they can still be learnt.
+    # The SVD of the core keeps r directions inside row(A), those of zero strength too: they can still be learnt.
     f = lowrank.svd(LowRank(b, a))
     spare = b.shape[1] - len(f.s)  # where r exceeds m or n, the rest of A stays as it is and its B is zero
     rows, columns = a[len(f.s) :], b.new_zeros((len(b), spare))

@@ -1,4 +1,4 @@
-"""FFA-LoRA: one frozen random A for everybody, only B is trained and averaged."""
+"""FFA-LoRA: one frozen random A for all clients, only B is trained and averaged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ffa_lora() -> Method:
     """FFA-LoRA: A₀ is drawn once from the run's seed and is the same everywhere; the server keeps Σ p_k s_k B_k.
 
     With one A₀ the average of the products is the product of the averages, so the rule is exact; but the row space
-    of the global update stays inside that of A₀ for ever. A client of rank r_k uses the first r_k rows of A₀ and the
+    of the global update always stays inside that of A₀. A client of rank r_k uses the first r_k rows of A₀ and the
     first r_k columns of the server's B, so ranks may differ.
 
     Source: Sun et al. 2024, "Improving LoRA in Privacy-preserving Federated Learning" (2403.12313).
@@ -78,7 +78,7 @@ def ffa_lora() -> Method:
 
 
 def _read(state: ServerState) -> Tensors:
-    """s·B of every module, which multiplies one A for everybody, and the heads."""
+    """Return s·B of every module, whose A is common to all clients, and the heads."""
     return {**state.dense, **{f"{name}/sb": held["sb"] for name, held in state.modules.items()}}
 
 

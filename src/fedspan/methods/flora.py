@@ -20,7 +20,7 @@ from fedspan.support import parallel
 
 
 def patches_of(state: ServerState) -> PatchLog:
-    """The state's patch log; empty before the first round."""
+    """Return the state's patch log; empty before the first round."""
     return state.patches or PatchLog({})
 
 
@@ -85,8 +85,8 @@ def fedex_lora() -> Method:
 
     Source: Singhal et al. 2025, "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation
     Models" (2410.09432).
-    Differences: the residual stays low-rank while that is smaller than the matrix. What the clients receive is
-    T in every gauge, but how it is split between adapter and patch, and so how they train on, is not invariant.
+    Differences: the residual stays low-rank while that is smaller than the matrix. The clients receive T in
+    every gauge, but its split between adapter and patch, and so their further training, is not invariant.
     """
 
     def broadcast(state: ServerState, request: Request) -> Broadcast:
@@ -109,11 +109,11 @@ def fedex_lora() -> Method:
             residual = patch_sum(None, lowrank.stack(terms, shares[:-1]))
             return mean, residual, lowrank.norm(residual) if isinstance(residual, LowRank) else float(residual.norm())
 
-        found = dict(zip(state.modules, parallel.ordered_map(means, state.modules), strict=True))
-        residuals = {name: residual for name, (_, residual, _) in found.items() if residual is not None}
+        by_module = dict(zip(state.modules, parallel.ordered_map(means, state.modules), strict=True))
+        residuals = {name: residual for name, (_, residual, _) in by_module.items() if residual is not None}
         log = patches_of(state).append(residuals) if residuals else patches_of(state)
-        diagnostics = {"residual_norm": math.hypot(*(norm for _, _, norm in found.values()))}
-        modules = {name: mean for name, (mean, _, _) in found.items()}
+        diagnostics = {"residual_norm": math.hypot(*(norm for _, _, norm in by_module.values()))}
+        modules = {name: mean for name, (mean, _, _) in by_module.items()}
         return advance(state, modules=modules, patches=log, dense=partial.mean_dense()), diagnostics
 
     return Method(

@@ -54,7 +54,7 @@ def flora_na(sweeps: int = 10) -> Method:
 
 
 def _on_a_basis(factors: Sequence[Tensor]) -> Tensor:
-    """The factors (m, r) in float64 on an orthonormal basis of all their columns: (K, min(m, K·r), r)."""
+    """Return the factors (m, r) in float64 on an orthonormal basis of all their columns: (K, min(m, K·r), r)."""
     stacked = torch.cat([x.double() for x in factors], dim=1)
     if stacked.shape[1] < stacked.shape[0]:
         stacked = torch.linalg.qr(stacked, mode="r")[1]
@@ -62,7 +62,7 @@ def _on_a_basis(factors: Sequence[Tensor]) -> Tensor:
 
 
 def _best(b: Tensor, a: Tensor, fixed: Tensor, weights: Tensor) -> Tensor:
-    """p minimising ‖Σ w_k B_k A_k − (Σ p_k B_k) Â‖_F for Â = `fixed` (r, ·), by an orthogonal method."""
+    """Return p minimising ‖Σ w_k B_k A_k − (Σ p_k B_k) Â‖_F for Â = `fixed` (r, ·), by an orthogonal method."""
     basis, triangle = torch.linalg.qr(fixed.mT)  # Âᵀ = Q S; what is outside row(Â) does not depend on p
     columns = b @ triangle.mT  # (K, ·, r): B_k Â Q
     # Σ w_k B_k (A_k − Â) Q, subtracted first: what the plain shares leave.

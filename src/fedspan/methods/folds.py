@@ -1,4 +1,4 @@
-"""How a server accumulates its clients' answers: as a sum, or one by one."""
+"""Folds: the accumulation of client updates on a server, as a sum or as a collection."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ class Partial:
     """The updates themselves, for a method that needs each."""
 
     def mean_dense(self) -> Tensors:
-        """Σ p_k x_k over the participants."""
+        """Return Σ p_k x_k over the participants."""
         return {name: value / self.weight for name, value in self.dense.items()}
 
     def mean(self, module: str) -> Tensors:
-        """Σ p_k payload_k of one module, field by field."""
+        """Return Σ p_k payload_k of one module, field by field."""
         return {name: value / self.weight for name, value in self.sums[module].items()}
 
     def shares(self) -> list[float]:
-        """p_k = n_k / Σ n of the collected updates. The one place where counts become weights."""
+        """Return p_k = n_k / Σ n of the collected updates. The one place where counts become weights."""
         return [update.num_examples / self.weight for update in self.collected]
 
     def deltas(self, module: str) -> list[LowRank]:
-        """s_k B_k A_k of the collected updates."""
+        """Return s_k B_k A_k of the collected updates."""
         return [update.factors(module).delta() for update in self.collected]
 
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """How the answers of one exchange are accumulated."""
+    """The accumulation of the updates of one exchange."""
 
     kind: Literal["sum", "collect"]
     add: Callable[[Partial, Update], Partial]
@@ -54,7 +54,7 @@ class Fold:
 
 
 def _plus(x: Tensors, y: Tensors) -> dict[str, Tensor]:
-    """x + y, name by name. Nothing is padded: the shapes of dense weights must agree."""
+    """Return x + y, name by name. Nothing is padded: the shapes of dense weights must agree."""
     _same_names("tensors", x, y)
     for name in x:
         if x[name].shape != y[name].shape:
@@ -69,7 +69,7 @@ def _same_names(what: str, x: Mapping[str, object], y: Mapping[str, object]) -> 
 
 
 def _plus_nested(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, where a factor of smaller rank fills the leading rows or columns and counts as zero elsewhere."""
+    """Return x + y, where a factor of smaller rank fills the leading rows or columns and counts as zero elsewhere."""
     if x.shape == y.shape:
         return x + y
     rows, columns = max(x.shape[0], y.shape[0]), max(x.shape[1], y.shape[1])
@@ -122,16 +122,16 @@ COLLECT = Fold("collect", _collect, _merge)
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """One question to the cohort, and how its answers are folded."""
+    """One request to the cohort, and the fold of its updates."""
 
     fold: Fold = COLLECT
     ask: Literal["train", "gradient", "again"] = "train"
-    """``train``: what local training comes to.  ``gradient``: the mean gradient over a few batches with respect to the
-    weight of every module, as a Vector {"gradient": (m, n)}, before anything is trained.  ``again``: something else
-    about what was answered in the exchange before."""
+    """``train``: the result of local training.  ``gradient``: the mean gradient over a few batches with respect to the
+    weight of every module, as a Vector {"gradient": (m, n)}, before anything is trained.  ``again``: another
+    function of the update from the exchange before."""
     every: int = 1
-    """It takes place in every so-many-th round, the first included; 0: in the first alone."""
+    """The number of rounds between two of it, from the first on; 0: the first round alone."""
 
     def due(self, round_num: int) -> bool:
-        """Whether it takes place in this round, counted from 0."""
+        """Return whether it takes place in this round, counted from 0."""
         return round_num % self.every == 0 if self.every else round_num == 0

@@ -59,7 +59,7 @@ def fedftg(
     """FedFTG: GaLore on the target modules' weights in the client, plain averaging of those weights on the server.
 
     LoRA confines learning to the factors; a projected gradient does not: the update's rank grows with every
-    projector refresh and every client, and averaging weights is exact whatever the local optimizer did.
+    projector refresh and every client, and averaging weights is exact for any local optimizer.
 
     Source: "Exploring Gradient Subspaces: Addressing and Overcoming LoRA's Limitations in Federated Fine-Tuning of
     Large Language Models" (2410.23111), with GaLore by Zhao et al. 2024 (2403.03507).
@@ -102,7 +102,7 @@ def fedftg(
 def galore_options(
     rank: int, update_gap: int, scale: float, svd: SVDKind, side: Side, on_refresh: OnRefresh
 ) -> GaloreOptions:
-    """A method's options as the local optimizer takes them; a ValueError names one that is out of range."""
+    """Return a method's options as the local optimizer takes them; a FedspanError names one that is out of range."""
     if rank < 1:
         raise FedspanError(f"method.galore_rank = {rank}: expected at least 1, or 'none'")
     if update_gap < 1:
@@ -113,7 +113,7 @@ def galore_options(
 
 
 def average_weights(info: MethodInfo, recipe: Recipe) -> Method:
-    """The method that trains weights by that recipe and averages them: W̄ = Σ p_k W_k."""
+    """Return the method that trains weights by that recipe and averages them: W̄ = Σ p_k W_k."""
 
     def init(template: Template, dense: Tensors) -> ServerState:
         return ServerState(template, {}, dense)

@@ -1,4 +1,4 @@
-"""GLoRA and FlexLoRA: servers that aggregate products in low-rank form and read adapters of any rank out of them.
+"""GLoRA and FlexLoRA: servers that aggregate products in low-rank form and read out adapters of any rank.
 
 State per module: U (m, R) orthonormal and C (R, n), standing for U·C. Unless readouts nest it has the form of its own
 SVD, C = Σ Vᵀ, so that a readout of any rank is a slice of it.
@@ -214,7 +214,7 @@ def _held(state: ServerState) -> dict[str, LowRank]:
 
 
 def _rest(x: LowRank, rank: int | None) -> LowRank:
-    """Return what a readout of that rank leaves of U·C."""
+    """Return the part of U·C beyond a readout of that rank."""
     return LowRank(x.b[:, rank:], x.a[rank:])
 
 

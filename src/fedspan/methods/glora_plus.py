@@ -12,16 +12,16 @@ def glora_plus(server_rank: ServerRank = "double", momentum: float = 0.0) -> Met
     """GLoRA whose clients train the readout of their rank on top of the rest of a state of twice the largest rank.
 
     A client of rank r_k is sent the whole state U·C: its leading r_k directions as the adapter that it trains, the rest
-    as a frozen patch. So it neither lacks nor learns again what it cannot hold, and the new state,
+    as a frozen patch. So its model is complete whatever its rank, and the new state,
 
         Σ p_k (s_k B_k A_k + rest_k) = U·C + Σ p_k (s_k B_k A_k − readout_k),
 
-    is the mean of the models that the clients really ran, whatever their ranks and however few took part: no direction
+    is the mean of the models that the clients really ran, for any ranks and any participation: no direction
     fades because low-rank clients could not carry it. Every client ends with the same model. Same traffic up as GLoRA,
     R(m+n) down instead of r_k(m+n).
 
-    Source: ours, on the ground of Chen et al. 2026 (2605.06733): `glora(start="split", server_rank="double")`. By how
-    much it gains on GLoRA, and where it loses, is measured in benchmarks/CLAIMS.md.
+    Source: ours, based on Chen et al. 2026 (2605.06733): `glora(start="split", server_rank="double")`. Its gains
+    and losses against GLoRA are measured in benchmarks/CLAIMS.md.
 
     Parameters
     ----------

@@ -55,15 +55,15 @@ def glora_sums(
 
     With X_k = s_k B_k A_k, T = Σ p_k X_k and S = Σ p_k P_k, whose leading eigenvectors are GLoRA's consensus basis:
 
-        1. every client trains and answers P_k Ω; the server adds to Y = S Ω, and U are the R leading eigenvectors of
-           Y (Ωᵀ Y)⁺ Yᵀ ≈ S (Nyström);
-        2. every client is sent U and answers Uᵀ X_k = s_k (Uᵀ B_k) A_k; C = Σ p_k Uᵀ X_k.
+        1. every client trains and returns P_k Ω; the server sums these to Y = S Ω, and U are the R leading eigenvectors
+           of Y (Ωᵀ Y)⁺ Yᵀ ≈ S (Nyström);
+        2. every client is sent U and returns Uᵀ X_k = s_k (Uᵀ B_k) A_k; C = Σ p_k Uᵀ X_k.
 
     The state U·C, what is read out of it and what training starts from are those of `glora`. Ω is drawn from the run's
     seed and the round and does not travel. What a client sends has the same shapes whatever its rank and its data, U
     padded by columns of zeros where the clients name fewer than R directions, so that it can be masked and summed.
 
-    Source: ours, on the ground of Chen et al. 2026 (2605.06733); the basis by Gittens and Mahoney 2016 (1303.1849).
+    Source: ours, based on Chen et al. 2026 (2605.06733); the basis by Gittens and Mahoney 2016 (1303.1849).
     Differences: from `glora`, the basis: the same where S has no more than l = R + 8 directions (or m ≤ l), up to
     rounding; a sum of projectors in floating point shows a direction only where its eigenvalue stands above rounding,
     so angles between clients' spaces below √eps are not seen. Where the clients name many more directions than l, one
@@ -93,7 +93,7 @@ def glora_sums(
     balance
         As in `glora`.
     """
-    # A readout of the state is the same thing wherever the state came from.
+    # A readout depends on the state alone, not on how it was made.
     plain = glora(server_rank=server_rank, balance=balance)
     if passes not in (1, 2):
         raise FedspanError(f"method.passes = {passes}: expected 1 or 2")

@@ -92,7 +92,7 @@ def hetlora(gamma: float = 0.99, penalty: float = 5e-3) -> Method:
                 continue
             sb = mean["sb"] / size  # (m, largest rank that took part)
             rank = sb.shape[1]
-            # Components that nobody trained keep their A: with both factors zero their gradient would vanish for good.
+            # Components that no client trained keep their A: with both factors zero they would never have a gradient.
             modules[name] = {
                 "a": torch.cat([mean["a"] / size, kept["a"][rank:].to(sb.dtype)], dim=0),
                 "sb": torch.cat([sb, sb.new_zeros((sb.shape[0], state.template.rank - rank))], dim=1),

@@ -31,7 +31,7 @@ def lora_fair(penalty: float = 0.01) -> Method:
 
     Every stationary point is a ridge solution towards some multiple of T, B̄ + ΔB = (ν N + B̄)(I + η G)⁻¹, and ν follows
     from η by a quadratic equation, of which η > 0 gives the largest cosine at each length of ΔB. So the m·r unknowns
-    come down to one, η, bisected to machine precision wherever a grid shows a minimum. The lowest of these counts,
+    reduce to one, η, bisected to machine precision wherever a grid shows a minimum. The lowest of these counts,
     or ΔB = 0 when that is no worse (as where the gradient of the cosine at B̄ is below λ).
     ΔB = 0 too where T or B̄ Ā is zero and has no cosine, and where B̄ Ā points so far away from T that the objective
     falls all the way to B̄ + ΔB → 0: it has no minimum there, and an adapter that vanishes is none.
@@ -59,8 +59,8 @@ def lora_fair(penalty: float = 0.01) -> Method:
 def lora_fair_ridge(penalty: float = 0.01) -> Method:
     """LoRA-FAIR with a closed form: ΔB = argmin ‖T − (B̄ + ΔB) Ā‖_F² + λ ‖ΔB‖_F² = (T Āᵀ − B̄ Ā Āᵀ)(Ā Āᵀ + λ I)⁻¹.
 
-    A distance instead of an angle, so that the length is corrected too; what it comes to is never farther from T than
-    FedIT's product.
+    A distance instead of an angle, so that the length is corrected too; the result is never farther from T than FedIT's
+    product.
 
     Source: ours, after Bian et al. 2025 (2411.14961; see `lora_fair`).
 
@@ -81,7 +81,7 @@ def lora_fair_ridge(penalty: float = 0.01) -> Method:
 
 
 def nearer(info: MethodInfo, refine: Refine) -> Method:
-    """A method that broadcasts one pair made from FedIT's means and the clients' factors.
+    """Return a method that broadcasts one pair made from FedIT's means and the clients' factors.
 
     Diagnostics: the distance to T of FedIT's product and of the pair that is broadcast, over all modules, relative to
     ‖T‖ (0 where T is zero).
@@ -98,9 +98,9 @@ def nearer(info: MethodInfo, refine: Refine) -> Method:
             pair, ideal = refine(pairs, shares, mean), lowrank.stack(pairs, shares)
             return pair, (lowrank.norm(ideal), lowrank.distance(ideal, mean), lowrank.distance(ideal, pair))
 
-        found = dict(zip(state.modules, parallel.ordered_map(refined, state.modules), strict=True))
-        size, before, after = (math.hypot(*column) for column in zip(*(x for _, x in found.values()), strict=True))
-        modules = {name: {"a": pair.a, "b": pair.b} for name, (pair, _) in found.items()}
+        by_module = dict(zip(state.modules, parallel.ordered_map(refined, state.modules), strict=True))
+        size, before, after = (math.hypot(*column) for column in zip(*(x for _, x in by_module.values()), strict=True))
+        modules = {name: {"a": pair.a, "b": pair.b} for name, (pair, _) in by_module.items()}
         measured = {"fedit_distance": before, "ideal_distance": after}
         diagnostics = {name: value / size if size > 0 else 0.0 for name, value in measured.items()}
         return advance(state, modules=modules, dense=partial.mean_dense()), diagnostics
@@ -125,7 +125,7 @@ def _mean(factors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 
 
 def _lacking(pairs: Sequence[LowRank], shares: Sequence[float], mean: LowRank) -> tuple[Tensor, Tensor]:
-    """G and E in float64; E = Σ p_k B_k ((A_k − Ā) Āᵀ), subtracted first."""
+    """Return G and E in float64; E = Σ p_k B_k ((A_k − Ā) Āᵀ), subtracted first."""
     e = _mean([x.b @ ((x.a - mean.a) @ mean.a.mT) for x in pairs], shares)
     a = mean.a.double()
     return a @ a.mT, e.double()
@@ -133,7 +133,7 @@ def _lacking(pairs: Sequence[LowRank], shares: Sequence[float], mean: LowRank) -
 
 @dataclass(frozen=True, slots=True)
 class _Cosine:
-    """The paper's objective in the eigenbasis of G, by inner products of columns b_j of B̄ and e_j of E."""
+    """The paper's objective in the eigenbasis of G, in terms of inner products of columns b_j of B̄ and e_j of E."""
 
     values: Tensor  # (r, 1), the eigenvalues λ_j of G
     bb: Tensor  # (r, 1)
@@ -143,7 +143,7 @@ class _Cosine:
     penalty: float
 
     def nu(self, eta: Tensor) -> Tensor:
-        """The positive root ν of the quadratic, at every η (q,) above 0."""
+        """Return the positive root ν of the quadratic, at every η (q,) above 0."""
         lam, d = self.values, 1 + eta * self.values
         bn = lam * self.bb + self.be  # ⟨b_j, n_j⟩ of N = B̄ G + E
         c2 = ((lam * bn + lam * self.be + self.ee) / d**2).sum(dim=0)
@@ -153,7 +153,7 @@ class _Cosine:
         return torch.where(c1 > 0, 2 * c0 / (c1 + root), (root - c1) / (2 * c2))
 
     def measure(self, eta: Tensor, nu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """At the points of η and ν: the objective; ‖X Ā‖; and λ ‖T‖ ‖X Ā‖ ν − ‖ΔB‖, which has the slope's sign.
+        """Return at the points of η and ν: the objective; ‖X Ā‖; and λ ‖T‖ ‖X Ā‖ ν − ‖ΔB‖, which has the slope's sign.
 
         The quadratic says that ν ⟨N, X⟩ = η ‖X Ā‖², which rounds less than the sum ⟨N, X⟩ does.
         """
@@ -173,7 +173,7 @@ _VANISHED = 1e-6
 
 
 def _by_cosine(b: Tensor, g: Tensor, e: Tensor, size: float, penalty: float) -> Tensor:
-    """X = B̄ + ΔB (m, r) of the paper's objective."""
+    """Return X = B̄ + ΔB (m, r) of the paper's objective."""
     values, vectors = torch.linalg.eigh(g)
     # What Ā maps to zero changes nothing; rounding there would, times a large ν.
     seen = values > 4 * len(values) * torch.finfo(g.dtype).eps * values.max()
@@ -191,7 +191,7 @@ def _by_cosine(b: Tensor, g: Tensor, e: Tensor, size: float, penalty: float) -> 
 
 
 def _minima(problem: _Cosine) -> list[list[float]]:
-    """(η, ν, objective, ‖X Ā‖) wherever the objective stops falling along the curve of η."""
+    """Return (η, ν, objective, ‖X Ā‖) wherever the objective stops falling along the curve of η."""
     top = problem.values.max()
 
     def at(z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -208,5 +208,5 @@ def _minima(problem: _Cosine) -> list[list[float]]:
         falls = at(middle)[-1] < 0
         low, high = torch.where(falls, middle, low), torch.where(falls, high, middle)
     # With a penalty so small that it still falls at the end, the end is the minimum to rounding.
-    found = torch.cat([low, grid[-1:][slope[-1:] < 0]])
-    return torch.stack(at(found)[:-1], dim=1).tolist()
+    minima = torch.cat([low, grid[-1:][slope[-1:] < 0]])
+    return torch.stack(at(minima)[:-1], dim=1).tolist()

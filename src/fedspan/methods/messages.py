@@ -1,4 +1,4 @@
-"""What servers and clients say to each other, and what is fixed for both: plain frozen data.
+"""Messages between servers and clients, and the template of a run: plain frozen data.
 
 Shapes: B (m, r), A (r, n), as in `fedspan.algebra.lowrank`.
 """
@@ -17,27 +17,27 @@ from fedspan.methods.patches import Patch
 
 Tensors = Mapping[str, Tensor]
 Diagnostics = Mapping[str, Any]
-"""What a method measured of itself: numbers, or by module where each has its own; JSON as it is."""
+"""A method's measurements: numbers, or numbers by module; JSON as it is."""
 ClientState = Mapping[str, Tensor]
-"""What a client keeps between its rounds, on its own site."""
+"""The tensors that a client keeps between its rounds, on its own site."""
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """What is fixed for a whole run: the adapted modules, the server's rank, the scaling rule, the seed."""
+    """The constants of a run: the adapted modules, the server's rank, the scaling rule, the seed."""
 
     modules: Mapping[str, tuple[int, int]]
     """Module name -> (m, n); where target weights are trained, their name among the dense weights -> their shape."""
     rank: int
-    """The largest client rank: what the server keeps unless the method's options say otherwise."""
+    """The largest client rank, and the server's unless the method's options say otherwise."""
     alpha: float = 16.0
     rslora: bool = False
     seed: int = 0
     num_clients: int = 0
-    """Of the run, whether they take part in a round or not; 0: unknown."""
+    """All clients of the run, participating or not; 0: unknown."""
 
     def scaling(self, rank: int) -> float:
-        """s = α/r, or α/√r for rsLoRA (Kalajdzievski 2023, 2312.03732)."""
+        """Return s = α/r, or α/√r for rsLoRA (Kalajdzievski 2023, 2312.03732)."""
         return self.alpha / (rank**0.5 if self.rslora else rank)
 
 
@@ -55,19 +55,19 @@ class Factors:
         return self.b.shape[1]
 
     def tensors(self) -> Tensors:
-        """The two factors by name, A before B."""
+        """Return the two factors by name, A before B."""
         return {"a": self.a, "b": self.b}
 
     def with_tensors(self, tensors: Tensors) -> Factors:
-        """The same scaling with other factors."""
+        """Return a pair of other factors with the same scaling."""
         return Factors(tensors["b"], tensors["a"], self.scaling)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Factors:
-        """The pair with `change` applied to each factor."""
+        """Return the pair with `change` applied to each factor."""
         return Factors(change(self.b), change(self.a), self.scaling)
 
     def delta(self) -> LowRank:
-        """ΔW with the scaling folded into B."""
+        """Return ΔW with the scaling folded into B."""
         return LowRank(lowrank.promote(self.b) * self.scaling, lowrank.promote(self.a))
 
 
@@ -81,21 +81,21 @@ class Vector:
     values: Tensors
 
     def tensors(self) -> Tensors:
-        """The tensors by name."""
+        """Return the tensors by name."""
         return self.values
 
     def with_tensors(self, tensors: Tensors) -> Vector:
-        """A vector of other tensors."""
+        """Return a vector of other tensors."""
         return Vector(tensors)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Vector:
-        """The vector with `change` applied to each tensor."""
+        """Return the vector with `change` applied to each tensor."""
         return Vector({name: change(value) for name, value in self.values.items()})
 
 
 Payload = Factors | Vector
-"""One module's part of an update. Both kinds have `tensors()`, `with_tensors()` and `map()`, so that code which only
-moves, counts or casts tensors need not know which it holds."""
+"""One module's part of an update. Both kinds have `tensors()`, `with_tensors()` and `map()`, so that code that only
+moves, counts or casts tensors works on both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class GaloreOptions:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How the client trains what it was sent, beyond the run's own `[local]` settings."""
+    """Instructions for local training beyond the run's own `[local]` settings."""
 
     train_a: bool = True
     train_b: bool = True
@@ -120,13 +120,13 @@ class Recipe:
     tail_penalty: tuple[float, int] | None = None
     """(λ, k): add λ·Σ ‖B[:, k:]‖_F ‖A[k:, :]‖_F to the loss (HetLoRA's rank self-pruning)."""
     proximal: float = 0.0
-    """μ: add μ/2·Σ ‖x − x₀‖² over everything that is trained to the loss, x₀ being what was sent (FedProx)."""
+    """μ: add μ/2·Σ ‖x − x₀‖² over everything that is trained to the loss, x₀ as in the broadcast (FedProx)."""
     confined: bool = False
-    """What is trained moves in subspaces alone, which the broadcasts that training starts from name."""
+    """Trained tensors move only inside the subspaces of the broadcast that training starts from."""
     gradient: bool = False
-    """Nothing is trained: the answer is a gradient. Set by the round loop for the exchanges that ask for one."""
+    """Nothing is trained: the update is a gradient. Set by the round loop for the exchanges that ask for one."""
     probe_batches: int = 1
-    """How many batches that gradient is the mean of."""
+    """Number of batches over which that gradient is the mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,17 +141,17 @@ class Subspace:
     side: Literal["left", "right"] = "left"
 
     def coordinates(self, x: Tensor) -> Tensor:
-        """basisᵀ·X or X·basis: of a gradient, that of Z; of a step, with an orthonormal basis, Z."""
+        """Return basisᵀ·X or X·basis: from a gradient that of Z; from a step, with an orthonormal basis, Z."""
         return self.basis.mT @ x if self.side == "left" else x @ self.basis
 
     def expand(self, z: Tensor) -> Tensor:
-        """basis·Z or Z·basisᵀ."""
+        """Return basis·Z or Z·basisᵀ."""
         return self.basis @ z if self.side == "left" else z @ self.basis.mT
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the server must know of a client to answer it."""
+    """A client's properties that its broadcast depends on."""
 
     rank: int | None
     """The rank that the client can train; none: everything the server has."""
@@ -161,7 +161,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Broadcast:
-    """What a client starts from: base + patch, an adapter to train, dense weights (heads or full weights)."""
+    """A client's starting point: base + patch, an adapter to train, dense weights (heads or full weights)."""
 
     adapter: Mapping[str, Factors]
     dense: Tensors
@@ -171,19 +171,19 @@ class Broadcast:
     news: tuple[Mapping[str, Patch], ...] = ()
     """The part of `patch` that this client does not hold yet."""
     seeded: frozenset[str] = frozenset()
-    """Parts ("a", "b", "dense", "subspaces", or a dense weight's name) that the client has by itself, from the run's
-    seed or from before, so that they do not travel."""
+    """Parts ("a", "b", "dense", "subspaces", or a dense weight's name) that the client has already, from the run's
+    seed or an earlier message, so that they do not travel."""
     correction: Tensors = field(default_factory=dict)
     """By trained tensor: to be added to its gradient in every step, after clipping."""
     subspaces: Mapping[str, Subspace] = field(default_factory=dict)
-    """By trained tensor ("MODULE/a", "MODULE/b" for factors): where alone it moves."""
+    """By trained tensor ("MODULE/a", "MODULE/b" for factors): the only directions in which it moves."""
     moments: Tensors = field(default_factory=dict)
     """By trained tensor: second moments of its projected gradients that the local optimizer starts from."""
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What came out of one client's local work; `encode` reduces it to what leaves the site."""
+    """The result of one client's local work; `encode` reduces it to the part that leaves the site."""
 
     client_id: str
     num_examples: float
@@ -196,24 +196,24 @@ class Update:
     """Σ of the steps' learning rates. It stays on the site, and so do the moments unless the method sends them."""
 
     def factors(self, module: str) -> Factors:
-        """The module's factor pair; a TypeError tells a method that was sent something else."""
+        """Return the module's factor pair, or raise a TypeError where it holds another payload."""
         payload = self.modules[module]
         if not isinstance(payload, Factors):
             raise TypeError(f"{module} holds a {type(payload).__name__}, not a factor pair")
         return payload
 
     def vector(self, module: str) -> Tensors:
-        """The module's tensors in shared coordinates; a TypeError tells a caller that was sent a factor pair."""
+        """Return the module's tensors in shared coordinates, or raise a TypeError where it holds a factor pair."""
         payload = self.modules[module]
         if not isinstance(payload, Vector):
             raise TypeError(f"{module} holds a {type(payload).__name__}, not a vector")
         return payload.values
 
     def scalings(self) -> dict[str, float]:
-        """Module -> scaling, of the modules that hold a factor pair."""
+        """Return module -> scaling for the modules that hold a factor pair."""
         return {name: p.scaling for name, p in self.modules.items() if isinstance(p, Factors)}
 
     def named_tensors(self) -> dict[tuple[str, str], Tensor]:
-        """(module, part) -> tensor of every payload, and ("", name) -> dense weight. Moments are not among them."""
+        """Return (module, part) -> tensor of every payload and ("", name) -> dense weight, without moments."""
         named = {("", name): value for name, value in self.dense.items()}
         return named | {(name, part): t for name, p in self.modules.items() for part, t in p.tensors().items()}

@@ -22,7 +22,7 @@ class PatchLog:
 
     A client that was away fetches the increments it missed, or the whole patch where that is smaller. A total whose
     factors outgrow the m×n matrix is kept dense, and increments that outgrow the total are dropped, so the log
-    stays within twice the size of the dense patch however many rounds there are.
+    stays within twice the size of the dense patch for any number of rounds.
     """
 
     total: Mapping[str, Patch]
@@ -31,7 +31,7 @@ class PatchLog:
     """The increments that led to versions version − len(increments) + 1 … version."""
 
     def append(self, increment: Mapping[str, Patch]) -> PatchLog:
-        """The log after adding `increment` to the base."""
+        """Return the log after adding `increment` to the base."""
         increment = {name: patch_sum(None, patch) for name, patch in increment.items()}
         total = dict(self.total)
         for name, patch in increment.items():
@@ -46,13 +46,13 @@ class PatchLog:
         return PatchLog(total, self.version + 1, tuple(reversed(kept)))
 
     def since(self, seen: int) -> tuple[Mapping[str, Patch], ...]:
-        """What a client that holds version `seen` must fetch: increments to add, or the one whole patch.
+        """Return the patches that a client with version `seen` must fetch: increments to add, or the one whole patch.
 
         As many increments as versions missed; otherwise (never for a client that missed one) the whole patch.
 
         Raises
         ------
-        ValueError
+        FedspanError
             When the client holds a version that this log has not reached.
         """
         missed = self.version - seen
@@ -64,7 +64,7 @@ class PatchLog:
 
 
 def patch_sum(x: Patch | None, y: Patch) -> Patch:
-    """x + y, kept low-rank while the factors are smaller than the matrix."""
+    """Return x + y, kept low-rank while the factors are smaller than the matrix."""
     total: Patch
     if isinstance(x, LowRank) and isinstance(y, LowRank):
         total = lowrank.stack([x, y])
@@ -76,20 +76,20 @@ def patch_sum(x: Patch | None, y: Patch) -> Patch:
 
 
 def patch_dense(x: Patch) -> Tensor:
-    """The patch as an m×n matrix."""
+    """Return the patch as an m×n matrix."""
     return x.dense() if isinstance(x, LowRank) else x
 
 
 def patch_tensors(x: Patch) -> dict[str, Tensor]:
-    """The patch's tensors by name: its factors "b" (m, r) and "a" (r, n), or "w" (m, n)."""
+    """Return the patch's tensors by name: its factors "b" (m, r) and "a" (r, n), or "w" (m, n)."""
     return {"b": x.b, "a": x.a} if isinstance(x, LowRank) else {"w": x}
 
 
 def patch_of(tensors: Mapping[str, Tensor]) -> Patch:
-    """The patch that `patch_tensors` took apart."""
+    """Return the patch that `patch_tensors` took apart."""
     return tensors["w"] if "w" in tensors else LowRank(tensors["b"], tensors["a"])
 
 
 def patch_numel(patch: Mapping[str, Patch]) -> int:
-    """The number of entries that the patch stores."""
+    """Return the number of entries that the patch stores."""
     return sum(t.numel() for p in patch.values() for t in patch_tensors(p).values())

@@ -23,9 +23,9 @@ def raflora(weighting: Literal["rank", "rb"] = "rank", algebra: Algebra = "auto"
 
     b_kj and a_kj are column j of B_k and row j of A_k, N_j = Σ_{k: r_k ≥ j} n_k. Plain averaging divides what few
     clients can learn by the examples of all: round by round the components beyond the smallest rank fade (rank
-    collapse). Here a component counts in full however few clients have it. At equal ranks T' = T and the method is
-    FlexLoRA; at mixed ranks it is exact for T' and not for T, and a client's gauge moves strength between components
-    that are weighted differently.
+    collapse). Here a component counts in full for any number of clients that have it. At equal ranks T' = T and the
+    method is FlexLoRA; at mixed ranks it is exact for T' and not for T, and a client's gauge moves strength between
+    components that are weighted differently.
 
     Source: Wu et al. 2026, "Preventing Rank Collapse in Federated Low-Rank Adaptation with Client Heterogeneity"
     (2602.13486).
@@ -62,7 +62,7 @@ def raflora(weighting: Literal["rank", "rb"] = "rank", algebra: Algebra = "auto"
 
 
 def balance(updates: Sequence[Update], module: str) -> Tensor:
-    """β_j = N / N_j ≥ 1 for every component j that some client has."""
+    """Return β_j = N / N_j ≥ 1 for every component j that some client has."""
     ranks = [update.factors(module).rank for update in updates]
     counts = torch.tensor([update.num_examples for update in updates], dtype=torch.float64)
     having = torch.tensor(ranks)[:, None] > torch.arange(max(ranks))  # (K, largest rank)
@@ -70,7 +70,7 @@ def balance(updates: Sequence[Update], module: str) -> Tensor:
 
 
 def _balanced(update: Update, by_module: dict[str, Tensor]) -> Update:
-    """The update with β_j on column j of B, so that a plain weighted sum of such products is T'."""
+    """Return the update with β_j on column j of B, so that a plain weighted sum of such products is T'."""
     modules: dict[str, Factors] = {}
     for name, beta in by_module.items():
         f = update.factors(name)
@@ -80,7 +80,7 @@ def _balanced(update: Update, by_module: dict[str, Tensor]) -> Update:
 
 
 def _mean_pairs(partial: Partial, by_module: dict[str, Tensor]) -> Update:
-    """Both factors averaged component by component, as the update of one client that stands for all."""
+    """Return both factors averaged component by component, as the update of one client in place of all."""
     shares = partial.shares()
     modules: dict[str, Factors] = {}
     for name, beta in by_module.items():

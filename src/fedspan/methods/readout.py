@@ -1,4 +1,4 @@
-"""Adapters for clients: fresh ones, and the best one of a rank for a given update."""
+"""Adapters for clients: fresh ones, and the best one of a given rank for an update."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FRESH = 1 / math.sqrt(3)
 
 
 def fresh_a(template: Template, module: str, rank: int, round_num: int = 0) -> Tensor:
-    """A newly initialised A (rank, n), the same everywhere for the same seed, module and round.
+    """Return a newly initialised A (rank, n), the same everywhere for the same seed, module and round.
 
     PEFT's initialisation, U(−1/√n, 1/√n). Row j does not depend on `rank`, so adapters of different ranks nest.
     """
@@ -29,7 +29,7 @@ def fresh_a(template: Template, module: str, rank: int, round_num: int = 0) -> T
 
 
 def fresh_adapter(template: Template, rank: int, round_num: int = 0) -> dict[str, Factors]:
-    """LoRA's start for every module: random A, zero B, hence ΔW = 0."""
+    """Return LoRA's start for every module: random A, zero B, hence ΔW = 0."""
     return {
         name: Factors(torch.zeros(m, rank), fresh_a(template, name, rank, round_num), template.scaling(rank))
         for name, (m, _) in template.modules.items()
@@ -39,11 +39,11 @@ def fresh_adapter(template: Template, rank: int, round_num: int = 0) -> dict[str
 def leading_adapter(
     template: Template, module: str, x: LowRank, rank: int, round_num: int, balance: Balance = "init"
 ) -> Factors:
-    """The first `rank` directions of X = U·C as an adapter; U orthonormal, no row of C zero.
+    """Return the first `rank` directions of X = U·C as an adapter; U orthonormal, no row of C zero.
 
     Where the rows of C are orthogonal, the longest first, this is the best rank-`rank` approximation of X. Direction j,
     of size σ_j = ‖C_j‖ and to be scaled by s, is shared out as b_j = β_j u_j, a_j = α_j C_j/σ_j with s α_j β_j = σ_j.
-    The product is the same for every α; how Adam goes on from it is not (docs/readout.md has figures).
+    The product is the same for every α; Adam's further steps are not (docs/readout.md has figures).
 
     Where X has fewer directions than `rank`, the spare rows of A are fresh and the spare columns of B zero: the
     product is the same, and the adapter can still learn there (with both factors zero its gradient would vanish).
@@ -67,7 +67,7 @@ def leading_adapter(
 
 
 def received(answer: Broadcast, name: str) -> LowRank:
-    """All that a client adds to its base for one module, adapter and patch, as one pair."""
+    """Return everything that a client adds to its base for one module, adapter and patch, as one pair."""
     terms = [answer.adapter[name].delta()] if name in answer.adapter else []
     patch = answer.patch.get(name)
     if isinstance(patch, LowRank):

@@ -1,4 +1,4 @@
-"""RoLoRA: rounds take turns, B in one and A in the next; the other factor is frozen and the same for everybody."""
+"""RoLoRA: rounds take turns, B in one and A in the next; the other factor is frozen and the same for all clients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rolora() -> Method:
 
     Within a round no client has a gauge of its own to change: one factor of its pair is the server's. That is what the
     tag `gauge_invariant` says here, as it does for FFA-LoRA. Writing the *global* pair as (B G, G⁻¹ A) leaves the model
-    as it is but not what the clients learn next.
+    as it is but changes what the clients learn next.
 
     Source: Chen et al. 2025, "Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA" (2502.01755).
     Differences: both factors are sent down, because a client that was away may hold neither; an adapter with another

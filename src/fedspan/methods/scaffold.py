@@ -19,7 +19,7 @@ def scaffold(
     server_rate: float = 1.0,
     trains: Literal["all", "targets"] = "all",
 ) -> Method:
-    """SCAFFOLD, option II: every local step goes along g_k + c − c_k, so that clients do not drift to their own optima.
+    """SCAFFOLD, option II: every local step follows g_k + c − c_k, so that clients do not drift to their own optima.
 
     The client keeps c_k and trains with the correction c − c_k; afterwards
 
@@ -27,7 +27,7 @@ def scaffold(
 
     and sends W_k and c_k⁺ − c_k. The server: W ← W + ρ Σ p_k (W_k − W),  c ← c + |S|/N Σ p_k (c_k⁺ − c_k), |S| of the
     run's N clients having taken part. With equal weights c stays the mean of all clients' c_k, those that have never
-    taken part counting as 0; with `federation.weighting = "examples"` and everybody taking part, the weighted mean.
+    taken part counting as 0; with `federation.weighting = "examples"` and full participation, the weighted mean.
 
     Source: Karimireddy et al. 2020, "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning" (1910.06378).
     Differences: clients are averaged by the run's weights, the paper's plainly (`federation.weighting = "equal"`);

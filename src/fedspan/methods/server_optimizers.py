@@ -1,8 +1,8 @@
 """FedAvgM, FedAdam and FedYogi: the round's average step as a pseudo-gradient for an optimizer on the server.
 
 They act on methods whose global model is one vector in coordinates that all clients share (`Method.vector`): dense
-weights, or one factor beside another that is fixed for everybody. On a pair (B, A) they are refused: what such a rule
-does to two trained factors depends on the gauge in which they happen to be written. GLoRA has a momentum of its own
+weights, or one factor beside another that is common to all clients. On a pair (B, A) they are refused: the effect of
+such a rule on two trained factors depends on the gauge in which they are written. GLoRA has a momentum of its own
 (`fedspan.methods.momentum`).
 """
 
@@ -47,7 +47,7 @@ class _Rule:
                 )
 
     def step(self, delta: Tensor, before: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-        """What to add to x for a pseudo-gradient −Δ, and the moments after it; none before: their published start."""
+        """Return the step on x for a pseudo-gradient −Δ, and the new moments; none before: their published start."""
         m = self.momentum * before.get("momentum", torch.zeros_like(delta))
         if self.kind == "fedavgm":
             m = m + delta
@@ -68,7 +68,7 @@ def with_server_optimizer(
     beta2: float = 0.99,
     tau: float = 1e-3,
 ) -> Method:
-    """The method with an optimizer on its server. With Δ = x̄ − x, the step that the method itself would take:
+    """Return the method with an optimizer on its server. With Δ = x̄ − x, the step that the method itself would take:
 
         FedAvgM   m ← β m + Δ;                x ← x + η m                a heavy ball, no moving average
         FedAdam   m ← β₁ m + (1−β₁) Δ;        v ← v − (1−β₂) (v − Δ²)
@@ -94,7 +94,7 @@ def with_server_optimizer(
 
     Raises
     ------
-    ValueError
+    FedspanError
         When the method has no such vector; for an option out of range.
     """
     rate = (1.0 if kind == "fedavgm" else 0.01) if learning_rate is None else learning_rate

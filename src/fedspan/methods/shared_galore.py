@@ -1,4 +1,4 @@
-"""Shared-projector GaLore: everybody trains in one gradient subspace and sends its coordinates alone.
+"""Shared-projector GaLore: all clients train in one gradient subspace and send coordinates alone.
 
 Shapes: W and its gradient G (m, n), turned so that m ≤ n; P (m, r); Z (r, n); the probe Ω (m, r + 8).
 """
@@ -179,7 +179,7 @@ def _info(options: _SharedGaloreOptions) -> MethodInfo:
 
 
 def _init(template: Template, dense: Tensors) -> ServerState:
-    # A client that was never told anything has seen version 0; version 1 is the base that every site has.
+    # A client without any message has seen version 0; version 1 is the base that every site has.
     return ServerState(template, {}, dense, patches=PatchLog({}, version=1))
 
 
@@ -193,7 +193,7 @@ def _side(template: Template, name: str) -> Literal["left", "right"]:
 
 
 def _drawn(state: ServerState, name: str, columns: int, *key: object) -> Tensor:
-    """Orthonormal columns (m, ≤ columns) from the run's seed."""
+    """Return orthonormal columns (m, ≤ columns) from the run's seed."""
     short = min(state.template.modules[name])
     rng = generator(state.template.seed, "shared_galore", name, *key)
     normal = torch.randn((short, min(columns, short)), generator=rng, dtype=torch.float64)
@@ -202,14 +202,14 @@ def _drawn(state: ServerState, name: str, columns: int, *key: object) -> Tensor:
 
 
 def _probe(state: ServerState, name: str, options: _SharedGaloreOptions) -> Tensor:
-    """Ω: at random first, then where the last sum pointed."""
+    """Return Ω: random at first, then the range of the last sum."""
     if state.exchange:
         return state.modules[name]["probe"]
     return _drawn(state, name, options.rank + _OVERSAMPLING, state.round_num, "probe")
 
 
 def _space(state: ServerState, name: str, options: _SharedGaloreOptions) -> Subspace:
-    """Where clients train: P, its columns as long as the scale."""
+    """Return the subspace of training: P, its columns as long as the scale."""
     if options.basis == "seeded":
         p = _drawn(state, name, options.rank, state.round_num // options.refresh, "basis")
     else:
@@ -228,37 +228,37 @@ def _gradient(update: Update, name: str) -> Tensor:
 
 
 def _sketch(grad: Tensor, asked: Subspace, options: _SharedGaloreOptions) -> Tensor:
-    """Q Qᵀ Ω, or G Gᵀ Ω (m, r + 8), of a client's gradient G."""
+    """Return Q Qᵀ Ω, or G Gᵀ Ω (m, r + 8), of a client's gradient G."""
     turned = grad if asked.side == "left" else grad.mT
     omega = asked.basis.to(turned)
     if options.basis == "energy":
         return turned @ (turned.mT @ omega)
     near = projector(turned, min(options.rank, *turned.shape), options.svd, generator("shared_galore", "sketch"))
     u, s, _ = torch.linalg.svd(near.mT @ turned, full_matrices=False)
-    # A gradient of smaller rank has no say about the other directions.
+    # A gradient of smaller rank names no other directions.
     q: Tensor = near @ u[:, lowrank.above_rounding(s, float(turned.norm()))]
     return q @ (q.mT @ omega)
 
 
 def _estimate(state: ServerState, partial: Partial, options: _SharedGaloreOptions, last: bool) -> ServerState:
-    """The next probe, or in the end P, from Y = S Ω with S the clients' positive semi-definite sum."""
-    found: dict[str, Tensors] = {}
+    """Return the state with the next probe, or in the end P, from Y = S Ω, S being the clients' sum."""
+    modules: dict[str, Tensors] = {}
     for name, shape in state.template.modules.items():
         y = partial.mean(name)["sketch"]
         if not last:
-            found[name] = {"probe": torch.linalg.qr(y)[0]}
+            modules[name] = {"probe": torch.linalg.qr(y)[0]}
             continue
         rank = min(options.rank, *shape)
         p = nystrom(_probe(state, name, options).to(y), y, rank)
         # Where the clients name fewer directions than r, the spare ones are random: they can still learn.
         spare = _drawn(state, name, rank, state.round_num, "spare").to(y)
         more = torch.linalg.qr(torch.cat([p, spare], dim=1))[0][:, p.shape[1] : rank]
-        found[name] = {"basis": torch.cat([p, more], dim=1)}
-    return replace(state, modules=found)
+        modules[name] = {"basis": torch.cat([p, more], dim=1)}
+    return replace(state, modules=modules)
 
 
 def _news(log: PatchLog, seen: int, seeded: bool) -> tuple[Mapping[str, Patch], ...]:
-    """What a client must fetch to hold the weights: coordinates alone for the subspaces that it holds or can draw."""
+    """Return what a client must fetch to hold the weights: only coordinates in subspaces that it holds or can draw."""
     news, missed = log.since(seen), log.version - seen
     if missed > len(log.increments) or not (seeded or missed == 1):
         return news
@@ -266,14 +266,14 @@ def _news(log: PatchLog, seen: int, seeded: bool) -> tuple[Mapping[str, Patch], 
 
 
 def _coordinates(patch: Patch) -> Patch:
-    """Z of P Z (or of Z Pᵀ)."""
+    """Return Z of P Z (or of Z Pᵀ)."""
     if not isinstance(patch, LowRank):
         return patch
     return patch.a if takes_left(patch.shape) else patch.b
 
 
 def _write(state: ServerState, values: Tensors) -> ServerState:
-    """The state with other weights. What they differ by lies in no subspace, so it joins the last increment densely."""
+    """Return the state with other weights. The difference is in no subspace: the last increment holds it densely."""
     log = _log(state)
     apart = {name: values[name] - state.dense[name] for name in state.template.modules}
     apart = {name: x for name, x in apart.items() if bool(x.any())}

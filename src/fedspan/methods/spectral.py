@@ -29,7 +29,7 @@ from fedspan.support.seeding import generator
 _OVERSAMPLING = 8
 PROBES = 8
 _EXACT = 192
-"""Up to this min(m, n, c) the exact algebra is taken: measured, the two cross between 150 and 300."""
+"""Up to this min(m, n, c) the exact algebra is used: measured, the two cross between 150 and 300."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def _stacked(sums: Sums) -> LowRank:
 
 
 def _squares(x: Tensor) -> Tensor:
-    """‖X‖_F² of every (…, rows, columns)."""
+    """Return ‖X‖_F² of every (…, rows, columns)."""
     size: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1))
     return size.double().square()
 
@@ -115,12 +115,12 @@ def _first(u: Tensor, c: Tensor, rank: int) -> LowRank:
 
 
 def _cut(u: Tensor, s: Tensor, size: float | Tensor = 0.0) -> Tensor:
-    """U (modules, m, R) with the columns zeroed that are made of rounding; they are its last."""
+    """Return U (modules, m, R) with its last columns zeroed where they are made of rounding."""
     return u * lowrank.above_rounding(s, size)[..., None, : u.shape[-1]]
 
 
 def _consensus(modules: Sequence[Sums], spec: ApproximationSpec, side: Literal["columns", "rows"]) -> Tensor:
-    """`subspace.consensus` of every module: U (modules, m, R), zero where fewer directions were named."""
+    """Return `subspace.consensus` of every module: U (modules, m, R), zero where fewer directions were named."""
     pairs = [x.whole() if side == "columns" else x.whole().transposed() for sums in modules for x in sums.contributions]
     bases = [span.basis for span in column_spans(pairs, spec.vote)]
     roots = [w**0.5 for w in modules[0].weights]

@@ -1,5 +1,6 @@
-# make demo   install into .venv and run the main job on the embedded data
-# make test   install with the development extra, then lint, types and the whole test suite
+# make demo   install into .venv and run the quick start on the embedded data
+# make test   install with the development extra, then lint, types, the whole test suite, and the command's tests with
+#             the oldest and the newest typer (make test-typer)
 # make demo-flower   four authenticated sites behind TLS and a proxy on this machine, under secure sums
 # make test-wheel    build the wheel, install it into an empty environment and run the quick start from there
 # make test-faults   whole deployments with injected faults; takes minutes
@@ -14,7 +15,8 @@ JOBS   ?= 2
 # Tests need no network, and one thread per process is fastest for small models.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo digits demo-flower test-wheel test-faults test lint types check install dev clean
+.PHONY: demo digits demo-flower test-wheel test-faults test lint types check test-typer test-oldest-typer \
+  test-newest-typer install dev clean
 
 demo: install
 	$(BIN)/fedspan run
@@ -48,7 +50,7 @@ test-wheel: dev
 test-faults: dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/faults -m faults
 
-test: dev lint types check
+test: dev lint types check test-typer
 
 lint: dev
 	$(BIN)/ruff check .
@@ -58,6 +60,20 @@ types: dev
 
 check: dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+# The command's own tests with the oldest and the newest typer: what is on the main environment, behind another typer.
+test-typer: test-oldest-typer test-newest-typer
+
+test-oldest-typer test-newest-typer: test-%-typer: .venv-%/.ready
+	PYTHONPATH=$(CURDIR)/src HF_HUB_OFFLINE=1 $(dir $<)bin/python -m pytest tests/cli --ignore tests/cli/test_whole_runs.py
+
+.venv-%/.ready: constraints/%-typer.txt $(VENV)/.dev
+	rm -rf $(dir $@)
+	$(BIN)/python -m venv --without-pip $(dir $@)
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > "$$(echo $(dir $@)lib/python*/site-packages)/main.pth"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --ignore-installed \
+	  --prefix $(dir $@) -r $<
+	@touch $@
 
 install: $(VENV)/.installed
 dev: $(VENV)/.dev
@@ -80,4 +96,4 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml constraints/cpu.txt
 	@touch $@ $(VENV)/.installed $(VENV)/.flower
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest build .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

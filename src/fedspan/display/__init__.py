@@ -1,1 +1,1 @@
-"""Progress, tables and pictures of runs."""
+"""Progress, tables and pictures of runs, for the command and the public functions."""

@@ -1,4 +1,4 @@
-"""What a run shows while it works: a live display on a terminal, one plain line per round anywhere else."""
+"""The progress of a run: a live display on a terminal, one plain line per round anywhere else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LABELS = {
 
 
 def size(num_bytes: float) -> str:
-    """Bytes in the unit a reader wants: 950 B, 4.2 kB, 13.1 MB."""
+    """Return a number of bytes in a readable unit: 950 B, 4.2 kB, 13.1 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(num_bytes) < 999.5:
             return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
@@ -35,7 +35,7 @@ def size(num_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3 min 05 s, 2 h 10 min."""
+    """Return a time in readable units: 12 s, 3 min 05 s, 2 h 10 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -45,7 +45,7 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """A figure with the digits that matter; an en dash for one that was not measured."""
+    """Return a figure with three decimals or four digits; an en dash for one that was not measured."""
     if value is None:
         return "–"
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
@@ -53,39 +53,39 @@ def number(value: float | None) -> str:
 
 @dataclass(slots=True)
 class Progression:
-    """How far the phase at hand is, from the events so far; the clock is the caller's."""
+    """The progress of the current phase, from the events so far; the caller passes the time."""
 
     phase: str = ""
     total: int = 0
     done: float = 0.0
-    """Rounds, with the clients of the round at hand counted as a fraction of it."""
+    """Finished rounds; the finished clients of the current round count as a fraction of it."""
     _began: float = 0.0
     _began_at: float = 0.0
 
     def begin(self, phase: str, total: int, done: int, now: float) -> None:
-        """A phase starts, at round `done` when a run goes on."""
+        """Start a phase, after `done` rounds where a run is resumed."""
         self.phase, self.total, self.done = phase, total, done
         self._began, self._began_at = now, done
 
     def seconds_left(self, now: float) -> float | None:
-        """Seconds to the end of the phase at the pace so far; none while there is no pace yet."""
-        gone = self.done - self._began_at
-        if gone <= 0:
+        """Return the seconds to the end of the phase at the pace so far; None before the first progress."""
+        progress = self.done - self._began_at
+        if progress <= 0:
             return None
-        return (now - self._began) / gone * (self.total - self.done)
+        return (now - self._began) / progress * (self.total - self.done)
 
 
 def _main_metric(started: Mapping[str, Any], evaluated: Mapping[str, float]) -> str | None:
-    named = started.get("metric")
-    return named if named in evaluated else next((name for name in evaluated if name != "loss"), None)
+    metric = started.get("metric")
+    return metric if metric in evaluated else next((name for name in evaluated if name != "loss"), None)
 
 
 def _title(data: Mapping[str, Any]) -> str:
     ranks = sorted(set(data["ranks"]))
-    held = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+    of_ranks = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
     clients = "client" if data["num_clients"] == 1 else "clients"
     return (
-        f"{data['method']} on {data['task']}: {data['num_clients']} {clients}, {held}, "
+        f"{data['method']} on {data['task']}: {data['num_clients']} {clients}, {of_ranks}, "
         f"{data['rounds']} rounds; {data['model']} of {data['base_parameters']:,} parameters, "
         f"{data['trained_parameters']:,} trained"
     )
@@ -106,7 +106,7 @@ def _rejected(record: Mapping[str, Any]) -> list[str]:
 
 @dataclass(slots=True)
 class Lines:
-    """One line per round, for logs and pipes."""
+    """A listener that prints one line per round, for logs and pipes."""
 
     console: Console
     _started: Mapping[str, Any] = field(default_factory=dict)
@@ -121,8 +121,8 @@ class Lines:
             self._print(_engine(data))
         elif event.kind == "phase":
             self._at.begin(data["phase"], data["total"], data["done"], time.monotonic())
-            going_on = f", from round {data['done'] + 1}" if 0 < data["done"] < data["total"] else ""
-            self._print(_LABELS.get(data["phase"], data["phase"]) + going_on)
+            resumed = f", from round {data['done'] + 1}" if 0 < data["done"] < data["total"] else ""
+            self._print(_LABELS.get(data["phase"], data["phase"]) + resumed)
         elif event.kind == "round":
             self._round(data["record"])
         elif event.kind in ("site", "budget"):
@@ -150,7 +150,7 @@ class Lines:
 
 
 class _Left(ProgressColumn):
-    """Time left of a phase, or the time it took; asked again ten times a second."""
+    """Time left of a phase, or the time that it took; rendered again with every refresh."""
 
     def render(self, task: Task) -> Text:
         seconds = task.fields["left"](task)
@@ -161,7 +161,7 @@ class _Left(ProgressColumn):
 
 @dataclass(slots=True)
 class Live:
-    """A bar for every phase, with loss, metric and time left."""
+    """A listener that shows a bar for every phase, with loss, metric and time left."""
 
     progress: Progress
     _loading: TaskID
@@ -243,7 +243,7 @@ class Live:
 
 @contextmanager
 def follow(console: Console) -> Iterator[Lines | Live]:
-    """A listener for a run's events: live on a terminal, plain lines otherwise."""
+    """Yield a listener for a run's events: a live display on a terminal, plain lines otherwise."""
     if not console.is_terminal:
         yield Lines(console)
         return
@@ -253,7 +253,7 @@ def follow(console: Console) -> Iterator[Lines | Live]:
         columns.append(BarColumn(bar_width=min(24, console.width - 85)))
     status = TextColumn("{task.fields[status]}", table_column=Column(min_width=26 if roomy else None))
     columns += [status, TextColumn("{task.fields[figures]}"), _Left()]
-    # Redrawing takes time from training, which holds the interpreter.
+    # Rarely: redrawing takes time from training, which holds the interpreter.
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
         yield Live(progress, _row(progress, "loading"))
 

@@ -15,17 +15,17 @@ _COLORS = ("#2a6fbb", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d1e", "#4d4d4d")
 
 
 def plot(run: Inspection, out: Path) -> Path:
-    """Distance, gauge, rank and angles by round, in one picture.
+    """Draw distance, gauge, rank and angles by round in one picture.
 
     Parameters
     ----------
     out
-        The picture; its ending says the format (.png, .svg, .pdf).
+        The picture; its ending determines the format (.png, .svg, .pdf).
 
     Raises
     ------
-    ValueError
-        When matplotlib is missing.
+    FedspanError
+        When matplotlib is missing, or for an unknown format.
     """
     try:
         from matplotlib.figure import Figure
@@ -64,7 +64,7 @@ def _readout_series(run: Inspection, rank: str) -> list[float | None]:
 def _panel(
     axes: Any, label: str, run: Inspection, lines: Mapping[str, Sequence[float | None]], unit: float = 1.0
 ) -> None:
-    """One quarter: a line per figure that applies somewhere, or a word that none does."""
+    """Draw one quarter: a line per figure that applies in some round, or a note that none does."""
     rounds = [record["round_num"] for record in run.rounds]
     drawn = {name: values for name, values in lines.items() if any(v is not None for v in values)}
     for (name, values), color in zip(drawn.items(), _COLORS * 3, strict=False):

@@ -1,4 +1,4 @@
-"""The papers' statements, said of one run from its figures."""
+"""The papers' statements, checked on one run's figures and put in sentences."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Callable, Sequence
 from fedspan.inspection.record import Inspection, angle, percent
 
 EXACT = 1e-4
-"""Relative errors below it are rounding: factors travel, and weights are averaged, in float32."""
+"""Relative errors below this are rounding: factors travel, and weights are averaged, in float32."""
 _CONFINED = 1e-6
-"""The same for a share of energy."""
+"""Shares of energy below this are rounding."""
 
 
 def readings(run: Inspection) -> list[str]:
-    """What the figures say about this run, one line per statement that they check."""
+    """Return the meaning of the figures for this run, one line per statement that they check."""
     lines = (_ideal(run), _innovation(run), _truncation(run), _gauge(run), _cross(run), _rows(run))
     return [line for line in (*lines, _ranks(run), _angles(run), _worst(run)) if line]
 
 
 def _span(values: Sequence[float], show: Callable[[float | None], str]) -> str:
-    """The range over the rounds, where there is one to speak of."""
+    """Return the range over the rounds; empty where all rounds show the same figure."""
     low, high = show(min(values)), show(max(values))
     return "" if low == high else f" (over the rounds {low} to {high})"
 
@@ -28,7 +28,7 @@ def _ideal(run: Inspection) -> str:
     values, last = run.known("distance_from_ideal"), run.last("distance_from_ideal")
     if last is None:
         return (
-            "Clients of this method end with models of their own: there is no one ideal update to compare with."
+            "Clients of this method end with models of their own: there is no single ideal update to compare with."
             if run.info.personalised
             else "Nothing has changed yet: there is no ideal update to compare with."
         )
@@ -37,7 +37,7 @@ def _ideal(run: Inspection) -> str:
     text = f"What clients receive is {percent(last)} away from the ideal update{_span(values, percent)}"
     cross = run.last("cross_terms")
     if run.info.exact and run.info.trains == "adapter":
-        text += ": the rule is exact, but the server keeps less than the clients sent, or adds to what it had"
+        text += ": the rule is exact, but the server keeps less than the clients sent, or adds to its earlier state"
     elif cross is not None and abs(cross - last) <= 0.05 * last:
         text += ": the cross terms of averaged factors"
     return text + "."
@@ -47,10 +47,9 @@ def _innovation(run: Inspection) -> str:
     new, ideal = run.last("distance_from_innovation"), run.last("distance_from_ideal")
     if new is None or ideal is None or abs(new - ideal) < 0.01 * max(new, ideal, EXACT):
         return ""
-    why = "what low-rank clients never saw is partly forgotten" if new > ideal else "the server adds innovations"
-    return (
-        f"It is {percent(new)} away from the server's old state plus what clients added to what they were sent: {why}."
-    )
+    reason = "what low-rank clients never saw is partly forgotten" if new > ideal else "the server adds innovations"
+    reference = "the server's old state plus what clients added to what they were sent"
+    return f"It is {percent(new)} away from {reference}: {reason}."
 
 
 def _truncation(run: Inspection) -> str:
@@ -60,13 +59,13 @@ def _truncation(run: Inspection) -> str:
         return ""
     rank = max(ranks, key=lambda r: (losses[r], -int(r)))
     if losses[rank] < EXACT:
-        return "Every client's rank holds all of it: no readout truncates."
+        return "Every client's rank is large enough for the whole update: no readout truncates."
     floor = floors[rank]
     if losses[rank] <= floor * 1.001 + EXACT:
-        how = "the least that any adapter of that rank can lose (FlexLoRA's truncation loss)"
+        detail = "the least that any adapter of that rank can lose (FlexLoRA's truncation loss)"
     else:
-        how = f"the best adapter of that rank would be {percent(floor)} away (FlexLoRA's truncation loss)"
-    return f"Truncation: a client of rank {rank} starts {percent(losses[rank])} away from the ideal update; {how}."
+        detail = f"the best adapter of that rank would be {percent(floor)} away (FlexLoRA's truncation loss)"
+    return f"Truncation: a client of rank {rank} starts {percent(losses[rank])} away from the ideal update; {detail}."
 
 
 def _gauge(run: Inspection) -> str:
@@ -92,7 +91,7 @@ def _cross(run: Inspection) -> str:
         return ""
     if last < EXACT:
         return "Cross terms: with one factor the same everywhere, averaging factors loses nothing."
-    return f"Cross terms: averaging A and B separately would lose {percent(last)} of these very updates."
+    return f"Cross terms: averaging A and B separately would lose {percent(last)} of these updates."
 
 
 def _rows(run: Inspection) -> str:
@@ -139,7 +138,7 @@ def _angles(run: Inspection) -> str:
 
 
 def _worst(run: Inspection) -> str:
-    found = (run.last("worst") or {}).get("distance_from_ideal")
-    if not found or max(run.known("distance_from_ideal")) < EXACT:
+    worst = (run.last("worst") or {}).get("distance_from_ideal")
+    if not worst or max(run.known("distance_from_ideal")) < EXACT:
         return ""
-    return f"The module furthest from the ideal is {found['module']}, {percent(found['value'])}."
+    return f"The module furthest from the ideal is {worst['module']}, {percent(worst['value'])}."

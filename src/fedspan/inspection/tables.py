@@ -1,9 +1,9 @@
-"""The table of a run's diagnostics, and the same for programs."""
+"""A run's diagnostics as a table, and as JSON for programs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -12,10 +12,11 @@ from fedspan.inspection.readings import readings
 from fedspan.inspection.record import Inspection, angle, percent
 
 MAX_ROWS = 20
+"""Most rows of a table, so that it fits a screen."""
 
 
 def as_json(run: Inspection) -> dict[str, Any]:
-    """Everything at once, for programs."""
+    """Return all diagnostics and their meaning, for programs."""
     rounds = [{"round_num": record["round_num"], **record["diagnostics"]} for record in run.rounds]
     return {"folder": str(run.folder), "method": run.info.name, "rounds": rounds, "readings": readings(run)}
 
@@ -40,7 +41,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float | None], str]], ...] = (
 
 
 def table(run: Inspection) -> Table:
-    """The main figures by round: every k-th where there are more than `MAX_ROWS`, and always the last one."""
+    """Return the main figures by round: every k-th where there are more than `MAX_ROWS`, and always the last one."""
     out = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     columns = [column for column in _COLUMNS if run.known(column[1])]
     ranks = run.ranks()
@@ -49,17 +50,18 @@ def table(run: Inspection) -> Table:
         out.add_column(heading, justify="right")
     for rank in ranks:
         out.add_column(f"rank {rank}", justify="right")
-    step = math.ceil(len(run.rounds) / MAX_ROWS)
-    shown = [r for k, r in enumerate(reversed(run.rounds)) if k % step == 0][::-1]
-    for record in shown:
-        found = record["diagnostics"]
-        losses = found.get("readout_loss") or {}
-        out.add_row(
-            str(record["round_num"]),
-            *(show(found.get(figure)) for _, figure, show in columns),
-            *(percent(losses.get(rank)) for rank in ranks),
-        )
+    for record in _selected(run.rounds):
+        figures = record["diagnostics"]
+        losses = figures.get("readout_loss") or {}
+        shown_figures = [show(figures.get(figure)) for _, figure, show in columns]
+        out.add_row(str(record["round_num"]), *shown_figures, *(percent(losses.get(rank)) for rank in ranks))
     return out
+
+
+def _selected(rounds: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return at most `MAX_ROWS` rounds at equal distances, of which the last is the run's last."""
+    step = math.ceil(len(rounds) / MAX_ROWS)
+    return list(rounds[::-1][::step])[::-1]
 
 
 _LEGEND: tuple[tuple[str, str, str], ...] = (
@@ -78,7 +80,7 @@ _LEGEND: tuple[tuple[str, str, str], ...] = (
         "gauge",
         "change of the result if every client's (B, A) were written as (B G, G⁻¹ A), condition 10",
     ),
-    ("cross_terms", "cross terms", "what averaging A and B separately would lose on these very updates"),
+    ("cross_terms", "cross terms", "what averaging A and B separately would lose on these updates"),
     (
         "effective_rank",
         "eff., stable rank",
@@ -93,7 +95,7 @@ _LEGEND: tuple[tuple[str, str, str], ...] = (
 
 
 def legend(run: Inspection) -> str:
-    """What the columns of the table mean."""
+    """Return the meaning of the table's columns, one a line."""
     lines = [(heading, text) for figure, heading, text in _LEGEND if run.known(figure)]
     width = max((len(heading) for heading, _ in lines), default=0)
     return "\n".join(f"{heading:<{width}}  {text}" for heading, text in lines)

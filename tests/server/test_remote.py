@@ -280,6 +280,13 @@ BAD: dict[str, tuple[Callable[[dict[str, Any], list[torch.Tensor]], None], str]]
     "many examples": (lambda head, tensors: head["update"].update(num_examples=1e9), "examples: it said"),
     "a place outside": (lambda head, tensors: head["update"]["dense"].update({"x": 10**6}), "damaged update"),
     "no update": (lambda head, tensors: head.pop("update"), "damaged update"),
+    "modules in a list": (lambda head, tensors: head["update"].update(modules=[]), "damaged update"),
+    "a scaling that is no number": (
+        lambda head, tensors: next(iter(head["update"]["modules"].values()))[""].__setitem__(2, "high"),
+        "damaged update",
+    ),
+    "a count without end": (lambda head, tensors: head.update(optimizer_bytes=float("inf")), "damaged update"),
+    "a time that no float holds": (lambda head, tensors: head.update(seconds=10**400), "damaged update"),
 }
 
 
@@ -578,8 +585,8 @@ def test_keys_are_exchanged_for_several_rounds_at_once(bases: dict[str, Path], t
     masked = {"secure_sums": True, "rounds_ahead": 4}
     config = settings(bases["bert"], texts, "ffa_lora", privacy=masked, federation=one)
     fed = Federation(config, tmp_path / "a")
-    trips = [record["round_trips"] for record in fed.serve()]
-    assert trips == [4, 2, 2, 2, 4, 2]
+    round_trips = [record["round_trips"] for record in fed.serve()]
+    assert round_trips == [4, 2, 2, 2, 4, 2]
     other = Federation(config, tmp_path / "b")
 
     def restart(event: Event) -> None:

@@ -14,10 +14,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedspan.flower.records import one_line
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, Factors, Payload, Recipe, Template, Tensors, Update
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, one_line
 
 ARRAYS, CONFIG, METRICS = "arrays", "fedspan", "metrics"
 _PAIRS = ((".lora_A.weight", ".lora_B.weight"), ("/a", "/b"))

@@ -17,10 +17,9 @@ from fedspan.privacy.fixed_point import Words
 from fedspan.server.requests import Problem, Reply
 from fedspan.wire import protocol
 from fedspan.wire.precision import Kind, packed_bytes
+from fedspan.wire.protocol import DAMAGED
 from fedspan.wire.sizes import payload_tensors
 
-DAMAGED = (ValueError, KeyError, TypeError, IndexError)
-"""The errors of reading a head that lies about its content."""
 _MOMENTS = "moments/"
 _Shapes = Mapping[str, tuple[int, ...]]
 

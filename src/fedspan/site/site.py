@@ -29,8 +29,9 @@ from fedspan.site.message_checks import MessageChecks
 from fedspan.site.settings import Settings
 from fedspan.site.storage import SiteStorage
 from fedspan.site.sum_participant import SumParticipant
+from fedspan.support.errors import one_line
 from fedspan.wire import agreement, protocol
-from fedspan.wire.protocol import MessageTensors
+from fedspan.wire.protocol import DAMAGED, MessageTensors
 
 __all__ = ["Site"]
 
@@ -93,16 +94,14 @@ class Site:
                 raise Refused(f"a message of kind {kind!r}: expected one of {', '.join(self._handlers)}")
             fields = self._handlers[kind](message, tensors, outgoing)
             fields |= {key: message[key] for key in ("run", "round", "number") if key in message}
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except DAMAGED as error:
             # Reading a message that lacks fields, or has others than ours, ends in any of these. One bad message must
             # not end a process that has a base in memory.
-            line = " ".join(str(error).split()) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            line = one_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             outgoing, fields = MessageTensors(), {"problem": line}
         return protocol.encode({"client_id": self.client.client_id, **fields}, outgoing)
 
     def _hello(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:
-        shapes = {name: list(shape) for name, shape in self.loaded.context.model.modules().items()}
-        shapes |= {f"dense {name}": list(t.shape) for name, t in self.loaded.initial.items()}
         # Where only sums may be known, neither may the amount of data at one site.
         hidden = self.privacy.secure_sums or self.privacy.dp != "none"
         return {
@@ -110,7 +109,7 @@ class Site:
             "num_examples": None if hidden else self.client.num_examples,
             "base": self.loaded.base,
             "terms": self.terms,
-            "shapes": shapes,
+            "shapes": agreement.shapes(self.loaded.context.model.modules(), self.loaded.initial),
         }
 
     def _ask(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:

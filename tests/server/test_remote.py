@@ -21,7 +21,7 @@ from fedspan.methods import METHODS
 from fedspan.runs import checkpoint
 from fedspan.runs.events import Event
 from fedspan.runs.execution import run, serve
-from fedspan.site.settings import Settings
+from fedspan.site.settings import SiteSettings
 from fedspan.site.site import Site
 from fedspan.wire import protocol
 
@@ -389,7 +389,7 @@ def test_sites_with_files_of_their_own(bases: dict[str, Path], texts: Path, tmp_
     sites: dict[str, Site] = {}
     for name, file in zip(names, files, strict=True):
         config = settings(bases["bert"], file, federation=federation, data={"test": [str(sample)]})
-        sites[name] = Site(Settings(config, name, 4, own_data=True), tmp_path / name)
+        sites[name] = Site(SiteSettings(config, name, 4, own_data=True), tmp_path / name)
     transport = MemoryTransport({name: site.answer for name, site in sites.items()})
     history = serve(served, tmp_path / "run", lambda event: None, transport).history
     assert [record["rejected"] for record in history] == [{}, {}]
@@ -403,7 +403,7 @@ def test_a_site_whose_data_has_other_labels_is_left_out(bases: dict[str, Path], 
     fed = Federation(config, tmp_path)
     two = tiny.write_jsonl(tmp_path / "two.jsonl", [row for row in tiny.words() if row["label"] != "z"])
     odd = settings(bases["bert"], two, federation={"rounds": 1, "participation": 1.0})
-    fed.transport.handlers["node-0"] = Site(Settings(odd, "client-0", 4, own_data=True), tmp_path / "odd").answer
+    fed.transport.handlers["node-0"] = Site(SiteSettings(odd, "client-0", 4, own_data=True), tmp_path / "odd").answer
     assert fed.serve()[0]["num_clients"] == 3
     assert any("client-0 is left out: its model holds dense" in line for line in fed.lines)
 

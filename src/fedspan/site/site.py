@@ -20,13 +20,13 @@ from fedspan.data import load as load_data
 from fedspan.federation import requirements
 from fedspan.methods.base import Method
 from fedspan.privacy.fixed_point import FixedPoint, Words
-from fedspan.privacy.layout import Layout
 from fedspan.privacy.ledgers import ExampleLedgers
+from fedspan.privacy.sum_layout import SumLayout
 from fedspan.site.errors import Refused
 from fedspan.site.loading import Loaded, client_of
 from fedspan.site.local_work import LocalAnswer, LocalWork
 from fedspan.site.message_checks import MessageChecks
-from fedspan.site.settings import Settings
+from fedspan.site.settings import SiteSettings
 from fedspan.site.storage import SiteStorage
 from fedspan.site.sum_participant import SumParticipant
 from fedspan.support.errors import one_line
@@ -49,7 +49,7 @@ class Site:
     Parameters
     ----------
     settings
-        As `Settings.read` returns them, or made by hand for a simulation.
+        As `SiteSettings.read` returns them, or made by hand for a simulation.
     folder
         The folder that keeps the client's state.
     loaded
@@ -59,7 +59,11 @@ class Site:
     """
 
     def __init__(
-        self, settings: Settings, folder: Path, loaded: Loaded | None = None, notify: Callable[[str], None] = _silent
+        self,
+        settings: SiteSettings,
+        folder: Path,
+        loaded: Loaded | None = None,
+        notify: Callable[[str], None] = _silent,
     ) -> None:
         self.settings, self.folder, self.notify = settings, folder, notify
         config = settings.config
@@ -131,7 +135,7 @@ class Site:
 
     def _words(self, run: str, requested: Mapping[str, Any], answer: LocalAnswer, tensors: Sequence[Tensor]) -> Words:
         """Return the answer as the words of a sum, masked where the settings say so."""
-        layout, fixed_point = Layout.from_json(requested["layout"]), FixedPoint(self.privacy.fraction_bits)
+        layout, fixed_point = SumLayout.from_json(requested["layout"]), FixedPoint(self.privacy.fraction_bits)
         try:
             numbers = layout.flatten(answer.update, answer.train_loss)
             words = fixed_point.encode(numbers, requested["num_clients"])

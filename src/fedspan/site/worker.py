@@ -37,10 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.lifeline:
         threading.Thread(target=_watch_stdin, args=(listener,), daemon=True).start()
     try:
-        from fedspan.site.settings import Settings
+        from fedspan.site.settings import SiteSettings
         from fedspan.site.site import Site  # imports torch and transformers, which takes seconds
 
-        site = Site(Settings.read(options.folder), options.folder, notify=lambda line: print(line, flush=True))
+        site = Site(SiteSettings.read(options.folder), options.folder, notify=lambda line: print(line, flush=True))
     except (OSError, FedspanError) as error:
         line = one_line(error)
         print(f"fedspan: {line}", file=sys.stderr)

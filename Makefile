@@ -1,4 +1,4 @@
-# make demo   install into .venv and run the main job on the embedded data
+# make demo   install into .venv and run the quick start on the embedded data
 # make test   install with the development extra, then lint, types and the whole test suite
 # make demo-flower   four authenticated sites behind TLS and a proxy on this machine, under secure sums
 # make test-wheel    build the wheel, install it into an empty environment and run the quick start from there

@@ -1,4 +1,4 @@
-"""What a run shows while it works: a live display on a terminal, one plain line per round anywhere else."""
+"""The display of a run at work: a live display on a terminal, one plain line per round anywhere else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LABELS = {
 
 
 def size(num_bytes: float) -> str:
-    """Bytes in the unit a reader wants: 950 B, 4.2 kB, 13.1 MB."""
+    """Return a number of bytes in a readable unit: 950 B, 4.2 kB, 13.1 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(num_bytes) < 999.5:
             return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
@@ -35,7 +35,7 @@ def size(num_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3 min 05 s, 2 h 10 min."""
+    """Return a duration such as 12 s, 3 min 05 s or 2 h 10 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -45,7 +45,7 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """A figure with the digits that matter; an en dash for one that was not measured."""
+    """Return a figure with the digits that matter; an en dash for one that was not measured."""
     if value is None:
         return "–"
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
@@ -53,22 +53,22 @@ def number(value: float | None) -> str:
 
 @dataclass(slots=True)
 class Progression:
-    """How far the phase at hand is, from the events so far; the clock is the caller's."""
+    """The progress of the current phase, from the events so far; the caller passes the time in."""
 
     phase: str = ""
     total: int = 0
     done: float = 0.0
-    """Rounds, with the clients of the round at hand counted as a fraction of it."""
+    """Finished rounds, with those clients of the current round that have answered as a fraction of one."""
     _began: float = 0.0
     _began_at: float = 0.0
 
     def begin(self, phase: str, total: int, done: int, now: float) -> None:
-        """A phase starts, at round `done` when a run goes on."""
+        """Begin a phase, at round `done` when a run is resumed."""
         self.phase, self.total, self.done = phase, total, done
         self._began, self._began_at = now, done
 
     def seconds_left(self, now: float) -> float | None:
-        """Seconds to the end of the phase at the pace so far; none while there is no pace yet."""
+        """Return the seconds to the end of the phase at its speed so far; none while nothing is done."""
         gone = self.done - self._began_at
         if gone <= 0:
             return None
@@ -106,7 +106,7 @@ def _rejected(record: Mapping[str, Any]) -> list[str]:
 
 @dataclass(slots=True)
 class Lines:
-    """One line per round, for logs and pipes."""
+    """A listener that prints one line per round, for logs and pipes."""
 
     console: Console
     _started: Mapping[str, Any] = field(default_factory=dict)
@@ -150,7 +150,7 @@ class Lines:
 
 
 class _Left(ProgressColumn):
-    """Time left of a phase, or the time it took; asked again ten times a second."""
+    """The time left of a phase, or the time it took; asked again at every refresh."""
 
     def render(self, task: Task) -> Text:
         seconds = task.fields["left"](task)
@@ -161,7 +161,7 @@ class _Left(ProgressColumn):
 
 @dataclass(slots=True)
 class Live:
-    """A bar for every phase, with loss, metric and time left."""
+    """A listener that shows a bar for every phase, with loss, metric and time left."""
 
     progress: Progress
     _loading: TaskID
@@ -243,7 +243,7 @@ class Live:
 
 @contextmanager
 def follow(console: Console) -> Iterator[Lines | Live]:
-    """A listener for a run's events: live on a terminal, plain lines otherwise."""
+    """Yield a listener for a run's events: live on a terminal, plain lines otherwise."""
     if not console.is_terminal:
         yield Lines(console)
         return

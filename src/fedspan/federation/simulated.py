@@ -62,7 +62,7 @@ class SimulatedClients:
         ):
             encoded = self._encoded(question, answer)
             if encoded.problem is None and question.keep:
-                # As it was trained: the next exchange encodes the same result anew.
+                # As it was trained: the next exchange encodes the same result again, in its own form.
                 self._learnt[answer.client.client_id] = answer
             yield encoded
 

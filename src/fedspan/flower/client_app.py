@@ -1,7 +1,7 @@
 """A site's ClientApp: unpacks a message, passes its bytes to the site's worker, and packs the worker's answer.
 
-It imports neither torch nor a model: Flower may start it anew for every message. `app` also runs under Flower's own
-`flower-superexec`; `fedspan.flower.client_app_process` keeps it loaded between messages.
+It imports neither torch nor a model: Flower may start a new process for every message. `app` also runs under Flower's
+own `flower-superexec`; `fedspan.flower.client_app_process` keeps it loaded between messages.
 """
 
 from __future__ import annotations

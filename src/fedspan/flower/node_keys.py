@@ -92,7 +92,7 @@ def read_keys(folder: Path) -> dict[str, bytes]:
 def synchronise(client: ControlHttpClient, wanted: Mapping[str, bytes]) -> tuple[list[str], list[str]]:
     """Register the nodes with these keys and unregister all others; return the names of both."""
     known = {node.public_key: node for node in nodes(client)}
-    # Unregister first: a key that moved to another site is then registered anew under that site's name.
+    # Unregister first: a key that moved to another site is then registered under that site's name.
     removed = [node for key, node in known.items() if key not in wanted.values()]
     for node in removed:
         client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))

@@ -1,4 +1,4 @@
-"""What the diagnostics of a run say: a table by round, plain sentences about this run, a picture."""
+"""The diagnostics of a run: a table by round, plain sentences about this run, a picture."""
 
 from fedspan.inspection.picture import plot
 from fedspan.inspection.readings import readings

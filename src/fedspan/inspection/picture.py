@@ -15,7 +15,7 @@ _COLORS = ("#2a6fbb", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d1e", "#4d4d4d")
 
 
 def plot(run: Inspection, out: Path) -> Path:
-    """Distance, gauge, rank and angles by round, in one picture.
+    """Plot distance, gauge, rank and angles by round, in one picture.
 
     Parameters
     ----------
@@ -24,7 +24,7 @@ def plot(run: Inspection, out: Path) -> Path:
 
     Raises
     ------
-    ValueError
+    FedspanError
         When matplotlib is missing.
     """
     try:
@@ -64,7 +64,7 @@ def _readout_series(run: Inspection, rank: str) -> list[float | None]:
 def _panel(
     axes: Any, label: str, run: Inspection, lines: Mapping[str, Sequence[float | None]], unit: float = 1.0
 ) -> None:
-    """One quarter: a line per figure that applies somewhere, or a word that none does."""
+    """Draw one quarter: a line per figure that applies somewhere, or a note that none does."""
     rounds = [record["round_num"] for record in run.rounds]
     drawn = {name: values for name, values in lines.items() if any(v is not None for v in values)}
     for (name, values), color in zip(drawn.items(), _COLORS * 3, strict=False):
@@ -74,7 +74,7 @@ def _panel(
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
     if drawn:
-        # Rounding is drawn as nothing, not as a curve.
+        # With at least 1 on the axis, rounding errors look like zero and not like a curve.
         axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
         axes.legend(frameon=False, loc="best", fontsize=8)
     else:

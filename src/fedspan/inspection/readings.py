@@ -1,4 +1,4 @@
-"""The papers' statements, said of one run from its figures."""
+"""The papers' statements, checked against the figures of one run, as sentences."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _CONFINED = 1e-6
 
 
 def readings(run: Inspection) -> list[str]:
-    """What the figures say about this run, one line per statement that they check."""
+    """Return sentences about this run, one for each statement that its figures check."""
     lines = (_ideal(run), _innovation(run), _truncation(run), _gauge(run), _cross(run), _rows(run))
     return [line for line in (*lines, _ranks(run), _angles(run), _worst(run)) if line]
 
 
 def _span(values: Sequence[float], show: Callable[[float | None], str]) -> str:
-    """The range over the rounds, where there is one to speak of."""
+    """Return the range over the rounds, where both ends differ as shown."""
     low, high = show(min(values)), show(max(values))
     return "" if low == high else f" (over the rounds {low} to {high})"
 
@@ -92,7 +92,7 @@ def _cross(run: Inspection) -> str:
         return ""
     if last < EXACT:
         return "Cross terms: with one factor the same everywhere, averaging factors loses nothing."
-    return f"Cross terms: averaging A and B separately would lose {percent(last)} of these very updates."
+    return f"Cross terms: averaging A and B separately would lose {percent(last)} of these updates."
 
 
 def _rows(run: Inspection) -> str:

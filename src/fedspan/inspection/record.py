@@ -24,30 +24,30 @@ class Inspection:
     """The records of `metrics.jsonl` that hold diagnostics."""
 
     def series(self, figure: str) -> list[float | None]:
-        """The figure by round, None where it does not apply."""
+        """Return the figure by round, None where it does not apply."""
         return [record["diagnostics"].get(figure) for record in self.rounds]
 
     def last(self, figure: str) -> Any:
-        """The figure of the last round."""
+        """Return the figure of the last round."""
         return self.rounds[-1]["diagnostics"].get(figure)
 
     def ranks(self) -> list[str]:
-        """The ranks whose readout was measured in some round, ascending."""
+        """Return the ranks whose readout was measured in some round, ascending."""
         return sorted(
             {rank for record in self.rounds for rank in record["diagnostics"].get("readout_loss") or {}}, key=int
         )
 
     def known(self, figure: str) -> list[float]:
-        """The figure in the rounds where it applies."""
+        """Return the figure in the rounds where it applies."""
         return [value for value in self.series(figure) if value is not None]
 
 
 def read(folder: Path) -> Inspection:
-    """The run in `folder`, finished or not.
+    """Read the run in `folder`, finished or not.
 
     Raises
     ------
-    ValueError
+    FedspanError
         When the folder holds no run, or one that was run without diagnostics.
     """
     _, history = read_run(folder)
@@ -60,7 +60,7 @@ def read(folder: Path) -> Inspection:
 
 
 def percent(value: float | None) -> str:
-    """A relative error: 12%, 0.0031%, 0 for rounding, an en dash where it does not apply."""
+    """Return a relative error: 12%, 0.0031%, 0 for rounding, an en dash where it does not apply."""
     if value is None:
         return "–"
     if value < 1e-6:
@@ -69,5 +69,5 @@ def percent(value: float | None) -> str:
 
 
 def angle(value: float | None) -> str:
-    """12.3°, or an en dash."""
+    """Return an angle such as 12.3°, or an en dash where it does not apply."""
     return "–" if value is None else f"{value:.1f}°"

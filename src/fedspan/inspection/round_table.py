@@ -15,7 +15,7 @@ MAX_ROWS = 20
 
 
 def as_json(run: Inspection) -> dict[str, Any]:
-    """Everything at once, for programs."""
+    """Return all figures and sentences as JSON-able data."""
     rounds = [{"round_num": record["round_num"], **record["diagnostics"]} for record in run.rounds]
     return {"folder": str(run.folder), "method": run.info.name, "rounds": rounds, "readings": readings(run)}
 
@@ -93,7 +93,7 @@ _LEGEND: tuple[tuple[str, str, str], ...] = (
 
 
 def legend(run: Inspection) -> str:
-    """What the columns of the table mean."""
+    """Return the meaning of the table's columns."""
     lines = [(heading, text) for figure, heading, text in _LEGEND if run.known(figure)]
     width = max((len(heading) for heading, _ in lines), default=0)
     return "\n".join(f"{heading:<{width}}  {text}" for heading, text in lines)

@@ -52,7 +52,7 @@ class MethodRun:
 
     @classmethod
     def open(cls, context: RunContext, phase: str, method: Method, clients: list[Client]) -> MethodRun:
-        """Start a method over these clients, or go on from its checkpoint where there is one.
+        """Start a method over these clients, or continue from its checkpoint where there is one.
 
         Raises
         ------

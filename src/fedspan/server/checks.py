@@ -41,7 +41,7 @@ class AnswerChecks:
     initial: Tensors
     """Heads and trained weights of the untouched base."""
     results: dict[int, Update]
-    """By rank, an update of the shapes that training, or a gradient, last came to. Shared by the exchanges of a round,
+    """By rank, an update of the shapes of the last training result, or gradient. Shared by the exchanges of a round,
     since a later one may ask about the same result in another form."""
     weighting: str
     """`federation.weighting`."""

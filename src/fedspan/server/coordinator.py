@@ -63,7 +63,7 @@ class Coordinator:
         self._initial: Tensors = {}
         self._results: dict[int, Update] = {}
         self._needed = 0
-        """Answers that the round at hand needs."""
+        """Answers that the current round needs."""
 
     def gather(self) -> list[Client]:
         """Wait for the federation's sites and return their clients, in the order of their ids.

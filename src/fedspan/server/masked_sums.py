@@ -75,7 +75,7 @@ class MaskedSums:
         self._setup: KeySetup | None = None
 
     def begin(self, question: Question, heading: Heading, clients: Sequence[Client], num_words: int) -> MaskedSum:
-        """Begin the sum of an exchange, after setting up keys where there are none for this round.
+        """Begin the sum of an exchange, after setting up keys where this round has none.
 
         Parameters
         ----------

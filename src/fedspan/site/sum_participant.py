@@ -46,7 +46,7 @@ class SumParticipant:
         Raises
         ------
         Refused
-            When fewer clients could unmask a sum than this site's own settings demand. A server with as many
+            When fewer clients could unmask a sum than this site's own settings require. A server with as many
             accomplices among the clients as the threshold says can read a single client's vector.
         """
         participant = self._of(run, session)
@@ -75,7 +75,7 @@ class SumParticipant:
         Raises
         ------
         Refused
-            When the sum was unmasked for other clients before, be it in an earlier set-up.
+            When the sum was unmasked for other clients before, even in an earlier set-up.
         """
         participant = self._of(run, session)
         self._storage.allow_unmasking(run, sum_name, survivors)

@@ -32,7 +32,7 @@ KEPT = (
 )
 """The fields that a line keeps of every round's record, besides the diagnostics without their worst modules."""
 WIDEN = 1
-"""How many times a grid is widened by one step when its best rate is at the edge."""
+"""The number of times that a grid is widened by one step when its best rate is at the edge."""
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedspan.config import Config
 from fedspan.site.loading import Loaded
-from fedspan.site.settings import Settings
+from fedspan.site.settings import SiteSettings
 from fedspan.site.site import Site
 from fedspan.wire import protocol
 from fedspan.wire.transport import Delivery
@@ -76,7 +76,7 @@ def make_sites(
     loaded: Loaded | None = None
     sites: dict[str, Site] = {}
     for client in clients:
-        settings = Settings(config, client, (ranks or {}).get(client))
+        settings = SiteSettings(config, client, (ranks or {}).get(client))
         sites[client] = Site(settings, folder / client, loaded)
         loaded = sites[client].loaded
     return sites

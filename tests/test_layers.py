@@ -40,7 +40,7 @@ DOORS = {
     "flwr": {f"flower.{path.stem}" for path in (PACKAGE / "flower").glob("*.py")},
     "dp_accounting": {"privacy.pld"},
     "Crypto": {"privacy.primitives"},
-    "rich": {f"display.{path.stem}" for path in (PACKAGE / "display").glob("*.py")} | {"inspection.tables"},
+    "rich": {f"display.{path.stem}" for path in (PACKAGE / "display").glob("*.py")} | {"inspection.round_table"},
     "typer": {f"cli.{path.stem}" for path in (PACKAGE / "cli").glob("*.py")},
 }
 PICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
@@ -95,6 +95,29 @@ def test_imports_go_strictly_downwards(name: str) -> None:
 
 def test_every_layer_is_a_file() -> None:
     assert set(LEVEL) == {name.split(".")[0] for name in MODULES}
+
+
+def test_few_modules_are_loose_and_no_chain_of_imports_is_long() -> None:
+    loose = [path.name for path in PACKAGE.glob("*.py")]
+    assert len(loose) <= 3, f"{loose}: expected folders"
+    lower: dict[str, set[str]] = {unit: set() for unit in LEVEL}
+    for name, path in MODULES.items():
+        unit = name.split(".")[0]
+        lower[unit] |= {other.split(".")[0] for other in inner(path)} - {unit}
+    depth: dict[str, int] = {}
+    for unit in TopologicalSorter(lower).static_order():
+        depth[unit] = 1 + max((depth[other] for other in lower[unit]), default=0)
+    assert max(depth.values()) <= 14
+
+
+def test_the_documented_layers_are_these() -> None:
+    page = PACKAGE.parents[1] / "docs" / "layout.md"
+    if not page.exists():
+        pytest.skip("installed without the repository")
+    rows = [line.split("|")[1:3] for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    listed = {name.strip(" `"): int(layer) for layer, name in rows if layer.strip().isdigit()}
+    folders = {name: level + 1 for name, level in LEVEL.items() if (PACKAGE / name).is_dir()}
+    assert listed == folders
 
 
 def test_no_cycles_inside_a_folder() -> None:

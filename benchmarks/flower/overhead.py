@@ -73,8 +73,10 @@ def row(line: dict[str, Any]) -> str:
     waited, slowest = median(lambda r: r["waited_seconds"]), median(lambda r: r["slowest_seconds"])
     transfer = median(lambda r: r["waited_seconds"] - r["slowest_seconds"])
     step = median(lambda r: r["server_seconds"])
-    trips = "–".join(str(int(count)) for count in sorted({r["round_trips"] for r in rounds}))
-    return f"| {line['arm']} | {trips} | {waited + step:.2f} s | {slowest:.2f} s | {transfer:.2f} s | {step:.2f} s |"
+    round_trips = "–".join(str(int(count)) for count in sorted({r["round_trips"] for r in rounds}))
+    return (
+        f"| {line['arm']} | {round_trips} | {waited + step:.2f} s | {slowest:.2f} s | {transfer:.2f} s | {step:.2f} s |"
+    )
 
 
 if __name__ == "__main__":

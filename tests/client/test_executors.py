@@ -280,9 +280,9 @@ def test_what_clients_share_is_sent_to_a_process_once(context: RunContext, monke
     sent: list[int] = []
     put = packing.put_factors
 
-    def counted(parcel: packing.TensorList, adapter: Mapping[str, Factors]) -> dict[str, Any]:
+    def counted(packed: packing.TensorList, adapter: Mapping[str, Factors]) -> dict[str, Any]:
         sent.append(len(adapter))
-        return put(parcel, adapter)
+        return put(packed, adapter)
 
     monkeypatch.setitem(shared_payloads._PARTS, "adapter", (counted, packing.get_factors))
     main = MethodRun.open(context, "federation", context.method, context.clients)
@@ -345,14 +345,14 @@ def test_what_is_said_of_broadcasts_is_heard() -> None:
     b, a = torch.randn(6, 2, generator=rng), torch.randn(2, 5, generator=rng)
     adapter = {"one": Factors(b, a, 1 / 3), "two": Factors(b, a * 2, 8.0)}
     patch = {"one": LowRank(b, a), "two": b @ a}
-    parcel = packing.TensorList()
-    told = [
-        packing.put_factors(parcel, adapter),
-        packing.put_patch(parcel, patch),
-        packing.put_dense(parcel, {"head": b}),
+    packed = packing.TensorList()
+    headers = [
+        packing.put_factors(packed, adapter),
+        packing.put_patch(packed, patch),
+        packing.put_dense(packed, {"head": b}),
     ]
-    assert len(parcel.tensors) == 4  # b and a travel once, whoever names them
-    head, buffer = packing.pack(told, parcel.tensors)
+    assert len(packed.tensors) == 4  # b and a travel once, whoever names them
+    head, buffer = packing.pack(headers, packed.tensors)
     (x, y, z), tensors = packing.unpack(json.loads(head), buffer)
     tiny.same_adapter(packing.get_factors(x, tensors), adapter)
     low = packing.get_patch(y, tensors)

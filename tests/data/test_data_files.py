@@ -219,6 +219,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         "array.npz": (array.getvalue(), "not a readable npz"),
         "objects.npz": (objects.getvalue(), "allow_pickle=False"),
         "cut.npz": (plain.getvalue()[:-40], "not a readable npz"),
+        "header.npz": (plain.getvalue().replace(b"{'descr'", b"('descr'"), "not a readable npz"),
     }
     for name, (content, message) in cases.items():
         path = str(tmp_path / name) if content is None else file(name, content)

@@ -209,9 +209,9 @@ def test_all_that_is_asked_and_answered_crosses_between_processes() -> None:
         moments={"m/b": x["a"]},
     )
     given = Assignment("c", sent, np.arange(3), 4, 1.5)
-    luggage, parcel = SharedPayloads(), packing.TensorList()
-    luggage.expect([sent])
-    got = PayloadCache().assignment(*crossed(luggage.assignment(parcel, set(), given), parcel.tensors)).broadcast
+    shared, packed = SharedPayloads(), packing.TensorList()
+    shared.expect([sent])
+    got = PayloadCache().assignment(*crossed(shared.assignment(packed, set(), given), packed.tensors)).broadcast
     assert got.recipe == recipe
     assert got.seeded == sent.seeded
     for one, other in ((got.correction, sent.correction), (got.moments, sent.moments), (got.dense, sent.dense)):
@@ -220,8 +220,8 @@ def test_all_that_is_asked_and_answered_crosses_between_processes() -> None:
     assert torch.equal(got.subspaces["m/a"].basis, x["f"])
 
     update = Update("c", 2.0, {"m": Vector({"g": x["b"]}), "n": sent.adapter["m"]}, {"h": x["c"]}, {"m": x["d"]}, 0.25)
-    parcel = packing.TensorList()
-    back = get_result(*crossed(put_result(parcel, LocalResult(update, 0.5, 3, 99)), parcel.tensors))
+    packed = packing.TensorList()
+    back = get_result(*crossed(put_result(packed, LocalResult(update, 0.5, 3, 99)), packed.tensors))
     assert (back.steps, back.optimizer_bytes, back.update.rate_sum) == (3, 99, 0.25)
     assert torch.equal(back.update.modules["m"].values["g"], x["b"])
     assert torch.equal(back.update.factors("n").b, x["a"])

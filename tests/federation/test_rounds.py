@@ -433,16 +433,16 @@ def test_a_round_of_two_exchanges_trains_once_and_asks_twice() -> None:
 
 
 def test_progress_is_told_client_by_client() -> None:
-    told: list[tuple[str, int]] = []
+    progress: list[tuple[str, int]] = []
     method = METHODS["fedit"]()
     tiny.run_round(
         method,
         tiny.run_state(method, 2),
         tiny.clients(2, 2, 2),
         tiny.fake_work,
-        on_client=lambda client, result, done: told.append((client.client_id, done)),
+        on_client=lambda client, result, done: progress.append((client.client_id, done)),
     )
-    assert told == [("client-0", 1), ("client-1", 2), ("client-2", 3)]
+    assert progress == [("client-0", 1), ("client-1", 2), ("client-2", 3)]
 
 
 def test_the_server_holds_no_more_than_it_says() -> None:
@@ -460,18 +460,18 @@ def test_clients_start_in_windows_that_change_no_bit(name: str, monkeypatch: pyt
     people = tiny.clients(*[4] * 7)
     method = METHODS[name]()
     whole, (record,) = go(method, [people])
-    told: list[list[str]] = []
+    windows: list[list[str]] = []
 
     def work(window: Sequence[tuple[Client, Broadcast]], round_num: int) -> Iterator[tuple[LocalResult, float]]:
-        told.append([client.client_id for client, _ in window])
+        windows.append([client.client_id for client, _ in window])
         for client, sent in window:
             yield tiny.fake_work(client, sent, round_num), 2.0
 
     monkeypatch.setattr(simulated, "WINDOW", 3)
     cut, again = rounds.run_round(method, tiny.run_state(method, 4), people[::-1], work)
     tiny.same_standing(whole, cut)
-    assert [len(window) for window in told] == [3, 3, 1]
-    assert [client for window in told for client in window] == sorted(c.client_id for c in people)
+    assert [len(window) for window in windows] == [3, 3, 1]
+    assert [client for window in windows for client in window] == sorted(c.client_id for c in people)
     assert (again["bytes_up"], again["train_loss"]) == (record["bytes_up"], record["train_loss"])
     assert again["client_seconds"] >= 14.0  # what the workers say, and the encoding
     assert 0 < again["train_wall_seconds"] < 14.0

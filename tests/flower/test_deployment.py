@@ -24,7 +24,7 @@ from fedspan.data.load import load as load_corpus
 from fedspan.federation.clients import make_clients
 from fedspan.flower import certificates, deployment, node_keys, trial
 from fedspan.flower.log_levels import ENVIRONMENT
-from fedspan.site.settings import Settings
+from fedspan.site.settings import SiteSettings
 
 SITES = ("charite", "mayo", "ucl")
 HOSTS = ("fed.example.org", "10.0.0.5", "::1")
@@ -165,7 +165,7 @@ def test_identities_are_those_of_the_clients_as_a_run_names_them(made: Path) -> 
         site = made / "sites" / name
         result = tomllib.loads((site / "site.toml").read_text())
         assert result == {"client_id": client_id, "identity": "identity.key"}
-        read = Settings.read(site)  # as a site reads its folder
+        read = SiteSettings.read(site)  # as a site reads its folder
         assert (read.client_id, read.rank, read.own_data) == (client_id, None, False)
         public = load_pem_private_key((site / result["identity"]).read_bytes(), None).public_key().public_bytes_raw()
         known = json.loads((site / "sites.json").read_text())

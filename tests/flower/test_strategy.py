@@ -186,6 +186,7 @@ SPOILT: Mapping[str, tuple[Spoil, str]] = {
     "cut short": (header(lambda x: x[:-4]), "head.weight cannot be read"),
     "huge": (header(lambda x: x.replace(b"(2, 3)", b"(2000000000, 3000000000)")), "head.weight cannot be read"),
     "no array": (header(lambda x: b"garbage"), "head.weight cannot be read"),
+    "half a literal": (header(lambda x: x.replace(b"{", b"(", 1)), "head.weight cannot be read"),
     "old round": (with_config("round", 0), "it is for round 0: expected 1"),
     "no examples": (with_config("num-examples", 0.0), "num-examples = 0.0"),
     "nan examples": (with_config("num-examples", float("nan")), "num-examples = nan"),

@@ -83,13 +83,13 @@ def test_a_real_run_is_told_as_it_was(
     assert sentence in done.stdout
     assert lines[-1] == str(tmp_path / "picture.svg")
     assert "<svg" in (tmp_path / "picture.svg").read_text(encoding="utf-8")
-    told = json.loads(inside(capsys, "inspect", tmp_path / "run", "--json").stdout)
-    assert told["method"] == method
-    assert [r["round_num"] for r in told["rounds"]] == [1, 2]
-    assert set(FIGURES) <= set(told["rounds"][0])
-    assert any(sentence in line for line in told["readings"])
+    printed = json.loads(inside(capsys, "inspect", tmp_path / "run", "--json").stdout)
+    assert printed["method"] == method
+    assert [r["round_num"] for r in printed["rounds"]] == [1, 2]
+    assert set(FIGURES) <= set(printed["rounds"][0])
+    assert any(sentence in line for line in printed["readings"])
     if method == "fedftg":  # ranks are of the change since the base, which the engine knows
-        assert told["rounds"][1]["effective_rank"] > 1
+        assert printed["rounds"][1]["effective_rank"] > 1
 
 
 def test_a_run_without_diagnostics_says_how_to_have_them(

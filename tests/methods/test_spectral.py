@@ -233,12 +233,12 @@ def test_partial_sums_are_the_dense_sums_and_add_up(seed: int, rest_rank: int, v
         f = update.factors(module)
         return Contribution(LowRank(f.b, f.a), f.scaling, rest)
 
-    questions = {"layer": asked}
-    whole = partial_sums(questions, updates, terms)
+    queries = {"layer": asked}
+    whole = partial_sums(queries, updates, terms)
     for value, wanted in zip(whole["layer"], expected.values(), strict=True):
         np.testing.assert_allclose(array(value), wanted, atol=1e-10 * np.linalg.norm(wanted))
     if 0 < cut < len(updates):
-        parts = add_sums(partial_sums(questions, updates[:cut], terms), partial_sums(questions, updates[cut:], terms))
+        parts = add_sums(partial_sums(queries, updates[:cut], terms), partial_sums(queries, updates[cut:], terms))
         for value, wanted in zip(parts["layer"], whole["layer"], strict=True):
             torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-10)
 
@@ -246,8 +246,8 @@ def test_partial_sums_are_the_dense_sums_and_add_up(seed: int, rest_rank: int, v
 def test_questions_about_half_precision_are_answered_in_float32() -> None:
     fed = build(glora(), 0, **MANY, dtype=torch.bfloat16)
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-    questions = {"layer0": (Query("times", x), Query("rows", x))}
-    times, rows = partial_sums(questions, fed.updates)["layer0"]
+    queries = {"layer0": (Query("times", x), Query("rows", x))}
+    times, rows = partial_sums(queries, fed.updates)["layer0"]
     assert times.dtype == rows.dtype == torch.float32
     wanted = sum(u.num_examples * fed.delta_of(u, "layer0") for u in fed.updates) @ array(x)
     assert np.linalg.norm(array(times) - wanted) < 1e-5 * np.linalg.norm(wanted)

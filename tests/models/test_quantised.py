@@ -153,9 +153,9 @@ def test_training_the_base_itself_is_refused_with_the_methods_that_do_not(tmp_pa
 
 def test_a_base_whose_files_are_quantised_already_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     path = shutil.copytree(bases["llama"], tmp_path / "base")
-    told = json.loads((path / "config.json").read_text())
-    told["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (path / "config.json").write_text(json.dumps(told))
+    model_config = json.loads((path / "config.json").read_text())
+    model_config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (path / "config.json").write_text(json.dumps(model_config))
     with pytest.raises(ValueError, match="its files are quantised already; expected float32, bfloat16 or float16"):
         tiny.load(path, "instruction")
 

@@ -52,11 +52,11 @@ def play(
             continue
         state, partial, sent_now = replace(state, exchange=number), Partial(), []
         for k, rank in enumerate(ranks):
-            told = method.broadcast(state, Request(rank))
+            sent = method.broadcast(state, Request(rank))
             if exchange.ask != "again":
-                asked = replace(told, recipe=replace(told.recipe, gradient=exchange.ask == "gradient"))
+                asked = replace(sent, recipe=replace(sent.recipe, gradient=exchange.ask == "gradient"))
                 held[k] = fake_work(clients[k], asked, state.round_num)  # type: ignore[arg-type]
-            update, _ = method.encode(held[k].update, told, None)
+            update, _ = method.encode(held[k].update, sent, None)
             sent_now.append(update)
             partial = exchange.fold.add(partial, replace(update, num_examples=1.0))
         sent_by_exchange.append(sent_now)
@@ -153,9 +153,9 @@ def test_mixed_ranks_move_what_they_train_and_nothing_else() -> None:
     for name, held in state.modules.items():
         want = held["sb"].double().clone()
         for k, rank in enumerate((2, 4)):
-            told = plain("ffa_lora").broadcast(state, Request(rank))
-            trained = fake_work(_Client(f"client-{k}"), told, 1).update.factors(name)  # type: ignore[arg-type]
-            change = trained.scaling * (trained.b - told.adapter[name].b).double()
+            sent = plain("ffa_lora").broadcast(state, Request(rank))
+            trained = fake_work(_Client(f"client-{k}"), sent, 1).update.factors(name)  # type: ignore[arg-type]
+            change = trained.scaling * (trained.b - sent.adapter[name].b).double()
             want[:, :rank] += change / 2
         torch.testing.assert_close(after.modules[name]["sb"].double(), want, rtol=1e-5, atol=1e-5)
 
@@ -221,7 +221,7 @@ def test_one_client_more_moves_the_sum_by_at_most_the_clip(
     base = METHODS[name]()
     fed = build(base, seed=seed, ranks=(3,) * (num + 1), counts=(1.0,) * (num + 1))
     method, fold = with_client_dp(base, clip, 0.0, 1.0, lambda: SECRET), base.exchanges[0].fold
-    told = method.broadcast(fed.state, Request(3))
+    sent = method.broadcast(fed.state, Request(3))
     partials = [Partial()]
     for update in fed.updates:
         big = replace(
@@ -229,9 +229,9 @@ def test_one_client_more_moves_the_sum_by_at_most_the_clip(
             dense={n: t * size for n, t in update.dense.items()},
             modules={n: replace(update.factors(n), b=update.factors(n).b * size) for n in update.modules},
         )
-        if not told.recipe.train_b and told.adapter:
+        if not sent.recipe.train_b and sent.adapter:
             big = update
-        partials.append(fold.add(partials[-1], method.encode(big, told, None)[0]))
+        partials.append(fold.add(partials[-1], method.encode(big, sent, None)[0]))
     assert _distance(partials[-1], partials[-2]) <= clip * (1 + 1e-6)
 
 
@@ -306,8 +306,8 @@ def test_noise_depends_on_the_secret_and_on_the_sum() -> None:
 
 def test_weights_other_than_one_are_refused() -> None:
     method, state = make("fedavg", 1.0, 1.0), run_state(plain("fedavg"), 3).state
-    told = method.broadcast(state, Request(3))
-    answer, _ = method.encode(fake_work(_Client("client-0"), told, 0).update, told, None)  # type: ignore[arg-type]
+    sent = method.broadcast(state, Request(3))
+    answer, _ = method.encode(fake_work(_Client("client-0"), sent, 0).update, sent, None)  # type: ignore[arg-type]
     partial = method.exchanges[0].fold.add(Partial(), replace(answer, num_examples=40.0))
     with pytest.raises(ValueError, match=r"expected every client to count 1 \(federation.weighting = 'equal'\)"):
         method.finish(state, partial)
@@ -316,10 +316,10 @@ def test_weights_other_than_one_are_refused() -> None:
 def test_a_site_has_no_secret_and_draws_no_noise() -> None:
     state = run_state(plain("fedavg"), 3).state
     site = with_client_dp(plain("fedavg"), 0.5, 1.0, 1.0)
-    told = site.broadcast(state, Request(3))
-    update = fake_work(_Client("client-0"), told, 0).update  # type: ignore[arg-type]
+    sent = site.broadcast(state, Request(3))
+    update = fake_work(_Client("client-0"), sent, 0).update  # type: ignore[arg-type]
     tiny.same(
-        site.encode(update, told, None)[0].dense, make("fedavg", 0.5, 1.0, 1.0).encode(update, told, None)[0].dense
+        site.encode(update, sent, None)[0].dense, make("fedavg", 0.5, 1.0, 1.0).encode(update, sent, None)[0].dense
     )
     with pytest.raises(ValueError, match="the server has no secret"):
         site.finish(state, Partial())
@@ -341,11 +341,11 @@ def test_what_is_out_of_range_is_refused(changes: Mapping[str, float], said: str
 def test_a_diverged_update_is_seen() -> None:
     """NaN stays NaN, so that whoever checks what leaves a site still refuses it."""
     state = run_state(plain("fedavg"), 3).state
-    told = make("fedavg").broadcast(state, Request(3))
-    update = fake_work(_Client("client-0"), told, 0).update  # type: ignore[arg-type]
+    sent = make("fedavg").broadcast(state, Request(3))
+    update = fake_work(_Client("client-0"), sent, 0).update  # type: ignore[arg-type]
     for bad in (math.nan, math.inf):
         dense = {n: torch.full_like(t, bad) for n, t in update.dense.items()}
-        answer, _ = make("fedavg", 1.0).encode(replace(update, dense=dense), told, None)
+        answer, _ = make("fedavg", 1.0).encode(replace(update, dense=dense), sent, None)
         assert not all(bool(torch.isfinite(t).all()) for t in answer.dense.values())
 
 

@@ -64,9 +64,11 @@ def test_with_everybody_in_every_round_no_coin_is_thrown() -> None:
 
 
 def test_a_budget_too_small_for_one_round_says_what_noise_would_do() -> None:
-    with pytest.raises(ValueError, match=r"the first round alone spends .*noise_multiplier of [\d.]+ or more") as told:
+    with pytest.raises(
+        ValueError, match=r"the first round alone spends .*noise_multiplier of [\d.]+ or more"
+    ) as caught:
         asked(privacy={"dp": "client", "noise_multiplier": 1.0, "epsilon": 2.0})
-    z = float(str(told.value).split("noise_multiplier of ")[1].split()[0])
+    z = float(str(caught.value).split("noise_multiplier of ")[1].split()[0])
     config = settings.from_mapping(
         {
             "method": {"name": "ffa_lora"},

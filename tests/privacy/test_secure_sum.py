@@ -82,10 +82,10 @@ class Run:
 
     def masked(self, lost: tuple[str, ...] = ()) -> dict[str, Words]:
         handed = self.handed()
-        told = {n: one.mask(self.values[n], handed[n]) for n, one in self.clients.items() if n not in lost}
-        for name, vector in told.items():
+        vectors = {n: one.mask(self.values[n], handed[n]) for n, one in self.clients.items() if n not in lost}
+        for name, vector in vectors.items():
             self.server.add(name, vector)
-        return told
+        return vectors
 
     def answers(self, lost: tuple[str, ...] = ()) -> dict[str, bytes]:
         self.masked(lost)
@@ -267,21 +267,21 @@ def test_the_private_key_of_a_client_that_left_uncovers_nothing_of_what_comes_la
     run = Run()
     slow = run.names[1]
     handed = run.handed()
-    told = {name: run.clients[name].mask(run.values[name], handed[name]) for name in run.names}
+    vectors = {name: run.clients[name].mask(run.values[name], handed[name]) for name in run.names}
     for name in run.names:
         if name != slow:
-            run.server.add(name, told[name])
+            run.server.add(name, vectors[name])
     survivors = run.server.survivors()
     answers = {name: run.clients[name].unmask(survivors) for name in survivors}
     with pytest.raises(ValueError, match=f"the vector of '{slow}' is late"):
-        run.server.add(slow, told[slow])
+        run.server.add(slow, vectors[slow])
     assert np.array_equal(run.server.total(answers), plain({n: v for n, v in run.values.items() if n != slow}))
 
     roster = run.server._roster
     assert roster is not None
     private = primitives.combine({roster.share_index(n): answers[n][64:96] for n in survivors})
     assert primitives.public_key(private) == roster.adverts[slow].mask_key
-    bare = told[slow].copy()
+    bare = vectors[slow].copy()
     keys = {v: roster.pair_mask_key(private, slow, v) for v in survivors}
     primitives.add_masks(bare, [k for v, k in keys.items() if v < slow], [k for v, k in keys.items() if v > slow])
     assert not (bare == run.values[slow]).any()
@@ -304,7 +304,7 @@ def test_a_client_unmasks_for_one_list_of_survivors_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("survivors", "told"),
+    ("survivors", "message"),
     [
         (("amiens", "basel"), "2 survivors: expected at least 3"),
         (("amiens", "basel", "oslo"), "expected some of"),
@@ -313,10 +313,10 @@ def test_a_client_unmasks_for_one_list_of_survivors_only() -> None:
         ((), "among them"),
     ],
 )
-def test_bad_lists_of_survivors_are_refused(survivors: tuple[str, ...], told: str) -> None:
+def test_bad_lists_of_survivors_are_refused(survivors: tuple[str, ...], message: str) -> None:
     run = Run()
     run.masked()
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         run.clients["amiens"].unmask(survivors)
     assert run.clients["amiens"].unmask(run.server.survivors())  # a refused list binds to nothing
 
@@ -400,9 +400,9 @@ def test_clients_that_were_told_different_rosters_or_thresholds_cannot_read_each
     for change in ("roster", "threshold"):
         run = Run(5, 3)
         keys = run.keys()
-        told = {name: (dict(keys), 3) for name in run.names}
-        told["amiens"] = ({n: k for n, k in keys.items() if n != "evora"}, 3) if change == "roster" else (keys, 4)
-        sent = {name: one.share(*told[name]) for name, one in run.clients.items()}
+        received = {name: (dict(keys), 3) for name in run.names}
+        received["amiens"] = ({n: k for n, k in keys.items() if n != "evora"}, 3) if change == "roster" else (keys, 4)
+        sent = {name: one.share(*received[name]) for name, one in run.clients.items()}
         with pytest.raises(ValueError, match="shares from 'amiens' were not sealed for 'basel'"):
             run.clients["basel"].receive({n: sent[n]["basel"] for n in run.names if n != "basel"})
 
@@ -450,7 +450,7 @@ def test_keys_of_another_session_or_shape_are_refused() -> None:
         **{name: change(keys["basel"]) for name, change in CHANGES.items() if name not in ("last bit", "middle")},
     }
     for content in wrong.values():
-        for check in (run.server.keys, lambda told: run.server.check_advert("basel", told["basel"])):
+        for check in (run.server.keys, lambda adverts: run.server.check_advert("basel", adverts["basel"])):
             with pytest.raises(ValueError, match=r"the (advert|keys) of 'basel'"):
                 check(keys | {"basel": content})
     copied = keys["basel"][:32] + keys["cadiz"][32:]
@@ -491,10 +491,10 @@ def test_answers_of_others_and_of_other_sums_are_refused() -> None:
         "answer of 'basel' is of another sum, or": {"basel": answers["cadiz"]},
         "an answer from 'delft'": {"delft": answers["basel"]},
     }
-    for told, wrong in cases.items():
-        with pytest.raises(ValueError, match=told):
+    for message, wrong in cases.items():
+        with pytest.raises(ValueError, match=message):
             run.server.total(answers | wrong)
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             run.server.check_answer(*next(iter(wrong.items())))
     with pytest.raises(SumFailed, match="2 clients helped to unmask, 3 were needed"):
         run.server.total({name: answers[name] for name in ("amiens", "basel")})

@@ -54,12 +54,12 @@ def test_equal_ranks_partial_participation_and_coming_back(
     bases: dict[str, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     config = equal(bases["bert"], texts, name)
-    told: dict[tuple[int, str], Broadcast] = {}
+    broadcasts: dict[tuple[int, str], Broadcast] = {}
     learnt: dict[tuple[int, str], LocalResult] = {}
 
     def note(assignment: Assignment, result: LocalResult, round_num: int) -> LocalResult:
         if not assignment.broadcast.recipe.gradient:
-            told[round_num, assignment.client_id] = assignment.broadcast
+            broadcasts[round_num, assignment.client_id] = assignment.broadcast
             learnt[round_num, assignment.client_id] = result
         return result
 
@@ -71,16 +71,16 @@ def test_equal_ranks_partial_participation_and_coming_back(
         assert set(record["diagnostics"]) >= set(FIGURES)
     info = chosen(config).info
     if info.pooled:
-        assert {client for _, client in told} == {"all"}
+        assert {client for _, client in broadcasts} == {"all"}
         return
     returned = back_after_absence(config)
     assert returned, "the schedule holds no client that was away: choose another seed"
     for now, last, client in returned:
-        others = [c for r, c in told if r == now and c != client]
-        mine, (other,) = told[now, client], others
+        others = [c for r, c in broadcasts if r == now and c != client]
+        mine, (other,) = broadcasts[now, client], others
         if name not in KEEPS:
             # Whoever was away starts from the very same place as whoever was not.
-            same_start(mine, told[now, other])
+            same_start(mine, broadcasts[now, other])
         elif name in ("local", "fedsa_lora"):
             own = learnt[last, client].update
             for module, f in mine.adapter.items():

@@ -21,7 +21,7 @@ from fedspan.methods import METHODS
 from fedspan.runs import checkpoint
 from fedspan.runs.events import Event
 from fedspan.runs.execution import run, serve
-from fedspan.site.settings import Settings
+from fedspan.site.settings import SiteSettings
 from fedspan.site.site import Site
 from fedspan.wire import protocol
 
@@ -280,6 +280,13 @@ BAD: dict[str, tuple[Callable[[dict[str, Any], list[torch.Tensor]], None], str]]
     "many examples": (lambda head, tensors: head["update"].update(num_examples=1e9), "examples: it said"),
     "a place outside": (lambda head, tensors: head["update"]["dense"].update({"x": 10**6}), "damaged update"),
     "no update": (lambda head, tensors: head.pop("update"), "damaged update"),
+    "modules in a list": (lambda head, tensors: head["update"].update(modules=[]), "damaged update"),
+    "a scaling that is no number": (
+        lambda head, tensors: next(iter(head["update"]["modules"].values()))[""].__setitem__(2, "high"),
+        "damaged update",
+    ),
+    "a count without end": (lambda head, tensors: head.update(optimizer_bytes=float("inf")), "damaged update"),
+    "a time that no float holds": (lambda head, tensors: head.update(seconds=10**400), "damaged update"),
 }
 
 
@@ -382,7 +389,7 @@ def test_sites_with_files_of_their_own(bases: dict[str, Path], texts: Path, tmp_
     sites: dict[str, Site] = {}
     for name, file in zip(names, files, strict=True):
         config = settings(bases["bert"], file, federation=federation, data={"test": [str(sample)]})
-        sites[name] = Site(Settings(config, name, 4, own_data=True), tmp_path / name)
+        sites[name] = Site(SiteSettings(config, name, 4, own_data=True), tmp_path / name)
     transport = MemoryTransport({name: site.answer for name, site in sites.items()})
     history = serve(served, tmp_path / "run", lambda event: None, transport).history
     assert [record["rejected"] for record in history] == [{}, {}]
@@ -396,7 +403,7 @@ def test_a_site_whose_data_has_other_labels_is_left_out(bases: dict[str, Path], 
     fed = Federation(config, tmp_path)
     two = tiny.write_jsonl(tmp_path / "two.jsonl", [row for row in tiny.words() if row["label"] != "z"])
     odd = settings(bases["bert"], two, federation={"rounds": 1, "participation": 1.0})
-    fed.transport.handlers["node-0"] = Site(Settings(odd, "client-0", 4, own_data=True), tmp_path / "odd").answer
+    fed.transport.handlers["node-0"] = Site(SiteSettings(odd, "client-0", 4, own_data=True), tmp_path / "odd").answer
     assert fed.serve()[0]["num_clients"] == 3
     assert any("client-0 is left out: its model holds dense" in line for line in fed.lines)
 
@@ -578,8 +585,8 @@ def test_keys_are_exchanged_for_several_rounds_at_once(bases: dict[str, Path], t
     masked = {"secure_sums": True, "rounds_ahead": 4}
     config = settings(bases["bert"], texts, "ffa_lora", privacy=masked, federation=one)
     fed = Federation(config, tmp_path / "a")
-    trips = [record["round_trips"] for record in fed.serve()]
-    assert trips == [4, 2, 2, 2, 4, 2]
+    round_trips = [record["round_trips"] for record in fed.serve()]
+    assert round_trips == [4, 2, 2, 2, 4, 2]
     other = Federation(config, tmp_path / "b")
 
     def restart(event: Event) -> None:

@@ -10,7 +10,7 @@ import pytest
 from fedspan.config import Config
 from fedspan.site.errors import Refused
 from fedspan.site.message_checks import MessageChecks, RoundHeader
-from fedspan.site.settings import Settings
+from fedspan.site.settings import SiteSettings
 from fedspan.site.storage import SiteStorage
 from fedspan.site.sum_participant import SumParticipant
 from fedspan.wire import agreement
@@ -54,7 +54,7 @@ def test_a_refused_message_does_not_make_the_next_one_old() -> None:
 
 def test_a_sums_keys_serve_the_run_that_they_were_made_for(tmp_path: Path) -> None:
     """Under another run's name the record of unmasked sums would be another file, and empty."""
-    settings = Settings(Config(), "a")
+    settings = SiteSettings(Config(), "a")
     sums = SumParticipant(settings, "a", SiteStorage(tmp_path))
     sums.advertise(RoundHeader("r1", 0, 0, 0, 4, 2), "s", 1)
     for run, session in (("r2", "s"), ("../r1", "s"), ("r1", "t")):

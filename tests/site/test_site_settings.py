@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedspan.config import Config, to_toml
-from fedspan.site.settings import Settings
+from fedspan.site.settings import SiteSettings
 from fedspan.support.errors import FedspanError
 
 
@@ -22,9 +22,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(folder: Path, lines: str) -> Settings:
+def read(folder: Path, lines: str) -> SiteSettings:
     (folder / "site.toml").write_text(f'client_id = "clinic"\n{lines}\n')
-    return Settings.read(folder)
+    return SiteSettings.read(folder)
 
 
 def write_key(path: Path, key: Ed25519PrivateKey | X25519PrivateKey, password: bytes | None = None) -> None:

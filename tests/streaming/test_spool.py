@@ -182,8 +182,8 @@ def about(path: Path, **change: object) -> dict[str, object]:
     """The header's own description of the update, changed."""
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    told = json.loads(header["__metadata__"]["fedspan_update"])
-    return {"__metadata__": {"fedspan_update": json.dumps({**told, **change})}}
+    description = json.loads(header["__metadata__"]["fedspan_update"])
+    return {"__metadata__": {"fedspan_update": json.dumps({**description, **change})}}
 
 
 @pytest.mark.parametrize(
@@ -276,9 +276,9 @@ def test_a_server_step_over_a_spool_is_that_over_memory(tmp_path: Path, name: st
         modules = {n: Factors(draw(k, m, 2), draw(k + 9, 2, c), 8.0) for n, (m, c) in state.template.modules.items()}
         updates.append(Update(f"c{k}", k + 1.0, modules, {"head": draw(k, 3)}))
         Spool(tmp_path).add(updates[-1])
-    expected, told = aggregate(method, state, updates)
-    actual, said = aggregate(method, state, list(Spool(tmp_path)))
-    assert said == told
+    expected, expected_report = aggregate(method, state, updates)
+    actual, report = aggregate(method, state, list(Spool(tmp_path)))
+    assert report == expected_report
     for module, held in expected.modules.items():
         same(dict(actual.modules[module]), dict(held))
     same(dict(actual.dense), dict(expected.dense))

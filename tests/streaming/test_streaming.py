@@ -161,10 +161,10 @@ def test_servers_elsewhere_send_sums_of_plain_tensors(case: Case) -> None:
     updates = encoded(fed)
     asked: list[bool] = []
 
-    def ask(questions: Queries | None, dense: bool) -> Partial:
+    def ask(queries: Queries | None, dense: bool) -> Partial:
         asked.append(dense)
         parts = [
-            sum_pass(fed.method, fed.state, updates[i : i + 2], questions, dense=dense, block=1) for i in range(0, 6, 2)
+            sum_pass(fed.method, fed.state, updates[i : i + 2], queries, dense=dense, block=1) for i in range(0, 6, 2)
         ]
         assert all(not part.collected for part in parts)
         return merge(merge(parts[0], parts[1]), parts[2])
@@ -407,13 +407,13 @@ folder, slow = Path(sys.argv[1]), float(sys.argv[2])
 method = create("glora")
 state = method.init(Template({"x": (30, 20), "y": (16, 16)}, 3), {"head": torch.zeros(3)})
 
-def tell(progress):
+def report(progress):
     time.sleep(slow)
     if slow:
         print(progress.pass_num, progress.num_clients, flush=True)
 
 state, _ = streaming.aggregate_stream(method, state, Spool(folder / "spool"), block=4,
-    checkpoint=folder / "stream.safetensors", checkpoint_seconds=0, on_progress=tell)
+    checkpoint=folder / "stream.safetensors", checkpoint_seconds=0, on_progress=report)
 held = {f"{m}/{k}": v.contiguous() for m, t in state.modules.items() for k, v in t.items()}
 save_file(held | dict(state.dense), sys.argv[3])
 """
@@ -538,6 +538,6 @@ def test_streaming_needs_no_method_by_name() -> None:
     method = create("glora", server_rank=3)
     state = method.init(Template({"x": (8, 8)}, 2), {})
     updates = [Update(f"c{k}", 1.0, {"x": Factors(torch.randn(8, 2), torch.randn(2, 8), 1.0)}, {}) for k in range(4)]
-    after, told = aggregate_stream(method, state, updates)
+    after, report = aggregate_stream(method, state, updates)
     assert after.modules["x"]["u"].shape == (8, 3)
-    assert told["server_rank"] == 3
+    assert report["server_rank"] == 3

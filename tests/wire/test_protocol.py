@@ -70,6 +70,11 @@ def test_every_damaged_byte_is_found_or_harmless() -> None:
         (lambda t: t["tensors"][0].__setitem__(3, -64), "counts"),
         (lambda t: t["message"].update(schema=99), "schema 99"),
         (lambda t: t["message"].update(places=[[5]]), "damaged"),
+        (lambda t: t.update(message=[]), "damaged"),
+        (lambda t: t.update(tensors=7), "damaged"),
+        (lambda t: t["tensors"][0].__setitem__(0, []), "damaged"),
+        (lambda t: t["tensors"][0].__setitem__(1, [0, 10**30]), "damaged"),
+        (lambda t: t["message"].update(places={"0": [0]}), "damaged"),
     ],
 )
 def test_a_head_that_lies_is_refused(change: Callable[[dict[str, Any]], None], expected: str) -> None:

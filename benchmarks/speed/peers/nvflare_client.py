@@ -22,14 +22,14 @@ def main() -> None:
             break
         adapter = common.unflatten(np.asarray(model.params["adapter"]), held.shapes)
         result = held.train(client, model.current_round + 1, adapter)
-        told = {
+        report = {
             "train_loss": result.train_loss,
             "num_examples": result.num_examples,
             "started": result.started,
             "seconds": result.seconds,
         }
         # NVFlare weights by this entry, which its examples fill with steps; examples are what the others weight by.
-        meta = {"NUM_STEPS_CURRENT_ROUND": result.num_examples, "peer": json.dumps(told)}
+        meta = {"NUM_STEPS_CURRENT_ROUND": result.num_examples, "peer": json.dumps(report)}
         flare.send(flare.FLModel(params={"adapter": common.flatten(result.adapter)}, meta=meta))
 
 

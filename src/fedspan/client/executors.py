@@ -201,11 +201,11 @@ class ProcessExecutor:
 
     def _training_message(self, group: Sequence[Assignment], round_num: int, engine: str) -> MakeMessage:
         def message(held: set[int]) -> Message:
-            parcel = packing.TensorList()
+            packed = packing.TensorList()
             header: dict[str, Any] = {"work": "train", "round_num": round_num, "engine": engine}
-            header["clients"] = [self._shared_payloads.assignment(parcel, held, a) for a in group]
+            header["clients"] = [self._shared_payloads.assignment(packed, held, a) for a in group]
             header["forget"] = self._shared_payloads.forget(held)
-            return header, parcel.tensors
+            return header, packed.tensors
 
         return message
 
@@ -234,13 +234,13 @@ class ProcessExecutor:
 
     def _evaluation_message(self, task: EvaluationTask, indices: Sequence[int], max_new_tokens: int) -> MakeMessage:
         def message(held: set[int]) -> Message:
-            parcel = packing.TensorList()
+            packed = packing.TensorList()
             header: dict[str, Any] = {"work": "evaluate", "split": task.split, "max_new_tokens": max_new_tokens}
-            header["rows"] = None if task.rows is None else parcel.put(torch.as_tensor(task.rows))
-            header["indices"] = parcel.put(torch.tensor(indices))
-            header["broadcast"] = self._shared_payloads.broadcast(parcel, held, task.broadcast)
+            header["rows"] = None if task.rows is None else packed.put(torch.as_tensor(task.rows))
+            header["indices"] = packed.put(torch.tensor(indices))
+            header["broadcast"] = self._shared_payloads.broadcast(packed, held, task.broadcast)
             header["forget"] = self._shared_payloads.forget(held)
-            return header, parcel.tensors
+            return header, packed.tensors
 
         return message
 
@@ -303,8 +303,8 @@ class _Worker:
         began = time.perf_counter()
         results = cohort.work(context.model, context.data["train"], group, settings, header["round_num"])
         seconds = time.perf_counter() - began
-        parcel = packing.TensorList()
-        return {"results": [put_result(parcel, x) for x in results], "seconds": seconds}, parcel.tensors
+        packed = packing.TensorList()
+        return {"results": [put_result(packed, x) for x in results], "seconds": seconds}, packed.tensors
 
     def _evaluate(self, header: Mapping[str, Any], tensors: Sequence[Tensor]) -> Message:
         rows = None if header["rows"] is None else tensors[header["rows"]].numpy()

@@ -53,7 +53,7 @@ class SharedPayloads:
         held -= gone
         return sorted(gone)
 
-    def broadcast(self, parcel: packing.TensorList, held: set[int], b: Broadcast) -> dict[str, Any]:
+    def broadcast(self, packed: packing.TensorList, held: set[int], b: Broadcast) -> dict[str, Any]:
         """Return a broadcast's description, with the parts that this process does not hold yet.
 
         Parameters
@@ -67,15 +67,15 @@ class SharedPayloads:
             number, _ = self._numbers[id(part)]
             new = number not in held
             held.add(number)
-            header[name] = [number, put(parcel, part) if new else None]
+            header[name] = [number, put(packed, part) if new else None]
         return header
 
-    def assignment(self, parcel: packing.TensorList, held: set[int], a: Assignment) -> dict[str, Any]:
+    def assignment(self, packed: packing.TensorList, held: set[int], a: Assignment) -> dict[str, Any]:
         """Return an assignment's description."""
         return {
             "client_id": a.client_id,
-            "broadcast": self.broadcast(parcel, held, a.broadcast),
-            "rows": parcel.put(torch.as_tensor(a.rows)),
+            "broadcast": self.broadcast(packed, held, a.broadcast),
+            "rows": packed.put(torch.as_tensor(a.rows)),
             "steps": a.steps,
             "weight": a.weight,
             "secret": a.secret,
@@ -112,15 +112,15 @@ class PayloadCache:
         return Assignment(header["client_id"], sent, rows, header["steps"], header["weight"], header["secret"])
 
 
-def put_result(parcel: packing.TensorList, result: LocalResult) -> dict[str, Any]:
+def put_result(packed: packing.TensorList, result: LocalResult) -> dict[str, Any]:
     """Return the description of a client's result."""
     update = result.update
     return {
         "client_id": update.client_id,
         "num_examples": update.num_examples,
-        "modules": packing.put_payloads(parcel, update.modules),
-        "dense": packing.put_dense(parcel, update.dense),
-        "moments": packing.put_dense(parcel, update.moments),
+        "modules": packing.put_payloads(packed, update.modules),
+        "dense": packing.put_dense(packed, update.dense),
+        "moments": packing.put_dense(packed, update.moments),
         "rate_sum": update.rate_sum,
         "train_loss": result.train_loss,
         "steps": result.steps,

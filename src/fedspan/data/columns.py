@@ -230,7 +230,7 @@ def _number(value: Any) -> float | None:
     """Return `value` as a finite number, or None."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # an integer of JSON may be larger than any float
         return None
     return number if math.isfinite(number) else None
 

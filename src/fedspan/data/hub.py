@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedspan.data.tables import Table
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, one_line
 
 
 def read_splits(
@@ -54,7 +54,7 @@ def _loaded(name: str, subset: str | None, label: str) -> Any:
         return datasets.load_dataset(name, subset)
     # The library, the hub client and the network raise a dozen unrelated types.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)[:200]
         raise FedspanError(
             f"dataset {label} could not be read: {reason}; without a network give local files: data.train and data.test"
         ) from None

@@ -10,7 +10,6 @@ import csv
 import gzip
 import io
 import json
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, one_line
 from fedspan.support.suggest import nearest
 
 _T = TypeVar("_T")
@@ -212,14 +211,7 @@ def _with_npz(path: Path, read: Callable[[Any], _T]) -> _T:
             return read(arrays)
     except OSError as error:
         raise FedspanError(f"cannot read {path}: {error.strerror or error}") from None
-    # A single .npy array is no context manager, hence the TypeError and AttributeError.
-    except (
-        ValueError,
-        EOFError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise FedspanError(f"{path} is not a readable npz of plain arrays: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        # The zip file, its compression and the headers, which numpy parses as Python literals, each fail in errors of
+        # their own (BadZipFile, zlib.error, TokenError, MemoryError, …); a single .npy array is no context manager.
+        raise FedspanError(f"{path} is not a readable npz of plain arrays: {one_line(error)}") from None

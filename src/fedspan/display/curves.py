@@ -18,7 +18,7 @@ _LEVELS = (("base", "untouched base", (1, 2)), ("local", "average client alone",
 class _Run:
     folder: Path
     summary: Mapping[str, Any]
-    """Empty while the run is unfinished."""
+    """The run's summary; empty while the run is unfinished."""
     history: Sequence[Mapping[str, Any]]
 
     def evaluated(self, metric: str) -> list[Mapping[str, Any]]:

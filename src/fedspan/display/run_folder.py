@@ -23,6 +23,9 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     summary = folder / "summary.json"
     try:
         rounds = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]
-        return json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}, rounds
+        result = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise FedspanError(f"{folder}: metrics.jsonl or summary.json is damaged ({error})") from None
+    if not all(isinstance(entry, dict) for entry in (result, *rounds)):
+        raise FedspanError(f"{folder}: metrics.jsonl or summary.json is damaged: expected JSON objects")
+    return result, rounds

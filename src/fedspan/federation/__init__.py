@@ -1,1 +1,1 @@
-"""One round of a federation: its clients, what they are asked, and what a configuration demands of its method."""
+"""One round of a federation: its clients, what they are asked, and what a configuration requires of its method."""

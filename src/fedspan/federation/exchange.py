@@ -13,7 +13,7 @@ from fedspan.federation.clients import Client
 from fedspan.methods.base import Method
 from fedspan.methods.folds import Exchange, Partial
 from fedspan.methods.messages import Broadcast, ClientState, Template, Update, Vector
-from fedspan.privacy.layout import Layout
+from fedspan.privacy.sum_layout import SumLayout
 from fedspan.wire.precision import Precision, rounded_update
 from fedspan.wire.sizes import payload_tensors
 
@@ -95,7 +95,9 @@ class Sites(Protocol):
     def ask(self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor) -> Iterator[Answer]:
         """Yield every client's answer, or its problem, in the order in which they are to be folded."""
 
-    def sum(self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor, layout: Layout) -> Summed:
+    def sum(
+        self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor, layout: SumLayout
+    ) -> Summed:
         """Return the sum of the answers, without the answers: by secure sums, or by their arithmetic."""
 
     def states(self) -> Mapping[str, ClientState]:

@@ -1,4 +1,4 @@
-"""The demands of a configuration on its method, checked before any data is read."""
+"""The requirements of a configuration on its method, checked before any data is read."""
 
 from __future__ import annotations
 

@@ -12,11 +12,11 @@ from fedspan.client.training import LocalResult
 from fedspan.federation.clients import Client
 from fedspan.federation.exchange import Answer, Question, Sites, Work, begin, unlearnt
 from fedspan.federation.simulated import SimulatedClients
-from fedspan.federation.tally import Tally
+from fedspan.federation.tally import RoundTally
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, ClientState, Request, Update
-from fedspan.privacy.layout import Layout
+from fedspan.privacy.sum_layout import SumLayout
 from fedspan.robust import Screen
 from fedspan.support.errors import FedspanError
 from fedspan.wire.sizes import broadcast_bytes
@@ -163,7 +163,7 @@ class _Round:
         """Results of training and what they started from; filled only where the round is observed."""
         self.started: Broadcast | None = None
         """The broadcast that the client of largest rank would have started training from, for the layout of sums."""
-        self.tally = Tally()
+        self.tally = RoundTally()
 
     def exchange(self, number: int, clients: Sequence[Client], place: tuple[int, int], again: bool) -> list[Client]:
         """Ask the clients, fold their answers, and return the clients whose answers were valid.
@@ -306,7 +306,7 @@ class _Round:
             self.losses = dict.fromkeys(self.losses, summed.train_loss)
         return [answer.client for answer in valid]
 
-    def _layout(self, question: Question, clients: Sequence[Client], broadcasts: _Broadcasts) -> Layout:
+    def _layout(self, question: Question, clients: Sequence[Client], broadcasts: _Broadcasts) -> SumLayout:
         """Return the layout that all clients' updates share, found by encoding an update that learnt nothing.
 
         The client of largest rank is taken: the others' updates fit into the layout of its own.
@@ -317,7 +317,7 @@ class _Round:
             # With `again`, the answer is about what was trained from the broadcast before, not from this one.
             self.started = started
         learnt = unlearnt(self.state.template, self.started or started)
-        return Layout.of(self.method.encode(learnt, started, None)[0])
+        return SumLayout.of(self.method.encode(learnt, started, None)[0])
 
 
 @dataclass(slots=True)
@@ -327,7 +327,7 @@ class _Broadcasts:
     method: Method
     state: ServerState
     seen: Mapping[str, int]
-    tally: Tally
+    tally: RoundTally
     made: dict[Request, Broadcast] = field(default_factory=dict)
 
     def broadcast(self, client: Client) -> Broadcast:

@@ -12,8 +12,8 @@ from fedspan.federation.clients import Client
 from fedspan.federation.exchange import WINDOW, Answer, BroadcastFor, Question, Summed, Work, begin, respond
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, ClientState
-from fedspan.privacy.layout import Layout
 from fedspan.privacy.running_sum import SumSettings
+from fedspan.privacy.sum_layout import SumLayout
 from fedspan.wire.precision import EXACT, Precision, rounded_broadcast
 
 
@@ -62,11 +62,13 @@ class SimulatedClients:
         ):
             encoded = self._encoded(question, answer)
             if encoded.problem is None and question.keep:
-                # As it was trained: the next exchange encodes the same result anew.
+                # As it was trained: the next exchange encodes the same result again, in its own form.
                 self._learnt[answer.client.client_id] = answer
             yield encoded
 
-    def sum(self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor, layout: Layout) -> Summed:
+    def sum(
+        self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor, layout: SumLayout
+    ) -> Summed:
         """Return the sum of the answers in fixed point; each is flattened, added and forgotten."""
         if self.total is None:
             raise TypeError("SimulatedClients.sum without `total`: expected SumSettings")

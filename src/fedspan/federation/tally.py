@@ -15,7 +15,7 @@ from fedspan.wire.sizes import partial_bytes, state_bytes
 
 
 @dataclass(slots=True)
-class Tally:
+class RoundTally:
     """The costs and events of a round, added up as it goes.
 
     Server time is work of the server alone: broadcasts, folds, filters and steps. The time spent waiting for clients

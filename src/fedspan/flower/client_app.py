@@ -1,7 +1,7 @@
 """A site's ClientApp: unpacks a message, passes its bytes to the site's worker, and packs the worker's answer.
 
-It imports neither torch nor a model: Flower may start it anew for every message. `app` also runs under Flower's own
-`flower-superexec`; `fedspan.flower.client_app_process` keeps it loaded between messages.
+It imports neither torch nor a model: Flower may start a new process for every message. `app` also runs under Flower's
+own `flower-superexec`; `fedspan.flower.client_app_process` keeps it loaded between messages.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
 from fedspan.flower import records
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, one_line
 from fedspan.wire import unix_socket
 
 SITE = "FEDSPAN_SITE"
@@ -54,7 +54,7 @@ def client_app(call: Call = unix_socket.call, site: Path | None = None, deadline
 
 def refusal(message: Message, reason: object) -> Message:
     """Return a reply that holds no answer, only the reason in one line."""
-    error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, records.one_line(reason))
+    error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, one_line(reason))
     return Message(error, reply_to=message)
 
 

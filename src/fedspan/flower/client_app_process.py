@@ -86,7 +86,9 @@ class TaskLoop:
         try:
             reply = self._app(message, context)
         except BaseException as error:
-            if not isinstance(error, Exception):  # a signal ends this process: spare the server a wait in vain
+            if not isinstance(
+                error, Exception
+            ):  # a signal ends this process: the server need not wait for its deadline
                 self._runtime.stop_retrying()
                 with suppress(Exception):
                     self._runtime.push(refusal(message, "the site is being shut down"), context)

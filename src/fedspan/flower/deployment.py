@@ -183,7 +183,9 @@ def renew_keys(site: Path) -> tuple[str, str]:
         client_id = tomllib.loads((site / "site.toml").read_text(encoding="utf-8"))["client_id"]
         known = json.loads((site / "sites.json").read_text(encoding="utf-8"))
         comment = (site / "node.pub").read_text(encoding="utf-8").split()[-1]
-    except (OSError, ValueError, KeyError, IndexError):
+        if not isinstance(client_id, str) or not isinstance(known, dict):
+            raise TypeError
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
         raise FedspanError(f"{site} is not a site's folder: expected one made by `fedspan flower init`") from None
     node, identity = certificates.node_key(comment), certificates.identity_key()
     known[client_id] = identity.public.decode()

@@ -17,7 +17,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPu
 
 from fedspan.flower import records
 from fedspan.flower.backoff import shorten_pull_backoff
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, one_line
 from fedspan.wire.transport import Delivery
 
 PATIENCE = 60.0
@@ -83,7 +83,7 @@ class GridTransport:
         try:
             accepted = self._retry(lambda: list(self._grid.push_messages([message])))
         except _TRANSIENT as error:
-            accepted, problem = [], f"{problem} ({records.one_line(error)})"
+            accepted, problem = [], f"{problem} ({one_line(error)})"
         if accepted and accepted[0]:
             return accepted[0], None
         return f"unsent-{next(self._count)}", problem
@@ -104,7 +104,7 @@ class GridTransport:
         except _TRANSIENT as error:
             self._failing_since = self._failing_since or self.now()
             if self.now() - self._failing_since > PATIENCE:
-                raise ConnectionError(f"the SuperLink gives no answers ({records.one_line(error)})") from None
+                raise ConnectionError(f"the SuperLink gives no answers ({one_line(error)})") from None
             return arrived
         self._failing_since = None
         for reply in replies:
@@ -148,10 +148,10 @@ def _delivery(ticket: str, node: str, reply: Message) -> Delivery:
     try:
         return Delivery(ticket, node, records.unpack(reply)[0])
     except FedspanError as error:
-        return Delivery(ticket, node, None, records.one_line(error))
+        return Delivery(ticket, node, None, one_line(error))
 
 
 def _reason(error: Error) -> str:
     if error.code in _REASONS:
         return _REASONS[error.code]
-    return records.one_line(error.reason or f"Flower's error {error.code}")
+    return one_line(error.reason or f"Flower's error {error.code}")

@@ -22,7 +22,7 @@ from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, one_line
 
 _UNREGISTERED = "unregistered"
 _PATIENCE = 60.0
@@ -92,7 +92,7 @@ def read_keys(folder: Path) -> dict[str, bytes]:
 def synchronise(client: ControlHttpClient, wanted: Mapping[str, bytes]) -> tuple[list[str], list[str]]:
     """Register the nodes with these keys and unregister all others; return the names of both."""
     known = {node.public_key: node for node in nodes(client)}
-    # Unregister first: a key that moved to another site is then registered anew under that site's name.
+    # Unregister first: a key that moved to another site is then registered under that site's name.
     removed = [node for key, node in known.items() if key not in wanted.values()]
     for node in removed:
         client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _wait_for_superlink(client)
         added, removed = synchronise(client, wanted)
     except (FedspanError, OSError, httpx.HTTPError) as error:
-        raise SystemExit(f"error: {' '.join(str(error).split())}") from None
+        raise SystemExit(f"error: {one_line(error)}") from None
     for name in added:
         sys.stdout.write(f"registered {name}\n")
     for name in removed:

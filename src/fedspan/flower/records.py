@@ -56,8 +56,3 @@ def unpack(message: Message) -> tuple[bytes, float]:
         kind = None if array is None else array.stype
         raise FedspanError(f"a message's content has the type {kind!r}: expected {SERIALISATION!r}")
     return array.data, lifetime
-
-
-def one_line(error: object) -> str:
-    """Return an error's text in one line."""
-    return " ".join(str(error).split()) or type(error).__name__

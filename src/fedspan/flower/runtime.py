@@ -30,7 +30,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from fedspan.flower.backoff import FIRST
-from fedspan.flower.records import one_line
+from fedspan.support.errors import one_line
 
 PATIENCE = 20.0
 """Seconds after which a SuperNode that does not respond counts as unreachable."""

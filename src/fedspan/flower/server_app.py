@@ -21,10 +21,9 @@ from flwr.serverapp import Grid, ServerApp
 from fedspan import config as settings
 from fedspan.flower.grid_transport import GridTransport
 from fedspan.flower.log_levels import without_traceback
-from fedspan.flower.records import one_line
 from fedspan.runs import execution
 from fedspan.runs.events import Event
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, one_line
 
 SERVER_DIR = "FEDSPAN_SERVER_DIR"
 PATIENCE = 20.0

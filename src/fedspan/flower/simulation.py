@@ -25,7 +25,7 @@ from fedspan.runs import execution
 from fedspan.runs.events import OnEvent
 from fedspan.runs.execution import Result
 from fedspan.site.loading import Loaded
-from fedspan.site.settings import Settings
+from fedspan.site.settings import SiteSettings
 from fedspan.site.site import Site
 from fedspan.support.errors import FedspanError
 
@@ -111,7 +111,7 @@ class SimulatedSites:
         """Return the site with that position in the sorted client ids; created at the first call."""
         client_id = self._clients[number].client_id
         if client_id not in self._sites:
-            self._sites[client_id] = Site(Settings(self.config, client_id), self.folder / client_id, self._loaded)
+            self._sites[client_id] = Site(SiteSettings(self.config, client_id), self.folder / client_id, self._loaded)
         return self._sites[client_id]
 
 

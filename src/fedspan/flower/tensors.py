@@ -14,10 +14,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedspan.flower.records import one_line
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, Factors, Payload, Recipe, Template, Tensors, Update
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, one_line
 
 ARRAYS, CONFIG, METRICS = "arrays", "fedspan", "metrics"
 _PAIRS = ((".lora_A.weight", ".lora_B.weight"), ("/a", "/b"))
@@ -260,8 +259,10 @@ def _tensor(name: str, array: Array) -> Tensor:
             raise FedspanError("expected a plain array in C order")
         body = array.data[stream.tell() :]
         return torch.from_numpy(np.frombuffer(body, dtype).reshape(shape).copy())
-    except (ValueError, KeyError, TypeError) as error:
-        raise FedspanError(f"{name} cannot be read ({error})") from None
+    except Exception as error:
+        # numpy parses the header, which anyone may have written, as a Python literal: a bad one ends in a TokenError,
+        # a MemoryError or other errors without a common base, and none of them may end the run.
+        raise FedspanError(f"{name} cannot be read ({one_line(error)})") from None
 
 
 def _values(message: Message) -> dict[str, Tensor]:

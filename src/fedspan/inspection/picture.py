@@ -74,7 +74,7 @@ def _panel(
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25, linewidth=0.6)
     if drawn:
-        # Rounding is drawn as nothing, not as a curve.
+        # With at least 1 on the axis, rounding errors look like zero and not like a curve.
         axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
         axes.legend(frameon=False, loc="best", fontsize=8)
     else:

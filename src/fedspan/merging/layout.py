@@ -20,7 +20,7 @@ from fedspan.support.errors import FedspanError
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What all clients' adapters have in common, beside the shapes in the template."""
+    """The properties that all clients' adapters share: the template's shapes, names, heads and storage."""
 
     template: Template
     adapter_name: str = "default"

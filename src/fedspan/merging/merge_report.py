@@ -65,7 +65,7 @@ class MergeReport:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What was kept and lost, module by module; norms, not shares."""
+    """The directions kept and the norms lost, module by module, added up as the merge goes."""
 
     kept: dict[str, int]
     full: dict[str, int]

@@ -5,7 +5,7 @@ Shapes: X_k (m, n) of rank r_k, c = Σ r_k; U (m, R) orthonormal, C (R, n); l = 
 One rule by shape, `prefers_exact`: while c, m or n is small, or R is not small beside all three, the exact algebra of
 `fedspan.algebra.lowrank` is also the cheapest, at O(c²(m+n)). Above, U comes from a block Krylov space of two blocks
 (Musco and Musco 2015, 1504.05477), which costs no product more than one power step of a randomized range finder does,
-since the results for both blocks are at hand: of T and Tᵀ for the energy; of the projector sum, by a Nyström
+since the results for both blocks are known by then: of T and Tᵀ for the energy; of the projector sum, by a Nyström
 approximation (Gittens and Mahoney 2016, 1303.1849), for the consensus. Both are query procedures, of O(c(m+n)l) work
 and O((m+n)l) memory. What they lose is estimated, without bias, from Gaussian probes that are part of the
 last query. Test matrix and probes have a key of their own, so a result does not depend on any other draw.

@@ -149,7 +149,7 @@ def load_base(
     if pad_token_id is not None:
         # A decoder classifies from the last token that is not padding, which it recognises by its id alone.
         model.config.pad_token_id = pad_token_id
-    # A head of another size is drawn anew, and counts as missing.
+    # A head of another size is drawn at random, and counts as missing.
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info.get("mismatched_keys", ())}
     return model, set(info["missing_keys"]) | mismatched
 

@@ -14,7 +14,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from fedspan.methods import METHODS
 from fedspan.support.errors import FedspanError
 
-Quantise = Literal["none", "int8", "nf4"]
 _BLOCK = 64
 _LARGEST_CODE = 127
 

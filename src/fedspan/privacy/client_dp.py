@@ -93,13 +93,13 @@ def with_client_dp(
     reason = refusal(method)
     if reason is not None:
         raise FedspanError(f"client-level privacy: {method.info.name}: {reason}")
-    rule = _Rule(method, clip, noise_multiplier, expected, secret)
+    rule = _ClientDP(method, clip, noise_multiplier, expected, secret)
     info = replace(method.info, title=f"{method.info.title} + client-level DP", exact=False)
     return replace(method, info=info, encode=rule.encode, finish=rule.finish, vector=None, finish_by_queries=None)
 
 
 @dataclass(frozen=True, slots=True)
-class _Rule:
+class _ClientDP:
     """The method's `encode` and `finish` with clipping before the one and noise before the other."""
 
     method: Method

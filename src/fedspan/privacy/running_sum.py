@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Update
 from fedspan.privacy.fixed_point import FixedPoint, Words
-from fedspan.privacy.layout import Layout
+from fedspan.privacy.sum_layout import SumLayout
 from fedspan.support.errors import FedspanError
 
 
@@ -23,7 +23,7 @@ class SumSettings:
     run: str = ""
     """Names the run in the sums' sessions."""
 
-    def begin(self, layout: Layout, num_clients: int) -> RunningSum:
+    def begin(self, layout: SumLayout, num_clients: int) -> RunningSum:
         """Begin a sum over at most `num_clients` clients."""
         return RunningSum(self, layout, num_clients)
 
@@ -37,7 +37,7 @@ class RunningSum:
     """One sum while clients are added to it."""
 
     settings: SumSettings
-    layout: Layout
+    layout: SumLayout
     num_clients: int
     vectors: dict[str, Words] = field(default_factory=dict)
     total: Words | None = None

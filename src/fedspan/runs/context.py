@@ -27,6 +27,7 @@ from fedspan.privacy.secret_file import secret_of
 from fedspan.runs.events import Event, OnEvent
 from fedspan.server.coordinator import Coordinator
 from fedspan.support.errors import FedspanError
+from fedspan.wire import agreement
 from fedspan.wire.transport import Transport
 
 
@@ -103,7 +104,8 @@ class RunContext:
         initial_dense = model.dense()
         if coordinator is not None:
             # Last, since it needs the base: sites with another base are turned away before the first round.
-            clients = coordinator.agree(model.digest(), _shapes(model, initial_dense), initial_dense, clients)
+            shapes = agreement.shapes(model.modules(), initial_dense)
+            clients = coordinator.agree(model.digest(), shapes, initial_dense, clients)
         return cls(
             config=config,
             method=method,
@@ -166,12 +168,6 @@ def _check_min_success(min_success: int, num_sampled: int) -> None:
         raise FedspanError(
             f"federation.min_success = {min_success}, but only {num_sampled} clients are sampled per round"
         )
-
-
-def _shapes(model: FederatedModel, dense: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
-    """Return the shapes that the server and its sites must agree on, under names that tell apart the two kinds."""
-    shapes = {name: list(shape) for name, shape in model.modules().items()}
-    return shapes | {f"dense {name}": list(t.shape) for name, t in dense.items()}
 
 
 def _ledgers(privacy: PrivacyConfig, batch_size: int, out: Path) -> ExampleLedgers | None:

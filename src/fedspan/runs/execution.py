@@ -126,7 +126,7 @@ def serve(config: Config, out: StrPath, on_event: OnEvent, transport: Transport)
 
 
 def _execute(context: RunContext, main: MethodRun) -> Result:
-    """Do everything that is not done yet, from wherever the folder stands."""
+    """Do the part of the run that the folder shows to be unfinished."""
     with closing(context):
         began = time.perf_counter()
         if context.coordinator is not None:

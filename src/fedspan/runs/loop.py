@@ -18,13 +18,13 @@ from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, Request
 from fedspan.robust import screen
 from fedspan.runs import checkpoint
-from fedspan.runs.budget import PrivacyBudget, create_budget
 from fedspan.runs.checkpoint import Checkpoint
 from fedspan.runs.context import RunContext
 from fedspan.runs.engine_choice import EngineChoice, choose_engine, engine_used
 from fedspan.runs.history import write_history
-from fedspan.runs.local_work import LocalWork, steps_of
+from fedspan.runs.privacy_budget import PrivacyBudget, create_budget
 from fedspan.runs.scoring import personal_metrics
+from fedspan.runs.simulated_work import SimulatedWork, steps_of
 from fedspan.support import parallel
 from fedspan.wire.precision import Precision
 
@@ -52,7 +52,7 @@ class MethodRun:
 
     @classmethod
     def open(cls, context: RunContext, phase: str, method: Method, clients: list[Client]) -> MethodRun:
-        """Start a method over these clients, or go on from its checkpoint where there is one.
+        """Start a method over these clients, or continue from its checkpoint where there is one.
 
         Raises
         ------
@@ -169,7 +169,7 @@ class MethodRun:
             sampled = self._sampled(self.saved.state.round_num)
             steps = {cohort[0].client_id: sum(steps_of(config.local, sampled).values())}
         weighting = config.federation.weighting
-        work = LocalWork(context.executor, self.engine.name, weighting, steps, self.budget.charge)
+        work = SimulatedWork(context.executor, self.engine.name, weighting, steps, self.budget.charge)
         # Sums travel as fixed-point words, which are not rounded a second time.
         up = "float32" if context.total else config.wire.up
         return SimulatedClients(

@@ -17,10 +17,9 @@ from fedspan.privacy.fixed_point import Words
 from fedspan.server.requests import Problem, Reply
 from fedspan.wire import protocol
 from fedspan.wire.precision import Kind, packed_bytes
+from fedspan.wire.protocol import DAMAGED
 from fedspan.wire.sizes import payload_tensors
 
-DAMAGED = (ValueError, KeyError, TypeError, IndexError)
-"""The errors of reading a head that lies about its content."""
 _MOMENTS = "moments/"
 _Shapes = Mapping[str, tuple[int, ...]]
 
@@ -42,7 +41,7 @@ class AnswerChecks:
     initial: Tensors
     """Heads and trained weights of the untouched base."""
     results: dict[int, Update]
-    """By rank, an update of the shapes that training, or a gradient, last came to. Shared by the exchanges of a round,
+    """By rank, an update of the shapes of the last training result, or gradient. Shared by the exchanges of a round,
     since a later one may ask about the same result in another form."""
     weighting: str
     """`federation.weighting`."""

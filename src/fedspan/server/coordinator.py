@@ -21,7 +21,7 @@ from fedspan.methods.base import Method
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, ClientState, Tensors, Update
 from fedspan.privacy.fixed_point import FixedPoint
-from fedspan.privacy.layout import Layout
+from fedspan.privacy.sum_layout import SumLayout
 from fedspan.server.checks import AnswerChecks, unusable
 from fedspan.server.masked_sums import MaskedSums
 from fedspan.server.registry import SiteRegistry
@@ -63,7 +63,7 @@ class Coordinator:
         self._initial: Tensors = {}
         self._results: dict[int, Update] = {}
         self._needed = 0
-        """Answers that the round at hand needs."""
+        """Answers that the current round needs."""
 
     def gather(self) -> list[Client]:
         """Wait for the federation's sites and return their clients, in the order of their ids.
@@ -134,7 +134,9 @@ class Coordinator:
             yield from answers
             yield from absent.values()
 
-    def sum(self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor, layout: Layout) -> Summed:
+    def sum(
+        self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor, layout: SumLayout
+    ) -> Summed:
         """Return the sum of the answers; under masks the server sees nothing else.
 
         Raises
@@ -171,7 +173,7 @@ class Coordinator:
         question: Question,
         ready: Sequence[Client],
         broadcast_for: BroadcastFor,
-        layout: Layout,
+        layout: SumLayout,
         collector: SumCollector,
     ) -> dict[str, Answer]:
         """Ask for the parts of a sum and add those that are right; return the answers of the clients in it."""

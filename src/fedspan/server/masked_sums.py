@@ -17,10 +17,10 @@ from fedspan.federation.clients import Client
 from fedspan.federation.exchange import Question
 from fedspan.privacy.fixed_point import FixedPoint, Words
 from fedspan.privacy.running_sum import SumSettings
-from fedspan.server.checks import DAMAGED
 from fedspan.server.requests import Problem, Reply, Requests
+from fedspan.support.errors import one_line
 from fedspan.wire import protocol
-from fedspan.wire.protocol import MessageTensors
+from fedspan.wire.protocol import DAMAGED, MessageTensors
 
 if TYPE_CHECKING:  # these need the extra `secure`
     from fedspan.privacy.aggregator import Aggregator
@@ -75,7 +75,7 @@ class MaskedSums:
         self._setup: KeySetup | None = None
 
     def begin(self, question: Question, heading: Heading, clients: Sequence[Client], num_words: int) -> MaskedSum:
-        """Begin the sum of an exchange, after setting up keys where there are none for this round.
+        """Begin the sum of an exchange, after setting up keys where this round has none.
 
         Parameters
         ----------
@@ -247,6 +247,6 @@ def _read_all(
         try:
             result = read(client_id, reply)
         except DAMAGED as error:
-            yield client_id, Problem(" ".join(str(error).split()))
+            yield client_id, Problem(one_line(error))
         else:
             yield client_id, result

@@ -16,7 +16,7 @@ from fedspan.config import DeploymentConfig, FederationConfig
 from fedspan.federation.clients import Client
 from fedspan.methods.base import Method
 from fedspan.server.greeting import Greeting
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, one_line
 from fedspan.support.files import write_bytes
 from fedspan.wire import agreement, protocol
 from fedspan.wire.transport import Delivery, Transport
@@ -220,7 +220,7 @@ class SiteRegistry:
             greeting = Greeting.read(delivery)
             self._compare(greeting)
         except FedspanError as error:
-            self._refuse(node, " ".join(str(error).split()))
+            self._refuse(node, one_line(error))
             return
         client = Client(greeting.client_id, greeting.rank, _NO_ROWS, _NO_ROWS, greeting.num_examples)
         self._refused.pop(node, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fedspan.federation.exchange import Question
 from fedspan.server.registry import SiteRegistry
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, one_line
 from fedspan.wire import protocol
 from fedspan.wire.transport import Delivery
 
@@ -36,6 +35,7 @@ class Problem:
     robust filters count wrong answers among the clients that they must be prepared for, and not missing ones."""
 
 
+_MAX_SECONDS = 1e9
 NOT_CONNECTED = Problem("is not connected", absent=True)
 
 
@@ -127,7 +127,7 @@ class Requests:
         if header.get("client_id") != client_id:
             return Problem(f"answered as {header.get('client_id')!r}")
         if "problem" in header:
-            return Problem(" ".join(str(header["problem"]).split()))
+            return Problem(one_line(header["problem"]))
         mismatch = self._mismatch(question, header)
         return Reply(header, tensors) if mismatch is None else Problem(mismatch)
 
@@ -148,4 +148,5 @@ class Requests:
 
 def _busy_seconds(header: Mapping[str, Any]) -> float:
     seconds = header.get("seconds", 0.0)
-    return float(seconds) if isinstance(seconds, int | float) and math.isfinite(seconds) else 0.0
+    # Bounded by a comparison, which is exact for any integer: one of 400 digits cannot be made a float.
+    return float(seconds) if isinstance(seconds, int | float) and 0 <= seconds <= _MAX_SECONDS else 0.0

@@ -15,7 +15,7 @@ from fedspan.federation import requirements
 from fedspan.federation.clients import Client, make_clients
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Tensors
-from fedspan.site.settings import Settings
+from fedspan.site.settings import SiteSettings
 from fedspan.support.errors import FedspanError
 
 
@@ -38,7 +38,7 @@ class Loaded:
         return cls(context, context.model.dense(), context.model.digest())
 
 
-def client_of(settings: Settings, corpus: Corpus) -> Client:
+def client_of(settings: SiteSettings, corpus: Corpus) -> Client:
     """Return the client that a site's settings describe, with its rows of the data.
 
     Raises
@@ -49,7 +49,7 @@ def client_of(settings: Settings, corpus: Corpus) -> Client:
     return _with_own_data(settings, corpus) if settings.own_data else _in_partition(settings, corpus)
 
 
-def _in_partition(settings: Settings, corpus: Corpus) -> Client:
+def _in_partition(settings: SiteSettings, corpus: Corpus) -> Client:
     """Return the client of this name in the federation's partition of the data."""
     config = settings.config
     partitioned = make_clients(corpus, config.federation, config.seed, config.data.client_holdout)
@@ -60,7 +60,7 @@ def _in_partition(settings: Settings, corpus: Corpus) -> Client:
     return client if settings.rank is None else replace(client, rank=settings.rank)
 
 
-def _with_own_data(settings: Settings, corpus: Corpus) -> Client:
+def _with_own_data(settings: SiteSettings, corpus: Corpus) -> Client:
     """Return a client to which all of the data belongs, except for the part that it keeps back for evaluation."""
     config, rank = settings.config, settings.rank
     if rank is None:

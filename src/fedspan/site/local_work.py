@@ -101,7 +101,7 @@ class LocalWork:
         """
         sent = self._received(message, header, tensors, question)
         if question.place[0] == 0:
-            # Read anew in every round: after a lost answer the state in memory is ahead of the one that counts.
+            # Read from disk in every round: after a lost answer the state in memory is ahead of the one that counts.
             self._state = self._state_after(header, question)
         began = time.perf_counter()
         if question.exchange.ask == "again":

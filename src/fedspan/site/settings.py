@@ -17,7 +17,7 @@ _KEYS = ("client_id", "config", "data", "device", "identity", "model", "rank", "
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class SiteSettings:
     """The settings of one site: `site.toml` beside the federation's `config.toml`."""
 
     config: Config
@@ -33,7 +33,7 @@ class Settings:
     """The public Ed25519 keys of all sites, by client."""
 
     @classmethod
-    def read(cls, folder: Path) -> Settings:
+    def read(cls, folder: Path) -> SiteSettings:
         """Read the settings of a site's folder.
 
         Raises
@@ -78,8 +78,9 @@ def _overrides(entries: Mapping[str, Any]) -> list[str]:
     """Return a site's own settings as overrides of the federation's."""
     values = {f"{section}.{key}": x for section in ("data", "model") for key, x in entries.get(section, {}).items()}
     values |= {key: entries[key] for key in ("device", "threads") if key in entries}
-    # JSON's values are TOML's too; a date, which JSON has not, becomes a text that the setting's type refuses.
-    return [f"{key}={json.dumps(value, default=str)}" for key, value in values.items()]
+    # JSON's values are TOML's too, except that JSON would escape characters such as 😀 in a way that TOML has not. A
+    # date, which JSON has not, becomes a text that the setting's type refuses.
+    return [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in values.items()]
 
 
 def _identities(folder: Path, name: str | None) -> tuple[bytes | None, dict[str, bytes] | None]:

@@ -20,17 +20,18 @@ from fedspan.data import load as load_data
 from fedspan.federation import requirements
 from fedspan.methods.base import Method
 from fedspan.privacy.fixed_point import FixedPoint, Words
-from fedspan.privacy.layout import Layout
 from fedspan.privacy.ledgers import ExampleLedgers
+from fedspan.privacy.sum_layout import SumLayout
 from fedspan.site.errors import Refused
 from fedspan.site.loading import Loaded, client_of
 from fedspan.site.local_work import LocalAnswer, LocalWork
 from fedspan.site.message_checks import MessageChecks
-from fedspan.site.settings import Settings
+from fedspan.site.settings import SiteSettings
 from fedspan.site.storage import SiteStorage
 from fedspan.site.sum_participant import SumParticipant
+from fedspan.support.errors import one_line
 from fedspan.wire import agreement, protocol
-from fedspan.wire.protocol import MessageTensors
+from fedspan.wire.protocol import DAMAGED, MessageTensors
 
 __all__ = ["Site"]
 
@@ -48,7 +49,7 @@ class Site:
     Parameters
     ----------
     settings
-        As `Settings.read` returns them, or made by hand for a simulation.
+        As `SiteSettings.read` returns them, or made by hand for a simulation.
     folder
         The folder that keeps the client's state.
     loaded
@@ -58,7 +59,11 @@ class Site:
     """
 
     def __init__(
-        self, settings: Settings, folder: Path, loaded: Loaded | None = None, notify: Callable[[str], None] = _silent
+        self,
+        settings: SiteSettings,
+        folder: Path,
+        loaded: Loaded | None = None,
+        notify: Callable[[str], None] = _silent,
     ) -> None:
         self.settings, self.folder, self.notify = settings, folder, notify
         config = settings.config
@@ -93,16 +98,14 @@ class Site:
                 raise Refused(f"a message of kind {kind!r}: expected one of {', '.join(self._handlers)}")
             fields = self._handlers[kind](message, tensors, outgoing)
             fields |= {key: message[key] for key in ("run", "round", "number") if key in message}
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except DAMAGED as error:
             # Reading a message that lacks fields, or has others than ours, ends in any of these. One bad message must
             # not end a process that has a base in memory.
-            line = " ".join(str(error).split()) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            line = one_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             outgoing, fields = MessageTensors(), {"problem": line}
         return protocol.encode({"client_id": self.client.client_id, **fields}, outgoing)
 
     def _hello(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:
-        shapes = {name: list(shape) for name, shape in self.loaded.context.model.modules().items()}
-        shapes |= {f"dense {name}": list(t.shape) for name, t in self.loaded.initial.items()}
         # Where only sums may be known, neither may the amount of data at one site.
         hidden = self.privacy.secure_sums or self.privacy.dp != "none"
         return {
@@ -110,7 +113,7 @@ class Site:
             "num_examples": None if hidden else self.client.num_examples,
             "base": self.loaded.base,
             "terms": self.terms,
-            "shapes": shapes,
+            "shapes": agreement.shapes(self.loaded.context.model.modules(), self.loaded.initial),
         }
 
     def _ask(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:
@@ -132,7 +135,7 @@ class Site:
 
     def _words(self, run: str, requested: Mapping[str, Any], answer: LocalAnswer, tensors: Sequence[Tensor]) -> Words:
         """Return the answer as the words of a sum, masked where the settings say so."""
-        layout, fixed_point = Layout.from_json(requested["layout"]), FixedPoint(self.privacy.fraction_bits)
+        layout, fixed_point = SumLayout.from_json(requested["layout"]), FixedPoint(self.privacy.fraction_bits)
         try:
             numbers = layout.flatten(answer.update, answer.train_loss)
             words = fixed_point.encode(numbers, requested["num_clients"])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fedspan.privacy.fixed_point import Words
 from fedspan.site.errors import Refused
 from fedspan.site.message_checks import RoundHeader
-from fedspan.site.settings import Settings
+from fedspan.site.settings import SiteSettings
 from fedspan.site.storage import SiteStorage
 
 if TYPE_CHECKING:  # this needs the extra `secure`
@@ -23,7 +23,7 @@ class SumParticipant:
     leaving secrets on its disk.
     """
 
-    def __init__(self, settings: Settings, client_id: str, storage: SiteStorage) -> None:
+    def __init__(self, settings: SiteSettings, client_id: str, storage: SiteStorage) -> None:
         self._identity, self._trusted = settings.identity, settings.trusted
         self._min_share = settings.config.privacy.threshold
         self._client_id, self._storage = client_id, storage
@@ -46,7 +46,7 @@ class SumParticipant:
         Raises
         ------
         Refused
-            When fewer clients could unmask a sum than this site's own settings demand. A server with as many
+            When fewer clients could unmask a sum than this site's own settings require. A server with as many
             accomplices among the clients as the threshold says can read a single client's vector.
         """
         participant = self._of(run, session)
@@ -75,7 +75,7 @@ class SumParticipant:
         Raises
         ------
         Refused
-            When the sum was unmasked for other clients before, be it in an earlier set-up.
+            When the sum was unmasked for other clients before, even in an earlier set-up.
         """
         participant = self._of(run, session)
         self._storage.allow_unmasking(run, sum_name, survivors)

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, one_line
 from fedspan.wire.unix_socket import Listener
 
 
@@ -37,12 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.lifeline:
         threading.Thread(target=_watch_stdin, args=(listener,), daemon=True).start()
     try:
-        from fedspan.site.settings import Settings
+        from fedspan.site.settings import SiteSettings
         from fedspan.site.site import Site  # imports torch and transformers, which takes seconds
 
-        site = Site(Settings.read(options.folder), options.folder, notify=lambda line: print(line, flush=True))
+        site = Site(SiteSettings.read(options.folder), options.folder, notify=lambda line: print(line, flush=True))
     except (OSError, FedspanError) as error:
-        line = " ".join(str(error).split())
+        line = one_line(error)
         print(f"fedspan: {line}", file=sys.stderr)
         # Every caller gets the reason, until someone has mended the folder and starts the worker again.
         listener.serve(_refusing(line))

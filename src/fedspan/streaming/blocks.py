@@ -22,7 +22,7 @@ def sum_of(updates: Sequence[Update], dense: bool) -> Partial:
     """Return Σ n_k · payload_k over the block and, with `dense`, Σ n_k x_k."""
     total = Partial()
     for update in updates:
-        # Every access may read a file anew, so each tensor is read here, once.
+        # Every access may read a file again, so each tensor is read here, once.
         read = replace(update, modules=dict(update.modules), dense=dict(update.dense) if dense else {})
         values = read.named_tensors()
         for (module, part), value in values.items():
@@ -75,7 +75,7 @@ def results_of(
     """
 
     def checked_contribution(update: Update, name: str) -> Contribution:
-        # Every access may read a file anew, so the factors are read here, once.
+        # Every access may read a file again, so the factors are read here, once.
         return contribution_of(replace(update, modules={name: _checked(update, name, shapes[name])}), name)
 
     results = partial_sums(queries, updates, checked_contribution)

@@ -25,7 +25,7 @@ class Tree:
 
 
 Source = Iterable[Update] | Tree
-"""Updates in sorted client order, the same at every iteration: a list, a `Spool`, an object that makes them anew."""
+"""Updates in sorted client order, the same at every iteration: a list, a `Spool`, an object that makes them again."""
 
 
 class Boundary(Enum):

@@ -33,7 +33,7 @@ _LARGEST_HEADER = 100_000_000  # bytes; a longer one is a damaged length, not a 
 
 
 class Spool:
-    """A folder of updates, iterated in sorted client order; every pass reads the files anew.
+    """A folder of updates, iterated in sorted client order; every pass reads the files again.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The root of the errors that a user can do something about."""
+"""The root of the errors that a user can do something about, and any error in one line."""
 
 from __future__ import annotations
 
@@ -9,3 +9,8 @@ class FedspanError(ValueError):
     The command prints the line and exits with status 2. Any other exception is a defect of this library; the command
     writes its traceback to a file and exits with status 1. It is a `ValueError`, so code that caught one still does.
     """
+
+
+def one_line(error: object) -> str:
+    """Return an error's text in one line; where it has none, the name of its type."""
+    return " ".join(str(error).split()) or type(error).__name__

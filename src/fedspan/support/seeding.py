@@ -8,7 +8,7 @@ import torch
 
 
 def generator(*key: object) -> torch.Generator:
-    """Return a generator that depends on `key` alone: (run seed, round, client, purpose) and the like."""
+    """Return a generator that depends on `key` alone: such as (run seed, round, client, purpose)."""
     # Not Python's hash, which is salted per process.
     digest = blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

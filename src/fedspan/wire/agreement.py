@@ -1,11 +1,13 @@
-"""The settings that a server and its sites must have in common, and the report of a difference."""
+"""The settings and shapes that a server and its sites must have in common, and the report of a difference."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from fedspan.config import Config
 
@@ -24,6 +26,12 @@ def terms(config: Config) -> dict[str, Any]:
     for section in _SHARED_SECTIONS:
         shared |= {f"{section}.{key}": value for key, value in settings[section].items()}
     return shared
+
+
+def shapes(modules: Mapping[str, Sequence[int]], dense: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Return the shapes of the adapted modules and of the trained weights, under names that differ by kind."""
+    shape_of = {name: list(shape) for name, shape in modules.items()}
+    return shape_of | {f"dense {name}": list(t.shape) for name, t in dense.items()}
 
 
 def digest(settings: Mapping[str, Any]) -> str:

@@ -118,7 +118,7 @@ def put_factors(outgoing: TensorList, adapter: Mapping[str, Factors]) -> dict[st
 
 def get_factors(described: Mapping[str, Any], tensors: Sequence[Tensor]) -> dict[str, Factors]:
     """Return the adapter that `put_factors` described."""
-    return {name: Factors(tensors[b], tensors[a], scaling) for name, (b, a, scaling) in described.items()}
+    return {name: Factors(tensors[b], tensors[a], float(scaling)) for name, (b, a, scaling) in described.items()}
 
 
 def put_dense(outgoing: TensorList, dense: Tensors) -> dict[str, Any]:

@@ -35,6 +35,9 @@ _DTYPES = {
     name: getattr(torch, name)
     for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool")
 }
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+"""The errors of reading a head that lies about its content: a field that is missing, of another type, or a number
+beyond all floats. Anyone may have written it, so they say nothing about this program."""
 
 
 class Malformed(FedspanError):
@@ -97,7 +100,7 @@ def decode(content: bytes) -> tuple[dict[str, Any], list[Tensor]]:
         tensors = [unpack(tuple(buffered[i] for i in indices)) for indices in message["places"]]
     except Malformed:
         raise
-    except (ValueError, KeyError, TypeError, IndexError, RuntimeError, RecursionError) as error:
+    except (*DAMAGED, RuntimeError) as error:
         # The head is JSON that anyone may have written: any of these only means that it is not what we would write.
         raise Malformed(f"a damaged message ({type(error).__name__}: {error})") from None
     return message, tensors

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
 
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, one_line
 
 _REQUEST_HEAD = struct.Struct(">Q")
 """Length of the request."""
@@ -112,8 +112,7 @@ class Listener:
                 try:
                     failed, reply = 0, answer(request)
                 except Exception as error:
-                    line = " ".join(str(error).split()) or type(error).__name__
-                    failed, reply = _FAILED, line.encode()
+                    failed, reply = _FAILED, one_line(error).encode()
                 channel.sendall(_REPLY_HEAD.pack(failed, len(reply)))
                 channel.sendall(reply)
 

@@ -49,10 +49,10 @@ def spoiled(content: bytes, change: Callable[[list[Any]], None]) -> bytes:
 
     header, tensors = protocol.decode(content)
     change(tensors)
-    parcel = protocol.MessageTensors()
+    message = protocol.MessageTensors()
     for tensor in tensors:
-        parcel.put(tensor)
-    return protocol.encode({k: v for k, v in header.items() if k not in ("schema", "places")}, parcel)
+        message.put(tensor)
+    return protocol.encode({k: v for k, v in header.items() if k not in ("schema", "places")}, message)
 
 
 def pause(seconds: float) -> None:

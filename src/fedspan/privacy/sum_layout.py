@@ -25,14 +25,14 @@ _NUM_HEADER_WORDS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class SumLayout:
     """Names and shapes of the tensors that are summed, in their order in the vector."""
 
     dense: Mapping[str, Shape]
     modules: Mapping[str, Mapping[str, Shape]]
 
     @classmethod
-    def of(cls, update: Update) -> Layout:
+    def of(cls, update: Update) -> SumLayout:
         """Return the layout of an update, that of the client of largest rank."""
         modules = {
             name: {part: tuple(t.shape) for part, t in sorted(payload.tensors().items())}
@@ -96,7 +96,7 @@ class Layout:
         }
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Layout:
+    def from_json(cls, content: Mapping[str, Any]) -> SumLayout:
         """Return the layout of a message."""
         modules = {name: {p: tuple(s) for p, s in held.items()} for name, held in content["modules"].items()}
         return cls({name: tuple(shape) for name, shape in content["dense"].items()}, modules)

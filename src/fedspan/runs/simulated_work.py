@@ -13,7 +13,7 @@ from fedspan.methods.messages import Broadcast
 
 
 @dataclass(frozen=True, slots=True)
-class LocalWork:
+class SimulatedWork:
     """One round's work of simulated clients; called with a window of them at a time."""
 
     executor: Executor

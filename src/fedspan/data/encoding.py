@@ -53,7 +53,7 @@ class _Texts:
         return batch
 
     def left_padded_prompts(self, rows: Tensor) -> dict[str, Tensor]:
-        """Return prompts that all end at the last position, where generation goes on."""
+        """Return prompts that all end at the last position, where generation continues."""
         assert self.prompt_lengths is not None
         lengths = self.prompt_lengths[rows]
         longest = int(lengths.max())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedspan.config import DataConfig
 from fedspan.data.rows import Kind, Rows
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, first_line
 
 IGNORED = -100  # the label that cross_entropy leaves out of the loss
 _IMAGES_AT_ONCE = 256
@@ -341,7 +341,7 @@ def _encode_images(images: Sequence[Any] | np.ndarray, processor: Any) -> Tensor
         except ValueError as error:
             raise FedspanError(
                 f"the image processor failed on images {start}..{start + len(coloured) - 1} "
-                f"({_sizes(coloured)}): {str(error).splitlines()[0]}"
+                f"({_sizes(coloured)}): {first_line(error)}"
             ) from None
         parts.append(processed["pixel_values"].to(torch.float32))
     if len({part.shape[1:] for part in parts}) != 1:

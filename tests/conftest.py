@@ -1,4 +1,4 @@
-"""What all tests share: one thread, and tiny bases that are built once."""
+"""Set-up that all tests share: one thread, and tiny bases that are built once."""
 
 from pathlib import Path
 

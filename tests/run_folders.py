@@ -59,7 +59,7 @@ def untimed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def same_outcome(x: Path, y: Path) -> None:
-    """The same bits in the adapter or model, and the same figures but for the time and memory they took."""
+    """The same bits in the adapter or model, and the same figures, except for the time and memory they took."""
     for part in ("adapter", "model"):
         assert (x / part).exists() == (y / part).exists()
         for file in sorted((x / part).glob("*.safetensors")):

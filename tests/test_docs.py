@@ -1,4 +1,4 @@
-"""What the README and the examples say is what the code does."""
+"""The README and the examples are true of the code."""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ HEAD = (3, 4)
 
 
 def clients(*ranks: int, sizes: tuple[int, ...] = ()) -> list[Client]:
-    """Clients with ids in order, of those ranks, with 10, 20, 30 … examples unless told otherwise."""
+    """Clients with ids in order, of those ranks, with 10, 20, 30 … examples unless given."""
     counts = sizes or tuple(10 * (k + 1) for k in range(len(ranks)))
     none = np.zeros(0, dtype=np.int64)
     return [Client(f"client-{k}", r, np.arange(n), none) for k, (r, n) in enumerate(zip(ranks, counts, strict=True))]
@@ -277,7 +277,7 @@ One = Callable[[Client, Broadcast, int], LocalResult]
 def run_round(
     method: Method, run_state: RunState, cohort: Sequence[Client], work: One, **options: Any
 ) -> tuple[RunState, dict[str, Any]]:
-    """`fedspan.federation.rounds.run_round` where every client's work is told by itself."""
+    """`fedspan.federation.rounds.run_round` with one function for each client's work."""
 
     def many(window: Sequence[tuple[Client, Broadcast]], round_num: int) -> Iterator[tuple[LocalResult, float]]:
         return ((work(client, sent, round_num), 0.25) for client, sent in window)

@@ -37,7 +37,7 @@ from fedspan.wire import packing
 
 
 def gone(pids: list[int], within: float = 10.0) -> list[int]:
-    """Those of the processes that still run after so many seconds."""
+    """Return the processes that still run after that many seconds."""
     end = time.monotonic() + within
     while (left := [pid for pid in pids if alive(pid)]) and time.monotonic() < end:
         time.sleep(0.05)
@@ -45,7 +45,7 @@ def gone(pids: list[int], within: float = 10.0) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether it runs: a process that nobody has waited for yet does not."""
+    """Return whether it runs: a process that nobody has waited for yet does not."""
     stat = Path(f"/proc/{pid}/stat")
     if stat.parent.parent.joinpath("self").exists():
         try:
@@ -351,7 +351,7 @@ def test_what_is_said_of_broadcasts_is_heard() -> None:
         packing.put_patch(packed, patch),
         packing.put_dense(packed, {"head": b}),
     ]
-    assert len(packed.tensors) == 4  # b and a travel once, whoever names them
+    assert len(packed.tensors) == 4  # b and a travel once, however often they are named
     head, buffer = packing.pack(headers, packed.tensors)
     (x, y, z), tensors = packing.unpack(json.loads(head), buffer)
     tiny.same_adapter(packing.get_factors(x, tensors), adapter)
@@ -364,7 +364,7 @@ def test_what_is_said_of_broadcasts_is_heard() -> None:
 
 
 def test_a_channel_carries_messages_of_every_size() -> None:
-    """Each process answers what it is asked, and what it is asked goes to whoever is free, in order."""
+    """Each process answers what it is asked, and tasks go to the processes that are free, in order."""
     echo = Processes(_echo, [(0,), (1,)], "fork" if sys.platform == "linux" else "spawn")
     sizes = [0, 1, 1_000_000, 3, 70_000]
     try:

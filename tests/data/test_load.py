@@ -1,4 +1,4 @@
-"""What a corpus is made of: splits, limits, unseen values, and tasks by name."""
+"""The parts of a corpus: splits, limits, unseen values, and tasks by name."""
 
 from __future__ import annotations
 

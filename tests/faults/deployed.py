@@ -97,7 +97,7 @@ class Deployed:
     # Parts
 
     def start(self, part: str, command: Sequence[str] = ("./start.sh",)) -> str:
-        """Start a part anew: `superlink`, `proxy` or a site."""
+        """Restart a part: `superlink`, `proxy` or a site."""
         name = f"{part}-{next(self._count)}"
         server, extra = self.folder / "server", dict(self.environment)
         if part == "superlink":
@@ -143,7 +143,7 @@ class Deployed:
         return found
 
     def kill(self, *words: str, site: str | None = None) -> None:
-        """`kill -9` for those processes, of which there must be some."""
+        """Send `kill -9` to those processes; there must be some."""
         found = self.pids(*words, site=site)
         assert found, f"no process of {words} in {site}"
         for pid in found:
@@ -159,7 +159,7 @@ class Deployed:
         (self.folder / "server" / "config.toml").write_text(to_toml(self.server_config))
 
     def settle(self, config: Config) -> None:
-        """Other settings for everyone; the workers begin anew."""
+        """Write other settings for everyone; the workers restart."""
         self.config = config
         for site in SITES:
             (self.folder / "sites" / site / "config.toml").write_text(to_toml(config))
@@ -182,7 +182,7 @@ class Deployed:
     # Runs
 
     def begin(self, name: str) -> Run:
-        """Start a run, or go on with one."""
+        """Start a run, or continue one."""
         process = f"run-{name}-{next(self._count)}"
         self.tree.start(process, ["./run.sh", name], self.folder / "server", self.environment)
         out = self.folder / "server" / "runs" / name

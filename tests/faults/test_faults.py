@@ -314,7 +314,7 @@ def test_the_superlink_is_killed(up: Deployed, tmp_path: Path, outcomes: Outcome
 
 @pytest.fixture
 def secure(up: Deployed, bases: dict[str, Path], texts: Path) -> Deployed:
-    """The same processes under secure sums, of which two of three sites can undo the masks."""
+    """The same processes under secure sums, with masks that two of three sites can undo."""
     if not up.config.privacy.secure_sums:
         up.settle(settings(bases["bert"], texts, "ffa_lora", secure_sums=True))
     return up

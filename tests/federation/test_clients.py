@@ -1,4 +1,4 @@
-"""Who the clients are: a partition of the training data, the same for every method and on every machine."""
+"""The clients of a run: a partition of the training data, the same for every method and on every machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method cannot do is refused as the configuration is read, with the names of those that can."""
+"""A configuration that its method cannot serve is refused as it is read, with the names of methods that can."""
 
 from __future__ import annotations
 

@@ -267,7 +267,7 @@ def test_a_client_away_for_long_fetches_the_whole_patch_once() -> None:
 
 @pytest.mark.parametrize("name", ["flora", "fedex_lora"])
 def test_what_a_client_adds_up_from_the_news_is_the_whole_patch(name: str) -> None:
-    """`seen` is kept by client id: whoever was away, base + all news received = base + patch."""
+    """`seen` is kept by client id: for a client that was away, base + all news received = base + patch."""
     people = tiny.clients(2, 2, 2)
     method = METHODS[name]()
     held: dict[str, dict[str, torch.Tensor]] = {c.client_id: {} for c in people}

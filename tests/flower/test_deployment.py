@@ -138,7 +138,7 @@ def test_certificates_say_no_more_than_they_should(made: Path) -> None:
 
 
 def test_a_server_certificate_cannot_vouch_for_others(tmp_path: Path) -> None:
-    """Whoever has the server's key cannot make certificates that sites would take."""
+    """The server's key is not enough to make certificates that sites would accept."""
     authority = certificates.certificate_authority("a")
     server = certificates.server_certificate(authority, ["localhost"])
     forged = certificates.server_certificate(server, ["evil.example.org"])

@@ -1,4 +1,4 @@
-"""`fedspan inspect`: the table, what it says in words, the picture, on real runs and on figures made up to be told."""
+"""`fedspan inspect`: the table, what it says in words, the picture, on real runs and on made-up figures."""
 
 from __future__ import annotations
 
@@ -105,8 +105,11 @@ def test_a_run_without_diagnostics_says_how_to_have_them(
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "metrics.jsonl").write_text("3\n")
     for path, part in (
         (tmp_path / "nowhere", "holds no metrics.jsonl"),
+        (tmp_path / "odd", "is damaged: expected JSON objects"),
         (folder_with(tmp_path / "new", "glora"), "no round"),
     ):
         done = inside(capsys, "inspect", path)

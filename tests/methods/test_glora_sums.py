@@ -105,7 +105,7 @@ def test_a_narrow_layer_is_asked_for_its_whole_projector_sum(number: int) -> Non
 
 
 def test_two_passes_ask_what_randomized_glora_asks() -> None:
-    """However many directions: the very basis that GLoRA finds by questions about factors."""
+    """However many directions: the very basis that GLoRA finds by queries about factors."""
     fed = build(glora_sums(passes=2), 6, **MANY, server_rank=6)
     plain = held(served(as_glora(fed, algebra="randomized"))[0])
     assert_same(held(served(fed)[0]), plain, 1e-7)  # Ω is orthonormal to float32

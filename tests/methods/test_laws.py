@@ -391,7 +391,7 @@ def all_tensors(updates: tuple[Update, ...]) -> list[torch.Tensor]:
 
 @by_id(FEDERATED)
 def test_the_order_of_arrival_does_not_matter(case: Case) -> None:
-    """Clients are folded in sorted id order, so the result is the same bit for bit whoever answered first."""
+    """Clients are folded in sorted id order, so the result is the same bit for bit whichever answered first."""
     fed = build(case, 9, ranks=(2, 2, 2), counts=(3, 1, 2))
     forward, backward = served(fed)[0], served(fed, fed.updates[::-1])[0]
     for name, value in received(fed, forward).items():

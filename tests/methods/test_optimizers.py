@@ -144,7 +144,7 @@ def test_scaffold_reaches_it_under_partial_participation() -> None:
 @given(seed=seeds, data=st.data())
 @laws
 def test_the_servers_control_is_the_mean_of_the_clients(seed: int, data: st.DataObject) -> None:
-    """After every round: c = Σ_k c_k / N with equal weights, whoever takes part; Σ p_k c_k when all do, with any."""
+    """After every round: c = Σ_k c_k / N with equal weights, for any cohort; Σ p_k c_k when all take part, with any."""
     cohorts = data.draw(st.lists(st.sets(st.integers(0, 3), min_size=1), min_size=1, max_size=6))
     equal, unequal = Quadratics.draw(seed, (2,) * 4), Quadratics.draw(seed, (1, 5, 2, 8))
 

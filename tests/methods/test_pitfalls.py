@@ -1,7 +1,7 @@
 """Bugs found in published federated LoRA code, one named test each.
 
 Those of whole methods are laws of their own: heads left out of the aggregation, counts ignored, and ranks refused
-are in `test_laws.py`; A₀ kept for ever in `test_factor_rules.py`; the optimizer's in `tests/test_galore.py`.
+are in `test_laws.py`; A₀ kept for ever in `test_factor_rules.py`; the optimizer's in `tests/algebra/test_galore.py`.
 """
 
 from __future__ import annotations

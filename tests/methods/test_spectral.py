@@ -1,4 +1,4 @@
-"""The server's algebra by shape: every path is the exact one, in memory, by questions, split, batched or threaded."""
+"""The server's algebra by shape: every path is the exact one, in memory, by queries, split, batched or threaded."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def test_partial_sums_are_the_dense_sums_and_add_up(seed: int, rest_rank: int, v
             torch.testing.assert_close(value, wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_questions_about_half_precision_are_answered_in_float32() -> None:
+def test_queries_about_half_precision_are_answered_in_float32() -> None:
     fed = build(glora(), 0, **MANY, dtype=torch.bfloat16)
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     queries = {"layer0": (Query("times", x), Query("rows", x))}
@@ -357,5 +357,5 @@ def test_both_algebras_agree_on_a_large_stack(basis: Any, dtype: torch.dtype) ->
 
 
 def test_methods_with_a_query_procedure_are_those_that_need_one() -> None:
-    """Whoever needs each client's factors and has a result that does not grow with them."""
+    """Methods that need each client's factors and have a result that does not grow with them."""
     assert [name for name, make in METHODS.items() if make().finish_by_queries] == ["glora", "glora_plus", "flexlora"]

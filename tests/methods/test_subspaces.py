@@ -445,7 +445,7 @@ def test_fedgalore_leaves_the_moments_of_clients_without_anything_in_common_to_t
 
 
 def test_fedftg_keeps_its_moments_on_the_site() -> None:
-    """They are nobody's business but the client's, and as large as the rank times the layer."""
+    """They stay on the client, and are as large as the rank times the layer."""
     fed = build(fedftg(), 0, [(10, 12)], ranks=(1,), counts=(1,))
     assert fed.updates[0].moments
     assert not encoded(fed)[0].moments

@@ -1,4 +1,4 @@
-"""What one client adds to a sum is bounded, the noise is what it claims to be, and nothing else changes."""
+"""The change that one client adds to a sum is bounded, the noise is what it claims to be, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -339,7 +339,7 @@ def test_what_is_out_of_range_is_refused(changes: Mapping[str, float], said: str
 
 
 def test_a_diverged_update_is_seen() -> None:
-    """NaN stays NaN, so that whoever checks what leaves a site still refuses it."""
+    """NaN stays NaN, so that the checks on what leaves a site still refuse it."""
     state = run_state(plain("fedavg"), 3).state
     sent = make("fedavg").broadcast(state, Request(3))
     update = fake_work(_Client("client-0"), sent, 0).update  # type: ignore[arg-type]

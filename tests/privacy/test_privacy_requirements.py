@@ -1,4 +1,4 @@
-"""What differential privacy asks of the rest of the configuration, said before any data is read."""
+"""The requirements of differential privacy on the rest of the configuration, checked before any data is read."""
 
 from __future__ import annotations
 

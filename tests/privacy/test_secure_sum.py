@@ -1,4 +1,4 @@
-"""Secure sums: what the server gets is the sum, and nothing else; whoever cheats, or fails, is noticed."""
+"""Secure sums: the server gets the sum and nothing else, and clients that cheat or fail are noticed."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ STAGES = ("advertise", "share", "mask", "unmask", "never")
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_drop_outs_that_leave_enough_are_recovered_and_one_more_ends_the_sum(data: st.DataObject) -> None:
-    """Who drops, and before which of the four trips; n up to 7 and every threshold that is a majority."""
+    """Any clients drop out, before any of the four round trips; n up to 7 and every threshold that is a majority."""
     n = data.draw(st.integers(2, 7))
     t = data.draw(st.integers(max(2, n // 2 + 1), n))
     drops = {name: data.draw(st.sampled_from(STAGES)) for name in NAMES[:n]}
@@ -263,7 +263,7 @@ def test_t_minus_one_shares_fit_every_secret() -> None:
 
 
 def test_the_private_key_of_a_client_that_left_uncovers_nothing_of_what_comes_late() -> None:
-    """Why masks are double: a slow client's vector keeps its own mask when its pairwise masks are known."""
+    """The reason for double masks: a slow client's vector keeps its own mask when its pairwise masks are known."""
     run = Run()
     slow = run.names[1]
     handed = run.handed()

@@ -260,7 +260,7 @@ def test_coordinates_are_taken_one_by_one(name: str, n: int) -> None:
 
 @pytest.mark.parametrize("filter", FILTERS)
 def test_a_filter_keeps_a_cohort_of_equals(filter: str) -> None:
-    """n times one update comes to that update, whoever is left."""
+    """n times one update gives that update, whichever copies are left."""
     method = METHODS["ffa_lora"]()
     stage = attacks.stage(method, 5, spread=0.0)
     expected = stage.delivered(stage.updates)

@@ -1,4 +1,4 @@
-"""The main job on what ships inside the package: federation pays, on text and on images."""
+"""The quick start on the data in the package: federation pays, on text and on images."""
 
 from __future__ import annotations
 

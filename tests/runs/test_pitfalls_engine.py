@@ -21,7 +21,7 @@ from fedspan.runs.execution import Result, resume, run
 
 
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Broadcast, Update]]:
-    """What every training of a run started from, and came to."""
+    """Return what every training of a run started from, and its result."""
     seen: list[tuple[Broadcast, Update]] = []
 
     def look(assignment: Assignment, result: LocalResult, round_num: int) -> LocalResult:

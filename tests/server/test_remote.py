@@ -580,7 +580,7 @@ def test_two_of_four_are_too_many_and_nothing_is_changed(bases: dict[str, Path],
 
 
 def test_keys_are_exchanged_for_several_rounds_at_once(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
-    """A round takes two trips instead of four, until a site has lost its keys: then they are exchanged once more."""
+    """Rounds take two round trips instead of four, until a site has lost its keys: then they are exchanged again."""
     one = {"participation": 1.0, "rounds": 6}
     masked = {"secure_sums": True, "rounds_ahead": 4}
     config = settings(bases["bert"], texts, "ffa_lora", privacy=masked, federation=one)

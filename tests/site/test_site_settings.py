@@ -1,4 +1,4 @@
-"""A site's folder: what its files may say, and what is said of the ones that are wrong."""
+"""A site's folder: what its files may contain, and the messages about wrong ones."""
 
 from __future__ import annotations
 

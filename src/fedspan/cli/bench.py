@@ -86,7 +86,7 @@ def bench(
         ),
     ] = Path("benchmarks/speed/peers"),
 ) -> None:
-    """Time every part of a federated run beside alternatives that do the same work, on this machine.
+    """Time every part of a federated run against alternatives that do the same work, on this machine.
 
     \b
     Examples:
@@ -102,7 +102,7 @@ def bench(
              many in one pass; in one process and in two; an hour
     rounds   whole experiments, start-up included: this library, Flower's and NVFlare's simulators; minutes
     scaling  time and memory of a server step from 10 to 10,000 clients, updates held or streamed; minutes
-    galore   GaLore's step, refresh and state beside AdamW's; minutes
+    galore   GaLore's step, refresh and state, compared with AdamW's; minutes
 
     The folder gets results.jsonl (one object per measurement, with the machine's description), table.md and
     pictures. An interrupted bench continues where it stopped. Arms take turns; figures are medians; arms that must

@@ -57,7 +57,7 @@ app.command(cls=PlainCommand, short_help="List the methods, their properties and
 app.command(cls=PlainCommand, short_help="Print every setting as TOML.")(config)
 app.command(cls=PlainCommand, short_help="Draw learning curves of runs.")(plot)
 app.command(cls=PlainCommand, short_help="Show what a run's server steps did to the updates.")(inspect)
-app.command(cls=PlainCommand, short_help="Time every part beside its alternatives.")(bench)
+app.command(cls=PlainCommand, short_help="Time every part against its alternatives.")(bench)
 app.add_typer(flower.app, name="flower", short_help="Deploy a federation of real sites over Flower.")
 
 

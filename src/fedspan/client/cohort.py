@@ -145,7 +145,7 @@ def _run_steps(
 ) -> Tensor:
     """Train every member for its own number of steps; return the sums of their losses, (C,)."""
     steps = [m.assignment.steps for m in members]
-    totals = torch.zeros(len(members), device=model.device)
+    totals = torch.zeros(len(members), device=model.device)  # there, since reading a loss would wait for every step
     optimizer = _optimizer(stack, steps, settings.local)
     active = 0
     for step in range(steps[0]):
@@ -161,6 +161,7 @@ def _run_steps(
             losses = client_losses(model, moved, active, real)
         totals[:active] += losses.detach()
         _gradients(stack, losses, settings.local)
+        # Set here and not by a scheduler: each group of clients is at its own place in a schedule of its own length.
         for options in optimizer.param_groups:
             options["lr"] = rate(settings.local, step, options["steps"])
         optimizer.step()

@@ -13,7 +13,7 @@ from fedspan.config import Config, DataConfig
 from fedspan.data import Corpus, Encoded, encode
 from fedspan.models import build, load_processor
 from fedspan.models.federated_model import Trains
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, first_line
 
 
 def encoded(name: str, data: DataConfig, corpus: Corpus) -> tuple[Any, dict[str, Encoded]]:
@@ -85,5 +85,5 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise FedspanError(f"device = {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
+        raise FedspanError(f"device = {name!r} cannot be used here ({first_line(error)})") from None
     return device

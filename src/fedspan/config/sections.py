@@ -308,7 +308,7 @@ class EngineConfig(Section):
     cohort_size: PositiveInt | Literal["auto"] = "auto"
     """Clients in one pass; `auto`: as many as fit into `memory`."""
     memory: PositiveFloat = 2.0
-    """Memory that one process's passes over a cohort may take beside the base, in GiB."""
+    """Memory that one process's passes over a cohort may take in addition to the base, in GiB."""
     workers: PositiveInt | Literal["auto"] = "auto"
     """Number of processes, of `threads` threads each; `auto`: one for each GPU, or for as many as there are cores."""
     compile: bool = False

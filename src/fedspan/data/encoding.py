@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedspan.config import DataConfig
 from fedspan.data.rows import Kind, Rows
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, first_line
 
 IGNORED = -100  # the label that cross_entropy leaves out of the loss
 _IMAGES_AT_ONCE = 256
@@ -53,7 +53,7 @@ class _Texts:
         return batch
 
     def left_padded_prompts(self, rows: Tensor) -> dict[str, Tensor]:
-        """Return prompts that all end at the last position, where generation goes on."""
+        """Return prompts that all end at the last position, where generation continues."""
         assert self.prompt_lengths is not None
         lengths = self.prompt_lengths[rows]
         longest = int(lengths.max())
@@ -341,7 +341,7 @@ def _encode_images(images: Sequence[Any] | np.ndarray, processor: Any) -> Tensor
         except ValueError as error:
             raise FedspanError(
                 f"the image processor failed on images {start}..{start + len(coloured) - 1} "
-                f"({_sizes(coloured)}): {str(error).splitlines()[0]}"
+                f"({_sizes(coloured)}): {first_line(error)}"
             ) from None
         parts.append(processed["pixel_values"].to(torch.float32))
     if len({part.shape[1:] for part in parts}) != 1:

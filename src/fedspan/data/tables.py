@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fedspan.support.errors import FedspanError, one_line
+from fedspan.support.errors import FedspanError, first_line, one_line
 from fedspan.support.suggest import nearest
 
 _T = TypeVar("_T")
@@ -175,7 +175,7 @@ def _parquet(content: bytes, path: Path) -> Table:
     try:
         table = parquet.read_table(io.BytesIO(content))
     except (arrow.ArrowException, OSError) as error:
-        raise FedspanError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from None
+        raise FedspanError(f"{path} is not a readable Parquet file: {first_line(error)}") from None
     return Table(str(path), {name: table.column(name).to_pylist() for name in table.column_names}, path.parent)
 
 

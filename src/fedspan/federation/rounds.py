@@ -118,6 +118,7 @@ def conduct(
     RoundFailed
         When fewer than `min_success` updates were valid. With 0, which few methods can take, a round may be empty.
     """
+    # Everything that a round changes is held in `_Round`: where it fails, the caller's state is as before.
     run = _Round(method, sites, sums, screen, on_answer, observe is not None, run_state)
     active = sorted(cohort, key=lambda c: c.client_id)
     due = [number for number, exchange in enumerate(method.exchanges) if exchange.due(run.round_num)]
@@ -177,8 +178,11 @@ class _Round:
         """
         exchange = self.method.exchanges[number]
         self.state = replace(self.state, exchange=number)
+        # Read again for every exchange: the server's step of an earlier one may have made a new version.
         self.partial, self.version = Partial(), self.state.patches.version if self.state.patches else 0
         if exchange.ask == "train":
+            # Clients train from this state, so a measurement of the round compares with it. The state at the start of
+            # the round may be another one, where a sketch or a gradient was asked for first.
             self.before = self.state
         question = Question(
             self.state.template,
@@ -231,7 +235,8 @@ class _Round:
     def outcome(self, active: Sequence[Client]) -> RunState:
         """Return what the next round starts from."""
         ids = [client.client_id for client in active]
-        # Only clients that got to the end surely hold the patches; the others are sent them once more.
+        # Only clients that got to the end certainly hold the patches; the others are sent them once more. A site that
+        # does hold that version recognises it by its number, and adds nothing twice.
         seen = {**self.run_state.seen, **dict.fromkeys(ids, self.version)}
         counted = {**self.run_state.counted, **dict.fromkeys(ids, self.round_num + 1)}
         return RunState(self.state, self.sites.states(), seen, counted)
@@ -299,6 +304,7 @@ class _Round:
         began = time.perf_counter()
         summed = self.sites.sum(question, clients, broadcasts.broadcast, layout)
         self.tally.train_wall_seconds += time.perf_counter() - began
+        # The clients' vectors were added up on the way: what comes back is the fold of all of them.
         self.partial = summed.partial
         valid = [a for number, a in enumerate(summed.answers) if self._counts(question, a, number)]
         if question.exchange.ask == "train":
@@ -339,6 +345,8 @@ class _Broadcasts:
     def made_for(self, client: Client) -> Broadcast:
         """Return what this client is sent, without sending it."""
         request = Request(client.rank, self.seen.get(client.client_id, 0))
+        # Clients with equal requests get one object: what packs or checks broadcasts recognises it by identity and does
+        # its work once.
         if request not in self.made:
             with self.tally.server():
                 self.made[request] = self.method.broadcast(self.state, request)

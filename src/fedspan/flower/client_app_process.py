@@ -76,7 +76,7 @@ class TaskLoop:
             self._backoff.restart()
 
     def handle(self) -> None:
-        """Answer the task in hand."""
+        """Answer the current task."""
         try:
             message, context = self._runtime.pull()
         except Exception as error:
@@ -86,9 +86,8 @@ class TaskLoop:
         try:
             reply = self._app(message, context)
         except BaseException as error:
-            if not isinstance(
-                error, Exception
-            ):  # a signal ends this process: the server need not wait for its deadline
+            if not isinstance(error, Exception):
+                # A signal ends this process: with this answer the server need not wait until its deadline.
                 self._runtime.stop_retrying()
                 with suppress(Exception):
                     self._runtime.push(refusal(message, "the site is being shut down"), context)
@@ -107,7 +106,7 @@ class TaskLoop:
             self._runtime.heartbeat()
 
     def stop(self) -> None:
-        """End the loop after the task in hand."""
+        """End the loop after the current task."""
         self._stopped.set()
 
 

@@ -229,7 +229,7 @@ class Server:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Server:
-        """Read a server that `save` wrote; it goes on as if it had never stopped.
+        """Read a server that `save` wrote; it continues as if it had never stopped.
 
         Raises
         ------

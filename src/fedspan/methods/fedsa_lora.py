@@ -56,7 +56,7 @@ def fedsa_lora() -> Method:
         return replace(sent, adapter={name: replace(f, b=kept[f"{name}/b"]) for name, f in sent.adapter.items()})
 
     def encode(update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[Update, ClientState | None]:
-        # Rescaling makes a new tensor of B, so the client's state is no view of a model that goes on training.
+        # Rescaling makes a new tensor of B, so the client's state is no view of a model that continues to train.
         rescaled, _ = plain.encode(update, sent, kept)
         own = {f"{name}/b": rescaled.factors(name).b for name in update.modules}
         return replace(rescaled, modules={name: Vector({"a": update.factors(name).a}) for name in update.modules}), own

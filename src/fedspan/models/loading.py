@@ -12,7 +12,7 @@ import torch
 from fedspan.data.builtin import base_path
 from fedspan.data.rows import Kind
 from fedspan.models import quantised
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, first_line
 from fedspan.support.seeding import generator
 
 
@@ -62,10 +62,9 @@ def _reading(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # transformers, its hub client and safetensors share no base class of errors
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FedspanError(
-            f"model.name = {name!r} could not be read ({first}); expected a local folder with config.json, weights and "
-            f"tokenizer or processor, or a hub id that can be reached from here"
+            f"model.name = {name!r} could not be read ({first_line(error)}); expected a local folder with config.json, "
+            f"weights and tokenizer or processor, or a hub id that can be reached from here"
         ) from None
 
 

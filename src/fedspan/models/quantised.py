@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedspan.methods import METHODS
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, first_line
 
 _BLOCK = 64
 _LARGEST_CODE = 127
@@ -53,8 +53,8 @@ def check(quantise: str, trains: str) -> None:
         with _advice_silenced():
             importlib.import_module("bitsandbytes")
     except Exception as error:  # a wheel for another machine fails in a way of its own
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FedspanError(f"model.quantise = {quantise!r}: bitsandbytes cannot be used here ({first})") from None
+        reason = first_line(error)
+        raise FedspanError(f"model.quantise = {quantise!r}: bitsandbytes cannot be used here ({reason})") from None
 
 
 @contextmanager

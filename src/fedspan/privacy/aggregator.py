@@ -34,7 +34,7 @@ class Aggregator:
     SumFailed
         When fewer than `threshold` clients completed a step.
     FedspanError
-        Naming the client, when its message is not valid. Nothing has changed then: go on without it. The `check_`
+        Naming the client, when its message is not valid. Nothing has changed then: continue without it. The `check_`
         methods say the same of one client's message alone, before the others' have arrived.
     """
 

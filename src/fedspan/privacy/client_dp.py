@@ -117,6 +117,7 @@ class _ClientDP:
     def encode(self, update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[Update, ClientState | None]:
         """Return the clipped change, which is all that leaves the site, in float32 or wider."""
         answer, keep = self.method.encode(update, sent, kept)
+        # What a client keeps would carry its data into later rounds, past the clipping; `refusal` excludes this.
         if keep is not None:
             raise ValueError(f"client-level privacy: {self.method.info.name} keeps something on its clients")
         space = self._space(sent, answer, asked=not _trained(update))
@@ -138,6 +139,7 @@ class _ClientDP:
         sent = self.method.broadcast(state, Request(None))
         unchanged, asked = self._unchanged(state, sent)
         answer, _ = self.method.encode(unchanged, sent, None)
+        # In the server's full shapes, even where only clients of smaller rank took part: the noise must not show it.
         space = self._space(sent, answer, asked)
         total = _padded(_summed(partial), space.shapes)
         noise = self._noise(state, total)
@@ -186,6 +188,7 @@ class _ClientDP:
         dense = {("", name): sent.dense[name].double() for name in answer.dense if name in sent.dense}
         if asked or self.method.exchanges[-1].ask != "train":
             return _Space(shapes, dtypes, dense, {})
+        # Through `encode`, like a real answer, so that a client that changes nothing is 0 whatever the method sends.
         start = Update("unchanged", 1.0, dict(sent.adapter), dict(sent.dense))
         reference = {key: x.double() for key, x in _flat(self.method.encode(start, sent, None)[0]).items()}
         return _Space(shapes, dtypes, reference | dense, frames_of(self.method, sent))
@@ -193,6 +196,7 @@ class _ClientDP:
     def _unchanged(self, state: ServerState, sent: Broadcast) -> tuple[Update, bool]:
         """Return an update without change in the largest shapes possible, and whether an answer to it is `asked`."""
         template, exchanges = state.template, self.method.exchanges
+        # An exchange that asks "again" is about the result of the last exchange before it that asked for a new one.
         root = state.exchange
         while exchanges[root].ask == "again":
             root -= 1

@@ -53,6 +53,7 @@ class RoundParticipant:
         signer: Ed25519PrivateKey | None = None,
         trusted: Mapping[str, bytes] | None = None,
     ) -> None:
+        # Keys of its own for every sum: masks that served two sums would cancel in the difference of two vectors.
         self.sums = tuple(
             Participant(name, client_id, signer=signer, trusted=trusted) for name in _sessions(session, num_sums)
         )
@@ -113,7 +114,7 @@ class RoundAggregator:
     def route(self, sent: Mapping[str, Mapping[str, bytes]]) -> dict[str, dict[str, bytes]]:
         """Take the sealed shares by sender and recipient; return them by recipient and sender."""
         by_sum = {sender: _split(shares, len(self.sums)) for sender, shares in sent.items()}
-        trial = tuple(map(copy, self.sums))
+        trial = tuple(map(copy, self.sums))  # as in `keys`: all of the sums take the shares, or none does
         routed = [one.route({sender: by_sum[sender][i] for sender in by_sum}) for i, one in enumerate(trial)]
         self.sums = trial
         return {to: _joined([each[to] for each in routed]) for to in routed[0]}
@@ -184,6 +185,7 @@ def sum_in_process(
 def _sessions(session: bytes, num_sums: int) -> list[bytes]:
     if num_sums < 1:
         raise FedspanError(f"num_sums = {num_sums}: expected at least 1")
+    # Keys, shares and masks are bound to the session of their sum, so those of one sum cannot be replayed in another.
     return [primitives.pack(session, b"sum", str(i).encode()) for i in range(num_sums)]
 
 

@@ -13,7 +13,7 @@ from fedspan.support.files import write_bytes
 def write_history(folder: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Replace `metrics.jsonl` in the run folder.
 
-    The checkpoint holds the same records. The file is written anew after each round, so that a crash between the two
+    The checkpoint holds the same records. The file is rewritten after each round, so that a crash between the two
     writes leaves no record twice and none out.
     """
     lines = [standard_json.dumps(record) + "\n" for record in records]

@@ -61,6 +61,7 @@ class Coordinator:
         self._requests = Requests(self.registry)
         self._masked_sums = MaskedSums(self._requests, config.privacy, config.federation.rounds, notify)
         self._initial: Tensors = {}
+        # Here and not in the checks of one exchange: a later exchange of a round asks about the same training result.
         self._results: dict[int, Update] = {}
         self._needed = 0
         """Answers that the current round needs."""
@@ -113,6 +114,7 @@ class Coordinator:
         if self._privacy.dp == "client" or (not away and wanted == len(drawn)):
             return chosen
         rest = [c for c in clients if c not in drawn and c.client_id not in away]
+        # A key of its own, so that the choice of replacements does not depend on the sampler's numbers.
         order = np.random.default_rng([self._seed, 4, round_num]).permutation(len(rest))
         return chosen + [rest[i] for i in order[: max(0, wanted - len(chosen))]]
 
@@ -149,6 +151,7 @@ class Coordinator:
         if self._privacy.secure_sums:
             collector = self._masked_sums.begin(question, self._heading(question), ready, layout.num_words)
         answers = self._collect(question, ready, broadcast_for, layout, collector)
+        # Counted before the others are entered as absent: the divisor is the number of vectors in the sum.
         total, count = collector.total(), len(answers)
         for client in clients:
             if client.client_id not in answers:
@@ -199,6 +202,7 @@ class Coordinator:
             try:
                 collector.add(client_id, words)
             except FedspanError as error:
+                # One client's bad vector must not end the sum of all the others.
                 collector.leave_out(client_id, Problem(str(error)))
             else:
                 answers[client_id] = answer
@@ -246,6 +250,7 @@ class Coordinator:
             "broadcast": protocol.put_broadcast(outgoing, sent, checks.derived(client.rank), self._wire.down),
             "patch": protocol.put_patch(outgoing, sent, seen, version),
         }
+        # From the broadcast that is sent, so that what is asked for and what is accepted cannot differ.
         checks.expect(client, sent)
         if sum_fields is not None:
             head["sum"] = sum_fields(client.client_id, outgoing)

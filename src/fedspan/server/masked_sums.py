@@ -105,6 +105,7 @@ class _KeyExchange:
 
     def __init__(self, requests: Requests, how: SumSettings, question: Question, heading: Heading) -> None:
         self.requests, self.how, self.question = requests, how, question
+        # Random, so that sites can tell apart two set-ups of one round, as when the server was restarted in between.
         self.session = secrets.token_hex(8)
         self.heading = {**heading, "session": self.session}
         self.problems: dict[str, Problem] = {}
@@ -117,6 +118,7 @@ class _KeyExchange:
         name = f"{self.heading['run']}/{self.question.round_num}/{self.session}".encode()
         aggregator = RoundAggregator(name, threshold, num_sums)
 
+        # Each reply is checked as it is read, so that a bad one excludes its sender and does not end the set-up.
         def read_keys(client_id: str, reply: Reply) -> bytes:
             content = protocol.get_bytes(reply.tensors, reply.header["keys"])
             aggregator.check_advert(client_id, content)
@@ -130,6 +132,7 @@ class _KeyExchange:
         ids = [client.client_id for client in clients]
         adverts = self._ask({"kind": "advertise", "num_sums": num_sums}, MessageTensors(), ids, read_keys)
         outgoing = MessageTensors()
+        # Only clients that advertised keys are asked: nothing can be sealed for one that did not.
         keys = {who: protocol.put_bytes(outgoing, content) for who, content in aggregator.keys(adverts).items()}
         fields = {"kind": "share", "keys": keys, "threshold": threshold}
         shares = aggregator.route(self._ask(fields, outgoing, sorted(adverts), read_shares))
@@ -176,6 +179,7 @@ class MaskedSum:
         notify: Callable[[str], None],
     ) -> None:
         self._requests, self._question, self._heading, self._notify = requests, question, heading, notify
+        # Used up at once, even if this sum fails later: the same masks on two vectors would reveal their difference.
         self._setup, self._index = setup, setup.unused.pop(0)
         self._aggregator: Aggregator = setup.aggregator.sum(self._index, num_words)
         self.problems: dict[str, Problem] = {}
@@ -185,6 +189,7 @@ class MaskedSum:
     def message_fields(self, client_id: str, outgoing: MessageTensors) -> dict[str, Any]:
         """Return the number and session of the sum, and the others' shares where the client has not been sent them."""
         fields: dict[str, Any] = {"index": self._index, "session": self._setup.session}
+        # Once, together with the first vector after the set-up: shares on their own would take one more round trip.
         shares = self._setup.shares.pop(client_id, None)
         if shares is not None:
             fields["shares"] = {who: protocol.put_bytes(outgoing, content) for who, content in shares.items()}

@@ -1,4 +1,4 @@
-"""The root of the errors that a user can do something about, and any error in one line."""
+"""The root of the errors that a user can do something about, and errors as one line of text."""
 
 from __future__ import annotations
 
@@ -14,3 +14,8 @@ class FedspanError(ValueError):
 def one_line(error: object) -> str:
     """Return an error's text in one line; where it has none, the name of its type."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: object) -> str:
+    """Return the first line of a long-winded error; where it has no text, the name of its type."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

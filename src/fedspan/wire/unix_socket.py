@@ -99,7 +99,7 @@ class Listener:
         self._ended = threading.Event()
 
     def serve(self, answer: Callable[[bytes], bytes]) -> None:
-        """Answer calls until `close`. An exception of `answer` goes to the caller as one line, and serving goes on."""
+        """Answer calls until `close`; an exception of `answer` goes to its caller as one line, and ends nothing."""
         while not self._ended.is_set():
             try:
                 channel, _ = self._socket.accept()

@@ -56,7 +56,7 @@ def spoiled(content: bytes, change: Callable[[list[Any]], None]) -> bytes:
 
 
 def pause(seconds: float) -> None:
-    """So long, or until somebody says go on."""
+    """Wait that long, or until the file that says so appears."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and not (FOLDER / "go on").exists():
         time.sleep(0.05)

@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -282,6 +283,12 @@ def test_a_slip_in_a_key_names_a_valid_one(key: str, data: st.DataObject) -> Non
         ("local.learning_rate=nan", "local.learning_rate = nan: "),
         ("model.dtype=int8", "model.dtype = 'int8': .*'float32'"),
         ("seed.x=1", "seed"),
+        ("local.batch-size=3", "unknown key 'local.batch-size'; did you mean 'local.batch_size'?"),
+        ("federation.ranks=uni", "federation.ranks = 'uni': input should be a valid integer, or a valid list, or 'u"),
+        ("engine.workers=0", "^engine.workers = 0: input should be greater than or equal to 1, or 'auto'$"),
+        ("evaluation.diagnostics=x", "^evaluation.diagnostics = 'x': input should be a valid boolean, or 'auto'$"),
+        ("federation=3", r"^federation = 3: expected a section, \[federation\]$"),
+        ("method=glora", r"^method = 'glora': expected a section, \[method\]$"),
         ("rounds", "expected key=value"),
         ("=3", "expected key=value"),
     ],
@@ -293,7 +300,7 @@ def test_a_wrong_value_is_named_with_what_was_expected(override: str, message: s
 
 
 def test_steps_and_epochs_exclude_each_other() -> None:
-    with pytest.raises(ValueError, match=r"local\.steps or local\.epochs"):
+    with pytest.raises(ValueError, match=r"^give local\.steps or local\.epochs, not both$"):
         load(overrides=["local.steps=1", "local.epochs=1"])
 
 
@@ -306,6 +313,38 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"binary\.toml is not valid TOML"):
         load(tmp_path / "binary.toml")
+
+
+def test_a_mark_at_the_start_of_the_file_is_no_mistake(tmp_path: Path) -> None:
+    """Editors on Windows write a byte-order mark."""
+    (tmp_path / "marked.toml").write_bytes(b"\xef\xbb\xbfseed = 3\r\n")
+    assert load(tmp_path / "marked.toml").seed == 3
+
+
+def test_an_unset_setting_has_an_example_to_uncomment() -> None:
+    lines = to_toml(Config()).splitlines()
+    unset = 0
+    for i, line in enumerate(lines):
+        if line.startswith("#") and not line.startswith("# "):
+            text = "\n".join([*lines[:i], line.removeprefix("#"), *lines[i + 1 :]])
+            assert from_mapping(tomllib.loads(text)) != Config(), line
+            unset += 1
+    assert unset == 12
+
+
+def test_paths_and_numbers_of_other_libraries_are_settings_too(tmp_path: Path) -> None:
+    mine = from_mapping(
+        {
+            "model": {"name": tmp_path},
+            "data": {"task": "files", "train": [tmp_path / "a.csv", "b.csv"], "test": tmp_path / "c.csv"},
+            "method": {"name": "glora", "server_rank": np.int64(8)},
+        }
+    )
+    assert mine.model.name == str(tmp_path)
+    assert mine.data.train == (str(tmp_path / "a.csv"), "b.csv")
+    assert mine.data.test == (str(tmp_path / "c.csv"),)
+    assert type(mine.method["server_rank"]) is int
+    assert load(overrides="seed=5").seed == 5
 
 
 def test_settings_are_frozen() -> None:

@@ -83,6 +83,8 @@ def test_help_pages_are_the_same_with_every_typer(command: tuple[str, ...], caps
     assert (done.returncode, done.stderr) == (0, "")
     assert "\\" not in done.stdout
     assert not re.search(r"--[a-z-]*[A-Z]", done.stdout)
+    assert done.stdout.count("rguments:\n") <= 1
+    assert max(map(len, done.stdout.splitlines())) <= 80
     entries = re.split(r"\n  (?=\S)", re.split(r"^(?:Arguments|Options):$", done.stdout, flags=re.MULTILINE)[-1])
     arguments = re.search(r"^Arguments:\n((?:  .*\n)+)", done.stdout, re.MULTILINE)
     if arguments is not None:
@@ -160,6 +162,18 @@ def test_the_traceback_is_there_on_request() -> None:
     done = fedspan("run", "none.toml", FEDSPAN_DEBUG="1")
     assert done.returncode != 0
     assert "Traceback" in done.stderr
+
+
+def test_a_closed_output_is_no_error() -> None:
+    done = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", *COMMAND, "--version"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_reader_that_stops_early_is_no_error() -> None:

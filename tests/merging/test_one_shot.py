@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -408,6 +409,8 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"weights": [1.0, float("inf"), 1.0]}, "weight inf"),
         ({"rank": 0}, "rank = 0: expected a whole number of at least 1"),
         ({"folders": []}, "no adapter to merge"),
+        ({"folders": "client-0"}, "folders = 'client-0': expected a list of folders"),
+        ({"method": "flor"}, "unknown method 'flor'; did you mean 'flora'"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -503,6 +506,15 @@ def test_the_output_folder_must_be_free(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="client-0 exists already: expected a new or empty folder"):
         merge(folders, create("flora"), out=folders[0])
     assert (folders[0] / WEIGHTS_NAME).read_bytes() == before
+
+
+def test_a_methods_name_stands_for_its_defaults(tmp_path: Path) -> None:
+    folders = write(tmp_path, MIXED)
+    merge(folders, create("flexlora"), out=tmp_path / "one")
+    merge([str(folder) for folder in folders], "flexlora", rank=np.int64(64), out=str(tmp_path / "two"))
+    one, two = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_combine_works_without_files(tmp_path: Path) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -309,6 +312,8 @@ def test_what_was_sent_is_a_copy(models: dict[int, Any]) -> None:
         (lambda d: d.update({"base_model.model.x": torch.ones(2)}), "client a: tensor 'base_model.model.x' is none"),
         (lambda d: d.update({HEAD: d[HEAD] * math.nan}), r"client a: tensor .*lm_head.weight' holds NaN"),
         (lambda d: d.update({HEAD: d[HEAD].numpy()}), "client a: .*lm_head.weight' is a ndarray: expected a tensor"),
+        (lambda d: d.update({HEAD: d[HEAD].to("meta")}), "client a: tensor .*lm_head.weight' is on the meta device"),
+        (lambda d: d.update({HEAD: d[HEAD].to_sparse()}), "client a: tensor .*lm_head.weight' is sparse: expected a d"),
         (lambda d: d.clear(), "client a holds no lora_A and lora_B"),
         (
             lambda d: [d.pop(k) for k in list(d) if "layers.1.self_attn.v_proj" in k],
@@ -343,6 +348,11 @@ def test_a_wrong_state_dict_changes_nothing(change: Any, message: str, models: d
         ({"a": 1, "b": 0}, "client b: num_examples = 0: expected a finite number above 0"),
         ({"a": math.nan, "b": 1}, "client a: num_examples = nan"),
         ({"a": "1", "b": 1}, "client a: num_examples = '1'"),
+        ({"a": True, "b": 1}, "client a: num_examples = True"),
+        ({"a": 10**400, "b": 1}, "client a: num_examples = 1000.*: expected a finite number above 0"),
+        ({"a": 1e308, "b": 1e308}, "num_examples add up to infinity: expected numbers with a finite sum"),
+        ({"a": 1, 2: 1}, "client id 2: expected a string"),
+        ([1, 2], "num_examples is a list: expected a mapping from client ids"),
     ],
 )
 def test_every_client_counts(counts: dict[str, Any], message: str, models: dict[int, Any]) -> None:
@@ -370,12 +380,48 @@ def test_every_client_counts(counts: dict[str, Any], message: str, models: dict[
         (lambda m: Server("fedit", base=m).adapter(4), "rank = 4: fedit expected rank 8 for every client"),
         (lambda m: Server("hetlora", base=m).adapter(9), "rank = 9: hetlora expected at most 8, the server's max_rank"),
         (lambda m: Server("glora", base=m).adapter(0), "rank = 0: expected a whole number"),
+        (lambda m: Server("glora", base=m).adapter(True), "rank = True: expected a whole number"),
+        (lambda m: Server("fedsa_lora", base=m).adapter(client_id=1), "client id 1: expected a string"),
+        (lambda m: Server("glora", base=m, seed=-1), "seed = -1: expected a whole number of at least 0"),
+        (lambda m: Server("glora", base=m, seed="x"), "seed = 'x': expected a whole number of at least 0"),
+        (lambda m: Server(create("glora"), base=m), "method = a Method: expected a name"),  # type: ignore[arg-type]
+        (lambda m: Server("glora", base={"q": (3,)}, max_rank=2), r"base: 'q' has shape \(3,\): expected two whole"),
+        (lambda m: Server("glora", base={"q": (0, 4)}, max_rank=2), r"base: 'q' has shape \(0, 4\): expected two"),
+        (lambda m: Server("glora", base={"q": torch.ones(3, 4)}, max_rank=2), "base: 'q' has shape a Tensor: expected"),
+        (lambda m: Server("glora", base=m).update([{}], num_examples={}), "state_dicts is a list: expected a mapping"),  # type: ignore[arg-type]
     ],
 )
 def test_what_a_server_refuses(call: Any, message: str, models: dict[int, Any]) -> None:
     with pytest.raises(ValueError, match=message) as said:
         call(models[8])
     assert "\n" not in str(said.value)
+
+
+def test_a_model_is_no_state_dict(models: dict[int, Any]) -> None:
+    with pytest.raises(FedspanError, match=r"client a: a PeftModel\w*: expected a state dict, as get_peft_model_"):
+        Server("glora", base=models[8]).update({"a": models[8]}, num_examples={"a": 1})
+
+
+@pytest.mark.parametrize("name", [name for name, options in CASES if not options])
+def test_what_overflows_changes_nothing(name: str, models: dict[int, Any]) -> None:
+    """Factors that are finite, whose product or norm is not: a refusal, or a state whose every value is finite."""
+    server = Server(name, base=models[8])
+    before, start = server.state, server.adapter()
+    huge = {key: 0 * value + 3e38 if "lora_B" in key else value for key, value in start.items()}
+    # FedSA-LoRA sends A alone; the other three weight before they add, and their averages are finite.
+    refused = name not in ("fedsa_lora", "lora_fair", "lora_fair_ridge", "flora_na")
+    with pytest.raises(FedspanError, match="overflowed: expected") if refused else nullcontext():
+        server.update({"a": huge, "b": huge}, num_examples={"a": 1, "b": 1})
+    assert (server.state is before) == refused
+    assert all(bool(tensor.isfinite().all()) for tensor in tiny.state_tensors(server.state).values())
+
+
+def test_numbers_of_numpy_can_be_saved(tmp_path: Path) -> None:
+    one = {"max_rank": np.int64(4), "seed": np.int32(3), "server_rank": np.int64(6), "tolerance": np.float64(0.5)}
+    server = Server("glora", base={"q": (8, 9)}, **one)
+    server.update({"a": server.adapter(np.int64(2))}, num_examples={"a": np.float32(2.5)})
+    server.save(tmp_path / "server.safetensors")
+    tiny.same_state(Server.load(tmp_path / "server.safetensors").state, server.state)
 
 
 def test_patterns_are_refused(tmp_path: Path) -> None:
@@ -427,7 +473,7 @@ def damaged(path: Path, how: str) -> None:
         ("foreign", "is no saved server of format 1"),
         ("checkpoint", "is no saved server of format 1"),
         ("format", "is no saved server of format 1"),
-        ("empty", "is damaged .something is missing: 'state'"),
+        ("empty", "is damaged .incomplete: 'state'"),
     ],
 )
 def test_load_refuses(how: str, message: str, tmp_path: Path, models: dict[int, Any]) -> None:
@@ -438,6 +484,17 @@ def test_load_refuses(how: str, message: str, tmp_path: Path, models: dict[int, 
         Server.load(path)
     assert str(path) in str(said.value)
     assert "\n" not in str(said.value)
+
+
+def test_a_saved_server_of_odd_shapes_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "server.safetensors"
+    Server("glora", base={"q": (3, 4)}, max_rank=2).save(path)
+    with safe_open(path, "pt") as file:
+        meta = json.loads(file.metadata()["fedspan_server"])
+    meta["state"]["template"]["modules"]["q"] = [3, 4, 5]
+    save_file(load_file(path), path, metadata={"fedspan_server": json.dumps(meta)})
+    with pytest.raises(FedspanError, match=r"is damaged \(incomplete: .*\): expected a saved server"):
+        Server.load(path)
 
 
 def test_a_failed_save_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

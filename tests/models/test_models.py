@@ -355,10 +355,10 @@ def test_loading_is_strict(bases: dict[str, Path]) -> None:
     without = {n: x for n, x in good.adapter.items() if n != module}
     swapped = Factors(torch.zeros(f.a.shape[1] + 1, 4), f.a, 1.0)
     bad = (
-        (Broadcast(without, good.dense), "without"),
+        (Broadcast(without, good.dense), "the broadcast lacks"),
         (Broadcast({**good.adapter, "x": f}, good.dense), "unknown x"),
         (Broadcast({**good.adapter, module: swapped}, good.dense), "shape"),
-        (Broadcast(good.adapter, {}), "without"),
+        (Broadcast(good.adapter, {}), "the broadcast lacks"),
         (Broadcast(good.adapter, {**good.dense, "y": f.a}), "unknown y"),
         (Broadcast(good.adapter, {**good.dense, weight: torch.ones(1)}), "shape"),
     )

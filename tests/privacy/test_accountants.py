@@ -80,7 +80,7 @@ def test_a_federation_reports_its_epsilon(bases: dict[str, Path], texts: Path, t
     small = config.model_copy(update={"privacy": config.privacy.model_copy(update={"epsilon": 0.5})})
     with pytest.raises(ValueError, match=rf"the first round alone spends {zcdp(1 / 32):.4g}; .*noise_multiplier of"):
         chosen(small)
-    assert client_account(chosen(config), config).accountant is ZCDPAccountant
+    assert client_account(chosen(config), config.privacy, config.federation.participation).accountant is ZCDPAccountant
 
 
 @pytest.mark.usefixtures("registered")

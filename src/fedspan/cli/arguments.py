@@ -71,6 +71,9 @@ class PlainCommand(TyperCommand):
                 if getattr(parameter, "help", None) is None and hasattr(note, "help"):
                     parameter.help = note.help
 
+    def format_arguments(self, ctx: Any, formatter: Any) -> None:
+        """Write nothing: typer lists the arguments with the options, and click 8.5 would list them once more."""
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help page."""
         super().format_help(ctx, formatter)

@@ -14,7 +14,7 @@ def bench(
     suite: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="SUITE",
+            metavar="[SUITE]...",
             help="server, clients, rounds, scaling, galore; if not given, all.",
             show_default=False,
         ),
@@ -86,22 +86,26 @@ def bench(
         ),
     ] = Path("benchmarks/speed/peers"),
 ) -> None:
-    """Time every part of a federated run against alternatives that do the same work, on this machine.
+    """Time every part of a federated run beside alternatives that do the same work, on this machine.
 
     \b
     Examples:
-      fedspan bench --quick                       every suite at small sizes, about four minutes
-      fedspan bench server --out bench            one suite in full; give the same folder to continue
+      fedspan bench --quick              every suite at small sizes, four minutes
+      fedspan bench server --out bench   one suite in full, or its continuation
       fedspan bench server --only d=4096 --only r=16
       fedspan bench rounds --flower-python ~/flower/bin/python
 
     \b
-    server   one server step: every method, dense SVD, torch.svd_lowrank, PEFT's merge, plain averaging,
-             and the floor (bytes over bandwidth, operations over the rate of a product); an hour
-    clients  local training: a plain PyTorch loop, transformers.Trainer, one client after the other,
-             many in one pass; in one process and in two; an hour
-    rounds   whole experiments, start-up included: this library, Flower's and NVFlare's simulators; minutes
-    scaling  time and memory of a server step from 10 to 10,000 clients, updates held or streamed; minutes
+    server   one server step: every method, dense SVD, torch.svd_lowrank,
+             PEFT's merge, plain averaging, and the floor (bytes over bandwidth,
+             operations over the rate of a product); an hour
+    clients  local training: a plain PyTorch loop, transformers.Trainer, one
+             client after the other, many in one pass; in one process and in
+             two; an hour
+    rounds   whole experiments, start-up included: this library, Flower's and
+             NVFlare's simulators; minutes
+    scaling  time and memory of a server step from 10 to 10,000 clients,
+             updates held or streamed; minutes
     galore   GaLore's step, refresh and state, compared with AdamW's; minutes
 
     The folder gets results.jsonl (one object per measurement, with the machine's description), table.md and

@@ -58,7 +58,7 @@ def init(
 
     \b
     Examples:
-      fedspan flower init fed my.toml --sites charite,mayo,ucl --host fed.example.org
+      fedspan flower init fed my.toml --sites mayo,ucl --host fed.example.org
       fedspan flower init trial --sites 4
 
     `server/` stays on the server; each folder under `sites/` goes to its site over a secure channel. README.md in
@@ -104,7 +104,7 @@ def up(
     \b
     Examples:
       fedspan flower up trial --sites 4
-      fedspan flower up trial --sites 4 --set method.name=glora_sums --set privacy.secure_sums=true
+      fedspan flower up trial --sites 4 --set method.name=flora
 
     Server, proxy and sites are separate processes with TLS, node keys and the proxy's rules, as between real
     machines. A folder that does not exist is created first, with free ports. The logs are in DIR/logs.

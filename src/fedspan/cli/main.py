@@ -71,7 +71,8 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         command = typer.main.get_command(app)
         code = command.main(given, prog_name="fedspan", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it was closed before the start
+            sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (Interrupted, KeyboardInterrupt, typer.Abort) as error:
         return _fail(str(error) if isinstance(error, Interrupted) else "interrupted", 130)

@@ -12,7 +12,7 @@ from fedspan.cli.arguments import method_section, parse_rank, parse_weights
 
 
 def merge(
-    folders: Annotated[list[Path], typer.Argument(metavar="ADAPTER_DIR", help="PEFT LoRA adapter folders.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="ADAPTER_DIR...", help="PEFT LoRA adapter folders.")],
     method: Annotated[
         str,
         typer.Option(
@@ -50,7 +50,7 @@ def merge(
     \b
     Examples:
       fedspan merge alice bob carol --method glora --out merged
-      fedspan merge alice bob --weights 300 100 --method flexlora --rank 8 --out merged
+      fedspan merge alice bob --weights 300 100 --method flexlora --out merged
       fedspan merge a b c --method glora --set server_rank=auto --out merged
 
     The result is a PEFT folder. If an exact method's result does not fit in it, the loss is reported. The weights end

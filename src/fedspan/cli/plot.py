@@ -9,7 +9,7 @@ import typer
 
 
 def plot(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR", help="Run folders, finished or not.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders, finished or not.")],
     out: Annotated[
         Path,
         typer.Option(

@@ -50,8 +50,8 @@ def run(
       fedspan run --set data.task=builtin:digits    the same for images
       fedspan run --set method.name=flora --set federation.rounds=20
       fedspan run my.toml --out runs/mine           your own model and data
-      fedspan run --engine sequential --workers 1   one client after the other, in one process
-      fedspan run --engine flower-simulation        the same bits, as messages over Flower's simulation
+      fedspan run --engine sequential --workers 1   one client after the other
+      fedspan run --engine flower-simulation        as messages over Flower
 
     The run folder holds config.toml (every setting), metrics.jsonl (one object per round), summary.json,
     checkpoint/, and adapter/ in PEFT's format (model/ for methods that train full weights).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def load(path: str | os.PathLike[str] | None = None, overrides: Iterable[str] = 
     tree: dict[str, Any] = {}
     if path is not None:
         try:
-            tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            tree = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows editors mark the file
         except OSError as error:
             raise FedspanError(f"cannot read the config {path}: {error.strerror}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -44,7 +44,7 @@ def load(path: str | os.PathLike[str] | None = None, overrides: Iterable[str] = 
     # Our names from here on, so that an override under an alias replaces the file's value.
     tree = canonical(tree)
     names: dict[str, str] = {}
-    for item in overrides:
+    for item in [overrides] if isinstance(overrides, str) else overrides:
         _override(tree, item, names)
     return from_mapping(tree)
 
@@ -118,12 +118,28 @@ def _override(tree: dict[str, Any], item: str, names: dict[str, str]) -> None:
 
 
 def _one_line(error: ValidationError) -> str:
-    """Return the first problem in one line."""
-    problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"] if isinstance(part, str) and part.isidentifier())
-    if problem["type"] == "extra_forbidden":
+    """Return the first setting with a problem, and what was expected there, in one line."""
+    problems = error.errors()
+    first = problems[0]
+    if first["type"] == "extra_forbidden":
+        key = ".".join(map(str, first["loc"]))
         return f"unknown key {key!r}{nearest(key, [*valid_keys(), *ALIASES])}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if not key:
+    key = _setting_of(first["loc"])
+    if first["type"] in ("model_type", "dict_type"):
+        return f"{key} = {first['input']!r}: expected a section, [{key}]"
+    # One value of several types has one problem for each.
+    messages = list(dict.fromkeys(problem["msg"] for problem in problems if _setting_of(problem["loc"]) == key))
+    if len(messages) > 1:
+        kinds = [message.removeprefix("Input should be ").partition(", unable to")[0] for message in messages]
+        messages = [f"Input should be {', or '.join(dict.fromkeys(kinds))}"]
+    message = messages[0].removeprefix("Value error, ").replace("a valid tuple", "a valid list")
+    # A check of a whole section names its settings.
+    if not key or (key in Config.model_fields and first["type"] == "value_error"):
         return message
-    return f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{key} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _setting_of(location: Sequence[int | str]) -> str:
+    """Return the setting that pydantic's path leads to; what follows in it are types and places in a list."""
+    keys = {*valid_keys(), ""}
+    return next(key for i in range(len(location), -1, -1) if (key := ".".join(map(str, location[:i]))) in keys)

@@ -6,11 +6,13 @@ Schema. A new setting needs its line and its explanation here, and nothing elsew
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from fedspan.support.errors import FedspanError
+from fedspan.support.scalars import plain
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -19,8 +21,14 @@ PartialFraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def _as_tuple(value: object) -> object:
-    """Return a single name as a list of one."""
-    return (value,) if isinstance(value, str) else value
+    """Return a single name as a list of one, and paths as names."""
+    names = [value] if isinstance(value, str | os.PathLike) else value
+    return [_as_name(name) for name in names] if isinstance(names, list | tuple) else names
+
+
+def _as_name(value: object) -> object:
+    """Return a path as a name."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _none(value: object) -> object:
@@ -49,7 +57,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The base model, which every client holds."""
 
-    name: str = "builtin:decoder"
+    name: Annotated[str, BeforeValidator(_as_name)] = "builtin:decoder"
     """A local folder, a Hugging Face Hub id, `builtin:decoder` or `builtin:vit`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the frozen base. Adapters, patches and full-weight training always use float32."""
@@ -77,8 +85,9 @@ class DataConfig(Section):
 
     task: str = "builtin:tasks"
     """`builtin:tasks`, `builtin:digits`, `glue/NAME`, `hub:NAME`, or `files`."""
-    kind: Literal["instruction", "classification", "image"] | None = None
-    """Kind of the examples. Unset: known for built-in and GLUE tasks, otherwise inferred from the columns."""
+    kind: Annotated[Literal["instruction", "classification", "image"] | None, Field(examples=["classification"])] = None
+    """Kind of the examples: `instruction`, `classification` or `image`. Unset: known for built-in and GLUE tasks,
+    otherwise inferred from the columns."""
     train: Names = ()
     """With `task = "files"`: JSONL, JSON, CSV or Parquet files (gzip too), an .npz file, or an image folder; with
     `partition = "files"` each file is one client. With Hub data: the name of a split."""
@@ -88,7 +97,7 @@ class DataConfig(Section):
     """Files that are evaluated but never trained on (unseen tasks or clients)."""
     unseen_values: Names = ()
     """Values of `field_column` whose rows are never trained on and are evaluated as unseen data."""
-    subset: str | None = None
+    subset: Annotated[str | None, Field(examples=["en"])] = None
     """Configuration name of a Hub dataset."""
     text_columns: Names = ()
     """One or two text columns for classification. Empty: `text`, `sentence`, or `sentence1` and `sentence2`."""
@@ -102,19 +111,19 @@ class DataConfig(Section):
     """Column of the answers in instruction data."""
     image_column: str = "image"
     """Column of the images in image data."""
-    field_column: str | None = None
+    field_column: Annotated[str | None, Field(examples=["category"])] = None
     """Column that `partition = "by_field"` splits by, such as a task, category or source. Unset: `task`, where there
     is such a column."""
     template: str = "{instruction}\n{input}\n"
     """Prompt of instruction data, with {instruction} and {input} filled in; `chat` uses the tokenizer's chat
     template."""
-    metric: str | None = None
+    metric: Annotated[str | None, Field(examples=["accuracy"])] = None
     """Metric of the summary. Unset: the usual one for the task."""
     max_length: PositiveInt = 256
     """Maximum sequence length in tokens. A longer prompt is cut at its start; an answer is never cut."""
-    max_train: PositiveInt | None = None
+    max_train: Annotated[PositiveInt | None, Field(examples=[1000])] = None
     """Maximum number of training examples, drawn by the seed. Unset: all."""
-    max_test: PositiveInt | None = None
+    max_test: Annotated[PositiveInt | None, Field(examples=[200])] = None
     """Maximum number of test examples, and of unseen ones, drawn by the seed. Unset: all."""
     holdout: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Share of the training data held out as test data when no test data is given."""
@@ -166,9 +175,9 @@ class LocalConfig(Section):
     """`sgd` is without momentum; SCAFFOLD's analysis assumes it. GaLore always uses AdamW."""
     learning_rate: Annotated[float, Field(gt=0, lt=3e38)] = 3e-3
     """Learning rate at its highest, after the warm-up."""
-    steps: PositiveInt | None = None
+    steps: Annotated[PositiveInt | None, Field(examples=[10])] = None
     """Optimizer steps per round. Unset: 10, or as many as `epochs` takes."""
-    epochs: PositiveInt | None = None
+    epochs: Annotated[PositiveInt | None, Field(examples=[1])] = None
     """Passes over the client's data per round, instead of `steps`."""
     batch_size: PositiveInt = 16
     """Examples per optimizer step."""
@@ -192,7 +201,7 @@ class ServerConfig(Section):
     optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi"] = "none"
     """Optimizer that takes the average of the updates as a pseudo-gradient. Methods that average factor pairs
     refuse it."""
-    learning_rate: PositiveFloatOrNone = None
+    learning_rate: Annotated[PositiveFloatOrNone, Field(examples=[0.01])] = None
     """Server learning rate. Unset or "none": 1 for FedAvgM, 0.01 for the others, whose steps have about this size in
     every entry."""
     momentum: PartialFraction = 0.9
@@ -210,7 +219,7 @@ class EvaluationConfig(Section):
     """Rounds between two evaluations of the server's state. The last round is always evaluated."""
     batch_size: PositiveInt = 64
     """Examples per forward pass."""
-    max_examples: PositiveInt | None = None
+    max_examples: Annotated[PositiveInt | None, Field(examples=[200])] = None
     """Maximum number of test examples between rounds, and for each client's own model in personalised methods. The
     last evaluation of a shared model always uses the whole test data. Unset: all."""
     max_new_tokens: PositiveInt = 16
@@ -252,7 +261,7 @@ class PrivacyConfig(Section):
     """Computes ε. `pld`: privacy loss distributions, by Google's dp-accounting."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     """δ of (ε, δ)-differential privacy."""
-    epsilon: PositiveFloatOrNone = None
+    epsilon: Annotated[PositiveFloatOrNone, Field(examples=[8.0])] = None
     """Privacy budget: the run stops before the round (with `dp = "example"`, a client before the work) that would
     exceed it. Unset or "none": no budget."""
 
@@ -265,7 +274,7 @@ class RobustConfig(Section):
     `trimmed_mean` work coordinate by coordinate, for methods whose clients send one plain vector."""
     attackers: PositiveInt = 1
     """f: the number of a round's clients that may be bad."""
-    max_norm: PositiveFloatOrNone = None
+    max_norm: Annotated[PositiveFloatOrNone, Field(examples=[10.0])] = None
     """Largest accepted change of the weights, in Frobenius norm; an update above it is rejected. Unset or "none": any
     size."""
 
@@ -338,7 +347,7 @@ class Config(Section):
     deployment: DeploymentConfig = DeploymentConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: EngineConfig = EngineConfig()
-    method: dict[str, Any] = Field(default_factory=lambda: {"name": "glora"})
+    method: dict[str, Annotated[Any, BeforeValidator(plain)]] = Field(default_factory=lambda: {"name": "glora"})
     """The method's `name` and its own options; `fedspan methods NAME` lists them."""
 
 

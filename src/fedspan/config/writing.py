@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterator
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any
 
 from pydantic.fields import FieldInfo
 
@@ -14,17 +13,16 @@ from fedspan.config.aliases import ALIASES
 from fedspan.config.sections import Config, Section
 
 _WIDTH = 100
-_PLACEHOLDERS = {int: "<integer>", float: "<number>", str: "<string>"}
 
 
 def to_toml(config: Config) -> str:
     """Return every setting with its explanation as TOML; `load` reads the same settings from it.
 
-    A setting that is unset, as it is by default, is commented out.
+    A setting that is unset, as it is by default, is commented out, with an example of a value.
     """
     values = config.model_dump(mode="json")
     top: list[str] = []
-    blocks = [["# Settings of a fedspan run. A setting that is commented out is unset."], top]
+    blocks = [["# Settings of a fedspan run. One that is commented out is unset; its value is an example."], top]
     for name, field in type(config).model_fields.items():
         section = getattr(config, name)
         if isinstance(section, Section):
@@ -45,7 +43,8 @@ def _setting(name: str, field: FieldInfo, value: object) -> Iterator[str]:
     yield from _comment(field.description)
     # An absent key means its default: "none" is written only where the default is a value.
     if value is None and field.default is None:
-        yield f"#{name} = {_placeholder(field.annotation)}"
+        assert field.examples, f"{name} can be unset: expected Field(examples=...)"
+        yield f"#{name} = {_toml_value(field.examples[0])}"
     else:
         yield f"{name} = {_toml_value(value)}"
 
@@ -64,16 +63,6 @@ def _comment(text: str | None) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
-
-
-def _placeholder(annotation: Any) -> str:
-    """Return the kind of value that an unset setting takes, such as `<integer>`."""
-    kind = next(part for part in get_args(annotation) if part is not NoneType)
-    if get_origin(kind) is Annotated:
-        kind = get_args(kind)[0]
-    if get_origin(kind) is Literal:
-        return " | ".join(map(_toml_value, get_args(kind)))
-    return _PLACEHOLDERS[kind]
 
 
 def _toml_value(value: object) -> str:

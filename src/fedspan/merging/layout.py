@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedspan.adapters.peft_folder import load
@@ -16,6 +17,7 @@ from fedspan.adapters.state_dict import PREFIX, Adapter, adapter_of, adapter_of_
 from fedspan.methods.messages import Factors, Template
 from fedspan.methods.patches import Patch, patch_dense
 from fedspan.support.errors import FedspanError
+from fedspan.support.scalars import whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +43,15 @@ class Layout:
         FedspanError
             When it is not of this layout, whatever its rank.
         """
+        if not isinstance(state_dict, Mapping):
+            kind = type(state_dict).__name__
+            raise FedspanError(f"{where}: a {kind}: expected a state dict, as get_peft_model_state_dict gives it")
         for key, tensor in state_dict.items():
             if not isinstance(tensor, Tensor):
                 raise FedspanError(f"{where}: {key!r} is a {type(tensor).__name__}: expected a tensor")
+            if tensor.is_meta or tensor.layout != torch.strided:
+                kind = "on the meta device" if tensor.is_meta else "sparse"
+                raise FedspanError(f"{where}: tensor {key!r} is {kind}: expected a dense tensor with values")
         tensors = {key: tensor.detach().cpu() for key, tensor in state_dict.items()}
         tensors = without_adapter_name(tensors, self.adapter_name)
         rank = next((t.shape[0] for key, t in tensors.items() if ".lora_A" in key or ".lora_embedding_A" in key), 1)
@@ -99,10 +107,11 @@ def layout_of(
     FedspanError
         When the base is none of these, or has no one rank and scaling for all modules.
     """
-    if max_rank is not None and (isinstance(max_rank, bool) or not isinstance(max_rank, int) or max_rank < 1):
-        raise FedspanError(f"max_rank = {max_rank!r}: expected a whole number of at least 1")
-    given = {"rank": max_rank, "seed": seed}
-    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    changes: dict[str, Any] = {}
+    if max_rank is not None:
+        changes["rank"] = max_rank = whole("max_rank", max_rank, 1)
+    if seed is not None:
+        changes["seed"] = whole("seed", seed, 0)
     if isinstance(base, Template | Mapping):
         return Layout(replace(_template(base, max_rank), **changes), adapter_name), {}
     adapter = load(Path(base)) if isinstance(base, str | os.PathLike) else adapter_of_model(base, adapter_name)
@@ -114,7 +123,16 @@ def _template(base: Template | Mapping[str, tuple[int, int]], max_rank: int | No
         return base
     if max_rank is None:
         raise FedspanError("base is shapes by module: expected max_rank=, the largest rank of a client, with it")
-    return Template(dict(base), max_rank)
+    return Template({name: _shape(name, shape) for name, shape in base.items()}, max_rank)
+
+
+def _shape(name: str, given: Any) -> tuple[int, int]:
+    try:
+        m, n = (whole("size", size, 1) for size in given)
+    except (TypeError, ValueError):
+        kind = f"a {type(given).__name__}" if isinstance(given, Tensor) else repr(given)
+        raise FedspanError(f"base: {name!r} has shape {kind}: expected two whole numbers, (m, n)") from None
+    return m, n
 
 
 def _of_adapter(adapter: Adapter, changes: Mapping[str, Any], adapter_name: str) -> Layout:

@@ -23,17 +23,18 @@ from fedspan.adapters.state_dict import Adapter
 from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
 from fedspan.merging.merge_report import MergeReport, Tally
-from fedspan.methods import METHODS
+from fedspan.methods import METHODS, create
 from fedspan.methods.base import Method, ServerState, aggregate
 from fedspan.methods.messages import Broadcast, Factors, Request, Template, Update
 from fedspan.methods.readout import received
 from fedspan.support import parallel
 from fedspan.support.errors import FedspanError
+from fedspan.support.scalars import whole
 
 
 def merge(
     folders: Sequence[str | os.PathLike[str]],
-    method: Method,
+    method: Method | str,
     *,
     weights: Sequence[float] | None = None,
     rank: int | None = None,
@@ -43,6 +44,8 @@ def merge(
 
     Parameters
     ----------
+    method
+        A method, or the name of one whose options are left at their defaults.
     weights
         One positive weight per folder, such as its number of examples; none: equal.
     rank
@@ -55,6 +58,9 @@ def merge(
     FedspanError
         See `combine` and `fedspan.adapters.peft_folder.load`; or `out` is not empty.
     """
+    if isinstance(folders, str | os.PathLike):
+        raise FedspanError(f"folders = {os.fspath(folders)!r}: expected a list of folders")
+    method = create(method) if isinstance(method, str) else method
     target = Path(out)
     check_free(target)
     _check_arguments(len(folders), method, weights, rank)
@@ -168,8 +174,8 @@ def _check_arguments(number: int, method: Method, weights: Sequence[float] | Non
         raise FedspanError(f"{method.info.name} {reason}: expected a method that can merge: {_able()}")
     if number == 0:
         raise FedspanError("no adapter to merge: expected at least one folder")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise FedspanError(f"rank = {rank!r}: expected a whole number of at least 1")
+    if rank is not None:
+        whole("rank", rank, 1)
     if weights is not None:
         _check_weights(number, weights)
 

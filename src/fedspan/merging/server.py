@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from fedspan.methods.state_file import pack_state, pack_tensors, separate, unpac
 from fedspan.support import parallel
 from fedspan.support.errors import FedspanError
 from fedspan.support.files import read_tensors, write_bytes
+from fedspan.support.scalars import plain, whole
 
 _FORMAT = 1
 _KEY = "fedspan_server"
@@ -98,12 +98,14 @@ class Server:
         adapter_name: str = "default",
         **options: Any,
     ) -> None:
+        if not isinstance(method, str):
+            raise FedspanError(f"method = a {type(method).__name__}: expected a name, with its options beside it")
         self._method = create(method, **options)
         reason = _why_not(self._method)
         if reason is not None:
             able = ", ".join(name for name, make in METHODS.items() if _why_not(make()) is None)
             raise FedspanError(f"{method} {reason}: expected one of {able}")
-        self._options = options
+        self._options = {key: plain(value) for key, value in options.items()}
         self._layout, heads = layout_of(base, max_rank, seed, adapter_name)
         self._state = self._method.init(self._layout.template, heads)
         self._client_states: dict[str, ClientState] = {}
@@ -189,7 +191,10 @@ class Server:
         """
         counts = _counts(state_dicts, num_examples)
         given = {client_id: self._layout.read(f"client {client_id}", state_dicts[client_id]) for client_id in counts}
-        state, kept, diagnostics = self._round(given, counts)
+        try:
+            state, kept, diagnostics = self._round(given, counts)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of a product that overflowed
+            raise FedspanError(self._overflow()) from None
         self._state, self._client_states = state, kept
         total = math.fsum(counts.values())
         return RoundReport(
@@ -256,8 +261,10 @@ class Server:
             server._client_states = {
                 client: unpack_tensors(keys, tensors) for client, keys in meta["client_states"].items()
             }
-        except (KeyError, TypeError, AttributeError) as error:
-            raise FedspanError(f"{path} is damaged (something is missing: {error}): expected a saved server") from None
+        except FedspanError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise FedspanError(f"{path} is damaged (incomplete: {error}): expected a saved server") from None
         server._state = state
         return server
 
@@ -279,13 +286,18 @@ class Server:
             with parallel.threads(os.cpu_count() or 1):
                 state, measured = aggregate(self._method, state, replies)
             diagnostics |= measured
+        if not _is_finite(state):
+            raise FedspanError(self._overflow())
         return state, kept, diagnostics
+
+    def _overflow(self) -> str:
+        name = self._method.info.name
+        return f"round {self.round_num + 1} of {name} overflowed: expected smaller values in the state dicts"
 
     def _broadcast(self, state: ServerState, rank: int, where: str) -> Broadcast:
         """Return what a client of this rank is sent."""
         info, largest = self._method.info, self._layout.template.rank
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise FedspanError(f"{where}: rank = {rank!r}: expected a whole number of at least 1")
+        rank = whole(f"{where}: rank", rank, 1)
         if not info.hetero_rank and rank != largest:
             raise FedspanError(f"{where}: rank = {rank}: {info.name} expected rank {largest} for every client")
         sent = self._method.broadcast(state, Request(rank))
@@ -302,7 +314,7 @@ class Server:
 
     def _start(self, state: ServerState, rank: int, client_id: str | None) -> Broadcast:
         """Return what a client starts from, with what is kept for it."""
-        where = "adapter" if client_id is None else f"client {client_id}"
+        where = "adapter" if client_id is None else f"client {_client_id(client_id)}"
         kept = None if client_id is None else self._client_states.get(client_id)
         return self._method.start(self._broadcast(state, rank, where), kept)
 
@@ -352,14 +364,42 @@ def _why_not(method: Method) -> str | None:
 
 def _counts(state_dicts: Mapping[str, Any], num_examples: Mapping[str, float]) -> dict[str, float]:
     """Return client id -> number of examples, in the order of the ids."""
+    for name, given in (("state_dicts", state_dicts), ("num_examples", num_examples)):
+        if not isinstance(given, Mapping):
+            raise FedspanError(f"{name} is a {type(given).__name__}: expected a mapping from client ids")
+        for client_id in given:
+            _client_id(client_id)
     if missing := sorted(state_dicts.keys() - num_examples.keys()):
         raise FedspanError(f"client {missing[0]} has no num_examples: expected a number for each client")
     if unknown := sorted(num_examples.keys() - state_dicts.keys()):
         raise FedspanError(f"num_examples names client {unknown[0]}, which sent no state dict")
-    for client_id, count in num_examples.items():
-        if isinstance(count, bool) or not isinstance(count, Real) or not (math.isfinite(count) and count > 0):
-            raise FedspanError(f"client {client_id}: num_examples = {count!r}: expected a finite number above 0")
-    return {client_id: float(num_examples[client_id]) for client_id in sorted(state_dicts)}
+    counts = {client_id: _count(client_id, num_examples[client_id]) for client_id in sorted(state_dicts)}
+    if not math.isfinite(sum(counts.values())):
+        raise FedspanError("num_examples add up to infinity: expected numbers with a finite sum")
+    return counts
+
+
+def _count(client_id: str, given: object) -> float:
+    try:
+        count = plain(given)
+        if not isinstance(count, bool) and isinstance(count, int | float) and math.isfinite(count) and count > 0:
+            return float(count)
+    except OverflowError:  # a whole number beyond all floats
+        pass
+    raise FedspanError(f"client {client_id}: num_examples = {given!r}: expected a finite number above 0")
+
+
+def _client_id(given: object) -> str:
+    """Return the id of a client; a saved server could not tell 1 from "1"."""
+    if not isinstance(given, str):
+        raise FedspanError(f"client id {given!r}: expected a string")
+    return given
+
+
+def _is_finite(state: ServerState) -> bool:
+    tensors: dict[str, Tensor] = {}
+    pack_state(state, tensors)
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
 
 
 def _padded(f: Factors, rank: int) -> Factors:

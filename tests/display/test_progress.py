@@ -4,7 +4,7 @@ import io
 import re
 
 import pytest
-from fedspan.runs.engine import Event
+from fedspan.runs.events import Event
 from rich.console import Console
 
 from fedspan.display.progress import Live, Progression, duration, follow, number, size

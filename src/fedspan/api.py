@@ -13,6 +13,7 @@ from fedspan.display.session import watch
 from fedspan.runs import execution
 from fedspan.runs.events import Event, OnEvent
 from fedspan.runs.execution import Result
+from fedspan.wire.transport import Transport
 
 
 def run(
@@ -21,8 +22,9 @@ def run(
     on_event: OnEvent | None = None,
     *,
     quiet: bool | None = None,
+    transport: Transport | None = None,
 ) -> Result:
-    """Run a federation of simulated clients into a new folder.
+    """Run a federation into a new folder, of simulated clients unless a transport is given.
 
     On a terminal a progress display is shown, in a notebook one line per round, and a table of the result at the end.
     Elsewhere, as in a script whose output goes to a file, nothing is printed.
@@ -38,6 +40,8 @@ def run(
         Called with every `Event` of the run, whatever is shown.
     quiet
         True: print nothing. False: print one line per round where there is neither a terminal nor a notebook.
+    transport
+        Reaches the clients at their sites; None: they are simulated in this process.
 
     Raises
     ------
@@ -46,7 +50,7 @@ def run(
         fails, after which `resume` continues.
     """
     settings, folder = _settings(config), None if out is None else Path(out)
-    return _shown(lambda listen: execution.run(settings, folder, listen), on_event, quiet)
+    return _shown(lambda listen: execution.run(settings, folder, listen, transport), on_event, quiet)
 
 
 def resume(

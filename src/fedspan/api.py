@@ -24,7 +24,7 @@ def run(
     quiet: bool | None = None,
     transport: Transport | None = None,
 ) -> Result:
-    """Run a federation into a new folder.
+    """Run a federation into a new folder, of simulated clients unless a transport is given.
 
     On a terminal a progress display is shown, in a notebook one line per round, and a table of the result at the end.
     Elsewhere, as in a script whose output goes to a file, nothing is printed.
@@ -41,7 +41,7 @@ def run(
     quiet
         True: print nothing. False: print one line per round where there is neither a terminal nor a notebook.
     transport
-        Reaches the clients at their sites; None: the clients are simulated in this process.
+        Reaches the clients at their sites; None: they are simulated in this process.
 
     Raises
     ------

@@ -4,10 +4,10 @@ import io
 import re
 
 import pytest
-from fedspan.runs.events import Event
 from rich.console import Console
 
 from fedspan.display.progress import Live, Progression, duration, follow, number, size
+from fedspan.runs.events import Event
 
 
 def test_time_left_is_the_pace_so_far() -> None:

@@ -36,6 +36,7 @@ from fedspan.runs.context import RunContext
 from fedspan.runs.events import Event
 from fedspan.runs.execution import new_folder, resume, run
 from fedspan.runs.loop import MethodRun
+from fedspan.support.errors import FedspanError
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -320,6 +321,20 @@ def test_an_output_folder_with_something_in_it_is_refused(bases: dict[str, Path]
     run(config, tmp_path / "empty")
 
 
+def test_of_two_runs_into_one_folder_one_is_refused(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have found the folder free; the first has written its settings since."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.toml").write_text("seed = 1\n")
+    monkeypatch.setattr("fedspan.runs.execution.new_folder", lambda config, out: folder)
+    with pytest.raises(FedspanError, match="run was taken by another run meanwhile: expected a new folder"):
+        run(tiny.config(bases["bert"], texts), folder)
+    assert [path.name for path in folder.iterdir()] == ["config.toml"]
+    assert (folder / "config.toml").read_text() == "seed = 1\n"
+
+
 def test_a_folder_without_a_run_is_not_resumed(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match="holds no run"):
@@ -341,6 +356,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("glora", {"model": {"name": "nowhere/at/all"}}, r"model\.name"),
     ("glora", {"data": {"label_column": "lable"}}, "label"),
     ("glora", {"device": "abacus"}, "device = 'abacus'"),
+    ("glora", {"device": "meta"}, "device = 'meta' cannot be used here"),
 ]
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 
 from fedspan.support import files
-from fedspan.support.files import read_tensors, write_bytes
+from fedspan.support.files import read_tensors, write_bytes, write_new
 
 
 @pytest.mark.parametrize("kind", [str, Path])
@@ -68,3 +68,18 @@ def test_a_damaged_file_is_an_error_and_never_other_tensors(tmp_path: Path) -> N
             read_tensors(tmp_path / "cut", "mine")
     with pytest.raises(ValueError, match="Expecting"):
         read_tensors(tensor_file(tmp_path / "odd", {"mine": "[1,"}), "mine")
+
+
+def test_of_two_writers_of_a_new_file_one_fails(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "file"
+    write_new(path, b"first")
+    with pytest.raises(FileExistsError):
+        write_new(str(path), b"second")
+    assert path.read_bytes() == b"first"
+
+
+def test_a_new_file_is_not_left_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        write_new(tmp_path / "file", b"all")
+    assert list(tmp_path.iterdir()) == []

@@ -83,7 +83,7 @@ def device_of(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # the meta device has no values to give
     except (RuntimeError, AssertionError) as error:
         raise FedspanError(f"device = {name!r} cannot be used here ({first_line(error)})") from None
     return device

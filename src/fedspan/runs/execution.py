@@ -25,7 +25,7 @@ from fedspan.runs.scoring import personal_metrics
 from fedspan.runs.summary import Summary, summarise
 from fedspan.support import standard_json
 from fedspan.support.errors import FedspanError
-from fedspan.support.files import StrPath, write_bytes
+from fedspan.support.files import StrPath, write_bytes, write_new
 from fedspan.wire.transport import Transport
 
 
@@ -69,7 +69,10 @@ def run(
     context = RunContext.prepare(config, method, folder, on_event, transport)
     # The folder is made only after everything that can be refused has been.
     main = MethodRun.open(context, FEDERATION, method, context.clients)
-    write_bytes(folder / "config.toml", to_toml(config).encode())
+    try:
+        write_new(folder / "config.toml", to_toml(config).encode())
+    except FileExistsError:
+        raise FedspanError(f"{folder} was taken by another run meanwhile: expected a new folder") from None
     return _execute(context, main)
 
 

@@ -38,6 +38,26 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         os.close(folder)
 
 
+def write_new(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file that must not exist, so that of two writers at once one fails; its folder is created if missing.
+
+    Raises
+    ------
+    FileExistsError
+        When it exists; it is left as it is.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "xb") as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
 def read_tensors(path: str | os.PathLike[str], key: str) -> tuple[Any, dict[str, Tensor]]:
     """Return the JSON under `key` of a safetensors file's header (None where it has no such key), and its tensors.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import typer
 
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, one_line
 from fedspan.support.versions import installed_version
 
 # Newer versions of typer bundle the click they build on: its errors are reached through typer alone.
@@ -48,7 +48,7 @@ def message(error: BaseException) -> str:
     """Return an error in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)
 
 
 def usage(error: Exception) -> str:

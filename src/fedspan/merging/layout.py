@@ -43,15 +43,7 @@ class Layout:
         FedspanError
             When it is not of this layout, whatever its rank.
         """
-        if not isinstance(state_dict, Mapping):
-            kind = type(state_dict).__name__
-            raise FedspanError(f"{where}: a {kind}: expected a state dict, as get_peft_model_state_dict gives it")
-        for key, tensor in state_dict.items():
-            if not isinstance(tensor, Tensor):
-                raise FedspanError(f"{where}: {key!r} is a {type(tensor).__name__}: expected a tensor")
-            if tensor.is_meta or tensor.layout != torch.strided:
-                kind = "on the meta device" if tensor.is_meta else "sparse"
-                raise FedspanError(f"{where}: tensor {key!r} is {kind}: expected a dense tensor with values")
+        _check_state_dict(where, state_dict)
         tensors = {key: tensor.detach().cpu() for key, tensor in state_dict.items()}
         tensors = without_adapter_name(tensors, self.adapter_name)
         rank = next((t.shape[0] for key, t in tensors.items() if ".lora_A" in key or ".lora_embedding_A" in key), 1)
@@ -86,6 +78,19 @@ class Layout:
             "use_rslora": self.template.rslora,
             "modules_to_save": list(self.modules_to_save),
         }
+
+
+def _check_state_dict(where: str, state_dict: object) -> None:
+    """Refuse anything but a mapping of dense tensors."""
+    if not isinstance(state_dict, Mapping):
+        kind = type(state_dict).__name__
+        raise FedspanError(f"{where}: a {kind}: expected a state dict, as get_peft_model_state_dict gives it")
+    for key, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor):
+            raise FedspanError(f"{where}: {key!r} is a {type(tensor).__name__}: expected a tensor")
+        if tensor.is_meta or tensor.layout != torch.strided:
+            kind = "on the meta device" if tensor.is_meta else "sparse"
+            raise FedspanError(f"{where}: tensor {key!r} is {kind}: expected a dense tensor with values")
 
 
 def layout_of(

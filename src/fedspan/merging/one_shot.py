@@ -200,7 +200,7 @@ def _start(labels: Sequence[str], adapters: Sequence[Adapter], method: Method) -
         size = max(size, _union_rank(shapes, ranks))
     template = Template(shapes, size, alpha=float(size))
     state = method.init(template, adapters[0].dense)
-    return template, _with_common_a(labels, adapters, method, state) if frozen_a else state
+    return template, _with_common_a(adapters, method, state) if frozen_a else state
 
 
 def _union_rank(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, list[int]]) -> int:
@@ -230,9 +230,7 @@ def _check_one(labels: Sequence[str], name: str, what: str, values: Mapping[str,
                 raise FedspanError(f"{name} needs one {what} per module; {found}: expected one of {able}")
 
 
-def _with_common_a(
-    labels: Sequence[str], adapters: Sequence[Adapter], method: Method, state: ServerState
-) -> ServerState:
+def _with_common_a(adapters: Sequence[Adapter], method: Method, state: ServerState) -> ServerState:
     """Return the state with the A that all adapters share, in place of a drawn one."""
     size = state.template.rank
     modules = dict(state.modules)

@@ -66,7 +66,7 @@ def test_lines_are_printed_on_request(finished: Path, capsys: pytest.CaptureFixt
 
 def fake_ipython(monkeypatch: pytest.MonkeyPatch, shell: object) -> None:
     module = ModuleType("IPython")
-    module.get_ipython = lambda: shell  # type: ignore[attr-defined]
+    module.get_ipython = lambda: shell
     monkeypatch.setitem(sys.modules, "IPython", module)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import re
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -31,7 +32,10 @@ def show(console: Console) -> str:
     sizes = {"base_parameters": 1000, "trained_parameters": 100}
     how = {"engine": "sequential", "reason": "it [was] so", "workers": 2}
     with follow(console) as listen:
-        say = lambda kind, **data: listen(Event(kind, data))  # noqa: E731
+
+        def say(kind: str, **data: Any) -> None:
+            listen(Event(kind, data))
+
         say("start", method="GLoRA", task="[t]", model="m", out="o", metric="rouge_l", **ranks, **sizes, **how)
         say("phase", phase="base", total=1, done=0)
         for phase in ("federation", "local"):

@@ -93,7 +93,7 @@ class SuperNode:
 
 
 def _names(tree: object) -> list[str]:
-    return [tree.object_id, *(name for child in tree.children for name in _names(child))]  # type: ignore[attr-defined]
+    return [tree.object_id, *(name for child in tree.children for name in _names(child))]
 
 
 @contextmanager

@@ -177,7 +177,7 @@ def test_a_task_in_hand_is_kept_alive_and_one_that_is_done_is_not() -> None:
         assert held.active_until - until > timedelta(seconds=15)
         runtime.push(refusal(message, "no"), context)
         sent: list[object] = []
-        runtime._client.SendTaskHeartbeat = sent.append  # type: ignore[method-assign,assignment]
+        runtime._client.SendTaskHeartbeat = sent.append
         runtime.heartbeat()
         assert not sent
 
@@ -222,7 +222,7 @@ def test_an_answer_that_cannot_be_pushed_is_refused_instead() -> None:
 
     @app.query("fedspan")
     def answer(message: Message, context: Context) -> Message:
-        return RecordDict()  # type: ignore[return-value]
+        return RecordDict()
 
     with supernode() as made, closing(Runtime(f"127.0.0.1:{made.port}")) as runtime:
         made.put(records.pack(b"?", 60.0), records.MESSAGE_TYPE)

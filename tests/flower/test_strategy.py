@@ -339,7 +339,7 @@ def test_a_client_with_another_method_or_scaling_sends_nothing() -> None:
         update = trained(sent, "clinic-a", 0)
         for other, change in (
             (METHODS["fedit"](), update),
-            (method, replace(update, modules={k: replace(x, scaling=1.0) for k, x in update.modules.items()})),  # type: ignore[type-var]
+            (method, replace(update, modules={k: replace(x, scaling=1.0) for k, x in update.modules.items()})),
         ):
             try:
                 reply(message, other, change)

@@ -78,7 +78,7 @@ def train(model: Any, start: Mapping[str, Tensor], trains: tuple[str, ...], *key
 
 
 def pair(state_dict: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor]:
-    return tuple(state_dict[f"base_model.model.{module}.lora_{side}.weight"] for side in "BA")  # type: ignore[return-value]
+    return tuple(state_dict[f"base_model.model.{module}.lora_{side}.weight"] for side in "BA")
 
 
 def fold(
@@ -384,11 +384,11 @@ def test_every_client_counts(counts: dict[str, Any], message: str, models: dict[
         (lambda m: Server("fedsa_lora", base=m).adapter(client_id=1), "client id 1: expected a string"),
         (lambda m: Server("glora", base=m, seed=-1), "seed = -1: expected a whole number of at least 0"),
         (lambda m: Server("glora", base=m, seed="x"), "seed = 'x': expected a whole number of at least 0"),
-        (lambda m: Server(create("glora"), base=m), "method = a Method: expected a name"),  # type: ignore[arg-type]
+        (lambda m: Server(create("glora"), base=m), "method = a Method: expected a name"),
         (lambda m: Server("glora", base={"q": (3,)}, max_rank=2), r"base: 'q' has shape \(3,\): expected two whole"),
         (lambda m: Server("glora", base={"q": (0, 4)}, max_rank=2), r"base: 'q' has shape \(0, 4\): expected two"),
         (lambda m: Server("glora", base={"q": torch.ones(3, 4)}, max_rank=2), "base: 'q' has shape a Tensor: expected"),
-        (lambda m: Server("glora", base=m).update([{}], num_examples={}), "state_dicts is a list: expected a mapping"),  # type: ignore[arg-type]
+        (lambda m: Server("glora", base=m).update([{}], num_examples={}), "state_dicts is a list: expected a mapping"),
     ],
 )
 def test_what_a_server_refuses(call: Any, message: str, models: dict[int, Any]) -> None:

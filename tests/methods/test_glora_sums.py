@@ -334,7 +334,7 @@ def test_what_it_cannot_do_is_refused(options: dict[str, Any], message: str) -> 
 
 def test_every_exchange_is_a_sum() -> None:
     for number in (1, 2):
-        method = glora_sums(passes=number)  # type: ignore[arg-type]
+        method = glora_sums(passes=number)
         assert method.secure_sum
         asked: Sequence[str] = [exchange.ask for exchange in method.exchanges]
         assert asked == ["train", *["again"] * number]

@@ -55,7 +55,7 @@ def play(
             sent = method.broadcast(state, Request(rank))
             if exchange.ask != "again":
                 asked = replace(sent, recipe=replace(sent.recipe, gradient=exchange.ask == "gradient"))
-                held[k] = fake_work(clients[k], asked, state.round_num)  # type: ignore[arg-type]
+                held[k] = fake_work(clients[k], asked, state.round_num)
             update, _ = method.encode(held[k].update, sent, None)
             sent_now.append(update)
             partial = exchange.fold.add(partial, replace(update, num_examples=1.0))
@@ -154,7 +154,7 @@ def test_mixed_ranks_move_what_they_train_and_nothing_else() -> None:
         want = held["sb"].double().clone()
         for k, rank in enumerate((2, 4)):
             sent = plain("ffa_lora").broadcast(state, Request(rank))
-            trained = fake_work(_Client(f"client-{k}"), sent, 1).update.factors(name)  # type: ignore[arg-type]
+            trained = fake_work(_Client(f"client-{k}"), sent, 1).update.factors(name)
             change = trained.scaling * (trained.b - sent.adapter[name].b).double()
             want[:, :rank] += change / 2
         torch.testing.assert_close(after.modules[name]["sb"].double(), want, rtol=1e-5, atol=1e-5)
@@ -307,7 +307,7 @@ def test_noise_depends_on_the_secret_and_on_the_sum() -> None:
 def test_weights_other_than_one_are_refused() -> None:
     method, state = make("fedavg", 1.0, 1.0), run_state(plain("fedavg"), 3).state
     sent = method.broadcast(state, Request(3))
-    answer, _ = method.encode(fake_work(_Client("client-0"), sent, 0).update, sent, None)  # type: ignore[arg-type]
+    answer, _ = method.encode(fake_work(_Client("client-0"), sent, 0).update, sent, None)
     partial = method.exchanges[0].fold.add(Partial(), replace(answer, num_examples=40.0))
     with pytest.raises(ValueError, match=r"expected every client to count 1 \(federation.weighting = 'equal'\)"):
         method.finish(state, partial)
@@ -317,7 +317,7 @@ def test_a_site_has_no_secret_and_draws_no_noise() -> None:
     state = run_state(plain("fedavg"), 3).state
     site = with_client_dp(plain("fedavg"), 0.5, 1.0, 1.0)
     sent = site.broadcast(state, Request(3))
-    update = fake_work(_Client("client-0"), sent, 0).update  # type: ignore[arg-type]
+    update = fake_work(_Client("client-0"), sent, 0).update
     tiny.same(
         site.encode(update, sent, None)[0].dense, make("fedavg", 0.5, 1.0, 1.0).encode(update, sent, None)[0].dense
     )
@@ -342,7 +342,7 @@ def test_a_diverged_update_is_seen() -> None:
     """NaN stays NaN, so that the checks on what leaves a site still refuse it."""
     state = run_state(plain("fedavg"), 3).state
     sent = make("fedavg").broadcast(state, Request(3))
-    update = fake_work(_Client("client-0"), sent, 0).update  # type: ignore[arg-type]
+    update = fake_work(_Client("client-0"), sent, 0).update
     for bad in (math.nan, math.inf):
         dense = {n: torch.full_like(t, bad) for n, t in update.dense.items()}
         answer, _ = make("fedavg", 1.0).encode(replace(update, dense=dense), sent, None)

@@ -42,7 +42,7 @@ def test_the_sum_is_exact_in_any_order_and_grouping(case: tuple[FixedPoint, list
     point, rows = case
     words = [point.encode(torch.tensor(row, dtype=torch.float64), len(rows)) for row in rows]
     shuffled = list(words)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    random.shuffle(shuffled)
     cut = len(words) // 2
     left, right = (np.sum([np.zeros_like(words[0]), *part], axis=0, dtype=np.uint64) for part in
                    (shuffled[:cut], shuffled[cut:]))  # fmt: skip

@@ -248,7 +248,7 @@ def test_coordinates_are_taken_one_by_one(name: str, n: int) -> None:
     stage = attacks.stage(METHODS[name](), n, counts=range(10, 10 + n))
 
     def flat(updates: Sequence[Update]) -> np.ndarray[Any, Any]:
-        parts = [[*u.dense.values(), *(t for p in u.modules.values() for t in p.values.values())] for u in updates]  # type: ignore[union-attr]
+        parts = [[*u.dense.values(), *(t for p in u.modules.values() for t in p.values.values())] for u in updates]
         return np.stack([torch.cat([t.double().flatten() for t in held]).numpy() for held in parts])
 
     values = np.sort(flat(stage.updates), axis=0)
@@ -314,7 +314,7 @@ def test_every_method_runs_under_every_filter_that_it_is_not_refused(name: str, 
 
     def filtered(ask: str, updates: Sequence[Update], sent: Sequence[Broadcast]) -> list[Update]:
         asked_of.append(ask)
-        return list(found(updates, sent, ask=ask).updates)  # type: ignore[arg-type]
+        return list(found(updates, sent, ask=ask).updates)
 
     attacks.play(method, filtered)
     assert asked_of == [exchange.ask for exchange in method.exchanges]

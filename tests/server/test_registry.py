@@ -60,7 +60,7 @@ def test_an_odd_introduction_is_reported_once_and_asked_for_again(tmp_path: Path
         sites.greet()
         sites.transport.sleep(5)
     assert sites.members == {}
-    assert len(sites.transport.sent) == 3  # type: ignore[attr-defined]
+    assert len(sites.transport.sent) == 3
     (line,) = lines
     assert expected in line
     assert "\n" not in line
@@ -71,7 +71,7 @@ def test_sites_are_members_once_and_keep_their_rank_and_data(tmp_path: Path) -> 
     sites = registry(tmp_path, {"n1": introduced(), "n2": introduced()}, lines)
     sites.greet()
     assert [member.node for member in sites.members.values()] == ["n1"]
-    nodes = sites.transport.handlers  # type: ignore[attr-defined]
+    nodes = sites.transport.handlers
     del nodes["n1"], nodes["n2"]
     nodes["n3"] = lambda content: introduced(num_examples=10)
     sites.greet()

@@ -109,5 +109,5 @@ def test_a_patch_is_put_together_as_the_server_does(tmp_path: Path) -> None:
         got = SiteStorage(tmp_path).patch("run", header, news)["x"]
         want = log.total["x"]
         pairs = zip((got.b, got.a), (want.b, want.a), strict=True) if isinstance(want, LowRank) else [(got, want)]
-        assert all(torch.equal(x, y) for x, y in pairs)  # type: ignore[arg-type]
+        assert all(torch.equal(x, y) for x, y in pairs)
         seen = log.version

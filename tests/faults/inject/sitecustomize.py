@@ -122,7 +122,7 @@ def install() -> None:
         from fedspan.wire import unix_socket
 
         site, serve = Path(words[words.index("fedspan.site.worker") + 1]).name, unix_socket.Listener.serve
-        unix_socket.Listener.serve = lambda self, answer: serve(self, in_worker(site, answer))  # type: ignore[method-assign]
+        unix_socket.Listener.serve = lambda self, answer: serve(self, in_worker(site, answer))
     elif "fedspan.flower.client_app_process" in words:
         from fedspan.flower.worker_supervisor import WorkerSupervisor
 
@@ -133,7 +133,7 @@ def install() -> None:
                 raise RuntimeError("this site's client app\nis broken")
             return call(self, folder, content, timeout)
 
-        WorkerSupervisor.call = called  # type: ignore[method-assign]
+        WorkerSupervisor.call = called
 
 
 if "FEDSPAN_MISHAPS" in os.environ:

@@ -69,10 +69,10 @@ def small_model(rank: int) -> Any:
 
 
 def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server over two rounds, a merge of two folders, a strategy, and a round in plain functions."""
+    """Two servers over two rounds, a merge of two folders, a strategy, and a round in plain functions."""
     pytest.importorskip("flwr")
     monkeypatch.chdir(tmp_path)
-    server, merge, strategy, plain = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    server, confined, merge, strategy, plain = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
     trained = []
 
@@ -88,6 +88,14 @@ def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["report"].round_num == 2
     assert names["report"].weights == pytest.approx({"a": 300 / 420, "b": 120 / 420})
     assert fedspan.Server.load("server.safetensors").round_num == 2
+
+    ids = torch.arange(40).reshape(4, 10)
+    alike = {"a": small_model(8), "b": small_model(8)}
+    shared = {"fedspan": fedspan} | {key: names[key] for key in names if key.endswith("_peft_model_state_dict")}
+    batches = {name: [{"input_ids": ids + k, "labels": ids + k} for k in range(5)] for name in alike}
+    names = pages.run(confined, models=alike, train=train, batches=batches, **shared)
+    assert (names["report"].round_num, names["server"].asks) == (2, "train")
+    assert any(t.any() for key, t in names["server"].adapter().items() if "lora_A" in key)
 
     models["a"].save_pretrained("alice")
     models["b"].save_pretrained("bob")

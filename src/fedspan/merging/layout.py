@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from fedspan.adapters.peft_folder import load
-from fedspan.adapters.state_dict import PREFIX, Adapter, adapter_of, adapter_of_model, tensors_of, without_adapter_name
+from fedspan.adapters.state_dict import (
+    PREFIX,
+    Adapter,
+    adapter_of,
+    adapter_of_model,
+    check_finite,
+    tensors_of,
+    without_adapter_name,
+)
 from fedspan.methods.messages import Factors, Template
 from fedspan.methods.patches import Patch, patch_dense
 from fedspan.support.errors import FedspanError
@@ -43,7 +51,9 @@ class Layout:
         FedspanError
             When it is not of this layout, whatever its rank.
         """
-        _check_state_dict(where, state_dict)
+        _check_state_dict(where, state_dict, "a state dict, as get_peft_model_state_dict gives it")
+        if inside := [key for key in state_dict if ".parametrizations." in key]:
+            raise FedspanError(f"{where}: {inside[0]!r} is of a model within `training`: expected one after it")
         tensors = {key: tensor.detach().cpu() for key, tensor in state_dict.items()}
         tensors = without_adapter_name(tensors, self.adapter_name)
         rank = next((t.shape[0] for key, t in tensors.items() if ".lora_A" in key or ".lora_embedding_A" in key), 1)
@@ -55,6 +65,35 @@ class Layout:
         _same(where, "whole weight", {name: tuple(t.shape) for name, t in adapter.dense.items()}, self.heads)
         return adapter, rank
 
+    def read_gradient(self, where: str, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the gradients of the adapted weights, (m, n) by module, from those by the weights' names.
+
+        Raises
+        ------
+        FedspanError
+            When a gradient is missing, unknown, of another shape than the weight, no floats, or not finite.
+        """
+        _check_state_dict(where, gradient, "gradients by the weights' names")
+        modules = {self.base_name(module): module for module in self.template.modules}
+        if odd := sorted(gradient.keys() ^ modules.keys()):
+            problem = "is no gradient that is asked for" if odd[0] in gradient else "is missing"
+            raise FedspanError(f"{where}: {odd[0]!r} {problem}: expected gradients of the {len(modules)} base weights")
+        check_finite(where, gradient)
+        read: dict[str, Tensor] = {}
+        for key, grad in gradient.items():
+            module = modules[key]
+            shape = self._stored(module, self.template.modules[module])
+            if tuple(grad.shape) != shape or not grad.is_floating_point():
+                given = f"{tuple(grad.shape)} of {grad.dtype}"
+                raise FedspanError(f"{where}: the gradient of {key!r} is {given}: expected {shape} of floats")
+            grad = grad.detach().cpu()
+            read[module] = grad.mT.contiguous() if self._is_transposed(module) else grad
+        return {module: read[module] for module in self.template.modules}
+
+    def base_name(self, module: str) -> str:
+        """Return the name of the module's own weight in the PEFT model."""
+        return f"{PREFIX}{module}.base_layer.weight"
+
     def write(self, factors: Mapping[str, Factors], dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the state dict of an adapter and heads, as `peft.set_peft_model_state_dict` takes it."""
         return tensors_of(factors, dense, self.embeddings)
@@ -62,14 +101,26 @@ class Layout:
     def base_weight(self, module: str, patch: Patch) -> tuple[str, Tensor]:
         """Return a patch as an addition to the base's weight: its name in the PEFT model, and the whole matrix."""
         delta = patch_dense(patch)
-        if self.fan_in_fan_out or module in self.embeddings:
+        if self._is_transposed(module):
             delta = delta.mT
-        return f"{PREFIX}{module}.base_layer.weight", delta.contiguous().clone()
+        return self.base_name(module), delta.contiguous().clone()
 
     def factor_names(self, side: str) -> tuple[str, ...]:
         """Return the names that PEFT gives to factor "A" or "B" in this adapter."""
         names = (f"lora_{side}", f"lora_embedding_{side}")
         return names if self.embeddings else names[:1]
+
+    def parameter_name(self, module: str, side: str) -> str:
+        """Return the name of a module's factor "a" or "b" among the parameters of the PEFT model."""
+        if module in self.embeddings:
+            return f"{PREFIX}{module}.lora_embedding_{side.upper()}.{self.adapter_name}"
+        return f"{PREFIX}{module}.lora_{side.upper()}.{self.adapter_name}.weight"
+
+    def _is_transposed(self, module: str) -> bool:
+        return self.fan_in_fan_out or module in self.embeddings
+
+    def _stored(self, module: str, shape: tuple[int, int]) -> tuple[int, int]:
+        return shape[::-1] if self._is_transposed(module) else shape
 
     def _config(self, rank: int) -> dict[str, Any]:
         return {
@@ -80,11 +131,11 @@ class Layout:
         }
 
 
-def _check_state_dict(where: str, state_dict: object) -> None:
+def _check_state_dict(where: str, state_dict: object, expected: str) -> None:
     """Refuse anything but a mapping of dense tensors."""
     if not isinstance(state_dict, Mapping):
         kind = type(state_dict).__name__
-        raise FedspanError(f"{where}: a {kind}: expected a state dict, as get_peft_model_state_dict gives it")
+        raise FedspanError(f"{where}: a {kind}: expected {expected}")
     for key, tensor in state_dict.items():
         if not isinstance(tensor, Tensor):
             raise FedspanError(f"{where}: {key!r} is a {type(tensor).__name__}: expected a tensor")

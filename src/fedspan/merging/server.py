@@ -1,47 +1,46 @@
-"""A server for a training loop of your own: adapters out, trained adapters in, round by round."""
+"""A server for a training loop of your own: adapters out, trained adapters in, round by round.
+
+Every method that trains adapters is served. What differs between them is read from the method's exchanges and from
+what it broadcasts, never from its name.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from fedspan.adapters.state_dict import Adapter
-from fedspan.merging.layout import Layout, layout_of
+from fedspan.merging import server_file
+from fedspan.merging.answers import counts_of
+from fedspan.merging.exchanges import Exchanges
+from fedspan.merging.layout import layout_of
+from fedspan.merging.local_work import collecting, parameters_of, training_only
 from fedspan.methods import METHODS, create
-from fedspan.methods.base import Method, ServerState, aggregate
-from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Factors, Request, Update
-from fedspan.methods.state_file import pack_state, pack_tensors, separate, unpack_state, unpack_tensors
-from fedspan.support import parallel
+from fedspan.methods.base import Method, ServerState
+from fedspan.methods.messages import Diagnostics, Factors
 from fedspan.support.errors import FedspanError
-from fedspan.support.files import read_tensors, write_bytes
-from fedspan.support.scalars import plain, whole
-
-_FORMAT = 1
-_KEY = "fedspan_server"
+from fedspan.support.scalars import plain
 
 
 @dataclass(frozen=True, slots=True)
 class RoundReport:
-    """The result of one round of a server."""
+    """The result of one `update` of a server."""
 
     method: str
     round_num: int
-    """Rounds finished, this one included."""
+    """Rounds finished, this one included; gradients alone finish none."""
     num_clients: int
     weights: Mapping[str, float]
     """p_k = n_k / Σ n by client."""
     bytes_up: int
-    """Size of the clients' state dicts."""
+    """Size of what the clients handed over."""
     diagnostics: Diagnostics
     """The method's own diagnostics."""
 
@@ -61,14 +60,26 @@ class Server:
     2. Add `patch(r)` to the base's original weights. It is empty except for FLoRA, FedEx-LoRA, GLoRA+, and GLoRA
        with `start` "state" or "split".
     3. Train the factors in `trains`, and whole weights in `modules_to_save`; add `tail_penalty(r)` to the loss where
-       there is one (HetLoRA).
-    4. Hand `peft.get_peft_model_state_dict(model)` to `update`.
+       there is one (HetLoRA). Inside `training(model)` the other factors are frozen, and factors that the method
+       confines to a subspace stay in it, which only Fed-SB needs.
+    4. Hand `peft.get_peft_model_state_dict(model)` to `update`; copies of its tensors where one model trains several
+       clients in turn.
+
+    A method may ask for gradients of the base before a round is trained, as Fed-SB does before the first. While `asks`
+    is "gradient", `update` takes what `gradient(model)` gives, and the round goes on with training:
+
+        server = fedspan.Server("fed_sb", base=peft_model)
+        for _ in range(rounds):
+            if server.asks == "gradient":
+                ...  # per client: load `adapter()`, and call backward inside `with server.gradient(model) as gradient:`
+                server.update({"a": gradient_a, "b": gradient_b}, num_examples={"a": 300, "b": 120})
+            ...  # per client: load `adapter()`, and train inside `with server.training(model):`
+            report = server.update({"a": state_dict_a, "b": state_dict_b}, num_examples={"a": 300, "b": 120})
 
     Parameters
     ----------
     method
-        An adapter method's name. Methods that train weights, the controls, and Fed-SB are refused; Fed-SB needs a
-        gradient before the first round, and training confined to a subspace, which plain LoRA training is not.
+        The name of a method that trains adapters. Methods that train weights, and the controls, are refused.
     base
         A PEFT model, a PEFT adapter folder, a `Template`, or (m, n) by module. Shapes, LoRA settings and the heads'
         values are read from it, not the factors: the first round starts from LoRA's own start, ΔW = 0. A template
@@ -100,39 +111,51 @@ class Server:
     ) -> None:
         if not isinstance(method, str):
             raise FedspanError(f"method = a {type(method).__name__}: expected a name, with its options beside it")
-        self._method = create(method, **options)
-        reason = _why_not(self._method)
+        made = create(method, **options)
+        reason = _why_not(made)
         if reason is not None:
             able = ", ".join(name for name, make in METHODS.items() if _why_not(make()) is None)
             raise FedspanError(f"{method} {reason}: expected one of {able}")
+        layout, heads = layout_of(base, max_rank, seed, adapter_name)
         self._options = {key: plain(value) for key, value in options.items()}
-        self._layout, heads = layout_of(base, max_rank, seed, adapter_name)
-        self._state = self._method.init(self._layout.template, heads)
-        self._client_states: dict[str, ClientState] = {}
+        self._exchanges = Exchanges(made, layout, made.init(layout.template, heads))
 
     @property
     def state(self) -> ServerState:
-        """The server's state between two rounds."""
-        return self._state
+        """The server's state between two updates."""
+        return self._exchanges.state
+
+    @property
+    def asks(self) -> Literal["train", "gradient"]:
+        """The content of the next `update`: "train", trained adapters; "gradient", gradients of the base's weights."""
+        return self._exchanges.stage.ask
+
+    @property
+    def probe_batches(self) -> int:
+        """Number of batches over which a gradient is to be the mean, where one is asked for (a method's option)."""
+        return self._exchanges.broadcast(None, "the server").recipe.probe_batches
 
     @property
     def round_num(self) -> int:
         """Number of rounds finished."""
-        return self._state.round_num
+        return self.state.round_num
 
     @property
     def trains(self) -> tuple[str, ...]:
         """The factors that clients train in the coming round; the others stay as they were sent.
 
         "lora_A", "lora_B" or both (and PEFT's names for embeddings where some are adapted), to be looked for in the
-        names of a model's parameters. RoLoRA takes turns; FFA-LoRA and FedSVD train B alone.
+        names of a model's parameters. RoLoRA takes turns; FFA-LoRA and FedSVD train B alone. None while a gradient is
+        asked for.
         """
-        recipe = self._broadcast(self._state, self._layout.template.rank, "the server").recipe
-        a, b = (self._layout.factor_names(side) for side in "AB")
+        if self.asks == "gradient":
+            return ()
+        recipe = self._exchanges.broadcast(None, "the server").recipe
+        a, b = (self._exchanges.layout.factor_names(side) for side in "AB")
         return (a if recipe.train_a else ()) + (b if recipe.train_b else ())
 
     def adapter(self, rank: int | None = None, *, client_id: str | None = None) -> dict[str, Tensor]:
-        """Return the state dict that a client of this rank starts the round from, heads included.
+        """Return the state dict that a client of this rank starts from, heads included.
 
         Parameters
         ----------
@@ -146,10 +169,10 @@ class Server:
         FedspanError
             When the method does not serve that rank.
         """
-        rank = self._layout.template.rank if rank is None else rank
-        sent = self._start(self._state, rank, client_id)
+        layout, sent = self._exchanges.layout, self._exchanges.start(rank, client_id)
+        size = layout.template.rank if rank is None else rank
         # A pruned component has both factors at zero, where it has no gradient: it stays given up.
-        return self._layout.write({name: _padded(f, rank) for name, f in sent.adapter.items()}, sent.dense)
+        return layout.write({name: _padded(f, size) for name, f in sent.adapter.items()}, sent.dense)
 
     def patch(self, rank: int | None = None) -> dict[str, Tensor]:
         """Return what a client of this rank adds to its base for the round, by the weight's name in the PEFT model.
@@ -162,24 +185,66 @@ class Server:
         Weights that are quantised, or an adapted embedding that is tied to the output layer, cannot be added to in
         this way. Empty for most methods, and for all of them before the first round.
         """
-        rank = self._layout.template.rank if rank is None else rank
-        sent = self._broadcast(self._state, rank, "patch")
-        return dict(self._layout.base_weight(module, patch) for module, patch in sent.patch.items())
+        sent = self._exchanges.broadcast(rank, "patch")
+        return dict(self._exchanges.layout.base_weight(module, patch) for module, patch in sent.patch.items())
 
     def tail_penalty(self, rank: int | None = None, *, client_id: str | None = None) -> tuple[float, int] | None:
         """Return (λ, k) where the client adds λ·Σ ‖B[:, k:]‖_F ‖A[k:, :]‖_F over its modules to the loss (HetLoRA)."""
-        rank = self._layout.template.rank if rank is None else rank
-        return self._start(self._state, rank, client_id).recipe.tail_penalty
+        return self._exchanges.start(rank, client_id).recipe.tail_penalty
+
+    def gradient(self, model: Any) -> AbstractContextManager[dict[str, Tensor]]:
+        """Return a context in which the adapted base weights of a PEFT model collect gradients, and nothing else does.
+
+            with server.gradient(model) as gradient:
+                for batch in batches[: server.probe_batches]:
+                    (model(**batch).loss / server.probe_batches).backward()
+
+        Afterwards `gradient` holds the mean gradient, by the weights' names among the model's parameters, as `update`
+        takes it. Load `adapter()`, and add `patch()`, before. Inside, the model is in evaluation mode; afterwards its
+        parameters, their gradients and its mode are as they were.
+
+        Raises
+        ------
+        FedspanError
+            For a model without these weights, a base that is not in floating point, or a missing backward pass.
+        """
+        layout = self._exchanges.layout
+        return collecting(model, [layout.base_name(module) for module in layout.template.modules])
+
+    def training(self, model: Any, *, client_id: str | None = None) -> AbstractContextManager[None]:
+        """Return a context in which a PEFT model trains the factors of the coming round, as the method confines them.
+
+        Factors outside `trains` are frozen. A factor X with a subspace is X₀ + basis·Z or X₀ + Z·basisᵀ, and its
+        parameter holds Z, which starts at 0: the optimizer, clipping and weight decay act on Z. Load `adapter()` before
+        entering, for it is X₀. Take the state dict after leaving, when the parameter holds X again.
+
+        Raises
+        ------
+        FedspanError
+            For a model without the base's modules and adapter, or while a gradient is asked for.
+        """
+        layout, label = self._exchanges.layout, self._exchanges.label
+        if self.asks == "gradient":
+            raise FedspanError(f"{label} asks for a gradient before training: expected `gradient(model)` and `update`")
+        names = {f"{m}/{side}": layout.parameter_name(m, side) for m in layout.template.modules for side in "ab"}
+        held = parameters_of(model, list(names.values()))
+        rank = next(p.shape[0] for p in held.values())  # of an A
+        sent = self._exchanges.start(rank, client_id)
+        trains = {"a": sent.recipe.train_a, "b": sent.recipe.train_b}
+        free = {name: trains[part[-1]] for part, name in names.items()}
+        spaces = {names[part]: space for part, space in sent.subspaces.items() if part in names and free[names[part]]}
+        return training_only(model, free, spaces)
 
     def update(
         self, state_dicts: Mapping[str, Mapping[str, Tensor]], *, num_examples: Mapping[str, float]
     ) -> RoundReport:
-        """Finish a round with the adapters that these clients trained.
+        """Finish a round with the adapters that these clients trained, or continue it with gradients where `asks` says.
 
         Parameters
         ----------
         state_dicts
             By client id, as `peft.get_peft_model_state_dict` gives them; the adapter's name may stand in the keys.
+            Gradients: as `gradient` gives them. The clients that train need not be those that gave a gradient.
         num_examples
             By client id, how much each client counts.
 
@@ -189,17 +254,12 @@ class Server:
             Naming the client, and what is wrong with its state dict or its number of examples. The server is then
             unchanged.
         """
-        counts = _counts(state_dicts, num_examples)
-        given = {client_id: self._layout.read(f"client {client_id}", state_dicts[client_id]) for client_id in counts}
-        try:
-            state, kept, diagnostics = self._round(given, counts)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of a product that overflowed
-            raise FedspanError(self._overflow()) from None
-        self._state, self._client_states = state, kept
+        counts = counts_of(state_dicts, num_examples)
+        self._exchanges, diagnostics = self._exchanges.answered(state_dicts, counts)
         total = math.fsum(counts.values())
         return RoundReport(
-            self._method.info.name,
-            state.round_num,
+            self._exchanges.method.info.name,
+            self.round_num,
             len(counts),
             {client_id: count / total for client_id, count in counts.items()},
             sum(t.nbytes for state_dict in state_dicts.values() for t in state_dict.values()),
@@ -207,30 +267,14 @@ class Server:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the server between two rounds to one safetensors file: whole, or not at all.
+        """Write the server between two updates to one safetensors file: whole, or not at all.
 
         Raises
         ------
         OSError
             When writing fails; a file that was there before survives.
         """
-        tensors: dict[str, Tensor] = {}
-        layout = self._layout
-        structure = {
-            "format": _FORMAT,
-            "method": self._method.info.name,
-            "options": self._options,
-            "adapter_name": layout.adapter_name,
-            "heads": {name: list(shape) for name, shape in layout.heads.items()},
-            "modules_to_save": list(layout.modules_to_save),
-            "embeddings": sorted(layout.embeddings),
-            "fan_in_fan_out": layout.fan_in_fan_out,
-            "state": pack_state(self._state, tensors),
-            "client_states": {
-                client: pack_tensors(kept, f"client/{client}", tensors) for client, kept in self._client_states.items()
-            },
-        }
-        write_bytes(Path(path), to_bytes(separate(tensors), metadata={_KEY: json.dumps(structure)}))
+        server_file.write(Path(path), self._exchanges, self._options)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Server:
@@ -241,114 +285,11 @@ class Server:
         FedspanError
             When the file is no saved server of this format, or damaged.
         """
-        try:
-            meta, tensors = read_tensors(Path(path), _KEY)
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise FedspanError(f"{path} is damaged ({error}): expected a saved server") from None
-        if not isinstance(meta, dict) or meta.get("format") != _FORMAT:
-            raise FedspanError(f"{path} is no saved server of format {_FORMAT}")
-        try:
-            state = unpack_state(meta["state"], tensors)
-            server = cls(meta["method"], base=state.template, adapter_name=meta["adapter_name"], **meta["options"])
-            server._layout = Layout(
-                state.template,
-                meta["adapter_name"],
-                {name: tuple(shape) for name, shape in meta["heads"].items()},
-                tuple(meta["modules_to_save"]),
-                frozenset(meta["embeddings"]),
-                meta["fan_in_fan_out"],
-            )
-            server._client_states = {
-                client: unpack_tensors(keys, tensors) for client, keys in meta["client_states"].items()
-            }
-        except FedspanError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise FedspanError(f"{path} is damaged (incomplete: {error}): expected a saved server") from None
-        server._state = state
+        exchanges, options = server_file.read(Path(path))
+        template = exchanges.layout.template
+        server = cls(exchanges.method.info.name, base=template, adapter_name=exchanges.layout.adapter_name, **options)
+        server._exchanges = exchanges
         return server
-
-    def _round(
-        self, given: Mapping[str, tuple[Adapter, int]], counts: Mapping[str, float]
-    ) -> tuple[ServerState, dict[str, ClientState], Diagnostics]:
-        """Run the round's exchanges, both sides of them, on (adapter, rank) by client."""
-        state, kept = self._state, dict(self._client_states)
-        trained: dict[str, Update] = {}
-        diagnostics: dict[str, Any] = {}
-        for number, exchange in enumerate(self._method.exchanges):
-            if not exchange.due(state.round_num):
-                continue
-            state = replace(state, exchange=number)
-            starts = self._starts(state, {client_id: rank for client_id, (_, rank) in given.items()})
-            if exchange.ask == "train":
-                trained = {c: self._trained(c, adapter, starts[c], counts[c]) for c, (adapter, _) in given.items()}
-            replies = [self._encoded(update, starts[client_id], kept) for client_id, update in trained.items()]
-            with parallel.threads(os.cpu_count() or 1):
-                state, measured = aggregate(self._method, state, replies)
-            diagnostics |= measured
-        if not _is_finite(state):
-            raise FedspanError(self._overflow())
-        return state, kept, diagnostics
-
-    def _overflow(self) -> str:
-        name = self._method.info.name
-        return f"round {self.round_num + 1} of {name} overflowed: expected smaller values in the state dicts"
-
-    def _broadcast(self, state: ServerState, rank: int, where: str) -> Broadcast:
-        """Return what a client of this rank is sent."""
-        info, largest = self._method.info, self._layout.template.rank
-        rank = whole(f"{where}: rank", rank, 1)
-        if not info.hetero_rank and rank != largest:
-            raise FedspanError(f"{where}: rank = {rank}: {info.name} expected rank {largest} for every client")
-        sent = self._method.broadcast(state, Request(rank))
-        # Methods that keep factors have no more directions than these to give.
-        if any(f.rank != rank for f in sent.adapter.values()):
-            raise FedspanError(f"{where}: rank = {rank}: {info.name} expected at most {largest}, the server's max_rank")
-        return sent
-
-    def _starts(self, state: ServerState, ranks: Mapping[str, int]) -> dict[str, Broadcast]:
-        """Return what each client starts from; clients of one rank are sent the same, worked out once."""
-        one_of = {rank: client_id for client_id, rank in ranks.items()}
-        sent = {rank: self._broadcast(state, rank, f"client {client_id}") for rank, client_id in one_of.items()}
-        return {c: self._method.start(sent[rank], self._client_states.get(c)) for c, rank in ranks.items()}
-
-    def _start(self, state: ServerState, rank: int, client_id: str | None) -> Broadcast:
-        """Return what a client starts from, with what is kept for it."""
-        where = "adapter" if client_id is None else f"client {_client_id(client_id)}"
-        kept = None if client_id is None else self._client_states.get(client_id)
-        return self._method.start(self._broadcast(state, rank, where), kept)
-
-    def _trained(self, client_id: str, adapter: Adapter, sent: Broadcast, count: float) -> Update:
-        """Return a client's adapter as the update that it is, checked against what the client was sent."""
-        modules = {}
-        for name, start in sent.adapter.items():
-            f, where = adapter.factors[name], f"client {client_id}: {name}"
-            if f.b[:, start.rank :].any():
-                raise FedspanError(f"{where}: lora_B has components beyond {start.rank}, which were pruned: expected 0")
-            f = Factors(f.b[:, : start.rank], f.a[: start.rank], f.scaling)
-            for side, free, now, then in (
-                ("lora_A", sent.recipe.train_a, f.a, start.a),
-                ("lora_B", sent.recipe.train_b, f.b, start.b),
-            ):
-                if not free and not _same_in_some_precision(now, then):
-                    raise FedspanError(
-                        f"{where}: {side} was changed, but round {self.round_num + 1} of {self._method.info.name} "
-                        f"trains {' and '.join(self.trains)} alone: expected it as it was sent"
-                    )
-            modules[name] = f
-        return Update(client_id, count, modules, adapter.dense)
-
-    def _encoded(self, trained: Update, start: Broadcast, kept: dict[str, ClientState]) -> Update:
-        """Return what the method makes of a client's update, and put what it keeps for the client in `kept`."""
-        client_id = trained.client_id
-        update, after = self._method.encode(trained, start, self._client_states.get(client_id))
-        if after is not None:
-            kept[client_id] = after
-        # Trained tensors are finite, but a norm or a product of them need not be.
-        for (module, part), tensor in update.named_tensors().items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise FedspanError(f"client {client_id}: {part} of {module} overflowed: expected finite values")
-        return update
 
 
 def _why_not(method: Method) -> str | None:
@@ -357,49 +298,7 @@ def _why_not(method: Method) -> str | None:
         return "is a control without a server"
     if method.info.trains != "adapter":
         return "averages weights, not adapters"
-    if any(exchange.ask == "gradient" for exchange in method.exchanges):
-        return "needs a gradient before the first round, and training confined to a subspace"
     return None
-
-
-def _counts(state_dicts: Mapping[str, Any], num_examples: Mapping[str, float]) -> dict[str, float]:
-    """Return client id -> number of examples, in the order of the ids."""
-    for name, given in (("state_dicts", state_dicts), ("num_examples", num_examples)):
-        if not isinstance(given, Mapping):
-            raise FedspanError(f"{name} is a {type(given).__name__}: expected a mapping from client ids")
-        for client_id in given:
-            _client_id(client_id)
-    if missing := sorted(state_dicts.keys() - num_examples.keys()):
-        raise FedspanError(f"client {missing[0]} has no num_examples: expected a number for each client")
-    if unknown := sorted(num_examples.keys() - state_dicts.keys()):
-        raise FedspanError(f"num_examples names client {unknown[0]}, which sent no state dict")
-    counts = {client_id: _count(client_id, num_examples[client_id]) for client_id in sorted(state_dicts)}
-    if not math.isfinite(sum(counts.values())):
-        raise FedspanError("num_examples add up to infinity: expected numbers with a finite sum")
-    return counts
-
-
-def _count(client_id: str, given: object) -> float:
-    try:
-        count = plain(given)
-        if not isinstance(count, bool) and isinstance(count, int | float) and math.isfinite(count) and count > 0:
-            return float(count)
-    except OverflowError:  # a whole number beyond all floats
-        pass
-    raise FedspanError(f"client {client_id}: num_examples = {given!r}: expected a finite number above 0")
-
-
-def _client_id(given: object) -> str:
-    """Return the id of a client; a saved server could not tell 1 from "1"."""
-    if not isinstance(given, str):
-        raise FedspanError(f"client id {given!r}: expected a string")
-    return given
-
-
-def _is_finite(state: ServerState) -> bool:
-    tensors: dict[str, Tensor] = {}
-    pack_state(state, tensors)
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
 
 
 def _padded(f: Factors, rank: int) -> Factors:
@@ -409,9 +308,3 @@ def _padded(f: Factors, rank: int) -> Factors:
         return f
     b, a = f.b.new_zeros((f.b.shape[0], spare)), f.a.new_zeros((spare, f.a.shape[1]))
     return Factors(torch.cat([f.b, b], dim=1), torch.cat([f.a, a], dim=0), f.scaling)
-
-
-def _same_in_some_precision(x: Tensor, sent: Tensor) -> bool:
-    """Return whether x is what was sent, perhaps rounded by a model in half precision."""
-    kinds = (x.dtype, torch.bfloat16, torch.float16)
-    return any(torch.equal(x, sent.to(kind).to(x.dtype)) for kind in kinds)

@@ -14,7 +14,7 @@ from fedspan.config import Config, to_toml, with_absolute_paths
 from fedspan.config import load as load_config
 from fedspan.federation import requirements
 from fedspan.models.quantised import base_size
-from fedspan.privacy.secret_file import secret_of
+from fedspan.privacy.ledgers import ClientLedger
 from fedspan.runs import events
 from fedspan.runs.context import RunContext
 from fedspan.runs.events import OnEvent
@@ -64,7 +64,7 @@ def run(
         clients answer in a round.
     """
     folder = new_folder(config, out)
-    method = requirements.chosen(config, secret_of(folder))
+    method = requirements.chosen(config, ClientLedger(folder, config.privacy, config.federation.participation))
     config = with_absolute_paths(config)
     context = RunContext.prepare(config, method, folder, on_event, transport)
     # The folder is made only after everything that can be refused has been.
@@ -116,7 +116,7 @@ def resume(
     config = load_config(folder / "config.toml")
     if workers is not None:
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"workers": workers})})
-    method = requirements.chosen(config, secret_of(folder))
+    method = requirements.chosen(config, ClientLedger(folder, config.privacy, config.federation.participation))
     context = RunContext.prepare(config, method, folder, on_event, transport)
     return _execute(context, MethodRun.open(context, FEDERATION, method, context.clients))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -18,19 +19,22 @@ from run_folders import Stop
 
 pytest.importorskip("dp_accounting")
 
-from fedspan.config import Config
+from fedspan.config import Config, PrivacyConfig
 from fedspan.federation import requirements
 from fedspan.federation.exchange import Question
+from fedspan.methods import METHODS
 from fedspan.methods.base import ServerState
-from fedspan.methods.messages import Broadcast, Diagnostics, Request, Update
-from fedspan.privacy.client_dp import _ClientDP
-from fedspan.privacy.example_dp import PrivateGradients
-from fedspan.privacy.ledgers import Ledger
+from fedspan.methods.folds import Partial
+from fedspan.methods.messages import Broadcast, Diagnostics, Request, Template, Update
+from fedspan.privacy.client_dp import _ClientDP, with_client_dp
+from fedspan.privacy.example_dp import PrivateGradients, private_gradients
+from fedspan.privacy.ledgers import ClientLedger, Ledger
 from fedspan.runs import checkpoint
 from fedspan.runs.execution import resume, run, serve
 from fedspan.server.coordinator import Coordinator
 from fedspan.site.site import Site
-from fedspan.wire import protocol
+from fedspan.support.errors import FedspanError
+from fedspan.wire import agreement, protocol
 
 DELTA = 1e-5
 EQUAL = {"weighting": "equal"}
@@ -184,8 +188,6 @@ def ask_again(
     server = Coordinator(transport, single, method, folder / "server", lambda line: None)
     model = site.loaded.context.model
     clients = server.gather()
-    from fedspan.wire import agreement
-
     shapes = agreement.shapes(model.modules(), site.loaded.initial)
     clients = server.agree(site.loaded.base, shapes, site.loaded.initial, clients)
     server.enrol()
@@ -220,6 +222,27 @@ def test_sites_come_to_the_bits_of_one_process(
     tiny.same(state_of(tmp_path / "there"), state_of(tmp_path / "here"))
 
 
+@pytest.mark.parametrize("hiding", [{}, {"fixed_point": True}, {"secure_sums": True}], ids=["plain", "words", "masked"])
+@pytest.mark.parametrize(
+    ("dp", "weighting"), [("none", "examples"), ("example", "examples"), ("example", "equal"), ("client", "equal")]
+)
+def test_every_privacy_works_between_sites(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, dp: str, weighting: str, hiding: dict[str, bool]
+) -> None:
+    """What a site says of itself, the weight of its update and a loss that is not reported fit together in every
+    combination, and the result is that of one process to the bit."""
+    federation = {"weighting": weighting, "partition": "dirichlet", "dirichlet_alpha": 1.0}
+    privacy = {"dp": dp, "clip": 0.5, "noise_multiplier": 0.0 if dp != "none" else 1.0, "delta": DELTA, **hiding}
+    if hiding.get("secure_sums"):
+        pytest.importorskip("cryptography")
+    config = settings(bases["bert"], texts, "ffa_lora", federation=federation, privacy=privacy)
+    here = run(config, tmp_path / "here").history
+    there = Served(config, tmp_path / "there", tmp_path / "sites").run()
+    assert all(not record["rejected"] for record in there)
+    tiny.same(state_of(tmp_path / "there"), state_of(tmp_path / "here"))
+    assert math.isnan(there[0]["train_loss"]) == math.isnan(here[0]["train_loss"]) == (dp == "example")
+
+
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
     return tiny.state_tensors(checkpoint.read(folder / "checkpoint" / "federation.safetensors").state)
 
@@ -235,13 +258,7 @@ def test_a_crash_between_exchanges_is_charged(
     """Fed-SB's first round has three exchanges. The run dies after some were released, and comes back to other answers
     (or the same): ε is at least that of everything that was released, and exactly that of an uninterrupted run where
     nothing else was."""
-    config = settings(
-        bases["bert"],
-        texts,
-        "fed_sb",
-        federation={"num_clients": 4, "participation": 0.5, "rounds": 2, "weighting": "equal"},
-        privacy={"dp": "client", "clip": 0.5, "noise_multiplier": 2.0, "delta": DELTA},
-    )
+    config = shared(bases["bert"], texts)
     released: dict[int, set[str]] = {}
     count = [0]
     real = _ClientDP.finish
@@ -273,3 +290,108 @@ def test_a_crash_between_exchanges_is_charged(
     assert history[-1]["epsilon"] == pytest.approx(true, abs=0.01)
     if not changed:
         assert [len(held) for held in released.values()] == [3, 1]
+
+
+def shared(base: Path, texts: Path, z: float = 2.0, **privacy: Any) -> Config:
+    """Fed-SB over four clients under client-level privacy: three exchanges in the first round, then one."""
+    return settings(
+        base,
+        texts,
+        "fed_sb",
+        federation={"num_clients": 4, "participation": 0.5, "rounds": 2, "weighting": "equal"},
+        privacy={"dp": "client", "clip": 0.5, "noise_multiplier": z, "delta": DELTA, **privacy},
+    )
+
+
+def test_a_lost_or_older_ledger_is_refused(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    """A finished round whose sums are not in the ledger would make every later ε too small."""
+    run(shared(bases["bert"], texts), tmp_path / "run")
+    path = tmp_path / "run" / "privacy" / "ledger.json"
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    first = sorted(whole["samples"])[0]
+    for samples in ({}, {first: whole["samples"][first]}):
+        path.write_text(json.dumps({**whole, "samples": samples}), encoding="utf-8")
+        with pytest.raises(FedspanError, match=r"ledger.json counts 0 sums of round [12], which is finished: expected"):
+            resume(tmp_path / "run")
+
+
+def test_a_limit_holds_for_what_was_really_released(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for the first round and no more. It dies after two of its three sums and comes back to other answers: the
+    run ends before the sum that would exceed ε, and says so."""
+    limit = truth([(2.0 / math.sqrt(3), 0.5, 1)]) * 1.05
+    config = shared(bases["bert"], texts, epsilon=limit)
+    real, count = _ClientDP.finish, [0]
+
+    def watched(self: _ClientDP, *arguments: Any) -> tuple[ServerState, Diagnostics]:
+        outcome = real(self, *arguments)
+        count[0] += 1
+        if count[0] == 2:
+            raise Stop("the power is gone")
+        return outcome
+
+    monkeypatch.setattr(_ClientDP, "finish", watched)
+    with pytest.raises(Stop):
+        run(config, tmp_path / "run")
+    encode = _ClientDP.encode
+
+    def shifted(self: _ClientDP, update: Update, *rest: Any) -> Any:
+        answer, kept = encode(self, update, *rest)
+        return replace(answer, modules={n: p.map(lambda t: t * 0.9) for n, p in answer.modules.items()}), kept
+
+    monkeypatch.setattr(_ClientDP, "encode", shifted)
+    lines: list[str] = []
+    result = resume(
+        tmp_path / "run", lambda event: lines.append(event.data["line"]) if event.kind == "budget" else None
+    )
+    assert result.history == []
+    assert lines[0].startswith("round 1 is given up: the privacy budget is spent: this release would bring epsilon to")
+    assert ClientLedger(tmp_path / "run", config.privacy, 0.5).spent <= limit
+
+
+# Repetitions
+
+
+def test_an_exact_repetition_is_the_same_to_the_bit_and_free(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lost answer is asked for again, in the end by a site that was restarted and whose ledger was lost: the same
+    coins, the same answer, and one release in the ledger."""
+    local = {"batch_size": 4, "steps": 3}
+    config = settings(bases["bert"], texts, "ffa_lora", federation=EQUAL, local=local, privacy=private())
+    answers: list[torch.Tensor] = []
+    real = Coordinator.ask
+
+    def kept(self: Coordinator, *arguments: Any) -> Any:
+        for answer in real(self, *arguments):
+            answers.append(flat(answer.update))
+            yield answer
+
+    monkeypatch.setattr(Coordinator, "ask", kept)
+    site, asks = ask_again(config, tmp_path, monkeypatch, [1.0, 1.0, 1.0])
+    q = 4 / site.client.num_examples
+    assert asks[0] == asks[1] == asks[2]
+    assert len(asks[0]) == 3
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
+    assert spent(tmp_path / "sites") == pytest.approx(truth([(1.0, q, 3)]), abs=0.01)
+
+
+# The size of the noise
+
+
+def test_the_noise_has_its_size_to_two_percent(bases: dict[str, Path], texts: Path) -> None:
+    """z·C on every coordinate of a sum, over more than 50 000 draws, for examples and for clients."""
+    model = tiny.load(bases["bert"], "classification")
+    asked = PrivacyConfig(dp="example", clip=0.3, noise_multiplier=1.7)
+    sent = tiny.broadcast(model)
+    with private_gradients(model, sent, asked, 0x5EC12E7, 1) as examples:
+        nothing = torch.zeros(examples.size)
+        drawn = [examples.noised(nothing, nothing, str(step), 1.0) for step in range(1 + 50_000 // examples.size)]
+    assert float(torch.cat(drawn).double().square().mean().sqrt()) == pytest.approx(1.7 * 0.3, rel=0.02)
+    method = with_client_dp(METHODS["fedavg"](), 0.3, 1.7, 1.0, lambda: 0x5EC12E7)
+    state = method.init(Template({"x": (240, 240)}, 4, num_clients=4), {"x": torch.zeros(240, 240)})
+    after, _ = method.finish(state, Partial())
+    step = after.dense["x"] - state.dense["x"]
+    assert float(step.double().square().mean().sqrt()) == pytest.approx(1.7 * 0.3, rel=0.02)

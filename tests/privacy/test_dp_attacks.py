@@ -1,12 +1,10 @@
-"""Attacks on the noise and the ledgers of differential privacy, each of which once succeeded: none does."""
+"""Attacks on example-level privacy, each of which once succeeded: none does."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import pytest
 import tiny
 import torch
 from memory_transport import MemoryTransport, make_sites
-from run_folders import Stop
+from privacy.dp_runs import DELTA, EQUAL, Served, flat, private, settings, state_of, truth
 
 pytest.importorskip("dp_accounting")
 
@@ -25,83 +23,16 @@ from fedspan.federation.exchange import Question
 from fedspan.methods import METHODS
 from fedspan.methods.base import ServerState
 from fedspan.methods.folds import Partial
-from fedspan.methods.messages import Broadcast, Diagnostics, Request, Template, Update
-from fedspan.privacy.client_dp import _ClientDP, with_client_dp
+from fedspan.methods.messages import Broadcast, Request, Template
+from fedspan.privacy.client_dp import with_client_dp
 from fedspan.privacy.example_dp import PrivateGradients, private_gradients
-from fedspan.privacy.ledgers import ClientLedger, Ledger
-from fedspan.runs import checkpoint
-from fedspan.runs.execution import resume, run, serve
+from fedspan.privacy.ledgers import Ledger
+from fedspan.runs.execution import run
 from fedspan.server.coordinator import Coordinator
 from fedspan.site.site import Site
-from fedspan.support.errors import FedspanError
-from fedspan.wire import agreement, protocol
+from fedspan.wire import agreement
 
-DELTA = 1e-5
-EQUAL = {"weighting": "equal"}
-
-
-def truth(releases: Iterable[tuple[float, float, int]]) -> float:
-    """ε by the accountant's own library of (z, q, steps), without any of ours."""
-    import dp_accounting
-    from dp_accounting import pld
-
-    accountant = pld.PLDAccountant(value_discretization_interval=1e-3)
-    for z, q, steps in releases:
-        accountant.compose(dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(z)), steps)
-    return float(accountant.get_epsilon(DELTA))
-
-
-def settings(base: Path, texts: Path, name: str, /, **sections: Any) -> Config:
-    """Two clients, both in every round, plain SGD."""
-    return tiny.config(
-        base,
-        texts,
-        name,
-        federation={"num_clients": 2, "participation": 1.0, "rounds": 1, **sections.pop("federation", {})},
-        local={"steps": 1, "batch_size": 1000, "learning_rate": 0.1, "optimizer": "sgd", **sections.pop("local", {})},
-        evaluation={"every": 9, "diagnostics": False, "per_rank": False, "base": False},
-        engine={"name": "sequential"},
-        deployment={"wait": 20, "deadline": 30},
-        **sections,
-    )
-
-
-def private(clip: float = 0.5, z: float = 1.0, **more: Any) -> dict[str, Any]:
-    return {"dp": "example", "clip": clip, "noise_multiplier": z, "delta": DELTA, **more}
-
-
-class Served:
-    """A federation over sites in memory, with every update that the sites sent."""
-
-    def __init__(self, config: Config, folder: Path, sites: Path) -> None:
-        self.sites = make_sites(config, ["client-0", "client-1"], sites)
-        self.updates: list[Update] = []
-        self.transport = MemoryTransport({f"node-{i}": self._watched(i, x) for i, x in self.sites.items()})
-        self.config, self.folder = config, folder
-
-    def _watched(self, client_id: str, site: Site) -> Callable[[bytes], bytes]:
-        def answer(content: bytes) -> bytes:
-            head, tensors = protocol.decode(sent := site.answer(content))
-            if "update" in head:
-                self.updates.append(protocol.get_update(head["update"], tensors, client_id))
-            return sent
-
-        return answer
-
-    def run(self) -> list[dict[str, Any]]:
-        return serve(self.config, self.folder, lambda event: None, self.transport).history
-
-    def vector(self, client_id: str) -> torch.Tensor:
-        """What that client sent last, as one vector."""
-        update = [u for u in self.updates if u.client_id == client_id][-1]
-        return flat(update)
-
-
-def flat(update: Update) -> torch.Tensor:
-    return torch.cat([t.double().flatten() for _, t in sorted(update.named_tensors().items())])
-
-
-# Finding: noise keyed without z
+# One noise under two settings
 
 
 @pytest.mark.parametrize(
@@ -141,7 +72,7 @@ def test_one_folder_under_two_settings_gives_no_gradient_away(
     assert spread == pytest.approx(noise, rel=0.1), (spread, noise)
 
 
-# Finding: several asks of one round over one sample
+# Several asks of one round
 
 
 def test_a_round_that_is_asked_five_times_is_charged_five_times(
@@ -205,7 +136,7 @@ def ask_again(
     return site, asks
 
 
-# Finding: example-level privacy between sites
+# Between sites
 
 
 @pytest.mark.parametrize("weighting", ["examples", "equal"])
@@ -241,113 +172,6 @@ def test_every_privacy_works_between_sites(
     assert all(not record["rejected"] for record in there)
     tiny.same(state_of(tmp_path / "there"), state_of(tmp_path / "here"))
     assert math.isnan(there[0]["train_loss"]) == math.isnan(here[0]["train_loss"]) == (dp == "example")
-
-
-def state_of(folder: Path) -> dict[str, torch.Tensor]:
-    return tiny.state_tensors(checkpoint.read(folder / "checkpoint" / "federation.safetensors").state)
-
-
-# Finding: a crash between the exchanges of a round
-
-
-@pytest.mark.parametrize("changed", [True, False], ids=["another answer", "the same answers"])
-@pytest.mark.parametrize("crash", [1, 2])
-def test_a_crash_between_exchanges_is_charged(
-    bases: dict[str, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crash: int, changed: bool
-) -> None:
-    """Fed-SB's first round has three exchanges. The run dies after some were released, and comes back to other answers
-    (or the same): ε is at least that of everything that was released, and exactly that of an uninterrupted run where
-    nothing else was."""
-    config = shared(bases["bert"], texts)
-    released: dict[int, set[str]] = {}
-    count = [0]
-    real = _ClientDP.finish
-
-    def watched(self: _ClientDP, state: ServerState, partial: Any) -> tuple[ServerState, Diagnostics]:
-        after, diagnostics = real(self, state, partial)
-        seen = hashlib.sha256(str(state.exchange).encode())
-        for name, t in sorted(tiny.state_tensors(after).items()):
-            seen.update(name.encode() + t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        released.setdefault(state.round_num, set()).add(seen.hexdigest())
-        count[0] += 1
-        if count[0] == crash:
-            raise Stop("the power is gone")
-        return after, diagnostics
-
-    monkeypatch.setattr(_ClientDP, "finish", watched)
-    with pytest.raises(Stop):
-        run(config, tmp_path / "run")
-    if changed:
-        encode = _ClientDP.encode
-
-        def shifted(self: _ClientDP, update: Update, *rest: Any) -> Any:
-            answer, kept = encode(self, update, *rest)
-            return replace(answer, modules={n: p.map(lambda t: t * 0.9) for n, p in answer.modules.items()}), kept
-
-        monkeypatch.setattr(_ClientDP, "encode", shifted)
-    history = resume(tmp_path / "run").history
-    true = truth((2.0 / math.sqrt(len(held)), 0.5, 1) for held in released.values())
-    assert history[-1]["epsilon"] == pytest.approx(true, abs=0.01)
-    if not changed:
-        assert [len(held) for held in released.values()] == [3, 1]
-
-
-def shared(base: Path, texts: Path, z: float = 2.0, **privacy: Any) -> Config:
-    """Fed-SB over four clients under client-level privacy: three exchanges in the first round, then one."""
-    return settings(
-        base,
-        texts,
-        "fed_sb",
-        federation={"num_clients": 4, "participation": 0.5, "rounds": 2, "weighting": "equal"},
-        privacy={"dp": "client", "clip": 0.5, "noise_multiplier": z, "delta": DELTA, **privacy},
-    )
-
-
-def test_a_lost_or_older_ledger_is_refused(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
-    """A finished round whose sums are not in the ledger would make every later ε too small."""
-    run(shared(bases["bert"], texts), tmp_path / "run")
-    path = tmp_path / "run" / "privacy" / "ledger.json"
-    whole = json.loads(path.read_text(encoding="utf-8"))
-    first = sorted(whole["samples"])[0]
-    for samples in ({}, {first: whole["samples"][first]}):
-        path.write_text(json.dumps({**whole, "samples": samples}), encoding="utf-8")
-        with pytest.raises(FedspanError, match=r"ledger.json counts 0 sums of round [12], which is finished: expected"):
-            resume(tmp_path / "run")
-
-
-def test_a_limit_holds_for_what_was_really_released(
-    bases: dict[str, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Room for the first round and no more. It dies after two of its three sums and comes back to other answers: the
-    run ends before the sum that would exceed ε, and says so."""
-    limit = truth([(2.0 / math.sqrt(3), 0.5, 1)]) * 1.05
-    config = shared(bases["bert"], texts, epsilon=limit)
-    real, count = _ClientDP.finish, [0]
-
-    def watched(self: _ClientDP, *arguments: Any) -> tuple[ServerState, Diagnostics]:
-        outcome = real(self, *arguments)
-        count[0] += 1
-        if count[0] == 2:
-            raise Stop("the power is gone")
-        return outcome
-
-    monkeypatch.setattr(_ClientDP, "finish", watched)
-    with pytest.raises(Stop):
-        run(config, tmp_path / "run")
-    encode = _ClientDP.encode
-
-    def shifted(self: _ClientDP, update: Update, *rest: Any) -> Any:
-        answer, kept = encode(self, update, *rest)
-        return replace(answer, modules={n: p.map(lambda t: t * 0.9) for n, p in answer.modules.items()}), kept
-
-    monkeypatch.setattr(_ClientDP, "encode", shifted)
-    lines: list[str] = []
-    result = resume(
-        tmp_path / "run", lambda event: lines.append(event.data["line"]) if event.kind == "budget" else None
-    )
-    assert result.history == []
-    assert lines[0].startswith("round 1 is given up: the privacy budget is spent: this release would bring epsilon to")
-    assert ClientLedger(tmp_path / "run", config.privacy, 0.5).spent <= limit
 
 
 # Repetitions

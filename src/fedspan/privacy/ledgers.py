@@ -114,6 +114,7 @@ class Ledger:
         )
 
     def fits(self, samples: Mapping[str, Sample]) -> bool:
+        """Return whether these releases together are within the budget."""
         budget = self._budget(samples)
         return budget.limit is None or budget.spent <= budget.limit
 
@@ -256,9 +257,9 @@ class ClientLedger:
         Sums that were released in this round before a crash count as some of them: if a new one is not the same, it is
         refused when it comes.
         """
-        held = self.num_released(round_num)
-        ledger, samples = self._ledger(), self._ledger().samples()
-        for number in range(max(0, num_due - held)):
+        ledger = self._ledger()
+        samples = ledger.samples()
+        for number in range(num_due - self.num_released(round_num)):
             samples = with_release(samples, self._release(round_num, f"due {number}"))
         return ledger.fits(samples)
 

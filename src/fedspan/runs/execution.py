@@ -143,7 +143,11 @@ def _execute(context: RunContext, main: MethodRun) -> Result:
         adapter = export(context, main)
         wall_seconds = time.perf_counter() - began
         history = main.saved.history
-        summary = summarise(context, history, base=base, local=local, final=final, wall_seconds=wall_seconds)
+        # Of the ledger, and not of the last round's record: a round that was given up has released something too.
+        spent = main.budget.spent()
+        summary = summarise(
+            context, history, base=base, local=local, final=final, wall_seconds=wall_seconds, spent=spent
+        )
         write_bytes(context.out / "summary.json", (standard_json.dumps(summary, indent=2) + "\n").encode())
         context.emit("end", summary=summary)
         return Result(context.out, summary, [dict(record) for record in history], adapter)

@@ -124,7 +124,7 @@ def test_the_noise_for_a_budget_is_enough_and_hardly_more(wanted: float, q: floa
 
 
 def test_a_budget_stops_before_and_not_after() -> None:
-    """It allows exactly the rounds whose end is within ε, however they are told, and survives JSON."""
+    """It allows exactly the rounds whose end is within ε, however they are told."""
     event, budget, rounds = DPEvent(3.0, 0.3), Budget(1e-5, 2.0), 0
     while budget.allows(event):
         budget, rounds = budget.plus(event), rounds + 1
@@ -132,16 +132,12 @@ def test_a_budget_stops_before_and_not_after() -> None:
     assert epsilon(3.0, 0.3, rounds, 1e-5) == budget.spent <= 2.0
     assert epsilon(3.0, 0.3, rounds + 1, 1e-5) > 2.0
     assert budget.events == (DPEvent(3.0, 0.3, rounds),)
-    restored = Budget.restored(budget.record())
-    assert restored == budget
-    assert not restored.allows(event)
-    assert restored.allows(DPEvent(1000.0, 0.3))
+    assert not budget.allows(event)
+    assert budget.allows(DPEvent(1000.0, 0.3))
     mixed = Budget(1e-5).plus(DPEvent(1.5, 0.3)).plus(DPEvent(2.0, 1.0)).plus(DPEvent(1.5, 0.3))
     assert set(mixed.events) == {DPEvent(1.5, 0.3, 2), DPEvent(2.0, 1.0)}
     assert mixed.spent > max(epsilon(1.5, 0.3, 2, 1e-5), epsilon(2.0, 1.0, 1, 1e-5))
     assert Budget(1e-5, None).allows(DPEvent(0.0, 1.0))
-    with pytest.raises(ValueError, match="a privacy budget that cannot be read"):
-        Budget.restored({"delta": 1e-5})
 
 
 def test_exchanges_of_one_round_are_one_release_about_one_sample() -> None:

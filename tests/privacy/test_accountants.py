@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from fedspan import config as settings
 from fedspan.federation.requirements import chosen, client_account
 from fedspan.methods import METHODS
+from fedspan.methods.messages import Update
 from fedspan.privacy import accounting
 from fedspan.privacy.accountant import Accountant, DPEvent
 from fedspan.privacy.accounting import ACCOUNTANTS, accountant_named, epsilon, noise_for
+from fedspan.privacy.asks import Ask
 from fedspan.privacy.budget import Account, Budget
 from fedspan.privacy.ledgers import ExampleLedgers
 from fedspan.runs.execution import run
@@ -87,14 +90,14 @@ def test_a_federation_reports_its_epsilon(bases: dict[str, Path], texts: Path, t
 def test_ledgers_of_examples_spend_by_it(tmp_path: Path) -> None:
     """And a ledger's file depends on no accountant: another one counts the same releases its own way."""
     privacy = settings.PrivacyConfig(dp="example", noise_multiplier=3.0, epsilon=7.0, accountant="zcdp")
-    ledgers = ExampleLedgers(privacy, 4, tmp_path)
-    ledgers.charge("a", 40, 7)
+    ledgers, update = ExampleLedgers(privacy, 4, tmp_path, "settings"), Update("a", 1.0, {}, {"x": torch.ones(3)})
+    ledgers.charge(Ask("run", "a", 0, 7, 40, "first"), update)
     assert ledgers.spent() == zcdp(7 / 18)
-    ledgers.charge("a", 40, 7)
-    assert not ledgers.allows("a", 40, 7)
+    ledgers.charge(Ask("run", "a", 1, 7, 40, "second"), update)
+    assert not ledgers.allows("a", "run", 2, 40, 7)
     pytest.importorskip("dp_accounting")
-    tight = ExampleLedgers(privacy.model_copy(update={"accountant": "pld"}), 4, tmp_path)
-    assert tight.allows("a", 40, 7)
+    tight = ExampleLedgers(privacy.model_copy(update={"accountant": "pld"}), 4, tmp_path, "settings")
+    assert tight.allows("a", "run", 2, 40, 7)
     assert tight.spent() == epsilon(3.0, 0.1, 14, 1e-5)
 
 

@@ -29,6 +29,7 @@ from fedspan.privacy.accountant import DPEvent
 from fedspan.privacy.accounting import epsilon
 from fedspan.privacy.example_dp import PrivateGradients, clipped_sum, private_gradients, refusal, release
 from fedspan.privacy.ledgers import Ledger
+from fedspan.privacy.releases import Release
 from fedspan.support.seeding import generator
 
 SECRET = 0x5EC12E7
@@ -267,7 +268,7 @@ def test_batches_are_poisson_and_may_be_empty(bases: dict[str, Path], data: dict
 
 def _first(model: FederatedModel, sent: Broadcast, secret: int, rate: float) -> list[int]:
     with private_gradients(model, sent, PrivacyConfig(), secret, 1) as private:
-        return private.chosen(private.mark(private.weights(), 0, "client-0", 0), NUM, rate)
+        return private.chosen("0/client-0/0", NUM, rate)
 
 
 @settings(max_examples=60, deadline=None)
@@ -334,19 +335,28 @@ def test_a_ledger_stops_before_its_limit(tmp_path: Path) -> None:
     assert event == DPEvent(1.1, 0.04, 10)
     path = tmp_path / "site" / "privacy.json"
     rounds = 0
-    while Ledger(path, 1e-5, 2.0).allows(event):  # a new process every round
-        Ledger(path, 1e-5, 2.0).charge(event)
+    while Ledger(path, 1e-5, 2.0).allows(made := Release(f"round {rounds}", "answer", event)):  # a new process each
+        Ledger(path, 1e-5, 2.0).charge(made)
+        Ledger(path, 1e-5, 2.0).charge(made)  # the identical thing once more, which reveals nothing new
         rounds += 1
     assert rounds > 2
     assert epsilon(1.1, 0.04, 10 * rounds, 1e-5) == Ledger(path, 1e-5).spent <= 2.0
     assert epsilon(1.1, 0.04, 10 * (rounds + 1), 1e-5) > 2.0
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"the privacy budget of this site is spent: .* privacy.epsilon = 2.0"):
-        Ledger(path, 1e-5, 2.0).charge(event)
+    with pytest.raises(ValueError, match=r"the privacy budget is spent: .* privacy.epsilon = 2.0"):
+        Ledger(path, 1e-5, 2.0).charge(made)
     assert path.read_bytes() == before
     with pytest.raises(ValueError, match=r"counts at delta = 1e-05: expected privacy.delta = 1e-06"):
         Ledger(path, 1e-6, 2.0)
-    path.write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match="a privacy budget that cannot be read"):
-        Ledger(path, 1e-5, 2.0)
+    for content, said in (
+        ("{}", "is not a privacy ledger of format 2"),
+        ('{"delta": 1e-5, "epsilon": 2.0, "events": [[1.1, 0.04, 30]]}', "is not a privacy ledger of format 2"),
+        ('{"format": 2', "a privacy ledger that cannot be read"),
+        ('{"format": 2, "delta": 1e-5}', "samples"),
+        ('{"format": 2, "delta": 1e-5, "samples": {"a": [0.5, 1, {"b": -1.0}]}}', "noise_multiplier = -1.0"),
+        ('{"format": 2, "delta": 1e-5, "samples": {"a": [0.5, 1]}}', "a privacy ledger that cannot be read"),
+    ):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=said):
+            Ledger(path, 1e-5, 2.0)
     assert release(privacy, 16, 5, 3).sample_rate == 1.0

@@ -6,7 +6,6 @@ Only safetensors and JSON are read; nothing is unpickled. Shapes as in `fedspan.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from fedspan.adapters.lora_config import CARRIED, check_config
 from fedspan.adapters.state_dict import Adapter, adapter_of, check_finite, is_embedding, is_saved, tensors_of
 from fedspan.methods.messages import Factors
 from fedspan.support.errors import FedspanError
+from fedspan.support.files import flush
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -202,19 +202,9 @@ def _write(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) ->
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
         for file in folder.iterdir():
-            _flush(file)
-        _flush(folder)
+            flush(file)
+        flush(folder)
         if path.exists():
             path.rmdir()  # empty, or this fails; not every system renames over an empty folder
         folder.rename(path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # a folder cannot be opened there
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush(path.parent)

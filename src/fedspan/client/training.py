@@ -67,7 +67,7 @@ class Assignment:
     weight: float
     """The weight of this client in averages."""
     secret: int | None = None
-    """The site's own secret, unknown to everyone else, from which its noise is drawn."""
+    """The secret of this work alone, unknown to everyone but the site, from which its coins and noise are drawn."""
 
 
 def num_steps(config: LocalConfig, num_examples: int) -> int:
@@ -182,14 +182,14 @@ def train_privately(
         weights = nn.Parameter(private.weights())
         optimizer = plain_optimizer([{"params": [weights]}], local)
         for step, now in enumerate(rates):
-            mark = private.mark(weights, round_num, work.client_id, step)
+            mark = f"{round_num}/{work.client_id}/{step}"
             total = torch.zeros_like(weights.data)
             for part in parts_of(private.chosen(mark, len(examples), sampled), width):
                 batch = {name: value.to(model.device) for name, value in examples.batch(part).items()}
                 with autocast(model, settings.engine):
                     own = private.of(batch)
                 total += clipped_sum(own, settings.privacy.clip)
-            weights.grad = private.noised(total, mark, sampled * len(examples))
+            weights.grad = private.noised(total, weights, mark, sampled * len(examples))
             if recipe.tail_penalty is not None:
                 weights.grad += private.penalty(*recipe.tail_penalty)
             for group in optimizer.param_groups:

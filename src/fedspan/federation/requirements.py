@@ -19,18 +19,19 @@ from fedspan.models import quantised
 from fedspan.privacy import client_dp, example_dp
 from fedspan.privacy.accounting import accountant_named, noise_for
 from fedspan.privacy.budget import Account
+from fedspan.privacy.ledgers import ClientLedger
 from fedspan.robust.dry_run import averages_factors
 from fedspan.robust.filters import least
 from fedspan.support.errors import FedspanError
 
 
-def chosen(config: Config, secret: Callable[[], int] | None = None) -> Method:
+def chosen(config: Config, ledger: ClientLedger | None = None) -> Method:
     """Return the method that the configuration names, with the server optimizer and client-level privacy it asks for.
 
     Parameters
     ----------
-    secret
-        Returns the server's secret, which noise is drawn from; none: at a site, which draws no such noise.
+    ledger
+        The run's, with the server's secret that noise is drawn from; none: at a site, which draws no such noise.
 
     Raises
     ------
@@ -59,7 +60,8 @@ def chosen(config: Config, secret: Callable[[], int] | None = None) -> Method:
     if privacy.dp == "client":
         # Last, around whatever the method has become: what leaves a client is clipped as it leaves.
         expected = _expected_cohort(federation, privacy.dp)
-        method = client_dp.with_client_dp(method, privacy.clip, privacy.noise_multiplier, expected, secret)
+        secret, charge = (None, None) if ledger is None else (ledger.secret, ledger.charge)
+        method = client_dp.with_client_dp(method, privacy.clip, privacy.noise_multiplier, expected, secret, charge)
     return method
 
 

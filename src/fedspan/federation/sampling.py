@@ -14,12 +14,12 @@ from typing import Protocol
 import numpy as np
 
 from fedspan.config import FederationConfig
+from fedspan.privacy.gaussian import uniform
 from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
 
-# Keys that keep these draws apart from others made from the same seed and round.
+# The key that keeps these draws apart from others made from the same seed and round.
 _UNIFORM = 0x70617274
-_POISSON = 0x636F696E
 
 
 class ClientSampler(Protocol):
@@ -95,6 +95,8 @@ class PoissonSampler:
 
     The accounting assumes that it is secret whether a client is in a round, and that clients are in it independently
     of each other: so the coins are drawn from the server's secret, not from the run's seed, and their number is free.
+    The server alone has that secret, and must be trusted with it: whoever knows it knows every round's clients, as the
+    server does anyway. Every client and everyone who reads the configuration knows the run's seed.
 
     Parameters
     ----------
@@ -124,8 +126,10 @@ class PoissonSampler:
         secret = self.secret()
         if secret < 0 or round_num < 0:
             raise FedspanError("a negative secret or round: expected 0 or more")
-        coins = np.random.default_rng([_POISSON, secret, round_num]).random(num_clients)
-        drawn: list[int] = np.flatnonzero(coins < self.participation).tolist()
+        # From the stream that noise is drawn from, too: a generator made for statistics can be recovered from what it
+        # drew, and who took part in a few rounds would then give away all others.
+        coins = uniform(secret, "clients", round_num, self.participation, count=num_clients)
+        drawn: list[int] = np.flatnonzero(coins.numpy() < self.participation).tolist()
         return drawn
 
 

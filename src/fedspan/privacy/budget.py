@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedspan.privacy.accountant import AccountantFactory, DPEvent
 from fedspan.privacy.accounting import merged, total_epsilon
 from fedspan.privacy.pld import PLDAccountant
+from fedspan.privacy.releases import joint_noise
 from fedspan.support.errors import FedspanError
 
 if TYPE_CHECKING:
     from fedspan.methods.folds import Exchange
+
+
+class BudgetSpent(FedspanError):
+    """A release would exceed the privacy budget; it was not made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,34 +49,11 @@ class Budget:
         """Return whether the limit would still be kept after that release."""
         return self.limit is None or self.plus(event).spent <= self.limit
 
-    def record(self) -> dict[str, Any]:
-        """Return the budget as JSON. It names the releases, not their ε, so that any accountant can count them."""
-        return {
-            "delta": self.delta,
-            "epsilon": self.limit,
-            "events": [[e.noise_multiplier, e.sample_rate, e.count] for e in self.events],
-        }
-
-    @classmethod
-    def restored(cls, record: Mapping[str, Any]) -> Budget:
-        """Return the budget that `record` was made of.
-
-        Raises
-        ------
-        FedspanError
-            When the JSON is not that of a budget.
-        """
-        try:
-            events = tuple(DPEvent(float(z), float(q), int(count)) for z, q, count in record["events"])
-            limit = record["epsilon"]
-            return cls(float(record["delta"]), None if limit is None else float(limit), events)
-        except (KeyError, TypeError, ValueError) as error:
-            raise FedspanError(f"a privacy budget that cannot be read ({error})") from None
-
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Spending of a run under client-level privacy, which depends on its rounds alone and not on who took part."""
+    """Spending of a run under client-level privacy that nothing interrupts: it depends on its rounds alone, and not on
+    who took part. The ledger has the spending of a run as it was."""
 
     exchanges: Sequence[Exchange]
     """The method's."""
@@ -89,8 +70,11 @@ class Account:
         The exchanges of a round ask the same clients, so they are one release about one sample: k Gaussian mechanisms
         of noise z are one of noise z/√k, and that is what the sampling amplifies.
         """
-        num_due = sum(exchange.due(round_num) for exchange in self.exchanges)
-        return DPEvent(self.noise_multiplier / math.sqrt(num_due), self.sample_rate)
+        return DPEvent(joint_noise([self.noise_multiplier] * self.num_due(round_num)), self.sample_rate)
+
+    def num_due(self, round_num: int) -> int:
+        """Return the number of exchanges of a round, counted from 0."""
+        return sum(exchange.due(round_num) for exchange in self.exchanges)
 
     def budget(self, rounds: int) -> Budget:
         """Return the budget after the first `rounds` rounds."""

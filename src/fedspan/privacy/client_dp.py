@@ -6,6 +6,8 @@ run.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -23,6 +25,8 @@ from fedspan.support.errors import FedspanError
 Key = tuple[str, str]
 """(module, part), or ("", name) of a dense weight."""
 Flat = dict[Key, Tensor]
+Charge = Callable[[int, str], None]
+"""(round, digest of everything that one exchange's noise is keyed by) -> nothing; raises where it must not be made."""
 
 _MARGIN = 1 - 2.0**-20
 """A clipped vector stays this much below C, so that no rounding on its way takes it above."""
@@ -44,7 +48,12 @@ def refusal(method: Method) -> str | None:
 
 
 def with_client_dp(
-    method: Method, clip: float, noise_multiplier: float, expected: float, secret: Callable[[], int] | None = None
+    method: Method,
+    clip: float,
+    noise_multiplier: float,
+    expected: float,
+    secret: Callable[[], int] | None = None,
+    charge: Charge | None = None,
 ) -> Method:
     """Add client-level differential privacy to a method. With v_k what client k adds to an exchange's sum,
 
@@ -64,9 +73,10 @@ def with_client_dp(
     that took part: that number would reveal whether a client is in the run. So a round in which no client is drawn is
     a round like any other, its step the noise alone; drawing again would make the coins dependent.
 
-    *Noise* is drawn by `fedspan.privacy.gaussian` from the secret, the round, the exchange and the sum itself: a
-    resumed run that arrives at the same sum draws the same noise, and one that arrives at another sum draws other
-    noise. Two different sums are thus never released under the same noise: their difference would have none.
+    *Noise* is drawn by `fedspan.privacy.gaussian` from the secret, the method, z, C, qN, the round, the exchange and
+    the sum itself: a resumed run that arrives at the same sum draws the same noise, and one that arrives at another sum
+    draws other noise. Two different sums are thus never released under the same noise, whose difference would have
+    none, nor one sum under two multiples of it. What the noise is keyed by is what the ledger counts.
 
     Source: McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models" (1710.06963); Geyer et al.
     2017 (1712.07557); for one trained factor Sun et al. 2024 (2403.12313).
@@ -84,6 +94,9 @@ def with_client_dp(
         q N.
     secret
         Returns the server's secret, called when there is noise to draw; None at a site, which draws none.
+    charge
+        Counts a release before its noise is drawn; None where nothing is published: at a site, or for an experiment
+        with the method by itself.
 
     Raises
     ------
@@ -93,7 +106,7 @@ def with_client_dp(
     reason = refusal(method)
     if reason is not None:
         raise FedspanError(f"client-level privacy: {method.info.name}: {reason}")
-    rule = _ClientDP(method, clip, noise_multiplier, expected, secret)
+    rule = _ClientDP(method, clip, noise_multiplier, expected, secret, charge)
     info = replace(method.info, title=f"{method.info.title} + client-level DP", exact=False)
     return replace(method, info=info, encode=rule.encode, finish=rule.finish, vector=None, finish_by_queries=None)
 
@@ -107,6 +120,7 @@ class _ClientDP:
     noise_multiplier: float
     expected: float
     secret: Callable[[], int] | None
+    charge: Charge | None
 
     def __post_init__(self) -> None:
         for name, least in (("clip", True), ("noise_multiplier", False), ("expected", True)):
@@ -162,17 +176,23 @@ class _ClientDP:
         return after, {**diagnostics, "dp_step_norm": step_norm, "dp_noise_norm": expected_noise}
 
     def _noise(self, state: ServerState, total: Flat) -> Flat:
+        names = sorted(total)
+        # Keyed by the sum, not by the round alone: a run resumed from before this round may see another sum (a client
+        # failed this time), and the difference of two sums under the same noise would be published without any.
+        sum_digest = fingerprint((json.dumps(key), total[key]) for key in names)
+        settings = [self.method.info.name, self.noise_multiplier, self.clip, self.expected]
+        about = json.dumps([*settings, state.round_num, state.exchange, sum_digest])
+        release = hashlib.sha256(about.encode()).hexdigest()
+        if self.charge is not None:
+            # Before there is anything to publish: a crash after this counts a release too many, never one too few.
+            self.charge(state.round_num, release)
         deviation = self.noise_multiplier * self.clip
         if deviation == 0:
             return {key: torch.zeros_like(x) for key, x in total.items()}
         if self.secret is None:
             raise ValueError("client-level privacy: the server has no secret to draw noise from")
-        secret, names = self.secret(), sorted(total)
-        # Keyed by the sum, not by the round alone: a run resumed from before this round may see another sum (a client
-        # failed this time), and the difference of two sums under the same noise would be published without any.
-        sum_digest = fingerprint(("/".join(key), total[key]) for key in names)
-        key = ("client", state.round_num, state.exchange, sum_digest)
-        drawn = {name: normal(secret, *key, *name, shape=total[name].shape) for name in names}
+        secret = self.secret()
+        drawn = {name: normal(secret, "client", release, *name, shape=total[name].shape) for name in names}
         return {name: deviation * x for name, x in drawn.items()}
 
     def _space(self, sent: Broadcast, answer: Update, asked: bool) -> _Space:

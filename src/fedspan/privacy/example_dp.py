@@ -65,8 +65,8 @@ def clipped_sum(grads: Tensor, clip: float) -> Tensor:
 class PrivateGradients:
     """A client's DP-SGD steps: which examples are in each, and the noised mean of their clipped gradients.
 
-    Coins and noise come from the site's secret and from the weights that the step starts from: a round repeated from
-    the same broadcast is the same to the bit, and one that starts from other weights draws fresh noise.
+    Coins and noise come from a secret of this piece of work alone, which its ledger derives from the site's secret and
+    from everything that the work depends on. The same work again is the same to the bit; any other draws anew.
     """
 
     stack: Stack
@@ -94,7 +94,11 @@ class PrivateGradients:
         self.stack.trained.values.copy_(weights.expand_as(self.stack.trained.values))
 
     def chosen(self, mark: str, num_examples: int, rate: float) -> list[int]:
-        """Return the examples of one step, each drawn by a coin of its own; there may be none."""
+        """Return the examples of one step, each drawn by a coin of its own; there may be none.
+
+        The coins depend on the work and on the step's mark, and not on the weights: work that is repeated with another
+        result, on a machine that rounds differently, is about the same draw in all its steps, and is counted so.
+        """
         coins = uniform(self.secret, "examples", mark, count=num_examples)
         drawn: list[int] = torch.nonzero(coins < rate).flatten().tolist()
         return drawn
@@ -112,21 +116,25 @@ class PrivateGradients:
         self.stack.gather_gradients()
         return grads[:count]
 
-    def noised(self, total: Tensor, mark: str, expected: float) -> Tensor:
+    def noised(self, total: Tensor, weights: Tensor, mark: str, expected: float) -> Tensor:
         """Return (Σ clipped + N(0, (zC)² I)) / expected: (P,), with expected = q n, not the number that was drawn.
 
         That number would reveal whether one more example was in the batch.
+
+        Parameters
+        ----------
+        weights
+            (P,), that the step starts from.
         """
-        spread = self.privacy.noise_multiplier * self.privacy.clip
+        z, clip = self.privacy.noise_multiplier, self.privacy.clip
+        spread = z * clip
         if spread:
-            # Keyed by the sum too: two different sums under one noise would show their difference without any.
-            noise = normal(self.secret, "noise", mark, fingerprint([("", total)]), shape=total.shape)
+            # Keyed by the sum too, and by z and C: two different sums under one noise would show their difference
+            # without any, and one sum under twice the same noise would show itself.
+            about = fingerprint([("sum", total), ("weights", weights.detach())])
+            noise = normal(self.secret, "noise", mark, z, clip, expected, about, shape=total.shape)
             total = (total.cpu().double() + spread * noise).to(total)
         return total / expected
-
-    def mark(self, weights: Tensor, *key: object) -> str:
-        """Return the name of a step: its round and the weights that it starts from."""
-        return "/".join((*map(str, key), fingerprint([("", weights)])))
 
     def penalty(self, strength: float, tail: int) -> Tensor:
         """Return the gradient of HetLoRA's penalty, (P,): it depends on the weights alone, so it needs no noise."""

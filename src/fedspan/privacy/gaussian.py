@@ -6,6 +6,7 @@ Everything is float64.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterable
 
@@ -20,8 +21,7 @@ def uniform(secret: int, *key: object, count: int) -> Tensor:
     The run's own generators would be unsafe: their seed is known to every client, which could draw the same noise and
     subtract it; and a generator made for statistics can be recovered from its output.
     """
-    text = "/".join(map(str, (hex(secret), *key)))
-    content = hashlib.shake_256(text.encode()).digest(8 * count)
+    content = hashlib.shake_256(_text(secret, key)).digest(8 * count)
     words = np.frombuffer(content, dtype="<u8") >> np.uint64(11)
     # In the middle of its 2⁻⁵³: never 0, whose logarithm the Gaussian transform could not take.
     return torch.from_numpy((words.astype(np.float64) + 0.5) * 2.0**-53)
@@ -36,10 +36,20 @@ def normal(secret: int, *key: object, shape: Iterable[int]) -> Tensor:
     return torch.cat([radius * angle.cos(), radius * angle.sin()])[: size.numel()].view(size)
 
 
+def keyed_digest(secret: int, *key: object) -> str:
+    """Return a digest, in hexadecimal, that says nothing about the secret and is another one for every key."""
+    return hashlib.sha3_256(_text(secret, key)).hexdigest()
+
+
+def _text(secret: int, key: tuple[object, ...]) -> bytes:
+    # As a list and not joined by a mark: names may hold any mark, and two keys must never come to one text.
+    return json.dumps([hex(secret), *map(str, key)]).encode()
+
+
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return a SHA-256 digest of the tensors' names, types, shapes and bits, in this order."""
     digest = hashlib.sha256()
     for name, value in tensors:
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(f"{name!r} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedspan.support.errors import FedspanError
+from fedspan.support.files import flush, make_folder
 
 SECRET_BITS = 256
 FOLDER = "privacy"
@@ -40,7 +41,7 @@ def kept_secret(path: Path) -> Callable[[], int]:
 
 
 def _write(path: Path, value: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     # The mode is given at creation, so that there is no moment at which others can read the file.
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -53,3 +54,4 @@ def _write(path: Path, value: int) -> None:
             os.link(temporary, path)  # whole or not at all, and never over another one
     finally:
         temporary.unlink(missing_ok=True)
+    flush(path.parent)  # before any noise of it is seen: a secret that is lost in a power cut would be drawn anew

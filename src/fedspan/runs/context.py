@@ -122,7 +122,7 @@ class RunContext:
             num_workers=num_workers,
             coordinator=coordinator,
             total=_total(config.privacy, config.seed),
-            examples=_ledgers(config.privacy, config.local.batch_size, out) if coordinator is None else None,
+            examples=_ledgers(config, model, out) if coordinator is None else None,
         )
 
     def emit(self, kind: str, **data: Any) -> None:
@@ -170,8 +170,11 @@ def _check_min_success(min_success: int, num_sampled: int) -> None:
         )
 
 
-def _ledgers(privacy: PrivacyConfig, batch_size: int, out: Path) -> ExampleLedgers | None:
-    return ExampleLedgers(privacy, batch_size, out) if privacy.dp == "example" else None
+def _ledgers(config: Config, model: FederatedModel, out: Path) -> ExampleLedgers | None:
+    if config.privacy.dp != "example":
+        return None
+    setting = f"{agreement.digest(agreement.terms(config))} {model.digest()}"
+    return ExampleLedgers(config.privacy, config.local.batch_size, out, setting)
 
 
 def _total(privacy: PrivacyConfig, seed: int) -> SumSettings | None:

@@ -14,7 +14,7 @@ from fedspan.config import Config, to_toml, with_absolute_paths
 from fedspan.config import load as load_config
 from fedspan.federation import requirements
 from fedspan.models.quantised import base_size
-from fedspan.privacy.secret_file import secret_of
+from fedspan.privacy.ledgers import ClientLedger
 from fedspan.runs import events
 from fedspan.runs.context import RunContext
 from fedspan.runs.events import OnEvent
@@ -64,7 +64,7 @@ def run(
         clients answer in a round.
     """
     folder = new_folder(config, out)
-    method = requirements.chosen(config, secret_of(folder))
+    method = requirements.chosen(config, ClientLedger(folder, config.privacy, config.federation.participation))
     config = with_absolute_paths(config)
     context = RunContext.prepare(config, method, folder, on_event, transport)
     # The folder is made only after everything that can be refused has been.
@@ -116,7 +116,7 @@ def resume(
     config = load_config(folder / "config.toml")
     if workers is not None:
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"workers": workers})})
-    method = requirements.chosen(config, secret_of(folder))
+    method = requirements.chosen(config, ClientLedger(folder, config.privacy, config.federation.participation))
     context = RunContext.prepare(config, method, folder, on_event, transport)
     return _execute(context, MethodRun.open(context, FEDERATION, method, context.clients))
 
@@ -143,7 +143,11 @@ def _execute(context: RunContext, main: MethodRun) -> Result:
         adapter = export(context, main)
         wall_seconds = time.perf_counter() - began
         history = main.saved.history
-        summary = summarise(context, history, base=base, local=local, final=final, wall_seconds=wall_seconds)
+        # Of the ledger, and not of the last round's record: a round that was given up has released something too.
+        spent = main.budget.spent()
+        summary = summarise(
+            context, history, base=base, local=local, final=final, wall_seconds=wall_seconds, spent=spent
+        )
         write_bytes(context.out / "summary.json", (standard_json.dumps(summary, indent=2) + "\n").encode())
         context.emit("end", summary=summary)
         return Result(context.out, summary, [dict(record) for record in history], adapter)

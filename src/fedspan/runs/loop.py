@@ -16,6 +16,7 @@ from fedspan.federation.rounds import Observe, OnAnswer, RunState, conduct
 from fedspan.federation.simulated import SimulatedClients
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, Request
+from fedspan.privacy.budget import BudgetSpent
 from fedspan.robust import screen
 from fedspan.runs import checkpoint
 from fedspan.runs.checkpoint import Checkpoint
@@ -68,6 +69,9 @@ class MethodRun:
         model.check(recipe)
         engine = choose_engine(context, recipe)
         path = context.out / "checkpoint" / f"{phase}.safetensors"
+        saved = checkpoint.read(path) if path.exists() else start
+        budget = create_budget(context, method, released=phase == FEDERATION)
+        budget.check(saved.state.round_num)
         return cls(
             context=context,
             phase=phase,
@@ -75,16 +79,9 @@ class MethodRun:
             clients=clients,
             path=path,
             start=start,
-            saved=checkpoint.read(path) if path.exists() else start,
+            saved=saved,
             engine=engine,
-            budget=create_budget(
-                method,
-                config.privacy,
-                config.federation.participation,
-                config.local,
-                context.examples,
-                released=phase == FEDERATION,
-            ),
+            budget=budget,
         )
 
     def initial(self) -> Broadcast:
@@ -112,7 +109,12 @@ class MethodRun:
             if refusal is not None:
                 self.context.emit("budget", line=refusal)
                 break
-            self._one_round(round_num, cohort, last=round_num + 1 == rounds)
+            try:
+                self._one_round(round_num, cohort, last=round_num + 1 == rounds)
+            except BudgetSpent as error:
+                # A round that was interrupted and came to something else than before, which does not fit any more.
+                self.context.emit("budget", line=f"round {round_num + 1} is given up: {error}")
+                break
 
     def _one_round(self, round_num: int, cohort: list[Client], last: bool) -> None:
         context, saved = self.context, self.saved
@@ -136,7 +138,7 @@ class MethodRun:
             seen=run_state.seen,
             counted=run_state.counted,
         )
-        record |= self.budget.spent(round_num + 1)
+        record |= self.budget.spent()
         record["eval"] = self._evaluated(round_num, last)
         # State and record are one file, so a round is either finished with its figures or not finished at all.
         self.saved = replace(self.saved, history=(*saved.history, record))
@@ -151,7 +153,7 @@ class MethodRun:
         sampled = self._sampled(round_num)
         if self.context.coordinator is not None:
             return self.context.coordinator.draw(sampled, self.clients, round_num)
-        able = self.budget.able(sampled)
+        able = self.budget.able(sampled, round_num)
         if len(able) < len(sampled):
             num_spent = len(sampled) - len(able)
             self.context.emit("budget", line=f"{num_spent} clients have spent their privacy budget")
@@ -169,7 +171,7 @@ class MethodRun:
             sampled = self._sampled(self.saved.state.round_num)
             steps = {cohort[0].client_id: sum(steps_of(config.local, sampled).values())}
         weighting = config.federation.weighting
-        work = SimulatedWork(context.executor, self.engine.name, weighting, steps, self.budget.charge)
+        work = SimulatedWork(context.executor, self.engine.name, weighting, steps, self.budget)
         # Sums travel as fixed-point words, which are not rounded a second time.
         up = "float32" if context.total else config.wire.up
         return SimulatedClients(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedspan.client.executors import Executor
@@ -10,6 +10,7 @@ from fedspan.client.training import Assignment, LocalResult, num_steps
 from fedspan.config import LocalConfig
 from fedspan.federation.clients import Client
 from fedspan.methods.messages import Broadcast
+from fedspan.runs.privacy_budget import PrivacyBudget
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,26 +23,23 @@ class SimulatedWork:
     """`federation.weighting`."""
     steps: Mapping[str, int]
     """Client -> its optimizer steps of the round."""
-    charge: Callable[[Client, int], int | None]
-    """Counts a client's steps against its privacy budget and returns the secret that its noise is drawn from."""
+    budget: PrivacyBudget
+    """What the clients may spend of their examples' privacy."""
 
     def __call__(
         self, window: Sequence[tuple[Client, Broadcast]], round_num: int
-    ) -> Iterable[tuple[LocalResult, float]]:
+    ) -> Iterator[tuple[LocalResult, float]]:
         """Train these clients from these broadcasts; results come in their order, with busy seconds."""
-        # The whole window is charged before any of it trains: work that was begun counts, even if it is lost.
-        assignments = [
-            Assignment(
-                client.client_id,
-                started,
-                client.indices,
-                self.steps[client.client_id],
-                client.weight(self.weighting),
-                self.charge(client, self.steps[client.client_id]),
-            )
-            for client, started in window
-        ]
-        return self.executor.train(assignments, round_num, self.engine)
+        begun = [self.budget.begin(self._assignment(client, started), round_num) for client, started in window]
+        trained = self.executor.train([assignment for assignment, _ in begun], round_num, self.engine)
+        for (_, charge), (result, seconds) in zip(begun, trained, strict=True):
+            # Before anyone else sees it.
+            charge(result.update)
+            yield result, seconds
+
+    def _assignment(self, client: Client, started: Broadcast) -> Assignment:
+        client_id = client.client_id
+        return Assignment(client_id, started, client.indices, self.steps[client_id], client.weight(self.weighting))
 
 
 def steps_of(local: LocalConfig, clients: Iterable[Client]) -> dict[str, int]:

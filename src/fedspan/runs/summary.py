@@ -98,6 +98,9 @@ class Summary(TypedDict):
     totals: Totals
     clients: list[ClientEntry]
     seed: int
+    epsilon: NotRequired[float | None]
+    """ε of everything that the run has released, under `privacy.dp`; None where no noise was added. Absent where sites
+    keep their own ledgers."""
     versions: dict[str, str]
     """Python and the packages that the result depends on; `unknown` for one without metadata."""
 
@@ -110,6 +113,7 @@ def summarise(
     local: Mapping[str, float] | None,
     final: FinalMetrics,
     wall_seconds: float,
+    spent: Mapping[str, float],
 ) -> Summary:
     """Return the summary of a finished run.
 
@@ -119,6 +123,8 @@ def summarise(
         The records of its rounds.
     base, local
         Figures of the untouched base and of the clients that train alone.
+    spent
+        `epsilon`, where the run counts it.
     """
     metric, info = context.metrics[0], context.method.info
 
@@ -140,6 +146,7 @@ def summarise(
         "totals": _totals(history, wall_seconds),
         "clients": [_entry(c.client_id, c.rank, c.num_examples) for c in context.clients],
         "seed": context.config.seed,
+        **spent,
         "versions": _versions(),
     }
     # As the file gives it back, so that a program sees the same in both.

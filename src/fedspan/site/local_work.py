@@ -64,6 +64,7 @@ class LocalWork:
         self._weight = client.weight(config.federation.weighting)
         self._engine = "cohort" if config.engine.name == "cohort" else "sequential"
         self._model, self._initial = loaded.context.model, loaded.initial
+        self._data = loaded.context.data["train"].subset(client.indices)
         self._executor = InlineExecutor(loaded.context)
         self._derived: Broadcast | None = None
         """The method's broadcast before it has learnt anything: tensors equal to it are not sent."""
@@ -108,7 +109,7 @@ class LocalWork:
             started = sent
         else:
             started = begin(self._method, question, sent, self._state)
-            self._result = self._train(started, question.round_num)
+            self._result = self._train(started, header.run, question.round_num)
         if self._result is None:
             raise Refused("a question about a training result that this site does not hold any more")
         # Exact here: tensors are rounded when they are put into the message, to the same bits.
@@ -148,13 +149,16 @@ class LocalWork:
                 )
         return state
 
-    def _train(self, started: Broadcast, round_num: int) -> LocalResult:
-        client = self._client
+    def _train(self, started: Broadcast, run: str, round_num: int) -> LocalResult:
+        client, ledgers = self._client, self._examples
         self._model.check_fits(started)
-        secret = None
-        if self._examples is not None:
-            # Before the work: a site that is stopped in the middle must not get to do it again for free.
-            secret = self._examples.charge(client.client_id, client.num_examples, self._steps)
-        assignment = Assignment(client.client_id, started, client.indices, self._steps, self._weight, secret)
+        assignment = Assignment(client.client_id, started, client.indices, self._steps, self._weight)
+        if ledgers is not None:
+            ask = ledgers.ask(run, client.client_id, round_num, self._steps, started, self._data)
+            ledgers.check(ask)
+            assignment = replace(assignment, secret=ledgers.secret(ask))
         ((result, _),) = self._executor.train([assignment], round_num, self._engine)
+        if ledgers is not None:
+            # Before it is encoded, so that nothing of it leaves which is not on the disk.
+            ledgers.charge(ask, result.update)
         return result

@@ -77,7 +77,10 @@ class Site:
         self._checks = MessageChecks(self.terms)
         storage = SiteStorage(folder / "state")
         privacy = config.privacy
-        examples = ExampleLedgers(privacy, config.local.batch_size, folder) if privacy.dp == "example" else None
+        examples = None
+        if privacy.dp == "example":
+            setting = f"{agreement.digest(self.terms)} {self.loaded.base}"
+            examples = ExampleLedgers(privacy, config.local.batch_size, folder, setting)
         self.work = LocalWork(config, method, self.client, self.loaded, storage, examples)
         self._sums = SumParticipant(settings, self.client.client_id, storage)
         self._handlers: Mapping[str, _Handler] = {
@@ -106,8 +109,9 @@ class Site:
         return protocol.encode({"client_id": self.client.client_id, **fields}, outgoing)
 
     def _hello(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:
-        # Where only sums may be known, neither may the amount of data at one site.
-        hidden = self.privacy.secure_sums or self.privacy.dp != "none"
+        # Where only sums may be known, neither may the amount of data at one site. Example-level privacy counts it as
+        # public: the rate of its samples depends on it, and so does the weight of the site's update.
+        hidden = self.privacy.secure_sums or self.privacy.dp == "client"
         return {
             "rank": self.client.rank,
             "num_examples": None if hidden else self.client.num_examples,

@@ -20,7 +20,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     the new one, even after a power cut.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(path.name + ".partial")
     try:
         with open(temporary, "wb") as file:
@@ -31,11 +31,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # or the rename itself may not survive a power cut
-    finally:
-        os.close(folder)
+    flush(path.parent)  # or the rename itself may not survive a power cut
 
 
 def write_new(path: str | os.PathLike[str], content: bytes) -> None:
@@ -47,7 +43,7 @@ def write_new(path: str | os.PathLike[str], content: bytes) -> None:
         When it exists; it is left as it is.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with open(path, "xb") as file:
         try:
             file.write(content)
@@ -56,6 +52,26 @@ def write_new(path: str | os.PathLike[str], content: bytes) -> None:
         except BaseException:
             path.unlink(missing_ok=True)
             raise
+    flush(path.parent)
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder, and those above it, where they are missing; each survives a power cut."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        flush(folder.parent)
+
+
+def flush(path: Path) -> None:
+    """Write a file's content, or a folder's list of names, to the disk."""
+    if os.name == "nt" and path.is_dir():  # a folder cannot be opened there
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_tensors(path: str | os.PathLike[str], key: str) -> tuple[Any, dict[str, Tensor]]:

@@ -147,6 +147,21 @@ def test_secure_sums_come_to_the_bits_of_fixed_point_in_one_process(
     tiny.same(fed.state(), state_of(tmp_path / "here"))
 
 
+@pytest.mark.parametrize("name", ["hetlora", "glora_sums"])
+def test_secure_sums_of_mixed_ranks(bases: dict[str, Path], texts: Path, tmp_path: Path, name: str) -> None:
+    """Every site derives the layout of the largest rank that is asked, which in one of the rounds is not the run's."""
+    config = settings(bases["bert"], texts, name, federation={"ranks": (2, 8, 4, 3), "rounds": 3})
+    fixed = {"privacy": config.privacy.model_copy(update={"fixed_point": True})}
+    masked = {"privacy": config.privacy.model_copy(update={"secure_sums": True})}
+    drawn = create_sampler(config.federation, config.seed, "none")
+    assert any(1 not in drawn.draw(4, round_num) for round_num in range(3))
+    run(config.model_copy(update=fixed), tmp_path / "fixed")
+    fed = Federation(config.model_copy(update=masked), tmp_path)
+    history = fed.serve()
+    assert all(not record["rejected"] for record in history)
+    tiny.same(fed.state(), state_of(tmp_path / "fixed"))
+
+
 def test_the_server_sees_masked_words_alone(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
     """No message under secure sums holds a tensor of an update, a loss or a count of examples."""
     fed = Federation(settings(bases["bert"], texts, "ffa_lora", privacy={"secure_sums": True}), tmp_path)

@@ -55,11 +55,11 @@ def test_a_refused_message_does_not_make_the_next_one_old() -> None:
 def test_a_sums_keys_serve_the_run_that_they_were_made_for(tmp_path: Path) -> None:
     """Under another run's name the record of unmasked sums would be another file, and empty."""
     settings = SiteSettings(Config(), "a")
-    sums = SumParticipant(settings, "a", SiteStorage(tmp_path))
+    sums = SumParticipant(settings, "a", SiteStorage(tmp_path), 1)
     sums.advertise(RoundHeader("r1", 0, 0, 0, 4, 2), "s", 1)
     for run, session in (("r2", "s"), ("../r1", "s"), ("r1", "t")):
         with pytest.raises(Refused, match="no keys for"):
-            sums.unmask(run, session, 0, "0/0", ["a", "b"])
+            sums.unmask(run, session, 0, (0, 0), ["a", "b"])
     assert not list(tmp_path.rglob("*.json"))
 
 
@@ -74,3 +74,20 @@ def test_a_sum_is_unmasked_for_one_choice_of_clients_and_never_on_a_damaged_reco
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(Refused, match=r"unmasked.json is damaged"):
         storage.allow_unmasking("r1", "0/0", ["a"])
+    for content in ('{"0/0": ["a", "b"]}', "[]", '{"0/0": {"survivors": ["a"]}}'):  # an older form, and others
+        path.write_text(content)
+        with pytest.raises(Refused, match=r"unmasked.json is damaged"):
+            storage.allow_unmasking("r1", "0/0", ["a", "b"])
+
+
+def test_only_without_proved_liars_is_a_sum_unmasked_for_fewer_clients(tmp_path: Path) -> None:
+    storage = SiteStorage(tmp_path)
+    storage.allow_unmasking("r1", "0/0", ["a", "b", "c", "d"])
+    storage.record_liar("r1", "0/0", "d")
+    for refused in (["a", "b", "d"], ["a", "b"], ["a", "b", "c", "e"], ["a", "b", "c", "d", "e"]):
+        with pytest.raises(Refused, match="was unmasked for other clients before"):
+            SiteStorage(tmp_path).allow_unmasking("r1", "0/0", refused)
+    SiteStorage(tmp_path).allow_unmasking("r1", "0/0", ["a", "b", "c"])
+    storage.allow_unmasking("r1", "1/0", ["a", "b", "c", "d"])
+    with pytest.raises(Refused, match="was unmasked for other clients before"):  # proved in that sum, not in this one
+        storage.allow_unmasking("r1", "1/0", ["a", "b", "c"])

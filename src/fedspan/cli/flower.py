@@ -139,7 +139,7 @@ def keys(
     typer.echo(
         f"send {folder / 'node.pub'} to the server, replace the old key in nodes/ with it, and run ./register.sh there"
     )
-    typer.echo(f'put this line into sites.json at every site: "{client_id}": "{identity}"')
+    typer.echo(f'put this line into sites.json at the server and at every site: "{client_id}": "{identity}"')
 
 
 def _federation(path: Path | None, sites: str | None, settings: list[str] | None) -> tuple[list[str], Config]:

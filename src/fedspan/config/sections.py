@@ -160,8 +160,9 @@ class FederationConfig(Section):
     """Concentration of `partition = "dirichlet"`: a small value gives clients very different label distributions."""
     preset: str = "dolly-ftg-2"
     """Name of the recipe of `partition = "preset"`."""
-    weighting: Literal["examples", "equal"] = "examples"
-    """Weight of a client in every average: its number of training examples, or the same for all."""
+    weighting: Literal["examples", "rounded", "equal"] = "examples"
+    """Weight of a client in every average: its number of training examples, that number rounded to a power of two, or
+    the same for all. Under secure sums the totals of several rounds give every client's weight."""
     sums_only: bool = False
     """Refuse methods whose server needs more than sums over the clients' updates."""
     drop_empty: bool = False
@@ -248,6 +249,9 @@ class PrivacyConfig(Section):
     threshold: Annotated[float, Field(gt=0.5, le=1.0)] = 0.6
     """Share of a round's clients that must stay to its end for the sum to be recovered. Fewer clients cannot remove
     each other's masks."""
+    min_clients: Annotated[int | None, Field(ge=2, examples=[3])] = None
+    """Fewest clients in a secure sum, at its start and at its end. Every site refuses to help with a sum of fewer.
+    Unset: `threshold` times the number of clients that `[federation]` samples in a round, rounded up; at least 2."""
     rounds_ahead: PositiveInt = 8
     """Rounds for which real sites exchange keys and shares at once, as long as the same sites take part."""
     dp: Literal["none", "client", "example"] = "none"

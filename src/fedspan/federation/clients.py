@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,11 +34,16 @@ class Client:
     def weight(self, weighting: str) -> float:
         """Return its weight in averages, before normalisation.
 
+        A rounded weight is the power of two nearest on a logarithmic scale: at most √2 times the number of examples and
+        at least 1/√2 times it. All clients of one power weigh the same.
+
         Parameters
         ----------
         weighting
             `federation.weighting`.
         """
+        if weighting == "rounded":
+            return 2.0 ** round(math.log2(self.num_examples))
         return float(self.num_examples) if weighting == "examples" else 1.0
 
 

@@ -12,7 +12,7 @@ from fedspan.client.training import LocalResult
 from fedspan.federation.clients import Client
 from fedspan.methods.base import Method
 from fedspan.methods.folds import Exchange, Partial
-from fedspan.methods.messages import Broadcast, ClientState, Template, Update, Vector
+from fedspan.methods.messages import Broadcast, ClientState, Factors, Template, Update, Vector
 from fedspan.privacy.sum_layout import SumLayout
 from fedspan.wire.precision import Precision, rounded_update
 from fedspan.wire.sizes import payload_tensors
@@ -172,6 +172,31 @@ def unlearnt(template: Template, started: Broadcast) -> Update:
         zero = {n: Vector({"gradient": torch.zeros(s)}) for n, s in template.modules.items()}
         return Update("", 1.0, zero, {})
     return Update("", 1.0, started.adapter, started.dense, rate_sum=1.0)
+
+
+def sum_layout(method: Method, template: Template, started: Broadcast, trained: Broadcast | None = None) -> SumLayout:
+    """Return the layout of a sum, found by encoding an update that learnt nothing.
+
+    Parameters
+    ----------
+    started
+        What a client starts from, as `begin` returns it for one that keeps nothing.
+    trained
+        What it started training from, where this exchange asks about that result again.
+    """
+    return SumLayout.of(method.encode(unlearnt(template, trained or started), started, None)[0])
+
+
+def widened(sent: Broadcast, template: Template, own_rank: int, rank: int) -> Broadcast:
+    """Return a broadcast to a client of rank `own_rank` in the shapes of one to a client of a larger rank."""
+    if own_rank == rank:
+        return sent
+    adapter: dict[str, Factors] = {}
+    for name, f in sent.adapter.items():
+        more = max(0, rank - f.rank)
+        b, a = torch.nn.functional.pad(f.b, (0, more)), torch.nn.functional.pad(f.a, (0, 0, 0, more))
+        adapter[name] = Factors(b, a, template.scaling(rank))
+    return replace(sent, adapter=adapter)
 
 
 def expected(template: Template, sent: Broadcast) -> dict[str, torch.Size]:

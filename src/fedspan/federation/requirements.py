@@ -65,6 +65,16 @@ def chosen(config: Config, ledger: ClientLedger | None = None) -> Method:
     return method
 
 
+def least_in_sums(federation: FederationConfig, privacy: PrivacyConfig) -> int:
+    """Return the fewest clients in a secure sum, which every site insists on: see `privacy.min_clients`.
+
+    The number of clients does not vary between rounds where it is derived: secure sums refuse sampling by coins.
+    """
+    if privacy.min_clients is not None:
+        return privacy.min_clients
+    return max(2, math.ceil(privacy.threshold * _expected_cohort(federation, privacy.dp)))
+
+
 def ranks(federation: FederationConfig, seed: int) -> list[int]:
     """Return every client's rank, in the clients' order, from the run's seed alone."""
     rng = np.random.default_rng([seed, 2])
@@ -123,12 +133,18 @@ def _check_sums(method: Method, federation: FederationConfig, privacy: PrivacyCo
 
 def _check_secure_sums(federation: FederationConfig, privacy: PrivacyConfig) -> None:
     import_module("fedspan.privacy.primitives")  # whose error says what to install where it is missing
-    if _expected_cohort(federation, privacy.dp) < 2:
+    expected = _expected_cohort(federation, privacy.dp)
+    if expected < 2:
         raise FedspanError("privacy.secure_sums = true: one client takes part in a round, whose sum hides nothing")
     if privacy.dp == "client" and federation.participation < 1:
         raise FedspanError(
             "privacy.secure_sums = true: the coins of privacy.dp = 'client' may draw one client alone, whose sum hides "
             "nothing; expected federation.participation = 1"
+        )
+    if privacy.min_clients is not None and privacy.min_clients > expected:
+        raise FedspanError(
+            f"privacy.min_clients = {privacy.min_clients}: {expected:g} clients take part in a round; expected at most "
+            f"as many"
         )
 
 

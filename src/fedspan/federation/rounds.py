@@ -10,7 +10,7 @@ from typing import Any
 
 from fedspan.client.training import LocalResult
 from fedspan.federation.clients import Client
-from fedspan.federation.exchange import Answer, Question, Sites, Work, begin, unlearnt
+from fedspan.federation.exchange import Answer, Question, Sites, Work, begin, sum_layout
 from fedspan.federation.simulated import SimulatedClients
 from fedspan.federation.tally import RoundTally
 from fedspan.methods.base import Method, ServerState
@@ -322,8 +322,7 @@ class _Round:
         if question.exchange.ask != "again":
             # With `again`, the answer is about what was trained from the broadcast before, not from this one.
             self.started = started
-        learnt = unlearnt(self.state.template, self.started or started)
-        return SumLayout.of(self.method.encode(learnt, started, None)[0])
+        return sum_layout(self.method, self.state.template, started, self.started)
 
 
 @dataclass(slots=True)

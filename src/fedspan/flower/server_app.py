@@ -21,6 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedspan import config as settings
 from fedspan.flower.grid_transport import GridTransport
 from fedspan.flower.log_levels import without_traceback
+from fedspan.privacy.identities import read_identities
 from fedspan.runs import execution
 from fedspan.runs.events import Event
 from fedspan.support.errors import FedspanError, one_line
@@ -29,6 +30,7 @@ SERVER_DIR = "FEDSPAN_SERVER_DIR"
 PATIENCE = 20.0
 """Seconds to wait for another process that leads the same run to end."""
 _POLL = 0.2
+_IDENTITIES = "sites.json"
 app = ServerApp()
 
 
@@ -40,7 +42,10 @@ def main(grid: Grid, context: Context) -> None:
         config = settings.load(folder / "config.toml")
         with leadership(folder / "runs", name):
             transport = GridTransport(grid, name)
-            result = execution.serve(config, folder / "runs" / name, event_writer(sys.stdout.write), transport)
+            # Where the sites sign their keys for secure sums, the server checks it before it passes them on.
+            trusted = read_identities(folder / _IDENTITIES) if (folder / _IDENTITIES).exists() else None
+            write = event_writer(sys.stdout.write)
+            result = execution.serve(config, folder / "runs" / name, write, transport, trusted)
     except (FedspanError, OSError) as error:
         without_traceback(FedspanError, OSError)
         sys.stdout.write(f"fedspan: {one_line(error)}\n")

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from fedspan.privacy import primitives
 from fedspan.privacy.fixed_point import Words
 from fedspan.privacy.primitives import SECRET, Ed25519PrivateKey
-from fedspan.privacy.roster import SEALED, AdvertisedKeys, Roster, check_id, commitment
+from fedspan.privacy.roster import COMMITTED, SEALED, AdvertisedKeys, Roster, check_id, commitment
 from fedspan.support.errors import FedspanError
 
 
 class Participant:
-    """One client in one sum: advertise, share, mask, unmask, in that order and each for a single list of clients.
+    """One client in one sum: advertise, share, receive, settle, mask, unmask, in that order and each once.
 
     The vector x_u leaves as y_u = x_u + PRG(b_u) + Σ_{v>u} PRG(k_uv) - Σ_{v<u} PRG(k_uv) mod 2^64, where k_uv is the
     key that u and v agree on and b_u is u's own seed; the other clients hold shares of b_u and of u's private key.
@@ -26,12 +26,13 @@ class Participant:
     together would uncover its vector.
 
     A server that follows the protocol but is curious learns the sum and who took part, and nothing else about the
-    vectors.
+    vectors. One that tells clients different things about the sum (see `SumTerms`) gets masks that do not cancel.
 
     Source: Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning",
-    doi 10.1145/3133956.3133982. Differences: clients commit to their seeds, so that wrong shares are noticed; all
-    keys and sealed shares are bound to the whole roster; the round of consistency signatures against an actively
-    malicious server is left out, and the threshold must be more than half instead.
+    doi 10.1145/3133956.3133982. Differences: clients commit to their seeds and to every share, so that wrong ones are
+    noticed; all keys and sealed shares are bound to the whole roster, and the masks to the terms of the sum; the round
+    of consistency signatures against an actively malicious server is left out, and the threshold must be more than
+    half instead.
 
     Parameters
     ----------
@@ -60,7 +61,7 @@ class Participant:
         if (signer is None) != (trusted is None):
             raise FedspanError("signer and trusted go together: expected both or neither")
         self.session, self.client_id, self.num_words = session, check_id(client_id), num_words
-        self._trusted = trusted
+        self._signer, self._trusted = signer, trusted
         self._channel, self._private, self._seed = (primitives.new_secret() for _ in range(3))
         keys = primitives.public_key(self._channel), primitives.public_key(self._private)
         self._advert = AdvertisedKeys(*keys, commitment(session, client_id, self._seed)).sign(
@@ -68,9 +69,25 @@ class Participant:
         )
         self._roster: Roster | None = None
         self._held: dict[str, bytes] = {}
-        """Client -> its two shares held here, seed before private key; these clients take part in the masks."""
-        self._received = self._masked = False
+        """Client -> its two shares held here, seed before private key."""
+        self._dealers: frozenset[str] | None = None
+        """Clients whose messages came, with shares that are good or not."""
+        self._members: tuple[str, ...] | None = None
+        """Clients of the masks."""
+        self._masked = False
         self._answered: tuple[tuple[str, ...], bytes] | None = None
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Return the clients of the masks, this one included."""
+        if self._members is None:
+            raise FedspanError(f"{self.client_id!r} does not know who is in the sum: expected its members first")
+        return self._members
+
+    @property
+    def is_settled(self) -> bool:
+        """Return whether the clients of the masks are fixed."""
+        return self._members is not None
 
     def advertise(self) -> bytes:
         """Return this client's public keys for this sum."""
@@ -78,6 +95,9 @@ class Participant:
 
     def share(self, keys: Mapping[str, bytes], threshold: int) -> dict[str, bytes]:
         """Return shares of this client's two secrets for each of the others, sealed so that only they can read them.
+
+        After each follow the commitments to the two. Under this client's own name are those to the shares that it
+        keeps, and a signature of all of them where there is an identity to sign with.
 
         Parameters
         ----------
@@ -93,37 +113,77 @@ class Participant:
         roster = Roster.read(self.session, keys, threshold, self._trusted)
         seeds = primitives.split(self._seed, threshold, len(roster.ids))
         privates = primitives.split(self._private, threshold, len(roster.ids))
-        sealed = {}
-        for other, seed, private in zip(roster.ids, seeds, privates, strict=True):
+        pairs = {v: seed + private for v, seed, private in zip(roster.ids, seeds, privates, strict=True)}
+        sent = {v: roster.commitments(self.client_id, v, pair) for v, pair in pairs.items()}
+        content = roster.signed_commitments(self.client_id, sent)
+        signature = b"" if self._signer is None else self._signer.sign(content)
+        for other, pair in pairs.items():
             if other == self.client_id:
-                self._held[other] = seed + private
+                sent[other] += signature
                 continue
             key, context = roster.channel(self._channel, other, self.client_id, other)
-            sealed[other] = primitives.seal(key, seed + private, context)
+            sent[other] = primitives.seal(key, pair, context) + sent[other]
+        self._held[self.client_id] = pairs[self.client_id]
         self._roster = roster
-        return sealed
+        return sent
 
-    def receive(self, shares: Mapping[str, bytes]) -> None:
-        """Take the shares that the others have for this client; clients without one have no part in the masks."""
+    def receive(self, shares: Mapping[str, bytes]) -> list[str]:
+        """Take the shares that the others have for this client; return the clients whose shares are false.
+
+        Those were not sealed for this client in this sum, or do not fit the commitments to them. That is no reason to
+        stop: this client's own secrets do not depend on them, and enough others may hold true ones.
+        """
         roster = self._sharing()
-        if self._received:
+        if self._dealers is not None:
             raise FedspanError(f"{self.client_id!r} has received its shares already: expected once in a sum")
         if self.client_id in shares or not set(shares) <= set(roster.ids):
             raise FedspanError(f"shares from {sorted(shares)}: expected some of the others in {list(roster.ids)}")
         if len(shares) + 1 < roster.threshold:
             raise FedspanError(f"shares from {len(shares)} others: expected at least {roster.threshold - 1}")
-        opened = {}
-        for other, sealed in sorted(shares.items()):
-            key, context = roster.channel(self._channel, other, other, self.client_id)
-            well_formed = isinstance(sealed, bytes) and len(sealed) == SEALED
-            content = primitives.unseal(key, sealed, context) if well_formed else None
-            if content is None:
-                raise FedspanError(f"the shares from {other!r} were not sealed for {self.client_id!r} in this sum")
-            opened[other] = content
-        self._held |= opened
-        self._received = True
+        opened = {other: self._opened(roster, other, content) for other, content in sorted(shares.items())}
+        self._held |= {other: pair for other, pair in opened.items() if pair is not None}
+        self._dealers = frozenset({*shares, self.client_id})
+        return [other for other, pair in opened.items() if pair is None]
 
-    def mask(self, vector: Words, shares: Mapping[str, bytes] | None = None) -> Words:
+    def _opened(self, roster: Roster, dealer: str, content: bytes) -> bytes | None:
+        """Return the pair of shares from one client; None where they are false."""
+        if not isinstance(content, bytes) or len(content) != SEALED + COMMITTED:
+            return None
+        key, context = roster.channel(self._channel, dealer, dealer, self.client_id)
+        pair = primitives.unseal(key, content[:SEALED], context)
+        if pair is None or roster.commitments(dealer, self.client_id, pair) != content[SEALED:]:
+            return None
+        return pair
+
+    def discard(self, dealers: Iterable[str]) -> None:
+        """Hold no shares of these clients, as if they were false."""
+        for dealer in dealers:
+            self._held.pop(dealer, None)
+
+    def settle(self, members: Sequence[str]) -> None:
+        """Fix the clients of the masks: those that shared their secrets, without those whose shares too few hold.
+
+        Raises
+        ------
+        FedspanError
+            When they are fewer than the threshold, or this client is not among them. A server that names other members
+            to other clients gets masks that do not cancel.
+        """
+        roster = self._sharing()
+        if self._members is not None:
+            raise FedspanError(f"{self.client_id!r} knows the members of the sum already: expected them once")
+        if self._dealers is None:
+            raise FedspanError(f"{self.client_id!r} has no shares of the others: expected them before its vector")
+        named = tuple(sorted(members))
+        if len(set(named)) != len(named) or not set(named) <= self._dealers or self.client_id not in named:
+            raise FedspanError(
+                f"members {list(named)}: expected some of {sorted(self._dealers)} with {self.client_id!r}"
+            )
+        if len(named) < roster.threshold:
+            raise FedspanError(f"{len(named)} members: expected at least {roster.threshold} in a sum")
+        self._members = named
+
+    def mask(self, vector: Words, shares: Mapping[str, bytes] | None = None, terms: bytes = b"") -> Words:
         """Return the vector under its masks, which may leave the site.
 
         Parameters
@@ -131,7 +191,10 @@ class Participant:
         vector
             (num_words,) of uint64, see `FixedPoint`; left as it is.
         shares
-            As `receive` takes them; None where it was called already.
+            As `receive` takes them; None where it was called already. All of their senders are members then, unless
+            `settle` has named them.
+        terms
+            Digest of what this client knows about the sum: see `SumTerms`.
         """
         if self._masked:
             raise FedspanError(f"{self.client_id!r} has masked its vector already: expected once in a sum")
@@ -139,12 +202,12 @@ class Participant:
         if shares is not None:
             self.receive(shares)
         roster = self._sharing()
-        if not self._received:
-            raise FedspanError(f"{self.client_id!r} has no shares of the others: expected them before its vector")
+        if self._members is None:
+            self.settle(sorted(self._dealers or ()))
         # Before anything leaves, even if what follows fails: the difference of two vectors under the same masks would
         # be bare.
         self._masked = True
-        plus, minus = self._mask_keys(roster)
+        plus, minus = self._mask_keys(roster, roster.binding(terms, self.members))
         masked = vector.copy()
         primitives.add_masks(masked, plus, minus)
         self._seed = self._private = self._channel = b""  # from here on only the others' shares of them are needed
@@ -155,15 +218,18 @@ class Participant:
             length = "" if self.num_words is None else f" of {self.num_words} words"
             raise FedspanError(f"a vector of {vector.dtype} in shape {vector.shape}: expected uint64{length}")
 
-    def _mask_keys(self, roster: Roster) -> tuple[list[bytes], list[bytes]]:
+    def _mask_keys(self, roster: Roster, binding: bytes) -> tuple[list[bytes], list[bytes]]:
         """Return the keys of the masks to add and of those to subtract; of two clients, the first by id adds."""
-        keys = {v: roster.pair_mask_key(self._private, self.client_id, v) for v in self._held if v != self.client_id}
+        others = [v for v in self.members if v != self.client_id]
+        keys = {v: roster.pair_mask_key(self._private, self.client_id, v, binding) for v in others}
         plus = [key for other, key in keys.items() if self.client_id < other]
         minus = [key for other, key in keys.items() if self.client_id > other]
-        return [roster.self_mask_key(self._seed, self.client_id), *plus], minus
+        return [roster.self_mask_key(self._seed, self.client_id, binding), *plus], minus
 
     def unmask(self, survivors: Sequence[str]) -> bytes:
         """Return one share for each client of the masks: of its seed if it stayed, of its private key if it left.
+
+        Zeros stand for the shares of a client that were false.
 
         Parameters
         ----------
@@ -179,17 +245,49 @@ class Participant:
                 raise FedspanError(f"{self.client_id!r} has unmasked for other survivors: expected the same list again")
             return self._answered[1]
         roster = self._sharing()
-        if len(set(stayed)) != len(stayed) or not set(stayed) <= set(self._held):
-            raise FedspanError(f"survivors {list(stayed)}: expected some of {sorted(self._held)}, each once")
-        if self.client_id not in stayed:
-            raise FedspanError(f"survivors {list(stayed)}: expected {self.client_id!r}, which is asked, among them")
-        # The sum of a few clients says much about each of them.
-        if len(stayed) < roster.threshold:
-            raise FedspanError(f"{len(stayed)} survivors: expected at least {roster.threshold} to unmask a sum")
-        parts = [both[:SECRET] if other in stayed else both[SECRET:] for other, both in sorted(self._held.items())]
+        self._check_survivors(stayed, roster.threshold)
+        pairs = {other: self._held.get(other, bytes(2 * SECRET)) for other in self.members}
+        parts = [pair[:SECRET] if other in stayed else pair[SECRET:] for other, pair in pairs.items()]
         self._answered = stayed, roster.unmasking_header(self.client_id, stayed) + b"".join(parts)
         self._held = {}
         return self._answered[1]
+
+    def _check_survivors(self, stayed: Sequence[str], threshold: int) -> None:
+        if len(set(stayed)) != len(stayed) or not set(stayed) <= set(self.members):
+            raise FedspanError(f"survivors {list(stayed)}: expected some of {list(self.members)}, each once")
+        if self.client_id not in stayed:
+            raise FedspanError(f"survivors {list(stayed)}: expected {self.client_id!r}, which is asked, among them")
+        # The sum of a few clients says much about each of them.
+        if len(stayed) < threshold:
+            raise FedspanError(f"{len(stayed)} survivors: expected at least {threshold} to unmask a sum")
+
+    def convicts(
+        self, dealer: str, commitments: Mapping[str, bytes], signature: bytes, shares: Mapping[str, bytes]
+    ) -> bool:
+        """Return whether a client is shown to have dealt shares that do not give the secret of its keys.
+
+        Nobody can show that of an honest client, since it has signed commitments to true shares only. A sum over its
+        vector cannot be unmasked by those that follow the protocol.
+
+        Parameters
+        ----------
+        commitments, signature
+            All that the client committed to, by holder, and its signature of them.
+        shares
+            As many as are needed, by holder: of its seed if it stayed, of its private key if it left.
+        """
+        roster = self._sharing()
+        if self._trusted is None or self._answered is None or dealer not in self.members:
+            return False
+        if not (commitments.keys() == set(roster.ids) >= shares.keys() and len(shares) == roster.threshold):
+            return False
+        if not primitives.signed(self._trusted[dealer], signature, roster.signed_commitments(dealer, commitments)):
+            return False
+        stayed = dealer in self._answered[0]
+        if any(not roster.is_committed(dealer, v, s, stayed, commitments[v]) for v, s in shares.items()):
+            return False
+        secret = primitives.combine({roster.share_index(v): share for v, share in shares.items()})
+        return not roster.fits(dealer, secret, stayed)
 
     def _sharing(self) -> Roster:
         if self._roster is None:

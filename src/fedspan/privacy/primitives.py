@@ -34,7 +34,7 @@ SECRET = 32
 SIGNATURE = 64
 SEALED_EXTRA = 12 + 16
 """Bytes that sealing adds: nonce and tag."""
-_VERSION = b"fedspan secure sums 1"
+_VERSION = b"fedspan secure sums 2"
 _BLOCK = 16  # Shamir's, in bytes
 _CHUNK = 1 << 15  # words of mask at a time: 256 KiB, so that they are added while they are in the cache
 
@@ -98,6 +98,11 @@ def agree(private: bytes, public: bytes, *context: bytes) -> bytes:
     except ValueError:
         raise FedspanError(f"{public.hex()} is not a usable public key") from None
     return derive(shared, *context)
+
+
+def check_public_key(public: bytes) -> None:
+    """Raise a FedspanError where every private key would agree on the same secret with this public key."""
+    agree(new_secret(), public, b"check")
 
 
 def seal(key: bytes, content: bytes, context: bytes) -> bytes:

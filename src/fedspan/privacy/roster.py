@@ -16,10 +16,40 @@ from fedspan.support.errors import FedspanError
 
 SEALED = 2 * SECRET + primitives.SEALED_EXTRA
 """Bytes of the sealed pair of shares that one client has for another."""
+COMMITTED = 2 * SECRET
+"""Bytes of the commitments to that pair, which follow it."""
 
 
 class SumFailed(FedspanError):
-    """Too few clients stayed, or their shares do not fit: there is no sum, and nothing was unmasked."""
+    """Too few clients stayed, or their shares do not fit: there is no sum, and nothing was unmasked.
+
+    Parameters
+    ----------
+    blamed
+        Client -> its fault, where a sum without these clients can succeed.
+    """
+
+    def __init__(self, line: str, blamed: Mapping[str, str] | None = None) -> None:
+        super().__init__(line)
+        self.blamed = dict(blamed or {})
+
+
+class DealersFailed(SumFailed):
+    """The shares of some clients fit their own commitments and not their keys: no choice of helpers could restore them.
+
+    Parameters
+    ----------
+    proofs
+        Client -> holder -> the shares that show it.
+    """
+
+    def __init__(self, proofs: Mapping[str, Mapping[str, bytes]]) -> None:
+        names = ", ".join(map(repr, proofs))
+        fault = "dealt shares that do not give the secret of its keys"
+        super().__init__(
+            f"the shares that {names} dealt do not fit its keys: the sum is given up", dict.fromkeys(proofs, fault)
+        )
+        self.proofs = proofs
 
 
 def too_few(got: int, needed: int, what: str) -> SumFailed:
@@ -67,8 +97,8 @@ class AdvertisedKeys:
 class Roster:
     """One sum's clients in their order, with their keys; every key of the sum is derived for this roster alone.
 
-    Clients that were shown different rosters or thresholds derive different keys, so they cannot open each other's
-    shares, and the sum fails: the server cannot gain by telling clients different things.
+    Clients that were shown different rosters or thresholds derive different keys: they cannot open each other's
+    shares, and their masks do not cancel. The server cannot gain by telling clients different things.
     """
 
     session: bytes
@@ -109,15 +139,58 @@ class Roster:
         names = (b"shares", self.session, self.fingerprint, sender.encode(), recipient.encode())
         return primitives.agree(private, self.adverts[other].channel_key, *names), primitives.pack(*names)
 
-    def pair_mask_key(self, private: bytes, owner: str, other: str) -> bytes:
-        """Return the key of the mask that two clients share, the same from either side."""
+    def pair_mask_key(self, private: bytes, owner: str, other: str, binding: bytes) -> bytes:
+        """Return the key of the mask that two clients share: the same from either side, if their bindings are."""
         names = (name.encode() for name in sorted((owner, other)))
         public = self.adverts[other].mask_key
-        return primitives.agree(private, public, b"pair mask", self.session, self.fingerprint, *names)
+        return primitives.agree(private, public, b"pair mask", self.session, self.fingerprint, binding, *names)
 
-    def self_mask_key(self, seed: bytes, owner: str) -> bytes:
+    def self_mask_key(self, seed: bytes, owner: str, binding: bytes) -> bytes:
         """Return the key of a client's self-mask."""
-        return primitives.derive(seed, b"own mask", self.session, self.fingerprint, owner.encode())
+        return primitives.derive(seed, b"own mask", self.session, self.fingerprint, binding, owner.encode())
+
+    def binding(self, terms: bytes, members: Iterable[str]) -> bytes:
+        """Return the digest that every mask of this sum is bound to.
+
+        Parameters
+        ----------
+        terms
+            Digest of everything else that must be the same for all clients: see `SumTerms`.
+        members
+            The clients of the masks.
+        """
+        return digest(b"binding", self.fingerprint, terms, *(i.encode() for i in sorted(members)))
+
+    def commitments(self, dealer: str, holder: str, pair: bytes) -> bytes:
+        """Return the commitments to a pair of shares, the seed's before the private key's.
+
+        A share is as random as the secret, to everyone who has fewer than the threshold of them: its digest says
+        nothing about it, and needs no blinding.
+        """
+        return self._commitment(dealer, holder, b"seed", pair[:SECRET]) + self._commitment(
+            dealer, holder, b"private key", pair[SECRET:]
+        )
+
+    def is_committed(self, dealer: str, holder: str, share: bytes, stayed: bool, commitments: bytes) -> bool:
+        """Return whether a revealed share, of the seed if its dealer stayed, is the one that was committed to."""
+        if stayed:
+            return self._commitment(dealer, holder, b"seed", share) == commitments[:SECRET]
+        return self._commitment(dealer, holder, b"private key", share) == commitments[SECRET:]
+
+    def _commitment(self, dealer: str, holder: str, kind: bytes, share: bytes) -> bytes:
+        return digest(b"share", self.fingerprint, dealer.encode(), holder.encode(), kind, share)
+
+    def signed_commitments(self, dealer: str, commitments: Mapping[str, bytes]) -> bytes:
+        """Return the content that a dealer signs: all its commitments, for every holder."""
+        listed = (part for i in self.ids for part in (i.encode(), commitments[i]))
+        return primitives.pack(b"fedspan secure sums: shares", self.fingerprint, dealer.encode(), *listed)
+
+    def fits(self, client_id: str, secret: bytes, stayed: bool) -> bool:
+        """Return whether a restored secret is the one that its owner advertised: its seed, or its private key."""
+        advert = self.adverts[client_id]
+        if stayed:
+            return commitment(self.session, client_id, secret) == advert.commitment
+        return primitives.public_key(secret) == advert.mask_key
 
     def unmasking_header(self, client_id: str, survivors: Iterable[str]) -> bytes:
         """Return the start of this client's unmasking answer, which binds it to the list of survivors."""

@@ -22,6 +22,8 @@ class SumSettings:
     """Share of the clients that must stay until the end of a masked sum."""
     run: str = ""
     """Names the run in the sums' sessions."""
+    least: int = 2
+    """Fewest clients in a masked sum, however few take part."""
 
     def begin(self, layout: SumLayout, num_clients: int) -> RunningSum:
         """Begin a sum over at most `num_clients` clients."""
@@ -29,7 +31,7 @@ class SumSettings:
 
     def needed(self, num_clients: int) -> int:
         """Return how many clients must stay until the end: at least two, as a sum of one hides nothing."""
-        return max(2, math.ceil(self.threshold * num_clients))
+        return max(2, self.least, math.ceil(self.threshold * num_clients))
 
 
 @dataclass(slots=True)

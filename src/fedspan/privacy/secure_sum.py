@@ -1,8 +1,8 @@
 """Sums of which the server learns nothing but the sum: a single one, several after one set-up, or all in one process.
 
 The two sides are `Participant` and `Aggregator`; they exchange bytes, and one vector of 64-bit words per client. A sum
-takes four round trips: keys, shares, vectors, unmasking. `RoundParticipant` and `RoundAggregator` make the first two
-once for several sums, each of which has its own keys and secrets.
+takes five round trips: keys, shares, delivery of the shares, vectors, unmasking. `RoundParticipant` and
+`RoundAggregator` make the first three once for several sums, each of which has its own keys and secrets.
 """
 
 from __future__ import annotations
@@ -67,19 +67,42 @@ class RoundParticipant:
         by_sum = _split(keys, len(self.sums))
         return _joined([one.share(by_sum[i], threshold) for i, one in enumerate(self.sums)])
 
-    def receive(self, shares: Mapping[str, bytes]) -> None:
-        """Take the shares that the others have for this client, for all the sums."""
+    def receive(self, shares: Mapping[str, bytes]) -> list[str]:
+        """Take the shares that the others have for this client; return the clients whose shares for a sum are false."""
         by_sum = _split(shares, len(self.sums))
-        for i, one in enumerate(self.sums):
-            one.receive(by_sum[i])
+        false = {dealer for i, one in enumerate(self.sums) for dealer in one.receive(by_sum[i])}
+        for one in self.sums:
+            one.discard(false)
+        return sorted(false)
 
-    def mask(self, index: int, vector: Words) -> Words:
+    def settle(self, members: Sequence[str]) -> None:
+        """Fix the clients of the masks of all the sums."""
+        for one in self.sums:
+            one.settle(members)
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Return the clients of the masks."""
+        return self.sums[0].members
+
+    @property
+    def is_settled(self) -> bool:
+        """Return whether the clients of the masks are fixed."""
+        return self.sums[0].is_settled
+
+    def mask(self, index: int, vector: Words, terms: bytes = b"") -> Words:
         """Return the vector of one sum, under its masks."""
-        return _numbered(self.sums, index).mask(vector)
+        return _numbered(self.sums, index).mask(vector, terms=terms)
 
     def unmask(self, index: int, survivors: Sequence[str]) -> bytes:
         """Return the shares that unmask one sum."""
         return _numbered(self.sums, index).unmask(survivors)
+
+    def convicts(
+        self, index: int, dealer: str, commitments: Mapping[str, bytes], signature: bytes, shares: Mapping[str, bytes]
+    ) -> bool:
+        """Return whether a client is shown to have dealt false shares for one sum: see `Participant.convicts`."""
+        return _numbered(self.sums, index).convicts(dealer, commitments, signature, shares)
 
 
 class RoundAggregator:
@@ -93,10 +116,12 @@ class RoundAggregator:
     ) -> None:
         self.sums = tuple(Aggregator(name, threshold, trusted=trusted) for name in _sessions(session, num_sums))
 
-    def check_advert(self, client_id: str, content: bytes) -> None:
-        """Raise a FedspanError where one client's keys cannot be passed on to the others."""
-        for one, adverts in zip(self.sums, _split({client_id: content}, len(self.sums)), strict=True):
-            one.check_advert(client_id, adverts[client_id])
+    def check_advert(self, client_id: str, content: bytes, earlier: Mapping[str, bytes] | None = None) -> None:
+        """Raise a FedspanError where one client's keys cannot be passed on to the others, as `Aggregator` says."""
+        num_sums = len(self.sums)
+        before, by_sum = _split(earlier or {}, num_sums), _split({client_id: content}, num_sums)
+        for i, one in enumerate(self.sums):
+            one.check_advert(client_id, by_sum[i][client_id], before[i])
 
     def keys(self, advertised: Mapping[str, bytes]) -> dict[str, bytes]:
         """Take the advertised keys of all clients; return those to send to each of them, with the threshold."""
@@ -119,10 +144,24 @@ class RoundAggregator:
         self.sums = trial
         return {to: _joined([each[to] for each in routed]) for to in routed[0]}
 
-    def sum(self, index: int, num_words: int) -> Aggregator:
-        """Return one of the sums, ready for vectors of `num_words` words; once for each."""
+    def settle(self, without: Mapping[str, Collection[str]]) -> dict[str, str]:
+        """Fix the clients of the masks of all the sums; return those that are left out, and why."""
+        left: dict[str, str] = {}
+        trial = tuple(map(copy, self.sums))
+        for one in trial:
+            left |= one.settle(without)
+        self.sums = trial
+        return left
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Return the clients of the masks."""
+        return self.sums[0].members
+
+    def sum(self, index: int, num_words: int, terms: bytes = b"") -> Aggregator:
+        """Return one of the sums, ready for vectors of `num_words` words under these terms; once for each."""
         one = _numbered(self.sums, index)
-        one.expect(num_words)
+        one.expect(num_words, terms)
         return one
 
 

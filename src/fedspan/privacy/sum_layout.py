@@ -7,6 +7,8 @@ columns. The sum of the vectors is equivalent to a fold over the answers.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,18 +90,40 @@ class SumLayout:
         sums = {name: {part: take(shape) for part, shape in held.items()} for name, held in self.modules.items()}
         return Partial(num_clients, weight, dense, sums), loss / loss_weight if loss_weight else math.nan
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the layout as JSON, for a message."""
-        return {
-            "dense": {name: list(shape) for name, shape in self.dense.items()},
-            "modules": {name: {p: list(s) for p, s in held.items()} for name, held in self.modules.items()},
-        }
+    def described(self) -> list[Any]:
+        """Return the names and shapes in their order, as JSON that `SumTerms` digests."""
+        modules = [[name, [[part, list(s)] for part, s in held.items()]] for name, held in self.modules.items()]
+        return [[[name, list(shape)] for name, shape in self.dense.items()], modules]
 
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> SumLayout:
-        """Return the layout of a message."""
-        modules = {name: {p: tuple(s) for p, s in held.items()} for name, held in content["modules"].items()}
-        return cls({name: tuple(shape) for name, shape in content["dense"].items()}, modules)
+
+@dataclass(frozen=True, slots=True)
+class SumTerms:
+    """Everything that must be the same for all clients of a masked sum: a digest of it is in the key of every mask.
+
+    Each client makes it from its own settings, its own layout and the messages that it received. If a server told two
+    of them different things, their masks would not cancel, and it would learn nothing.
+    """
+
+    run: str
+    round_num: int
+    number: int
+    """Of the exchange, in the method's list."""
+    settings: str
+    """Digest of the agreed settings."""
+    base: str
+    """Digest of the untouched base."""
+    server_rank: int
+    num_clients: int
+    """Of the run."""
+    rank: int
+    """The largest of the clients of this sum, whose layout all of them use."""
+    layout: SumLayout
+
+    def digest(self) -> bytes:
+        """Return the SHA-256 of all of it."""
+        numbers = [self.round_num, self.number, self.server_rank, self.num_clients, self.rank]
+        content = [self.run, self.settings, self.base, numbers, self.layout.described()]
+        return hashlib.sha256(json.dumps(content).encode()).digest()
 
 
 def _padded(tensor: Tensor, shape: Shape, key: tuple[str, str]) -> Tensor:

@@ -15,6 +15,7 @@ from fedspan.client.setup import device_of, encoded, work_context
 from fedspan.config import Config, PrivacyConfig
 from fedspan.data import Encoded
 from fedspan.data import load as load_data
+from fedspan.federation import requirements
 from fedspan.federation.clients import Client, make_clients
 from fedspan.federation.sampling import ClientSampler, create_sampler
 from fedspan.methods.base import Method
@@ -63,7 +64,13 @@ class RunContext:
 
     @classmethod
     def prepare(
-        cls, config: Config, method: Method, out: Path, on_event: OnEvent, transport: Transport | None = None
+        cls,
+        config: Config,
+        method: Method,
+        out: Path,
+        on_event: OnEvent,
+        transport: Transport | None = None,
+        trusted: Mapping[str, bytes] | None = None,
     ) -> RunContext:
         """Read everything that a run needs.
 
@@ -71,6 +78,8 @@ class RunContext:
         ----------
         transport
             Reaches the clients; none: they are simulated in this process.
+        trusted
+            As of `Coordinator`.
 
         Raises
         ------
@@ -83,7 +92,7 @@ class RunContext:
         if transport is None:
             clients = make_clients(corpus, config.federation, config.seed, config.data.client_holdout)
         else:
-            coordinator = Coordinator(transport, config, method, out, _site_lines(on_event))
+            coordinator = Coordinator(transport, config, method, out, _site_lines(on_event), trusted)
             clients = coordinator.gather()
         sampler = create_sampler(config.federation, config.seed, config.privacy.dp, secret_of(out))
         num_sampled = max(1, round(sampler.expected_size(len(clients))))
@@ -121,7 +130,7 @@ class RunContext:
             sampler=sampler,
             num_workers=num_workers,
             coordinator=coordinator,
-            total=_total(config.privacy, config.seed),
+            total=_total(config),
             examples=_ledgers(config, model, out) if coordinator is None else None,
         )
 
@@ -177,7 +186,10 @@ def _ledgers(config: Config, model: FederatedModel, out: Path) -> ExampleLedgers
     return ExampleLedgers(config.privacy, config.local.batch_size, out, setting)
 
 
-def _total(privacy: PrivacyConfig, seed: int) -> SumSettings | None:
+def _total(config: Config) -> SumSettings | None:
+    privacy = config.privacy
     if not privacy.secure_sums and not privacy.fixed_point:
         return None
-    return SumSettings(FixedPoint(privacy.fraction_bits), privacy.secure_sums, privacy.threshold, str(seed))
+    least = requirements.least_in_sums(config.federation, privacy) if privacy.secure_sums else 2
+    point = FixedPoint(privacy.fraction_bits)
+    return SumSettings(point, privacy.secure_sums, privacy.threshold, str(config.seed), least)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -44,7 +45,11 @@ class Result:
 
 
 def run(
-    config: Config, out: StrPath | None = None, on_event: OnEvent = events.ignore, transport: Transport | None = None
+    config: Config,
+    out: StrPath | None = None,
+    on_event: OnEvent = events.ignore,
+    transport: Transport | None = None,
+    trusted: Mapping[str, bytes] | None = None,
 ) -> Result:
     """Run a federation into a new folder.
 
@@ -56,6 +61,9 @@ def run(
         Receives every event as it happens.
     transport
         Reaches the clients; none: they are simulated in this process.
+    trusted
+        Public identity keys of the clients behind the transport, which sign their keys for secure sums; none: they are
+        not known here.
 
     Raises
     ------
@@ -66,7 +74,7 @@ def run(
     folder = new_folder(config, out)
     method = requirements.chosen(config, ClientLedger(folder, config.privacy, config.federation.participation))
     config = with_absolute_paths(config)
-    context = RunContext.prepare(config, method, folder, on_event, transport)
+    context = RunContext.prepare(config, method, folder, on_event, transport, trusted)
     # The folder is made only after everything that can be refused has been.
     main = MethodRun.open(context, FEDERATION, method, context.clients)
     try:
@@ -92,7 +100,11 @@ def new_folder(config: Config, out: StrPath | None) -> Path:
 
 
 def resume(
-    out: StrPath, on_event: OnEvent = events.ignore, workers: int | None = None, transport: Transport | None = None
+    out: StrPath,
+    on_event: OnEvent = events.ignore,
+    workers: int | None = None,
+    transport: Transport | None = None,
+    trusted: Mapping[str, bytes] | None = None,
 ) -> Result:
     """Resume an interrupted run; it ends with the same bits as if it had never stopped.
 
@@ -100,8 +112,8 @@ def resume(
     ----------
     workers
         Number of processes; none: as in the run's own settings.
-    transport
-        Reaches the clients; none: they are simulated in this process.
+    transport, trusted
+        As of `run`.
 
     Raises
     ------
@@ -117,15 +129,21 @@ def resume(
     if workers is not None:
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"workers": workers})})
     method = requirements.chosen(config, ClientLedger(folder, config.privacy, config.federation.participation))
-    context = RunContext.prepare(config, method, folder, on_event, transport)
+    context = RunContext.prepare(config, method, folder, on_event, transport, trusted)
     return _execute(context, MethodRun.open(context, FEDERATION, method, context.clients))
 
 
-def serve(config: Config, out: StrPath, on_event: OnEvent, transport: Transport) -> Result:
+def serve(
+    config: Config,
+    out: StrPath,
+    on_event: OnEvent,
+    transport: Transport,
+    trusted: Mapping[str, bytes] | None = None,
+) -> Result:
     """Lead a federation of sites that are reached through `transport`: a new one, or the one that `out` holds."""
     if (Path(out) / "config.toml").exists():
-        return resume(out, on_event, transport=transport)
-    return run(config, out, on_event, transport)
+        return resume(out, on_event, transport=transport, trusted=trusted)
+    return run(config, out, on_event, transport, trusted)
 
 
 def _execute(context: RunContext, main: MethodRun) -> Result:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fedspan.config import Config
+from fedspan.federation import requirements
 from fedspan.federation.clients import Client
 from fedspan.federation.exchange import Answer, BroadcastFor, Question, Summed
 from fedspan.methods.base import Method
@@ -23,6 +24,7 @@ from fedspan.methods.messages import Broadcast, ClientState, Tensors, Update
 from fedspan.privacy.fixed_point import FixedPoint
 from fedspan.privacy.sum_layout import SumLayout
 from fedspan.server.checks import AnswerChecks, unusable
+from fedspan.server.key_exchange import RunTerms
 from fedspan.server.masked_sums import MaskedSums
 from fedspan.server.registry import SiteRegistry
 from fedspan.server.requests import NOT_CONNECTED, Problem, Reply, Requests
@@ -44,10 +46,19 @@ class Coordinator:
         The run's folder: the list of clients is written there once, so that a resumed run asks the same ones.
     notify
         Called with a line for people whenever something happens to a site.
+    trusted
+        Public identity keys by client: keys for secure sums that are not signed with them are not passed on to the
+        other sites, which would refuse the whole sum.
     """
 
     def __init__(
-        self, transport: Transport, config: Config, method: Method, out: Path, notify: Callable[[str], None]
+        self,
+        transport: Transport,
+        config: Config,
+        method: Method,
+        out: Path,
+        notify: Callable[[str], None],
+        trusted: Mapping[str, bytes] | None = None,
     ) -> None:
         if method.info.pooled or method.info.alone:
             raise FedspanError(f"method.name = '{method.info.name}' is a control for one process: sites share no data")
@@ -59,7 +70,9 @@ class Coordinator:
         path = out / "sites.json"
         self.registry = SiteRegistry(transport, config.federation, config.deployment, terms, method, path, notify)
         self._requests = Requests(self.registry)
-        self._masked_sums = MaskedSums(self._requests, config.privacy, config.federation.rounds, notify)
+        least = requirements.least_in_sums(config.federation, config.privacy) if config.privacy.secure_sums else 2
+        run_terms = RunTerms(config.privacy, config.federation.rounds, least, trusted)
+        self._masked_sums = MaskedSums(self._requests, run_terms, notify)
         self._initial: Tensors = {}
         # Here and not in the checks of one exchange: a later exchange of a round asks about the same training result.
         self._results: dict[int, Update] = {}
@@ -146,13 +159,16 @@ class Coordinator:
         FedspanError
             When fewer clients stayed than can unmask the sum.
         """
-        ready = self._ready(question, clients)
-        collector: SumCollector = PlainSum(layout.num_words)
-        if self._privacy.secure_sums:
-            collector = self._masked_sums.begin(question, self._heading(question), ready, layout.num_words)
-        answers = self._collect(question, ready, broadcast_for, layout, collector)
+        ready, rank = self._ready(question, clients), max(client.rank for client in clients)
+        total = None
+        while total is None:  # without the clients that were proved to lie, every time
+            collector: SumCollector = PlainSum(layout.num_words, len(ready))
+            if self._privacy.secure_sums:
+                collector = self._masked_sums.begin(question, self._heading(question), ready, layout, rank)
+            answers = self._collect(question, ready, broadcast_for, (rank, layout.num_words), collector)
+            total = collector.total()
         # Counted before the others are entered as absent: the divisor is the number of vectors in the sum.
-        total, count = collector.total(), len(answers)
+        count = len(answers)
         for client in clients:
             if client.client_id not in answers:
                 problem = collector.problems.get(client.client_id, NOT_CONNECTED)
@@ -176,16 +192,20 @@ class Coordinator:
         question: Question,
         ready: Sequence[Client],
         broadcast_for: BroadcastFor,
-        layout: SumLayout,
+        size: tuple[int, int],
         collector: SumCollector,
     ) -> dict[str, Answer]:
-        """Ask for the parts of a sum and add those that are right; return the answers of the clients in it."""
-        checks, by_id, description = self._checks(question), {c.client_id: c for c in ready}, layout.to_json()
+        """Ask for the parts of a sum and add those that are right; return the answers of the clients in it.
+
+        Parameters
+        ----------
+        size
+            The rank of the sum's layout, from which every site derives it, and the number of words.
+        """
+        checks, by_id, (rank, num_words) = self._checks(question), {c.client_id: c for c in ready}, size
 
         def sum_fields(client_id: str, outgoing: MessageTensors) -> dict[str, Any]:
-            # Every client scales its numbers so that a sum over this many cannot wrap, whether or not all of them stay.
-            common = {"layout": description, "num_clients": len(ready)}
-            return {**common, **collector.message_fields(client_id, outgoing)}
+            return {"rank": rank, **collector.message_fields(client_id, outgoing)}
 
         messages = {
             c.client_id: self._message(question, c, broadcast_for(c), checks, sum_fields)
@@ -194,7 +214,7 @@ class Coordinator:
         }
         answers: dict[str, Answer] = {}
         for client_id, reply in self._requests.exchange(question, messages, self._enough(question)):
-            part = checks.words(by_id[client_id], layout.num_words, reply) if isinstance(reply, Reply) else reply
+            part = checks.words(by_id[client_id], num_words, reply) if isinstance(reply, Reply) else reply
             if isinstance(part, Problem):
                 collector.leave_out(client_id, part)
                 continue

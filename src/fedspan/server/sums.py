@@ -20,7 +20,7 @@ class SumCollector(Protocol):
         """The clients that are not in the sum, and why. They may be left out before they are sent anything."""
 
     def message_fields(self, client_id: str, outgoing: MessageTensors) -> dict[str, Any]:
-        """Return what a client needs to know to send its part, beside the layout of the sum."""
+        """Return what a client needs to know to send its part."""
 
     def add(self, client_id: str, words: Words) -> None:
         """Add one client's part.
@@ -34,8 +34,8 @@ class SumCollector(Protocol):
     def leave_out(self, client_id: str, problem: Problem) -> None:
         """Record that a client's part is not in the sum."""
 
-    def total(self) -> Words:
-        """Return the sum, (num_words,) of uint64, and close it.
+    def total(self) -> Words | None:
+        """Return the sum, (num_words,) of uint64, and close it; None where it is to be collected once more.
 
         Raises
         ------
@@ -47,13 +47,14 @@ class SumCollector(Protocol):
 class PlainSum:
     """The arithmetic of secure sums without their masks: the same words, added in the open."""
 
-    def __init__(self, num_words: int) -> None:
+    def __init__(self, num_words: int, num_clients: int) -> None:
         self.problems: dict[str, Problem] = {}
+        self._num_clients = num_clients
         self._total: Words = np.zeros(num_words, dtype=np.uint64)
 
     def message_fields(self, client_id: str, outgoing: MessageTensors) -> dict[str, Any]:
-        """Return the number of the sum, which is always the first."""
-        return {"index": 0}
+        """Return for how many clients each must leave room, so that the sum cannot wrap, whether or not all stay."""
+        return {"num_clients": self._num_clients}
 
     def add(self, client_id: str, words: Words) -> None:
         """Add one client's words, mod 2^64."""

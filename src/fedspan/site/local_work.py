@@ -13,10 +13,11 @@ from fedspan.client.executors import InlineExecutor
 from fedspan.client.training import Assignment, LocalResult, num_steps
 from fedspan.config import Config
 from fedspan.federation.clients import Client
-from fedspan.federation.exchange import Question, begin, respond, unlearnt
+from fedspan.federation.exchange import Question, begin, respond, sum_layout, unlearnt, widened
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, ClientState, Request, Update
 from fedspan.privacy.ledgers import ExampleLedgers
+from fedspan.privacy.sum_layout import SumLayout
 from fedspan.site.errors import Refused
 from fedspan.site.loading import Loaded
 from fedspan.site.message_checks import RoundHeader
@@ -34,6 +35,8 @@ class LocalAnswer:
     optimizer_bytes: int
     seconds: float
     """Time at work."""
+    layout: SumLayout | None
+    """Of the sum that the question is about."""
 
 
 class LocalWork:
@@ -61,6 +64,7 @@ class LocalWork:
         self._method, self._client, self._storage, self._examples = method, client, storage, examples
         self._adapter, self._seed = config.adapter, config.seed
         self._steps = num_steps(config.local, client.num_examples)
+        self._secure = config.privacy.secure_sums
         self._weight = client.weight(config.federation.weighting)
         self._engine = "cohort" if config.engine.name == "cohort" else "sequential"
         self._model, self._initial = loaded.context.model, loaded.initial
@@ -71,6 +75,8 @@ class LocalWork:
         self._result: LocalResult | None = None
         """The result of training, while a later exchange of the round may ask about it."""
         self._state: ClientState | None = None
+        self._widened: Broadcast | None = None
+        """What a client of the rank of the sum's layout would have started training from."""
 
     def question(self, message: Mapping[str, Any], header: RoundHeader) -> Question:
         """Return the question that a message asks.
@@ -78,12 +84,20 @@ class LocalWork:
         Raises
         ------
         Refused
-            When the method has no such exchange.
+            When the method has no such exchange in that round.
         """
         exchanges = self._method.exchanges
         if header.number >= len(exchanges):
             raise Refused(f"exchange {header.number}: {self._method.info.name} has {len(exchanges)}")
+        # Derived, and only compared with the message: a site that let the server say which exchange of the round it is
+        # could be asked for one as if it were several.
+        due = [number for number, exchange in enumerate(exchanges) if exchange.due(header.round_num)]
         place, num_places = message["place"]
+        if num_places != len(due) or place >= len(due) or due[place] != header.number:
+            raise Refused(
+                f"exchange {header.number} as number {place} of {num_places} in round {header.round_num}: expected one "
+                f"of {due} in this order"
+            )
         template = self._model.template(
             header.rank, self._adapter.alpha, self._adapter.rslora, self._seed, header.num_clients
         )
@@ -101,6 +115,7 @@ class LocalWork:
             When the question assumes something that this site does not hold, or the result must not leave it.
         """
         sent = self._received(message, header, tensors, question)
+        layout = self._layout(question, header, sent, message["sum"]["rank"]) if "sum" in message else None
         if question.place[0] == 0:
             # Read from disk in every round: after a lost answer the state in memory is ahead of the one that counts.
             self._state = self._state_after(header, question)
@@ -122,9 +137,20 @@ class LocalWork:
             self._state = response.kept
             self._storage.keep(header.run, question.round_num + 1, response.kept)
         result = self._result
-        if not question.keep:
+        # A secure sum that failed through false shares is asked for again.
+        if not question.keep and not self._secure:
             self._result = None
-        return LocalAnswer(response.update, result.train_loss, result.optimizer_bytes, seconds)
+        return LocalAnswer(response.update, result.train_loss, result.optimizer_bytes, seconds, layout)
+
+    def _layout(self, question: Question, header: RoundHeader, sent: Broadcast, rank: int) -> SumLayout:
+        """Return the layout of a sum, that of a client of this rank, as the server must derive it too."""
+        own = self._client.rank
+        if type(rank) is not int or not own <= rank <= max(own, header.rank):
+            raise Refused(f"a sum of clients of rank {rank!r}: expected {own} to {header.rank}")
+        started = begin(self._method, question, widened(sent, question.template, own, rank), None)
+        if question.exchange.ask != "again":
+            self._widened = started
+        return sum_layout(self._method, question.template, started, self._widened)
 
     def _received(
         self, message: Mapping[str, Any], header: RoundHeader, tensors: Sequence[Tensor], question: Question

@@ -21,11 +21,11 @@ from fedspan.federation import requirements
 from fedspan.methods.base import Method
 from fedspan.privacy.fixed_point import FixedPoint, Words
 from fedspan.privacy.ledgers import ExampleLedgers
-from fedspan.privacy.sum_layout import SumLayout
+from fedspan.privacy.sum_layout import SumLayout, SumTerms
 from fedspan.site.errors import Refused
 from fedspan.site.loading import Loaded, client_of
 from fedspan.site.local_work import LocalAnswer, LocalWork
-from fedspan.site.message_checks import MessageChecks
+from fedspan.site.message_checks import MessageChecks, RoundHeader
 from fedspan.site.settings import SiteSettings
 from fedspan.site.storage import SiteStorage
 from fedspan.site.sum_participant import SumParticipant
@@ -82,13 +82,16 @@ class Site:
             setting = f"{agreement.digest(self.terms)} {self.loaded.base}"
             examples = ExampleLedgers(privacy, config.local.batch_size, folder, setting)
         self.work = LocalWork(config, method, self.client, self.loaded, storage, examples)
-        self._sums = SumParticipant(settings, self.client.client_id, storage)
+        max_sums = privacy.rounds_ahead * len(method.exchanges)
+        self._sums = SumParticipant(settings, self.client.client_id, storage, max_sums)
         self._handlers: Mapping[str, _Handler] = {
             "hello": self._hello,
             "ask": self._ask,
             "advertise": self._advertise,
             "share": self._share,
+            "receive": self._receive,
             "unmask": self._unmask,
+            "convict": self._convict,
         }
 
     def answer(self, content: bytes) -> bytes:
@@ -130,27 +133,42 @@ class Site:
         answer = self.work.answer(question, message, header, tensors)
         fields: Fields = {"seconds": answer.seconds, "optimizer_bytes": answer.optimizer_bytes}
         if "sum" in message:
-            words = self._words(header.run, message["sum"], answer, tensors)
+            words = self._words(header, message["sum"], answer)
             fields["words"] = outgoing.put(torch.from_numpy(words.view(np.int64)))
         else:
             fields["train_loss"] = answer.train_loss if math.isfinite(answer.train_loss) else None
             fields["update"] = protocol.put_update(outgoing, answer.update, self._precision)
         return fields
 
-    def _words(self, run: str, requested: Mapping[str, Any], answer: LocalAnswer, tensors: Sequence[Tensor]) -> Words:
+    def _words(self, header: RoundHeader, requested: Mapping[str, Any], answer: LocalAnswer) -> Words:
         """Return the answer as the words of a sum, masked where the settings say so."""
-        layout, fixed_point = SumLayout.from_json(requested["layout"]), FixedPoint(self.privacy.fraction_bits)
+        layout, fixed_point = answer.layout, FixedPoint(self.privacy.fraction_bits)
+        assert layout is not None  # made for every question about a sum
+        if not self.privacy.secure_sums:
+            return self._encoded(layout, fixed_point, answer, requested["num_clients"])
+        session, index = requested["session"], requested["index"]
+        num_clients = self._sums.settle(header.run, session, requested["members"])
+        words = self._encoded(layout, fixed_point, answer, num_clients)
+        terms = SumTerms(
+            header.run,
+            header.round_num,
+            header.number,
+            agreement.digest(self.terms),
+            self.loaded.base,
+            header.rank,
+            header.num_clients,
+            requested["rank"],
+            layout,
+        )
+        return self._sums.mask(header, session, index, words, terms.digest())
+
+    def _encoded(self, layout: SumLayout, point: FixedPoint, answer: LocalAnswer, num_clients: int) -> Words:
         try:
-            numbers = layout.flatten(answer.update, answer.train_loss)
-            words = fixed_point.encode(numbers, requested["num_clients"])
+            return point.encode(layout.flatten(answer.update, answer.train_loss), num_clients)
         except ValueError as error:
             # The error names a value of this client's update, which must not leave the site.
             self.notify(str(error))
             raise Refused("the update does not fit the fixed point of the sum") from None
-        if not self.privacy.secure_sums:
-            return words
-        shares = _bytes_by_name(requested["shares"], tensors) if "shares" in requested else None
-        return self._sums.mask(run, requested["session"], requested["index"], words, shares)
 
     def _advertise(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:
         header = self._checks.check(message, self.loaded.base)
@@ -162,11 +180,24 @@ class Site:
         sealed = self._sums.share(message["run"], message["session"], keys, message["threshold"])
         return {"shares": {other: protocol.put_bytes(outgoing, content) for other, content in sealed.items()}}
 
+    def _receive(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:
+        shares = _bytes_by_name(message["shares"], tensors)
+        return {"false": self._sums.receive(message["run"], message["session"], shares)}
+
     def _unmask(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:
-        sum_name = f"{message['round']}/{message['place'][0]}"
         run, session, survivors = message["run"], message["session"], message["survivors"]
-        shares = self._sums.unmask(run, session, message["index"], sum_name, survivors)
+        labels = message["round"], message["number"]
+        shares = self._sums.unmask(run, session, message["index"], labels, survivors)
         return {"unmask": protocol.put_bytes(outgoing, shares)}
+
+    def _convict(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:
+        for dealer, proof in message["proofs"].items():
+            commitments, shares = (_bytes_by_name(proof[key], tensors) for key in ("commitments", "shares"))
+            signature = protocol.get_bytes(tensors, proof["signature"])
+            run, session = message["run"], message["session"]
+            self._sums.convict(run, session, message["index"], dealer, commitments, signature, shares)
+            self.notify(f"{dealer} was proved to have dealt false shares: sums go on without it")
+        return {}
 
 
 def _bytes_by_name(indices: Mapping[str, int], tensors: Sequence[Tensor]) -> dict[str, bytes]:

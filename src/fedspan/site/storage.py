@@ -17,6 +17,8 @@ from fedspan.methods.patches import Patch, patch_of, patch_sum, patch_tensors
 from fedspan.site.errors import Refused
 from fedspan.support.files import read_tensors, write_bytes
 
+_UNMASKED = "unmasked.json"
+
 
 class SiteStorage:
     """A client's state and the patch on its base, in one file for each round or version, under a folder for each run.
@@ -105,24 +107,50 @@ class SiteStorage:
         update of the clients in which they differ. The record is on disk because a server that was restarted asks
         about the same round again, and this site may have been restarted too.
 
+        Parameters
+        ----------
+        sum_name
+            The name that this site gave the sum when it masked its own update.
+
         Raises
         ------
         Refused
             When the sum was unmasked for other clients before, or the record cannot be read.
         """
-        path = self.folder / run / "unmasked.json"
-        try:
-            unmasked: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except ValueError as error:
-            # Not taken for an empty record, which would allow everything.
-            raise Refused(f"{path.name} is damaged ({error}): this site cannot tell what it has unmasked") from None
-        chosen = sorted(survivors)
-        if unmasked.setdefault(sum_name, chosen) != chosen:
+        record = self._unmasked(run)
+        chosen = set(survivors)
+        before = record.setdefault(sum_name, {"survivors": sorted(chosen), "liars": []})
+        # Without clients that have dealt false shares the same sum may be asked for again: the difference is theirs.
+        if not set(before["survivors"]) - set(before["liars"]) <= chosen <= set(before["survivors"]):
             raise Refused(
                 f"sum {sum_name} was unmasked for other clients before, and the difference would reveal the update of "
-                f"one of them; the person responsible for this site may allow it by removing {path.name} from its state"
+                f"one of them; the person responsible for this site may allow it by removing {_UNMASKED} from its state"
             )
-        write_bytes(path, json.dumps(unmasked).encode())
+        self._keep_unmasked(run, record)
+
+    def record_liar(self, run: str, sum_name: str, client_id: str) -> None:
+        """Record that a client was proved to have dealt false shares for a sum that this site has helped to unmask."""
+        record = self._unmasked(run)
+        liars = record[sum_name]["liars"]
+        record[sum_name]["liars"] = sorted({*liars, client_id})
+        self._keep_unmasked(run, record)
+
+    def _unmasked(self, run: str) -> dict[str, dict[str, list[str]]]:
+        """Return sum -> the survivors that it was unmasked for, and the proved liars among them."""
+        path = self.folder / run / _UNMASKED
+        if not path.exists():
+            return {}
+        try:
+            record: dict[str, dict[str, list[str]]] = json.loads(path.read_text(encoding="utf-8"))
+            if any(entry.keys() != {"survivors", "liars"} for entry in record.values()):
+                raise ValueError("entries of another form")
+        except (ValueError, AttributeError) as error:
+            # Not taken for an empty record, which would allow everything.
+            raise Refused(f"{path.name} is damaged ({error}): this site cannot tell what it has unmasked") from None
+        return record
+
+    def _keep_unmasked(self, run: str, record: Mapping[str, Any]) -> None:
+        write_bytes(self.folder / run / _UNMASKED, json.dumps(record).encode())
 
     @staticmethod
     def _read(path: Path) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from fedspan.federation import requirements
 from fedspan.privacy.fixed_point import Words
 from fedspan.site.errors import Refused
 from fedspan.site.message_checks import RoundHeader
@@ -20,24 +21,41 @@ class SumParticipant:
     """The secure sums that a site has keys for: those of one set-up at a time.
 
     The keys are in memory only. A site that is restarted drops out of the sums that were set up before, instead of
-    leaving secrets on its disk.
+    leaving secrets on its disk. The record of what each key has masked is beside the keys and lasts as long as they do.
+
+    Parameters
+    ----------
+    max_sums
+        The most sums that one set-up can be for.
     """
 
-    def __init__(self, settings: SiteSettings, client_id: str, storage: SiteStorage) -> None:
+    def __init__(self, settings: SiteSettings, client_id: str, storage: SiteStorage, max_sums: int) -> None:
+        config = settings.config
         self._identity, self._trusted = settings.identity, settings.trusted
-        self._min_share = settings.config.privacy.threshold
-        self._client_id, self._storage = client_id, storage
+        self._min_share = config.privacy.threshold
+        self._least = requirements.least_in_sums(config.federation, config.privacy) if config.privacy.secure_sums else 2
+        self._client_id, self._storage, self._max_sums = client_id, storage, max_sums
         self._name: tuple[str, str] | None = None
         """Run and session of the set-up."""
         self._participant: RoundParticipant | None = None
+        self._masked: dict[int, tuple[int, int]] = {}
+        """Number of a sum -> the round and exchange whose update it has masked."""
 
     def advertise(self, header: RoundHeader, session: str, num_sums: int) -> bytes:
-        """Make new keys for several sums and return the public ones; earlier keys are forgotten."""
+        """Make new keys for several sums and return the public ones; earlier keys are forgotten.
+
+        Raises
+        ------
+        Refused
+            For more sums than `privacy.rounds_ahead` rounds can have.
+        """
         from fedspan.privacy.secure_sum import RoundParticipant  # which needs the extra `secure`
 
+        if num_sums > self._max_sums:
+            raise Refused(f"keys for {num_sums} sums at once: expected at most {self._max_sums}")
         name = f"{header.run}/{header.round_num}/{session}".encode()
         participant = RoundParticipant(name, self._client_id, num_sums, self._signer(), self._trusted)
-        self._name, self._participant = (header.run, session), participant
+        self._name, self._participant, self._masked = (header.run, session), participant, {}
         return participant.advertise()
 
     def share(self, run: str, session: str, keys: Mapping[str, bytes], threshold: int) -> dict[str, bytes]:
@@ -46,40 +64,85 @@ class SumParticipant:
         Raises
         ------
         Refused
-            When fewer clients could unmask a sum than this site's own settings require. A server with as many
-            accomplices among the clients as the threshold says can read a single client's vector.
+            When fewer clients could unmask a sum, or be in one, than this site's own settings require. A server with as
+            many accomplices among the clients as the threshold says can read a single client's vector, and the sum of a
+            few says much about each. No sum is unmasked for fewer survivors than the threshold.
         """
         participant = self._of(run, session)
         if threshold < self._min_share * len(keys) - 1e-9:
             raise Refused(f"a threshold of {threshold} for {len(keys)} clients: expected privacy.threshold of them")
+        if threshold < self._least:
+            raise Refused(f"a sum of {threshold} clients or more: expected at least {self._least} in every sum")
         return participant.share(keys, threshold)
 
-    def mask(
-        self, run: str, session: str, index: int, words: Words, shares: Mapping[str, bytes] | None = None
-    ) -> Words:
-        """Return one sum's vector under its masks.
+    def receive(self, run: str, session: str, shares: Mapping[str, bytes]) -> list[str]:
+        """Take the others' shares for this site; return the clients whose shares are false."""
+        return self._of(run, session).receive(shares)
 
-        Parameters
-        ----------
-        shares
-            The others' shares for this site, which come with the first vector after a set-up.
-        """
-        participant = self._of(run, session)
-        if shares is not None:
-            participant.receive(shares)
-        return participant.mask(index, words)
-
-    def unmask(self, run: str, session: str, index: int, sum_name: str, survivors: Sequence[str]) -> bytes:
-        """Return this site's part in unmasking one sum.
+    def settle(self, run: str, session: str, members: Sequence[str]) -> int:
+        """Take part in sums of these clients, the same in all sums of a set-up; return their number.
 
         Raises
         ------
         Refused
-            When the sum was unmasked for other clients before, even in an earlier set-up.
+            When they are others than before.
         """
         participant = self._of(run, session)
-        self._storage.allow_unmasking(run, sum_name, survivors)
+        if not participant.is_settled:
+            participant.settle(members)
+        elif tuple(sorted(members)) != participant.members:
+            raise Refused(f"a sum of {sorted(members)}: expected {list(participant.members)}, as before")
+        return len(participant.members)
+
+    def mask(self, header: RoundHeader, session: str, index: int, words: Words, terms: bytes) -> Words:
+        """Return one sum's vector under its masks, which are bound to the terms of the sum."""
+        masked = self._of(header.run, session).mask(index, words, terms)
+        self._masked[index] = (header.round_num, header.number)
+        return masked
+
+    def unmask(self, run: str, session: str, index: int, labels: tuple[int, int], survivors: Sequence[str]) -> bytes:
+        """Return this site's part in unmasking one sum.
+
+        Parameters
+        ----------
+        labels
+            The round and exchange that the message gives.
+
+        Raises
+        ------
+        Refused
+            When this site has masked another update with these keys, or the sum was unmasked for other clients before,
+            even in an earlier set-up.
+        """
+        participant = self._of(run, session)
+        if self._masked.get(index) != labels:
+            raise Refused(
+                f"sum {index} as that of round {labels[0]}, exchange {labels[1]}: this site has masked "
+                f"{self._masked.get(index, 'nothing')} in it"
+            )
+        self._storage.allow_unmasking(run, _sum_name(labels), survivors)
         return participant.unmask(index, survivors)
+
+    def convict(
+        self,
+        run: str,
+        session: str,
+        index: int,
+        dealer: str,
+        commitments: Mapping[str, bytes],
+        signature: bytes,
+        shares: Mapping[str, bytes],
+    ) -> None:
+        """Take note that a client has dealt false shares for a sum, so that the others may repeat it without that one.
+
+        Raises
+        ------
+        Refused
+            When this is not proved.
+        """
+        if not self._of(run, session).convicts(index, dealer, commitments, signature, shares):
+            raise Refused(f"no proof that the shares of {dealer!r} in sum {index} are false")
+        self._storage.record_liar(run, _sum_name(self._masked[index]), dealer)
 
     def _of(self, run: str, session: str) -> RoundParticipant:
         if self._participant is None or self._name != (run, session):
@@ -92,3 +155,7 @@ class SumParticipant:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
         return Ed25519PrivateKey.from_private_bytes(self._identity)
+
+
+def _sum_name(labels: tuple[int, int]) -> str:
+    return f"{labels[0]}/{labels[1]}"

@@ -13,6 +13,8 @@ from fedspan.config import Config
 
 _SHARED_SECTIONS = ("adapter", "local", "privacy", "wire", "method")
 
+_OF_THE_SAMPLE = ("num_clients", "participation", "min_clients", "sampler")
+
 
 def terms(config: Config) -> dict[str, Any]:
     """Return every setting that both sides act on, by its key.
@@ -25,6 +27,9 @@ def terms(config: Config) -> dict[str, Any]:
     shared["engine.autocast"] = settings["engine"]["autocast"]
     for section in _SHARED_SECTIONS:
         shared |= {f"{section}.{key}": value for key, value in settings[section].items()}
+    if config.privacy.secure_sums:
+        # Each site derives from them the fewest clients that it takes part in a sum with.
+        shared |= {f"federation.{key}": settings["federation"][key] for key in _OF_THE_SAMPLE}
     return shared
 
 
@@ -41,7 +46,8 @@ def digest(settings: Mapping[str, Any]) -> str:
 
 def difference(server: Mapping[str, Any], site: Mapping[str, Any]) -> str | None:
     """Return the first setting in which the two differ, in one line, or None where they agree."""
-    for key in sorted(server.keys() | site.keys()):
+    # In the order of `terms`: the last ones are there only where an earlier one says so.
+    for key in dict.fromkeys((*server, *site)):
         if server.get(key) != site.get(key):
             return f"{key} is {site.get(key)!r} on the site and {server.get(key)!r} on the server: expected one value"
     return None

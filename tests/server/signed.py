@@ -1,0 +1,111 @@
+"""A federation in memory whose sites sign their keys for secure sums, for tests of servers and sites that lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from memory_transport import MemoryTransport
+
+from fedspan.config import Config
+from fedspan.runs import checkpoint
+from fedspan.runs.events import Event
+from fedspan.runs.execution import serve
+from fedspan.site.settings import SiteSettings
+from fedspan.site.site import Site
+from fedspan.wire import protocol
+
+IDS = [f"client-{k}" for k in range(4)]
+Change = Callable[[dict[str, Any], list[torch.Tensor]], None]
+
+
+def settings(base: Path, texts: Path, /, method: str = "ffa_lora", **sections: Any) -> Config:
+    """Four clients, all of them in every round, under secure sums."""
+    return tiny.config(
+        base,
+        texts,
+        method,
+        federation={"rounds": 1, "participation": 1.0, **sections.pop("federation", {})},
+        evaluation={"every": 9, "diagnostics": False, "per_rank": False, "base": False},
+        engine={"name": "sequential"},
+        deployment={"wait": 20, "deadline": 30},
+        privacy={"secure_sums": True, **sections.pop("privacy", {})},
+        **sections,
+    )
+
+
+def changed(content: bytes, change: Change) -> bytes:
+    """Return a message with another head or other tensors."""
+    head, tensors = protocol.decode(content)
+    change(head, tensors)
+    outgoing = protocol.MessageTensors()
+    for tensor in tensors:
+        outgoing.put(tensor)
+    return protocol.encode({k: v for k, v in head.items() if k not in ("schema", "places")}, outgoing)
+
+
+class Signed:
+    """Four sites with identities, or without them, and a server that knows the identities, or does not."""
+
+    def __init__(self, config: Config, folder: Path, signed: bool = True, known: bool = True) -> None:
+        self.config, self.folder = config, folder
+        self.keys = {name: Ed25519PrivateKey.generate() for name in IDS}
+        public = {name: key.public_key().public_bytes_raw() for name, key in self.keys.items()}
+        self.public = public if signed else None
+        self.trusted = self.public if known else None
+        self.sites: dict[str, Site] = {}
+        for name in IDS:
+            identity = self.keys[name].private_bytes_raw() if signed else None
+            loaded = next(iter(self.sites.values())).loaded if self.sites else None
+            site = SiteSettings(config, name, identity=identity, trusted=self.public)
+            self.sites[name] = Site(site, folder / "sites" / name, loaded)
+        self.transport = MemoryTransport({f"node-{k}": site.answer for k, site in enumerate(self.sites.values())})
+        self.lines: list[str] = []
+
+    def serve(self, on_event: Callable[[Event], None] | None = None) -> list[dict[str, Any]]:
+        """Run the server and return the records of the rounds."""
+
+        def listen(event: Event) -> None:
+            if event.kind == "site":
+                self.lines.append(event.data["line"])
+            if on_event is not None:
+                on_event(event)
+
+        return serve(self.config, self.folder / "run", listen, self.transport, self.trusted).history
+
+    def state(self) -> dict[str, torch.Tensor]:
+        path = self.folder / "run" / "checkpoint" / "federation.safetensors"
+        return tiny.state_tensors(checkpoint.read(path).state)
+
+    def restart(self, client_id: str) -> None:
+        """Replace a site by a new one on the same disk, as if its process had been restarted."""
+        old = self.sites[client_id]
+        self.sites[client_id] = Site(old.settings, old.folder, old.loaded)
+        self.transport.handlers[f"node-{IDS.index(client_id)}"] = self.sites[client_id].answer
+
+    def ask_falsely(self, client_id: str, kinds: tuple[str, ...], change: Change, back: Change | None = None) -> None:
+        """Have the server send this site changed messages, and read its answers after changing them back."""
+        node = f"node-{IDS.index(client_id)}"
+        answer = self.transport.handlers[node]
+
+        def lied_to(content: bytes) -> bytes:
+            if protocol.decode(content)[0]["kind"] not in kinds:
+                return answer(content)
+            reply = answer(changed(content, change))
+            return reply if back is None else changed(reply, back)
+
+        self.transport.handlers[node] = lied_to
+
+
+def without(config: Config, folder: Path, client_id: str) -> dict[str, torch.Tensor]:
+    """Return the state of a run in fixed point, without masks, in which one client never answers."""
+    open_sums = config.privacy.model_copy(update={"secure_sums": False, "fixed_point": True})
+    fed = Signed(config.model_copy(update={"privacy": open_sums}), folder)
+    node = f"node-{IDS.index(client_id)}"
+    fed.transport.mishap = lambda to, head, content: "gone" if to == node and head["kind"] == "ask" else None
+    fed.serve()
+    return fed.state()

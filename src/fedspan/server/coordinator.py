@@ -26,7 +26,7 @@ from fedspan.server.checks import AnswerChecks, unusable
 from fedspan.server.masked_sums import MaskedSums
 from fedspan.server.registry import SiteRegistry
 from fedspan.server.requests import NOT_CONNECTED, Problem, Reply, Requests
-from fedspan.server.sums import PlainSum, SumCollector
+from fedspan.server.sums import PlainSum, SumCollector, check_weights
 from fedspan.support.errors import FedspanError
 from fedspan.wire import agreement, protocol
 from fedspan.wire.protocol import MessageTensors
@@ -58,8 +58,9 @@ class Coordinator:
         self._terms_digest = agreement.digest(terms)
         path = out / "sites.json"
         self.registry = SiteRegistry(transport, config.federation, config.deployment, terms, method, path, notify)
-        self._requests = Requests(self.registry)
-        self._masked_sums = MaskedSums(self._requests, config.privacy, config.federation.rounds, notify)
+        self._requests = Requests(self.registry, config.wire.up)
+        rounds, notify = config.federation.rounds, self.registry.notify
+        self._masked_sums = MaskedSums(self._requests, config.privacy, rounds, notify)
         self._initial: Tensors = {}
         # Here and not in the checks of one exchange: a later exchange of a round asks about the same training result.
         self._results: dict[int, Update] = {}
@@ -147,9 +148,7 @@ class Coordinator:
             When fewer clients stayed than can unmask the sum.
         """
         ready = self._ready(question, clients)
-        collector: SumCollector = PlainSum(layout.num_words)
-        if self._privacy.secure_sums:
-            collector = self._masked_sums.begin(question, self._heading(question), ready, layout.num_words)
+        collector = self._collector(question, ready, layout)
         answers = self._collect(question, ready, broadcast_for, layout, collector)
         # Counted before the others are entered as absent: the divisor is the number of vectors in the sum.
         total, count = collector.total(), len(answers)
@@ -160,8 +159,19 @@ class Coordinator:
         ordered = [answers[client_id] for client_id in sorted(answers)]
         if not count:
             return Summed(Partial(), 0.0, ordered)
-        partial, loss = layout.partial(FixedPoint(self._privacy.fraction_bits).decode(total), count)
+        numbers = FixedPoint(self._privacy.fraction_bits).decode(total)
+        check_weights(numbers, count, self._weighting)
+        partial, loss = layout.partial(numbers, count)
         return Summed(partial, loss, ordered)
+
+    def _collector(self, question: Question, ready: Sequence[Client], layout: SumLayout) -> SumCollector:
+        """Return what adds up the clients' parts, under masks or in the open."""
+        if self._privacy.secure_sums:
+            return self._masked_sums.begin(question, self._heading(question), ready, layout.num_words)
+        # Under differential privacy the sites do not say how many examples they have.
+        known = self._weighting == "equal" or self._privacy.dp == "none"
+        weights = {c.client_id: c.weight(self._weighting) for c in ready if known}
+        return PlainSum(layout.num_words, FixedPoint(self._privacy.fraction_bits), max(len(ready), 1), weights)
 
     def states(self) -> Mapping[str, ClientState]:
         """Return nothing: the sites keep their own states."""

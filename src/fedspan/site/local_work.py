@@ -23,6 +23,7 @@ from fedspan.site.message_checks import RoundHeader
 from fedspan.site.storage import SiteStorage
 from fedspan.wire import protocol
 from fedspan.wire.precision import EXACT
+from fedspan.wire.refusals import Code
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +111,12 @@ class LocalWork:
             started = begin(self._method, question, sent, self._state)
             self._result = self._train(started, question.round_num)
         if self._result is None:
-            raise Refused("a question about a training result that this site does not hold any more")
+            raise Refused("a question about a training result that this site does not hold any more", Code.NOT_HELD)
         # Exact here: tensors are rounded when they are put into the message, to the same bits.
         response = respond(self._method, question, self._result, started, self._state, EXACT, self._weight)
         seconds = time.perf_counter() - began
         if response.problem is not None:
-            raise Refused(response.problem)
+            raise Refused(response.problem, Code.UNFIT)
         assert response.update is not None
         if response.kept is not None:
             self._state = response.kept
@@ -144,7 +145,8 @@ class LocalWork:
             started = begin(self._method, question, self._derived, None)
             if self._method.encode(unlearnt(question.template, started), started, None)[1] is not None:
                 raise Refused(
-                    f"the server counts on this site's state after round {header.counted}, which it does not hold"
+                    f"the server counts on this site's state after round {header.counted}, which it does not hold",
+                    Code.NOT_HELD,
                 )
         return state
 

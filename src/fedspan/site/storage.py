@@ -16,6 +16,7 @@ from fedspan.methods.messages import ClientState
 from fedspan.methods.patches import Patch, patch_of, patch_sum, patch_tensors
 from fedspan.site.errors import Refused
 from fedspan.support.files import read_tensors, write_bytes
+from fedspan.wire.refusals import Code
 
 
 class SiteStorage:
@@ -79,7 +80,9 @@ class SiteStorage:
             return self._patch[1]
         path = self.folder / run / f"patch-{seen}.safetensors"
         if not path.exists():
-            raise Refused(f"the server counts on version {seen} of the patch, which this site does not hold")
+            raise Refused(
+                f"the server counts on version {seen} of the patch, which this site does not hold", Code.NOT_HELD
+            )
         parts: dict[str, dict[str, Tensor]] = {}
         for key, tensor in self._read(path).items():
             name, _, part = key.rpartition("/")
@@ -120,7 +123,9 @@ class SiteStorage:
         if unmasked.setdefault(sum_name, chosen) != chosen:
             raise Refused(
                 f"sum {sum_name} was unmasked for other clients before, and the difference would reveal the update of "
-                f"one of them; the person responsible for this site may allow it by removing {path.name} from its state"
+                f"one of them; the person responsible for this site may allow it by removing {path.name} from its "
+                "state",
+                Code.UNMASKED,
             )
         write_bytes(path, json.dumps(unmasked).encode())
 
@@ -129,4 +134,4 @@ class SiteStorage:
         try:
             return read_tensors(path, "fedspan")[1]
         except SafetensorError as error:
-            raise Refused(f"{path.name} is damaged ({error}): this site's state is lost") from None
+            raise Refused(f"{path.name} is damaged ({error}): this site's state is lost", Code.NOT_HELD) from None

@@ -13,7 +13,7 @@ from fedspan.methods.messages import Diagnostics, Update
 from fedspan.methods.patches import patch_tensors
 from fedspan.support.errors import FedspanError, one_line
 
-_NUMERICAL = (torch._C._LinAlgError, ArithmeticError)  # torch.linalg exports the first to no type checker
+_NUMERICAL: tuple[type[Exception], ...] = (vars(torch.linalg)["LinAlgError"], ArithmeticError)
 """The errors of a decomposition that does not converge, of a singular system, and of numbers beyond all floats."""
 
 

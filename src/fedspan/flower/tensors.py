@@ -18,6 +18,7 @@ from fedspan.methods.messages import Broadcast, Factors, Payload, Recipe, Templa
 from fedspan.server import magnitudes
 from fedspan.support.errors import FedspanError, one_line
 from fedspan.wire.names import check_name
+from fedspan.wire.refusals import unpacked
 from fedspan.wire.schema import MAX_EXAMPLES
 
 ARRAYS, CONFIG, METRICS = "arrays", "fedspan", "metrics"
@@ -138,7 +139,8 @@ def sender_of(message: Message, server_round: int) -> tuple[str, float]:
         When the reply holds an error, is of another round, or one of the two is not valid.
     """
     if message.has_error():
-        raise FedspanError(one_line(message.error.reason or f"error {message.error.code}", _MAX_REASON))
+        reason = message.error.reason or f"error {message.error.code}"
+        raise FedspanError(unpacked(reason) or one_line(reason, _MAX_REASON))
     config = _config(message)
     client_id, num_examples = config.get("client-id"), config.get("num-examples")
     if config.get("round") != server_round:

@@ -19,7 +19,7 @@ from fedspan.methods.messages import Broadcast, ClientState, Request, Update
 from fedspan.privacy.ledgers import ExampleLedgers
 from fedspan.site.errors import Refused
 from fedspan.site.loading import Loaded
-from fedspan.site.message_checks import RoundHeader
+from fedspan.site.message_checks import RoundHeader, check_patch, check_tensors
 from fedspan.site.storage import SiteStorage
 from fedspan.wire import protocol
 from fedspan.wire.precision import EXACT
@@ -134,8 +134,12 @@ class LocalWork:
             state = replace(self._method.init(question.template, self._initial), round_num=question.round_num)
             self._derived = self._method.broadcast(state, Request(self._client.rank))
         news = protocol.get_news(message["patch"], tensors)
+        for increment in news:
+            check_patch(increment, question.template.modules)
         patch = self._storage.patch(header.run, message["patch"], news)
-        return protocol.get_broadcast(message["broadcast"], tensors, self._derived, patch)
+        sent = protocol.get_broadcast(message["broadcast"], tensors, self._derived, patch)
+        check_tensors(sent)
+        return sent
 
     def _state_after(self, header: RoundHeader, question: Question) -> ClientState | None:
         """Return this client's state after the last round whose answer counted; None where the method keeps none."""

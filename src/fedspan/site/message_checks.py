@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedspan.methods.messages import Broadcast
+from fedspan.methods.patches import Patch
 from fedspan.site.errors import Refused
 from fedspan.wire import agreement
 from fedspan.wire.names import check_name
@@ -89,3 +91,39 @@ class MessageChecks:
             raise Refused(f"a message from before round {newest}, which this site has seen finished", Code.OLD)
         self._newest = (header.run, header.counted)
         return header
+
+
+def check_patch(patch: Mapping[str, Patch], modules: Mapping[str, tuple[int, int]]) -> None:
+    """Check an addition to the base before it is kept on this site's disk.
+
+    Raises
+    ------
+    Refused
+        When it names another module than the base has, or one in another shape.
+    """
+    for name, addition in patch.items():
+        if modules.get(name) != tuple(addition.shape):
+            raise Refused(f"a patch of {name} in shape {tuple(addition.shape)}: expected {modules.get(name)}")
+
+
+def check_tensors(sent: Broadcast) -> None:
+    """Check that what a broadcast says of trained tensors is about some of its own, in shapes that fit them.
+
+    Raises
+    ------
+    Refused
+        Naming the first that is not.
+    """
+    shapes = {f"{name}/{part}": t.shape for name, f in sent.adapter.items() for part, t in f.tensors().items()}
+    shapes |= {name: t.shape for name, t in sent.dense.items()}
+    for name, space in sent.subspaces.items():
+        shape = shapes.get(name)
+        side = None if shape is None or len(shape) != 2 else shape[0] if space.side == "left" else shape[1]
+        if space.basis.ndim != 2 or space.basis.shape[0] != side:
+            raise Refused(f"a subspace of {name} in shape {tuple(space.basis.shape)}: expected ({side}, q)")
+    for name, value in sent.correction.items():
+        if shapes.get(name) != value.shape:
+            raise Refused(f"a correction of {name} in shape {tuple(value.shape)}: expected that of a trained tensor")
+    for name, value in sent.moments.items():
+        if name not in shapes or value.ndim != 2:
+            raise Refused(f"second moments of {name} in shape {tuple(value.shape)}: expected those of a trained tensor")

@@ -98,8 +98,11 @@ def get_broadcast(
     adapter: dict[str, Factors] = {}
     for name, (b, a, scaling) in header["adapter"].items():
         own = derived.adapter.get(name)
-        factors = received(b, own.b if own else None), received(a, own.a if own else None)
-        adapter[name] = Factors(*factors, float(scaling))
+        left, right = received(b, own.b if own else None), received(a, own.a if own else None)
+        if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
+            shapes = f"{tuple(left.shape)} and {tuple(right.shape)}"
+            raise Malformed(f"factors of {name} in shapes {shapes}: expected (m, r) and (r, n)")
+        adapter[name] = Factors(left, right, float(scaling))
     subspaces = {
         name: Subspace(received(index, _basis(derived, name)), side)
         for name, (index, side) in header["subspaces"].items()

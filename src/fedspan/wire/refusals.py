@@ -48,7 +48,7 @@ TEXTS = {
     Code.NO_MEMORY: "it has not enough memory",
     Code.FAILED: "an error of its own",
     Code.NOT_READY: "its settings, its base or its data cannot be used",
-    Code.WORKER_GONE: "its worker cannot be reached",
+    Code.WORKER_GONE: "its worker failed or cannot be reached",
     Code.WORKER_LATE: "its worker did not answer within the time for one answer",
     Code.ENDING: "it is being shut down",
     Code.NOT_PASSED_ON: "its answer could not be passed on",

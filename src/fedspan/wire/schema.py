@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NotRequired, TypeVar, final
 
-from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Discriminator, Field, Strict, Tag, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from fedspan.support.errors import one_line
@@ -56,7 +56,17 @@ class Values(TypedDict):
     values: dict[TensorName, Index]
 
 
-Payloads = dict[TensorName, Values | Annotated[dict[Literal[""], Pair], Field(min_length=1)]]
+def _form(payload: object) -> str:
+    return "values" if isinstance(payload, dict) and "values" in payload else "pair"
+
+
+Payloads = dict[
+    TensorName,
+    Annotated[
+        Annotated[Values, Tag("values")] | Annotated[dict[Literal[""], Pair], Field(min_length=1), Tag("pair")],
+        Discriminator(_form),
+    ],
+]
 
 
 @with_config(_STRICT)

@@ -100,8 +100,8 @@ def test_a_site_that_is_started_late(there: Deployed, tmp_path: Path, outcomes: 
 
 
 ANSWERS: dict[str, tuple[dict[str, Any], str]] = {
-    "its client app raises an exception": ({"where": "client app", "do": "raise"}, "client app is broken"),
-    "its worker raises an exception": ({"do": "raise"}, "trainer is broken"),
+    "its client app raises an exception": ({"where": "client app", "do": "raise"}, "an error of its own (incident"),
+    "its worker raises an exception": ({"do": "raise"}, "cannot be reached (incident"),
     "its worker exits in the middle of training": ({"do": "exit while training"}, "cannot be reached"),
     "it sends an update with NaN": ({"do": "NaN"}, "NaN or infinity"),
     "it sends an update with a wrong shape": ({"do": "shape"}, "has shape"),
@@ -171,7 +171,7 @@ def test_a_worker_that_hangs(up: Deployed, tmp_path: Path, outcomes: Outcome) ->
     assert run.finished(), run.said()
     assert counts(run) == [3, 2, 3]
     record = run.records()[1]
-    assert "did not answer within" in record["rejected"]["client-1"]
+    assert "did not answer within the time" in record["rejected"]["client-1"]
     assert not set(before) & set(up.pids("fedspan.site.worker", site="client-1"))
     same_as_reference(up, run, tmp_path)
     outcomes(

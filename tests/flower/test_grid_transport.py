@@ -1,6 +1,7 @@
 """Bytes through Flower's grid: what arrives is what was sent, and what does not arrive is said."""
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -8,25 +9,24 @@ from typing import Any
 import httpx
 import pytest
 from flwr.app import Message, RecordDict
+from flwr.app.error import Error
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from grids import Field, field
 
 from fedspan.flower import records
 from fedspan.flower.backoff import Backoff
 from fedspan.flower.client_app import SHARE, client_app
 from fedspan.flower.grid_transport import GridTransport
+from fedspan.wire.refusals import TEXTS, Code
 from fedspan.wire.transport import Delivery
-from fedspan.wire.unix_socket import CallFailed
+from fedspan.wire.unix_socket import CallFailed, CallTimedOut
 
 HERE = Path("site")
 
 
 def echo(folder: Path, content: bytes, timeout: float) -> bytes:
     return folder.name.encode() + content
-
-
-def failing(folder: Path, content: bytes, timeout: float) -> bytes:
-    raise CallFailed("the worker has\nno memory left")
 
 
 def collect(transport: GridTransport, tickets: list[str], seconds: float = 10.0) -> dict[str, Delivery]:
@@ -65,11 +65,72 @@ def test_what_is_large_travels_in_pieces_and_what_is_small_in_one() -> None:
     assert array.stype == records.SERIALISATION
 
 
-def test_a_failure_is_answered_at_once_and_in_one_line() -> None:
+CANARY = "Mrs-Canary-C50.9"
+FAILURES: dict[str, tuple[Exception, Code]] = {
+    "no worker": (CallFailed(f"the worker has\nno memory left: {CANARY}"), Code.WORKER_GONE),
+    "a late worker": (CallTimedOut(f"the worker of {CANARY} did not answer"), Code.WORKER_LATE),
+    "a disk": (OSError(28, "No space left on device", f"/patients/{CANARY}"), Code.FAILED),
+    "a defect": (RuntimeError(CANARY), Code.FAILED),
+}
+
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_a_failure_is_answered_at_once_with_a_code_and_no_text(what: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The text, which may quote the site's data, is in the site's log under the incident's number."""
+    error, code = FAILURES[what]
+
+    def failing(folder: Path, content: bytes, timeout: float) -> bytes:
+        raise error
+
     with field(client_app(failing, HERE)) as made:
         transport = GridTransport(made.grid, "test")
         (ticket,) = transport.send([(str(made.nodes[0]), b"?")], 60.0)
-        assert collect(transport, [ticket])[ticket].error == "the worker has no memory left"
+        said = str(collect(transport, [ticket])[ticket].error)
+    found = re.fullmatch(r"(.+) \(incident ([0-9a-f]{6}) in the site's log\)", said)
+    assert found is not None
+    assert found[1] == TEXTS[code]
+    (line,) = [r.message for r in caplog.records if f"incident {found[2]}" in r.message]
+    assert CANARY in line
+    assert "\n" not in line
+
+
+def test_words_of_a_nodes_own_are_shown_in_one_printable_line() -> None:
+    """Not ours: whoever holds a node key may answer with any error."""
+    app = ClientApp()
+
+    @app.query("fedspan")
+    def answer(message: Message, context: Any) -> Message:
+        reason = "\x1b[2Jround 3: done\nround 4: done \u202e" + "x" * 10**5
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+    with field(app) as made:
+        transport = GridTransport(made.grid, "test")
+        (ticket,) = transport.send([(str(made.nodes[0]), b"?")], 60.0)
+        said = str(collect(transport, [ticket])[ticket].error)
+    assert said.startswith(r"\x1b[2Jround 3: done round 4: done \u202exxx")
+    assert said.isprintable()
+    assert len(said) < 400
+
+
+class Unreadable:
+    """A grid of whose replies one cannot be put together."""
+
+    def __init__(self, grid: Any) -> None:
+        self.grid, self.odd = grid, 1
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "pull_messages" and self.odd:
+            self.odd -= 1
+            raise KeyError("an object of the message")
+        return getattr(self.grid, name)
+
+
+def test_a_reply_that_flower_cannot_read_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with field(client_app(echo, HERE)) as made:
+        transport = GridTransport(Unreadable(made.grid), "test")
+        (ticket,) = transport.send([(str(made.nodes[0]), b"?")], 60.0)
+        assert collect(transport, [ticket])[ticket].content == b"site?"
+    assert any("a reply cannot be read" in record.message for record in caplog.records)
 
 
 def test_a_silent_node_is_reported_when_the_lifetime_is_over() -> None:
@@ -125,9 +186,7 @@ def test_the_site_is_the_nodes_or_the_environments(monkeypatch: pytest.MonkeyPat
         tickets = transport.send([(node, b"") for node in nodes], 60.0)
         found = collect(transport, tickets)
         assert found[tickets[0]].content == b"a"
-        assert found[
-            tickets[1]
-        ].error == "this node has no site folder: expected site=FOLDER in its --node-config, or " + ("FEDSPAN_SITE")
+        assert str(found[tickets[1]].error).startswith(TEXTS[Code.NOT_READY])
         monkeypatch.setenv("FEDSPAN_SITE", "folder/b")
         (ticket,) = transport.send([(nodes[1], b"")], 60.0)
         assert collect(transport, [ticket])[ticket].content == b"b"

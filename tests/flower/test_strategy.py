@@ -22,6 +22,7 @@ from fedspan.methods import METHODS
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.messages import Broadcast, Factors, Request, Template, Update
 from fedspan.support.seeding import generator
+from fedspan.wire.refusals import Code
 
 SHAPES = {"layers.0.q": (7, 5), "layers.1.v": (4, 9)}
 TEMPLATE = Template(SHAPES, rank=4, alpha=8.0, seed=3)
@@ -223,19 +224,22 @@ def test_a_client_that_raises_or_stays_silent_is_left_out() -> None:
     def train(message: Message, context: Context) -> Message:
         from fedspan.flower.client_app import refusal
 
-        return refusal(message, "no\nmemory")
+        return refusal(message, Code.NO_MEMORY, "no\nmemory")
 
     mute = site(method, "clinic-c")
     with field(site(method, "clinic-b"), app, mute) as f:
         f.silent.add(_node_of(f, mute))
         strategy = made("fedit", f, min_success=1, evaluation=0.0)
         strategy.start(f.grid, strategy.arrays(), num_rounds=1, timeout=1)
-        assert strategy.rejected == {str(_node_of(f, app)): "no memory", str(_node_of(f, mute)): "no reply"}
+        refused, silent = (strategy.rejected.pop(str(_node_of(f, node))) for node in (app, mute))
+        assert refused.startswith("it has not enough memory (incident ")
+        assert silent == "no reply"
+        assert strategy.rejected == {}
         same(strategy.state, expected(method, {"clinic-b": 4}, 1, HEAD))
 
         before = strategy.state
         strategy.min_success = 2
-        with pytest.raises(ValueError, match=r"round 1: 1 valid replies, min_success = 2: \d+: no memory"):
+        with pytest.raises(ValueError, match=r"round 1: 1 valid replies, min_success = 2: \d+: it has not enough"):
             strategy.start(f.grid, strategy.arrays(), num_rounds=1, timeout=1)
         same(strategy.state, before)
 

@@ -18,7 +18,7 @@ from fedspan.wire import protocol
 TERMS = {"seed": 0}
 SOUND: dict[str, Any] = {
     "client_id": "clinic",
-    "rank": 4,
+    "rank": 2,
     "num_examples": 9,
     "terms": TERMS,
     "shapes": {"x": [3, 4]},
@@ -28,6 +28,11 @@ SOUND: dict[str, Any] = {
 
 def introduced(**fields: Any) -> bytes:
     return protocol.encode({**SOUND, **fields}, protocol.MessageTensors())
+
+
+def refused(**fields: Any) -> bytes:
+    head = {"client_id": "clinic", "code": "failed", "incident": "0a1b2c", **fields}
+    return protocol.encode(head, protocol.MessageTensors())
 
 
 def registry(folder: Path, answers: dict[str, bytes], lines: list[str], name: str = "fedit") -> SiteRegistry:
@@ -42,15 +47,31 @@ def registry(folder: Path, answers: dict[str, bytes], lines: list[str], name: st
     ("answer", "expected"),
     [
         (b"hello", "no fedspan message"),
-        (introduced(problem="still\nreading"), "node n: still reading"),
-        (introduced(client_id=3), "client_id 3 and rank 4: expected a name"),
-        (introduced(rank=True), "rank True: expected a name and a count"),
-        (introduced(rank=0), "rank 0: expected a name and a count"),
-        (introduced(num_examples=0), "clinic says that it has 0 examples"),
+        (refused(), "node n: an error of its own (incident 0a1b2c in the site's log)"),
+        (refused(code="still\nreading"), "a message with code = 'still\\nreading'"),
+        (refused(incident="\x1b[2J"), "a message with incident = '\\x1b[2J'"),
+        (introduced(client_id=3), "client_id = 3: should be a valid string"),
+        (introduced(client_id="../x"), "client_id = '../x'"),
+        (introduced(client_id="\u0441linic"), "client_id = '\u0441linic'"),
+        (introduced(client_id=".clinic"), "client_id = '.clinic'"),
+        (introduced(client_id="c" * 65), "client_id = 'ccc"),
+        (introduced(client_id="a\x1b[31m\u202eb"), r"client_id = 'a\x1b[31m\u202eb'"),
+        (introduced(client_id="\ud800"), r"client_id = '\ud800'"),
+        (introduced(rank=True), "rank = True: should be a valid integer"),
+        (introduced(rank=0), "rank = 0: should be greater"),
+        (introduced(rank=2**31), "rank = 2147483648: should be less"),
+        (introduced(rank=17), "clinic says that its rank is 17: expected at most 3"),
+        (introduced(rank=4.0), "rank = 4.0"),
+        (introduced(num_examples=0), "num_examples = 0"),
+        (introduced(num_examples=10**15), "num_examples = 1000000000000000"),
         (introduced(terms={"seed": 1}), "clinic: seed is 1 on the site and 0 on the server"),
-        (introduced(terms=[1]), "does not list its settings"),
-        (introduced(shapes={"x": 3}), "does not list its settings and shapes"),
-        (protocol.encode({"client_id": "clinic"}, protocol.MessageTensors()), "introduction lacks base"),
+        (introduced(terms={"seed": "\x1b" * 10**5}), "clinic: seed is "),
+        (introduced(terms=[1]), "terms = a list of 1"),
+        (introduced(shapes={"x": 3}), "shapes.x = 3"),
+        (introduced(shapes={"x": [3, -4]}), "shapes.x.1 = -4"),
+        (introduced(base="\x1b[2J"), r"base = '\x1b[2J'"),
+        (introduced(extra=1), "extra = 1"),
+        (protocol.encode({"client_id": "clinic"}, protocol.MessageTensors()), "lacks rank"),
     ],
 )
 def test_an_odd_introduction_is_reported_once_and_asked_for_again(tmp_path: Path, answer: bytes, expected: str) -> None:
@@ -63,7 +84,8 @@ def test_an_odd_introduction_is_reported_once_and_asked_for_again(tmp_path: Path
     assert len(sites.transport.sent) == 3
     (line,) = lines
     assert expected in line
-    assert "\n" not in line
+    assert line.isprintable()
+    assert len(line) < 600
 
 
 def test_sites_are_members_once_and_keep_their_rank_and_data(tmp_path: Path) -> None:
@@ -80,10 +102,32 @@ def test_sites_are_members_once_and_keep_their_rank_and_data(tmp_path: Path) -> 
     sites.greet()
     assert [member.node for member in sites.members.values()] == ["n4"]
     assert [line.split(": ", 1)[-1] for line in lines] == [
-        "clinic is here, rank 4",
+        "clinic is here, rank 2",
         "node n2: clinic is here already, as another node",
         "node n3: clinic came back with another rank or other data",
-        "clinic is here, rank 4",
+        "clinic is here, rank 2",
+    ]
+
+
+def test_a_run_that_goes_on_takes_in_its_own_sites_as_they_were(tmp_path: Path) -> None:
+    """Else a site could change its weight, or a stranger be counted among those that are waited for."""
+    listed = [
+        {"client_id": "clinic", "rank": 2, "num_examples": 9},
+        {"client_id": "mayo", "rank": 2, "num_examples": 5},
+    ]
+    (tmp_path / "sites.json").write_text(json.dumps({"run": "r", "clients": listed}))
+    lines: list[str] = []
+    answers = {
+        "n1": introduced(rank=1),
+        "n2": introduced(client_id="mayo", num_examples=10**12),
+        "n3": introduced(client_id="other"),
+    }
+    with pytest.raises(FedspanError, match="0 of 2 sites came"):
+        registry(tmp_path, answers, lines).gather()
+    assert [line.split(": ", 1)[-1] for line in lines[1:]] == [
+        "node n1: clinic came back with another rank or other data",
+        "node n2: mayo came back with another rank or other data",
+        "node n3: other is not among the sites that this run was started with",
     ]
 
 

@@ -89,7 +89,7 @@ def spoiled(change: Callable[[dict[str, Any], list[torch.Tensor]], None]) -> Cal
         outgoing = protocol.MessageTensors()
         for tensor in tensors:
             outgoing.put(tensor)
-        return protocol.encode({k: v for k, v in head.items() if k not in ("schema", "places")}, outgoing)
+        return protocol.encode({k: v for k, v in head.items() if k not in ("schema", "parts")}, outgoing)
 
     return spoil
 
@@ -197,7 +197,7 @@ def test_a_server_cannot_talk_a_site_out_of_secure_sums(bases: dict[str, Path], 
     node, content = asked[0]
     bare = spoiled(lambda head, tensors: head.pop("sum"))(content)
     header = protocol.decode(fed.transport.handlers[node](bare))[0]
-    assert "only sums may be known" in header["problem"]
+    assert header["code"] == "own-update"
     assert not {"update", "words", "train_loss"} & header.keys()
 
 
@@ -293,15 +293,15 @@ BAD: dict[str, tuple[Callable[[dict[str, Any], list[torch.Tensor]], None], str]]
     "another client": (lambda head, tensors: head.update(client_id="client-0"), "answered as 'client-0'"),
     "a scaling": (lambda head, tensors: rescale(head["update"]["modules"]), "scales its factors of"),
     "many examples": (lambda head, tensors: head["update"].update(num_examples=1e9), "examples: it said"),
-    "a place outside": (lambda head, tensors: head["update"]["dense"].update({"x": 10**6}), "damaged update"),
+    "a place outside": (lambda head, tensors: head["update"]["dense"].update({"x": 10**6}), "names tensor 1000000"),
     "no update": (lambda head, tensors: head.pop("update"), "damaged update"),
-    "modules in a list": (lambda head, tensors: head["update"].update(modules=[]), "damaged update"),
+    "modules in a list": (lambda head, tensors: head["update"].update(modules=[]), "update.modules = a list of 0"),
     "a scaling that is no number": (
         lambda head, tensors: next(iter(head["update"]["modules"].values()))[""].__setitem__(2, "high"),
-        "damaged update",
+        "= 'high'",
     ),
-    "a count without end": (lambda head, tensors: head.update(optimizer_bytes=float("inf")), "damaged update"),
-    "a time that no float holds": (lambda head, tensors: head.update(seconds=10**400), "damaged update"),
+    "a count without end": (lambda head, tensors: head.update(optimizer_bytes=float("inf")), "the number Infinity"),
+    "a time that no float holds": (lambda head, tensors: head.update(seconds=10**400), "an integer of 401 digits"),
 }
 
 
@@ -361,14 +361,22 @@ def test_a_site_refuses_an_old_round_another_base_and_other_settings(
     fed.serve()
     site = fed.sites["client-0"]
 
-    def problem(content: bytes) -> str:
-        return str(protocol.decode(site.answer(content))[0]["problem"])
+    said: list[str] = []
+    site.notify = said.append
 
-    assert "from before round 2" in problem(asked[0])
-    assert "other base weights" in problem(spoiled(lambda head, tensors: head.update(base="0" * 64))(asked[-1]))
-    assert "other settings" in problem(spoiled(lambda head, tensors: head.update(terms="x"))(asked[-1]))
-    assert "kind 'drop'" in problem(spoiled(lambda head, tensors: head.update(kind="drop"))(asked[-1]))
-    assert "no fedspan message" in problem(b"hello")
+    def code(content: bytes) -> str:
+        return str(protocol.decode(site.answer(content))[0]["code"])
+
+    assert code(asked[0]) == "old"
+    assert "from before round 2" in said[-1]
+    assert code(spoiled(lambda head, tensors: head.update(base="0" * 64))(asked[-1])) == "other-base"
+    assert code(spoiled(lambda head, tensors: head.update(terms="0"))(asked[-1])) == "other-settings"
+    assert code(spoiled(lambda head, tensors: head.update(rank=2**15))(asked[-1])) == "other-settings"
+    assert "a server of rank 32768: expected at most 4" in said[-1]
+    assert code(spoiled(lambda head, tensors: head.update(kind="drop"))(asked[-1])) == "unreadable"
+    assert "kind 'drop'" in said[-1]
+    assert code(b"hello") == "unreadable"
+    assert "no fedspan message" in said[-1]
 
 
 # Who is taken in

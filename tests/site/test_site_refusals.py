@@ -13,6 +13,7 @@ from fedspan.site.message_checks import MessageChecks, RoundHeader
 from fedspan.site.settings import SiteSettings
 from fedspan.site.storage import SiteStorage
 from fedspan.site.sum_participant import SumParticipant
+from fedspan.support.errors import FedspanError
 from fedspan.wire import agreement
 
 TERMS = {"seed": 0}
@@ -28,24 +29,27 @@ def message(**fields: Any) -> dict[str, Any]:
     [
         ({"terms": "x"}, "other settings"),
         ({"base": "x"}, "other base weights"),
-        ({"run": "../r1"}, "expected a name and two counts"),
-        ({"run": 7}, "expected a name and two counts"),
-        ({"round": True}, "expected a name and two counts"),
-        ({"number": -1}, "number = -1: expected a count"),
-        ({"rank": 2**31}, "rank = 2147483648: expected a count"),
+        ({"rank": 9}, "a server of rank 9: expected at most 8"),
         ({"counted": 4}, "round 3 after 4 finished rounds"),
         ({"counted": -1}, "round 3 after -1 finished rounds"),
     ],
 )
 def test_a_message_for_others_or_with_odd_fields_is_refused(fields: dict[str, Any], expected: str) -> None:
     with pytest.raises(Refused, match=expected):
-        MessageChecks(TERMS).check(message(**fields), "b")
+        MessageChecks(TERMS, 8).check(message(**fields), "b")
+
+
+@pytest.mark.parametrize("run", ["../r1", "..", "", ".r", "r/1", "\u0440", "r\n", 7, None])
+def test_a_run_that_is_a_path_is_refused(run: object) -> None:
+    """By the schema at the door, and once more where it is about to become a folder."""
+    with pytest.raises(FedspanError, match="run = "):
+        MessageChecks(TERMS).check(message(run=run), "b")
 
 
 def test_a_refused_message_does_not_make_the_next_one_old() -> None:
-    checks = MessageChecks(TERMS)
+    checks = MessageChecks(TERMS, 8)
     with pytest.raises(Refused):
-        checks.check(message(counted=3, number=-1), "b")
+        checks.check(message(counted=3, rank=9, round=9), "b")
     assert checks.check(message(), "b") == RoundHeader("r1", 3, 2, 0, 4, 5)
     with pytest.raises(Refused, match="from before round 2"):
         checks.check(message(counted=1), "b")

@@ -56,7 +56,7 @@ def test_it_answers_and_goes_on_answering_after_odd_messages(folder: Path) -> No
     with worker(folder) as process:
         greeting = hello(folder)
         assert (greeting["client_id"], greeting["rank"]) == ("client-1", 4)
-        assert "no fedspan message" in protocol.decode(call(folder, b"rubbish", 10))[0]["problem"]
+        assert protocol.decode(call(folder, b"rubbish", 10))[0]["code"] == "unreadable"
         with closing(socket.socket(socket.AF_UNIX)) as rude:  # announces more than it sends
             rude.connect(str(socket_path(folder)))
             rude.sendall((10**9).to_bytes(8, "big") + b"x")
@@ -87,19 +87,21 @@ def test_it_ends_when_its_stdin_closes(folder: Path) -> None:
         ('client_id = "client-0"\ncolour = 1', "unknown key 'colour'"),
         ('client_id = "client-0"\nrank = 0', "rank = 0, expected a positive integer"),
         ("client_id = ", "not valid TOML"),
+        ('client_id = "../client-0"', "client_id = '../client-0': expected at most 64 of the letters"),
         ('client_id = "client-0"\nidentity = "identity.key"', "identity = 'identity.key'"),
     ],
 )
 def test_a_mistake_in_its_folder_is_reported_to_every_caller(folder: Path, site: str, expected: str) -> None:
-    """In one line, and on its own output too."""
+    """As a code; what it is stands on the worker's own output alone, with the number of the incident."""
     (folder / "site.toml").write_text(site)
     with worker(folder) as process:
-        with pytest.raises(CallFailed) as caught:
-            call(folder, protocol.encode({"kind": "hello"}, protocol.MessageTensors()), 120)
-        assert expected in str(caught.value)
+        told = hello(folder)
+        assert told.keys() == {"client_id", "code", "incident"}
+        assert (told["client_id"], told["code"]) == (None, "not-ready")
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=20)[0].decode()
     assert expected in output
+    assert f"incident {told['incident']} (not-ready): " in output
     assert "Traceback" not in output
 
 

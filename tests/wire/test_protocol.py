@@ -63,18 +63,37 @@ def test_every_damaged_byte_is_found_or_harmless() -> None:
     ("change", "expected"),
     [
         (lambda t: t.update(size=10**6), "buffer"),
+        (lambda t: t.update(size=64.0), "buffer"),
+        (lambda t: t.update(extra=1), "not a message with its tensors"),
         (lambda t: t["tensors"][0].__setitem__(0, "os.system"), "type"),
+        (lambda t: t["tensors"][0].__setitem__(0, "__dict__"), "type"),
+        (lambda t: t["tensors"][0].__setitem__(0, "float64"), "type 'float64'"),
+        (lambda t: t["tensors"][0].__setitem__(0, "bool"), "type 'bool'"),
+        (lambda t: t["tensors"][0].__setitem__(0, []), "type"),
         (lambda t: t["tensors"][0].__setitem__(1, [10**9, 10**9]), "fit"),
+        (lambda t: t["tensors"][0].__setitem__(1, [2**39, 2**39]), "more numbers than any memory"),
+        (lambda t: t["tensors"][0].__setitem__(1, [0, 10**15]), "counts"),
+        (lambda t: t["tensors"][0].__setitem__(1, [3, True]), "counts"),
+        (lambda t: t["tensors"][0].__setitem__(1, [1] * 9), "counts"),
+        (lambda t: t["tensors"][0].__setitem__(1, {"3": 5}), "counts"),
         (lambda t: t["tensors"][0].__setitem__(2, [0, 0]), "dense"),
         (lambda t: t["tensors"][0].__setitem__(2, [-1, 5]), "counts"),
-        (lambda t: t["tensors"][0].__setitem__(3, -64), "counts"),
+        (lambda t: t["tensors"][0].__setitem__(2, [5]), "counts"),
+        (lambda t: t["tensors"][0].__setitem__(3, -64), "fit"),
+        (lambda t: t["tensors"][0].__setitem__(3, 64), "fit"),
+        (lambda t: t["tensors"][0].__setitem__(3, 2**63), "fit"),
+        (lambda t: t["tensors"].append(t["tensors"][0]), "fit"),
+        (lambda t: t["tensors"].clear(), "bytes in a buffer"),
+        (lambda t: t["tensors"].__setitem__(0, 7), "not described by"),
         (lambda t: t["message"].update(schema=99), "schema 99"),
-        (lambda t: t["message"].update(places=[[5]]), "damaged"),
-        (lambda t: t.update(message=[]), "damaged"),
-        (lambda t: t.update(tensors=7), "damaged"),
-        (lambda t: t["tensors"][0].__setitem__(0, []), "damaged"),
-        (lambda t: t["tensors"][0].__setitem__(1, [0, 10**30]), "damaged"),
-        (lambda t: t["message"].update(places={"0": [0]}), "damaged"),
+        (lambda t: t["message"].update(schema=1), "schema 1: expected 2; both sides need the same version"),
+        (lambda t: t["message"].update(schema=True), "schema True"),
+        (lambda t: t["message"].pop("schema"), "schema None"),
+        (lambda t: t["message"].update(parts=[2]), "parts of tensors"),
+        (lambda t: t["message"].update(parts=[True]), "ones and twos"),
+        (lambda t: t["message"].update(parts={"0": 1}), "ones and twos"),
+        (lambda t: t.update(message=[]), "no object"),
+        (lambda t: t.update(tensors=7), "no list"),
     ],
 )
 def test_a_head_that_lies_is_refused(change: Callable[[dict[str, Any]], None], expected: str) -> None:
@@ -88,6 +107,54 @@ def test_a_head_that_lies_is_refused(change: Callable[[dict[str, Any]], None], e
     head = json.dumps(described).encode()
     with pytest.raises(Malformed, match=expected):
         protocol.decode(content[:4] + len(head).to_bytes(4, "big") + head + content[start + length :])
+
+
+def framed(head: bytes) -> bytes:
+    return b"FSPN" + len(head).to_bytes(4, "big") + head
+
+
+DEEP = b"[" * 10**5 + b"]" * 10**5
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        (b'{"message": {"x": NaN}}', "the number NaN"),
+        (b'{"message": {"x": -Infinity}}', "the number -Infinity"),
+        (b'{"message": {"x": 1e999}}', "the number 1e999"),
+        (b'{"message": {"x": ' + b"9" * 400 + b"}}", "an integer of 400 digits"),
+        (b'{"message": {"x": ' + b"9" * 5000 + b"}}", "an integer of 5000 digits"),
+        (b'{"message": {"x": 1, "x": 2}}', "names a key twice"),
+        (b'{"message": {"x": ' + DEEP + b"}}", "nested more than 32 deep"),
+        # Brackets in a string must not hide others.
+        (b'{"message": {"x": "' + b"]" * 10**5 + b'", "y": ' + DEEP + b"}}", "nested more than 32 deep"),
+        (b'{"message": {"x": "\xff"}}', "no JSON"),
+        (b"{", "no JSON"),
+        (b"[1]", "not a message with its tensors"),
+    ],
+)
+def test_json_that_only_a_careless_parser_takes_is_refused(head: bytes, expected: str) -> None:
+    with pytest.raises(Malformed, match=expected) as caught:
+        protocol.decode(framed(head))
+    assert len(str(caught.value)) < 200
+
+
+def test_a_matrix_travels_in_the_agreed_type_alone() -> None:
+    """Otherwise a site could choose the precision, and so the size, of what it sends."""
+    for kind in ("float32", "bfloat16", "int8"):
+        outgoing = protocol.MessageTensors(kind=kind)
+        outgoing.put(torch.ones(3, 5))
+        content = protocol.encode({}, outgoing)
+        protocol.decode(content, [kind])
+        for other in {"float32", "bfloat16", "int8"} - {kind}:
+            with pytest.raises(Malformed, match=f"a tensor in {kind}: expected {other}"):
+                protocol.decode(content, [other])
+
+
+def test_a_tensor_that_is_not_there_is_named() -> None:
+    _, tensors = protocol.decode(protocol.encode({}, protocol.MessageTensors()))
+    with pytest.raises(Malformed, match="a message of 0 tensors that names tensor 3"):
+        tensors[3]
 
 
 def test_a_patch_is_put_together_as_the_server_does(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ class GaloreAdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         if state:
             raise FedspanError(f"second moments after {int(state['step'])} steps: expected before the first")
-        expected = _moment_shape(parameter.shape, group["rank"], group["side"])
+        expected = moment_shape(parameter.shape, group["rank"], group["side"])
         if tuple(second_moment.shape) != expected:
             raise FedspanError(f"second moments of shape {tuple(second_moment.shape)}: expected {expected}")
         if not bool((second_moment >= 0).all()):  # a NaN fails too
@@ -205,7 +205,8 @@ def state_numel_of(shape: Sequence[int], rank: int | None, side: Side = "auto") 
     return short * rank + 2 * long * rank
 
 
-def _moment_shape(shape: Sequence[int], rank: int | None, side: Side) -> tuple[int, ...]:
+def moment_shape(shape: Sequence[int], rank: int | None, side: Side) -> tuple[int, ...]:
+    """Return the shape of one weight's second moments: (r, n) with P on the left, (r, m) on the right."""
     if rank is None:
         return tuple(shape)
     return rank, shape[1] if takes_left(shape, side) else shape[0]

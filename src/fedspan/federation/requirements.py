@@ -81,6 +81,13 @@ def ranks(federation: FederationConfig, seed: int) -> list[int]:
     return list(partition.draw_ranks(federation.ranks, federation.rank_values, federation.num_clients, rng))
 
 
+def largest_rank(federation: FederationConfig) -> int:
+    """Return the largest rank that a client can have under these settings, whatever the seed."""
+    if isinstance(federation.ranks, int):
+        return federation.ranks
+    return max(federation.rank_values if isinstance(federation.ranks, str) else federation.ranks)
+
+
 def _able(can: Callable[[Method], bool]) -> str:
     """Return the names of the methods for which the predicate holds."""
     return ", ".join(name for name, factory in methods.METHODS.items() if can(factory()))

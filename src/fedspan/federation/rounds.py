@@ -11,6 +11,7 @@ from typing import Any
 from fedspan.client.training import LocalResult
 from fedspan.federation.clients import Client
 from fedspan.federation.exchange import Answer, Question, Sites, Work, begin, sum_layout
+from fedspan.federation.server_step import StepFailed, take_step
 from fedspan.federation.simulated import SimulatedClients
 from fedspan.federation.tally import RoundTally
 from fedspan.methods.base import Method, ServerState
@@ -216,7 +217,10 @@ class _Round:
     def finish(self) -> None:
         """Take the server's step of this exchange."""
         with self.tally.server(), self.tally.memory(self.state, self.partial):
-            self.state, diagnostics = self.method.finish(self.state, self.partial)
+            try:
+                self.state, diagnostics = take_step(self.method, self.state, self.partial)
+            except StepFailed as error:
+                raise RoundFailed(f"round {self.round_num + 1}: {error}") from None
         self.tally.diagnostics |= diagnostics
 
     def record(self, active: Sequence[Client]) -> dict[str, Any]:

@@ -35,7 +35,8 @@ from fedspan.flower.backoff import Backoff
 from fedspan.flower.client_app import client_app, refusal
 from fedspan.flower.runtime import Runtime, SuperNodeLost
 from fedspan.flower.worker_supervisor import WorkerSupervisor
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, one_line
+from fedspan.wire.refusals import Code
 
 POLL = 0.1
 """Longest time between two polls for a task, in seconds."""
@@ -81,7 +82,7 @@ class TaskLoop:
             message, context = self._runtime.pull()
         except Exception as error:
             # Without the message there is nothing to reply to; the task is left to expire.
-            _log.error("a task's message could not be pulled: %s", error)
+            _log.error("a task's message could not be pulled: %s", one_line(error))
             return
         try:
             reply = self._app(message, context)
@@ -90,16 +91,16 @@ class TaskLoop:
                 # A signal ends this process: with this answer the server need not wait until its deadline.
                 self._runtime.stop_retrying()
                 with suppress(Exception):
-                    self._runtime.push(refusal(message, "the site is being shut down"), context)
+                    self._runtime.push(refusal(message, Code.ENDING, "the site is being shut down"), context)
                 raise
-            _log.error("a message could not be answered: %s", error)
-            reply = refusal(message, error)
-        for attempt in (reply, refusal(message, "the answer could not be passed to the SuperNode")):
+            reply = refusal(message, Code.UNREADABLE, error)
+        try:
+            self._runtime.push(reply, context)
+        except Exception as error:
             try:
-                self._runtime.push(attempt, context)
-                return
-            except Exception as error:
-                _log.error("an answer could not be pushed: %s", error)
+                self._runtime.push(refusal(message, Code.NOT_PASSED_ON, error), context)
+            except Exception as again:
+                _log.error("an answer could not be pushed: %s", one_line(again))
 
     def _send_heartbeats(self) -> None:
         while not self._stopped.wait(HEARTBEAT):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,12 +18,16 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPu
 
 from fedspan.flower import records
 from fedspan.flower.backoff import shorten_pull_backoff
-from fedspan.support.errors import FedspanError, one_line
+from fedspan.support.errors import one_line
+from fedspan.wire.refusals import unpacked
 from fedspan.wire.transport import Delivery
 
 PATIENCE = 60.0
 """Seconds for which calls to a SuperLink that answers with errors are repeated."""
 _PAUSE = 0.5
+_MAX_REASON = 300
+"""Characters of a reason that a site, or Flower, gives."""
+_log = logging.getLogger("fedspan.flower")
 _TRANSIENT = (httpx.HTTPError, ObjectPushError, ObjectPullError, OSError)
 _REASONS = {
     ErrorCode.MESSAGE_UNAVAILABLE: "no answer came within the message's lifetime",
@@ -106,6 +111,10 @@ class GridTransport:
             if self.now() - self._failing_since > PATIENCE:
                 raise ConnectionError(f"the SuperLink gives no answers ({one_line(error)})") from None
             return arrived
+        except Exception as error:
+            # A reply that Flower itself cannot put together. Anyone may have written it: it counts as silence.
+            _log.warning("a reply cannot be read: %s", one_line(error, _MAX_REASON))
+            return arrived
         self._failing_since = None
         for reply in replies:
             ticket = reply.metadata.reply_to_message_id
@@ -147,11 +156,12 @@ def _delivery(ticket: str, node: str, reply: Message) -> Delivery:
         return Delivery(ticket, node, None, _reason(reply.error))
     try:
         return Delivery(ticket, node, records.unpack(reply)[0])
-    except FedspanError as error:
-        return Delivery(ticket, node, None, one_line(error))
+    except Exception as error:  # of Flower's records too, whose content is the site's
+        return Delivery(ticket, node, None, one_line(error, _MAX_REASON))
 
 
 def _reason(error: Error) -> str:
     if error.code in _REASONS:
         return _REASONS[error.code]
-    return one_line(error.reason or f"Flower's error {error.code}")
+    reason = one_line(error.reason or f"Flower's error {error.code}", _MAX_REASON)
+    return unpacked(error.reason or "") or reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import threading
 import tomllib
 from pathlib import Path
@@ -28,6 +29,7 @@ from fedspan.site.loading import Loaded
 from fedspan.site.settings import SiteSettings
 from fedspan.site.site import Site
 from fedspan.support.errors import FedspanError
+from fedspan.wire.refusals import Code
 
 
 def run(config: Config, out: Path, on_event: OnEvent) -> Result:
@@ -93,6 +95,7 @@ def client_app(config: str, folder: str) -> ClientApp:
 _SITES: dict[tuple[str, str], SimulatedSites] = {}
 """The sites by settings and folder; a module-level cache is all that Ray's process keeps between messages."""
 _LOCK = threading.Lock()
+_log = logging.getLogger("fedspan.flower")
 
 
 class SimulatedSites:
@@ -111,7 +114,8 @@ class SimulatedSites:
         """Return the site with that position in the sorted client ids; created at the first call."""
         client_id = self._clients[number].client_id
         if client_id not in self._sites:
-            self._sites[client_id] = Site(SiteSettings(self.config, client_id), self.folder / client_id, self._loaded)
+            site = SiteSettings(self.config, client_id), self.folder / client_id, self._loaded
+            self._sites[client_id] = Site(*site, notify=_log.warning)
         return self._sites[client_id]
 
 
@@ -125,4 +129,4 @@ def answer_message(message: Message, context: Context, config: str, folder: str)
                 _SITES[config, folder] = SimulatedSites(settings.from_mapping(tomllib.loads(config)), Path(folder))
             return Message(records.pack(_SITES[config, folder].site(number).answer(content)), reply_to=message)
     except Exception as error:
-        return refusal(message, error)
+        return refusal(message, Code.FAILED, error)

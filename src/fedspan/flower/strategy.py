@@ -30,16 +30,20 @@ from flwr.serverapp.strategy import Strategy
 from flwr.supercore import log
 
 from fedspan.federation.sampling import UniformSampler
+from fedspan.federation.server_step import take_step
 from fedspan.flower import tensors
 from fedspan.flower.tensors import figures, received, reply
 from fedspan.methods.base import Method, ServerState, aggregate
+from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, Factors, Recipe, Request, Template, Tensors, Update
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, one_line
 
 __all__ = ["FedspanStrategy", "figures", "received", "reply"]
 
 _POLL = 0.5
 _CONFIG = "config"
+_MAX_REASON = 300
+"""Characters of the reason against a reply."""
 
 
 class FedspanStrategy(Strategy):
@@ -177,7 +181,7 @@ class FedspanStrategy(Strategy):
         Raises
         ------
         FedspanError
-            When fewer than `min_success` replies are valid; the state is then unchanged.
+            When fewer than `min_success` replies are valid, or they give no finite model; the state is then unchanged.
         """
         self.rejected = {}
         updates: dict[str, tuple[Update, MetricRecord]] = {}
@@ -200,7 +204,10 @@ class FedspanStrategy(Strategy):
             raise FedspanError(
                 f"round {server_round}: {len(updates)} valid replies, min_success = {self.min_success}{first}"
             )
-        self.state, diagnostics = aggregate(self.method, self.state, [update for update, _ in updates.values()])
+        fold, partial = self.method.exchanges[0].fold, Partial()
+        for _, (update, _) in sorted(updates.items()):
+            partial = fold.add(partial, update)
+        self.state, diagnostics = take_step(self.method, self.state, partial)
         self.diagnostics.append(diagnostics)
         weighted = [(updates[name][0].num_examples, updates[name][1]) for name in sorted(updates)]
         return self.arrays(), tensors.mean_metrics(weighted)
@@ -228,7 +235,7 @@ class FedspanStrategy(Strategy):
         return tensors.mean_metrics([(weight, metrics) for _, weight, metrics in results]) if results else None
 
     def _reject(self, node: str, reason: str) -> None:
-        self.rejected[node] = reason
+        reason = self.rejected[node] = one_line(reason, _MAX_REASON)
         log(WARNING, "the reply of node %s is rejected: %s", node, reason)
 
     def _all_ranks(self) -> list[int]:

@@ -6,7 +6,6 @@ Names: `MODULE/a` and `MODULE/b` (or other parts that a method sends of a module
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -16,9 +15,16 @@ from torch import Tensor
 
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, Factors, Payload, Recipe, Template, Tensors, Update
+from fedspan.server import magnitudes
 from fedspan.support.errors import FedspanError, one_line
+from fedspan.wire.names import check_name
+from fedspan.wire.refusals import unpacked
+from fedspan.wire.schema import MAX_EXAMPLES
 
 ARRAYS, CONFIG, METRICS = "arrays", "fedspan", "metrics"
+_LARGEST_FIGURE = 1e30
+_MAX_REASON = 300
+"""Characters of the reason that a node gives, and of a figure's name."""
 _PAIRS = ((".lora_A.weight", ".lora_B.weight"), ("/a", "/b"))
 
 
@@ -117,7 +123,11 @@ def update_of(message: Message, method: Method, sent: Broadcast, server_round: i
     for name, payload in expected.modules.items():
         parts = {part: values.pop(f"{name}/{part}") for part in payload.tensors()}
         modules[name] = payload.with_tensors(parts)
-    return Update(client_id, num_examples, modules, values)
+    update = Update(client_id, num_examples, modules, values)
+    problem = magnitudes.problem(update, method.info.gauge_invariant)
+    if problem is not None:
+        raise FedspanError(f"it {problem}")
+    return update
 
 
 def sender_of(message: Message, server_round: int) -> tuple[str, float]:
@@ -129,16 +139,15 @@ def sender_of(message: Message, server_round: int) -> tuple[str, float]:
         When the reply holds an error, is of another round, or one of the two is not valid.
     """
     if message.has_error():
-        raise FedspanError(one_line(message.error.reason or f"error {message.error.code}"))
+        reason = message.error.reason or f"error {message.error.code}"
+        raise FedspanError(unpacked(reason) or one_line(reason, _MAX_REASON))
     config = _config(message)
     client_id, num_examples = config.get("client-id"), config.get("num-examples")
     if config.get("round") != server_round:
         raise FedspanError(f"it is for round {config.get('round')!r}: expected {server_round}")
-    if not isinstance(client_id, str) or not client_id:
-        raise FedspanError(f"client-id = {client_id!r}: expected the site's name")
-    if not isinstance(num_examples, float) or not (math.isfinite(num_examples) and num_examples > 0):
-        raise FedspanError(f"num-examples = {num_examples!r}: expected more than 0")
-    return client_id, num_examples
+    if not isinstance(num_examples, float) or not 0 < num_examples <= MAX_EXAMPLES:
+        raise FedspanError(f"num-examples = {num_examples!r}: expected more than 0, at most {MAX_EXAMPLES:g}")
+    return check_name(client_id, "client-id"), num_examples
 
 
 def metrics_of(message: Message) -> MetricRecord:
@@ -151,8 +160,10 @@ def metrics_of(message: Message) -> MetricRecord:
     """
     metrics = message.content.metric_records.get(METRICS) or MetricRecord()
     for name, value in metrics.items():
-        if isinstance(value, list) or not math.isfinite(value):
+        if isinstance(value, list) or not abs(value) <= _LARGEST_FIGURE:
             raise FedspanError(f"{name} = {value!r}: expected a finite number")
+        if one_line(name, _MAX_REASON) != name:
+            raise FedspanError(f"a figure of the name {name!r}: expected one line of printable characters")
     return metrics
 
 

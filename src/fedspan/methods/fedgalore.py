@@ -81,12 +81,12 @@ def fedgalore(
         return update, kept
 
     def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
-        shares = partial.shares()
         modules: dict[str, Tensors] = {}
         joint = 0
-        # A weight on which no loss depends has no gradient, and so no moments, at any client.
+        # A weight on which no loss depends has no gradient, and so no moments, at any client. A client that leaves out
+        # moments which the others have must not end the round: theirs count alone.
         for name in (n for n in state.template.modules if any(n in u.moments for u in partial.collected)):
-            moments = [_moment(update, name) for update in partial.collected]
+            moments, shares = _moments_of(partial, name)
             basis = _joint(moments, shares, threshold)
             joint += basis.shape[1]
             if basis.shape[1]:
@@ -100,10 +100,11 @@ def fedgalore(
     )
 
 
-def _moment(update: Update, name: str) -> Tensor:
-    if name not in update.moments:
-        raise FedspanError(f"{update.client_id} sent no second moments of {name}: expected those of GaLore's optimizer")
-    return lowrank.promote(update.moments[name])
+def _moments_of(partial: Partial, name: str) -> tuple[list[Tensor], list[float]]:
+    """Return the second moments of a weight, and the clients' shares among those that sent some."""
+    having = [update for update in partial.collected if name in update.moments]
+    whole = partial.weight if len(having) == len(partial.collected) else sum(u.num_examples for u in having)
+    return [lowrank.promote(u.moments[name]) for u in having], [u.num_examples / whole for u in having]
 
 
 def _joint(moments: list[Tensor], shares: list[float], threshold: float) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from fedspan.client.executors import EvaluationTask, Executor, create_executor, num_worker_processes
 from fedspan.client.setup import device_of, encoded, work_context
-from fedspan.config import Config, PrivacyConfig
+from fedspan.config import Config
 from fedspan.data import Encoded
 from fedspan.data import load as load_data
 from fedspan.federation import requirements

@@ -9,18 +9,18 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from fedspan.algebra.galore import moment_shape
 from fedspan.federation.clients import Client
 from fedspan.federation.exchange import Answer, Question, begin, unlearnt
 from fedspan.methods.base import Method
-from fedspan.methods.messages import Broadcast, Request, Tensors, Update
+from fedspan.methods.messages import Broadcast, Recipe, Request, Tensors, Update
 from fedspan.privacy.fixed_point import Words
+from fedspan.server import magnitudes
 from fedspan.server.requests import Problem, Reply
 from fedspan.wire import protocol
 from fedspan.wire.precision import Kind, packed_bytes
 from fedspan.wire.protocol import DAMAGED
-from fedspan.wire.sizes import payload_tensors
 
-_MOMENTS = "moments/"
 _Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -29,7 +29,11 @@ class _Expected:
     """The form of the answers to one broadcast."""
 
     shapes: _Shapes
+    types: Mapping[str, torch.dtype]
     scalings: Mapping[str, float]
+    """Of the modules that are sent as a pair of factors; every other one is a vector."""
+    recipe: Recipe
+    """As the clients were sent it."""
 
 
 @dataclass(slots=True)
@@ -77,7 +81,8 @@ class AnswerChecks:
             if q.exchange.ask != "again":
                 self.results[client.rank] = unlearnt(q.template, started)
             update = method.encode(self.results[client.rank], started, None)[0]
-            self._by_broadcast[key] = (sent, _Expected(protocol.shapes(update), update.scalings()))
+            forms = protocol.shapes(update), protocol.types(update), update.scalings()
+            self._by_broadcast[key] = (sent, _Expected(*forms, started.recipe))
         self._expected[client.client_id] = self._by_broadcast[key][1]
 
     def update(self, client: Client, reply: Reply) -> Answer:
@@ -85,8 +90,7 @@ class AnswerChecks:
         header = reply.header
         try:
             update = protocol.get_update(header["update"], reply.tensors, client.client_id)
-            loss = math.nan if header["train_loss"] is None else float(header["train_loss"])
-            seconds, optimizer_bytes = float(header["seconds"]), int(header["optimizer_bytes"])
+            loss, seconds, optimizer_bytes = header["train_loss"], header["seconds"], header["optimizer_bytes"]
         except DAMAGED as error:
             return unusable(client, Problem(f"sent a damaged update ({type(error).__name__}: {error})"))
         reason = self._reason_against(client, update)
@@ -96,7 +100,7 @@ class AnswerChecks:
             client,
             update,
             weight=update.num_examples,
-            train_loss=loss,
+            train_loss=math.nan if loss is None else loss,
             seconds=seconds,
             bytes_up=packed_bytes(update, self.kind),
             optimizer_bytes=optimizer_bytes,
@@ -110,7 +114,7 @@ class AnswerChecks:
         header = reply.header
         try:
             vector = reply.tensors[header["words"]]
-            seconds, optimizer_bytes = float(header["seconds"]), int(header["optimizer_bytes"])
+            seconds, optimizer_bytes = header["seconds"], header["optimizer_bytes"]
         except DAMAGED as error:
             return Problem(f"sent a damaged vector ({type(error).__name__}: {error})")
         if vector.dtype != torch.int64 or tuple(vector.shape) != (num_words,):
@@ -128,9 +132,24 @@ class AnswerChecks:
         return (
             _scaling_problem(update.scalings(), expected.scalings)
             or _shape_problem(protocol.shapes(update), expected.shapes)
-            or _value_problem(update)
+            or self._moment_problem(update, expected)
+            or _type_problem(protocol.types(update), expected.types)
             or self._weight_problem(client, update)
+            or magnitudes.problem(update, self.method.info.gauge_invariant)
         )
+
+    def _moment_problem(self, update: Update, expected: _Expected) -> str | None:
+        """Return the first reason why the second moments are not those of the optimizer that was asked for, or None.
+
+        Which weights have some is not known here: one on which no loss depends has none.
+        """
+        for name, moment in update.moments.items():
+            weight, options = self.question.template.modules.get(name), expected.recipe.galore
+            wanted = None if weight is None or options is None else moment_shape(weight, options.rank, options.side)
+            if tuple(moment.shape) != wanted:
+                what = "no second moments of it" if wanted is None else str(wanted)
+                return f"moments/{name} has shape {tuple(moment.shape)}: expected {what}"
+        return None
 
     def _weight_problem(self, client: Client, update: Update) -> str | None:
         # Otherwise a site could take over the average by counting as more examples than it said it has.
@@ -144,39 +163,30 @@ def _scaling_problem(scalings: Mapping[str, float], expected: Mapping[str, float
     for name, scaling in scalings.items():
         if scaling != expected.get(name):
             return f"scales its factors of {name} by {scaling:g}: expected {expected.get(name, 1.0):g}"
-    return None
+    # A vector whose parts are called a and b has the shapes of a pair.
+    lacking = expected.keys() - scalings.keys()
+    return f"sent {min(lacking)} as a vector: expected a pair of factors" if lacking else None
 
 
 def _shape_problem(shapes: _Shapes, expected: _Shapes) -> str | None:
-    moments, own = _apart(shapes)
-    _, wanted = _apart(expected)
+    own, wanted = _without_moments(shapes), _without_moments(expected)
     if own.keys() != wanted.keys():
         return f"names {sorted(own.keys() ^ wanted.keys())[0]}, which was not asked for or is missing"
     for name, shape in own.items():
         if shape != wanted[name]:
             return f"{name} has shape {shape}, expected {wanted[name]}"
-    return _moment_problem(moments, wanted)
-
-
-def _moment_problem(moments: _Shapes, weights: _Shapes) -> str | None:
-    # The shape of a moment depends on the side that a client's optimizer projects, so only its size is bounded.
-    for name, shape in moments.items():
-        weight = weights.get("dense/" + name.removeprefix(_MOMENTS))
-        if weight is None or math.prod(shape) > math.prod(weight):
-            return f"{name} has shape {shape}: expected the second moments of a trained weight"
     return None
 
 
-def _apart(shapes: _Shapes) -> tuple[_Shapes, _Shapes]:
-    """Return the shapes of the moments, and those of everything else."""
-    moments = {name: shape for name, shape in shapes.items() if name.startswith(_MOMENTS)}
-    return moments, {name: shape for name, shape in shapes.items() if name not in moments}
+def _without_moments(shapes: _Shapes) -> _Shapes:
+    return {name: shape for name, shape in shapes.items() if not name.startswith("moments/")}
 
 
-def _value_problem(update: Update) -> str | None:
-    for value in payload_tensors(update):
-        if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
-            return "sent NaN or infinity, or values that are not floating-point numbers"
+def _type_problem(types: Mapping[str, torch.dtype], expected: Mapping[str, torch.dtype]) -> str | None:
+    for name, dtype in types.items():
+        wanted = expected.get(name, torch.float32)  # of a moment
+        if dtype != wanted:
+            return f"{name} is of {dtype}: expected {wanted}"
     return None
 
 

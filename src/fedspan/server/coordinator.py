@@ -28,7 +28,7 @@ from fedspan.server.key_exchange import RunTerms
 from fedspan.server.masked_sums import MaskedSums
 from fedspan.server.registry import SiteRegistry
 from fedspan.server.requests import NOT_CONNECTED, Problem, Reply, Requests
-from fedspan.server.sums import PlainSum, SumCollector
+from fedspan.server.sums import PlainSum, SumCollector, check_weights
 from fedspan.support.errors import FedspanError
 from fedspan.wire import agreement, protocol
 from fedspan.wire.protocol import MessageTensors
@@ -69,10 +69,10 @@ class Coordinator:
         self._terms_digest = agreement.digest(terms)
         path = out / "sites.json"
         self.registry = SiteRegistry(transport, config.federation, config.deployment, terms, method, path, notify)
-        self._requests = Requests(self.registry)
+        self._requests = Requests(self.registry, config.wire.up)
         least = requirements.least_in_sums(config.federation, config.privacy) if config.privacy.secure_sums else 2
         run_terms = RunTerms(config.privacy, config.federation.rounds, least, trusted)
-        self._masked_sums = MaskedSums(self._requests, run_terms, notify)
+        self._masked_sums = MaskedSums(self._requests, run_terms, self.registry.notify)
         self._initial: Tensors = {}
         # Here and not in the checks of one exchange: a later exchange of a round asks about the same training result.
         self._results: dict[int, Update] = {}
@@ -162,9 +162,7 @@ class Coordinator:
         ready, rank = self._ready(question, clients), max(client.rank for client in clients)
         total = None
         while total is None:  # without the clients that were proved to lie, every time
-            collector: SumCollector = PlainSum(layout.num_words, len(ready))
-            if self._privacy.secure_sums:
-                collector = self._masked_sums.begin(question, self._heading(question), ready, layout, rank)
+            collector = self._collector(question, ready, layout, rank)
             answers = self._collect(question, ready, broadcast_for, (rank, layout.num_words), collector)
             total = collector.total()
         # Counted before the others are entered as absent: the divisor is the number of vectors in the sum.
@@ -176,8 +174,19 @@ class Coordinator:
         ordered = [answers[client_id] for client_id in sorted(answers)]
         if not count:
             return Summed(Partial(), 0.0, ordered)
-        partial, loss = layout.partial(FixedPoint(self._privacy.fraction_bits).decode(total), count)
+        numbers = FixedPoint(self._privacy.fraction_bits).decode(total)
+        check_weights(numbers, count, self._weighting)
+        partial, loss = layout.partial(numbers, count)
         return Summed(partial, loss, ordered)
+
+    def _collector(self, question: Question, ready: Sequence[Client], layout: SumLayout, rank: int) -> SumCollector:
+        """Return what adds up the clients' parts, under masks or in the open."""
+        if self._privacy.secure_sums:
+            return self._masked_sums.begin(question, self._heading(question), ready, layout, rank)
+        # Under client-level privacy the sites do not say how many examples they have.
+        known = self._weighting == "equal" or self._privacy.dp != "client"
+        weights = {c.client_id: c.weight(self._weighting) for c in ready if known}
+        return PlainSum(layout.num_words, FixedPoint(self._privacy.fraction_bits), max(len(ready), 1), weights)
 
     def states(self) -> Mapping[str, ClientState]:
         """Return nothing: the sites keep their own states."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedspan.support.errors import FedspanError
-from fedspan.wire import protocol
+from fedspan.wire import protocol, refusals, schema
 from fedspan.wire.transport import Delivery
 
 
@@ -17,6 +17,7 @@ class Greeting:
 
     client_id: str
     rank: int
+    """At most `max_rank`, and no larger than its widest module allows."""
     num_examples: int
     """1 where a site does not reveal it, which is where only sums may be known."""
     terms: Mapping[str, Any]
@@ -27,42 +28,29 @@ class Greeting:
     """Digest of its untouched base."""
 
     @classmethod
-    def read(cls, delivery: Delivery) -> Greeting:
+    def read(cls, delivery: Delivery, max_rank: int) -> Greeting:
         """Read what came back from a node.
+
+        Parameters
+        ----------
+        max_rank
+            The largest rank that the server's settings give a client.
 
         Raises
         ------
         FedspanError
-            When no answer came, the site reports a problem, or a field is missing or wrong.
+            When no answer came, the site reports a problem, or a field is missing, wrong or beyond its bounds.
         """
-        header = _introduction(delivery)
-        client_id, rank, count = header["client_id"], header["rank"], header["num_examples"]
-        terms, shapes = header["terms"], header["shapes"]
-        if not isinstance(client_id, str) or not _is_count(rank):
-            raise FedspanError(f"a site says client_id {client_id!r} and rank {rank!r}: expected a name and a count")
-        if count is not None and not _is_count(count):
-            raise FedspanError(f"{client_id} says that it has {count!r} examples: expected a count")
-        if not isinstance(terms, dict) or not _are_shapes(shapes):
-            raise FedspanError(f"{client_id} does not list its settings and shapes by name")
-        return cls(client_id, rank, 1 if count is None else count, terms, shapes, str(header["base"]))
-
-
-def _introduction(delivery: Delivery) -> Mapping[str, Any]:
-    """Return the head of an answer that has all the fields of an introduction."""
-    if delivery.content is None:
-        raise FedspanError(delivery.error or "no answer")
-    header, _ = protocol.decode(delivery.content)
-    if "problem" in header:
-        raise FedspanError(str(header["problem"]))
-    missing = sorted({"client_id", "rank", "num_examples", "terms", "shapes", "base"} - header.keys())
-    if missing:
-        raise FedspanError(f"a site's introduction lacks {missing[0]}")
-    return header
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 1  # not isinstance, for which `true` is a number
-
-
-def _are_shapes(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(shape, list) for shape in value.values())
+        if delivery.content is None:
+            raise FedspanError(delivery.error or "no answer")
+        head = schema.introduction(protocol.decode(delivery.content)[0])
+        if "code" in head:
+            raise FedspanError(refusals.line(head["code"], head["incident"]))
+        client_id, rank, count, shapes = head["client_id"], head["rank"], head["num_examples"], head["shapes"]
+        # No adapter of a module is of higher rank than the module itself; the server makes its own adapters as large as
+        # the largest that any site announces.
+        sides = [min(shape) for name, shape in shapes.items() if len(shape) == 2 and not name.startswith("dense ")]
+        most = min(max_rank, max(sides, default=max_rank))
+        if rank > most:
+            raise FedspanError(f"{client_id} says that its rank is {rank}: expected at most {most}")
+        return cls(client_id, rank, 1 if count is None else count, head["terms"], shapes, head["base"])

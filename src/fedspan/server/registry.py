@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from fedspan.config import DeploymentConfig, FederationConfig
+from fedspan.federation import requirements
 from fedspan.federation.clients import Client
 from fedspan.methods.base import Method
 from fedspan.server.greeting import Greeting
 from fedspan.support.errors import FedspanError, one_line
 from fedspan.support.files import write_bytes
 from fedspan.wire import agreement, protocol
+from fedspan.wire.names import check_name
 from fedspan.wire.transport import Delivery, Transport
 
 _NO_ROWS = np.zeros(0, dtype=np.int64)
@@ -26,6 +28,8 @@ _GREET_AGAIN = 2.0
 """Seconds after which a node that could not introduce itself is asked once more."""
 _MAX_GREETING = 60.0
 """Seconds to wait for the answers to one set of greetings."""
+_MAX_LINE = 500
+"""Characters of a line about a site."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,10 @@ class SiteRegistry:
         notify: Callable[[str], None],
     ) -> None:
         self.transport, self.federation, self.deployment = transport, federation, deployment
-        self.terms, self.method, self.notify = terms, method, notify
+        self.terms, self.method = terms, method
+        # Every line may quote a site.
+        self.notify: Callable[[str], None] = lambda line: notify(one_line(line, _MAX_LINE))
+        self._max_rank = requirements.largest_rank(federation)
         self.members: dict[str, Member] = {}
         self.run = ""
         """The run's own name, which is in every message."""
@@ -85,6 +92,8 @@ class SiteRegistry:
         """Node or client -> the reason why it is not a member."""
         self._path = path
         self._kept: list[Client] = []
+        self._known: Mapping[str, Client] = {}
+        """The clients of an earlier start of this run; empty where this is the first."""
         self._silence: dict[str, _Silence] = {}
 
     def gather(self) -> list[Client]:
@@ -96,6 +105,7 @@ class SiteRegistry:
             When too few came in `deployment.wait` seconds.
         """
         wait, enrolled = self.deployment.wait, self._enrolled()
+        self._known = {client.client_id: client for client in enrolled}
         wanted = len(enrolled) if enrolled else self.federation.num_clients
         began = self.transport.now()
         self.notify(f"waiting for {wanted} sites, at most {wait:g} s")
@@ -145,7 +155,8 @@ class SiteRegistry:
         for name in sorted(shapes.keys() | member.shapes.keys()):
             own, other = shapes.get(name), member.shapes.get(name)
             if own is None or other is None or list(own) != list(other):
-                return f"its model holds {name} as {other}, the server's as {None if own is None else list(own)}"
+                theirs = None if other is None else list(other)
+                return f"its model holds {name} as {theirs}, the server's as {None if own is None else list(own)}"
         if member.base != self.base:
             return "its base weights differ from the server's (digest mismatch): expected the same files and types"
         return None
@@ -157,9 +168,10 @@ class SiteRegistry:
         try:
             content = json.loads(self._path.read_text(encoding="utf-8"))
             clients = [
-                Client(c["client_id"], c["rank"], _NO_ROWS, _NO_ROWS, c["num_examples"]) for c in content["clients"]
+                Client(check_name(c["client_id"], "client_id"), int(c["rank"]), _NO_ROWS, _NO_ROWS, c["num_examples"])
+                for c in content["clients"]
             ]
-            self.run = content["run"]
+            self.run = check_name(content["run"], "run")
         except (ValueError, KeyError, TypeError) as error:
             raise FedspanError(f"{self._path} is damaged ({type(error).__name__}: {error})") from None
         return clients
@@ -217,10 +229,10 @@ class SiteRegistry:
     def _welcome(self, node: str, delivery: Delivery) -> None:
         """Make the site behind a node a member, unless there is a problem with it."""
         try:
-            greeting = Greeting.read(delivery)
+            greeting = Greeting.read(delivery, self._max_rank)
             self._compare(greeting)
         except FedspanError as error:
-            self._refuse(node, one_line(error))
+            self._refuse(node, one_line(error, _MAX_LINE))
             return
         client = Client(greeting.client_id, greeting.rank, _NO_ROWS, _NO_ROWS, greeting.num_examples)
         self._refused.pop(node, None)
@@ -242,12 +254,13 @@ class SiteRegistry:
         if not self.method.info.hetero_rank and any(m.client.rank != rank for m in self.members.values()):
             raise FedspanError(f"{client_id} has rank {rank}: {self.method.info.name} needs one rank for all")
         member = self.members.get(client_id)
-        if member is None:
-            return
-        if member.node in self.transport.nodes():
+        if member is not None and member.node in self.transport.nodes():
             raise FedspanError(f"{client_id} is here already, as another node")
+        if self._known and client_id not in self._known:
+            raise FedspanError(f"{client_id} is not among the sites that this run was started with")
         # Its weight in averages and the shape of its payloads were fixed when it was first taken in.
-        if (rank, greeting.num_examples) != (member.client.rank, member.client.num_examples):
+        before = self._known.get(client_id) if member is None else member.client
+        if before is not None and (rank, greeting.num_examples) != (before.rank, before.num_examples):
             raise FedspanError(f"{client_id} came back with another rank or other data")
 
     def _refuse(self, node: str, reason: str) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from fedspan.federation.exchange import Question
 from fedspan.server.registry import SiteRegistry
 from fedspan.support.errors import FedspanError, one_line
-from fedspan.wire import protocol
+from fedspan.wire import protocol, refusals, schema
+from fedspan.wire.precision import Kind
 from fedspan.wire.transport import Delivery
 
 
@@ -19,7 +20,7 @@ from fedspan.wire.transport import Delivery
 class Reply:
     """The head and tensors of an answer to the question that was asked."""
 
-    header: Mapping[str, Any]
+    header: schema.SiteAnswer
     tensors: list[Tensor]
 
 
@@ -34,8 +35,13 @@ class Problem:
     That says something about the connection and nothing about the client, whereas a wrong answer may be an attack:
     robust filters count wrong answers among the clients that they must be prepared for, and not missing ones."""
 
+    def __post_init__(self) -> None:
+        # Here, where every word about a site passes: a reason may quote what the site sent.
+        object.__setattr__(self, "reason", one_line(self.reason, _MAX_REASON))
 
-_MAX_SECONDS = 1e9
+
+_MAX_REASON = 400
+"""Characters of the reason against an answer."""
 NOT_CONNECTED = Problem("is not connected", absent=True)
 
 
@@ -51,10 +57,16 @@ class _Costs:
 
 
 class Requests:
-    """Sends messages to the registered sites and returns their answers."""
+    """Sends messages to the registered sites and returns their answers.
 
-    def __init__(self, registry: SiteRegistry) -> None:
-        self.registry, self.transport = registry, registry.transport
+    Parameters
+    ----------
+    kind
+        The type in which the matrices of an update travel.
+    """
+
+    def __init__(self, registry: SiteRegistry, kind: Kind = "float32") -> None:
+        self.registry, self.transport, self._kind = registry, registry.transport, kind
         self._costs = _Costs()
 
     def costs(self) -> dict[str, Any]:
@@ -87,7 +99,7 @@ class Requests:
                 self.registry.record(client_id, question.round_num, missed=delivery.content is None)
                 if isinstance(reply, Reply):
                     num_replies += 1
-                    slowest = max(slowest, _busy_seconds(reply.header))
+                    slowest = max(slowest, reply.header.get("seconds", 0.0))
                 yield client_id, reply
             if tickets and num_replies < wanted:
                 self.transport.sleep(deployment.poll)
@@ -121,32 +133,33 @@ class Requests:
             return Problem(delivery.error or "gave no answer", absent=True)
         self._costs.wire_up += len(delivery.content)
         try:
-            header, tensors = protocol.decode(delivery.content)
+            head, tensors = protocol.decode(delivery.content, [self._kind])
+            header = schema.answer(head)
         except FedspanError as error:
             return Problem(f"sent {error}")
-        if header.get("client_id") != client_id:
-            return Problem(f"answered as {header.get('client_id')!r}")
-        if "problem" in header:
-            return Problem(one_line(header["problem"]))
+        if "code" in header:
+            return self._refusal(client_id, header)
+        if header["client_id"] != client_id:
+            return Problem(f"answered as {header['client_id']!r}")
         mismatch = self._mismatch(question, header)
         return Reply(header, tensors) if mismatch is None else Problem(mismatch)
 
-    def _mismatch(self, question: Question, header: Mapping[str, Any]) -> str | None:
+    def _refusal(self, client_id: str, head: schema.Refusal) -> Problem:
+        """Return the reason that a site gives for not answering; one that cannot read its settings has no name."""
+        if head["client_id"] not in (None, client_id):
+            return Problem(f"refused as {head['client_id']!r}")
+        return Problem(refusals.line(head["code"], head["incident"]))
+
+    def _mismatch(self, question: Question, header: schema.SiteAnswer) -> str | None:
         """Return the reason why an answer belongs to another question, or None.
 
         A delayed answer of an earlier round has valid shapes and finite values, so no later check would notice it.
         """
         expected = {"run": self.registry.run, "round": question.round_num, "number": question.number}
         for key, value in expected.items():
-            other = header.get(key)
-            if other != value and key == "round" and type(other) is int:
+            other: Any = header.get(key)
+            if other != value and key == "round":
                 return f"answered for round {other + 1}: expected {question.round_num + 1}"  # people count from one
             if other != value:
                 return f"answered for {key} {other!r}: expected {value!r}"
         return None
-
-
-def _busy_seconds(header: Mapping[str, Any]) -> float:
-    seconds = header.get("seconds", 0.0)
-    # Bounded by a comparison, which is exact for any integer: one of 400 digits cannot be made a float.
-    return float(seconds) if isinstance(seconds, int | float) and 0 <= seconds <= _MAX_SECONDS else 0.0

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
-from fedspan.privacy.fixed_point import Words
+from fedspan.privacy.fixed_point import FixedPoint, Words
 from fedspan.server.requests import Problem
+from fedspan.support.errors import FedspanError
 from fedspan.wire.protocol import MessageTensors
 
 
@@ -45,11 +47,20 @@ class SumCollector(Protocol):
 
 
 class PlainSum:
-    """The arithmetic of secure sums without their masks: the same words, added in the open."""
+    """The arithmetic of secure sums without their masks: the same words, added in the open.
 
-    def __init__(self, num_words: int, num_clients: int) -> None:
+    Parameters
+    ----------
+    num_clients
+        That are asked: each may add so much that their sum cannot wrap.
+    weights
+        Client -> the weight that it must count for; clients whose weight is not known are not in it.
+    """
+
+    def __init__(self, num_words: int, fixed_point: FixedPoint, num_clients: int, weights: Mapping[str, float]) -> None:
         self.problems: dict[str, Problem] = {}
-        self._num_clients = num_clients
+        self._num_clients, self._weights = num_clients, weights
+        self._fixed_point, self._limit = fixed_point, fixed_point.limit(num_clients)
         self._total: Words = np.zeros(num_words, dtype=np.uint64)
 
     def message_fields(self, client_id: str, outgoing: MessageTensors) -> dict[str, Any]:
@@ -57,7 +68,13 @@ class PlainSum:
         return {"num_clients": self._num_clients}
 
     def add(self, client_id: str, words: Words) -> None:
-        """Add one client's words, mod 2^64."""
+        """Add one client's words, mod 2^64, after checking what masks would hide."""
+        numbers = self._fixed_point.decode(words)
+        if not bool((numbers.abs() <= self._limit).all()):
+            raise FedspanError(f"a number of its part is beyond {self._limit:.6g}: the sum could wrap")
+        weight = self._weights.get(client_id, max(float(numbers[0]), 1.0))
+        if float(numbers[0]) != weight or float(numbers[1]) not in (0.0, weight):
+            raise FedspanError(f"counts as {float(numbers[0]):g} examples: expected {weight:g}")
         self._total += words
 
     def leave_out(self, client_id: str, problem: Problem) -> None:
@@ -67,3 +84,31 @@ class PlainSum:
     def total(self) -> Words:
         """Return the sum."""
         return self._total
+
+
+def check_weights(numbers: Tensor, count: int, weighting: str) -> None:
+    """Check the weights of a sum, by which it is divided.
+
+    Under masks nobody can tell which client's vector was wrong, so that the sum as a whole is refused.
+
+    Parameters
+    ----------
+    numbers
+        The sum, (num_words,): the weights, the weights of those that report a loss, and more.
+    count
+        Of the clients in it.
+    weighting
+        `federation.weighting`.
+
+    Raises
+    ------
+    FedspanError
+        When they cannot be the weights of so many clients.
+    """
+    weight, loss_weight = numbers[:2].tolist()
+    sound = weight == count if weighting == "equal" else weight >= count
+    if not sound or not 0 <= loss_weight <= weight:
+        raise FedspanError(
+            f"the sum of {count} clients counts as {weight:g} examples and {loss_weight:g} losses: the vector of at "
+            "least one of them is wrong, and the sum is given up"
+        )

@@ -20,10 +20,11 @@ from fedspan.privacy.ledgers import ExampleLedgers
 from fedspan.privacy.sum_layout import SumLayout
 from fedspan.site.errors import Refused
 from fedspan.site.loading import Loaded
-from fedspan.site.message_checks import RoundHeader
+from fedspan.site.message_checks import RoundHeader, check_patch, check_tensors
 from fedspan.site.storage import SiteStorage
 from fedspan.wire import protocol
 from fedspan.wire.precision import EXACT
+from fedspan.wire.refusals import Code
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +127,12 @@ class LocalWork:
             started = begin(self._method, question, sent, self._state)
             self._result = self._train(started, header.run, question.round_num)
         if self._result is None:
-            raise Refused("a question about a training result that this site does not hold any more")
+            raise Refused("a question about a training result that this site does not hold any more", Code.NOT_HELD)
         # Exact here: tensors are rounded when they are put into the message, to the same bits.
         response = respond(self._method, question, self._result, started, self._state, EXACT, self._weight)
         seconds = time.perf_counter() - began
         if response.problem is not None:
-            raise Refused(response.problem)
+            raise Refused(response.problem, Code.UNFIT)
         assert response.update is not None
         if response.kept is not None:
             self._state = response.kept
@@ -160,8 +161,12 @@ class LocalWork:
             state = replace(self._method.init(question.template, self._initial), round_num=question.round_num)
             self._derived = self._method.broadcast(state, Request(self._client.rank))
         news = protocol.get_news(message["patch"], tensors)
+        for increment in news:
+            check_patch(increment, question.template.modules)
         patch = self._storage.patch(header.run, message["patch"], news)
-        return protocol.get_broadcast(message["broadcast"], tensors, self._derived, patch)
+        sent = protocol.get_broadcast(message["broadcast"], tensors, self._derived, patch)
+        check_tensors(sent)
+        return sent
 
     def _state_after(self, header: RoundHeader, question: Question) -> ClientState | None:
         """Return this client's state after the last round whose answer counted; None where the method keeps none."""
@@ -171,7 +176,8 @@ class LocalWork:
             started = begin(self._method, question, self._derived, None)
             if self._method.encode(unlearnt(question.template, started), started, None)[1] is not None:
                 raise Refused(
-                    f"the server counts on this site's state after round {header.counted}, which it does not hold"
+                    f"the server counts on this site's state after round {header.counted}, which it does not hold",
+                    Code.NOT_HELD,
                 )
         return state
 

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedspan.methods.messages import Broadcast
+from fedspan.methods.patches import Patch
 from fedspan.site.errors import Refused
 from fedspan.wire import agreement
-
-_MAX_COUNT = 2**31
+from fedspan.wire.names import check_name
+from fedspan.wire.refusals import Code
+from fedspan.wire.schema import MAX_RANK
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,20 +32,17 @@ class RoundHeader:
 
     @classmethod
     def read(cls, message: Mapping[str, Any]) -> RoundHeader:
-        """Read the fields of a message.
+        """Read the fields of a message that `fedspan.wire.schema` has checked.
 
         Raises
         ------
         Refused
-            When one of them is not of its type.
+            When they contradict each other.
         """
-        run, round_num, counted = message["run"], message["round"], message["counted"]
-        # The run names a folder on this site's disk: letters and digits only, so that no path can be made of it.
-        if not isinstance(run, str) or not run.isalnum() or type(round_num) is not int or type(counted) is not int:
-            raise Refused(f"run {run!r}, round {round_num!r}, counted {counted!r}: expected a name and two counts")
-        for key in ("number", "rank", "num_clients"):
-            if type(message[key]) is not int or not 0 <= message[key] < _MAX_COUNT:
-                raise Refused(f"{key} = {message[key]!r}: expected a count")
+        round_num, counted = message["round"], message["counted"]
+        # The run names a folder on this site's disk. That is checked with the other fields, and here again, since a
+        # caller that forgets it would give away every file.
+        run = check_name(message["run"], "run")
         if not 0 <= counted <= round_num:
             raise Refused(f"round {round_num} after {counted} finished rounds: expected the next one")
         return cls(run, round_num, counted, message["number"], message["rank"], message["num_clients"])
@@ -55,10 +55,12 @@ class MessageChecks:
     ----------
     terms
         The settings that the site shares with the server.
+    max_rank
+        The largest rank that these settings give any client, and so the server.
     """
 
-    def __init__(self, terms: Mapping[str, Any]) -> None:
-        self._terms = agreement.digest(terms)
+    def __init__(self, terms: Mapping[str, Any], max_rank: int = MAX_RANK) -> None:
+        self._terms, self._max_rank = agreement.digest(terms), max_rank
         self._newest = ("", 0)
         """Run, and the largest count of finished rounds that the server has named in it."""
 
@@ -76,13 +78,52 @@ class MessageChecks:
             When the message belongs to another federation or to a round before the last one that counted.
         """
         if message.get("terms") != self._terms:
-            raise Refused("a message for other settings: say hello first")
+            raise Refused("a message for other settings: say hello first", Code.OTHER_SETTINGS)
         if message.get("base") != base:
-            raise Refused("a message for other base weights: say hello first")
+            raise Refused("a message for other base weights: say hello first", Code.OTHER_BASE)
         header = RoundHeader.read(message)
+        # The server's first state is made here too, of that rank: an absurd one would take all of the memory.
+        if header.rank > self._max_rank:
+            raise Refused(f"a server of rank {header.rank}: expected at most {self._max_rank}", Code.OTHER_SETTINGS)
         run, newest = self._newest
         # An old question, delayed or replayed, would have the site train from an old state and overwrite a newer one.
         if header.run == run and header.counted < newest:
-            raise Refused(f"a message from before round {newest}, which this site has seen finished")
+            raise Refused(f"a message from before round {newest}, which this site has seen finished", Code.OLD)
         self._newest = (header.run, header.counted)
         return header
+
+
+def check_patch(patch: Mapping[str, Patch], modules: Mapping[str, tuple[int, int]]) -> None:
+    """Check an addition to the base before it is kept on this site's disk.
+
+    Raises
+    ------
+    Refused
+        When it names another module than the base has, or one in another shape.
+    """
+    for name, addition in patch.items():
+        if modules.get(name) != tuple(addition.shape):
+            raise Refused(f"a patch of {name} in shape {tuple(addition.shape)}: expected {modules.get(name)}")
+
+
+def check_tensors(sent: Broadcast) -> None:
+    """Check that what a broadcast says of trained tensors is about some of its own, in shapes that fit them.
+
+    Raises
+    ------
+    Refused
+        Naming the first that is not.
+    """
+    shapes = {f"{name}/{part}": t.shape for name, f in sent.adapter.items() for part, t in f.tensors().items()}
+    shapes |= {name: t.shape for name, t in sent.dense.items()}
+    for name, space in sent.subspaces.items():
+        shape = shapes.get(name)
+        side = None if shape is None or len(shape) != 2 else shape[0] if space.side == "left" else shape[1]
+        if space.basis.ndim != 2 or space.basis.shape[0] != side:
+            raise Refused(f"a subspace of {name} in shape {tuple(space.basis.shape)}: expected ({side}, q)")
+    for name, value in sent.correction.items():
+        if shapes.get(name) != value.shape:
+            raise Refused(f"a correction of {name} in shape {tuple(value.shape)}: expected that of a trained tensor")
+    for name, value in sent.moments.items():
+        if name not in shapes or value.ndim != 2:
+            raise Refused(f"second moments of {name} in shape {tuple(value.shape)}: expected those of a trained tensor")

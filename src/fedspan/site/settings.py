@@ -12,6 +12,7 @@ from typing import Any
 from fedspan import config as federation_settings
 from fedspan.config import Config
 from fedspan.support.errors import FedspanError
+from fedspan.wire.names import check_name
 
 _KEYS = ("client_id", "config", "data", "device", "identity", "model", "rank", "threads")
 
@@ -49,6 +50,7 @@ class SiteSettings:
         # Not isinstance, for which `true` is a number.
         if rank is not None and (type(rank) is not int or rank < 1):
             raise FedspanError(f"{path}: rank = {rank!r}, expected a positive integer")
+        check_name(client_id, f"{path}: client_id")
         config = federation_settings.load(folder / entries.get("config", "config.toml"), _overrides(entries))
         identity, trusted = _identities(folder, entries.get("identity"))
         return cls(config, client_id, rank, "train" in entries.get("data", {}), identity, trusted)

@@ -22,16 +22,17 @@ from fedspan.methods.base import Method
 from fedspan.privacy.fixed_point import FixedPoint, Words
 from fedspan.privacy.ledgers import ExampleLedgers
 from fedspan.privacy.sum_layout import SumLayout, SumTerms
-from fedspan.site.errors import Refused
+from fedspan.site.errors import Refused, code_of
+from fedspan.site.incidents import refusal
 from fedspan.site.loading import Loaded, client_of
 from fedspan.site.local_work import LocalAnswer, LocalWork
 from fedspan.site.message_checks import MessageChecks, RoundHeader
 from fedspan.site.settings import SiteSettings
 from fedspan.site.storage import SiteStorage
 from fedspan.site.sum_participant import SumParticipant
-from fedspan.support.errors import one_line
-from fedspan.wire import agreement, protocol
-from fedspan.wire.protocol import DAMAGED, MessageTensors
+from fedspan.wire import agreement, protocol, schema
+from fedspan.wire.protocol import MessageTensors
+from fedspan.wire.refusals import Code
 
 __all__ = ["Site"]
 
@@ -74,7 +75,7 @@ class Site:
         self.client = client_of(settings, corpus)
         self.loaded = Loaded.of(config, method, corpus, self.client.rank) if loaded is None else loaded
         self.terms = agreement.terms(config)
-        self._checks = MessageChecks(self.terms)
+        self._checks = MessageChecks(self.terms, max(self.client.rank, requirements.largest_rank(config.federation)))
         storage = SiteStorage(folder / "state")
         privacy = config.privacy
         examples = None
@@ -95,20 +96,22 @@ class Site:
         }
 
     def answer(self, content: bytes) -> bytes:
-        """Return the answer to one message; a problem with the message is an answer too."""
-        outgoing = MessageTensors()
+        """Return the answer to one message; that there is none is an answer too.
+
+        No error ends the process, which has a base in memory, and no text of an error leaves the site: it may quote
+        the data. The server is told a code, and the incident's number, under which the text is in this site's log.
+        """
         try:
-            message, tensors = protocol.decode(content)
-            kind = message.get("kind")
-            if not isinstance(kind, str) or kind not in self._handlers:
-                raise Refused(f"a message of kind {kind!r}: expected one of {', '.join(self._handlers)}")
-            fields = self._handlers[kind](message, tensors, outgoing)
-            fields |= {key: message[key] for key in ("run", "round", "number") if key in message}
-        except DAMAGED as error:
-            # Reading a message that lacks fields, or has others than ours, ends in any of these. One bad message must
-            # not end a process that has a base in memory.
-            line = one_line(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            outgoing, fields = MessageTensors(), {"problem": line}
+            return self._answered(content)
+        except Exception as error:
+            return refusal(self.client.client_id, code_of(error), error, self.notify)
+
+    def _answered(self, content: bytes) -> bytes:
+        head, tensors = protocol.decode(content)
+        kind, message = schema.question(head)
+        outgoing = MessageTensors()
+        fields = self._handlers[kind](message, tensors, outgoing)
+        fields |= {key: message[key] for key in ("run", "round", "number") if key in message}
         return protocol.encode({"client_id": self.client.client_id, **fields}, outgoing)
 
     def _hello(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:
@@ -128,7 +131,7 @@ class Site:
         # The site's own settings decide, not the message: the same question without its sum would otherwise be
         # answered with the bare update.
         if (self.privacy.secure_sums or self.privacy.fixed_point) != ("sum" in message):
-            raise Refused("a question for this site's own update, where only sums may be known: its settings forbid it")
+            raise Refused("a question for this site's own update, where only sums may be known", Code.OWN_UPDATE)
         question = self.work.question(message, header)
         answer = self.work.answer(question, message, header, tensors)
         fields: Fields = {"seconds": answer.seconds, "optimizer_bytes": answer.optimizer_bytes}
@@ -166,9 +169,7 @@ class Site:
         try:
             return point.encode(layout.flatten(answer.update, answer.train_loss), num_clients)
         except ValueError as error:
-            # The error names a value of this client's update, which must not leave the site.
-            self.notify(str(error))
-            raise Refused("the update does not fit the fixed point of the sum") from None
+            raise Refused(f"the update does not fit the fixed point of the sum ({error})", Code.UNFIT) from None
 
     def _advertise(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:
         header = self._checks.check(message, self.loaded.base)

@@ -16,6 +16,7 @@ from fedspan.methods.messages import ClientState
 from fedspan.methods.patches import Patch, patch_of, patch_sum, patch_tensors
 from fedspan.site.errors import Refused
 from fedspan.support.files import read_tensors, write_bytes
+from fedspan.wire.refusals import Code
 
 _UNMASKED = "unmasked.json"
 
@@ -81,7 +82,9 @@ class SiteStorage:
             return self._patch[1]
         path = self.folder / run / f"patch-{seen}.safetensors"
         if not path.exists():
-            raise Refused(f"the server counts on version {seen} of the patch, which this site does not hold")
+            raise Refused(
+                f"the server counts on version {seen} of the patch, which this site does not hold", Code.NOT_HELD
+            )
         parts: dict[str, dict[str, Tensor]] = {}
         for key, tensor in self._read(path).items():
             name, _, part = key.rpartition("/")
@@ -124,7 +127,9 @@ class SiteStorage:
         if not set(before["survivors"]) - set(before["liars"]) <= chosen <= set(before["survivors"]):
             raise Refused(
                 f"sum {sum_name} was unmasked for other clients before, and the difference would reveal the update of "
-                f"one of them; the person responsible for this site may allow it by removing {_UNMASKED} from its state"
+                f"one of them; the person responsible for this site may allow it by removing {_UNMASKED} from its "
+                "state",
+                Code.UNMASKED,
             )
         self._keep_unmasked(run, record)
 
@@ -157,4 +162,4 @@ class SiteStorage:
         try:
             return read_tensors(path, "fedspan")[1]
         except SafetensorError as error:
-            raise Refused(f"{path.name} is damaged ({error}): this site's state is lost") from None
+            raise Refused(f"{path.name} is damaged ({error}): this site's state is lost", Code.NOT_HELD) from None

@@ -11,6 +11,7 @@ from fedspan.site.errors import Refused
 from fedspan.site.message_checks import RoundHeader
 from fedspan.site.settings import SiteSettings
 from fedspan.site.storage import SiteStorage
+from fedspan.wire.refusals import Code
 
 if TYPE_CHECKING:  # this needs the extra `secure`
     from fedspan.privacy.primitives import Ed25519PrivateKey
@@ -146,7 +147,7 @@ class SumParticipant:
 
     def _of(self, run: str, session: str) -> RoundParticipant:
         if self._participant is None or self._name != (run, session):
-            raise Refused("a secure sum that this site has no keys for: it was restarted, or joined too late")
+            raise Refused("a secure sum that this site has no keys for: it was restarted, or joined late", Code.NO_KEYS)
         return self._participant
 
     def _signer(self) -> Ed25519PrivateKey | None:

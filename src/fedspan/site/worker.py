@@ -40,23 +40,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from fedspan.site.settings import SiteSettings
         from fedspan.site.site import Site  # imports torch and transformers, which takes seconds
 
-        site = Site(SiteSettings.read(options.folder), options.folder, notify=lambda line: print(line, flush=True))
+        site = Site(SiteSettings.read(options.folder), options.folder, notify=_log)
     except (OSError, FedspanError) as error:
-        line = one_line(error)
-        print(f"fedspan: {line}", file=sys.stderr)
-        # Every caller gets the reason, until someone has mended the folder and starts the worker again.
-        listener.serve(_refusing(line))
+        print(f"fedspan: {one_line(error)}", file=sys.stderr)
+        # Every caller is told so, until someone has mended the folder and starts the worker again.
+        listener.serve(_refusing(error))
         return 2
     print(f"{site.client.client_id} is ready: rank {site.client.rank}", flush=True)
     listener.serve(site.answer)
     return 0
 
 
-def _refusing(line: str) -> Callable[[bytes], bytes]:
-    def answer(content: bytes) -> bytes:
-        raise FedspanError(line)
+def _log(line: str) -> None:
+    print(one_line(line), flush=True)
 
-    return answer
+
+def _refusing(error: Exception) -> Callable[[bytes], bytes]:
+    from fedspan.site.incidents import refusal  # imports torch
+    from fedspan.wire.refusals import Code
+
+    # A FedspanError, whatever it was: the line is in the log already, and the traceback of a missing file helps nobody.
+    reason = FedspanError(one_line(error))
+    return lambda content: refusal(None, Code.NOT_READY, reason, _log)
 
 
 def _watch_stdin(listener: Listener) -> None:

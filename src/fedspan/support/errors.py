@@ -11,9 +11,25 @@ class FedspanError(ValueError):
     """
 
 
-def one_line(error: object) -> str:
-    """Return an error's text in one line; where it has none, the name of its type."""
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(error: object, limit: int | None = None) -> str:
+    """Return an error's text in one line of printable characters; where it has none, the name of its type.
+
+    Control characters, marks that turn the direction of writing and lone surrogates are escaped: a text may come from
+    outside, and must not move the cursor of the terminal that shows it, nor begin a line of its own in a log.
+
+    Parameters
+    ----------
+    limit
+        Largest number of characters; the rest is replaced by `…`. None: any number.
+    """
+    line = " ".join(str(error).split()) or type(error).__name__
+    if limit is not None and len(line) > limit:
+        line = line[: limit - 1] + "…"
+    return line if line.isprintable() else "".join(map(_printable, line))
+
+
+def _printable(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 def first_line(error: object) -> str:

@@ -21,6 +21,11 @@ from fedspan.methods.patches import Patch, patch_tensors
 
 LINE = 64
 """Alignment of every tensor in bytes, as in torch's own allocator: some BLAS kernels round differently elsewhere."""
+DTYPES: Mapping[str, torch.dtype] = {
+    name: getattr(torch, name)
+    for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+}
+"""The types of tensors that are packed, by name: a description's own word is never looked up in torch itself."""
 
 
 class Channel(Protocol):
@@ -79,7 +84,7 @@ def unpack(head: Mapping[str, Any], buffer: Tensor) -> tuple[Any, list[Tensor]]:
     memory = buffer.numpy().data
     tensors: list[Tensor] = []
     for name, shape, strides, start in head["tensors"]:
-        dtype, count = getattr(torch, name), torch.Size(shape).numel()
+        dtype, count = DTYPES[name], torch.Size(shape).numel()
         if count:
             # Not slices of the buffer but storages of their own: safetensors refuses to save tensors that share one.
             tensors.append(torch.frombuffer(memory, dtype=dtype, count=count, offset=start).as_strided(shape, strides))

@@ -1,0 +1,179 @@
+"""Whatever a server sends is data: thousands of messages that lie, to real sites.
+
+Nothing but answers comes of it: no error leaves `answer`, and no file appears outside the site's own folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from memory_transport import MemoryTransport, make_sites
+from mutations import Parts, mutated
+
+from fedspan.config import Config
+from fedspan.federation import requirements
+from fedspan.federation.rounds import RunState, conduct
+from fedspan.server.coordinator import Coordinator
+from fedspan.site.site import Site
+from fedspan.wire import agreement, protocol, schema
+
+IDS = ["client-0", "client-1", "client-2"]
+SETTINGS = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+METHODS: dict[str, dict[str, Any]] = {
+    "flexlora": {},
+    "flora": {},
+    "shared_galore": {},
+    "ffa_lora": {"privacy": {"secure_sums": True}},
+}
+EXAMPLES = 530
+"""Of each method: 2,120 messages."""
+
+
+class Asked:
+    """A site, and the genuine messages that it was sent in two rounds."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        sites = make_sites(config, IDS, folder)
+        self.site: Site = sites[IDS[0]]
+        self.said: list[str] = []
+        self.site.notify = self.said.append
+        self.messages: list[bytes] = []
+        method, model, initial = requirements.chosen(config), self.site.loaded.context.model, self.site.loaded.initial
+        transport = MemoryTransport({name: site.answer for name, site in sites.items()})
+        transport.mishap = lambda node, head, content: self.messages.append(content) if node == IDS[0] else None
+        coordinator = Coordinator(transport, config, method, folder, lambda line: None)
+        clients = coordinator.gather()
+        shapes = agreement.shapes(model.modules(), initial)
+        clients = coordinator.agree(self.site.loaded.base, shapes, initial, clients)
+        coordinator.enrol()
+        template = model.template(4, config.adapter.alpha, config.adapter.rslora, config.seed, len(clients))
+        state = RunState(method.init(template, initial))
+        for _ in range(2):
+            state, record = conduct(method, state, clients, coordinator, sums=config.privacy.secure_sums)
+            assert record["rejected"] == {}
+        self._train_once()
+
+    def _train_once(self) -> None:
+        """Have the site train no more: its work is not what is tested here."""
+        held: dict[bool, Any] = {}
+        train = self.site.work._executor.train
+
+        def trained(given: Any, round_num: int, engine: str) -> Any:
+            kind = given[0].broadcast.recipe.gradient
+            if kind not in held:
+                held[kind] = list(train(given, round_num, engine))
+            return held[kind]
+
+        self.site.work._executor = SimpleNamespace(train=trained)
+
+    def answer(self, content: bytes) -> dict[str, Any]:
+        """Return the head of the answer, which must be one that a server takes."""
+        self.site._checks._newest = ("", 0)
+        head, _ = protocol.decode(self.site.answer(content))
+        return dict(schema.introduction(head) if "terms" in head else schema.answer(head))
+
+
+@pytest.fixture(scope="module")
+def asked(bases: dict[str, Path], texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    made: dict[str, Asked] = {}
+
+    def ask(name: str) -> Asked:
+        if name not in made:
+            config = tiny.config(
+                bases["bert"],
+                texts,
+                name,
+                adapter={"target_modules": ["query", "value"]},
+                federation={"rounds": 3, "participation": 1.0, "num_clients": len(IDS)},
+                engine={"name": "sequential"},
+                deployment={"wait": 20, "deadline": 30},
+                **METHODS[name],
+            )
+            made[name] = Asked(config, tmp_path_factory.mktemp(name) / "sites")
+        return made[name]
+
+    return ask
+
+
+def files_outside(folder: Path) -> set[Path]:
+    return {path for path in folder.parents[1].rglob("*") if folder not in (path, *path.parents)}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_but_answers_comes_of_messages_that_lie(asked: Any, name: str) -> None:
+    made: Asked = asked(name)
+    folder = made.site.folder
+    outside = files_outside(folder)
+    codes: list[str] = []
+
+    @given(st.integers(0, 10**6), st.integers(0, 2**62))
+    @settings(max_examples=EXAMPLES, **SETTINGS)
+    def ask(which: int, seed: int) -> None:
+        head = made.answer(mutated(made.messages[which % len(made.messages)], seed))
+        codes.append(str(head.get("code", "answered")))
+
+    ask()
+    assert files_outside(folder) == outside
+    assert all(len(path.relative_to(folder).parts) <= 3 for path in folder.rglob("*"))
+    # Some mutations change nothing that counts. An error of the site's own would be a defect that a message reached.
+    assert codes.count("failed") == 0, [line for line in made.said if "(failed)" in line or "File" in line][-12:]
+    assert codes.count("unreadable") > EXAMPLES / 4
+
+
+NAMES = ["../../x", "..", "/tmp", ".x", "a/b", "", "x" * 65, "\u0440un", "run\n", "-x", None, 7, ["x"]]
+
+
+@pytest.mark.parametrize("kind", ["ask", "advertise", "share", "unmask"])
+@pytest.mark.parametrize("field", ["run", "session"])
+def test_a_name_that_is_a_path_is_refused_at_the_door(asked: Any, kind: str, field: str) -> None:
+    """For every kind of message, also for those that wrote a record under the run's name without looking at it."""
+    made: Asked = asked("ffa_lora")
+    content = next(c for c in made.messages if protocol.decode(c)[0]["kind"] == kind)
+    before = {path for path in made.site.folder.parents[1].rglob("*")}
+    for name in NAMES:
+        parts = Parts.of(content)
+        message = parts.head["message"]
+        holder = message["sum"] if (kind, field) == ("ask", "session") else message
+        holder[field] = name
+        assert made.answer(parts.put_together())["code"] == "unreadable", name
+        assert f"{field} = " in made.said[-1]
+        assert made.said[-1].isprintable()
+    assert {path for path in made.site.folder.parents[1].rglob("*")} == before
+
+
+def test_clients_that_are_named_like_paths_are_refused_everywhere(asked: Any) -> None:
+    made: Asked = asked("ffa_lora")
+    for content in made.messages:
+        parts = Parts.of(content)
+        message = parts.head["message"]
+        for holder, key in ((message, "keys"), (message.get("sum", {}), "shares"), (message, "survivors")):
+            if key not in holder:
+                continue
+            listed = holder[key]
+            holder[key] = [*listed, "../x"] if isinstance(listed, list) else {**listed, "../x": 0}
+            assert made.answer(parts.put_together())["code"] == "unreadable"
+            holder[key] = listed
+
+
+def test_a_patch_for_other_modules_is_not_kept(asked: Any) -> None:
+    """Else a server could fill the site's disk with what no model holds."""
+    made: Asked = asked("flora")
+    content = next(c for c in made.messages if protocol.decode(c)[0].get("patch", {}).get("news"))
+    for change in ("name", "shape"):
+        parts = Parts.of(content)
+        (news, *_) = parts.head["message"]["patch"]["news"]
+        name = next(iter(news))
+        if change == "name":
+            news["x"] = news.pop(name)
+        else:
+            news[name] = news[name][:1]
+        parts.head["message"]["patch"]["version"] = 9
+        assert made.answer(parts.put_together())["code"] == "refused"
+        assert "a patch of" in made.said[-1]
+    assert not list(made.site.folder.rglob("patch-9.safetensors"))

@@ -7,7 +7,6 @@ address is built from the name of the call alone, so that no path in a request c
 from __future__ import annotations
 
 import argparse
-import re
 import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -20,9 +19,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from fedspan.flower.fleet_calls import call_name
+
 MAX_BYTES = 64 << 20
 """Largest request; Flower sends large messages in pieces of 5 MiB."""
-_CALL = re.compile(r"/v1/fleet/([a-z]+(?:-[a-z]+)*)")
 # Headers of one connection rather than of the message (RFC 9110, 7.6.1).
 _CONNECTION_HEADERS = {
     *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer"),
@@ -53,7 +53,7 @@ def create(upstream: str, ca: Path) -> Starlette:
     async def answer(request: Request) -> Response:
         # The path as it was sent: it must not be decoded or normalised before it is checked.
         path = request.scope["raw_path"].decode("ascii", errors="replace")
-        call = _CALL.fullmatch(path)
+        call = call_name(path)
         if call is None or request.method != "POST":
             return _forbidden()
         try:
@@ -62,7 +62,7 @@ def create(upstream: str, ca: Path) -> Starlette:
             return PlainTextResponse("too large", 413)
         except ClientDisconnect:
             return Response(status_code=499)
-        return await _forward(request, f"https://{upstream}/v1/fleet/{call[1]}", content)
+        return await _forward(request, f"https://{upstream}/v1/fleet/{call}", content)
 
     async def forbid(request: Request, error: Exception) -> Response:
         return _forbidden()

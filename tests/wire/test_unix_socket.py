@@ -101,14 +101,17 @@ def test_a_worker_of_another_account_is_not_called(tmp_path: Path) -> None:
         listening.listen()
         impostor(listening, heard)
 
-    with another_account(squat, prepare):
-        with pytest.raises(CallFailed, match=f"a process of user id {NOBODY} is at the other end"):
-            while True:
-                try:
-                    pytest.fail(f"it was called, and answered {call(tmp_path, b'a secret', 5)!r}")
-                except CallFailed as error:
-                    if "refused" not in str(error):  # not listening yet
-                        raise
+    def call_when_it_listens() -> bytes:
+        while True:
+            try:
+                return call(tmp_path, b"a secret", 5)
+            except CallFailed as error:
+                if "refused" not in str(error):  # it listens
+                    raise
+
+    refusal = f"a process of user id {NOBODY} is at the other end"
+    with another_account(squat, prepare), pytest.raises(CallFailed, match=refusal):
+        call_when_it_listens()
 
 
 @pytest.mark.parametrize("part", ["folder", "socket"])

@@ -17,6 +17,7 @@ from typing import Any
 
 from fedspan.flower.access import ANY_LOCAL_USER, GuardedUvicorn, guard
 from fedspan.flower.backoff import Backoff, shorten_pull_backoff
+from fedspan.flower.site_clock import watch_clock
 from fedspan.support.errors import FedspanError
 
 POLL = 1.0
@@ -94,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         poll, rest = split_arguments(sys.argv[1:] if arguments is None else arguments)
         shorten_sleeps(poll)
+        watch_clock()
         guard(command, GuardedUvicorn(any_local_user=ANY_LOCAL_USER in rest), "uvicorn.Config(")
     except FedspanError as error:
         raise SystemExit(f"error: {error}") from None

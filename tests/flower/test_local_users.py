@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +21,18 @@ from fedspan.config import load
 from fedspan.flower import local_peers, node_keys, trial
 from fedspan.flower.deployment import Deployment
 from fedspan.flower.process_tree import ProcessTree
+from fedspan.flower.runtime import Runtime, SuperNodeLost
 
 NOBODY = 65534
 OTHER = Path(__file__).with_name("other_account.py")
+SHOW = """
+import json, os, sys
+place = sys.argv[sys.argv.index("--token-file") + 1]
+assert os.path.isfile(place)
+shown = {{"command": open("/proc/self/cmdline").read().split("\\0")[1:-1], "token": open(place).read()}}
+json.dump(shown, open("{folder}/new", "w"))
+os.rename("{folder}/new", "{folder}/shown")
+"""
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another account")
 
 
@@ -87,6 +100,53 @@ def test_another_account_of_a_sites_machine_reaches_nothing(machine: Machine) ->
     assert set(other.values()) == {403}
     assert own["/health"] == 200
     assert own["/v1/runtime/acquire-task"] == 401  # it wants the site's secret too
+
+
+@needs_root
+def test_a_site_sends_nothing_to_another_account_that_took_its_supernodes_port() -> None:
+    """Whoever made a task up would otherwise be given the answer."""
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        os.setuid(NOBODY)
+        taken = socket.create_server(("127.0.0.1", 0))
+        os.write(writing, f"{taken.getsockname()[1]}\n".encode())
+        while True:
+            channel, _ = taken.accept()
+            os.write(writing, channel.recv(4096))
+    os.close(writing)
+    try:
+        with open(reading, "rb", buffering=0) as heard:
+            port = int(heard.read(100))
+            with closing(Runtime(f"127.0.0.1:{port}")) as runtime:
+                with pytest.raises(SuperNodeLost, match=f"port {port} belongs to user id {NOBODY}"):
+                    runtime.acquire()
+                runtime.heartbeat()
+            assert select.select([heard], [], [], 0.5)[0] == []
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_runs_token_is_on_no_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "flwr-serverapp"
+    program.write_text(f"#!{sys.executable}\n" + SHOW.format(folder=str(tmp_path)))
+    program.chmod(0o755)
+    code = (
+        "from fedspan.flower import server_app_starter as starter; starter.hide_tokens()\n"
+        "from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor as Executor\n"
+        "from flwr.supercore.superexec.executor.types import ExecutionSpec as Spec\n"
+        "from flwr.supercore.constant import TaskType\n"
+        "Executor().launch(Spec(TaskType.SERVER_APP, 'localhost:1', 'a-token', True, None, False, None, True, 1, None))"
+    )
+    environment = {**os.environ, "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
+    end = time.monotonic() + 20
+    while not (tmp_path / "shown").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    shown = json.loads((tmp_path / "shown").read_text())
+    assert shown["token"] == "a-token"
+    assert "a-token" not in " ".join(shown["command"])
+    assert shown["command"][1:3] == ["--runtime-api-address", "localhost:1"]
 
 
 def test_a_system_that_does_not_tell_accounts_apart_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

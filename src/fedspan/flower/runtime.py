@@ -161,7 +161,7 @@ class Runtime:
                 return
             try:
                 self._client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
-            except (httpx.HTTPError, OSError):
+            except (httpx.HTTPError, OSError, SuperNodeLost):
                 return  # the next heartbeat, or the answer itself, reports a lasting problem
 
     def stop_retrying(self) -> None:

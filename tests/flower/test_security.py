@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shutil
@@ -11,9 +12,10 @@ import sys
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -28,9 +30,10 @@ from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from starlette.requests import Request
 
 from fedspan.config import load
-from fedspan.flower import certificates, node_keys, trial
+from fedspan.flower import certificates, node_keys, proxy, trial
 from fedspan.flower.deployment import Deployment
 from fedspan.flower.process_tree import ProcessTree
 from fedspan.flower.runtime import Runtime, SuperNodeLost
@@ -359,6 +362,43 @@ def test_a_registered_nodes_large_body_passes_through_the_proxy_part_by_part(ser
     assert set(statuses) <= {400, 401, 415, 422, 500}, statuses
     assert 401 not in statuses
     assert largest_memory("fedspan.flower.proxy", place) - before < 20 << 20
+
+
+def sent(parts: Sequence[bytes], seconds: float) -> Request:
+    """A request whose parts come one after the other, each after some seconds."""
+
+    async def receive() -> dict[str, object]:
+        await asyncio.sleep(seconds)
+        return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
+
+    left = list(parts)
+    return Request({"type": "http", "method": "POST", "headers": []}, receive)
+
+
+@pytest.mark.parametrize(
+    ("parts", "seconds", "status"), [(3, 0.2, 408), (30, 0.02, 408), (5, 0.0, 413), (4, 0.0, None), (3, 0.05, None)]
+)
+def test_the_proxy_waits_for_no_body_for_ever(
+    monkeypatch: pytest.MonkeyPatch, parts: int, seconds: float, status: int | None
+) -> None:
+    """Neither for its next part nor, in all, for a body that trickles in; and it passes on no more than it should."""
+    monkeypatch.setattr(proxy, "_PAUSE", 0.1)
+    limits = SimpleNamespace(value=(4000, 0.3))
+
+    async def passed() -> list[bytes]:
+        return [
+            part
+            async for part in proxy._body(
+                sent([b"x" * 1000] * parts if seconds == 0 else [b"x"] * parts, seconds), limits
+            )
+        ]
+
+    if status is None:
+        assert sum(map(len, asyncio.run(passed()))) == parts * (1000 if seconds == 0 else 1)
+    else:
+        with pytest.raises(proxy._Refused) as refused:
+            asyncio.run(passed())
+        assert refused.value.status == status
 
 
 @pytest.mark.parametrize("ahead", [60, -400])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import httpx
 from flwr.app import Context, Message
@@ -62,11 +64,18 @@ class _OwnServer:
         self._port = int(address.rpartition(":")[2])
 
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        context.request.extensions["trace"] = self._on_event
+        return call_next(context)
+
+    def _on_event(self, name: str, info: Mapping[str, Any]) -> None:
+        # When a connection has been made, before anything is sent through it; not for each of its requests, because the
+        # kernel takes milliseconds to list its sockets.
+        if not name.endswith("connect_tcp.complete"):
+            return
         # Whoever had taken the port while the SuperNode was away would otherwise be given the site's answers.
         strangers = local_peers.listening_users(self._port) - local_peers.allowed_users()
         if strangers:
             raise SuperNodeLost(f"port {self._port} belongs to user id {min(strangers)}: expected this account's")
-        return call_next(context)
 
 
 class Runtime:

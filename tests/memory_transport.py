@@ -30,11 +30,16 @@ class MemoryTransport:
     mishap: Callable[[str, dict[str, Any], bytes], bytes | str | None] | None = None
     """(node, head of the message, the message) -> other bytes to answer, a one-line error, or "" for silence; None:
     the site answers."""
+    bound: dict[str, str] | None = None
+    """Node -> the client for which it may speak; None: every node may speak for any."""
     _due: list[tuple[float, Delivery]] = field(default_factory=list)
     _count: int = 0
 
     def nodes(self) -> list[str]:
         return sorted(self.handlers)
+
+    def client_of(self, node: str) -> str | None:
+        return None if self.bound is None else self.bound[node]
 
     def send(self, messages: Sequence[tuple[str, bytes]], lifetime: float) -> list[str]:
         tickets = []

@@ -293,7 +293,7 @@ def test_a_run_is_started_twice(up: Deployed, tmp_path: Path, outcomes: Outcome)
 
 def test_the_superlink_is_killed(up: Deployed, tmp_path: Path, outcomes: Outcome) -> None:
     run = in_round_2(up, "superlink")
-    up.kill("flower-superlink")
+    up.kill("fedspan.flower.superlink")
     killed = time.monotonic()
     until(lambda: up.ended("superlink") is not None, 20, "the SuperLink ends")
     time.sleep(3)

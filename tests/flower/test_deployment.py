@@ -24,6 +24,7 @@ from fedspan.data.load import load as load_corpus
 from fedspan.federation.clients import make_clients
 from fedspan.flower import certificates, deployment, node_keys, trial
 from fedspan.flower.log_levels import ENVIRONMENT
+from fedspan.flower.node_clients import NodeClients
 from fedspan.site.settings import SiteSettings
 
 SITES = ("charite", "mayo", "ucl")
@@ -412,3 +413,66 @@ def test_a_trial_refuses_what_is_no_trial(made: Path, tmp_path: Path, monkeypatc
     with pytest.raises(ValueError, match=r"nginx is not installed: install it .* or use .* --proxy python"):
         trial.choose_proxy("nginx")
     assert trial.choose_proxy("auto") == "python"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        (["hosts"], [], "hosts is empty"),
+        (["hosts"], ["not a host"], "host 'not a host'"),
+        (["hosts"], [5], "host 5: expected a DNS name"),
+        (["hosts"], 5, "holds no deployment"),
+        (["port"], "8443; rm -rf /", "port '8443; rm -rf /': expected one between"),
+        (["port"], 70000, "port 70000"),
+        (["port"], True, "port True"),
+        (["superlink_port"], None, "port None"),
+        (["superlink_port"], 8443, "port 8443 collides"),
+        (["sites"], [], "no sites"),
+        (["sites", 0, "name"], "../mayo", "site '../mayo'"),
+        (["sites", 0, "name"], 3, "site 3"),
+        (["sites", 0, "name"], "mayo", "site 'mayo' is named twice"),
+        (["sites", 0, "client_id"], 'x"; y', "client_id 'x\"; y'"),
+        (["sites", 0, "client_id"], "client-1", "client_id 'client-1' is given twice"),
+        (["sites", 0, "runtime_port"], -1, "port -1"),
+        (["sites", 0], "mayo", "holds no deployment"),
+    ],
+)
+def test_an_edited_record_is_checked(
+    made: Path, tmp_path: Path, path: list[str | int], value: object, expected: str
+) -> None:
+    record = json.loads((made / "deployment.json").read_text())
+    inner = record
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    (tmp_path / "deployment.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=re.escape(expected)) as refused:
+        deployment.read(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_every_sites_key_is_bound_to_its_client_id(made: Path) -> None:
+    bound = NodeClients(made / "server")
+    keys = node_keys.read_keys(made / "server/nodes")
+    assert [bound.client_of(keys[name]) for name in SITES] == deployment.client_ids(len(SITES))
+    with pytest.raises(ValueError, match=r"its key is not in .*nodes: expected the key of a site"):
+        bound.client_of(b"another")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "cannot be read"),
+        ("{", "cannot be read"),
+        ("[]", "holds something else"),
+        ('{"charite": 3}', "holds something else"),
+        ('{"charite": "a", "mayo": "a"}', "gives two sites one client id"),
+        ('{"mayo": "a"}', "gives the site charite no client id"),
+    ],
+)
+def test_damaged_bindings_are_refused(made: Path, tmp_path: Path, content: str | None, expected: str) -> None:
+    shutil.copytree(made / "server/nodes", tmp_path / "nodes")
+    if content is not None:
+        (tmp_path / "clients.json").write_text(content)
+    with pytest.raises(ValueError, match=expected):
+        NodeClients(tmp_path).client_of(node_keys.read_keys(made / "server/nodes")["charite"])

@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from grids import Field, field
 
-from fedspan.flower import records
+from fedspan.flower import node_clients, records
 from fedspan.flower.backoff import Backoff
 from fedspan.flower.client_app import SHARE, client_app
 from fedspan.flower.grid_transport import GridTransport
@@ -274,3 +274,17 @@ def test_the_backoff_is_a_quarter_of_the_wait_within_its_bounds() -> None:
     assert backoff.seconds() == 0.1
     with pytest.raises(ValueError, match="poll = 0"):
         Backoff(0.0)
+
+
+def test_a_node_may_speak_for_the_client_of_its_key_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with field(client_app(echo, HERE), client_app(echo, HERE)) as made:
+        assert GridTransport(made.grid, "test").client_of(str(made.nodes[0])) is None
+        known = {info.node_id: info.public_key for info in made.grid.get_nodes()}
+        monkeypatch.setattr(node_clients, "read_keys", lambda folder: {"north": known[made.nodes[0]]})
+        (tmp_path / "clients.json").write_text('{"north": "client-0", "south": "client-1"}')
+        transport = GridTransport(made.grid, "test", node_clients.NodeClients(tmp_path))
+        assert transport.client_of(str(made.nodes[0])) == "client-0"
+        with pytest.raises(ValueError, match="its key is not in"):
+            transport.client_of(str(made.nodes[1]))
+        with pytest.raises(ValueError, match="not connected any more"):
+            transport.client_of("12345")

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import re
 import shutil
 import socket
 import ssl
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -18,14 +24,16 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.proto.control_pb2 import ListNodesRequest
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, RegisterNodeFleetRequest
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.date import now
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
-from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
+from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes, sign_message
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from starlette.requests import Request
 
 from fedspan.config import load
-from fedspan.flower import certificates, node_keys, trial
+from fedspan.flower import certificates, node_keys, proxy, trial
 from fedspan.flower.deployment import Deployment
 from fedspan.flower.process_tree import ProcessTree
 from fedspan.flower.runtime import Runtime, SuperNodeLost
@@ -67,14 +75,16 @@ class Server:
         finally:
             client.close()
 
-    def start_node(self, name: str, key: Path, ca: Path, port: int) -> int:
+    def start_node(
+        self, name: str, key: Path, ca: Path, port: int, environment: Mapping[str, str] | None = None
+    ) -> int:
         """The port of its runtime API, which asks for the site's runtime key."""
         runtime = trial.free_ports(1)[0]
         command = [sys.executable, "-m", "fedspan.flower.node", "--superlink", f"localhost:{port}"]
         command += ["--root-certificates", str(ca), "--auth-supernode-private-key", str(key)]
         command += ["--isolation", "process", "--host", "127.0.0.1", "--port", str(runtime)]
         command += ["--superexec-auth-secret-file", str(key.with_name("runtime.key"))]
-        self.tree.start(name, command, self.folder, {"FLWR_HOME": str(self.folder / "home")})
+        self.tree.start(name, command, self.folder, {"FLWR_HOME": str(self.folder / "home"), **(environment or {})})
         return runtime
 
     def log(self, name: str) -> str:
@@ -276,6 +286,142 @@ def test_a_second_request_cannot_be_hidden_in_a_first(server: Server, kind: str)
             continue  # hung up on
         assert status >= 400
     assert upstream_requests(server) == before
+
+
+def largest_memory(words: str, folder: Path) -> int:
+    """Bytes of memory that the process of this deployment with these words on its command line ever had."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if words in line and Path(entry / "cwd").resolve() == folder:
+                (peak,) = (row for row in (entry / "status").read_text().splitlines() if row.startswith("VmHWM:"))
+                return 1024 * int(peak.split()[1])
+        except OSError:
+            continue
+    raise AssertionError(f"no process with {words}")
+
+
+def flood(server: Server, port: int, signing: Key | None, num: int, size: int) -> list[int]:
+    """Send `num` bodies of `size` bytes at the same time, all but their last byte; return the answers' statuses."""
+    head = f"Host: localhost\r\nContent-Length: {size}\r\nContent-Type: {PROTOBUF_MEDIA_TYPE}\r\n"
+    if signing is not None:
+        stamp = now().isoformat()
+        signature = b64encode(sign_message(signing, stamp.encode())).decode()
+        key = b64encode(public_key_to_bytes(signing.public_key())).decode()
+        head += f"flwr-public-key: {key}\r\nflwr-timestamp: {stamp}\r\nflwr-signature: {signature}\r\n"
+    trust, statuses = ssl.create_default_context(cafile=str(server.ca)), []
+    finish = threading.Event()
+
+    def send() -> None:
+        with (
+            socket.create_connection(("127.0.0.1", port), 30) as plain,
+            trust.wrap_socket(plain, server_hostname="localhost") as channel,
+        ):
+            try:
+                channel.sendall(f"POST /v1/fleet/push-object HTTP/1.1\r\n{head}\r\n".encode())
+                for _ in range((size - 1) >> 20):
+                    channel.sendall(bytes(1 << 20))
+                finish.wait(10)
+                channel.sendall(bytes(size - ((size - 1) >> 20 << 20)))
+            except OSError:
+                pass  # it has its answer already
+            try:
+                statuses.append(int(channel.recv(1000).split()[1]))
+            except (OSError, IndexError):
+                statuses.append(0)
+
+    threads = [threading.Thread(target=send) for _ in range(num)]
+    for thread in threads:
+        thread.start()
+    time.sleep(3)
+    finish.set()
+    for thread in threads:
+        thread.join(60)
+    return statuses
+
+
+@pytest.mark.parametrize("kind", PROXIES)
+def test_strangers_cannot_fill_the_servers_memory(server: Server, kind: str) -> None:
+    """Fifteen bodies of 64 MB at once: neither the proxy nor the SuperLink behind it holds them."""
+    place = (server.folder / "server").resolve()
+    programs = ["fedspan.flower.superlink", *(["fedspan.flower.proxy"] if kind == "python" else [])]
+    stranger = generate_key_pairs()[0]
+    before = {program: largest_memory(program, place) for program in programs}
+    for signing in (None, stranger):
+        statuses = flood(server, server.ports[kind], signing, 15, (64 << 20) - 1)
+        assert set(statuses) <= {401, 0}, statuses
+    for program in programs:
+        assert largest_memory(program, place) - before[program] < 40 << 20, program
+
+
+def test_a_registered_nodes_large_body_passes_through_the_proxy_part_by_part(server: Server) -> None:
+    place = (server.folder / "server").resolve()
+    before = largest_memory("fedspan.flower.proxy", place)
+    statuses = flood(server, server.ports["python"], server.key("north"), 3, 20 << 20)
+    # The SuperLink has read them, and they are no messages.
+    assert set(statuses) <= {400, 401, 415, 422, 500}, statuses
+    assert 401 not in statuses
+    assert largest_memory("fedspan.flower.proxy", place) - before < 20 << 20
+
+
+def sent(parts: Sequence[bytes], seconds: float) -> Request:
+    """A request whose parts come one after the other, each after some seconds."""
+
+    async def receive() -> dict[str, object]:
+        await asyncio.sleep(seconds)
+        return {"type": "http.request", "body": left.pop(0), "more_body": bool(left)}
+
+    left = list(parts)
+    return Request({"type": "http", "method": "POST", "headers": []}, receive)
+
+
+@pytest.mark.parametrize(
+    ("parts", "seconds", "status"), [(3, 0.2, 408), (30, 0.02, 408), (5, 0.0, 413), (4, 0.0, None), (3, 0.05, None)]
+)
+def test_the_proxy_waits_for_no_body_for_ever(
+    monkeypatch: pytest.MonkeyPatch, parts: int, seconds: float, status: int | None
+) -> None:
+    """Neither for its next part nor, in all, for a body that trickles in; and it passes on no more than it should."""
+    monkeypatch.setattr(proxy, "_PAUSE", 0.1)
+    limits = SimpleNamespace(value=(4000, 0.3))
+
+    async def passed() -> list[bytes]:
+        return [
+            part
+            async for part in proxy._body(
+                sent([b"x" * 1000] * parts if seconds == 0 else [b"x"] * parts, seconds), limits
+            )
+        ]
+
+    if status is None:
+        assert sum(map(len, asyncio.run(passed()))) == parts * (1000 if seconds == 0 else 1)
+    else:
+        with pytest.raises(proxy._Refused) as refused:
+            asyncio.run(passed())
+        assert refused.value.status == status
+
+
+@pytest.mark.parametrize("ahead", [60, -400])
+def test_a_wrong_clock_is_named_at_both_ends(server: Server, ahead: int, tmp_path: Path) -> None:
+    """Flower refuses what such a site signs, and its SuperNode ends without a word."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import datetime, flwr.supercore.date as date\nright = date.now\n"
+        f"date.now = lambda: right() + datetime.timedelta(seconds={ahead})\n"
+    )
+    key, name = server.folder / "sites/south/node.key", f"south-{ahead}"
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    server.start_node(name, key, server.ca, server.plan.port, {"PYTHONPATH": paths})
+    end = time.monotonic() + 40
+    while server.tree.ended(name) is None and time.monotonic() < end:
+        time.sleep(0.1)
+    assert server.tree.ended(name) is not None
+    side = "ahead of" if ahead > 0 else "behind"
+    for part, clock in ((name, "this machine's clock"), ("superlink", "south's clock")):
+        found = re.search(
+            rf"{clock} is about (\d+) s {side} the server's: expected at most 5 s ahead", server.log(part)
+        )
+        assert found is not None, server.log(part)[-2000:]
+        assert abs(int(found[1]) - abs(ahead)) <= 2
 
 
 @pytest.mark.parametrize("kind", PROXIES)

@@ -136,3 +136,20 @@ def test_a_damaged_list_of_sites_ends_the_run_in_one_line(tmp_path: Path) -> Non
         (tmp_path / "sites.json").write_bytes(content)
         with pytest.raises(FedspanError, match=r"sites.json is damaged"):
             registry(tmp_path, {}, []).gather()
+
+
+def test_a_site_cannot_speak_for_another(tmp_path: Path) -> None:
+    """Whichever of the two introduces itself first, the real one is a member and the other is refused by name."""
+    for impostor_first in (True, False):
+        lines: list[str] = []
+        folder = tmp_path / str(impostor_first)
+        nodes = {"a": introduced(), "b": introduced()} if impostor_first else {"b": introduced()}
+        sites = registry(folder, {}, lines)
+        sites.transport.bound = {"a": "bank", "b": "clinic"}
+        sites.transport.handlers.update({node: lambda content, answer=answer: answer for node, answer in nodes.items()})
+        sites.greet()
+        sites.transport.handlers["a"] = lambda content: introduced()
+        sites.transport.sleep(5)
+        sites.greet()
+        assert [member.node for member in sites.members.values()] == ["b"]
+        assert "a node is not taken in: node a: says that it is 'clinic': its key is that of bank" in "".join(lines)

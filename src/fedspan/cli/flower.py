@@ -1,4 +1,4 @@
-"""`fedspan flower`: write a deployment, try it on this machine, replace a site's keys."""
+"""`fedspan flower`: write a deployment, try it on this machine, replace a site's keys, lock its packages."""
 
 from __future__ import annotations
 
@@ -140,6 +140,34 @@ def keys(
         f"send {folder / 'node.pub'} to the server, replace the old key in nodes/ with it, and run ./register.sh there"
     )
     typer.echo(f'put this line into sites.json at the server and at every site: "{client_id}": "{identity}"')
+
+
+@app.command(cls=PlainCommand, short_help="Write down a deployment's exact packages.")
+def lock(
+    folder: _Folder,
+    find_links: Annotated[
+        list[str] | None,
+        typer.Option("--find-links", metavar="DIR", help="A folder of wheels, such as fedspan's own; may be repeated."),
+    ] = None,
+    no_index: Annotated[
+        bool, typer.Option("--no-index", help="Take packages from those folders only, not from pip's index.")
+    ] = False,
+) -> None:
+    """Write requirements.lock: the version and SHA-256 hash of every package that pip would install here now.
+
+    \b
+    Example:
+      fedspan flower lock fed --find-links dist
+
+    It is put beside the wheels of each container in DIR and used when an image is built. Without containers:
+    pip install --require-hashes -r requirements.lock. It is valid for this Python version and this kind of machine.
+    """
+    from fedspan.flower import requirements_lock
+
+    arguments = [word for place in find_links or () for word in ("--find-links", place)]
+    written = requirements_lock.write(folder, [*arguments, *(["--no-index"] if no_index else [])])
+    for path in written:
+        typer.echo(str(path))
 
 
 def _federation(path: Path | None, sites: str | None, settings: list[str] | None) -> tuple[list[str], Config]:

@@ -310,6 +310,9 @@ class DeploymentConfig(Section):
     """Number of rounds for which an unresponsive site is left out."""
     poll: Annotated[float, Field(gt=0, le=10)] = 0.1
     """Seconds between two looks for answers."""
+    same_libraries: bool = False
+    """Refuse sites whose torch, transformers, peft or flwr is of another version than the server's, which may change
+    results in the last bits; otherwise the difference is reported. fedspan's own version must be the same anyway."""
 
 
 class EngineConfig(Section):

@@ -113,6 +113,19 @@ def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text[:64])])
 
 
+def check_host(host: str) -> None:
+    """Check that a certificate can be valid for a host.
+
+    Raises
+    ------
+    FedspanError
+        When it is neither a DNS name nor an IP address.
+    """
+    if not isinstance(host, str):
+        raise FedspanError(f"host {host!r}: expected a DNS name or an IP address, such as fed.example.org or 10.0.0.5")
+    _alternative(host)
+
+
 def _alternative(host: str) -> x509.GeneralName:
     """Return a host in the form of a certificate's alternative names."""
     try:

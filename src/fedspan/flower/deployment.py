@@ -95,7 +95,7 @@ def plan(
 
 def _check_names(sites: Sequence[str]) -> None:
     for name in sites:
-        if not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise FedspanError(f"site {name!r}: expected lower-case letters, digits and dashes, 32 at most")
         if list(sites).count(name) > 1:
             raise FedspanError(f"site {name!r} is named twice: expected different names")
@@ -105,8 +105,8 @@ def _check_names(sites: Sequence[str]) -> None:
 
 def _check_ports(port: int, behind: int, inner: Sequence[int]) -> None:
     for number in (port, behind, *inner):
-        if not 0 < number < 65536:
-            raise FedspanError(f"port {number}: expected one between 1 and 65535")
+        if type(number) is not int or not 0 < number < 65536:
+            raise FedspanError(f"port {number!r}: expected one between 1 and 65535")
     if len({port, behind, *inner}) < 2 + len(inner):
         raise FedspanError(
             f"port {port} collides with the SuperLink's port {behind} or one of the sites' ports {inner[0]} to "
@@ -156,14 +156,42 @@ def read(folder: Path) -> Deployment:
     Raises
     ------
     FedspanError
-        When there is none.
+        When there is none, or a value in it is not valid.
     """
+    path = folder / _RECORD
     try:
-        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
         sites = tuple(SitePlan(**site) for site in record["sites"])
-        return Deployment(tuple(record["hosts"]), int(record["port"]), int(record["superlink_port"]), sites)
+        read = Deployment(tuple(record["hosts"]), record["port"], record["superlink_port"], sites)
     except (OSError, ValueError, KeyError, TypeError):
         raise FedspanError(f"{folder} holds no deployment: expected a folder made by `fedspan flower init`") from None
+    try:
+        _check(read)
+    except FedspanError as error:
+        raise FedspanError(f"{path}: {error}") from None
+    return read
+
+
+def _check(deployment: Deployment) -> None:
+    """Check the values of a deployment, which a person may have edited.
+
+    Raises
+    ------
+    FedspanError
+        For a name, host or port that is not valid.
+    """
+    if not deployment.hosts:
+        raise FedspanError("hosts is empty: expected the server's name or address")
+    for host in deployment.hosts:
+        certificates.check_host(host)
+    _check_names([site.name for site in deployment.sites])
+    for site in deployment.sites:
+        if not isinstance(site.client_id, str) or not _NAME.fullmatch(site.client_id):
+            raise FedspanError(f"client_id {site.client_id!r}: expected lower-case letters, digits and dashes")
+    ids = [site.client_id for site in deployment.sites]
+    if len(set(ids)) < len(ids):
+        raise FedspanError(f"client_id {max(ids, key=ids.count)!r} is given twice: expected different ones")
+    _check_ports(deployment.port, deployment.superlink_port, [site.runtime_port for site in deployment.sites])
 
 
 def renew_keys(site: Path) -> tuple[str, str]:
@@ -228,6 +256,8 @@ def _files(deployment: Deployment, config: Config) -> Iterator[_File]:
         yield f"server/{path}", content, mode
     yield "server/config.toml", settings, _OPEN
     yield "server/sites.json", peers, _OPEN
+    # Beside nodes/, which has the key of each site: no site can take another one's place.
+    yield "server/clients.json", _json({site.name: site.client_id for site in deployment.sites}), _OPEN
     yield "server/ca.crt", authority.public, _OPEN
     yield "server/server.crt", server.public, _OPEN
     yield "server/server.key", server.private, _SECRET

@@ -18,7 +18,8 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPu
 
 from fedspan.flower import records
 from fedspan.flower.backoff import shorten_pull_backoff
-from fedspan.support.errors import one_line
+from fedspan.flower.node_clients import NodeClients
+from fedspan.support.errors import FedspanError, one_line
 from fedspan.wire.refusals import unpacked
 from fedspan.wire.transport import Delivery
 
@@ -49,11 +50,13 @@ class GridTransport:
     ----------
     group
         Group name of the messages in Flower's log, one for each of our runs.
+    clients
+        The client ids of the nodes' keys; None: nodes have no keys, as in a simulation.
     """
 
-    def __init__(self, grid: Grid, group: str) -> None:
+    def __init__(self, grid: Grid, group: str, clients: NodeClients | None = None) -> None:
         shorten_pull_backoff()
-        self._grid, self._group = grid, group
+        self._grid, self._group, self._clients = grid, group, clients
         self._waiting: dict[str, str] = {}
         """Ticket -> node."""
         self._unsent: deque[Delivery] = deque()
@@ -64,6 +67,21 @@ class GridTransport:
     def nodes(self) -> list[str]:
         """Return Flower's ids of the connected SuperNodes, sorted."""
         return [str(node) for node in sorted(self._retry(lambda: list(self._grid.get_node_ids())))]
+
+    def client_of(self, node: str) -> str | None:
+        """Return the client id to which the key of a node belongs; None where nodes have no keys.
+
+        Raises
+        ------
+        FedspanError
+            When the key belongs to no client, or the node is gone.
+        """
+        if self._clients is None:
+            return None
+        keys = {str(info.node_id): info.public_key for info in self._retry(lambda: list(self._grid.get_nodes()))}
+        if node not in keys:
+            raise FedspanError("the node is not connected any more")
+        return self._clients.client_of(keys[node])
 
     def send(self, messages: Sequence[tuple[str, bytes]], lifetime: float) -> list[str]:
         """Send messages and return their tickets; one that Flower rejects comes back from `poll` with an error."""

@@ -1,19 +1,23 @@
-"""`python -m fedspan.flower.node [--poll SECONDS] ARGUMENTS`: Flower's `flower-supernode` with a shorter poll.
+"""`python -m fedspan.flower.node [--poll SECONDS] [--any-local-user] ARGUMENTS`: Flower's `flower-supernode`, adapted.
 
 Flower's SuperNode sleeps for 3 seconds whenever it finds no message, and polls for its ClientApp's answer every half
 second. A round of secure sums takes about six messages, so those sleeps would be most of it. This command is Flower's
-own with the intervals of `fedspan.flower.backoff` instead; all other arguments are Flower's.
+own with the intervals of `fedspan.flower.backoff` instead. Its runtime API answers this account alone
+(`fedspan.flower.access`). All other arguments are Flower's.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from fedspan.flower.access import ANY_LOCAL_USER, GuardedUvicorn, guard
 from fedspan.flower.backoff import Backoff, shorten_pull_backoff
+from fedspan.flower.site_clock import watch_clock
 from fedspan.support.errors import FedspanError
 
 POLL = 1.0
@@ -87,15 +91,16 @@ def split_arguments(arguments: Sequence[str]) -> tuple[float, list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the SuperNode until it is stopped by a signal."""
-    from flwr.supernode.cli.flower_supernode import flower_supernode
-
+    command = importlib.import_module("flwr.supernode.cli.flower_supernode")
     try:
         poll, rest = split_arguments(sys.argv[1:] if arguments is None else arguments)
         shorten_sleeps(poll)
+        watch_clock()
+        guard(command, GuardedUvicorn(any_local_user=ANY_LOCAL_USER in rest), "uvicorn.Config(")
     except FedspanError as error:
         raise SystemExit(f"error: {error}") from None
-    sys.argv = ["flower-supernode", *rest]
-    flower_supernode()
+    sys.argv = ["flower-supernode", *(argument for argument in rest if argument != ANY_LOCAL_USER)]
+    command.flower_supernode()
 
 
 if __name__ == "__main__":

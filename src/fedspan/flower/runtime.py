@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import httpx
 from flwr.app import Context, Message
@@ -29,6 +31,7 @@ from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
+from fedspan.flower import local_peers
 from fedspan.flower.backoff import FIRST
 from fedspan.support.errors import one_line
 
@@ -54,6 +57,27 @@ class _Token:
         return call_next(context)
 
 
+class _OwnServer:
+    """Refuses to send anything to a port that another account of this machine listens on."""
+
+    def __init__(self, address: str) -> None:
+        self._port = int(address.rpartition(":")[2])
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        context.request.extensions["trace"] = self._on_event
+        return call_next(context)
+
+    def _on_event(self, name: str, info: Mapping[str, Any]) -> None:
+        # When a connection has been made, before anything is sent through it; not for each of its requests, because the
+        # kernel takes milliseconds to list its sockets.
+        if not name.endswith("connect_tcp.complete"):
+            return
+        # Whoever had taken the port while the SuperNode was away would otherwise be given the site's answers.
+        strangers = local_peers.listening_users(self._port) - local_peers.allowed_users()
+        if strangers:
+            raise SuperNodeLost(f"port {self._port} belongs to user id {min(strangers)}: expected this account's")
+
+
 class Runtime:
     """The calls for one task after another: acquire it, pull its message, push its answer.
 
@@ -70,6 +94,8 @@ class Runtime:
     def __init__(self, address: str, root_certificates: str | None = None, secret: bytes | None = None) -> None:
         self._token = _Token()
         interceptors: list[ProtobufClientInterceptor] = [RuntimeVersionHttpInterceptor("SuperExec"), self._token]
+        if root_certificates is None:  # no certificate says who the SuperNode is
+            interceptors.append(_OwnServer(address))
         if secret is not None:
             interceptors.append(SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={_ACQUIRE}))
         # Not Flower's own invoker: it retries for ever, and ends the process when a task has expired.
@@ -144,7 +170,7 @@ class Runtime:
                 return
             try:
                 self._client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
-            except (httpx.HTTPError, OSError):
+            except (httpx.HTTPError, OSError, SuperNodeLost):
                 return  # the next heartbeat, or the answer itself, reports a lasting problem
 
     def stop_retrying(self) -> None:

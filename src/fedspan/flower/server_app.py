@@ -1,8 +1,8 @@
 """The server's ServerApp: one federation over Flower's messages, from its folder, into its folder.
 
 The folder is named by `server-dir` of the run's configuration, or FEDSPAN_SERVER_DIR. It holds the federation's
-`config.toml`; the run is kept in `runs/NAME` there (`run-name`, "federation" unless given), and a run that was
-interrupted is resumed from its checkpoint. One process at a time leads a run.
+`config.toml`, the sites' keys and their client ids. The run is kept in `runs/NAME` there (`run-name`, "federation"
+unless given), and a run that was interrupted is resumed from its checkpoint. One process at a time leads a run.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedspan import config as settings
 from fedspan.flower.grid_transport import GridTransport
 from fedspan.flower.log_levels import without_traceback
+from fedspan.flower.node_clients import NodeClients
 from fedspan.privacy.identities import read_identities
 from fedspan.runs import execution
 from fedspan.runs.events import Event
@@ -41,7 +42,7 @@ def main(grid: Grid, context: Context) -> None:
         folder, name = _folder_and_name(context)
         config = settings.load(folder / "config.toml")
         with leadership(folder / "runs", name):
-            transport = GridTransport(grid, name)
+            transport = GridTransport(grid, name, NodeClients(folder))
             # Where the sites sign their keys for secure sums, the server checks it before it passes them on.
             trusted = read_identities(folder / _IDENTITIES) if (folder / _IDENTITIES).exists() else None
             write = event_writer(sys.stdout.write)

@@ -230,6 +230,7 @@ class SiteRegistry:
         """Make the site behind a node a member, unless there is a problem with it."""
         try:
             greeting = Greeting.read(delivery, self._max_rank)
+            self._check_speaker(node, greeting.client_id)
             self._compare(greeting)
         except FedspanError as error:
             self._refuse(node, one_line(error, _MAX_LINE))
@@ -238,6 +239,20 @@ class SiteRegistry:
         self._refused.pop(node, None)
         self.members[greeting.client_id] = Member(node, client, greeting.shapes, greeting.base)
         self.notify(f"{greeting.client_id} is here, rank {greeting.rank}")
+        if others := agreement.library_differences(self.terms, greeting.terms):
+            self.notify(f"{greeting.client_id} has other libraries: {others}; results may differ in the last bits")
+
+    def _check_speaker(self, node: str, client_id: str) -> None:
+        """Check that the node may speak for the client: otherwise any site could keep another one out.
+
+        Raises
+        ------
+        FedspanError
+            When it may not.
+        """
+        own = self.transport.client_of(node)
+        if own not in (None, client_id):
+            raise FedspanError(f"says that it is {client_id!r}: its key is that of {own}, expected this name")
 
     def _compare(self, greeting: Greeting) -> None:
         """Compare a site with the server and with the members.
@@ -251,6 +266,9 @@ class SiteRegistry:
         difference = agreement.difference(self.terms, greeting.terms)
         if difference is not None:
             raise FedspanError(f"{client_id}: {difference}")
+        others = agreement.library_differences(self.terms, greeting.terms)
+        if others is not None and self.deployment.same_libraries:
+            raise FedspanError(f"{client_id} has other libraries: {others}; deployment.same_libraries forbids it")
         if not self.method.info.hetero_rank and any(m.client.rank != rank for m in self.members.values()):
             raise FedspanError(f"{client_id} has rank {rank}: {self.method.info.name} needs one rank for all")
         member = self.members.get(client_id)

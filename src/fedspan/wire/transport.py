@@ -29,6 +29,15 @@ class Transport(Protocol):
     def nodes(self) -> list[str]:
         """Return the sites that can be reached now, by the transport's own names."""
 
+    def client_of(self, node: str) -> str | None:
+        """Return the client id for which a node may speak; None where the transport cannot tell nodes apart.
+
+        Raises
+        ------
+        FedspanError
+            For a node that may speak for no client.
+        """
+
     def send(self, messages: Sequence[tuple[str, bytes]], lifetime: float) -> list[str]:
         """Send each node its message, and return a ticket for each, in the same order.
 

@@ -1,19 +1,19 @@
 """One request and one reply, in bytes, between two processes of a machine over a Unix socket.
 
-File permissions decide who may call: only its owner can open the socket. Torch is not imported here, so that a
-process that only forwards messages stays small.
+Both ends are one account's, which each end sees for itself: the site's folder and the socket in it are this account's
+and nobody else's to write, and the kernel names the account at the other end of a connection. Torch is not imported
+here, so that a process that only forwards messages stays small.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
+import stat
 import struct
-import tempfile
 import threading
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from fedspan.support.errors import FedspanError, one_line
@@ -27,6 +27,12 @@ MAX_MESSAGE_BYTES = 2**36
 """Length above which an announced message is taken for a mistake."""
 _MAX_PATH_BYTES = 100
 """Length of a socket's path that every system accepts."""
+_BY_DESCRIPTOR = Path("/proc/self/fd")
+"""Folder in which an open folder has a short name, on Linux."""
+_PEER = struct.Struct("3i")
+"""Process, user and group id, as the kernel gives them."""
+_OTHERS, _OTHERS_WRITE = 0o077, 0o022
+"""Permissions of the group and of everybody."""
 
 
 class CallFailed(FedspanError):
@@ -38,16 +44,49 @@ class CallTimedOut(CallFailed):
 
 
 def socket_path(folder: Path) -> Path:
-    """Return the path of the socket on which the worker of a site's folder listens.
+    """Return the path of the socket on which the worker of a site's folder listens, in that folder."""
+    return folder.resolve() / "worker.sock"
 
-    It is in the folder or, where that path is too long for a socket, in a folder of the user's own under the system's
-    temporary folder.
+
+@contextmanager
+def _address(path: Path) -> Iterator[str]:
+    """Give a name for a socket that is short enough for the system, while the context lasts.
+
+    Never one in a folder that all users share, where another account could be there first.
     """
-    path = folder.resolve() / "worker.sock"
     if len(os.fsencode(path)) <= _MAX_PATH_BYTES:
-        return path
-    name = hashlib.sha256(os.fsencode(path)).hexdigest()[:24]
-    return Path(tempfile.gettempdir()) / f"fedspan-{os.getuid()}" / f"{name}.sock"
+        yield os.fspath(path)
+        return
+    if not _BY_DESCRIPTOR.exists():
+        raise FedspanError(f"{path}: expected a path of at most {_MAX_PATH_BYTES} bytes, for a socket of this system")
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield os.fspath(_BY_DESCRIPTOR / str(folder) / path.name)
+    finally:
+        os.close(folder)
+
+
+def _check_own(path: Path, mask: int) -> None:
+    """Check that a folder or a socket is this account's, and that nobody else has the permissions of `mask`."""
+    status = path.lstat()
+    if status.st_uid not in _allowed_users() or status.st_mode & mask:
+        raise FedspanError(
+            f"{path} belongs to user id {status.st_uid} with mode {stat.S_IMODE(status.st_mode):o}: expected "
+            f"user id {os.geteuid()} and none of the permissions {mask:o}"
+        )
+
+
+def _check_peer(channel: socket.socket) -> None:
+    """Check that the process at the other end is this account's; a system that cannot say leaves it at the files."""
+    if not hasattr(socket, "SO_PEERCRED"):
+        return
+    _, user, _ = _PEER.unpack(channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    if user not in _allowed_users():
+        raise FedspanError(f"a process of user id {user} is at the other end: expected user id {os.geteuid()}")
+
+
+def _allowed_users() -> set[int]:
+    return {os.geteuid(), 0}  # root may do everything anyway
 
 
 def call(folder: Path, content: bytes, timeout: float) -> bytes:
@@ -61,7 +100,7 @@ def call(folder: Path, content: bytes, timeout: float) -> bytes:
     try:
         with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as channel:
             channel.settimeout(timeout)
-            channel.connect(os.fspath(socket_path(folder)))
+            _connect(channel, socket_path(folder))
             channel.sendall(_REQUEST_HEAD.pack(len(content)))
             if content:  # the reply to an empty request may come, and end the connection, before a second write
                 channel.sendall(content)
@@ -71,9 +110,19 @@ def call(folder: Path, content: bytes, timeout: float) -> bytes:
         raise CallTimedOut(f"the worker of {folder.name} did not answer within {timeout:.3g} s") from None
     except (OSError, EOFError) as error:
         raise CallFailed(f"the worker of {folder.name} cannot be reached ({error})") from None
+    except FedspanError as error:
+        raise CallFailed(f"the worker of {folder.name} is not used: {error}") from None
     if failed:
         raise CallFailed(reply.decode(errors="replace"))
     return reply
+
+
+def _connect(channel: socket.socket, path: Path) -> None:
+    _check_own(path.parent, _OTHERS_WRITE)
+    _check_own(path, _OTHERS)
+    with _address(path) as address:
+        channel.connect(address)
+    _check_peer(channel)
 
 
 class Listener:
@@ -81,18 +130,14 @@ class Listener:
 
     def __init__(self, folder: Path) -> None:
         self.path = socket_path(folder)
-        self.path.parent.mkdir(mode=0o700, exist_ok=True)
-        if self.path.parent != folder.resolve():
-            # In a temporary folder that all users share, another user may have made this folder first.
-            status = self.path.parent.stat()
-            if status.st_uid != os.getuid() or status.st_mode & 0o077:
-                raise FedspanError(f"{self.path.parent} is open to other users: expected a folder of the user's own")
+        _check_own(self.path.parent, _OTHERS_WRITE)
         self.path.unlink(missing_ok=True)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # Not a chmod after the bind, which would leave a moment in which others could connect.
         before = os.umask(0o177)
         try:
-            self._socket.bind(os.fspath(self.path))
+            with _address(self.path) as address:
+                self._socket.bind(address)
         finally:
             os.umask(before)
         self._socket.listen(16)
@@ -106,7 +151,8 @@ class Listener:
             except OSError:
                 return
             # A caller that goes away in the middle must not end the service for the next one.
-            with closing(channel), suppress(OSError, EOFError):
+            with closing(channel), suppress(OSError, EOFError, FedspanError):
+                _check_peer(channel)
                 (length,) = _REQUEST_HEAD.unpack(_receive_exactly(channel, _REQUEST_HEAD.size))
                 request = _receive_exactly(channel, length)
                 try:

@@ -1,14 +1,15 @@
 #!/bin/sh
 # Starts this site: Flower's SuperNode, which fetches messages from the server (it accepts no connections from outside),
 # and the ClientApp process, which passes them to the worker that holds the model and the data. When one of them ends,
-# so does the other; a service manager may restart the site after a minute.
+# so does the other; a service manager may restart the site after a minute. Other accounts of this machine cannot use
+# the port between the two; where the system does not tell accounts apart, FEDSPAN_ANY_LOCAL_USER=1 lets all of them in.
 set -eu
 cd "$(dirname "$0")"
 . ./environment.sh
 node= client_app=
 trap 'trap - EXIT; kill $node $client_app 2>/dev/null || :; wait' EXIT
 trap 'exit 143' HUP INT TERM
-"$PYTHON" -m fedspan.flower.node \
+"$PYTHON" -m fedspan.flower.node ${FEDSPAN_ANY_LOCAL_USER:+--any-local-user} \
     --superlink "${FEDSPAN_SERVER:-@SERVER@}" --root-certificates "$PWD/ca.crt" \
     --auth-supernode-private-key "$PWD/node.key" --isolation process --host 127.0.0.1 --port @RUNTIME_PORT@ \
     --superexec-auth-secret-file "$PWD/runtime.key" &

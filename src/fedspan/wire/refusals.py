@@ -23,6 +23,7 @@ class Code(StrEnum):
     NO_KEYS = "no-keys"
     UNMASKED = "unmasked"
     UNFIT = "unfit"
+    BUDGET_SPENT = "budget-spent"
     REFUSED = "refused"
     NO_MEMORY = "no-memory"
     FAILED = "failed"
@@ -44,6 +45,7 @@ TEXTS = {
     Code.UNMASKED: "it unmasked this sum for other clients before, and the difference would reveal the update of one of"
     " them; the site's log says what the person responsible for it may do",
     Code.UNFIT: "its update cannot be sent: it is not finite, or does not fit the fixed point of the sum",
+    Code.BUDGET_SPENT: "its privacy budget does not allow another answer",
     Code.REFUSED: "it refuses the message",
     Code.NO_MEMORY: "it has not enough memory",
     Code.FAILED: "an error of its own",

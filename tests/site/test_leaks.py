@@ -21,6 +21,7 @@ from memory_transport import MemoryTransport, make_sites
 from fedspan.config import Config, to_toml
 from fedspan.federation import requirements
 from fedspan.federation.rounds import RunState, conduct
+from fedspan.privacy.budget import BudgetSpent
 from fedspan.server.coordinator import Coordinator
 from fedspan.site import worker
 from fedspan.site.settings import SiteSettings
@@ -188,6 +189,7 @@ ERRORS: dict[str, tuple[BaseException, Code]] = {
     "recursion": (RecursionError(CANARY), Code.FAILED),
     "no memory": (MemoryError(CANARY), Code.NO_MEMORY),
     "no memory on a GPU": (OutOfMemoryError(CANARY), Code.NO_MEMORY),
+    "a spent budget": (BudgetSpent(f"{CANARY} is spent"), Code.BUDGET_SPENT),
     "a refusal": (FedspanError(f"{CANARY} is no label"), Code.REFUSED),
 }
 

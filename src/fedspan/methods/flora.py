@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedspan.algebra import lowrank
+from fedspan.algebra import lowrank, scales
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.fedit import check_rank, factors_of, init_factors
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, Diagnostics, Request, Template, Tensors
 from fedspan.methods.patches import Patch, PatchLog, patch_sum
+from fedspan.methods.queries import own_contribution
 from fedspan.methods.readout import fresh_adapter
 from fedspan.support import parallel
 
@@ -54,7 +55,9 @@ def flora() -> Method:
         shares = partial.shares()
 
         def whole(name: str) -> Patch:
-            return patch_sum(None, lowrank.stack(partial.deltas(name), shares))
+            contributions = [own_contribution(update, name) for update in partial.collected]
+            pairs = [LowRank(lowrank.promote(x.own.b) * x.scaling, x.own.a) for x in contributions]
+            return patch_sum(None, lowrank.stack(pairs, shares))
 
         names = list(state.template.modules)
         stacked = dict(zip(names, parallel.ordered_map(whole, names), strict=True))
@@ -107,7 +110,11 @@ def fedex_lora() -> Method:
             if not terms:
                 return mean, None, 0.0
             residual = patch_sum(None, lowrank.stack(terms, shares[:-1]))
-            return mean, residual, lowrank.norm(residual) if isinstance(residual, LowRank) else float(residual.norm())
+            return (
+                mean,
+                residual,
+                lowrank.norm(residual) if isinstance(residual, LowRank) else float(scales.norms(residual)),
+            )
 
         by_module = dict(zip(state.modules, parallel.ordered_map(means, state.modules), strict=True))
         residuals = {name: residual for name, (_, residual, _) in by_module.items() if residual is not None}

@@ -6,6 +6,7 @@ SVD, C = Σ Vᵀ, so that a readout of any rank is a slice of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -228,15 +229,15 @@ def _contributions(state: ServerState, options: _GloraOptions) -> ContributionOf
         return own_contribution
     held = _held(state)
     # One object per module and rank: a query multiplies by it once for all the clients that share it.
-    rests: dict[tuple[str, int], LowRank] = {}
+    rests: dict[tuple[str, int], tuple[LowRank, int]] = {}
 
     def contribution_of(update: Update, module: str) -> Contribution:
         x, own = held[module], own_contribution(update, module)
         sent = 0 if options.start == "state" else min(own.own.rank, x.rank)
         if sent == x.rank:
             return own
-        rest = rests.setdefault((module, sent), _rest(x, sent))
-        return Contribution(own.own, own.scaling, rest)
+        rest, e = rests.setdefault((module, sent), lowrank.normalised(_rest(x, sent)))
+        return Contribution(own.own, own.scaling, rest, math.ldexp(1.0, e))
 
     return contribution_of
 

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedspan.algebra import lowrank
 from fedspan.methods import spectral
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import SUM, Exchange, Partial
@@ -168,8 +169,9 @@ def _encode(update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[
         if _BASIS in blocks:
             reply["core"] = own((Query("adjoint", blocks[_BASIS]),))[0].mT.contiguous()
         if _LEFT in blocks:
-            x = update.factors(name).delta()
-            reply["probes"] = (blocks[_LEFT].to(x.b).mT @ x.b) @ (x.a @ blocks[_RIGHT].to(x.a))
+            (x,) = own.contributions
+            b, a = lowrank.promote(x.own.b) * x.scaling, lowrank.promote(x.own.a)
+            reply["probes"] = (blocks[_LEFT].to(b).mT @ b) @ (a @ blocks[_RIGHT].to(a))
         return reply
 
     replies = zip(update.modules, parallel.ordered_map(reply_about, list(update.modules)), strict=True)

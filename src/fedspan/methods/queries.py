@@ -10,6 +10,7 @@ Shapes: X_k (m, n) client k's update of one module, of rank r_k; x (n, l), y (m,
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -58,16 +59,34 @@ QueryProcedure = Generator[Queries, QueryResults, ServerStep]
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """X_k = scaling · B A + rest: one client's contribution to the queries about one module."""
+    """X_k = scaling · B A + rest: one client's contribution to the queries about one module.
+
+    Both pairs are near ordinary size, their powers of two in the scalings (`lowrank.normalised`).
+    """
 
     own: LowRank
     scaling: float = 1.0
     rest: LowRank | None = None
     """The same object for all the clients that share it, so that linear queries multiply by it once."""
+    rest_scaling: float = 1.0
 
     def whole(self) -> LowRank:
-        """Return X_k as one pair; a positive scaling of a single pair changes none of its spaces and is left out."""
-        return self.own if self.rest is None else lowrank.stack([self.rest, self.own], [1.0, self.scaling])
+        """Return X_k as one pair, but for a positive factor, which changes none of its spaces."""
+        if self.rest is None:
+            return self.own
+        scalings = [self.rest_scaling, self.scaling]
+        by = ordinary_shift(scalings)
+        return lowrank.stack([self.rest, self.own], [math.ldexp(s, -by) for s in scalings])
+
+
+_ORDINARY = 24
+"""Factors between 2^−24 and 2^24 on normalised pairs leave float32 room for squares."""
+
+
+def ordinary_shift(weights: Sequence[float]) -> int:
+    """Return the exponent of the largest weight of some normalised pairs where it is far from 1, else 0."""
+    _, e = math.frexp(max((abs(w) for w in weights), default=0.0))
+    return 0 if abs(e) <= _ORDINARY else e
 
 
 ContributionOf = Callable[[Update, str], Contribution]
@@ -77,7 +96,8 @@ ContributionOf = Callable[[Update, str], Contribution]
 def own_contribution(update: Update, module: str) -> Contribution:
     """Return X_k = s_k B_k A_k, as it came."""
     f = update.factors(module)
-    return Contribution(LowRank(f.b, f.a), f.scaling)
+    pair, e = lowrank.normalised(LowRank(f.b, f.a))
+    return Contribution(pair, math.ldexp(f.scaling, e))
 
 
 def partial_sums(
@@ -110,7 +130,8 @@ def weighted_pairs(contributions: Sequence[Contribution], weights: Sequence[floa
     shared: dict[int, tuple[LowRank, float]] = {}
     for x, w in zip(contributions, weights, strict=True):
         if x.rest is not None:
-            shared[id(x.rest)] = (x.rest, w + (shared[id(x.rest)][1] if id(x.rest) in shared else 0.0))
+            before = shared[id(x.rest)][1] if id(x.rest) in shared else 0.0
+            shared[id(x.rest)] = (x.rest, w * x.rest_scaling + before)
     return [*shared.values(), *((x.own, w * x.scaling) for x, w in zip(contributions, weights, strict=True))]
 
 

@@ -13,17 +13,19 @@ last query. Test matrix and probes have a key of their own, so a result does not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedspan.algebra import lowrank
+from fedspan.algebra import lowrank, scales
 from fedspan.algebra.lowrank import LowRank
 from fedspan.algebra.subspace import column_spans
-from fedspan.methods.queries import Queries, Query, QueryResults, Sums, weighted_pairs
+from fedspan.methods.queries import Queries, Query, QueryResults, Sums, ordinary_shift, weighted_pairs
+from fedspan.support.errors import FedspanError
 from fedspan.support.seeding import generator
 
 _OVERSAMPLING = 8
@@ -74,12 +76,12 @@ def prefers_exact(shape: tuple[int, int], total_rank: int, rank: int) -> bool:
 
 def solve_exactly(modules: Sequence[Sums], spec: ApproximationSpec) -> list[Approximation]:
     """Return U·C for several modules of one shape whose clients have the same ranks."""
-    pairs = [_stacked(sums) for sums in modules]
+    pairs, shifts = zip(*(_stacked(sums) for sums in modules), strict=True)
     b, a = _batch([x.b for x in pairs]), _batch([x.a for x in pairs])  # (modules, m, c), (modules, c, n)
     y = lowrank.left_coordinates(b, a)
     if spec.basis == "energy":
         u, s = lowrank.left_singular(y, spec.rank)
-        u = _cut(u, s, (b.norm(dim=-2) * a.norm(dim=-1)).norm(dim=-1))
+        u = _cut(u, s, (scales.norms(b, -2) * scales.norms(a, -1)).norm(dim=-1))
     else:
         u = _consensus(modules, spec, "columns")
     c = (u.mT @ b) @ a
@@ -92,18 +94,35 @@ def solve_exactly(modules: Sequence[Sums], spec: ApproximationSpec) -> list[Appr
         u, c = _ordered(u, c)
     ranks = u.any(dim=-2).sum(dim=-1).tolist()
     results = zip(u, c, ranks, lost.tolist(), _squares(y).tolist(), strict=True)
-    return [_within(spec, Approximation(_first(u, c, rank), out, size)) for u, c, rank, out, size in results]
+    found = [_within(spec, Approximation(_first(u, c, rank), out, size)) for u, c, rank, out, size in results]
+    return [_shifted(x, e) for x, e in zip(found, shifts, strict=True)]
 
 
-def _stacked(sums: Sums) -> LowRank:
+def _stacked(sums: Sums) -> tuple[LowRank, int]:
+    """Return T near ordinary size as a stack, and e with T = 2^e · stack."""
     pairs = weighted_pairs(sums.contributions, sums.weights)
-    return lowrank.stack([x for x, _ in pairs], [w for _, w in pairs])
+    e = ordinary_shift([w for _, w in pairs])
+    return lowrank.stack([x for x, _ in pairs], [math.ldexp(w, -e) for _, w in pairs]), e
+
+
+def _shifted(x: Approximation, e: int) -> Approximation:
+    """Return 2^e times an approximation; a FedspanError where its type cannot hold that."""
+    if e == 0:
+        return x
+    state = LowRank(x.state.b, scales.shifted(x.state.a, e))
+    if not bool(state.a.isfinite().all()):
+        raise FedspanError(f"the mean update has entries of about 2^{e}: expected a product that {state.a.dtype} holds")
+    return replace(
+        x,
+        state=state,
+        lost_squared=math.ldexp(x.lost_squared, 2 * e),
+        size_squared=math.ldexp(x.size_squared, 2 * e),
+    )
 
 
 def _squares(x: Tensor) -> Tensor:
     """Return ‖X‖_F² of every (…, rows, columns)."""
-    size: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1))
-    return size.double().square()
+    return scales.norms(x).double().square()
 
 
 def _batch(tensors: Sequence[Tensor]) -> Tensor:

@@ -52,13 +52,19 @@ def column_basis(x: LowRank, max_rank: int | None = None) -> Tensor:
     Tensor
         (m, q) with q ≤ r.
     """
-    kind = lowrank.promote(x.b).dtype
+    return accurate_basis(x, max_rank).to(lowrank.promote(x.b).dtype)
+
+
+def accurate_basis(x: LowRank, max_rank: int | None = None) -> Tensor:
+    """Return `column_basis` in float64, where the factors' gauge multiplies rounding least.
+
+    Directions below the factors' own precision are left out all the same: they are what the factors were rounded to.
+    """
+    eps = torch.finfo(lowrank.promote(x.b).dtype).eps
     x, _ = lowrank.normalised(x)
-    # In float64, because the factors' gauge multiplies rounding. What the factors themselves were rounded to stays
-    # below their own precision: directions there are no news of the client's.
     f = lowrank.svd(LowRank(x.b.double(), x.a.double()))
-    keep = int(lowrank.above_rounding(f.s, lowrank.term_size(x), torch.finfo(kind).eps).sum())
-    return f.u[:, : keep if max_rank is None else min(keep, max_rank)].to(kind)
+    keep = int(lowrank.above_rounding(f.s, lowrank.term_size(x), eps).sum())
+    return f.u[:, : keep if max_rank is None else min(keep, max_rank)]
 
 
 def column_spans(terms: Sequence[LowRank], max_rank: int | None = None) -> list[Span]:

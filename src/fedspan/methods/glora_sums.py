@@ -21,13 +21,14 @@ from fedspan.methods.glora import glora, kept_rank, step_of
 from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Request, Subspace, Template, Update, Vector
 from fedspan.methods.queries import Query, Sums, own_contribution
 from fedspan.methods.readout import Balance
-from fedspan.methods.spectral import PROBES, Approximation
+from fedspan.methods.spectral import PROBES, Approximation, Leading
 from fedspan.support import parallel
 from fedspan.support.errors import FedspanError
 
 _PARTS = _SKETCH, _BASIS, _LEFT, _RIGHT = "columns", "adjoint", "left", "right"
 """The last parts of the names in `Broadcast.subspaces`: a client multiplies P_k or X_kᵀ by the first two; the others
 are the two sides of the probes."""
+_VOTES = "votes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ def glora_sums(
     def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
         if state.exchange < passes:
             return _with_basis(state, partial, plan), {}
-        return _closed(state, partial)
+        return _closed(state, partial, plan)
 
     return Method(
         info=_info(passes),
@@ -198,30 +199,45 @@ def _with_basis(state: ServerState, partial: Partial, plan: _Plan) -> ServerStat
         else:
             omega = torch.cat([omega, state.extra[f"{name}/{_SKETCH}"]], dim=1)
             y = torch.cat([extra.pop(f"{name}/seen"), y], dim=1)
-        extra[f"{name}/{_BASIS}"] = _basis(omega, y, rank)
+        extra |= _basis(name, omega, y, rank)
     dense = partial.mean_dense() if state.exchange == 0 else state.dense
     return replace(state, dense=dense, extra=extra)
 
 
-def _basis(omega: Tensor, y: Tensor, rank: int) -> Tensor:
-    """Return U (m, R) from Y = S Ω, with columns of zeros where fewer directions stand above rounding."""
-    if omega.shape[0] == omega.shape[1]:
-        # All of S is known. Directions made by rounding need not be cut: C holds what T is along them, too.
-        s = torch.linalg.solve(omega.mT.double(), y.mT.double())  # Sᵀ
-        _, vectors = torch.linalg.eigh((s + s.mT) / 2)
-        top: Tensor = vectors.flip(1)[:, :rank].to(y)
-        return top
-    u = spectral.nystrom(omega, y, rank)
-    return torch.cat([u, u.new_zeros((len(u), rank - u.shape[1]))], dim=1)
+def _basis(name: str, omega: Tensor, y: Tensor, rank: int) -> dict[str, Tensor]:
+    """Return U (m, R) from Y = S Ω, with columns of zeros where fewer directions stand above rounding.
+
+    Where votes tie, all directions are returned, as many columns as Ω has, with their votes: their part of T decides.
+    """
+    named = _eigenvectors(omega, y, rank).settle(rank)
+    width = omega.shape[1] if named.open else rank
+    found = {f"{name}/{_BASIS}": torch.nn.functional.pad(named.u, (0, width - named.u.shape[1]))}
+    return found | ({f"{name}/{_VOTES}": named.votes} if named.open else {})
 
 
-def _closed(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
+def _eigenvectors(omega: Tensor, y: Tensor, rank: int) -> Leading:
+    """Return the eigenvectors of S that Y shows, or R of them at least where it shows all of S.
+
+    Directions made by rounding need not be cut there: C holds what T is along them, too.
+    """
+    if omega.shape[0] > omega.shape[1]:
+        return spectral.nystrom(omega, y)
+    # All of S is known.
+    s = torch.linalg.solve(omega.mT.double(), y.mT.double())  # Sᵀ
+    values, vectors = torch.linalg.eigh((s + s.mT) / 2)
+    votes = values.flip(0)
+    named = int((votes > 4 * len(votes) * torch.finfo(y.dtype).eps * votes[0]).sum())
+    named = max(named, rank)
+    return Leading(vectors.flip(1)[:, :named].to(y), votes[:named].to(y))
+
+
+def _closed(state: ServerState, partial: Partial, plan: _Plan) -> tuple[ServerState, Diagnostics]:
     """Return the next state, from U and the sum of the cores."""
     # Probes and cores of different clients would be compared otherwise.
     whole = math.isclose(float(state.extra["weight"]), partial.weight, rel_tol=1e-9)
 
     def close(name: str) -> Approximation:
-        u, c = state.extra[f"{name}/{_BASIS}"], partial.mean(name)["core"]
+        u, c = _chosen(state, name, partial.mean(name)["core"], plan)
         size = float(c.double().square().sum())
         lost = _left_out(state, name, u, c) if whole else 0.0
         return Approximation(spectral.arranged(u.to(c), c), lost, lost + size, True)
@@ -230,6 +246,15 @@ def _closed(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnost
     step = step_of(dict(zip(names, parallel.ordered_map(close, names), strict=True)))
     known = {key: value for key, value in step.diagnostics.items() if whole or not key.startswith("truncation")}
     return advance(state, modules=step.modules, extra={}), known
+
+
+def _chosen(state: ServerState, name: str, core: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+    """Return U and C, from the basis that was sent and the sum of what came back."""
+    u, votes = state.extra[f"{name}/{_BASIS}"], state.extra.get(f"{name}/{_VOTES}")
+    if votes is None:
+        return u, core
+    q = len(votes)
+    return Leading(u[:, :q], votes, True).chosen(core[:q], plan.rank(state.template, name))
 
 
 def _left_out(state: ServerState, name: str, u: Tensor, c: Tensor) -> float:

@@ -21,10 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedspan.algebra import lowrank, scales
+from fedspan.algebra import lowrank, scales, ties
 from fedspan.algebra.lowrank import LowRank
-from fedspan.algebra.subspace import column_spans
-from fedspan.methods.queries import Queries, Query, QueryResults, Sums, ordinary_shift, weighted_pairs
+from fedspan.algebra.subspace import accurate_basis, column_spans
+from fedspan.methods.queries import Contribution, Queries, Query, QueryResults, Sums, ordinary_shift, weighted_pairs
 from fedspan.support.errors import FedspanError
 from fedspan.support.seeding import generator
 
@@ -74,6 +74,10 @@ def prefers_exact(shape: tuple[int, int], total_rank: int, rank: int) -> bool:
     return smallest <= max(_EXACT, 4 * (rank + _OVERSAMPLING))
 
 
+_Totals = tuple[Tensor, Tensor]
+"""The stacked factors of several modules of one shape: (modules, m, c), (modules, c, n)."""
+
+
 def solve_exactly(modules: Sequence[Sums], spec: ApproximationSpec) -> list[Approximation]:
     """Return U·C for several modules of one shape whose clients have the same ranks."""
     pairs, shifts = zip(*(_stacked(sums) for sums in modules), strict=True)
@@ -83,11 +87,11 @@ def solve_exactly(modules: Sequence[Sums], spec: ApproximationSpec) -> list[Appr
         u, s = lowrank.left_singular(y, spec.rank)
         u = _cut(u, s, (scales.norms(b, -2) * scales.norms(a, -1)).norm(dim=-1))
     else:
-        u = _consensus(modules, spec, "columns")
+        u = _consensus(modules, spec, (b, a))
     c = (u.mT @ b) @ a
     lost = _squares(torch.baddbmm(y, u, u.mT @ y, alpha=-1))
     if spec.both_sides:
-        v = _consensus(modules, spec, "rows")
+        v = _consensus(modules, spec, (a.mT, b.mT), "rows")
         inside = (c @ v) @ v.mT
         lost, c = lost + _squares(c - inside), inside
     if spec.ordered and spec.basis == "projector":
@@ -138,9 +142,17 @@ def _cut(u: Tensor, s: Tensor, size: float | Tensor = 0.0) -> Tensor:
     return u * lowrank.above_rounding(s, size)[..., None, : u.shape[-1]]
 
 
-def _consensus(modules: Sequence[Sums], spec: ApproximationSpec, side: Literal["columns", "rows"]) -> Tensor:
-    """Return `subspace.consensus` of every module: U (modules, m, R), zero where fewer directions were named."""
-    pairs = [x.whole() if side == "columns" else x.whole().transposed() for sums in modules for x in sums.contributions]
+def _consensus(
+    modules: Sequence[Sums], spec: ApproximationSpec, totals: _Totals, side: Literal["columns", "rows"] = "columns"
+) -> Tensor:
+    """Return `subspace.consensus` of every module: U (modules, m, R), zero where fewer directions were named.
+
+    Parameters
+    ----------
+    totals
+        T, or Tᵀ for the rows, by its stacked factors.
+    """
+    pairs = [_named(x, side) for sums in modules for x in sums.contributions]
     bases = [span.basis for span in column_spans(pairs, spec.vote)]
     roots = [w**0.5 for w in modules[0].weights]
     clients = len(roots)
@@ -152,7 +164,27 @@ def _consensus(modules: Sequence[Sums], spec: ApproximationSpec, side: Literal["
         own = [q if q.shape[1] == widest else torch.nn.functional.pad(q, (0, widest - q.shape[1])) for q in own]
         stacked.append(_batch(own) * root)
     u, s = lowrank.left_singular(torch.cat(stacked, dim=-1), spec.rank)
-    return _cut(u, s)
+    u, eps = _cut(u, s), torch.finfo(s.dtype).eps
+    for i, votes in enumerate(s):
+        named = votes[lowrank.above_rounding(votes)]
+        if ties.undecided(named.square(), spec.rank, not spec.ordered, eps):
+            found = _by_energy(pairs[i * clients : (i + 1) * clients], roots, spec, LowRank(totals[0][i], totals[1][i]))
+            u[i] = torch.nn.functional.pad(found.to(u), (0, u.shape[-1] - found.shape[1]))
+    return u
+
+
+def _named(x: Contribution, side: Literal["columns", "rows"]) -> LowRank:
+    return x.whole() if side == "columns" else x.whole().transposed()
+
+
+def _by_energy(pairs: Sequence[LowRank], roots: Sequence[float], spec: ApproximationSpec, total: LowRank) -> Tensor:
+    """Return the consensus (m, ≤ R) of one module where votes tie, in float64 because rounding must break no tie."""
+    stacked = torch.cat([accurate_basis(x, spec.vote) * root for x, root in zip(pairs, roots, strict=True)], dim=1)
+    w, s = lowrank.left_singular(stacked, stacked.shape[1])
+    eps = torch.finfo(total.b.dtype).eps
+    named = lowrank.above_rounding(s, eps=eps)
+    w, votes = w[:, named[: w.shape[1]]], s[named].square()
+    return w @ ties.settled(votes, (w.mT @ total.b.double()) @ total.a.double(), spec.rank, eps)
 
 
 def _ordered(u: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,13 +245,17 @@ def _projectors(shape: tuple[int, int], spec: ApproximationSpec, key: tuple[obje
     second = [beside(x.to(y), y) for x, y in zip(first, y_first, strict=True)]
     y_second = yield tuple(Query(side, x, spec.vote) for side, x in zip(sides, second, strict=True))
     blocks = zip(first, second, y_first, y_second, strict=True)
-    u, *rest = (nystrom(torch.cat([x.to(y), w], 1), torch.cat([y, z], 1), spec.rank) for x, w, y, z in blocks)
+    named = [nystrom(torch.cat([x.to(y), w], 1), torch.cat([y, z], 1)) for x, w, y, z in blocks]
+    found = [x.settle(spec.rank, not spec.ordered) for x in named]
+    u = found[0].u
     probes = gaussian(shape[0], PROBES, *key, "probes").to(u)
-    (result,) = yield (Query("adjoint", torch.cat([u, probes], dim=1)),)
-    c = result[:, : u.shape[1]].mT  # Uᵀ T
-    lost = _left_out(result[:, u.shape[1] :], probes, u, c)
+    asked = [Query("adjoint", torch.cat([u, probes], dim=1)), *(Query("times", x.u) for x in found[1:] if x.open)]
+    result, *images = yield tuple(asked)
+    u, c = found[0].chosen(result[:, : u.shape[1]].mT, spec.rank)  # C = Uᵀ T
+    lost = _left_out(result[:, -PROBES:], probes, u, c)
     size = lost + float(_squares(c))
-    for v in rest:
+    for x in found[1:]:
+        v = x.chosen(images[0].mT, spec.rank)[0] if x.open else x.u
         inside = (c @ v) @ v.mT
         lost, c = lost + float(_squares(c - inside)), inside
     return Approximation(arranged(u, c) if spec.ordered else _first(u, c, u.shape[1]), lost, size, True)
@@ -251,15 +287,42 @@ def _orthonormal(y: Tensor) -> Tensor:
     return q
 
 
-def nystrom(x: Tensor, y: Tensor, rank: int) -> Tensor:
-    """Return the leading eigenvectors (m, ≤ rank) of a positive semi-definite S, by S ≈ Y (Xᵀ Y)⁺ Yᵀ with Y = S X."""
+@dataclass(frozen=True, slots=True)
+class Leading:
+    """Leading eigenvectors of a projector sum, decreasing."""
+
+    u: Tensor  # (m, q)
+    votes: Tensor  # (q,), the eigenvalues
+    open: bool = False
+    """Votes tie, so that the first of them are still to be chosen, by energy."""
+
+    def first(self, rank: int) -> Leading:
+        """Return the first `rank` of them."""
+        return Leading(self.u[:, :rank], self.votes[:rank])
+
+    def settle(self, rank: int, in_order: bool = False) -> Leading:
+        """Return the first `rank` of them; all, open, where ties decide which they are (or what their order is)."""
+        eps = torch.finfo(self.votes.dtype).eps
+        return replace(self, open=True) if ties.undecided(self.votes, rank, in_order, eps) else self.first(rank)
+
+    def chosen(self, image: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Return the chosen directions U, and Uᵀ T, from the image Wᵀ T (q, n) of all that were named."""
+        if not self.open:
+            return self.u, image
+        v = ties.settled(self.votes, image, rank, torch.finfo(self.votes.dtype).eps).to(self.u)
+        return self.u @ v, v.mT.to(image) @ image
+
+
+def nystrom(x: Tensor, y: Tensor) -> Leading:
+    """Return the leading eigenvectors of a positive semi-definite S, by S ≈ Y (Xᵀ Y)⁺ Yᵀ with Y = S X."""
     h = (x.mT @ y).double()
     values, vectors = torch.linalg.eigh((h + h.mT) / 2)
     # Not >=, or a sum of zeros would be divided by zero.
     kept = values > 4 * len(values) * torch.finfo(y.dtype).eps * values.max()
     half = y @ (vectors[:, kept] / values[kept].sqrt()).to(y.dtype)
-    u, s = lowrank.left_singular(half, rank)
-    return u[:, : lowrank.numerical_rank(s)]
+    u, s = lowrank.left_singular(half, half.shape[1])
+    rank = lowrank.numerical_rank(s)
+    return Leading(u[:, :rank], s[:rank].square())
 
 
 def run_procedure(

@@ -70,11 +70,12 @@ def glora(
     ----------
     server_rank
         R, the rank of the server's state; `none`: the largest client rank, `double`: twice that, `auto`: module by
-        module the smallest rank that discards at most the tolerance. The aggregate is exact once R spans the union of
-        the clients' column spaces, at most min(m, Σ r_k).
+        module the smallest rank that discards at most the tolerance, by energy whatever the basis. The aggregate is
+        exact once R spans the union of the clients' column spaces, at most min(m, Σ r_k).
     tolerance
         The share of ‖T‖_F that may be discarded with `server_rank = "auto"`. Every round's record then has a
-        `certificate`: each module's rank, and the share of its energy ‖T‖_F² that was discarded.
+        `certificate`: each module's rank, and the share of its energy ‖T‖_F² that was discarded (with momentum, of T
+        and then of the sum with it).
     basis
         `projector`: every client's subspace counts by its weight alone. `energy`: the left singular vectors of the
         aggregate itself, which lose the least energy.
@@ -250,13 +251,15 @@ def kept_rank(template: Template, server_rank: int | Literal["double"] | None) -
 
 
 def _spec(state: ServerState, shape: tuple[int, int], options: _GloraOptions) -> ApproximationSpec:
-    automatic = options.server_rank == "auto"
-    rank = max(shape) if options.server_rank == "auto" else kept_rank(state.template, options.server_rank)
+    if options.server_rank == "auto":
+        # With room for all directions the basis of the votes spans T as the energy's does, and what is cut then is cut
+        # by energy; but what no client may name, as in a state of more directions than votes, would be lost.
+        return ApproximationSpec(max(shape), "energy", tolerance=options.tolerance)
+    rank = kept_rank(state.template, options.server_rank)
     # With more directions each, the old state, which all clients hold, would outvote everything new.
-    vote = None if options.update == "replace" else state.template.rank if automatic else rank
-    tolerance = options.tolerance if automatic else None
+    vote = None if options.update == "replace" else rank
     both = options.sides == "both" and options.basis == "projector"
-    return ApproximationSpec(rank, options.basis, both, vote, tolerance, options.readout == "svd" or automatic)
+    return ApproximationSpec(rank, options.basis, both, vote, ordered=options.readout == "svd")
 
 
 def _procedure(state: ServerState, name: str, options: _GloraOptions) -> ModuleProcedure:

@@ -276,7 +276,8 @@ class _Round:
     def _fold(self, question: Question, update: Update | None) -> None:
         if update is not None:
             with self.tally.server():
-                self.partial = question.exchange.fold.add(self.partial, update)
+                # The partial was begun by this exchange, and nothing else holds it.
+                self.partial = question.exchange.fold.add_in_place(self.partial, update)
 
     def _screened(
         self, question: Question, screen: Screen, answers: list[Answer], broadcasts: _Broadcasts

@@ -53,17 +53,18 @@ class _Plan:
 def glora_sums(
     server_rank: int | Literal["double"] | None = None, passes: Literal[1, 2] = 1, balance: Balance = "init"
 ) -> Method:
-    """GLoRA for a server that sees sums alone: Σ p_k P_k Ω, then Σ p_k Uᵀ X_k.
+    """GLoRA for a server that sees sums alone: Σ p_k P_k Ω, then Σ p_k Wᵀ X_k.
 
     With X_k = s_k B_k A_k, T = Σ p_k X_k and S = Σ p_k P_k, whose leading eigenvectors are GLoRA's consensus basis:
 
-        1. every client trains and returns P_k Ω; the server sums these to Y = S Ω, and U are the R leading eigenvectors
-           of Y (Ωᵀ Y)⁺ Yᵀ ≈ S (Nyström);
-        2. every client is sent U and returns Uᵀ X_k = s_k (Uᵀ B_k) A_k; C = Σ p_k Uᵀ X_k.
+        1. every client trains and returns P_k Ω; the server sums these to Y = S Ω, and W are the eigenvectors of
+           Y (Ωᵀ Y)⁺ Yᵀ ≈ S (Nyström);
+        2. every client is sent W and returns Wᵀ X_k = s_k (Wᵀ B_k) A_k. U are the R leading columns of W, among equal
+           votes those of most energy in Wᵀ T = Σ p_k Wᵀ X_k; C = Uᵀ T.
 
     The state U·C, what is read out of it and what training starts from are those of `glora`. Ω is drawn from the run's
-    seed and the round and does not travel. What a client sends has the same shapes whatever its rank and its data, U
-    padded by columns of zeros where the clients name fewer than R directions, so that it can be masked and summed.
+    seed and the round and does not travel. What a client sends has the same shapes whatever its rank and its data, W
+    padded by columns of zeros where the clients name fewer than l directions, so that it can be masked and summed.
 
     Source: ours, based on Chen et al. 2026 (2605.06733); the basis by Gittens and Mahoney 2016 (1303.1849).
     Differences: from `glora`, the basis: the same where S has no more than l = R + 8 directions (or m ≤ l), up to
@@ -135,8 +136,8 @@ def _info(passes: int) -> MethodInfo:
         exact=True,
         gauge_invariant=True,
         hetero_rank=True,
-        traffic_up=f"m {widths} + Rn + {PROBES**2}",
-        traffic_down=f"r(m+n) + Rm{second}",
+        traffic_up=f"(m+n){widths} + {PROBES**2}",
+        traffic_down=f"r(m+n) + m {widths}{second}",
     )
 
 
@@ -205,14 +206,10 @@ def _with_basis(state: ServerState, partial: Partial, plan: _Plan) -> ServerStat
 
 
 def _basis(name: str, omega: Tensor, y: Tensor, rank: int) -> dict[str, Tensor]:
-    """Return U (m, R) from Y = S Ω, with columns of zeros where fewer directions stand above rounding.
-
-    Where votes tie, all directions are returned, as many columns as Ω has, with their votes: their part of T decides.
-    """
-    named = _eigenvectors(omega, y, rank).settle(rank)
-    width = omega.shape[1] if named.open else rank
-    found = {f"{name}/{_BASIS}": torch.nn.functional.pad(named.u, (0, width - named.u.shape[1]))}
-    return found | ({f"{name}/{_VOTES}": named.votes} if named.open else {})
+    """Return W (m, columns of Ω) from Y = S Ω, zero where fewer directions stand above rounding, and their votes."""
+    named = _eigenvectors(omega, y, rank)
+    width = omega.shape[1] - named.u.shape[1]
+    return {f"{name}/{_BASIS}": torch.nn.functional.pad(named.u, (0, width)), f"{name}/{_VOTES}": named.votes}
 
 
 def _eigenvectors(omega: Tensor, y: Tensor, rank: int) -> Leading:
@@ -249,12 +246,10 @@ def _closed(state: ServerState, partial: Partial, plan: _Plan) -> tuple[ServerSt
 
 
 def _chosen(state: ServerState, name: str, core: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
-    """Return U and C, from the basis that was sent and the sum of what came back."""
-    u, votes = state.extra[f"{name}/{_BASIS}"], state.extra.get(f"{name}/{_VOTES}")
-    if votes is None:
-        return u, core
-    q = len(votes)
-    return Leading(u[:, :q], votes, True).chosen(core[:q], plan.rank(state.template, name))
+    """Return U and C, from the basis W that was sent and Wᵀ T."""
+    w, votes, rank = state.extra[f"{name}/{_BASIS}"], state.extra[f"{name}/{_VOTES}"], plan.rank(state.template, name)
+    named = len(votes)
+    return Leading(w[:, :named], votes).settle(rank).chosen(core[:named], rank)
 
 
 def _left_out(state: ServerState, name: str, u: Tensor, c: Tensor) -> float:

@@ -10,10 +10,11 @@ Shapes: X_k (m, n) client k's update of one module, of rank r_k; x (n, l), y (m,
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -172,18 +173,14 @@ class Sums:
         own = self.contributions[0].own
         x = query.x.to(own.b.device, torch.promote_types(query.x.dtype, self.dtype))
         if query.kind in ("columns", "rows"):
-            spans = self._spans(query.kind, query.vote)
-            y = torch.zeros_like(x)
-            for span, w in zip(spans, self.weights, strict=True):
-                b, z = span.b.to(x.dtype), span.z.to(x.dtype)
-                y.addmm_(b, z @ (z.mT @ (b.mT @ x)), alpha=w)
-            return y
+            spans = zip(self._spans(query.kind, query.vote), self.weights, strict=True)
+            return _in_blocks(torch.zeros_like(x), spans, functools.partial(_project, x=x))
         adjoint = query.kind == "adjoint"
-        y = x.new_zeros((own.shape[1 if adjoint else 0], x.shape[1]))
-        for pair, w in weighted_pairs(self.contributions, self.weights):
-            factor = pair.transposed() if adjoint else pair
-            y.addmm_(factor.b.to(x.dtype), factor.a.to(x.dtype) @ x, alpha=w)
-        return y
+        pairs = weighted_pairs(self.contributions, self.weights)
+        zero = x.new_zeros((own.shape[1 if adjoint else 0], x.shape[1]))
+        return _in_blocks(
+            zero, ((p.transposed() if adjoint else p, w) for p, w in pairs), functools.partial(_apply, x=x)
+        )
 
     def _spans(self, kind: str, vote: int | None) -> list[Span]:
         if (kind, vote) not in self.spans:
@@ -192,3 +189,42 @@ class Sums:
                 pairs = [x.transposed() for x in pairs]
             self.spans[kind, vote] = column_spans(pairs, vote)
         return self.spans[kind, vote]
+
+
+_BLOCK = 32
+"""Terms that are added up in the precision of the products, before their sum is added in float64."""
+
+_Term = TypeVar("_Term")
+
+
+def _in_blocks(
+    zero: Tensor, terms: Iterable[tuple[_Term, float]], add: Callable[[Tensor, _Term, float], object]
+) -> Tensor:
+    """Return Σ w · term, in the type of `zero`.
+
+    Parameters
+    ----------
+    add
+        (y, term, w): adds w · term to y in place.
+    """
+    waiting, total = iter(terms), None
+    block = list(itertools.islice(waiting, _BLOCK))
+    while True:
+        y = torch.zeros_like(zero)
+        for term, w in block:
+            add(y, term, w)
+        block = list(itertools.islice(waiting, _BLOCK))
+        if not block and total is None:
+            return y
+        total = y.double() if total is None else total.add_(y)
+        if not block:
+            return total.to(zero.dtype)
+
+
+def _project(y: Tensor, span: Span, weight: float, x: Tensor) -> None:
+    b, z = span.b.to(x.dtype), span.z.to(x.dtype)
+    y.addmm_(b, z @ (z.mT @ (b.mT @ x)), alpha=weight)
+
+
+def _apply(y: Tensor, factor: LowRank, weight: float, x: Tensor) -> None:
+    y.addmm_(factor.b.to(x.dtype), factor.a.to(x.dtype) @ x, alpha=weight)

@@ -308,7 +308,7 @@ class Leading:
     def chosen(self, image: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """Return the chosen directions U, and Uᵀ T, from the image Wᵀ T (q, n) of all that were named."""
         if not self.open:
-            return self.u, image
+            return self.u, image[: self.u.shape[1]]
         v = ties.settled(self.votes, image, rank, torch.finfo(self.votes.dtype).eps).to(self.u)
         return self.u @ v, v.mT.to(image) @ image
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from fedspan.methods import METHODS
 from fedspan.methods.base import Method, ServerState, advance
 from fedspan.methods.folds import COLLECT, SUM, Exchange, Partial
 from fedspan.methods.messages import Broadcast, Factors, Request, Update, Vector
+from fedspan.robust.screening import Screened
 
 NAMES = sorted(METHODS)
 MIXED = sorted(name for name, factory in METHODS.items() if factory().info.hetero_rank)
@@ -507,3 +508,58 @@ def test_whoever_answers_for_too_few_is_found_out() -> None:
     method = METHODS["fedit"]()
     with pytest.raises(ValueError, match="zip"):
         rounds.run_round(method, tiny.run_state(method, 4), tiny.clients(4, 4), lambda window, number: [])
+
+
+KEEPING = ("scaffold", "hetlora", "fedsa_lora")
+"""Methods whose clients keep something between rounds."""
+
+
+def screened_round(
+    method: Method,
+    run_state: RunState,
+    people: list[Client],
+    rejected: Set[str] = frozenset(),
+    unused: Set[str] = frozenset(),
+) -> RunState:
+    """A round whose filter rejects some clients and does not choose others."""
+
+    def screen(updates: Sequence[Update], sent: Sequence[Broadcast], *, ask: str = "train", bad: int = 0) -> Screened:
+        kept = [u for u in updates if u.client_id not in rejected | unused]
+        return Screened(kept, dict.fromkeys(rejected, "looks wrong"))
+
+    def work(window: Sequence[tuple[Client, Broadcast]], round_num: int) -> Iterator[tuple[LocalResult, float]]:
+        return ((tiny.fake_work(client, sent, round_num), 0.0) for client, sent in window)
+
+    sites = simulated.SimulatedClients(method, work, run_state.client_states, weighting="equal")
+    return rounds.conduct(method, run_state, people, sites, screen=screen)[0]
+
+
+@pytest.mark.parametrize("name", KEEPING)
+@pytest.mark.parametrize("way", ["rejected", "unused"])
+def test_what_was_not_counted_did_not_happen(name: str, way: str) -> None:
+    """A client whose answer a filter rejects, or does not choose, keeps the state it had: in its first round none."""
+    method, people = METHODS[name](), tiny.clients(4, 4, 4)
+    first = screened_round(method, tiny.run_state(method, 4), people, **{way: {"client-1"}})
+    assert sorted(first.client_states) == ["client-0", "client-2"]
+    assert sorted(first.counted) == ["client-0", "client-2"]
+    second = screened_round(method, first, people)
+    third = screened_round(method, second, people, **{way: {"client-1"}})
+    assert sorted(third.client_states) == ["client-0", "client-1", "client-2"]
+    for client_id, state in second.client_states.items():
+        same = all(torch.equal(x, third.client_states[client_id][key]) for key, x in state.items())
+        assert same or client_id != "client-1"
+        assert not same or client_id == "client-1" or name == "hetlora"
+    assert third.counted == {"client-0": 3, "client-1": 2, "client-2": 3}
+
+
+@pytest.mark.parametrize("way", ["rejected", "unused"])
+def test_scaffold_s_control_variate_stays_the_mean_of_the_clients_own(way: str) -> None:
+    """Five rounds of all three clients at equal weights, one of them left out now and then: c = Σ c_k / N."""
+    method, people = METHODS["scaffold"](), tiny.clients(4, 4, 4)
+    start = tiny.run_state(method, 4)
+    run_state = replace(start, state=replace(start.state, template=replace(start.state.template, num_clients=3)))
+    for number in range(5):
+        run_state = screened_round(method, run_state, people, **{way: {"client-2"} if number in (0, 2, 3) else set()})
+        for name, c in run_state.state.extra.items():
+            own = [kept[name] for kept in run_state.client_states.values() if name in kept]
+            torch.testing.assert_close(c, torch.stack(own).sum(dim=0) / 3, rtol=1e-4, atol=1e-5)

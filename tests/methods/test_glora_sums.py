@@ -156,8 +156,8 @@ def test_many_directions_cost_a_pass_or_a_little(spectrum: str, clients: int, on
 
 @passes
 def test_what_leaves_a_site_says_nothing_of_its_rank_or_data_by_its_shape(number: int) -> None:
-    """The same names and shapes from every client, (m, l) and (R, n), be its rank 1 or 7, or did it learn nothing; and
-    the same from one client as from many, U being padded."""
+    """The same names and shapes from every client, (m, l) and (l, n), be its rank 1 or 7, or did it learn nothing; and
+    the same from one client as from many, W being padded."""
     at = {"shapes": ((60, 50), (48, 64), (9, 30)), "server_rank": 6}
     mixed = build(glora_sums(passes=number), 7, ranks=(1, 7, 3, 5), counts=(1, 2, 3, 4), silent=(3,), **at)
     idle = build(glora_sums(passes=number), 8, ranks=(1, 1), counts=(1, 1), silent=(0, 1), **at)
@@ -168,7 +168,8 @@ def test_what_leaves_a_site_says_nothing_of_its_rank_or_data_by_its_shape(number
         assert all(one == measured[0] for one in measured)
     first, *_, last = seen
     assert first[0]["layer0/sketch"] == (60, 14)
-    assert last[0] == {"layer0/core": (6, 50), "layer1/core": (6, 64), "layer2/core": (6, 30)}
+    width = 14 * number
+    assert last[0] == {"layer0/core": (width, 50), "layer1/core": (width, 64), "layer2/core": (9, 30)}
     assert number == 1 or seen[1][0] == {"layer0/sketch": (60, 14), "layer1/sketch": (48, 14)}
 
 

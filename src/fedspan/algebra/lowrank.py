@@ -6,17 +6,20 @@ One rule serves all functions of a single pair: thin QR of B and of Aᵀ, then o
 R_B R_Aᵀ, which is min(m, c) × min(n, c). Householder QR is backward stable column by column, so factors of wildly
 different scale (B·1e8, A·1e-8) lose nothing, which a Gram matrix would.
 `left_coordinates` and `left_singular`, which servers apply to whole stacks, are the same rule and compute no more than
-they return; they take leading dimensions (…), so that layers of one shape share every call.
+they return; they take leading dimensions (…), so that layers of one shape share every call. Those two expect factors
+near ordinary size (`normalised`); all that takes a `LowRank` does that itself.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fedspan.algebra import scales
 from fedspan.support.errors import FedspanError
 
 
@@ -72,6 +75,12 @@ def zeros(m: int, n: int, like: Tensor | None = None) -> LowRank:
     return LowRank(make((m, 0)), make((0, n)))
 
 
+def normalised(x: LowRank) -> tuple[LowRank, int]:
+    """Return (B', A') near ordinary size, and e with B·A = 2^e B'·A' exactly; factors of ordinary size as they are."""
+    i, j = scales.excess(x.b), scales.excess(x.a)
+    return (LowRank(scales.shifted(x.b, -i), scales.shifted(x.a, -j)), i + j) if i or j else (x, 0)
+
+
 def scaled(x: LowRank, factor: float) -> LowRank:
     """Return factor · B·A."""
     return LowRank(promote(x.b) * factor, promote(x.a))
@@ -107,17 +116,19 @@ def core(x: LowRank) -> tuple[Tensor, Tensor, Tensor]:
 
 def svd(x: LowRank) -> SVD:
     """Return the thin SVD of B·A, of at most min(m, n, r) terms."""
+    x, e = normalised(x)
     q_b, k, q_a = core(x)
     u, s, vh = torch.linalg.svd(k, full_matrices=False)
-    return SVD(q_b @ u, s, vh @ q_a.mT)
+    return SVD(q_b @ u, scales.shifted(s, e), vh @ q_a.mT)
 
 
 def term_size(x: LowRank) -> float:
     """Return (Σ_j ‖b_j‖² ‖a_j‖²)^½ over the columns of B and rows of A, above ‖B·A‖_F where terms b_j a_j cancel."""
-    return float((promote(x.b).norm(dim=0) * promote(x.a).norm(dim=1)).norm())
+    sizes = scales.norms(promote(x.b), 0).double() * scales.norms(promote(x.a), 1).double()
+    return float(sizes.norm())
 
 
-def above_rounding(s: Tensor, size: float | Tensor = 0.0) -> Tensor:
+def above_rounding(s: Tensor, size: float | Tensor = 0.0, eps: float | None = None) -> Tensor:
     """Return a mask of the singular values (…, q) that stand above rounding: σ_j > 4·q·eps·max(σ_1, size).
 
     Parameters
@@ -125,10 +136,14 @@ def above_rounding(s: Tensor, size: float | Tensor = 0.0) -> Tensor:
     size
         The `term_size` of their product, (…) where there are several. Rounding follows the terms, not their sum:
         after an ill-conditioned gauge its noise stands far above eps·σ_1 and would count as directions of its own.
+    eps
+        The rounding of what the values were computed from; none: that of their own type.
     """
+    eps = torch.finfo(s.dtype).eps if eps is None else eps
+    s = s.double()  # where eps·σ_1 does not underflow
     floor = torch.as_tensor(size, dtype=s.dtype, device=s.device)[..., None]
     # Not >=, or this fails with a matrix of all zeros.
-    return s > 4 * s.shape[-1] * torch.finfo(s.dtype).eps * torch.maximum(s[..., :1], floor)
+    return s > 4 * s.shape[-1] * eps * torch.maximum(s[..., :1], floor)
 
 
 def numerical_rank(s: Tensor, size: float = 0.0) -> int:
@@ -186,7 +201,8 @@ def truncate(x: LowRank, rank: int) -> LowRank:
 
 def norm(x: LowRank) -> float:
     """Return ‖B·A‖_F, on a basis of the row space (a difference never goes negative, as it would through Grams)."""
-    return float(torch.linalg.matrix_norm(left_coordinates(promote(x.b), promote(x.a))))
+    x, e = normalised(x)
+    return math.ldexp(float(scales.norms(left_coordinates(promote(x.b), promote(x.a)))), e)
 
 
 def distance(x: LowRank, y: LowRank) -> float:
@@ -196,4 +212,5 @@ def distance(x: LowRank, y: LowRank) -> float:
 
 def inner(x: LowRank, y: LowRank) -> float:
     """Return ⟨X, Y⟩ = tr(Xᵀ Y) from r×r matrices only."""
-    return float(((promote(x.b).mT @ promote(y.b)) * (promote(x.a) @ promote(y.a).mT)).sum())
+    (x, e), (y, f) = normalised(x), normalised(y)
+    return math.ldexp(float(((promote(x.b).mT @ promote(y.b)) * (promote(x.a) @ promote(y.a).mT)).sum()), e + f)

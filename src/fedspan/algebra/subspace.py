@@ -18,6 +18,9 @@ from fedspan.algebra.lowrank import LowRank
 _WORST, _WORST_WIDER = 1e2, 1e6
 """The largest ‖G⁻¹‖ of a Gram matrix with unit diagonal that is whitened, in the factors' own precision and in float64
 for float32 factors. Rounding of G changes projector and basis by about ‖G⁻¹‖·eps."""
+_WORST_FACTORED = 3e3
+"""The largest ‖G⁻¹‖ of a B for which B·Z is multiplied in the factors' own precision, where columns that nearly cancel
+round as their terms do, by ‖G⁻¹‖^½·eps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +52,18 @@ def column_basis(x: LowRank, max_rank: int | None = None) -> Tensor:
     Tensor
         (m, q) with q ≤ r.
     """
-    f = lowrank.svd(x)
-    keep = lowrank.numerical_rank(f.s, lowrank.term_size(x))
+    return accurate_basis(x, max_rank).to(lowrank.promote(x.b).dtype)
+
+
+def accurate_basis(x: LowRank, max_rank: int | None = None) -> Tensor:
+    """Return `column_basis` in float64, where the factors' gauge multiplies rounding least.
+
+    Directions below the factors' own precision are left out all the same: they are what the factors were rounded to.
+    """
+    eps = torch.finfo(lowrank.promote(x.b).dtype).eps
+    x, _ = lowrank.normalised(x)
+    f = lowrank.svd(LowRank(x.b.double(), x.a.double()))
+    keep = int(lowrank.above_rounding(f.s, lowrank.term_size(x), eps).sum())
     return f.u[:, : keep if max_rank is None else min(keep, max_rank)]
 
 
@@ -59,8 +72,9 @@ def column_spans(terms: Sequence[LowRank], max_rank: int | None = None) -> list[
 
     Where B and A, columns and rows scaled to length 1, are far from dependent, Cholesky factors of their r×r Gram
     matrices replace the triangular factors of two QRs (CholeskyQR; Yamamoto et al. 2015 on its rounding): the
-    product then has full rank for certain, and B·Z spans it. Grams that are too ill-conditioned in float32 are made
-    again in float64, and products that are so there, or near rank deficiency, take the QR.
+    product then has full rank for certain, and B·Z spans it. Grams that are too ill-conditioned or too small or large
+    for float32 are made again in float64, B·Z too, and products that are so there, or near rank deficiency, take the
+    QR.
     """
     spans: dict[int, Span] = {}
     for dtype in (None, torch.float64):
@@ -72,8 +86,7 @@ def column_spans(terms: Sequence[LowRank], max_rank: int | None = None) -> list[
             spans |= _whitened(terms, members, dtype, max_rank)
     for i, x in enumerate(terms):
         if i not in spans:
-            q = column_basis(x, max_rank)
-            spans[i] = Span(q, torch.eye(q.shape[1], dtype=q.dtype, device=q.device))
+            spans[i] = _spanned(column_basis(x, max_rank))
     return [spans[i] for i in range(len(terms))]
 
 
@@ -91,11 +104,30 @@ def _whitened(
     limit = _WORST if dtype is None else _WORST_WIDER
     # Not >=, or a product of zeros would pass; a NaN fails.
     safe = (worst_b < limit) & (worst_a < limit) & (certain > rounding)
+    if dtype is None:
+        safe &= _ordinary(size_b) & _ordinary(size_a)
     if max_rank is not None and max_rank < z.shape[2]:
         z[safe] @= torch.linalg.svd(left[safe] @ right[safe].mT)[0]
         z = z[:, :, :max_rank]
-    z = z.to(kind)
-    return {i: Span(terms[i].b, basis) for i, basis, ok in zip(members, z, safe.tolist(), strict=True) if ok}
+    plain = _ordinary(size_b) & (worst_b < _WORST_FACTORED)
+    return {
+        i: Span(terms[i].b, basis.to(kind)) if factored else _spanned((terms[i].b.double() @ basis).to(kind))
+        for i, basis, ok, factored in zip(members, z, safe.tolist(), plain.tolist(), strict=True)
+        if ok
+    }
+
+
+def _spanned(q: Tensor) -> Span:
+    """Return the space of a basis that stands for itself."""
+    return Span(q, torch.eye(q.shape[1], dtype=q.dtype, device=q.device))
+
+
+_LEAST, _MOST = 2.0**-40, 2.0**40
+
+
+def _ordinary(lengths: Tensor) -> Tensor:
+    """Return which of the lengths (k, r) have squares that float32 holds, in every column."""
+    return ((lengths > _LEAST) & (lengths < _MOST)).all(dim=1)
 
 
 def _grams(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

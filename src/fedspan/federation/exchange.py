@@ -101,7 +101,7 @@ class Sites(Protocol):
         """Return the sum of the answers, without the answers: by secure sums, or by their arithmetic."""
 
     def states(self) -> Mapping[str, ClientState]:
-        """Return what the clients keep between rounds, where this process keeps it for them."""
+        """Return what the clients keep if their answers count, where this process keeps it for them."""
 
     def costs(self) -> Mapping[str, Any]:
         """Return what the round cost this transport, for the round's record."""

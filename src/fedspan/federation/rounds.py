@@ -165,6 +165,8 @@ class _Round:
         """Results of training and what they started from; filled only where the round is observed."""
         self.started: Broadcast | None = None
         """The broadcast that the client of largest rank would have started training from, for the layout of sums."""
+        self.unused: set[str] = set()
+        """Clients whose valid answer a filter did not choose."""
         self.tally = RoundTally()
 
     def exchange(self, number: int, clients: Sequence[Client], place: tuple[int, int], again: bool) -> list[Client]:
@@ -242,8 +244,13 @@ class _Round:
         # Only clients that got to the end certainly hold the patches; the others are sent them once more. A site that
         # does hold that version recognises it by its number, and adds nothing twice.
         seen = {**self.run_state.seen, **dict.fromkeys(ids, self.version)}
+        # An answer that was not counted changed nothing, on its client neither: a control variate that the server never
+        # added would pull the client away for good. Sites go back to the state of the round that last counted, too.
+        ids = [client_id for client_id in ids if client_id not in self.unused]
         counted = {**self.run_state.counted, **dict.fromkeys(ids, self.round_num + 1)}
-        return RunState(self.state, self.sites.states(), seen, counted)
+        kept = self.sites.states()
+        states = {**self.run_state.client_states, **{client: kept[client] for client in ids if client in kept}}
+        return RunState(self.state, states, seen, counted)
 
     def _waited(self, answers: Iterator[Answer]) -> Iterator[Answer]:
         """Yield the answers, adding the time spent waiting for them to the tally."""
@@ -280,7 +287,8 @@ class _Round:
     def _fold(self, question: Question, update: Update | None) -> None:
         if update is not None:
             with self.tally.server():
-                self.partial = question.exchange.fold.add(self.partial, update)
+                # The partial was begun by this exchange, and nothing else holds it.
+                self.partial = question.exchange.fold.add_in_place(self.partial, update)
 
     def _screened(
         self, question: Question, screen: Screen, answers: list[Answer], broadcasts: _Broadcasts
@@ -298,6 +306,7 @@ class _Round:
         self.tally.diagnostics |= screened.diagnostics
         for update in screened.updates:
             self._fold(question, update)
+        self.unused |= {update.client_id for update in updates} - {update.client_id for update in screened.updates}
         return [replace(a, update=None) for a in answers if a.client.client_id not in screened.rejected]
 
     def _summed(self, question: Question, clients: Sequence[Client], broadcasts: _Broadcasts) -> list[Client]:

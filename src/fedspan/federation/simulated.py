@@ -45,6 +45,8 @@ class SimulatedClients:
         total: SumSettings | None = None,
     ) -> None:
         self.method, self.work, self.weighting, self.precision, self.total = method, work, weighting, precision, total
+        self._before = client_states
+        """Client -> the state that its exchanges of this round start from, as on a site."""
         self._states = dict(client_states)
         self._learnt: dict[str, Answer] = {}
         """Client -> its answer, kept because the next exchange asks about it again."""
@@ -91,7 +93,7 @@ class SimulatedClients:
         return Summed(partial, loss, answers)
 
     def states(self) -> Mapping[str, ClientState]:
-        """Return what the clients keep now."""
+        """Return what the clients keep if their answers count."""
         return self._states
 
     def costs(self) -> Mapping[str, Any]:
@@ -104,7 +106,7 @@ class SimulatedClients:
             window: list[tuple[Client, Broadcast]] = []
             for client in clients[start : start + WINDOW]:
                 sent = self._arrives(broadcast_for(client))
-                window.append((client, begin(self.method, question, sent, self._states.get(client.client_id))))
+                window.append((client, begin(self.method, question, sent, self._before.get(client.client_id))))
             results = self.work(window, question.round_num)
             for (client, sent), (result, seconds) in zip(window, results, strict=True):
                 weight = client.weight(self.weighting)
@@ -145,7 +147,7 @@ class SimulatedClients:
             question,
             answer.result,
             answer.started,
-            self._states.get(client_id),
+            self._before.get(client_id),
             self.precision,
             answer.weight,
         )

@@ -142,7 +142,7 @@ def aggregate(method: Method, state: ServerState, updates: list[Update]) -> tupl
     fold = method.exchanges[state.exchange].fold
     partial = Partial()
     for update in sorted(updates, key=lambda u: u.client_id):
-        partial = fold.add(partial, update)
+        partial = fold.add_in_place(partial, update)
     return method.finish(state, partial)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedspan.algebra import lowrank
 from fedspan.algebra.subspace import consensus
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
-from fedspan.methods.folds import COLLECT, Exchange, Partial
+from fedspan.methods.folds import COLLECT, Exchange, Partial, weighted_mean
 from fedspan.methods.full_weights import WEIGHTS, OnRefresh, Side, SVDKind, average_weights, galore_options
 from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Recipe, Request, Tensors, Update
 from fedspan.support.errors import FedspanError
@@ -90,7 +90,7 @@ def fedgalore(
             basis = _joint(moments, shares, threshold)
             joint += basis.shape[1]
             if basis.shape[1]:
-                mean = torch.stack([v * p for v, p in zip(moments, shares, strict=True)]).sum(dim=0)
+                mean = weighted_mean(moments, shares)
                 modules[name] = {"second_moment": torch.maximum(mean @ basis @ basis.mT, mean * floor)}
         diagnostics = {"joint_directions": joint / max(len(state.template.modules), 1)}
         return advance(state, modules=modules, dense=partial.mean_dense()), diagnostics

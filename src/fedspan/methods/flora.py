@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from fedspan.algebra import lowrank
+from fedspan.algebra import lowrank, scales
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.fedit import check_rank, factors_of, init_factors
-from fedspan.methods.folds import Partial
+from fedspan.methods.folds import Partial, weighted_mean
 from fedspan.methods.messages import Broadcast, Diagnostics, Request, Template, Tensors
 from fedspan.methods.patches import Patch, PatchLog, patch_sum
+from fedspan.methods.queries import own_contribution
 from fedspan.methods.readout import fresh_adapter
 from fedspan.support import parallel
 
@@ -22,10 +19,6 @@ from fedspan.support import parallel
 def patches_of(state: ServerState) -> PatchLog:
     """Return the state's patch log; empty before the first round."""
     return state.patches or PatchLog({})
-
-
-def _mean(factors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    return torch.stack([x * p for x, p in zip(factors, shares, strict=True)]).sum(dim=0)
 
 
 def flora() -> Method:
@@ -54,7 +47,9 @@ def flora() -> Method:
         shares = partial.shares()
 
         def whole(name: str) -> Patch:
-            return patch_sum(None, lowrank.stack(partial.deltas(name), shares))
+            contributions = [own_contribution(update, name) for update in partial.collected]
+            pairs = [LowRank(lowrank.promote(x.own.b) * x.scaling, x.own.a) for x in contributions]
+            return patch_sum(None, lowrank.stack(pairs, shares))
 
         names = list(state.template.modules)
         stacked = dict(zip(names, parallel.ordered_map(whole, names), strict=True))
@@ -101,13 +96,17 @@ def fedex_lora() -> Method:
         def means(name: str) -> tuple[Tensors, Patch | None, float]:
             # s_k B_k, not B_k: the clients' scalings may differ even where their ranks do not.
             pairs = partial.deltas(name)
-            mean_b = _mean([x.b for x in pairs], shares)
-            mean = {"a": _mean([x.a for x in pairs], shares), "b": mean_b / s}
+            mean_b = weighted_mean([x.b for x in pairs], shares)
+            mean = {"a": weighted_mean([x.a for x in pairs], shares), "b": mean_b / s}
             terms = [LowRank(x.b - mean_b, x.a - pairs[-1].a) for x in pairs[:-1]]
             if not terms:
                 return mean, None, 0.0
             residual = patch_sum(None, lowrank.stack(terms, shares[:-1]))
-            return mean, residual, lowrank.norm(residual) if isinstance(residual, LowRank) else float(residual.norm())
+            return (
+                mean,
+                residual,
+                lowrank.norm(residual) if isinstance(residual, LowRank) else float(scales.norms(residual)),
+            )
 
         by_module = dict(zip(state.modules, parallel.ordered_map(means, state.modules), strict=True))
         residuals = {name: residual for name, (_, residual, _) in by_module.items() if residual is not None}

@@ -16,6 +16,7 @@ from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import Method
 from fedspan.methods.fedit import fedit
+from fedspan.methods.folds import weighted_mean
 from fedspan.methods.lora_fair import nearer
 from fedspan.support.errors import FedspanError
 
@@ -48,7 +49,7 @@ def flora_na(sweeps: int = 10) -> Method:
         for _ in range(sweeps):
             p = _best(b, a, torch.einsum("k,kij->ij", q, a), weights)
             q = _best(a.mT, b.mT, torch.einsum("k,kij->ji", p, b), weights)
-        return LowRank(_combined([x.b for x in pairs], p), _combined([x.a for x in pairs], q))
+        return LowRank(weighted_mean([x.b for x in pairs], p.tolist()), weighted_mean([x.a for x in pairs], q.tolist()))
 
     return nearer(replace(fedit().info, name="flora_na", title="FLoRA-NA", paper="2509.26399"), refine)
 
@@ -74,10 +75,3 @@ def _best(b: Tensor, a: Tensor, fixed: Tensor, weights: Tensor) -> Tensor:
     keep = lowrank.above_rounding(s)
     solution: Tensor = vh[keep].mT @ ((u[:, keep].mT @ r[:, -1]) / s[keep])
     return weights + roots * solution
-
-
-def _combined(factors: Sequence[Tensor], weights: Tensor) -> Tensor:
-    total = torch.zeros_like(factors[0])
-    for x, w in zip(factors, weights.tolist(), strict=True):
-        total.add_(x, alpha=w)
-    return total

@@ -1,17 +1,24 @@
-"""Folds: the accumulation of client updates on a server, as a sum or as a collection."""
+"""Folds: the accumulation of client updates on a server, as a sum or as a collection.
+
+Running sums are float64: one by one in float32, the mean of 100,000 equal updates is off by a thousandth. They are
+added to in place where the caller owns them, in pieces that stay in the cache, so that this costs no time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.messages import Tensors, Update
 from fedspan.support.errors import FedspanError
+
+Place = tuple[str, str]
+"""(module, part of its payload), or an empty module and the name of a dense weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +33,19 @@ class Partial:
     """Σ n_k · payload_k, for a sum."""
     collected: tuple[Update, ...] = ()
     """The updates themselves, for a method that needs each."""
+    kinds: Mapping[Place, torch.dtype] = field(default_factory=dict)
+    """The types of the means, where they are not those of the sums."""
 
     def mean_dense(self) -> Tensors:
         """Return Σ p_k x_k over the participants."""
-        return {name: value / self.weight for name, value in self.dense.items()}
+        return {name: self._mean(("", name), value) for name, value in self.dense.items()}
 
     def mean(self, module: str) -> Tensors:
         """Return Σ p_k payload_k of one module, field by field."""
-        return {name: value / self.weight for name, value in self.sums[module].items()}
+        return {part: self._mean((module, part), value) for part, value in self.sums[module].items()}
+
+    def _mean(self, place: Place, value: Tensor) -> Tensor:
+        return (value / self.weight).to(self.kinds.get(place, value.dtype))
 
     def shares(self) -> list[float]:
         """Return p_k = n_k / Σ n of the collected updates. The one place where counts become weights."""
@@ -43,6 +55,11 @@ class Partial:
         """Return s_k B_k A_k of the collected updates."""
         return [update.factors(module).delta() for update in self.collected]
 
+    def places(self) -> dict[Place, Tensor]:
+        """Return all running sums."""
+        found = {("", name): value for name, value in self.dense.items()}
+        return found | {(name, part): value for name, held in self.sums.items() for part, value in held.items()}
+
 
 @dataclass(frozen=True, slots=True)
 class Fold:
@@ -51,6 +68,41 @@ class Fold:
     kind: Literal["sum", "collect"]
     add: Callable[[Partial, Update], Partial]
     merge: Callable[[Partial, Partial], Partial]
+    add_in_place: Callable[[Partial, Update], Partial]
+    """Like `add`, to the bit, but the sums of the partial that it is given are changed: for its only owner."""
+
+
+def weighted_mean(tensors: Iterable[Tensor], shares: Iterable[float]) -> Tensor:
+    """Return Σ p_k x_k of tensors of one shape, accumulated in float64, in float32 at least."""
+    total: Tensor | None = None
+    kind = torch.float32
+    for x, p in zip(tensors, shares, strict=True):
+        kind = torch.promote_types(kind, x.dtype)
+        total = _times(x, p) if total is None else _add(total, x, p)
+    if total is None:
+        raise FedspanError("the mean of no tensors: expected at least one")
+    return total.to(kind)
+
+
+def _times(x: Tensor, weight: float) -> Tensor:
+    """Return w·x in float64, contiguous and owned by the caller."""
+    total: Tensor = x.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    return total.mul_(weight)
+
+
+_PIECE = 2**15
+"""Numbers that are added at once: as float64 they fit the cache beside their sum."""
+
+
+def _add(total: Tensor, x: Tensor, weight: float) -> Tensor:
+    """Add w·x to a sum in place, in pieces: a whole x would be copied to float64 first."""
+    if x.numel() <= _PIECE:
+        return total.add_(_times(x, weight))
+    flat, values = total.view(-1), x.reshape(-1)
+    for start in range(0, len(flat), _PIECE):
+        # The product is rounded before it is added, as in the sum of two folds, or the bits would differ.
+        flat[start : start + _PIECE].add_(_times(values[start : start + _PIECE], weight))
+    return total
 
 
 def _plus(x: Tensors, y: Tensors) -> dict[str, Tensor]:
@@ -60,7 +112,7 @@ def _plus(x: Tensors, y: Tensors) -> dict[str, Tensor]:
         if x[name].shape != y[name].shape:
             shapes = f"{tuple(x[name].shape)} and {tuple(y[name].shape)}"
             raise FedspanError(f"updates hold {name} in shapes {shapes}: expected one shape")
-    return {name: x[name] + y[name] for name in x}
+    return {name: x[name].double() + y[name] for name in x}
 
 
 def _same_names(what: str, x: Mapping[str, object], y: Mapping[str, object]) -> None:
@@ -71,16 +123,12 @@ def _same_names(what: str, x: Mapping[str, object], y: Mapping[str, object]) -> 
 def _plus_nested(x: Tensor, y: Tensor) -> Tensor:
     """Return x + y, where a factor of smaller rank fills the leading rows or columns and counts as zero elsewhere."""
     if x.shape == y.shape:
-        return x + y
+        return x.double() + y
     rows, columns = max(x.shape[0], y.shape[0]), max(x.shape[1], y.shape[1])
-    total = x.new_zeros((rows, columns))
+    total = x.new_zeros((rows, columns), dtype=torch.float64)
     total[: x.shape[0], : x.shape[1]] += x
     total[: y.shape[0], : y.shape[1]] += y
     return total
-
-
-def _weighted(x: Tensors, weight: float) -> dict[str, Tensor]:
-    return {name: lowrank.promote(value) * weight for name, value in x.items()}
 
 
 def _plus_modules(x: Mapping[str, Tensors], y: Mapping[str, Tensors]) -> dict[str, Tensors]:
@@ -92,32 +140,84 @@ def _plus_modules(x: Mapping[str, Tensors], y: Mapping[str, Tensors]) -> dict[st
     return total
 
 
-def _add_to_sum(partial: Partial, update: Update) -> Partial:
+def _single(update: Update, summed: bool) -> Partial:
+    """Return the fold of one update, in tensors of its own."""
     w = update.num_examples
-    modules = {name: _weighted(p.tensors(), w) for name, p in update.modules.items()}
-    return _merge(partial, Partial(1, w, _weighted(update.dense, w), modules))
+    tensors = update.named_tensors()
+    values = {place: _times(x, w) for place, x in tensors.items() if summed or not place[0]}
+    kinds = {place: torch.promote_types(tensors[place].dtype, torch.float32) for place in values}
+    modules = update.modules if summed else {}
+    sums = {name: {part: values[name, part] for part in p.tensors()} for name, p in modules.items()}
+    dense = {name: values["", name] for name in update.dense}
+    collected = () if summed else (replace(update, dense={}),)
+    return Partial(1, w, dense, sums, collected, kinds)
+
+
+def _add_to_sum(partial: Partial, update: Update) -> Partial:
+    return _merge(partial, _single(update, summed=True))
 
 
 def _collect(partial: Partial, update: Update) -> Partial:
-    w = update.num_examples
-    return _merge(partial, Partial(1, w, _weighted(update.dense, w), collected=(replace(update, dense={}),)))
+    return _merge(partial, _single(update, summed=False))
 
 
 def _merge(x: Partial, y: Partial) -> Partial:
     # Only a fold of nothing may lack what the other names: anything else would be averaged as a zero.
     if x.num_clients == 0 or y.num_clients == 0:
         return y if x.num_clients == 0 else x
+    dense, sums = _plus(x.dense, y.dense), _plus_modules(x.sums, y.sums)
     return Partial(
         x.num_clients + y.num_clients,
         x.weight + y.weight,
-        _plus(x.dense, y.dense),
-        _plus_modules(x.sums, y.sums),
+        dense,
+        sums,
         (*x.collected, *y.collected),
+        _kinds(x, y),
     )
 
 
-SUM = Fold("sum", _add_to_sum, _merge)
-COLLECT = Fold("collect", _collect, _merge)
+def _kinds(x: Partial, y: Partial) -> Mapping[Place, torch.dtype]:
+    """Return the types of the means over both."""
+    if x.kinds == y.kinds and len(x.kinds) == len(x.places()):
+        return x.kinds
+    mine, others = ({p: part.kinds.get(p, value.dtype) for p, value in part.places().items()} for part in (x, y))
+    return {place: torch.promote_types(mine[place], others[place]) for place in mine}
+
+
+def _added_in_place(partial: Partial, update: Update) -> Partial:
+    return _in_place(partial, update, summed=True)
+
+
+def _collected_in_place(partial: Partial, update: Update) -> Partial:
+    return _in_place(partial, update, summed=False)
+
+
+def _in_place(partial: Partial, update: Update, summed: bool) -> Partial:
+    totals = partial.places()
+    values = {place: x for place, x in update.named_tensors().items() if summed or not place[0]}
+    if partial.num_clients == 0 or not _fits(totals, values, partial.kinds):
+        # Makes new tensors, which belong to the partial and may be added to; or says why the update does not fit.
+        return _merge(partial, _single(update, summed))
+    w = update.num_examples
+    for place, x in values.items():
+        _add(totals[place], x, w)
+    collected = partial.collected if summed else (*partial.collected, replace(update, dense={}))
+    return replace(partial, num_clients=partial.num_clients + 1, weight=partial.weight + w, collected=collected)
+
+
+def _fits(totals: Mapping[Place, Tensor], values: Mapping[Place, Tensor], kinds: Mapping[Place, torch.dtype]) -> bool:
+    """Return whether the values can be added to the sums as they are."""
+    return totals.keys() == values.keys() and all(
+        x.shape == totals[place].shape
+        and place in kinds
+        and torch.promote_types(x.dtype, kinds[place]) == kinds[place]
+        and totals[place].dtype == torch.float64
+        for place, x in values.items()
+    )
+
+
+SUM = Fold("sum", _add_to_sum, _merge, _added_in_place)
+COLLECT = Fold("collect", _collect, _merge, _collected_in_place)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ SVD, C = Σ Vᵀ, so that a readout of any rank is a slice of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -69,11 +70,12 @@ def glora(
     ----------
     server_rank
         R, the rank of the server's state; `none`: the largest client rank, `double`: twice that, `auto`: module by
-        module the smallest rank that discards at most the tolerance. The aggregate is exact once R spans the union of
-        the clients' column spaces, at most min(m, Σ r_k).
+        module the smallest rank that discards at most the tolerance, by energy whatever the basis. The aggregate is
+        exact once R spans the union of the clients' column spaces, at most min(m, Σ r_k).
     tolerance
         The share of ‖T‖_F that may be discarded with `server_rank = "auto"`. Every round's record then has a
-        `certificate`: each module's rank, and the share of its energy ‖T‖_F² that was discarded.
+        `certificate`: each module's rank, and the share of its energy ‖T‖_F² that was discarded (with momentum, of T
+        and then of the sum with it).
     basis
         `projector`: every client's subspace counts by its weight alone. `energy`: the left singular vectors of the
         aggregate itself, which lose the least energy.
@@ -228,15 +230,15 @@ def _contributions(state: ServerState, options: _GloraOptions) -> ContributionOf
         return own_contribution
     held = _held(state)
     # One object per module and rank: a query multiplies by it once for all the clients that share it.
-    rests: dict[tuple[str, int], LowRank] = {}
+    rests: dict[tuple[str, int], tuple[LowRank, int]] = {}
 
     def contribution_of(update: Update, module: str) -> Contribution:
         x, own = held[module], own_contribution(update, module)
         sent = 0 if options.start == "state" else min(own.own.rank, x.rank)
         if sent == x.rank:
             return own
-        rest = rests.setdefault((module, sent), _rest(x, sent))
-        return Contribution(own.own, own.scaling, rest)
+        rest, e = rests.setdefault((module, sent), lowrank.normalised(_rest(x, sent)))
+        return Contribution(own.own, own.scaling, rest, math.ldexp(1.0, e))
 
     return contribution_of
 
@@ -249,13 +251,15 @@ def kept_rank(template: Template, server_rank: int | Literal["double"] | None) -
 
 
 def _spec(state: ServerState, shape: tuple[int, int], options: _GloraOptions) -> ApproximationSpec:
-    automatic = options.server_rank == "auto"
-    rank = max(shape) if options.server_rank == "auto" else kept_rank(state.template, options.server_rank)
+    if options.server_rank == "auto":
+        # With room for all directions the basis of the votes spans T as the energy's does, and what is cut then is cut
+        # by energy; but what no client may name, as in a state of more directions than votes, would be lost.
+        return ApproximationSpec(max(shape), "energy", tolerance=options.tolerance)
+    rank = kept_rank(state.template, options.server_rank)
     # With more directions each, the old state, which all clients hold, would outvote everything new.
-    vote = None if options.update == "replace" else state.template.rank if automatic else rank
-    tolerance = options.tolerance if automatic else None
+    vote = None if options.update == "replace" else rank
     both = options.sides == "both" and options.basis == "projector"
-    return ApproximationSpec(rank, options.basis, both, vote, tolerance, options.readout == "svd" or automatic)
+    return ApproximationSpec(rank, options.basis, both, vote, ordered=options.readout == "svd")
 
 
 def _procedure(state: ServerState, name: str, options: _GloraOptions) -> ModuleProcedure:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedspan.algebra import lowrank
 from fedspan.methods import spectral
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import SUM, Exchange, Partial
@@ -20,13 +21,14 @@ from fedspan.methods.glora import glora, kept_rank, step_of
 from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Request, Subspace, Template, Update, Vector
 from fedspan.methods.queries import Query, Sums, own_contribution
 from fedspan.methods.readout import Balance
-from fedspan.methods.spectral import PROBES, Approximation
+from fedspan.methods.spectral import PROBES, Approximation, Leading
 from fedspan.support import parallel
 from fedspan.support.errors import FedspanError
 
 _PARTS = _SKETCH, _BASIS, _LEFT, _RIGHT = "columns", "adjoint", "left", "right"
 """The last parts of the names in `Broadcast.subspaces`: a client multiplies P_k or X_kᵀ by the first two; the others
 are the two sides of the probes."""
+_VOTES = "votes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +53,18 @@ class _Plan:
 def glora_sums(
     server_rank: int | Literal["double"] | None = None, passes: Literal[1, 2] = 1, balance: Balance = "init"
 ) -> Method:
-    """GLoRA for a server that sees sums alone: Σ p_k P_k Ω, then Σ p_k Uᵀ X_k.
+    """GLoRA for a server that sees sums alone: Σ p_k P_k Ω, then Σ p_k Wᵀ X_k.
 
     With X_k = s_k B_k A_k, T = Σ p_k X_k and S = Σ p_k P_k, whose leading eigenvectors are GLoRA's consensus basis:
 
-        1. every client trains and returns P_k Ω; the server sums these to Y = S Ω, and U are the R leading eigenvectors
-           of Y (Ωᵀ Y)⁺ Yᵀ ≈ S (Nyström);
-        2. every client is sent U and returns Uᵀ X_k = s_k (Uᵀ B_k) A_k; C = Σ p_k Uᵀ X_k.
+        1. every client trains and returns P_k Ω; the server sums these to Y = S Ω, and W are the eigenvectors of
+           Y (Ωᵀ Y)⁺ Yᵀ ≈ S (Nyström);
+        2. every client is sent W and returns Wᵀ X_k = s_k (Wᵀ B_k) A_k. U are the R leading columns of W, among equal
+           votes those of most energy in Wᵀ T = Σ p_k Wᵀ X_k; C = Uᵀ T.
 
     The state U·C, what is read out of it and what training starts from are those of `glora`. Ω is drawn from the run's
-    seed and the round and does not travel. What a client sends has the same shapes whatever its rank and its data, U
-    padded by columns of zeros where the clients name fewer than R directions, so that it can be masked and summed.
+    seed and the round and does not travel. What a client sends has the same shapes whatever its rank and its data, W
+    padded by columns of zeros where the clients name fewer than l directions, so that it can be masked and summed.
 
     Source: ours, based on Chen et al. 2026 (2605.06733); the basis by Gittens and Mahoney 2016 (1303.1849).
     Differences: from `glora`, the basis: the same where S has no more than l = R + 8 directions (or m ≤ l), up to
@@ -111,7 +114,7 @@ def glora_sums(
     def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
         if state.exchange < passes:
             return _with_basis(state, partial, plan), {}
-        return _closed(state, partial)
+        return _closed(state, partial, plan)
 
     return Method(
         info=_info(passes),
@@ -133,8 +136,8 @@ def _info(passes: int) -> MethodInfo:
         exact=True,
         gauge_invariant=True,
         hetero_rank=True,
-        traffic_up=f"m {widths} + Rn + {PROBES**2}",
-        traffic_down=f"r(m+n) + Rm{second}",
+        traffic_up=f"(m+n){widths} + {PROBES**2}",
+        traffic_down=f"r(m+n) + m {widths}{second}",
     )
 
 
@@ -168,8 +171,9 @@ def _encode(update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[
         if _BASIS in blocks:
             reply["core"] = own((Query("adjoint", blocks[_BASIS]),))[0].mT.contiguous()
         if _LEFT in blocks:
-            x = update.factors(name).delta()
-            reply["probes"] = (blocks[_LEFT].to(x.b).mT @ x.b) @ (x.a @ blocks[_RIGHT].to(x.a))
+            (x,) = own.contributions
+            b, a = lowrank.promote(x.own.b) * x.scaling, lowrank.promote(x.own.a)
+            reply["probes"] = (blocks[_LEFT].to(b).mT @ b) @ (a @ blocks[_RIGHT].to(a))
         return reply
 
     replies = zip(update.modules, parallel.ordered_map(reply_about, list(update.modules)), strict=True)
@@ -196,30 +200,41 @@ def _with_basis(state: ServerState, partial: Partial, plan: _Plan) -> ServerStat
         else:
             omega = torch.cat([omega, state.extra[f"{name}/{_SKETCH}"]], dim=1)
             y = torch.cat([extra.pop(f"{name}/seen"), y], dim=1)
-        extra[f"{name}/{_BASIS}"] = _basis(omega, y, rank)
+        extra |= _basis(name, omega, y, rank)
     dense = partial.mean_dense() if state.exchange == 0 else state.dense
     return replace(state, dense=dense, extra=extra)
 
 
-def _basis(omega: Tensor, y: Tensor, rank: int) -> Tensor:
-    """Return U (m, R) from Y = S Ω, with columns of zeros where fewer directions stand above rounding."""
-    if omega.shape[0] == omega.shape[1]:
-        # All of S is known. Directions made by rounding need not be cut: C holds what T is along them, too.
-        s = torch.linalg.solve(omega.mT.double(), y.mT.double())  # Sᵀ
-        _, vectors = torch.linalg.eigh((s + s.mT) / 2)
-        top: Tensor = vectors.flip(1)[:, :rank].to(y)
-        return top
-    u = spectral.nystrom(omega, y, rank)
-    return torch.cat([u, u.new_zeros((len(u), rank - u.shape[1]))], dim=1)
+def _basis(name: str, omega: Tensor, y: Tensor, rank: int) -> dict[str, Tensor]:
+    """Return W (m, columns of Ω) from Y = S Ω, zero where fewer directions stand above rounding, and their votes."""
+    named = _eigenvectors(omega, y, rank)
+    width = omega.shape[1] - named.u.shape[1]
+    return {f"{name}/{_BASIS}": torch.nn.functional.pad(named.u, (0, width)), f"{name}/{_VOTES}": named.votes}
 
 
-def _closed(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
+def _eigenvectors(omega: Tensor, y: Tensor, rank: int) -> Leading:
+    """Return the eigenvectors of S that Y shows, or R of them at least where it shows all of S.
+
+    Directions made by rounding need not be cut there: C holds what T is along them, too.
+    """
+    if omega.shape[0] > omega.shape[1]:
+        return spectral.nystrom(omega, y)
+    # All of S is known.
+    s = torch.linalg.solve(omega.mT.double(), y.mT.double())  # Sᵀ
+    values, vectors = torch.linalg.eigh((s + s.mT) / 2)
+    votes = values.flip(0)
+    named = int((votes > 4 * len(votes) * torch.finfo(y.dtype).eps * votes[0]).sum())
+    named = max(named, rank)
+    return Leading(vectors.flip(1)[:, :named].to(y), votes[:named].to(y))
+
+
+def _closed(state: ServerState, partial: Partial, plan: _Plan) -> tuple[ServerState, Diagnostics]:
     """Return the next state, from U and the sum of the cores."""
     # Probes and cores of different clients would be compared otherwise.
     whole = math.isclose(float(state.extra["weight"]), partial.weight, rel_tol=1e-9)
 
     def close(name: str) -> Approximation:
-        u, c = state.extra[f"{name}/{_BASIS}"], partial.mean(name)["core"]
+        u, c = _chosen(state, name, partial.mean(name)["core"], plan)
         size = float(c.double().square().sum())
         lost = _left_out(state, name, u, c) if whole else 0.0
         return Approximation(spectral.arranged(u.to(c), c), lost, lost + size, True)
@@ -228,6 +243,13 @@ def _closed(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnost
     step = step_of(dict(zip(names, parallel.ordered_map(close, names), strict=True)))
     known = {key: value for key, value in step.diagnostics.items() if whole or not key.startswith("truncation")}
     return advance(state, modules=step.modules, extra={}), known
+
+
+def _chosen(state: ServerState, name: str, core: Tensor, plan: _Plan) -> tuple[Tensor, Tensor]:
+    """Return U and C, from the basis W that was sent and Wᵀ T."""
+    w, votes, rank = state.extra[f"{name}/{_BASIS}"], state.extra[f"{name}/{_VOTES}"], plan.rank(state.template, name)
+    named = len(votes)
+    return Leading(w[:, :named], votes).settle(rank).chosen(core[:named], rank)
 
 
 def _left_out(state: ServerState, name: str, u: Tensor, c: Tensor) -> float:

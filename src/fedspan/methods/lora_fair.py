@@ -17,7 +17,7 @@ from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.fedit import fedit
-from fedspan.methods.folds import Exchange, Partial
+from fedspan.methods.folds import Exchange, Partial, weighted_mean
 from fedspan.methods.messages import Diagnostics
 from fedspan.support import parallel
 from fedspan.support.errors import FedspanError
@@ -94,7 +94,7 @@ def nearer(info: MethodInfo, refine: Refine) -> Method:
         def refined(name: str) -> tuple[LowRank, tuple[float, float, float]]:
             factors = [update.factors(name) for update in partial.collected]
             pairs = [LowRank(lowrank.promote(f.b), lowrank.promote(f.a)) for f in factors]
-            mean = LowRank(_mean([x.b for x in pairs], shares), _mean([x.a for x in pairs], shares))
+            mean = LowRank(weighted_mean([x.b for x in pairs], shares), weighted_mean([x.a for x in pairs], shares))
             pair, ideal = refine(pairs, shares, mean), lowrank.stack(pairs, shares)
             return pair, (lowrank.norm(ideal), lowrank.distance(ideal, mean), lowrank.distance(ideal, pair))
 
@@ -117,16 +117,9 @@ def _check(penalty: float) -> None:
         raise FedspanError(f"method.penalty = {penalty}: expected above 0")
 
 
-def _mean(factors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    total = factors[0] * shares[0]
-    for x, p in zip(factors[1:], shares[1:], strict=True):
-        total.add_(x, alpha=p)
-    return total
-
-
 def _lacking(pairs: Sequence[LowRank], shares: Sequence[float], mean: LowRank) -> tuple[Tensor, Tensor]:
     """Return G and E in float64; E = Σ p_k B_k ((A_k − Ā) Āᵀ), subtracted first."""
-    e = _mean([x.b @ ((x.a - mean.a) @ mean.a.mT) for x in pairs], shares)
+    e = weighted_mean([x.b @ ((x.a - mean.a) @ mean.a.mT) for x in pairs], shares)
     a = mean.a.double()
     return a @ a.mT, e.double()
 

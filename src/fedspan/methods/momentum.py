@@ -9,7 +9,8 @@ Shapes: U (m, R), C (R, n).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
@@ -54,10 +55,24 @@ def extrapolated(state: ServerState, step: ServerStep, momentum: float, limits: 
     lost, size = sum(lost for _, lost, _ in pushed.values()), sum(size for _, _, size in pushed.values())
     diagnostics = {
         **step.diagnostics,
+        **_certified(step, pushed),
         "server_rank": float(max(x.rank for x, _, _ in pushed.values())),
         "momentum_truncation_error": (lost / size) ** 0.5 if size > 0 else 0.0,
     }
     return ServerStep(modules, diagnostics)
+
+
+def _certified(step: ServerStep, pushed: Mapping[str, tuple[LowRank, float, float]]) -> dict[str, Any]:
+    """Return the certificate, where there is one, about the state that is kept after the second truncation."""
+    if "certificate" not in step.diagnostics:
+        return {}
+    own = step.diagnostics["certificate"]
+    return {
+        "certificate": {
+            name: {**own[name], "rank": x.rank, "momentum_discarded": lost / size if size > 0 else 0.0}
+            for name, (x, lost, size) in pushed.items()
+        }
+    }
 
 
 def _cut(

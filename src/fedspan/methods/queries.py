@@ -10,9 +10,11 @@ Shapes: X_k (m, n) client k's update of one module, of rank r_k; x (n, l), y (m,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,16 +60,34 @@ QueryProcedure = Generator[Queries, QueryResults, ServerStep]
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """X_k = scaling · B A + rest: one client's contribution to the queries about one module."""
+    """X_k = scaling · B A + rest: one client's contribution to the queries about one module.
+
+    Both pairs are near ordinary size, their powers of two in the scalings (`lowrank.normalised`).
+    """
 
     own: LowRank
     scaling: float = 1.0
     rest: LowRank | None = None
     """The same object for all the clients that share it, so that linear queries multiply by it once."""
+    rest_scaling: float = 1.0
 
     def whole(self) -> LowRank:
-        """Return X_k as one pair; a positive scaling of a single pair changes none of its spaces and is left out."""
-        return self.own if self.rest is None else lowrank.stack([self.rest, self.own], [1.0, self.scaling])
+        """Return X_k as one pair, but for a positive factor, which changes none of its spaces."""
+        if self.rest is None:
+            return self.own
+        scalings = [self.rest_scaling, self.scaling]
+        by = ordinary_shift(scalings)
+        return lowrank.stack([self.rest, self.own], [math.ldexp(s, -by) for s in scalings])
+
+
+_ORDINARY = 24
+"""Factors between 2^−24 and 2^24 on normalised pairs leave float32 room for squares."""
+
+
+def ordinary_shift(weights: Sequence[float]) -> int:
+    """Return the exponent of the largest weight of some normalised pairs where it is far from 1, else 0."""
+    _, e = math.frexp(max((abs(w) for w in weights), default=0.0))
+    return 0 if abs(e) <= _ORDINARY else e
 
 
 ContributionOf = Callable[[Update, str], Contribution]
@@ -77,7 +97,8 @@ ContributionOf = Callable[[Update, str], Contribution]
 def own_contribution(update: Update, module: str) -> Contribution:
     """Return X_k = s_k B_k A_k, as it came."""
     f = update.factors(module)
-    return Contribution(LowRank(f.b, f.a), f.scaling)
+    pair, e = lowrank.normalised(LowRank(f.b, f.a))
+    return Contribution(pair, math.ldexp(f.scaling, e))
 
 
 def partial_sums(
@@ -110,7 +131,8 @@ def weighted_pairs(contributions: Sequence[Contribution], weights: Sequence[floa
     shared: dict[int, tuple[LowRank, float]] = {}
     for x, w in zip(contributions, weights, strict=True):
         if x.rest is not None:
-            shared[id(x.rest)] = (x.rest, w + (shared[id(x.rest)][1] if id(x.rest) in shared else 0.0))
+            before = shared[id(x.rest)][1] if id(x.rest) in shared else 0.0
+            shared[id(x.rest)] = (x.rest, w * x.rest_scaling + before)
     return [*shared.values(), *((x.own, w * x.scaling) for x, w in zip(contributions, weights, strict=True))]
 
 
@@ -151,18 +173,14 @@ class Sums:
         own = self.contributions[0].own
         x = query.x.to(own.b.device, torch.promote_types(query.x.dtype, self.dtype))
         if query.kind in ("columns", "rows"):
-            spans = self._spans(query.kind, query.vote)
-            y = torch.zeros_like(x)
-            for span, w in zip(spans, self.weights, strict=True):
-                b, z = span.b.to(x.dtype), span.z.to(x.dtype)
-                y.addmm_(b, z @ (z.mT @ (b.mT @ x)), alpha=w)
-            return y
+            spans = zip(self._spans(query.kind, query.vote), self.weights, strict=True)
+            return _in_blocks(torch.zeros_like(x), spans, functools.partial(_project, x=x))
         adjoint = query.kind == "adjoint"
-        y = x.new_zeros((own.shape[1 if adjoint else 0], x.shape[1]))
-        for pair, w in weighted_pairs(self.contributions, self.weights):
-            factor = pair.transposed() if adjoint else pair
-            y.addmm_(factor.b.to(x.dtype), factor.a.to(x.dtype) @ x, alpha=w)
-        return y
+        pairs = weighted_pairs(self.contributions, self.weights)
+        zero = x.new_zeros((own.shape[1 if adjoint else 0], x.shape[1]))
+        return _in_blocks(
+            zero, ((p.transposed() if adjoint else p, w) for p, w in pairs), functools.partial(_apply, x=x)
+        )
 
     def _spans(self, kind: str, vote: int | None) -> list[Span]:
         if (kind, vote) not in self.spans:
@@ -171,3 +189,42 @@ class Sums:
                 pairs = [x.transposed() for x in pairs]
             self.spans[kind, vote] = column_spans(pairs, vote)
         return self.spans[kind, vote]
+
+
+_BLOCK = 32
+"""Terms that are added up in the precision of the products, before their sum is added in float64."""
+
+_Term = TypeVar("_Term")
+
+
+def _in_blocks(
+    zero: Tensor, terms: Iterable[tuple[_Term, float]], add: Callable[[Tensor, _Term, float], object]
+) -> Tensor:
+    """Return Σ w · term, in the type of `zero`.
+
+    Parameters
+    ----------
+    add
+        (y, term, w): adds w · term to y in place.
+    """
+    waiting, total = iter(terms), None
+    block = list(itertools.islice(waiting, _BLOCK))
+    while True:
+        y = torch.zeros_like(zero)
+        for term, w in block:
+            add(y, term, w)
+        block = list(itertools.islice(waiting, _BLOCK))
+        if not block and total is None:
+            return y
+        total = y.double() if total is None else total.add_(y)
+        if not block:
+            return total.to(zero.dtype)
+
+
+def _project(y: Tensor, span: Span, weight: float, x: Tensor) -> None:
+    b, z = span.b.to(x.dtype), span.z.to(x.dtype)
+    y.addmm_(b, z @ (z.mT @ (b.mT @ x)), alpha=weight)
+
+
+def _apply(y: Tensor, factor: LowRank, weight: float, x: Tensor) -> None:
+    y.addmm_(factor.b.to(x.dtype), factor.a.to(x.dtype) @ x, alpha=weight)

@@ -86,10 +86,15 @@ def _mean_pairs(partial: Partial, by_module: dict[str, Tensor]) -> Update:
     for name, beta in by_module.items():
         pairs = partial.deltas(name)
         b, a = pairs[0].b, pairs[0].a
-        mean = LowRank(b.new_zeros((b.shape[0], len(beta))), a.new_zeros((len(beta), a.shape[1])))
+        mean = LowRank(_zeros(b, (b.shape[0], len(beta))), _zeros(a, (len(beta), a.shape[1])))
         for x, p in zip(pairs, shares, strict=True):
-            weights = p * beta[: x.rank].to(x.b)
+            weights = p * beta[: x.rank].to(b.device)
             mean.b[:, : x.rank] += x.b * weights
             mean.a[: x.rank] += x.a * weights[:, None]
+        mean = LowRank(mean.b.to(b.dtype), mean.a.to(a.dtype))
         modules[name] = Factors(mean.b, mean.a, 1.0)
     return Update("mean", partial.weight, modules, {})
+
+
+def _zeros(like: Tensor, shape: tuple[int, int]) -> Tensor:
+    return like.new_zeros(shape, dtype=torch.float64)

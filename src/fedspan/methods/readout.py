@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedspan.algebra import lowrank
+from fedspan.algebra import lowrank, scales
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.messages import Broadcast, Factors, Template
 from fedspan.support.seeding import generator
@@ -16,6 +16,8 @@ from fedspan.support.seeding import generator
 Balance = Literal["init", "even", "root"]
 FRESH = 1 / math.sqrt(3)
 """The expected length of a row of a fresh A: n entries of variance 1/(3n)."""
+_SMALL = 2.0**-60
+"""Directions of smaller size are brought to length 1 before anything is divided by their size."""
 
 
 def fresh_a(template: Template, module: str, rank: int, round_num: int = 0) -> Tensor:
@@ -39,13 +41,13 @@ def fresh_adapter(template: Template, rank: int, round_num: int = 0) -> dict[str
 def leading_adapter(
     template: Template, module: str, x: LowRank, rank: int, round_num: int, balance: Balance = "init"
 ) -> Factors:
-    """Return the first `rank` directions of X = U·C as an adapter; U orthonormal, no row of C zero.
+    """Return the first `rank` directions of X = U·C as an adapter; U orthonormal.
 
     Where the rows of C are orthogonal, the longest first, this is the best rank-`rank` approximation of X. Direction j,
     of size σ_j = ‖C_j‖ and to be scaled by s, is shared out as b_j = β_j u_j, a_j = α_j C_j/σ_j with s α_j β_j = σ_j.
     The product is the same for every α; Adam's further steps are not (docs/readout.md has figures).
 
-    Where X has fewer directions than `rank`, the spare rows of A are fresh and the spare columns of B zero: the
+    Where X has fewer directions than `rank`, or one of size zero, that row of A is fresh and the column of B zero: the
     product is the same, and the adapter can still learn there (with both factors zero its gradient would vanish).
 
     Parameters
@@ -57,13 +59,18 @@ def leading_adapter(
     s = template.scaling(rank)
     keep = min(rank, x.rank)
     b, a = x.b[:, :keep], x.a[:keep]
-    size = torch.linalg.vector_norm(a, dim=1)
+    size = scales.norms(a, 1)
     alpha = {"init": torch.full_like(size, FRESH), "even": (size / s).sqrt(), "root": size.sqrt() / s}[balance]
-    b, a = b * (size / (s * alpha)), a * (alpha / size)[:, None]
-    if keep == rank:
+    live = size > 0
+    b = torch.where(live, b * (size / (s * torch.where(live, alpha, 1.0))), 0.0)
+    # Rows near length 1 first: α/σ may be beyond the type's range.
+    by = torch.where((size > _SMALL) & (size < 1 / _SMALL), 0, -scales.row_exponents(a, 1)[:, 0])
+    a = scales.shifted(a, by[:, None]) * (alpha / scales.shifted(size, by))[:, None]
+    if keep == rank and bool(live.all()):
         return Factors(b, a, s)
-    spare = fresh_a(template, module, rank, round_num)[keep:].to(a)
-    return Factors(torch.cat([b, b.new_zeros((x.shape[0], rank - keep))], dim=1), torch.cat([a, spare], dim=0), s)
+    fresh = fresh_a(template, module, rank, round_num).to(a)
+    a = torch.cat([torch.where(live[:, None], a, fresh[:keep]), fresh[keep:]], dim=0)
+    return Factors(torch.cat([b, b.new_zeros((x.shape[0], rank - keep))], dim=1), a, s)
 
 
 def received(answer: Broadcast, name: str) -> LowRank:

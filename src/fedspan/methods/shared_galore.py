@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedspan.algebra import lowrank
+from fedspan.algebra import lowrank, scales
 from fedspan.algebra.galore import projector, takes_left
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import Direct, Method, MethodInfo, ServerState, advance
@@ -236,7 +236,7 @@ def _sketch(grad: Tensor, asked: Subspace, options: _SharedGaloreOptions) -> Ten
     near = projector(turned, min(options.rank, *turned.shape), options.svd, generator("shared_galore", "sketch"))
     u, s, _ = torch.linalg.svd(near.mT @ turned, full_matrices=False)
     # A gradient of smaller rank names no other directions.
-    q: Tensor = near @ u[:, lowrank.above_rounding(s, float(turned.norm()))]
+    q: Tensor = near @ u[:, lowrank.above_rounding(s, float(scales.norms(turned)))]
     return q @ (q.mT @ omega)
 
 
@@ -249,7 +249,7 @@ def _estimate(state: ServerState, partial: Partial, options: _SharedGaloreOption
             modules[name] = {"probe": torch.linalg.qr(y)[0]}
             continue
         rank = min(options.rank, *shape)
-        p = nystrom(_probe(state, name, options).to(y), y, rank)
+        p = nystrom(_probe(state, name, options).to(y), y).u[:, :rank]
         # Where the clients name fewer directions than r, the spare ones are random: they can still learn.
         spare = _drawn(state, name, rank, state.round_num, "spare").to(y)
         more = torch.linalg.qr(torch.cat([p, spare], dim=1))[0][:, p.shape[1] : rank]

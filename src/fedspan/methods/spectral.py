@@ -13,17 +13,19 @@ last query. Test matrix and probes have a key of their own, so a result does not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fedspan.algebra import lowrank
+from fedspan.algebra import lowrank, scales, ties
 from fedspan.algebra.lowrank import LowRank
-from fedspan.algebra.subspace import column_spans
-from fedspan.methods.queries import Queries, Query, QueryResults, Sums, weighted_pairs
+from fedspan.algebra.subspace import accurate_basis, column_spans
+from fedspan.methods.queries import Contribution, Queries, Query, QueryResults, Sums, ordinary_shift, weighted_pairs
+from fedspan.support.errors import FedspanError
 from fedspan.support.seeding import generator
 
 _OVERSAMPLING = 8
@@ -72,38 +74,59 @@ def prefers_exact(shape: tuple[int, int], total_rank: int, rank: int) -> bool:
     return smallest <= max(_EXACT, 4 * (rank + _OVERSAMPLING))
 
 
+_Totals = tuple[Tensor, Tensor]
+"""The stacked factors of several modules of one shape: (modules, m, c), (modules, c, n)."""
+
+
 def solve_exactly(modules: Sequence[Sums], spec: ApproximationSpec) -> list[Approximation]:
     """Return U·C for several modules of one shape whose clients have the same ranks."""
-    pairs = [_stacked(sums) for sums in modules]
+    pairs, shifts = zip(*(_stacked(sums) for sums in modules), strict=True)
     b, a = _batch([x.b for x in pairs]), _batch([x.a for x in pairs])  # (modules, m, c), (modules, c, n)
     y = lowrank.left_coordinates(b, a)
     if spec.basis == "energy":
         u, s = lowrank.left_singular(y, spec.rank)
-        u = _cut(u, s, (b.norm(dim=-2) * a.norm(dim=-1)).norm(dim=-1))
+        u = _cut(u, s, (scales.norms(b, -2) * scales.norms(a, -1)).norm(dim=-1))
     else:
-        u = _consensus(modules, spec, "columns")
+        u = _consensus(modules, spec, (b, a))
     c = (u.mT @ b) @ a
     lost = _squares(torch.baddbmm(y, u, u.mT @ y, alpha=-1))
     if spec.both_sides:
-        v = _consensus(modules, spec, "rows")
+        v = _consensus(modules, spec, (a.mT, b.mT), "rows")
         inside = (c @ v) @ v.mT
         lost, c = lost + _squares(c - inside), inside
     if spec.ordered and spec.basis == "projector":
         u, c = _ordered(u, c)
     ranks = u.any(dim=-2).sum(dim=-1).tolist()
     results = zip(u, c, ranks, lost.tolist(), _squares(y).tolist(), strict=True)
-    return [_within(spec, Approximation(_first(u, c, rank), out, size)) for u, c, rank, out, size in results]
+    found = [_within(spec, Approximation(_first(u, c, rank), out, size)) for u, c, rank, out, size in results]
+    return [_shifted(x, e) for x, e in zip(found, shifts, strict=True)]
 
 
-def _stacked(sums: Sums) -> LowRank:
+def _stacked(sums: Sums) -> tuple[LowRank, int]:
+    """Return T near ordinary size as a stack, and e with T = 2^e · stack."""
     pairs = weighted_pairs(sums.contributions, sums.weights)
-    return lowrank.stack([x for x, _ in pairs], [w for _, w in pairs])
+    e = ordinary_shift([w for _, w in pairs])
+    return lowrank.stack([x for x, _ in pairs], [math.ldexp(w, -e) for _, w in pairs]), e
+
+
+def _shifted(x: Approximation, e: int) -> Approximation:
+    """Return 2^e times an approximation; a FedspanError where its type cannot hold that."""
+    if e == 0:
+        return x
+    state = LowRank(x.state.b, scales.shifted(x.state.a, e))
+    if not bool(state.a.isfinite().all()):
+        raise FedspanError(f"the mean update has entries of about 2^{e}: expected a product that {state.a.dtype} holds")
+    return replace(
+        x,
+        state=state,
+        lost_squared=math.ldexp(x.lost_squared, 2 * e),
+        size_squared=math.ldexp(x.size_squared, 2 * e),
+    )
 
 
 def _squares(x: Tensor) -> Tensor:
     """Return ‖X‖_F² of every (…, rows, columns)."""
-    size: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1))
-    return size.double().square()
+    return scales.norms(x).double().square()
 
 
 def _batch(tensors: Sequence[Tensor]) -> Tensor:
@@ -119,9 +142,17 @@ def _cut(u: Tensor, s: Tensor, size: float | Tensor = 0.0) -> Tensor:
     return u * lowrank.above_rounding(s, size)[..., None, : u.shape[-1]]
 
 
-def _consensus(modules: Sequence[Sums], spec: ApproximationSpec, side: Literal["columns", "rows"]) -> Tensor:
-    """Return `subspace.consensus` of every module: U (modules, m, R), zero where fewer directions were named."""
-    pairs = [x.whole() if side == "columns" else x.whole().transposed() for sums in modules for x in sums.contributions]
+def _consensus(
+    modules: Sequence[Sums], spec: ApproximationSpec, totals: _Totals, side: Literal["columns", "rows"] = "columns"
+) -> Tensor:
+    """Return `subspace.consensus` of every module: U (modules, m, R), zero where fewer directions were named.
+
+    Parameters
+    ----------
+    totals
+        T, or Tᵀ for the rows, by its stacked factors.
+    """
+    pairs = [_named(x, side) for sums in modules for x in sums.contributions]
     bases = [span.basis for span in column_spans(pairs, spec.vote)]
     roots = [w**0.5 for w in modules[0].weights]
     clients = len(roots)
@@ -133,7 +164,27 @@ def _consensus(modules: Sequence[Sums], spec: ApproximationSpec, side: Literal["
         own = [q if q.shape[1] == widest else torch.nn.functional.pad(q, (0, widest - q.shape[1])) for q in own]
         stacked.append(_batch(own) * root)
     u, s = lowrank.left_singular(torch.cat(stacked, dim=-1), spec.rank)
-    return _cut(u, s)
+    u, eps = _cut(u, s), torch.finfo(s.dtype).eps
+    for i, votes in enumerate(s):
+        named = votes[lowrank.above_rounding(votes)]
+        if ties.undecided(named.square(), spec.rank, not spec.ordered, eps):
+            found = _by_energy(pairs[i * clients : (i + 1) * clients], roots, spec, LowRank(totals[0][i], totals[1][i]))
+            u[i] = torch.nn.functional.pad(found.to(u), (0, u.shape[-1] - found.shape[1]))
+    return u
+
+
+def _named(x: Contribution, side: Literal["columns", "rows"]) -> LowRank:
+    return x.whole() if side == "columns" else x.whole().transposed()
+
+
+def _by_energy(pairs: Sequence[LowRank], roots: Sequence[float], spec: ApproximationSpec, total: LowRank) -> Tensor:
+    """Return the consensus (m, ≤ R) of one module where votes tie, in float64 because rounding must break no tie."""
+    stacked = torch.cat([accurate_basis(x, spec.vote) * root for x, root in zip(pairs, roots, strict=True)], dim=1)
+    w, s = lowrank.left_singular(stacked, stacked.shape[1])
+    eps = torch.finfo(total.b.dtype).eps
+    named = lowrank.above_rounding(s, eps=eps)
+    w, votes = w[:, named[: w.shape[1]]], s[named].square()
+    return w @ ties.settled(votes, (w.mT @ total.b.double()) @ total.a.double(), spec.rank, eps)
 
 
 def _ordered(u: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,13 +245,17 @@ def _projectors(shape: tuple[int, int], spec: ApproximationSpec, key: tuple[obje
     second = [beside(x.to(y), y) for x, y in zip(first, y_first, strict=True)]
     y_second = yield tuple(Query(side, x, spec.vote) for side, x in zip(sides, second, strict=True))
     blocks = zip(first, second, y_first, y_second, strict=True)
-    u, *rest = (nystrom(torch.cat([x.to(y), w], 1), torch.cat([y, z], 1), spec.rank) for x, w, y, z in blocks)
+    named = [nystrom(torch.cat([x.to(y), w], 1), torch.cat([y, z], 1)) for x, w, y, z in blocks]
+    found = [x.settle(spec.rank, not spec.ordered) for x in named]
+    u = found[0].u
     probes = gaussian(shape[0], PROBES, *key, "probes").to(u)
-    (result,) = yield (Query("adjoint", torch.cat([u, probes], dim=1)),)
-    c = result[:, : u.shape[1]].mT  # Uᵀ T
-    lost = _left_out(result[:, u.shape[1] :], probes, u, c)
+    asked = [Query("adjoint", torch.cat([u, probes], dim=1)), *(Query("times", x.u) for x in found[1:] if x.open)]
+    result, *images = yield tuple(asked)
+    u, c = found[0].chosen(result[:, : u.shape[1]].mT, spec.rank)  # C = Uᵀ T
+    lost = _left_out(result[:, -PROBES:], probes, u, c)
     size = lost + float(_squares(c))
-    for v in rest:
+    for x in found[1:]:
+        v = x.chosen(images[0].mT, spec.rank)[0] if x.open else x.u
         inside = (c @ v) @ v.mT
         lost, c = lost + float(_squares(c - inside)), inside
     return Approximation(arranged(u, c) if spec.ordered else _first(u, c, u.shape[1]), lost, size, True)
@@ -232,15 +287,42 @@ def _orthonormal(y: Tensor) -> Tensor:
     return q
 
 
-def nystrom(x: Tensor, y: Tensor, rank: int) -> Tensor:
-    """Return the leading eigenvectors (m, ≤ rank) of a positive semi-definite S, by S ≈ Y (Xᵀ Y)⁺ Yᵀ with Y = S X."""
+@dataclass(frozen=True, slots=True)
+class Leading:
+    """Leading eigenvectors of a projector sum, decreasing."""
+
+    u: Tensor  # (m, q)
+    votes: Tensor  # (q,), the eigenvalues
+    open: bool = False
+    """Votes tie, so that the first of them are still to be chosen, by energy."""
+
+    def first(self, rank: int) -> Leading:
+        """Return the first `rank` of them."""
+        return Leading(self.u[:, :rank], self.votes[:rank])
+
+    def settle(self, rank: int, in_order: bool = False) -> Leading:
+        """Return the first `rank` of them; all, open, where ties decide which they are (or what their order is)."""
+        eps = torch.finfo(self.votes.dtype).eps
+        return replace(self, open=True) if ties.undecided(self.votes, rank, in_order, eps) else self.first(rank)
+
+    def chosen(self, image: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """Return the chosen directions U, and Uᵀ T, from the image Wᵀ T (q, n) of all that were named."""
+        if not self.open:
+            return self.u, image[: self.u.shape[1]]
+        v = ties.settled(self.votes, image, rank, torch.finfo(self.votes.dtype).eps).to(self.u)
+        return self.u @ v, v.mT.to(image) @ image
+
+
+def nystrom(x: Tensor, y: Tensor) -> Leading:
+    """Return the leading eigenvectors of a positive semi-definite S, by S ≈ Y (Xᵀ Y)⁺ Yᵀ with Y = S X."""
     h = (x.mT @ y).double()
     values, vectors = torch.linalg.eigh((h + h.mT) / 2)
     # Not >=, or a sum of zeros would be divided by zero.
     kept = values > 4 * len(values) * torch.finfo(y.dtype).eps * values.max()
     half = y @ (vectors[:, kept] / values[kept].sqrt()).to(y.dtype)
-    u, s = lowrank.left_singular(half, rank)
-    return u[:, : lowrank.numerical_rank(s)]
+    u, s = lowrank.left_singular(half, half.shape[1])
+    rank = lowrank.numerical_rank(s)
+    return Leading(u[:, :rank], s[:rank].square())
 
 
 def run_procedure(

@@ -8,9 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
 from fedspan.methods.folds import SUM, Partial
 from fedspan.methods.messages import Factors, Update
 from fedspan.methods.queries import Contribution, ContributionOf, Queries, partial_sums
@@ -29,34 +26,8 @@ def sum_of(updates: Sequence[Update], dense: bool) -> Partial:
             if not is_finite(value):
                 where = f"{part} of {module}" if module else part
                 raise FedspanError(f"{where} of {update.client_id} holds NaN or infinity")
-        total = _added(total, read, values)
+        total = SUM.add_in_place(total, read)
     return total
-
-
-_Place = tuple[str, str]
-"""(module, part of its payload), or an empty module and the name of a dense weight."""
-
-
-def _added(total: Partial, update: Update, values: Mapping[_Place, Tensor]) -> Partial:
-    """Return `SUM.add`, in place where nothing is to be padded: six times faster for large weights."""
-    own = _own_tensors(total)
-    fits = own.keys() == values.keys() and all(
-        x.shape == own[place].shape and torch.promote_types(x.dtype, own[place].dtype) == own[place].dtype
-        for place, x in values.items()
-    )
-    if not fits or total.num_clients == 0:
-        # Makes new tensors, which belong to the total and may be added to; or says why the update does not fit.
-        return SUM.add(total, update)
-    for place, x in values.items():
-        own[place].add_(x, alpha=update.num_examples)
-    return replace(total, num_clients=total.num_clients + 1, weight=total.weight + update.num_examples)
-
-
-def _own_tensors(total: Partial) -> dict[_Place, Tensor]:
-    values = {("", name): value for name, value in total.dense.items()}
-    for module, parts in total.sums.items():
-        values |= {(module, part): value for part, value in parts.items()}
-    return values
 
 
 def results_of(
@@ -81,8 +52,8 @@ def results_of(
     results = partial_sums(queries, updates, checked_contribution)
     # Contiguous, as a checkpoint restores them: products of another memory layout differ in the last bits.
     sums = {name: {str(i): x.contiguous() for i, x in enumerate(values)} for name, values in results.items()}
-    heads = sum_of([replace(update, modules={}) for update in updates], dense).dense
-    return Partial(len(updates), sum(float(update.num_examples) for update in updates), heads, sums)
+    heads = sum_of([replace(update, modules={}) for update in updates], dense)
+    return replace(heads, sums=sums)
 
 
 def _checked(update: Update, name: str, shape: tuple[int, int]) -> Factors:

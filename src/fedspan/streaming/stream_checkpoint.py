@@ -24,7 +24,9 @@ from fedspan.methods.queries import Queries
 from fedspan.support.errors import FedspanError
 from fedspan.support.files import read_tensors, write_bytes
 
-_FORMAT = 1
+_FORMAT = 2
+_KINDS = {torch.float32: "float32", torch.float64: "float64"}
+_DTYPES = {name: kind for kind, name in _KINDS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,7 @@ def _pack(x: Partial, tensors: dict[str, Tensor]) -> dict[str, Any]:
         "weight": x.weight,
         "dense": {name: keep(value) for name, value in x.dense.items()},
         "sums": {module: {name: keep(value) for name, value in held.items()} for module, held in x.sums.items()},
+        "kinds": [[*place, _KINDS[kind]] for place, kind in x.kinds.items()],
     }
 
 
@@ -144,4 +147,5 @@ def _unpack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Partial:
         meta["weight"],
         {name: tensors[key] for name, key in meta["dense"].items()},
         {module: {name: tensors[key] for name, key in held.items()} for module, held in meta["sums"].items()},
+        kinds={(module, part): _DTYPES[kind] for module, part, kind in meta["kinds"]},
     )

@@ -31,7 +31,7 @@ RANKS = (2, 4, 3)
 
 PLAIN = (
     "glora glora_plus flexlora raflora fedsvd ffa_lora rolora lora_fair lora_fair_ridge flora_na fedrot_lora fedit "
-    "fedavg fedprox fedavgm fedadam fedyogi"
+    "fedavg fedprox fedavgm fedadagrad fedadam fedyogi"
 )
 """Methods whose clients get factors and weights, give some back, and keep nothing."""
 

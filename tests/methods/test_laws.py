@@ -43,7 +43,7 @@ laws = settings(deadline=None, max_examples=12, derandomize=True)
 EXACT = [case for case in FEDERATED if case.info.exact]
 GAUGED = [case for case in ADAPTER if not case.frozen_a]
 """With A fixed for everybody there is no gauge to change."""
-PLAIN = [case for case in FEDERATED if case.id not in ("fedadam", "fedyogi")]
+PLAIN = [case for case in FEDERATED if case.id not in ("fedadagrad", "fedadam", "fedyogi")]
 """Methods that average; an adaptive server optimizer's step has a size of its own."""
 SUMS = [case for case in CASES if case.make().secure_sum]
 

@@ -30,7 +30,7 @@ from fedspan.methods.option_docs import MethodOption, options_of
 from fedspan.methods.raflora import raflora
 from fedspan.methods.rolora import rolora
 from fedspan.methods.scaffold import scaffold
-from fedspan.methods.server_optimizers import fedadam, fedavgm, fedyogi
+from fedspan.methods.server_optimizers import fedadagrad, fedadam, fedavgm, fedyogi
 from fedspan.methods.shared_galore import shared_galore
 from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
@@ -63,6 +63,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "fedprox": fedprox,
     "scaffold": scaffold,
     "fedavgm": fedavgm,
+    "fedadagrad": fedadagrad,
     "fedadam": fedadam,
     "fedyogi": fedyogi,
     "local": local,

@@ -10,9 +10,12 @@ from pydantic import ValidationError, validate_call
 
 from fedspan.methods.base import Method
 from fedspan.methods.controls import centralised, local
+from fedspan.methods.fed_plora import fed_plora
 from fedspan.methods.fed_sb import fed_sb
+from fedspan.methods.fedask import fedask
 from fedspan.methods.fedgalore import fedgalore
 from fedspan.methods.fedit import fedit
+from fedspan.methods.fedmomentum import fedmomentum
 from fedspan.methods.fedprox import fedprox
 from fedspan.methods.fedrot_lora import fedrot_lora
 from fedspan.methods.fedsa_lora import fedsa_lora
@@ -42,14 +45,17 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "glora_plus": glora_plus,
     "glora_sums": glora_sums,
     "flexlora": flexlora,
+    "fedask": fedask,
     "raflora": raflora,
     "flora": flora,
     "fedex_lora": fedex_lora,
+    "fedmomentum": fedmomentum,
     "fedsvd": fedsvd,
     "fed_sb": fed_sb,
     "ffa_lora": ffa_lora,
     "rolora": rolora,
     "hetlora": hetlora,
+    "fed_plora": fed_plora,
     "lora_fair": lora_fair,
     "lora_fair_ridge": lora_fair_ridge,
     "flora_na": flora_na,

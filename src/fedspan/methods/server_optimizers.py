@@ -1,4 +1,4 @@
-"""FedAvgM, FedAdagrad, FedAdam and FedYogi: the round's average step as a pseudo-gradient for an optimizer on the server.
+"""FedAvgM, FedAdagrad, FedAdam and FedYogi: the average step as a pseudo-gradient for an optimizer on the server.
 
 They act on methods whose global model is one vector in coordinates that all clients share (`Method.vector`): dense
 weights, or one factor beside another that is common to all clients. On a pair (B, A) they are refused: the effect of

@@ -199,8 +199,10 @@ def _confined(x: torch.Tensor, space: Subspace, draw: Draw) -> torch.Tensor:
 
 
 def _second_moments(sent: Broadcast, modules: Mapping[str, tuple[int, int]], draw: Draw) -> dict[str, torch.Tensor]:
-    """What GaLore's optimizer would end with: (r, the wider side)."""
+    """What the local optimizer would end with: GaLore's (r, the wider side), or one for every trained number."""
     galore = sent.recipe.galore
+    if sent.recipe.carries_moments:
+        return {name: draw(*value.shape).square() for name, value in sent.dense.items()}
     return {} if galore is None else {n: draw(min(galore.rank, *s), max(s)).square() for n, s in modules.items()}
 
 
@@ -272,7 +274,8 @@ def _numel_up(update: Update) -> int:
 
 
 def _numel_down(sent: Broadcast) -> int:
-    total = sum(patch_numel(patch) for patch in sent.news) + numel(sent.moments)
+    total = sum(patch_numel(patch) for patch in sent.news)
+    total += sum(t.numel() for name, t in sent.moments.items() if name != "head")
     total += sum(t.numel() for name, t in sent.correction.items() if name != "head")
     if "dense" not in sent.seeded:
         total += sum(t.numel() for name, t in sent.dense.items() if name not in {"head", *sent.seeded})

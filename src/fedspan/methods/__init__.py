@@ -12,6 +12,7 @@ from fedspan.methods.base import Method
 from fedspan.methods.controls import centralised, local
 from fedspan.methods.fed_plora import fed_plora
 from fedspan.methods.fed_sb import fed_sb
+from fedspan.methods.fedadamw import fedadamw
 from fedspan.methods.fedask import fedask
 from fedspan.methods.fedgalore import fedgalore
 from fedspan.methods.fedit import fedit
@@ -65,6 +66,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "fedftg": fedftg,
     "shared_galore": shared_galore,
     "fedgalore": fedgalore,
+    "fedadamw": fedadamw,
     "fedavg": fedavg,
     "fedprox": fedprox,
     "scaffold": scaffold,

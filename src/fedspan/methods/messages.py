@@ -123,6 +123,10 @@ class Recipe:
     """μ: add μ/2·Σ ‖x − x₀‖² over everything that is trained to the loss, x₀ as in the broadcast (FedProx)."""
     confined: bool = False
     """Trained tensors move only inside the subspaces of the broadcast that training starts from."""
+    carries_moments: bool = False
+    """AdamW's second moments start from those of the broadcast, and the update holds those that it ends with."""
+    drifts: bool = False
+    """The broadcast's correction is a movement, of which every step makes a share η_t/Σ η beside its own."""
     gradient: bool = False
     """Nothing is trained: the update is a gradient. Set by the round loop for the exchanges that ask for one."""
     probe_batches: int = 1
@@ -174,11 +178,13 @@ class Broadcast:
     """Parts ("a", "b", "dense", "subspaces", or a dense weight's name) that the client has already, from the run's
     seed or an earlier message, so that they do not travel."""
     correction: Tensors = field(default_factory=dict)
-    """By trained tensor: to be added to its gradient in every step, after clipping."""
+    """By trained tensor: to be added to its gradient in every step, after clipping; with `Recipe.drifts`, a movement to
+    be added over the whole round."""
     subspaces: Mapping[str, Subspace] = field(default_factory=dict)
     """By trained tensor ("MODULE/a", "MODULE/b" for factors): the only directions in which it moves."""
     moments: Tensors = field(default_factory=dict)
-    """By trained tensor: second moments of its projected gradients that the local optimizer starts from."""
+    """By trained tensor: second moments that the local optimizer starts from. With GaLore those of projected gradients;
+    otherwise in any shape that expands to the tensor's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +197,8 @@ class Update:
     dense: Tensors
     """Trained dense weights, absolute values."""
     moments: Tensors = field(default_factory=dict)
-    """By trained tensor: the second moments that GaLore's local optimizer ended with, corrected for their start."""
+    """By trained tensor: the second moments that the local optimizer ended with, corrected for their start, where the
+    recipe has GaLore (of the projected tensors) or asks for them (of all)."""
     rate_sum: float = 0.0
     """Σ of the steps' learning rates. It stays on the site, and so do the moments unless the method sends them."""
 

@@ -65,8 +65,12 @@ class Case:
         return not sent.recipe.train_a
 
 
-OPTIONS: Mapping[str, Mapping[str, Any]] = {"fedgalore": {"galore_rank": 3}, "shared_galore": {"rank": 3}}
-"""Ranks of gradient subspaces, that of the adapters where traffic is counted."""
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "fedgalore": {"galore_rank": 3},
+    "shared_galore": {"rank": 3},
+    "ravan": {"heads": 3},
+}
+"""Ranks of gradient subspaces, that of the adapters where traffic is counted; heads that divide it."""
 CASES = [Case(name, partial(factory, **OPTIONS.get(name, {}))) for name, factory in METHODS.items()] + [
     Case(f"glora-{name}", lambda options=options: METHODS["glora"](**options)) for name, options in VARIANTS.items()
 ]
@@ -186,14 +190,16 @@ def _trained(f: Factors, rank: int, sent: Broadcast, name: str, draw: Draw, sile
     b = b if sent.recipe.train_b else f.b.to(kind, copy=True)
     a = a if sent.recipe.train_a else f.a.to(kind, copy=True)
     if f"{name}/a" in sent.subspaces:
-        a = _confined(f.a, sent.subspaces[f"{name}/a"], draw)
+        a = _confined(f.a, sent.subspaces[f"{name}/a"], draw, sent.recipe.heads)
     idle = "b" if sent.recipe.train_b else "a"
     return replace(Factors(b, a, f.scaling), **({idle: torch.zeros_like(b if idle == "b" else a)} if silent else {}))
 
 
-def _confined(x: torch.Tensor, space: Subspace, draw: Draw) -> torch.Tensor:
+def _confined(x: torch.Tensor, space: Subspace, draw: Draw, heads: int = 0) -> torch.Tensor:
     """x after a random step inside the subspace, in float32 at least, as training leaves it."""
     z = draw(*space.coordinates(x.to(space.basis)).shape)
+    if heads:
+        z = torch.block_diag(*(z[run][:, run] for run in torch.arange(len(z)).tensor_split(min(heads, len(z)))))
     kind = torch.promote_types(z.dtype, torch.float32)
     return x.to(kind) + replace(space, basis=space.basis.to(kind)).expand(z.to(kind))
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from federations import Array, array, build, served
+from federations import Array, array, assert_same, build, received, served, traffic
 from torch import Tensor
 
 from fedspan.client.training import Assignment, TrainingSettings, rate, train
 from fedspan.config import DataConfig, LocalConfig
 from fedspan.data import Encoded, Rows, encode
-from fedspan.methods import fedadamw, fedftg
+from fedspan.methods import fed_sb, fedadamw, fedftg, ravan
 from fedspan.methods.base import aggregate
-from fedspan.methods.messages import Broadcast, Request, Update
+from fedspan.methods.messages import Broadcast, Recipe, Request, Update
 from fedspan.models import FederatedModel
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
@@ -58,7 +59,7 @@ def weights(bases: dict[str, Path], tasks: Encoded) -> Bench:
 def adamw(
     bench: Bench, dense: Mapping[str, Tensor], v: dict[str, Array], seeded: bool, movement: dict[str, Array]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Three steps by the book in float64, gradients from the model: weights, second moments corrected for their start."""
+    """Three steps by the book in float64, gradients from the model: the weights, and v̂."""
     local = LocalConfig(learning_rate=0.02, warmup=0.6, weight_decay=0.1)
     rates = [rate(local, t, 3) for t in range(3)]
     x, m = {n: array(t) for n, t in dense.items()}, {n: np.zeros(t.shape) for n, t in dense.items()}
@@ -152,3 +153,99 @@ def test_fedadamw_refuses_options_and_optimizers_that_it_cannot_have() -> None:
         fedadamw(alpha=-1.0)
     with pytest.raises(ValueError, match=r"method\.blocks = 'head': expected 'row' or 'tensor'"):
         fedadamw(blocks="head")  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def adapters(bases: dict[str, Path], tasks: Encoded) -> Bench:
+    return Bench(tiny.load(bases["llama"], "instruction"), tasks)
+
+
+def gradient_of_a(bench: Bench, sent: Broadcast, a: Mapping[str, Array]) -> dict[str, Array]:
+    """By one step of plain SGD on A alone."""
+    adapter = {name: replace(f, a=torch.from_numpy(a[name]).float()) for name, f in sent.adapter.items()}
+    start = Broadcast(adapter, sent.dense, Recipe(train_b=False))
+    after = bench.learn(start, 1, LocalConfig(optimizer="sgd", learning_rate=1.0, warmup=0.0))
+    return {name: array(f.a) - array(after.factors(name).a) for name, f in adapter.items()}
+
+
+def blocks(rank: int, heads: int) -> list[slice]:
+    ends = np.cumsum([0, *(len(run) for run in np.array_split(np.arange(rank), heads))])
+    return [slice(*pair) for pair in pairwise(ends)]
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_ravan_trains_the_cores_and_their_scales(adapters: Bench, heads: int) -> None:
+    """A real transformer on SGD from a core that is not zero: H_i ← H_i − η t_i G_i, t_i ← t_i − η ⟨G_i, H_i⟩, with G_i
+    the block of the gradient between the bases; the new core is t_i H_i and the bases stay."""
+    method = ravan(heads)
+    state = method.init(adapters.model.template(8, 16.0, False, 1), {})
+    rng = torch.Generator().manual_seed(3)
+    for held in state.modules.values():
+        for place in blocks(8, heads):
+            held["core"][place, place] = torch.randn(held["core"][place, place].shape, generator=rng)
+    sent = method.broadcast(state, Request(8))
+    local = LocalConfig(optimizer="sgd", learning_rate=0.2, warmup=0.0)
+    update = adapters.learn(sent, 3, local)
+    v = {name: array(held["v"]) for name, held in state.modules.items()}
+    h = {name: array(held["core"]) / sent.adapter[name].scaling for name, held in state.modules.items()}
+    t = {name: np.ones(heads) for name in h}
+    for _ in range(3):
+        spread = {n: np.repeat(t[n], [p.stop - p.start for p in blocks(8, heads)])[:, None] * h[n] for n in h}
+        grads = gradient_of_a(adapters, sent, {name: spread[name] @ v[name].T for name in h})
+        for name, grad in grads.items():
+            g = grad @ v[name]
+            new = h[name].copy()
+            for i, place in enumerate(blocks(8, heads)):
+                new[place, place] -= 0.2 * t[name][i] * g[place, place]
+                t[name][i] -= 0.2 * np.sum(g[place, place] * h[name][place, place])
+            h[name] = new
+    (answer, _) = method.encode(update, sent, None)
+    after, _ = aggregate(method, state, [answer])
+    for name, held in after.modules.items():
+        scaling = sent.adapter[name].scaling
+        expected = np.zeros((8, 8))
+        for i, place in enumerate(blocks(8, heads)):
+            expected[place, place] = scaling * t[name][i] * h[name][place, place]
+        moved = np.linalg.norm(expected - array(state.modules[name]["core"]))
+        assert np.linalg.norm(array(held["core"]) - expected) < 2e-3 * moved
+        assert torch.equal(update.factors(name).b, sent.adapter[name].b)
+        assert np.abs(t[name] - 1).max() > 1e-4
+
+
+def test_ravan_cores_stay_in_their_blocks_and_average_exactly() -> None:
+    """Three rounds: nothing between the heads, and K is the weighted mean of the clients' cores."""
+    state = None
+    for seed in range(3):
+        fed = build(ravan(3), seed, ((12, 14),), ranks=(8, 8), counts=(3, 1), start=state)
+        state = served(fed)[0]
+        assert_same(received(fed, state), fed.ideal, 1e-11)
+        core = array(state.modules["layer0"]["core"])
+        mask = np.zeros((8, 8), dtype=bool)
+        for place in blocks(8, 3):
+            mask[place, place] = True
+        assert not core[~mask].any()
+        assert core[mask].all()
+        b, v = (array(state.modules["layer0"][part]) for part in "bv")
+        inside = np.linalg.pinv(b) @ fed.ideal["layer0"] @ np.linalg.pinv(v).T
+        np.testing.assert_allclose(core, inside, atol=1e-11 * np.linalg.norm(inside))
+
+
+def test_ravan_reaches_a_higher_rank_for_the_same_numbers_than_one_core() -> None:
+    """64 numbers a module: four heads of four rows reach rank 16, Fed-SB's one core rank 8; and no base travels."""
+    options = {"shapes": ((30, 40),), "counts": (3, 1)}
+    many = build(ravan(4), 0, ranks=(16, 16), **options)  # type: ignore[arg-type]
+    one = build(fed_sb(), 0, ranks=(8, 8), **options)  # type: ignore[arg-type]
+    ranks = [np.linalg.matrix_rank(received(fed, served(fed)[0])["layer0"], tol=1e-8) for fed in (many, one)]
+    assert ranks == [16, 8]
+    assert traffic(ravan(4), 16, ranks=(16, 16), **options) == (64, 64)
+    sent = many.method.broadcast(served(many)[0], Request(16))
+    assert sent.seeded == {"a", "b", "subspaces"}
+
+
+def test_ravan_stands_ranks_above_a_layers_size_and_refuses_no_heads() -> None:
+    """Spare directions are empty, and more heads than directions are as many as there are."""
+    for shape, heads in (((2, 9), 3), ((9, 2), 2), ((3, 3), 9)):
+        fed = build(ravan(heads), 1, (shape,), ranks=(4, 4), counts=(1, 2))
+        assert_same(received(fed, served(fed)[0]), fed.ideal, 1e-11)
+    with pytest.raises(ValueError, match=r"method\.heads = 0: expected at least 1"):
+        ravan(heads=0)

@@ -15,7 +15,7 @@ from torch import nn
 from fedspan.algebra.galore import GaloreAdamW
 from fedspan.config import Config, EngineConfig, LocalConfig, PrivacyConfig
 from fedspan.data import Encoded
-from fedspan.methods.messages import Broadcast, Update, Vector
+from fedspan.methods.messages import Broadcast, Update, Vector, head_mask, head_of
 from fedspan.models import FederatedModel, seeded
 from fedspan.models.losses import client_losses
 from fedspan.privacy.example_dp import clipped_sum, parts_of, private_gradients
@@ -232,6 +232,35 @@ def _schedule(
         yield {name: value.to(model.device) for name, value in examples.batch(indices).items()}
 
 
+class HeadCores:
+    """The square blocks of one confined tensor's coordinates, K_i = t_i H_i, with H_i and t_i the parameters.
+
+    Zeros between the blocks are no parameters: their gradient is zero, which no optimizer here moves.
+    """
+
+    def __init__(self, start: torch.Tensor, heads: int) -> None:
+        rank = len(start)
+        self.head = head_of(rank, heads).to(start.device)
+        self.mask = head_mask(rank, heads).to(start)
+        self.start = start * self.mask  # (r, r)
+        self.matrices = nn.Parameter(self.start.clone())
+        self.scales = nn.Parameter(start.new_ones(min(heads, rank)))
+
+    def take(self, grad: torch.Tensor | None) -> None:
+        """Set the parameters' gradients from that of K: t_i ∂K_i for H_i, ⟨∂K_i, H_i⟩ for t_i."""
+        if grad is None:
+            self.matrices.grad = self.scales.grad = None
+            return
+        grad = grad * self.mask
+        self.matrices.grad = grad * self.scales[self.head][:, None]
+        inner = (grad * self.matrices).sum(dim=1)
+        self.scales.grad = torch.zeros_like(self.scales).index_add_(0, self.head, inner)
+
+    def moved(self) -> torch.Tensor:
+        """Return K − K₀."""
+        return self.matrices * self.scales[self.head][:, None] - self.start
+
+
 class TrainedTensors:
     """The tensors that a client trains, and the parameters that the optimizer steps on for them.
 
@@ -253,6 +282,16 @@ class TrainedTensors:
             name: nn.Parameter(space.coordinates(torch.zeros_like(chosen[name])))
             for name, space in self.subspaces.items()
         }
+        self.heads: dict[str, HeadCores] = {}
+        if sent.recipe.heads:
+            self._divide(sent.recipe.heads)
+
+    def _divide(self, heads: int) -> None:
+        """Let the blocks of every confined tensor, and their scales, be the parameters of the optimizer."""
+        for name, space in self.subspaces.items():
+            cores = HeadCores(space.coordinates(self.start[name]), heads)
+            self.heads[name] = cores
+            self.stepped |= {name: cores.matrices, f"{name}/scales": cores.scales}
 
     @torch.no_grad()
     def gradients(self) -> None:
@@ -263,8 +302,12 @@ class TrainedTensors:
                     p.grad.add_(p - self.start[name], alpha=self.mu)
         for name, space in self.subspaces.items():
             p = self.chosen[name]
-            self.stepped[name].grad = None if p.grad is None else space.coordinates(p.grad)
+            grad = None if p.grad is None else space.coordinates(p.grad)
             p.grad = None
+            if name in self.heads:
+                self.heads[name].take(grad)
+            else:
+                self.stepped[name].grad = grad
 
     @torch.no_grad()
     def correct(self) -> None:
@@ -277,7 +320,8 @@ class TrainedTensors:
     def follow(self) -> None:
         """Move the tensors to their new coordinates."""
         for name, space in self.subspaces.items():
-            self.chosen[name].copy_(self.start[name] + space.expand(self.stepped[name]))
+            moved = self.heads[name].moved() if name in self.heads else self.stepped[name]
+            self.chosen[name].copy_(self.start[name] + space.expand(moved))
 
     @torch.no_grad()
     def drift(self, share: float) -> None:

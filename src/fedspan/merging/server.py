@@ -19,7 +19,7 @@ from fedspan.adapters.state_dict import Adapter
 from fedspan.merging.layout import Layout, layout_of
 from fedspan.methods import METHODS, create
 from fedspan.methods.base import Method, ServerState, aggregate
-from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Factors, Request, Update
+from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Factors, Request, Template, Update
 from fedspan.methods.state_file import pack_state, pack_tensors, separate, unpack_state, unpack_tensors
 from fedspan.support import parallel
 from fedspan.support.errors import FedspanError
@@ -359,6 +359,8 @@ def _why_not(method: Method) -> str | None:
         return "averages weights, not adapters"
     if any(exchange.ask == "gradient" for exchange in method.exchanges):
         return "needs a gradient before the first round, and training confined to a subspace"
+    if method.broadcast(method.init(Template({}, 1), {}), Request(None)).recipe.heads:
+        return "trains several cores with scales of their own"
     return None
 
 

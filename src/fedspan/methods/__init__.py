@@ -32,6 +32,7 @@ from fedspan.methods.hetlora import hetlora
 from fedspan.methods.lora_fair import lora_fair, lora_fair_ridge
 from fedspan.methods.option_docs import MethodOption, options_of
 from fedspan.methods.raflora import raflora
+from fedspan.methods.ravan import ravan
 from fedspan.methods.rolora import rolora
 from fedspan.methods.scaffold import scaffold
 from fedspan.methods.server_optimizers import fedadagrad, fedadam, fedavgm, fedyogi
@@ -53,6 +54,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "fedmomentum": fedmomentum,
     "fedsvd": fedsvd,
     "fed_sb": fed_sb,
+    "ravan": ravan,
     "ffa_lora": ffa_lora,
     "rolora": rolora,
     "hetlora": hetlora,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from fedspan.algebra import lowrank
@@ -123,6 +124,9 @@ class Recipe:
     """μ: add μ/2·Σ ‖x − x₀‖² over everything that is trained to the loss, x₀ as in the broadcast (FedProx)."""
     confined: bool = False
     """Trained tensors move only inside the subspaces of the broadcast that training starts from."""
+    heads: int = 0
+    """With h > 0 the coordinates Z of a confined tensor are h square blocks on the diagonal (`head_mask`), each the
+    product of a trained scale, which starts at 1, and a trained matrix. 0: they are free."""
     carries_moments: bool = False
     """AdamW's second moments start from those of the broadcast, and the update holds those that it ends with."""
     drifts: bool = False
@@ -137,7 +141,7 @@ class Recipe:
 class Subspace:
     """The directions in which one trained tensor X₀ (m, n) may move; the optimizer works on Z, which starts at 0.
 
-    Clipping and weight decay act on Z too.
+    Clipping and weight decay act on Z too (with `Recipe.heads`, on its blocks and their scales).
     """
 
     basis: Tensor
@@ -151,6 +155,18 @@ class Subspace:
     def expand(self, z: Tensor) -> Tensor:
         """Return basis·Z or Z·basisᵀ."""
         return self.basis @ z if self.side == "left" else z @ self.basis.mT
+
+
+def head_of(rank: int, heads: int) -> Tensor:
+    """Return the head (r,) that each of r directions belongs to, in h runs as equal in length as can be."""
+    runs = torch.tensor_split(torch.arange(rank), min(heads, rank))
+    return torch.cat([torch.full_like(run, head) for head, run in enumerate(runs)])
+
+
+def head_mask(rank: int, heads: int) -> Tensor:
+    """Return the mask (r, r) of the h square blocks on the diagonal."""
+    head = head_of(rank, heads)
+    return head[:, None] == head
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,11 @@ CASES = [Case(name, partial(factory, **OPTIONS.get(name, {}))) for name, factory
     Case(f"glora-{name}", lambda options=options: METHODS["glora"](**options)) for name, options in VARIANTS.items()
 ]
 CASES.append(Case("raflora-rb", lambda: METHODS["raflora"](weighting="rb")))
+CASES += [
+    Case(f"fedprox-{name}", partial(METHODS["fedprox"], trains="adapter", adapter=name, **OPTIONS.get(name, {})))
+    for name in ("ffa_lora", "rolora", "fed_sb")
+]
+CASES.append(Case("scaffold-adapter", partial(METHODS["scaffold"], trains="adapter")))
 FEDERATED = [case for case in CASES if not case.info.pooled and not case.info.personalised]
 ADAPTER = [case for case in FEDERATED if case.info.trains == "adapter"]
 

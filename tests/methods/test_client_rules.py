@@ -14,12 +14,13 @@ import torch
 from federations import Array, array, assert_same, build, received, served, traffic
 from torch import Tensor
 
+from fedspan.client import cohort
 from fedspan.client.training import Assignment, TrainingSettings, rate, train
 from fedspan.config import DataConfig, LocalConfig
 from fedspan.data import Encoded, Rows, encode
-from fedspan.methods import fed_sb, fedadamw, fedftg, ravan
-from fedspan.methods.base import aggregate
-from fedspan.methods.messages import Broadcast, Recipe, Request, Update
+from fedspan.methods import METHODS, fed_sb, fedadamw, fedftg, fedprox, ffa_lora, ravan, scaffold
+from fedspan.methods.base import Method, ServerState, aggregate
+from fedspan.methods.messages import Broadcast, ClientState, Factors, Recipe, Request, Template, Update
 from fedspan.models import FederatedModel
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
@@ -249,3 +250,142 @@ def test_ravan_stands_ranks_above_a_layers_size_and_refuses_no_heads() -> None:
         assert_same(received(fed, served(fed)[0]), fed.ideal, 1e-11)
     with pytest.raises(ValueError, match=r"method\.heads = 0: expected at least 1"):
         ravan(heads=0)
+
+
+@dataclass(frozen=True)
+class Fits:
+    """Client k minimises ½ ‖(s B A₀ − T_k) C_k‖_F² over B: different targets, seen through different spreads."""
+
+    targets: Array  # (K, m, n)
+    spreads: Array  # (K, n, n)
+
+    @classmethod
+    def draw(cls, seed: int) -> Fits:
+        rng = np.random.default_rng(seed)
+        roots = rng.standard_normal((3, 6, 6))
+        return cls(rng.standard_normal((3, 5, 6)), roots @ roots.transpose(0, 2, 1) / 6 + 0.3 * np.eye(6))
+
+    def best(self, sa: Array) -> Array:
+        """The B that minimises the sum: Σ (B sA − T_k) S_k (sA)ᵀ = 0 with S_k = C_k C_kᵀ."""
+        s = self.spreads @ self.spreads.transpose(0, 2, 1)
+        left = sum(t @ x @ sa.T for t, x in zip(self.targets, s, strict=True))
+        return left @ np.linalg.inv(sum(sa @ x @ sa.T for x in s))
+
+    def gradient(self, k: int, f: Factors, b: Tensor) -> Tensor:
+        spread = torch.from_numpy(self.spreads[k])
+        lost = (f.scaling * b @ f.a.double() - torch.from_numpy(self.targets[k])) @ spread
+        return f.scaling * lost @ spread.mT @ f.a.double().mT
+
+    def run(self, method: Method, rounds: int, steps: int = 6, rate: float = 0.05) -> ServerState:
+        state = method.init(Template({"x": (5, 6)}, 2, alpha=2.0, seed=4, num_clients=3), {})
+        kept: dict[int, ClientState | None] = {}
+        for _ in range(rounds):
+            answers = []
+            for k in range(3):
+                sent = method.start(method.broadcast(state, Request(2)), kept.get(k))
+                f = sent.adapter["x"]
+                b = f.b.double().clone()
+                for _ in range(steps):
+                    pull = sent.recipe.proximal * (b - f.b.double())
+                    b -= rate * (self.gradient(k, f, b) + pull + sent.correction.get("x/b", torch.zeros(())))
+                update = Update(f"c{k}", 1.0, {"x": replace(f, b=b)}, {}, rate_sum=steps * rate)
+                answer, kept[k] = method.encode(update, sent, kept.get(k))
+                answers.append(answer)
+            state, _ = aggregate(method, state, answers)
+        return state
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scaffold_on_an_adapter_reaches_the_optimum_that_ffa_lora_misses(seed: int) -> None:
+    """Six local steps a round on clients of different curvature: only with control variates is B̄ the best B."""
+    problem = Fits.draw(seed)
+    found = []
+    for method in (scaffold(trains="adapter"), scaffold(trains="adapter", server_rate=0.5), ffa_lora()):
+        held = problem.run(method, 900).modules["x"]
+        best = problem.best(array(held["a"]))
+        found.append(np.linalg.norm(array(held["sb"]) - best) / np.linalg.norm(best))
+    assert found[0] < 1e-6
+    assert found[1] < 1e-6
+    assert found[2] > 1e-3
+
+
+def test_scaffold_on_an_adapter_sends_b_and_its_control_and_keeps_its_own() -> None:
+    """2 r m numbers each way; c is the mean of the clients' c_k, and c_k the mean gradient of B and of the head."""
+    method = scaffold(trains="adapter")
+    fed = build(method, 0, ranks=(3, 3), counts=(1, 1), server_rank=3)
+    answers, kept = [], []
+    for update in fed.updates:
+        sent = method.start(method.broadcast(fed.state, Request(3)), None)
+        answer, own = method.encode(update, sent, None)
+        assert own is not None
+        assert own.keys() == {"layer0/b", "layer1/b", "head"}
+        expected = (array(sent.adapter["layer0"].b) - array(update.factors("layer0").b)) / 0.5
+        np.testing.assert_allclose(array(own["layer0/b"]), expected, rtol=1e-12)
+        assert answer.vector("layer0").keys() == {"sb", "control"}
+        answers.append(answer)
+        kept.append(own)
+    state, _ = aggregate(method, fed.state, answers)
+    for name in kept[0]:
+        mean = (array(kept[0][name]) + array(kept[1][name])) / 2
+        np.testing.assert_allclose(array(state.extra[name]), mean, atol=1e-12)
+    corrected = method.start(method.broadcast(state, Request(3)), kept[0]).correction
+    torch.testing.assert_close(corrected["layer0/b"], state.extra["layer0/b"] - kept[0]["layer0/b"])
+    with pytest.raises(ValueError, match="rank 2: expected rank 3 for every client"):
+        method.broadcast(state, Request(2))
+
+
+def test_a_real_client_follows_the_correction_of_its_adapter(adapters: Bench) -> None:
+    """One step of SGD: B moves by −η (g + c − c_k), and the cohort engine says that it cannot do it."""
+    method = scaffold(trains="adapter")
+    state = method.init(adapters.model.template(4, 16.0, False, 1, 2), {})
+    sent = method.broadcast(state, Request(4))
+    local = LocalConfig(optimizer="sgd", learning_rate=0.3, warmup=0.0)
+    plain = adapters.learn(sent, 1, local)
+    answer, kept = method.encode(plain, sent, None)
+    state, _ = aggregate(method, state, [answer])
+    again = method.start(
+        method.broadcast(replace(state, extra={n: 3 * x for n, x in state.extra.items()}), Request(4)), kept
+    )
+    # The same start as in the first round, so that the gradient is the same; c − c_k = 3 c/2 − c.
+    corrected = adapters.learn(replace(again, adapter=sent.adapter), 1, local)
+    for name in sent.adapter:
+        moved = array(plain.factors(name).b)
+        np.testing.assert_allclose(array(corrected.factors(name).b), 1.5 * moved, rtol=1e-4, atol=1e-7)
+        assert moved.any()
+    reason = cohort.applies(adapters.model, adapters.data, sent.recipe, TrainingSettings(local=local))
+    assert reason == "each client's gradients are corrected by what it keeps"
+
+
+@pytest.mark.parametrize("name", ["ffa_lora", "rolora", "fedsvd", "fed_sb", "ravan"])
+def test_fedprox_without_mu_is_the_adapter_method_itself(name: str) -> None:
+    """The same broadcast, and the same state to the bit after a round."""
+    method = fedprox(0.0, trains="adapter", adapter=name)  # type: ignore[arg-type]
+    fed = build(method, 0, ranks=(4, 4), counts=(1, 3), server_rank=4)
+    assert method.info.name == "fedprox"
+    plain = replace(fed, method=METHODS[name]())
+    first, second = served(fed)[0], served(plain)[0]
+    for module, held in second.modules.items():
+        tiny.same(first.modules[module], held)
+    assert fedprox(0.5, trains="adapter", adapter=name).broadcast(first, Request(4)).recipe.proximal == 0.5  # type: ignore[arg-type]
+
+
+def test_fedprox_holds_a_real_clients_factor_and_core(adapters: Bench) -> None:
+    """Two steps of SGD: x₂ = x₁ − η (g(x₁) + μ (x₁ − x₀)), for FFA-LoRA's B; and a core moves less for a larger μ."""
+    local = LocalConfig(optimizer="sgd", learning_rate=0.3, warmup=0.0)
+    template = adapters.model.template(4, 16.0, False, 1)
+    ends = {}
+    for mu in (0.0, 2.0):
+        method = fedprox(mu, trains="adapter")
+        sent = method.broadcast(method.init(template, {}), Request(4))
+        ends[mu] = {name: array(adapters.learn(sent, 2, local).factors(name).b) for name in sent.adapter}
+    one = {name: array(adapters.learn(sent, 1, local).factors(name).b) for name in sent.adapter}
+    for name, b in one.items():
+        np.testing.assert_allclose(ends[2.0][name], ends[0.0][name] - 0.3 * 2.0 * b, rtol=1e-4, atol=1e-7)
+        assert b.any()
+    moves = []
+    for mu in (0.0, 2.0):
+        method = fedprox(mu, trains="adapter", adapter="ravan")
+        sent = method.broadcast(method.init(template, {}), Request(4))
+        moved = adapters.learn(sent, 6, local)
+        moves.append(sum(float(moved.factors(name).a.square().sum()) for name in sent.adapter) ** 0.5)
+    assert 0 < moves[1] < 0.8 * moves[0]

@@ -129,6 +129,8 @@ class Recipe:
     product of a trained scale, which starts at 1, and a trained matrix. 0: they are free."""
     carries_moments: bool = False
     """AdamW's second moments start from those of the broadcast, and the update holds those that it ends with."""
+    corrected: bool = False
+    """The broadcast's correction, where it has one, is added to the gradients."""
     drifts: bool = False
     """The broadcast's correction is a movement, of which every step makes a share η_t/Σ η beside its own."""
     gradient: bool = False

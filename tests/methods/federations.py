@@ -69,8 +69,9 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "fedgalore": {"galore_rank": 3},
     "shared_galore": {"rank": 3},
     "ravan": {"heads": 3},
+    "florist": {"threshold": 1.0},
 }
-"""Ranks of gradient subspaces, that of the adapters where traffic is counted; heads that divide it."""
+"""Ranks of gradient subspaces, that of the adapters where traffic is counted; heads that divide it; nothing cut off."""
 CASES = [Case(name, partial(factory, **OPTIONS.get(name, {}))) for name, factory in METHODS.items()] + [
     Case(f"glora-{name}", lambda options=options: METHODS["glora"](**options)) for name, options in VARIANTS.items()
 ]

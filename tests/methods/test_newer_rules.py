@@ -17,14 +17,16 @@ from federations import (
     build,
     distance,
     encoded,
+    gauge,
     received,
+    regauged,
     served,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedspan.algebra.lowrank import LowRank
-from fedspan.methods import fed_plora, fedask, fedit, fedmomentum, flexlora
+from fedspan.methods import fed_plora, fedask, fedit, fedmomentum, flexlora, florist
 from fedspan.methods.base import ServerState, aggregate
 from fedspan.methods.fed_plora import module_order
 from fedspan.methods.messages import Broadcast, Request
@@ -222,3 +224,40 @@ def test_fed_plora_refuses_more_modules_than_there_are() -> None:
     fed = build(fed_plora(), 0, **SAME, server_rank=3)
     with pytest.raises(ValueError, match="a client of rank 4: expected at most 3"):
         fed.method.broadcast(fed.state, Request(4))
+
+
+@laws
+@given(seed=seeds, threshold=st.sampled_from([0.3, 0.8, 0.95, 0.999]))
+def test_florist_keeps_the_fewest_directions_that_reach_the_threshold(seed: int, threshold: float) -> None:
+    """T_p by a dense SVD with p the first rank whose energy is τ of all, module by module, at every client's rank."""
+    fed = build(florist(threshold), seed, **MIXED)
+    state, diagnostics = served(fed)
+    expected = {}
+    for name, t in fed.ideal.items():
+        sigma = np.linalg.svd(t, compute_uv=False)
+        p = int(np.argmax(np.cumsum(sigma**2) >= threshold * np.sum(sigma**2))) + 1
+        expected[name] = truncated(t, p)
+        assert np.linalg.matrix_rank(patched(fed.method.broadcast(state, Request(2)), name), tol=1e-8) == p
+    for rank in (1, 7):
+        assert_same(received(fed, state, rank), expected, 1e-11)
+    lost = distance(expected, fed.ideal)
+    assert 0 < lost <= np.sqrt(1 - threshold)
+    assert diagnostics["truncation_error"] == pytest.approx(lost, rel=1e-9)
+    rng = np.random.default_rng(seed)
+    other = regauged(fed, lambda k, rank: gauge(rng, rank, 1e4))
+    assert_same(received(other, served(other)[0]), expected, 1e-8)
+
+
+def test_florist_adds_to_the_base_round_by_round_and_is_exact_at_one() -> None:
+    """The second round's T_p comes on top of the first's; `exact` follows the threshold; odd ones are refused."""
+    first = build(florist(0.9), 0, **MIXED)
+    state = served(first)[0]
+    second = replace(build(florist(0.9), 1, **MIXED), state=state)
+    alone = received(second, served(replace(second, state=first.state))[0])
+    before = received(first, state)
+    expected = {name: x + before[name] for name, x in alone.items()}
+    assert_same(received(second, served(second)[0]), expected, 1e-11)
+    assert (florist().info.exact, florist(1.0).info.exact) == (False, True)
+    for threshold in (0.0, 1.1):
+        with pytest.raises(ValueError, match=rf"method\.threshold = {threshold}: expected above 0 and at most 1"):
+            florist(threshold)

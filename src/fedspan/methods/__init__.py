@@ -24,6 +24,7 @@ from fedspan.methods.fedsvd import fedsvd
 from fedspan.methods.ffa_lora import ffa_lora
 from fedspan.methods.flora import fedex_lora, flora
 from fedspan.methods.flora_na import flora_na
+from fedspan.methods.florist import florist
 from fedspan.methods.full_weights import fedavg, fedftg
 from fedspan.methods.glora import flexlora, glora
 from fedspan.methods.glora_plus import glora_plus
@@ -50,6 +51,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "fedask": fedask,
     "raflora": raflora,
     "flora": flora,
+    "florist": florist,
     "fedex_lora": fedex_lora,
     "fedmomentum": fedmomentum,
     "fedsvd": fedsvd,

@@ -62,7 +62,7 @@ def ravan(heads: int = 4) -> Method:
         s = state.template.scaling(state.template.rank)
         cores = {name: t["core"] for name, t in state.modules.items()}
         return Broadcast(
-            {name: Factors(t["b"], t["core"] / s @ t["v"].to(t["core"]).mT, s) for name, t in state.modules.items()},
+            {name: _adapter(t, s) for name, t in state.modules.items()},
             state.dense,
             Recipe(train_b=False, confined=True, heads=heads),
             # The adapter is made of the core, which alone travels; a zero core need not.
@@ -103,6 +103,11 @@ def ravan(heads: int = 4) -> Method:
         encode=encode,
         vector=Direct(_read, _write),
     )
+
+
+def _adapter(held: Tensors, scaling: float) -> Factors:
+    core = held["core"]
+    return Factors(held["b"].to(core), core / scaling @ held["v"].to(core).mT, scaling)
 
 
 def _bases(template: Template, name: str) -> Tensors:

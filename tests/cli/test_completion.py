@@ -25,7 +25,7 @@ def completed(line: str) -> list[str]:
         ("fedspan flower ", ["init", "up", "keys"]),
         ("fedspan run --en", ["--engine"]),
         ("fedspan methods glo", ["glora", "glora_plus", "glora_sums"]),
-        ("fedspan merge a b --method fed_", ["fed_sb"]),
+        ("fedspan merge a b --method fed_", ["fed_sb", "fed_plora"]),
         ("fedspan merge a b --method glora --set server_ran", ["server_rank="]),
         ("fedspan run --set federation.ra", ["federation.ranks=", "federation.rank_values="]),
     ],

@@ -70,6 +70,11 @@ def test_scaffold_wants_sgd_or_to_be_asked_by_name_for_the_heuristic() -> None:
     assert asked("scaffold", **ONE_RANK, method={"optimizer": "adamw"}).info.name == "scaffold"
 
 
+def test_fedadamw_is_an_adamw() -> None:
+    with pytest.raises(ValueError, match=r"local\.optimizer = 'sgd': fedadamw carries AdamW's .*expected 'adamw'"):
+        asked("fedadamw", local={"optimizer": "sgd"})
+
+
 @pytest.mark.parametrize("name", ["fedftg", "fedgalore"])
 def test_galore_is_an_adamw(name: str) -> None:
     with pytest.raises(ValueError, match=rf"local\.optimizer = 'sgd': {name} has GaLore.*expected 'adamw'"):

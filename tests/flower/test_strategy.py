@@ -31,8 +31,8 @@ NAMES = ("clinic-b", "clinic-a", "clinic-c")
 RANKS = (2, 4, 3)
 
 PLAIN = (
-    "glora glora_plus flexlora raflora fedsvd ffa_lora rolora lora_fair lora_fair_ridge flora_na fedrot_lora fedit "
-    "fedavg fedprox fedavgm fedadam fedyogi"
+    "glora flexlora raflora fedsvd ffa_lora rolora lora_fair lora_fair_ridge flora_na fedrot_lora fedit "
+    "fedavg fedprox fedavgm fedadagrad fedadam fedyogi"
 )
 """Methods whose clients get factors and weights, give some back, and keep nothing."""
 
@@ -133,9 +133,18 @@ def test_every_method_either_runs_or_is_refused_in_one_line() -> None:
     for name, factory in METHODS.items():
         if name in PLAIN.split():
             continue
+        ranks = {1: 2, 2: 4} if factory().info.hetero_rank else None
         with pytest.raises(ValueError, match=r"expected .*fedspan flower init") as refused:
-            FedspanStrategy(factory(), TEMPLATE, dense=HEAD)
+            FedspanStrategy(factory(), TEMPLATE, dense=HEAD, ranks=ranks)
         assert "\n" not in str(refused.value)
+
+
+def test_a_patch_that_only_some_ranks_get_is_refused_too() -> None:
+    """A client of rank 2 would train Fed-PLoRA without the modules that are folded away, GLoRA+ without its rest."""
+    for name, ranks in (("fed_plora", {1: 2, 2: 4}), ("glora_plus", {1: 2, 2: 4}), ("glora_plus", None)):
+        with pytest.raises(ValueError, match=rf"{name} changes its clients' base: expected only factors"):
+            FedspanStrategy(METHODS[name](), TEMPLATE, dense=HEAD, ranks=ranks)
+    FedspanStrategy(METHODS["fed_plora"](), TEMPLATE, dense=HEAD)
 
 
 def changed(part: str, change: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> Spoil:

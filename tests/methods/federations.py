@@ -65,12 +65,22 @@ class Case:
         return not sent.recipe.train_a
 
 
-OPTIONS: Mapping[str, Mapping[str, Any]] = {"fedgalore": {"galore_rank": 3}, "shared_galore": {"rank": 3}}
-"""Ranks of gradient subspaces, that of the adapters where traffic is counted."""
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "fedgalore": {"galore_rank": 3},
+    "shared_galore": {"rank": 3},
+    "ravan": {"heads": 3},
+    "florist": {"threshold": 1.0},
+}
+"""Ranks of gradient subspaces, that of the adapters where traffic is counted; heads that divide it; nothing cut off."""
 CASES = [Case(name, partial(factory, **OPTIONS.get(name, {}))) for name, factory in METHODS.items()] + [
     Case(f"glora-{name}", lambda options=options: METHODS["glora"](**options)) for name, options in VARIANTS.items()
 ]
 CASES.append(Case("raflora-rb", lambda: METHODS["raflora"](weighting="rb")))
+CASES += [
+    Case(f"fedprox-{name}", partial(METHODS["fedprox"], trains="adapter", adapter=name, **OPTIONS.get(name, {})))
+    for name in ("ffa_lora", "rolora", "fed_sb")
+]
+CASES.append(Case("scaffold-adapter", partial(METHODS["scaffold"], trains="adapter")))
 FEDERATED = [case for case in CASES if not case.info.pooled and not case.info.personalised]
 ADAPTER = [case for case in FEDERATED if case.info.trains == "adapter"]
 
@@ -186,21 +196,25 @@ def _trained(f: Factors, rank: int, sent: Broadcast, name: str, draw: Draw, sile
     b = b if sent.recipe.train_b else f.b.to(kind, copy=True)
     a = a if sent.recipe.train_a else f.a.to(kind, copy=True)
     if f"{name}/a" in sent.subspaces:
-        a = _confined(f.a, sent.subspaces[f"{name}/a"], draw)
+        a = _confined(f.a, sent.subspaces[f"{name}/a"], draw, sent.recipe.heads)
     idle = "b" if sent.recipe.train_b else "a"
     return replace(Factors(b, a, f.scaling), **({idle: torch.zeros_like(b if idle == "b" else a)} if silent else {}))
 
 
-def _confined(x: torch.Tensor, space: Subspace, draw: Draw) -> torch.Tensor:
+def _confined(x: torch.Tensor, space: Subspace, draw: Draw, heads: int = 0) -> torch.Tensor:
     """x after a random step inside the subspace, in float32 at least, as training leaves it."""
     z = draw(*space.coordinates(x.to(space.basis)).shape)
+    if heads:
+        z = torch.block_diag(*(z[run][:, run] for run in torch.arange(len(z)).tensor_split(min(heads, len(z)))))
     kind = torch.promote_types(z.dtype, torch.float32)
     return x.to(kind) + replace(space, basis=space.basis.to(kind)).expand(z.to(kind))
 
 
 def _second_moments(sent: Broadcast, modules: Mapping[str, tuple[int, int]], draw: Draw) -> dict[str, torch.Tensor]:
-    """What GaLore's optimizer would end with: (r, the wider side)."""
+    """What the local optimizer would end with: GaLore's (r, the wider side), or one for every trained number."""
     galore = sent.recipe.galore
+    if sent.recipe.carries_moments:
+        return {name: draw(*value.shape).square() for name, value in sent.dense.items()}
     return {} if galore is None else {n: draw(min(galore.rank, *s), max(s)).square() for n, s in modules.items()}
 
 
@@ -272,7 +286,8 @@ def _numel_up(update: Update) -> int:
 
 
 def _numel_down(sent: Broadcast) -> int:
-    total = sum(patch_numel(patch) for patch in sent.news) + numel(sent.moments)
+    total = sum(patch_numel(patch) for patch in sent.news)
+    total += sum(t.numel() for name, t in sent.moments.items() if name != "head")
     total += sum(t.numel() for name, t in sent.correction.items() if name != "head")
     if "dense" not in sent.seeded:
         total += sum(t.numel() for name, t in sent.dense.items() if name not in {"head", *sent.seeded})

@@ -25,11 +25,11 @@ from fedspan.methods.fedprox import fedprox
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Request, Template, Update
 from fedspan.methods.scaffold import scaffold
-from fedspan.methods.server_optimizers import Kind, fedadam, fedavgm, fedyogi, with_server_optimizer
+from fedspan.methods.server_optimizers import Kind, fedadagrad, fedadam, fedavgm, fedyogi, with_server_optimizer
 
 laws = settings(deadline=None, max_examples=20, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)
-KINDS: tuple[Kind, ...] = ("fedavgm", "fedadam", "fedyogi")
+KINDS: tuple[Kind, ...] = ("fedavgm", "fedadagrad", "fedadam", "fedyogi")
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,9 @@ def oracle(kind: str, deltas: list[Array], rate: float, beta: float, beta2: floa
             x = x + rate * m
         else:
             m = beta * m + (1 - beta) * delta
-            if kind == "fedadam":
+            if kind == "fedadagrad":
+                v = v + delta**2
+            elif kind == "fedadam":
                 v = beta2 * v + (1 - beta2) * delta**2
             else:
                 v = v - (1 - beta2) * delta**2 * np.sign(v - delta**2)
@@ -304,10 +306,21 @@ def test_a_server_optimizer_is_the_published_recursion(kind: Kind, seed: int, sc
 def test_the_default_rate_suits_the_kind() -> None:
     """1 for the heavy ball, a hundredth for the adaptive ones, in the wrapper as in the methods of that name."""
     delta = [np.array([0.5, -2.0])]
-    for kind, make, rate in zip(KINDS, (fedavgm, fedadam, fedyogi), (1.0, 0.01, 0.01), strict=True):
+    makers = (fedavgm, lambda: fedadagrad(momentum=0.9), fedadam, fedyogi)
+    for kind, make, rate in zip(KINDS, makers, (1.0, 0.01, 0.01, 0.01), strict=True):
         wrapped, named = drifting(with_server_optimizer(fedavg(), kind), delta)[0], drifting(make(), delta)[0]
         np.testing.assert_array_equal(wrapped, named)
         np.testing.assert_allclose(named, oracle(kind, delta, rate, 0.9, 0.99, 1e-3)[0], rtol=1e-12)
+
+
+def test_fedadagrad_has_no_momentum_and_slows_down_as_one_over_root_t() -> None:
+    """A steady Δ: step t is η Δ/(√(τ² + t Δ²) + τ), as the method of that name has it without further options."""
+    path = drifting(fedadagrad(0.3, tau=1e-2), [np.array([0.5, -2.0])] * 100)
+    steps = np.diff([np.zeros(2), *path], axis=0)
+    t = np.arange(1, 101)[:, None]
+    delta = np.array([0.5, -2.0])
+    np.testing.assert_allclose(steps, 0.3 * delta / (np.sqrt(1e-4 + t * delta**2) + 1e-2), rtol=1e-10)
+    np.testing.assert_allclose(np.abs(steps[-1]), 0.03, rtol=0.02)
 
 
 def test_fedavgm_is_a_heavy_ball_and_no_moving_average() -> None:
@@ -363,7 +376,7 @@ def test_the_moments_are_part_of_the_state() -> None:
     """A state carried on by its fields alone goes on as the run itself: nothing is held elsewhere."""
     rng = np.random.default_rng(0)
     deltas = [rng.standard_normal(4) for _ in range(4)]
-    for make in (fedavgm, fedadam, fedyogi):
+    for make in (fedavgm, fedadagrad, fedadam, fedyogi):
         whole = drifting(make(), deltas)
         state = make().init(Template({}, 1), {"w": torch.zeros(4, dtype=torch.float64)})
         for delta in deltas:
@@ -441,6 +454,7 @@ def test_what_the_refusal_is_about() -> None:
         (lambda: fedavgm(momentum=1.0), r"momentum = 1\.0 .*: expected at least 0 and below 1"),
         (lambda: fedadam(beta2=-0.1), r"beta2 = -0\.1 .*: expected at least 0 and below 1"),
         (lambda: fedyogi(tau=0.0), r"tau = 0\.0 .*: expected above 0"),
+        (lambda: fedadagrad(tau=0.0), r"tau = 0\.0 .*: expected above 0"),
         (lambda: fedprox(-1.0), r"method\.mu = -1\.0: expected at least 0"),
         (lambda: scaffold(server_rate=0.0), r"method\.server_rate = 0\.0: expected above 0"),
     ],

@@ -31,8 +31,10 @@ PAIRS = {"glora", "glora_plus", "flexlora", "raflora", "flora", "fedex_lora", "l
     "flora_na",
     "fedrot_lora",
     "fedit",
+    "fedmomentum",
+    "florist",
 }
-KEEP_A_GAUGE = PAIRS - {"glora", "glora_plus", "flexlora", "flora"}
+KEEP_A_GAUGE = PAIRS - {"glora", "glora_plus", "flexlora", "flora", "florist", "fedmomentum"}
 FEDERATED = [name for name, make in METHODS.items() if not make().info.pooled and not make().info.alone]
 
 

@@ -118,6 +118,7 @@ def same_bits(x: ServerState, y: ServerState) -> bool:
 
 def test_every_method_streams_or_says_that_it_cannot() -> None:
     each = {"flora", "fedex_lora", "raflora", "lora_fair", "lora_fair_ridge", "flora_na", "fedgalore"}
+    each |= {"fedmomentum", "florist"}
     assert {case.info.name for case in STREAMS} == {c.info.name for c in FEDERATED} - each
     assert {"glora", "flexlora"} <= {case.info.name for case in TALKS}
 

@@ -173,11 +173,17 @@ class GaloreAdamW(torch.optim.Optimizer):
         state["exp_avg_sq"] = second_moment.detach().to(parameter, copy=True)
         state["exp_avg"] = torch.zeros_like(state["exp_avg_sq"])
 
-    def second_moments(self) -> dict[Tensor, Tensor]:
-        """Return V̂, corrected for its start, of every projected parameter that has taken a step, for `start_from`."""
+    def second_moments(self, of_all: bool = False) -> dict[Tensor, Tensor]:
+        """Return V̂, corrected for its start, of every projected parameter that has taken a step, for `start_from`.
+
+        Parameters
+        ----------
+        of_all
+            Of the parameters without a projection too.
+        """
         moments: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
-            for p in group["params"] if group["rank"] is not None else ():
+            for p in group["params"] if of_all or group["rank"] is not None else ():
                 state = self.state.get(p, {})
                 if state and int(state["step"]):
                     moments[p] = state["exp_avg_sq"] / _mass(state, group, _age(group, int(state["step"])))

@@ -57,6 +57,7 @@ def _reason_in_settings(model: FederatedModel, recipe: Recipe, settings: Trainin
         (recipe.galore is not None, "GaLore works on one client's weights"),
         (recipe.confined, "each client trains within a subspace"),
         (bool(recipe.proximal), "a proximal term pulls every client towards where it started"),
+        (recipe.corrected, "each client's gradients are corrected by what it keeps"),
         (settings.engine.compile, "engine.compile compiles the passes of one client"),
     )
     return next((reason for given, reason in reasons if given), None)

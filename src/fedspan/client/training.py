@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fedspan.algebra.galore import GaloreAdamW
+from fedspan.client.head_cores import HeadCores
 from fedspan.config import Config, EngineConfig, LocalConfig, PrivacyConfig
 from fedspan.data import Encoded
 from fedspan.methods.messages import Broadcast, Update, Vector
@@ -129,6 +130,7 @@ def train(
     trained = TrainedTensors(chosen, sent, model.device)
     optimizer = _optimizer(model, trained, sent, local, key)
     total, rates = torch.zeros((), device=model.device), 0.0
+    planned = sum(rate(local, step, work.steps) for step in range(work.steps))
     with model.training(settings.engine.compile), seeded(*key, "dropout"):
         for step, batch in enumerate(_schedule(model, work, data, local, key)):
             now = rate(local, step, work.steps)
@@ -149,8 +151,9 @@ def train(
             trained.correct()
             optimizer.step()
             trained.follow()
+            trained.drift(now / planned)
             optimizer.zero_grad(set_to_none=True)
-    moments = _second_moments(optimizer, trained)
+    moments = _second_moments(optimizer, trained, recipe.carries_moments)
     update = Update(work.client_id, work.weight, model.adapter(), model.dense(), moments, rates)
     return LocalResult(update, float(total) / work.steps, work.steps, _state_bytes(optimizer))
 
@@ -245,11 +248,22 @@ class TrainedTensors:
         }
         fixed = self.subspaces.keys() if not self.mu else chosen.keys()
         self.start = {name: chosen[name].detach().clone() for name in fixed}
-        self.correction = {name: value.to(chosen[name]) for name, value in sent.correction.items()}
+        corrections = {name: value.to(chosen[name]) for name, value in sent.correction.items()}
+        self.correction, self.movement = ({}, corrections) if sent.recipe.drifts else (corrections, {})
         self.stepped = dict(chosen) | {
             name: nn.Parameter(space.coordinates(torch.zeros_like(chosen[name])))
             for name, space in self.subspaces.items()
         }
+        self.heads: dict[str, HeadCores] = {}
+        if sent.recipe.heads:
+            self._divide(sent.recipe.heads)
+
+    def _divide(self, heads: int) -> None:
+        """Let the blocks of every confined tensor, and their scales, be the parameters of the optimizer."""
+        for name, space in self.subspaces.items():
+            cores = HeadCores(space.coordinates(self.start[name]), heads)
+            self.heads[name] = cores
+            self.stepped |= {name: cores.matrices, f"{name}/scales": cores.scales}
 
     @torch.no_grad()
     def gradients(self) -> None:
@@ -260,8 +274,12 @@ class TrainedTensors:
                     p.grad.add_(p - self.start[name], alpha=self.mu)
         for name, space in self.subspaces.items():
             p = self.chosen[name]
-            self.stepped[name].grad = None if p.grad is None else space.coordinates(p.grad)
+            grad = None if p.grad is None else space.coordinates(p.grad)
             p.grad = None
+            if name in self.heads:
+                self.heads[name].take(grad)
+            else:
+                self.stepped[name].grad = grad
 
     @torch.no_grad()
     def correct(self) -> None:
@@ -274,15 +292,28 @@ class TrainedTensors:
     def follow(self) -> None:
         """Move the tensors to their new coordinates."""
         for name, space in self.subspaces.items():
-            self.chosen[name].copy_(self.start[name] + space.expand(self.stepped[name]))
+            moved = self.heads[name].moved() if name in self.heads else self.stepped[name]
+            self.chosen[name].copy_(self.start[name] + space.expand(moved))
+
+    @torch.no_grad()
+    def drift(self, share: float) -> None:
+        """Move the tensors by this share of the movement that the server asks for."""
+        for name, value in self.movement.items():
+            self.chosen[name].add_(value, alpha=share)
 
 
 def _optimizer(
     model: FederatedModel, trained: TrainedTensors, sent: Broadcast, config: LocalConfig, key: tuple[object, ...]
 ) -> torch.optim.Optimizer:
     stepped, recipe = trained.stepped, sent.recipe
-    if recipe.galore is None:
+    if recipe.galore is None and not recipe.carries_moments:
         return plain_optimizer([{"params": list(stepped.values())}], config)
+    if recipe.galore is None:
+        # AdamW in plain operations: torch's own has no start for its second moments.
+        adamw = GaloreAdamW(list(stepped.values()), lr=config.learning_rate, weight_decay=config.weight_decay)
+        for name, moment in sent.moments.items():
+            adamw.start_from(stepped[name], moment.to(stepped[name]).expand(stepped[name].shape))
+        return adamw
     projected = [p for name, p in stepped.items() if name in model.projected]
     plain = [p for name, p in stepped.items() if name not in model.projected]
     seed = generator(*key, "galore").initial_seed()
@@ -303,11 +334,11 @@ def plain_optimizer(groups: list[dict[str, Any]], config: LocalConfig) -> torch.
     return torch.optim.AdamW(groups, lr=lr, weight_decay=decay, fused=True)
 
 
-def _second_moments(optimizer: torch.optim.Optimizer, trained: TrainedTensors) -> dict[str, torch.Tensor]:
-    """Return the second moments of GaLore's optimizer by name; nothing for another optimizer."""
+def _second_moments(optimizer: torch.optim.Optimizer, trained: TrainedTensors, of_all: bool) -> dict[str, torch.Tensor]:
+    """Return the second moments of GaLore's optimizer by name, those of plain tensors too where they are asked for."""
     if not isinstance(optimizer, GaloreAdamW):
         return {}
-    held = optimizer.second_moments()
+    held = optimizer.second_moments(of_all)
     return {name: held[p].cpu() for name, p in trained.stepped.items() if p in held}
 
 

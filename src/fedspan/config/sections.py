@@ -199,18 +199,18 @@ class LocalConfig(Section):
 class ServerConfig(Section):
     """An optimizer on the server, for methods whose global model is one plain vector."""
 
-    optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi"] = "none"
+    optimizer: Literal["none", "fedavgm", "fedadagrad", "fedadam", "fedyogi"] = "none"
     """Optimizer that takes the average of the updates as a pseudo-gradient. Methods that average factor pairs
     refuse it."""
     learning_rate: Annotated[PositiveFloatOrNone, Field(examples=[0.01])] = None
     """Server learning rate. Unset or "none": 1 for FedAvgM, 0.01 for the others, whose steps have about this size in
     every entry."""
     momentum: PartialFraction = 0.9
-    """β of FedAvgM, β₁ of the others."""
+    """β of FedAvgM, β₁ of the others. The published FedAdagrad has 0."""
     beta2: PartialFraction = 0.99
     """β₂ of FedAdam and FedYogi."""
     tau: PositiveFloat = 1e-3
-    """Constant that FedAdam and FedYogi add to the root of the second moment."""
+    """Constant that the adaptive optimizers add to the root of the second moment."""
 
 
 class EvaluationConfig(Section):

@@ -26,7 +26,7 @@ _MEANINGS = {
     "sums": "every exchange is a plain sum, so it runs where the server may see only sums",
     "personal": "each client ends with a model of its own",
     "trains": "LoRA factors, the weights of the target modules, or all weights",
-    "up, down": "numbers sent per client, round and m×n module at rank r; K clients, c = Σ r_k",
+    "up, down": "numbers sent per client, round and m×n module at rank r; K clients, c = Σ r_k, p kept by a threshold",
     "paper": "arXiv id",
 }
 

@@ -168,6 +168,11 @@ def _check_optimizer(method: Method, optimizer: str) -> None:
             f"local.optimizer = '{optimizer}': {method.info.name} has GaLore in its clients, which is an "
             f"AdamW; expected 'adamw'"
         )
+    if recipe.carries_moments and optimizer != "adamw":
+        raise FedspanError(
+            f"local.optimizer = '{optimizer}': {method.info.name} carries AdamW's second moments from round to round; "
+            f"expected 'adamw'"
+        )
 
 
 def _check_base(method: Method, quantise: str) -> None:

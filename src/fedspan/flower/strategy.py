@@ -37,6 +37,7 @@ from fedspan.methods.base import Method, ServerState, aggregate
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, Factors, Recipe, Request, Template, Tensors, Update
 from fedspan.support.errors import FedspanError, one_line
+from fedspan.support.seeding import generator
 
 __all__ = ["FedspanStrategy", "figures", "received", "reply"]
 
@@ -113,7 +114,7 @@ class FedspanStrategy(Strategy):
         """Client id -> the node that used it first."""
         for rank in self._all_ranks():
             _check_broadcast(method, self.broadcast(rank))
-        _check_later(method)
+        _check_later(method, self.state.template.rank, self._all_ranks())
 
     @classmethod
     def from_arrays(
@@ -298,18 +299,28 @@ def _check_broadcast(method: Method, sent: Broadcast) -> None:
         )
 
 
-def _check_later(method: Method) -> None:
-    """Refuse methods that change the clients' base in later rounds, which shows only after updates that differ."""
-    weights = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
-    state = method.init(Template({"x": (2, 2)}, 1), {"x": weights})
+def _check_later(method: Method, largest: int, ranks: Iterable[int]) -> None:
+    """Refuse methods that change the clients' base in later rounds, which shows only after updates that differ.
+
+    Parameters
+    ----------
+    largest, ranks
+        The template's rank, and those of the clients.
+    """
+    size = 3 * largest + 1  # so that the updates span more directions than any client's adapter
+    x = torch.randn((size, size), generator=generator("flower", "later rounds"))
+    state = method.init(Template({"x": (size, size)}, largest), {"x": x})
     updates = []
-    for name, shift in (("a", 1.0), ("b", 2.0)):
-        sent = method.broadcast(state, Request(1))
-        modules = {k: Factors(f.b + weights[:, :1] * shift, f.a + shift, f.scaling) for k, f in sent.adapter.items()}
-        dense = {k: x + shift for k, x in sent.dense.items()}
-        updates.append(method.encode(Update(name, 1.0, modules, dense), sent, None)[0])
+    for number, rank in enumerate(r for r in ranks for _ in range(3)):
+        sent = method.broadcast(state, Request(rank))
+        step = x.roll(number * largest, dims=0)
+        modules = {
+            k: Factors(f.b + step[:, : f.rank], f.a + step[: f.rank], f.scaling) for k, f in sent.adapter.items()
+        }
+        dense = {k: value + 1 + number for k, value in sent.dense.items()}
+        updates.append(method.encode(Update(f"{number}", 1.0, modules, dense), sent, None)[0])
     state, _ = aggregate(method, state, updates)
-    if state.patches is not None:
+    if state.patches is not None or any(method.broadcast(state, Request(rank)).patch for rank in ranks):
         raise FedspanError(
             f"{method.info.name} changes its clients' base: expected only factors and weights; "
             "see `fedspan flower init`"

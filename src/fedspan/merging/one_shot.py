@@ -150,6 +150,8 @@ def _why_not(method: Method) -> str | None:
         return "averages weights, not adapters"
     if len(method.exchanges) != 1:
         return f"needs {len(method.exchanges)} exchanges with its clients"
+    if method.broadcast(method.init(Template({}, 1), {}), Request(rank=None)).recipe.confined:
+        return "trains cores between bases of its own, which no adapter from elsewhere has"
     return None
 
 

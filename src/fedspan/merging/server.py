@@ -24,7 +24,7 @@ from fedspan.merging.layout import layout_of
 from fedspan.merging.local_work import collecting, parameters_of, training_only
 from fedspan.methods import METHODS, create
 from fedspan.methods.base import Method, ServerState
-from fedspan.methods.messages import Diagnostics, Factors
+from fedspan.methods.messages import Diagnostics, Factors, Request, Template
 from fedspan.support.errors import FedspanError
 from fedspan.support.scalars import plain
 
@@ -298,6 +298,8 @@ def _why_not(method: Method) -> str | None:
         return "is a control without a server"
     if method.info.trains != "adapter":
         return "averages weights, not adapters"
+    if method.broadcast(method.init(Template({}, 1), {}), Request(None)).recipe.heads:
+        return "trains several cores with scales of their own"
     return None
 
 

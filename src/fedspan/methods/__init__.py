@@ -10,9 +10,13 @@ from pydantic import ValidationError, validate_call
 
 from fedspan.methods.base import Method
 from fedspan.methods.controls import centralised, local
+from fedspan.methods.fed_plora import fed_plora
 from fedspan.methods.fed_sb import fed_sb
+from fedspan.methods.fedadamw import fedadamw
+from fedspan.methods.fedask import fedask
 from fedspan.methods.fedgalore import fedgalore
 from fedspan.methods.fedit import fedit
+from fedspan.methods.fedmomentum import fedmomentum
 from fedspan.methods.fedprox import fedprox
 from fedspan.methods.fedrot_lora import fedrot_lora
 from fedspan.methods.fedsa_lora import fedsa_lora
@@ -20,6 +24,7 @@ from fedspan.methods.fedsvd import fedsvd
 from fedspan.methods.ffa_lora import ffa_lora
 from fedspan.methods.flora import fedex_lora, flora
 from fedspan.methods.flora_na import flora_na
+from fedspan.methods.florist import florist
 from fedspan.methods.full_weights import fedavg, fedftg
 from fedspan.methods.glora import flexlora, glora
 from fedspan.methods.glora_plus import glora_plus
@@ -28,9 +33,10 @@ from fedspan.methods.hetlora import hetlora
 from fedspan.methods.lora_fair import lora_fair, lora_fair_ridge
 from fedspan.methods.option_docs import MethodOption, options_of
 from fedspan.methods.raflora import raflora
+from fedspan.methods.ravan import ravan
 from fedspan.methods.rolora import rolora
 from fedspan.methods.scaffold import scaffold
-from fedspan.methods.server_optimizers import fedadam, fedavgm, fedyogi
+from fedspan.methods.server_optimizers import fedadagrad, fedadam, fedavgm, fedyogi
 from fedspan.methods.shared_galore import shared_galore
 from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
@@ -42,14 +48,19 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "glora_plus": glora_plus,
     "glora_sums": glora_sums,
     "flexlora": flexlora,
+    "fedask": fedask,
     "raflora": raflora,
     "flora": flora,
+    "florist": florist,
     "fedex_lora": fedex_lora,
+    "fedmomentum": fedmomentum,
     "fedsvd": fedsvd,
     "fed_sb": fed_sb,
+    "ravan": ravan,
     "ffa_lora": ffa_lora,
     "rolora": rolora,
     "hetlora": hetlora,
+    "fed_plora": fed_plora,
     "lora_fair": lora_fair,
     "lora_fair_ridge": lora_fair_ridge,
     "flora_na": flora_na,
@@ -59,10 +70,12 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "fedftg": fedftg,
     "shared_galore": shared_galore,
     "fedgalore": fedgalore,
+    "fedadamw": fedadamw,
     "fedavg": fedavg,
     "fedprox": fedprox,
     "scaffold": scaffold,
     "fedavgm": fedavgm,
+    "fedadagrad": fedadagrad,
     "fedadam": fedadam,
     "fedyogi": fedyogi,
     "local": local,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from fedspan.algebra import lowrank
@@ -123,6 +124,15 @@ class Recipe:
     """μ: add μ/2·Σ ‖x − x₀‖² over everything that is trained to the loss, x₀ as in the broadcast (FedProx)."""
     confined: bool = False
     """Trained tensors move only inside the subspaces of the broadcast that training starts from."""
+    heads: int = 0
+    """With h > 0 the coordinates Z of a confined tensor are h square blocks on the diagonal (`head_mask`), each the
+    product of a trained scale, which starts at 1, and a trained matrix. 0: they are free."""
+    carries_moments: bool = False
+    """AdamW's second moments start from those of the broadcast, and the update holds those that it ends with."""
+    corrected: bool = False
+    """The broadcast's correction, where it has one, is added to the gradients."""
+    drifts: bool = False
+    """The broadcast's correction is a movement, of which every step makes a share η_t/Σ η beside its own."""
     gradient: bool = False
     """Nothing is trained: the update is a gradient. Set by the round loop for the exchanges that ask for one."""
     probe_batches: int = 1
@@ -133,7 +143,7 @@ class Recipe:
 class Subspace:
     """The directions in which one trained tensor X₀ (m, n) may move; the optimizer works on Z, which starts at 0.
 
-    Clipping and weight decay act on Z too.
+    Clipping and weight decay act on Z too (with `Recipe.heads`, on its blocks and their scales).
     """
 
     basis: Tensor
@@ -147,6 +157,18 @@ class Subspace:
     def expand(self, z: Tensor) -> Tensor:
         """Return basis·Z or Z·basisᵀ."""
         return self.basis @ z if self.side == "left" else z @ self.basis.mT
+
+
+def head_of(rank: int, heads: int) -> Tensor:
+    """Return the head (r,) that each of r directions belongs to, in h runs as equal in length as can be."""
+    runs = torch.tensor_split(torch.arange(rank), min(heads, rank))
+    return torch.cat([torch.full_like(run, head) for head, run in enumerate(runs)])
+
+
+def head_mask(rank: int, heads: int) -> Tensor:
+    """Return the mask (r, r) of the h square blocks on the diagonal."""
+    head = head_of(rank, heads)
+    return head[:, None] == head
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +196,13 @@ class Broadcast:
     """Parts ("a", "b", "dense", "subspaces", or a dense weight's name) that the client has already, from the run's
     seed or an earlier message, so that they do not travel."""
     correction: Tensors = field(default_factory=dict)
-    """By trained tensor: to be added to its gradient in every step, after clipping."""
+    """By trained tensor: to be added to its gradient in every step, after clipping; with `Recipe.drifts`, a movement to
+    be added over the whole round."""
     subspaces: Mapping[str, Subspace] = field(default_factory=dict)
     """By trained tensor ("MODULE/a", "MODULE/b" for factors): the only directions in which it moves."""
     moments: Tensors = field(default_factory=dict)
-    """By trained tensor: second moments of its projected gradients that the local optimizer starts from."""
+    """By trained tensor: second moments that the local optimizer starts from. With GaLore those of projected gradients;
+    otherwise in any shape that expands to the tensor's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +215,8 @@ class Update:
     dense: Tensors
     """Trained dense weights, absolute values."""
     moments: Tensors = field(default_factory=dict)
-    """By trained tensor: the second moments that GaLore's local optimizer ended with, corrected for their start."""
+    """By trained tensor: the second moments that the local optimizer ended with, corrected for their start, where the
+    recipe has GaLore (of the projected tensors) or asks for them (of all)."""
     rate_sum: float = 0.0
     """Σ of the steps' learning rates. It stays on the site, and so do the moments unless the method sends them."""
 

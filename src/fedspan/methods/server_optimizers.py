@@ -1,4 +1,4 @@
-"""FedAvgM, FedAdam and FedYogi: the round's average step as a pseudo-gradient for an optimizer on the server.
+"""FedAvgM, FedAdagrad, FedAdam and FedYogi: the average step as a pseudo-gradient for an optimizer on the server.
 
 They act on methods whose global model is one vector in coordinates that all clients share (`Method.vector`): dense
 weights, or one factor beside another that is common to all clients. On a pair (B, A) they are refused: the effect of
@@ -20,10 +20,10 @@ from fedspan.methods.full_weights import average_weights
 from fedspan.methods.messages import Diagnostics, Recipe, Tensors
 from fedspan.support.errors import FedspanError
 
-Kind = Literal["fedavgm", "fedadam", "fedyogi"]
+Kind = Literal["fedavgm", "fedadagrad", "fedadam", "fedyogi"]
 Trains = Literal["targets", "all"]
 
-_TITLES = {"fedavgm": "FedAvgM", "fedadam": "FedAdam", "fedyogi": "FedYogi"}
+_TITLES = {"fedavgm": "FedAvgM", "fedadagrad": "FedAdagrad", "fedadam": "FedAdam", "fedyogi": "FedYogi"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,9 @@ class _Rule:
             return self.learning_rate * m, {"momentum": m}
         m = m + (1 - self.momentum) * delta
         v, square = before.get("second", torch.full_like(delta, self.tau**2)), delta.square()
+        if self.kind == "fedadagrad":
+            v = v + square
+            return self.learning_rate * m / (v.sqrt() + self.tau), {"momentum": m, "second": v}
         # Adam's v moves by its distance from Δ², Yogi's by Δ² whatever the distance.
         gap = v - square if self.kind == "fedadam" else square * torch.sign(v - square)
         v = v - (1 - self.beta2) * gap
@@ -70,27 +73,30 @@ def with_server_optimizer(
 ) -> Method:
     """Return the method with an optimizer on its server. With Δ = x̄ − x, the step that the method itself would take:
 
-        FedAvgM   m ← β m + Δ;                x ← x + η m                a heavy ball, no moving average
-        FedAdam   m ← β₁ m + (1−β₁) Δ;        v ← v − (1−β₂) (v − Δ²)
-        FedYogi   m as FedAdam;               v ← v − (1−β₂) Δ² sign(v − Δ²);        both x ← x + η m / (√v + τ)
+        FedAvgM     m ← β m + Δ;              x ← x + η m                a heavy ball, no moving average
+        FedAdagrad  m ← β₁ m + (1−β₁) Δ;      v ← v + Δ²
+        FedAdam     m as FedAdagrad;          v ← v − (1−β₂) (v − Δ²)
+        FedYogi     m as FedAdagrad;          v ← v − (1−β₂) Δ² sign(v − Δ²);     all three x ← x + η m / (√v + τ)
 
     from m = 0 and v = τ². x holds all that the method averages, heads included; m and v stand in `ServerState.extra`
     and are saved with it. FedAvgM with η = 1 and β = 0 is the method itself, to the bit.
 
     Source: Hsu et al. 2019, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
     Classification" (1909.06335); Reddi et al. 2021, "Adaptive Federated Optimization" (2003.00295).
-    Differences: Δ is the mean by the run's weights, the adaptive paper's a plain one; like theirs, FedAdam and FedYogi
-    do not correct for the zero start.
+    Differences: Δ is the mean by the run's weights, the adaptive paper's a plain one; like theirs, the three
+    adaptive rules do not correct for the zero start.
 
     Parameters
     ----------
     learning_rate
-        η; none: 1 for FedAvgM, 0.01 for FedAdam and FedYogi, where it is about the largest change of any weight in a
+        η; none: 1 for FedAvgM, 0.01 for the adaptive ones, where it is about the largest change of any weight in a
         round.
     momentum
         β, or β₁.
-    beta2, tau
-        β₂ and τ of FedAdam and FedYogi.
+    beta2
+        β₂ of FedAdam and FedYogi.
+    tau
+        τ of the adaptive ones.
 
     Raises
     ------
@@ -143,6 +149,30 @@ def fedavgm(learning_rate: float = 1.0, momentum: float = 0.9, trains: Trains = 
         The weights that clients train: those of the target modules, or every weight of the model.
     """
     return _averaging("fedavgm", "1909.06335", trains, learning_rate, momentum)
+
+
+def fedadagrad(
+    learning_rate: float = 0.01, momentum: float = 0.0, tau: float = 1e-3, trains: Trains = "targets"
+) -> Method:
+    """FedAdagrad: averaged weights with Adagrad on the server; see `with_server_optimizer`.
+
+    v only grows, so the steps on a weight shrink with all that it has moved before: about as 1/√t where Δ stays the
+    same.
+
+    Source: Reddi et al. 2021 (2003.00295), whose experiments have no momentum here.
+
+    Parameters
+    ----------
+    learning_rate
+        η, about the largest change of any weight in the first round.
+    momentum
+        β₁, the decay of the mean of the steps; 0: none.
+    tau
+        τ, added to the root of the sum of their squares; a larger value makes the rule less adaptive.
+    trains
+        The weights that clients train: those of the target modules, or every weight of the model.
+    """
+    return _averaging("fedadagrad", "2003.00295", trains, learning_rate, momentum, 0.0, tau)
 
 
 def fedadam(

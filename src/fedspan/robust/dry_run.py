@@ -67,5 +67,6 @@ def _trained(sent: Broadcast, gauge: float) -> Update:
         else f
         for name, f in sent.adapter.items()
     }
-    moments = {name: value.square() for name, value in sent.dense.items()} if sent.recipe.galore else {}
+    asked = sent.recipe.galore is not None or sent.recipe.carries_moments
+    moments = {name: value.square() for name, value in sent.dense.items()} if asked else {}
     return Update("one", 1.0, factors, sent.dense, moments, rate_sum=1.0)

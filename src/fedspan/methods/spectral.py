@@ -164,7 +164,7 @@ def _consensus(
         own = [q if q.shape[1] == widest else torch.nn.functional.pad(q, (0, widest - q.shape[1])) for q in own]
         stacked.append(_batch(own) * root)
     u, s = lowrank.left_singular(torch.cat(stacked, dim=-1), spec.rank)
-    u, eps = _cut(u, s), torch.finfo(s.dtype).eps
+    u, eps = _cut(u, s), _votes_eps(s.dtype)
     for i, votes in enumerate(s):
         named = votes[lowrank.above_rounding(votes)]
         if ties.undecided(named.square(), spec.rank, not spec.ordered, eps):
@@ -181,10 +181,19 @@ def _by_energy(pairs: Sequence[LowRank], roots: Sequence[float], spec: Approxima
     """Return the consensus (m, ≤ R) of one module where votes tie, in float64 because rounding must break no tie."""
     stacked = torch.cat([accurate_basis(x, spec.vote) * root for x, root in zip(pairs, roots, strict=True)], dim=1)
     w, s = lowrank.left_singular(stacked, stacked.shape[1])
-    eps = torch.finfo(total.b.dtype).eps
-    named = lowrank.above_rounding(s, eps=eps)
+    kind = total.b.dtype
+    named = lowrank.above_rounding(s, eps=torch.finfo(kind).eps)
     w, votes = w[:, named[: w.shape[1]]], s[named].square()
-    return w @ ties.settled(votes, (w.mT @ total.b.double()) @ total.a.double(), spec.rank, eps)
+    return w @ ties.settled(votes, (w.mT @ total.b.double()) @ total.a.double(), spec.rank, _votes_eps(kind))
+
+
+def _votes_eps(kind: torch.dtype) -> float:
+    """Return the rounding of votes that tie, computed from factors of that type in float64: of second order in theirs.
+
+    One client's are 1 however its factors were rounded, and those of clients that share a space differ by the square of
+    the angle between what each of them rounded it to.
+    """
+    return 1e-12 if kind == torch.float32 else torch.finfo(kind).eps
 
 
 def _ordered(u: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:

@@ -140,8 +140,8 @@ def _coordinates(basis: Tensor, x: Tensor) -> Tensor:
     """Return Z with basis·Z = X. The bases are orthonormal in float32 alone, which a float64 update would see."""
     gram = basis.mT @ basis
     # Spare directions are columns of zeros.
-    z: Tensor = torch.linalg.pinv(gram, hermitian=True, rtol=1e-3) @ (basis.mT @ x)
-    return z
+    coordinates: Tensor = torch.linalg.pinv(gram, hermitian=True, rtol=1e-3) @ (basis.mT @ x)
+    return coordinates
 
 
 def _packed(cores: Tensors, heads: int) -> dict[str, Tensor]:

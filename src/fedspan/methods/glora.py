@@ -89,7 +89,8 @@ def glora(
     start
         `readout`: clients continue from the state truncated to their rank. `state`: they receive the whole state as a
         frozen patch and train a fresh adapter on top. `split`: they train the readout of their rank on a frozen patch
-        that holds the rest of the state. The last two add innovations to the state, and send R(m+n) down.
+        that holds the rest of the state (prior art: Fed-PLoRA, Zhang et al. 2026, 2602.16936, folds what a client does
+        not train into its base). The last two add innovations to the state, and send R(m+n) down.
     readout
         `svd`: the best adapter of each rank. `nested`: the first directions of U in the consensus's order, so that
         ranks nest.

@@ -67,6 +67,8 @@ def glora_sums(
     padded by columns of zeros where the clients name fewer than l directions, so that it can be masked and summed.
 
     Source: ours, based on Chen et al. 2026 (2605.06733); the basis by Gittens and Mahoney 2016 (1303.1849).
+    Prior art: FedASK (Wen et al. 2025, 2507.09990) gets the range of T itself from one sketch, and T inside it from a
+    second sum; the basis here is that of the clients' projectors. `fedask` has a comparison.
     Differences: from `glora`, the basis: the same where S has no more than l = R + 8 directions (or m ≤ l), up to
     rounding; a sum of projectors in floating point shows a direction only where its eigenvalue stands above rounding,
     so angles between clients' spaces below √eps are not seen. Where the clients name many more directions than l, one

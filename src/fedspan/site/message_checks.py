@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,5 +126,14 @@ def check_tensors(sent: Broadcast) -> None:
         if shapes.get(name) != value.shape:
             raise Refused(f"a correction of {name} in shape {tuple(value.shape)}: expected that of a trained tensor")
     for name, value in sent.moments.items():
-        if name not in shapes or value.ndim != 2:
+        shape = shapes.get(name)
+        # Those of GaLore's optimizer belong to projected gradients; others are for the tensor, one number for each block.
+        fits = value.ndim == 2 if sent.recipe.galore is not None else _expands(value.shape, shape)
+        if shape is None or not fits:
             raise Refused(f"second moments of {name} in shape {tuple(value.shape)}: expected those of a trained tensor")
+
+
+def _expands(shape: Sequence[int], other: Sequence[int] | None) -> bool:
+    return (
+        other is not None and len(shape) == len(other) and all(x in (1, y) for x, y in zip(shape, other, strict=True))
+    )

@@ -155,6 +155,10 @@ class RecipeHead(TypedDict):
     tail_penalty: tuple[Annotated[float, Strict(), Field(ge=0, le=1e6)], Count] | None
     proximal: Annotated[float, Strict(), Field(ge=0, le=1e6)]
     confined: Flag
+    heads: Annotated[int, Strict(), Field(ge=0, le=MAX_RANK)]
+    carries_moments: Flag
+    corrected: Flag
+    drifts: Flag
     gradient: Flag
     probe_batches: Annotated[int, Strict(), Field(ge=1, le=10**5)]
 

@@ -127,7 +127,7 @@ def check_tensors(sent: Broadcast) -> None:
             raise Refused(f"a correction of {name} in shape {tuple(value.shape)}: expected that of a trained tensor")
     for name, value in sent.moments.items():
         shape = shapes.get(name)
-        # Those of GaLore's optimizer belong to projected gradients; others are for the tensor, one number for each block.
+        # GaLore's are about projected gradients; others about the tensor, one number for each block of it.
         fits = value.ndim == 2 if sent.recipe.galore is not None else _expands(value.shape, shape)
         if shape is None or not fits:
             raise Refused(f"second moments of {name} in shape {tuple(value.shape)}: expected those of a trained tensor")

@@ -110,6 +110,34 @@ def test_hetlora_does_not_prune_from_a_zero_start_nor_below_one() -> None:
         assert int(method.encode(replace(fed.updates[0], modules=shrunk), sent, None)[1]["rank"]) == rank
 
 
+@pytest.mark.parametrize(("options", "rank", "kept"), [({"gamma": 0.7}, 4, 2), ({}, 4, 3)])
+def test_hetlora_cuts_at_the_floor_and_counts_what_is_left(options: dict[str, float], rank: int, kept: int) -> None:
+    """⌊γ r⌋, at the default γ too; the norm that a client counts by is that of the components it keeps."""
+    fed = build(hetlora(**options), 0, ranks=(rank, rank), counts=(1, 1), server_rank=rank)
+    sent = fed.method.start(fed.method.broadcast(served(fed)[0], Request(rank)), None)
+    tail = torch.arange(rank) >= kept
+    shrunk = {n: Factors(torch.where(tail, 0.9 * f.b, 2 * f.b), f.a, f.scaling) for n, f in sent.adapter.items()}
+    update, keep = fed.method.encode(replace(fed.updates[0], modules=shrunk), sent, None)
+    assert keep is not None
+    assert int(keep["rank"]) == kept
+    norms = [np.linalg.norm(f.scaling * array(f.b)[:, :kept] @ array(f.a)[:kept]) for f in shrunk.values()]
+    for payload in update.modules.values():
+        assert float(payload.values["size"]) == pytest.approx(float(np.linalg.norm(norms)), rel=1e-9)
+
+
+def test_hetlora_compares_tails_as_products() -> None:
+    """A longer column of B over a shorter row of A is no longer tail."""
+    fed = build(hetlora(gamma=0.75), 0, ranks=(8, 8), counts=(1, 1), server_rank=8)
+    sent = fed.method.start(fed.method.broadcast(served(fed)[0], Request(8)), None)
+    tail = torch.arange(8) >= 6
+    scaled = {
+        n: Factors(torch.where(tail, 3 * f.b, f.b), torch.where(tail[:, None], 0.2 * f.a, f.a), f.scaling)
+        for n, f in sent.adapter.items()
+    }
+    _, keep = fed.method.encode(replace(fed.updates[0], modules=scaled), sent, None)
+    assert int(keep["rank"]) == 6
+
+
 def test_hetlora_survives_a_round_of_silent_clients() -> None:
     """All B_k = 0: there is nothing to weight by, and the state stays."""
     fed = build(hetlora(), 0, ranks=(2, 3), counts=(1, 1), silent=(0, 1))

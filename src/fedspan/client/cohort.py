@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fedspan.client.device_pass import device_pass
 from fedspan.client.passes import Member, compute_gradients, keep_active, member, penalty_of
+from fedspan.client.tensor_cores import tensor_cores
 from fedspan.client.training import (
     Assignment,
     LocalResult,
@@ -93,10 +94,12 @@ def work(
     model: FederatedModel, data: Encoded, group: Sequence[Assignment], settings: TrainingSettings, round_num: int
 ) -> list[LocalResult]:
     """Do the local work of one group of `grouping.plan`, in its order."""
-    batched = len(group) > 1 or settings.engine.name == "cohort"
-    if batched and not group[0].broadcast.recipe.gradient:
-        return _train_together(model, data, group, settings, round_num)
-    return [work_on(model, a, data, settings, round_num) for a in group]
+    # On a GPU one client alone gains too: the steps of a pass are recorded, those of `train` are not.
+    shared = {"cohort": True, "auto": len(group) > 1 or model.device.type == "cuda", "sequential": len(group) > 1}
+    with tensor_cores(model.device, settings.engine):
+        if shared[settings.engine.name] and not group[0].broadcast.recipe.gradient:
+            return _train_together(model, data, group, settings, round_num)
+        return [work_on(model, a, data, settings, round_num) for a in group]
 
 
 def _train_together(

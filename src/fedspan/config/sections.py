@@ -322,6 +322,9 @@ class EngineConfig(Section):
     """Number of processes, of `threads` threads each; `auto`: one for each GPU, or for as many as there are cores."""
     compile: bool = False
     """Compile the base's forward and backward passes: half a minute at the start, faster steps afterwards."""
+    precision: Literal["auto", "float32"] = "auto"
+    """Matrix products of float32 numbers in training. `auto`: on a GPU that has it in TF32 (10 bits of mantissa, sums
+    in float32), several times as fast; on a CPU `float32`. Evaluation and the server's algebra are always `float32`."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Type of the base's matrix products in training; worthwhile for wide models (hidden size 512 and more)."""
 

@@ -52,7 +52,10 @@ def plan(
     positions = _positions(model, data)
     batch_size, engine = settings.local.batch_size, settings.engine
     planned = [_Planned(i, a, _tokens(data, a, batch_size) * positions) for i, a in enumerate(assignments)]
-    largest = {"sequential": 0, "cohort": max(p.tokens for p in planned), "auto": WIDEST // _hidden(model)}[engine.name]
+    # On a GPU a pass of any size costs less when it is shared: there is always room for more rows in a kernel.
+    every = max(p.tokens for p in planned)
+    auto = every if model.device.type == "cuda" else WIDEST // _hidden(model)
+    largest = {"sequential": 0, "cohort": every, "auto": auto}[engine.name]
     shared: list[_Planned] = []
     groups: list[list[_Planned]] = []
     for p in planned:
@@ -122,13 +125,21 @@ def _cohort_size(model: FederatedModel, planned: Sequence[_Planned], engine: Eng
     if engine.cohort_size != "auto":
         return engine.cohort_size
     per_client = max(_bytes(model, p.assignment.broadcast, p.tokens) for p in planned)
-    fits = max(1, int(engine.memory * 2**30 / per_client))
-    if model.device.type != "cpu":
-        return fits
+    fits = max(1, int(_memory(model.device, engine) / per_client))
     count = len(planned)
+    if model.device.type != "cpu":
+        # Groups of one size find each other's recordings: two of 13 rather than one of 20 and one of 6.
+        return -(-count // -(-count // fits))
     shared = max(2, -(-count // _SHARES), min(4, -(-count // 2)))
     cached = max(2, WIDEST // (max(p.tokens for p in planned) * _hidden(model)))
     return min(fits, shared, cached, _MOST)
+
+
+def _memory(device: torch.device, engine: EngineConfig) -> float:
+    """Return the bytes that a pass may take in addition to the base."""
+    if engine.memory != "auto":
+        return engine.memory * 2**30
+    return torch.cuda.get_device_properties(device).total_memory / 2 if device.type == "cuda" else 2 * 2**30
 
 
 def _bytes(model: FederatedModel, broadcast: Broadcast, tokens: int) -> int:

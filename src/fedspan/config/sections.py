@@ -316,8 +316,9 @@ class EngineConfig(Section):
     other. `auto`: the cohort where the method allows it and the model is small enough for it to be faster."""
     cohort_size: PositiveInt | Literal["auto"] = "auto"
     """Clients in one pass; `auto`: as many as fit into `memory`."""
-    memory: PositiveFloat = 2.0
-    """Memory that one process's passes over a cohort may take in addition to the base, in GiB."""
+    memory: PositiveFloat | Literal["auto"] = "auto"
+    """Memory that one process's passes over a cohort may take in addition to the base, in GiB. `auto`: 2 on a CPU, half
+    of a GPU's."""
     workers: PositiveInt | Literal["auto"] = "auto"
     """Number of processes, of `threads` threads each; `auto`: one for each GPU, or for as many as there are cores."""
     compile: bool = False

@@ -8,31 +8,40 @@ A line that the file holds already is not measured again, so that an interrupted
 from __future__ import annotations
 
 import argparse
+import contextlib
 import cProfile
 import functools
 import io
 import json
 import os
 import pstats
+import random
 import statistics
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import minilm
 import parity
 import torch
+import torch.nn.functional as F
 
-from fedspan.client import cohort, grouping
+from fedspan.client import calibration, cohort, grouping
 from fedspan.client.training import Assignment, TrainingSettings
+from fedspan.config import from_mapping
 from fedspan.data import Encoded
-from fedspan.models import FederatedModel
-from fedspan.models.counted_dropout import mask, masked, step_seeds
+from fedspan.models import FederatedModel, attention_kernel
+from fedspan.models.counted_dropout import CountedDropout, mask, masked, step_seeds
+from fedspan.runs import checkpoint
+from fedspan.runs.events import Event
+from fedspan.runs.execution import resume, run
 
 
 class Lines:
@@ -150,6 +159,17 @@ class Passes:
         client_steps = num_clients * minilm.STEPS
         return times | {"client_steps_per_second": client_steps / times["seconds"]}
 
+    def calibration(self) -> dict[str, Any]:
+        """Choose a width, and say what every width was measured at."""
+        chosen, rates = minilm.settings("auto"), {}
+        most = grouping.most_that_fit(self.model, self.data, self.clients, chosen)
+
+        def rate(width: int) -> float:
+            rates[width] = calibration._client_steps_per_second(self.model, self.data, self.clients[:width], chosen)
+            return rates[width]
+
+        return {"width": calibration.best_width(rate, most), "most": most, "rates": rates}
+
     def profile(self, num_clients: int, chosen: TrainingSettings, top: int = 25) -> dict[str, Any]:
         """Return where the time of one pass of a group goes, kernel by kernel."""
         from torch.profiler import ProfilerActivity, profile
@@ -189,7 +209,8 @@ def passes(lines: Lines, device: torch.device, folder: Path) -> None:
         for size in (1, 10):
             chosen = minilm.settings("cohort", cohort_size=size, precision=precision)
             lines.measure("passes", f"cohort of {size}, {precision}", lambda c=chosen, n=size: suite.shared(n, c))
-    for size in (10, 20, 34, 50, 100):
+    lines.measure("passes", "calibration of 100 clients", suite.calibration)
+    for size in (10, 16, 25, 34, 50):
         chosen = minilm.settings("cohort", cohort_size=size)
         lines.measure("passes", f"100 clients in cohorts of {size}, auto", lambda c=chosen: suite.shared(100, c, 3))
     for count in (10, 100):
@@ -199,7 +220,7 @@ def passes(lines: Lines, device: torch.device, folder: Path) -> None:
 def profiles(lines: Lines, device: torch.device, folder: Path) -> None:
     """Profile recorded passes."""
     suite = Passes.once(device, folder)
-    for size in (10, 34, 100):
+    for size in (10, 34):
         chosen = minilm.settings("cohort", cohort_size=size)
         lines.measure("profile", f"cohort of {size}, auto", lambda c=chosen, n=size: suite.profile(n, c))
 
@@ -214,7 +235,81 @@ def parities(lines: Lines, device: torch.device, folder: Path) -> None:
                 lines.measure("parity", f"{case}, {arm}", lambda f=figures: f)
 
 
-PARTS = {"passes": passes, "profile": profiles, "parity": parities}
+class _Stop(Exception):
+    pass
+
+
+def whole_run(device: torch.device, folder: Path) -> dict[str, Any]:
+    """Time whole runs of ten clients, and compare one that is interrupted and resumed with one that is not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    base = minilm.write_base(folder / "base")
+    rng = random.Random(0)
+    rows = [{"text": " ".join(f"w{rng.randrange(4, 400)}" for _ in range(rng.randrange(3, 30)))} for _ in range(3000)]
+    lines = [json.dumps(row | {"label": "ab"[len(row["text"]) % 2]}) for row in rows]
+    (folder / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    config = from_mapping(
+        {
+            "device": str(device),
+            "model": {"name": str(base)},
+            "data": {"task": "files", "train": [str(folder / "rows.jsonl")], "holdout": 0.2},
+            "federation": {"num_clients": 10, "rounds": 5, "participation": 1.0, "ranks": 8, "partition": "iid"},
+            "local": {"steps": 10, "batch_size": 16},
+            "evaluation": {"local": False, "diagnostics": False},
+            "engine": {"workers": 1},
+        }
+    )
+    ends: list[float] = []
+
+    def note(event: Event) -> None:
+        if event.kind in ("start", "phase", "round"):
+            ends.append(time.perf_counter())
+
+    def stop(event: Event) -> None:
+        if event.kind == "round" and event.data["record"]["round_num"] == 2:
+            raise _Stop
+
+    began = time.perf_counter()
+    whole = run(config, folder / "whole", note)
+    with contextlib.suppress(_Stop):
+        run(config, folder / "parts", stop)
+    parts = resume(folder / "parts")
+    adapters = [(x.adapter / "adapter_model.safetensors").read_bytes() for x in (whole, parts) if x.adapter]
+    return {
+        "start_seconds": ends[0] - began,
+        "round_seconds": [round(b - a, 3) for a, b in pairwise(ends)],
+        "client_seconds": [round(r["client_seconds"], 3) for r in whole.history],
+        "server_seconds": [round(r["server_seconds"], 3) for r in whole.history],
+        "cohort_size": checkpoint.read(folder / "whole" / "checkpoint" / "federation.safetensors").notes,
+        "resumed_has_the_same_bits": adapters[0] == adapters[1],
+        "train_loss": [r["train_loss"] for r in whole.history],
+    }
+
+
+def runs(lines: Lines, device: torch.device, folder: Path) -> None:
+    """Measure whole runs."""
+    lines.measure("run", "ten clients of MiniLM's shape", lambda: whole_run(device, folder / "run"))
+
+
+def attention(device: torch.device) -> dict[str, Any]:
+    """Compare the attention kernel with ordinary operations: relative distances of the output and the gradients."""
+    seeds = torch.tensor([step_seeds(k, 3)[2] for k in range(4)], device=device)
+    distances = {}
+    for t in (16, 40, 100):
+        wide = torch.randn(3, 16, t, 12, 32, device=device)
+        seen = (torch.arange(t) < torch.randint(1, t + 1, (16, 1)))[:, None, None].to(device)
+        found = []
+        for fused in (True, False):
+            q, k, v = (x.transpose(1, 2).detach().requires_grad_(True) for x in wide)
+            with CountedDropout(seeds), contextlib.ExitStack() as stack:
+                if not fused:
+                    stack.enter_context(mock.patch.object(attention_kernel, "usable", return_value=False))
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen.expand(16, 1, t, t), dropout_p=0.1)
+            found.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+        distances[str(t)] = [float((x - y).norm() / y.norm()) for x, y in zip(*found, strict=True)]
+    return {"distances": distances}
+
+
+PARTS = {"run": runs, "passes": passes, "profile": profiles, "parity": parities}
 
 
 def main() -> None:
@@ -227,7 +322,8 @@ def main() -> None:
     device, lines = torch.device(options.device), Lines(options.out)
     lines.measure("machine", str(device), lambda: machine(device))
     if device.type == "cuda":
-        lines.measure("dropout kernel", "equal", lambda: kernel(device))
+        lines.measure("kernels", "dropout", lambda: kernel(device))
+        lines.measure("kernels", "attention", lambda: attention(device))
     with tempfile.TemporaryDirectory() as folder:
         for name, part in PARTS.items():
             if options.part is None or name in options.part:

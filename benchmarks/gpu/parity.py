@@ -54,6 +54,13 @@ def outcome(case: str, arm: str) -> tuple[dict[str, Tensor], list[float]]:
         kept = {f"dense/{name}": value for name, value in saved.state.dense.items()}
         if result.adapter is not None:
             kept |= _products(result.adapter)
+        elif saved.client_states:
+            kept |= {
+                f"{client}/{name}": f.b.double() @ f.a.double()
+                for client, own in saved.client_states.items()
+                for name, f in own.items()
+                if hasattr(f, "b")
+            }
     return kept, losses
 
 
@@ -73,20 +80,26 @@ def _on_cpu(case: str) -> tuple[dict[str, Tensor], list[float]]:
     return outcome(case, "cpu")
 
 
+@functools.cache
+def _on_gpu(case: str) -> tuple[dict[str, Tensor], list[float]]:
+    return outcome(case, "sequential")
+
+
 def compare(case: str, arm: str) -> dict[str, Any]:
     """Return the largest relative distances between an arm's results and the CPU's."""
     wanted, losses = _on_cpu(case)
-    found, own = outcome(case, arm)
+    found, own = _on_gpu(case) if arm == "sequential" else outcome(case, arm)
     assert found.keys() == wanted.keys()
-    total = sum(float(t.double().square().sum()) for t in wanted.values()) ** 0.5
-    apart = sum(float((found[n].double() - t.double()).square().sum()) for n, t in wanted.items()) ** 0.5
     loss = max((abs(x - y) / abs(y) for x, y in zip(own, losses, strict=True)), default=0.0)
-    return {"relative_distance": apart / total, "loss_distance": loss, "tensors": len(wanted)}
+    distances = {"relative_distance": _distance(found, wanted), "loss_distance": loss, "tensors": len(wanted)}
+    if arm == "auto":
+        distances["from_sequential_on_the_gpu"] = _distance(found, _on_gpu(case)[0])
+    return distances
 
 
-def cases() -> list[tuple[str, str]]:
-    """Return (case, arm) of all comparisons."""
-    return [(case, arm) for case in CASES for arm in ("sequential", "auto")]
+def _distance(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    total = sum(float(t.double().square().sum()) for t in wanted.values()) ** 0.5
+    return sum(float((found[n].double() - t.double()).square().sum()) for n, t in wanted.items()) ** 0.5 / total
 
 
 def both(case: str) -> dict[str, dict[str, Any]]:

@@ -118,9 +118,14 @@ def test_a_patch_on_the_base_serves_its_own_group_alone(bases: dict[str, Path], 
     }
     bare = clients(model, 2, 4)
     patched = [replace(a, broadcast=replace(a.broadcast, patch=patch)) for a in bare]
-    for group in (bare, patched, bare):
+    for group in (bare, patched, bare, patched):
         found = cohort.work(model, data["image"], group, config(), 2)
         agree(found, alone(model, data["image"], group, config()), group, CLOSE)
+    # What was recorded over the untouched base is not replayed under a patch, and the other way round.
+    (held,) = model.passes.values()
+    members = [member(a, config().local, (0, 0)) for a in patched]
+    assert device_pass(model, members, config(), False) is not held
+    assert list(model.passes.values()) == [held]
 
 
 @pytest.mark.usefixtures("on_device")

@@ -113,7 +113,8 @@ def _train_together(
     stack, totals = (_on_device if model.device.type == "cuda" else _on_cpu)(model, data, members, settings)
     steps = torch.tensor([m.assignment.steps for m in members])
     means = (totals.cpu() / steps).tolist()
-    results = {i: _result(stack, k, group[i], means[k], local) for k, i in enumerate(order)}
+    with stack.fetched():
+        results = {i: _result(stack, k, group[i], means[k], local) for k, i in enumerate(order)}
     return [results[i] for i in range(len(group))]
 
 

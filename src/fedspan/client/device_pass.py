@@ -35,6 +35,9 @@ from fedspan.support.errors import first_line
 _HELD = 4
 """Passes of different kinds whose recordings are kept; the least recently used one goes."""
 
+_ALIGN = 32
+"""Numbers: 128 bytes, what a GPU reads at once."""
+
 Shape = tuple[int, ...]
 """Clients, and then the sizes of all inputs: everything that a recording depends on."""
 
@@ -84,7 +87,7 @@ class DevicePass:
             The model drops something in training.
         """
         count, device = len(broadcasts), model.device
-        stack = build_stack(model, broadcasts)
+        stack = build_stack(model, broadcasts, align=_ALIGN)
         rates = torch.zeros(1 if equal_steps else count, device=device)
         rows = [stack.rows] if equal_steps else [[row] for row in stack.rows]
         groups = [{"params": own, "lr": lr} for own, lr in zip(rows, rates.unbind(), strict=True)]
@@ -205,15 +208,17 @@ def device_pass(
     equal_steps = len({m.assignment.steps for m in members}) == 1
     key = (_kind(broadcasts), equal_steps, drops, settings.local, settings.engine)
     held: dict[Any, DevicePass] = model.passes
+    if broadcasts[0].patch:
+        # A recording reads the memory of the untouched base: under a patch there is none, and none is to be found.
+        return DevicePass.create(model, broadcasts, settings, equal_steps=equal_steps, drops=drops)
     found = held.pop(key, None)
     if found is None:
         found = DevicePass.create(model, broadcasts, settings, equal_steps=equal_steps, drops=drops)
     else:
         found.start(broadcasts)
-    if not broadcasts[0].patch:
-        held[key] = found
-        while len(held) > _HELD:
-            del held[next(iter(held))]
+    held[key] = found
+    while len(held) > _HELD:
+        del held[next(iter(held))]
     return found
 
 

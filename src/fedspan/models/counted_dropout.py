@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fedspan.models import dropout_kernel
+from fedspan.models import attention_kernel, dropout_kernel
 from fedspan.models.streams import NotRowwise, attention_weights
 
 _WORD = 0xFFFFFFFF
@@ -78,10 +78,25 @@ class CountedDropout(TorchFunctionMode):
         dropped: Tensor = _Dropped.apply(x, self.seeds, self.calls, p)  # type: ignore[no-untyped-call]
         return dropped
 
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
-        p = options.pop("dropout_p")
-        weights, value = attention_weights(query, key, value, *args, **options)
-        return self._dropout(weights, p) @ value
+    def _attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if not attention_kernel.usable(query, key, value, attn_mask) or query.shape[0] % len(self.seeds):
+            weights, value = attention_weights(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+            return self._dropout(weights, dropout_p) @ value
+        self.calls += 1
+        scaled = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        drawn = (self.seeds, self.calls, dropout_p, threshold(dropout_p), _TOKENS)
+        apply: Callable[..., Tensor] = attention_kernel.Attention.apply  # torch gives it no type
+        return apply(query, key, value, attn_mask, *drawn, scaled, is_causal)
 
 
 class _Dropped(torch.autograd.Function):

@@ -10,6 +10,7 @@ Shapes: C clients, client by client in the batch; W (m, n); A (C, r, n); B (C, m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ class Bank:
     def view(self, name: str, num_clients: int) -> tuple[Tensor, Tensor | None]:
         """Return the first clients' tensors of that name, (num_clients, …), and their gradients."""
         start, shape = self.places[name]
-        size = torch.Size(shape).numel()
+        size = math.prod(shape)
         part = [None if x is None else x[:num_clients, start : start + size] for x in (self.values, self.grads)]
         value, grad = (None if x is None else x.view(num_clients, *shape) for x in part)
         assert value is not None
@@ -64,14 +65,20 @@ class Bank:
         self.values.copy_(moved[torch.tensor(kind_of, device=moved.device)])
 
 
-def _bank(tensors: Mapping[str, list[Tensor]], count: int, device: torch.device, grads: bool) -> Bank:
-    """Return a bank with one row per client; a smaller tensor fills the leading rows and columns of its place."""
+def _bank(tensors: Mapping[str, list[Tensor]], count: int, device: torch.device, grads: bool, align: int) -> Bank:
+    """Return a bank with one row per client; a smaller tensor fills the leading rows and columns of its place.
+
+    Parameters
+    ----------
+    align
+        Every tensor begins at a multiple of this many numbers.
+    """
     places: dict[str, tuple[int, tuple[int, ...]]] = {}
     total = 0
     for name, own in tensors.items():
         shape = tuple(max(sizes) for sizes in zip(*(t.shape for t in own), strict=True))
         places[name] = (total, shape)
-        total += torch.Size(shape).numel()
+        total += -(-math.prod(shape) // align) * align
     values = torch.zeros(count, total, device=device)
     bank = Bank(values, torch.zeros_like(values) if grads else None, places)
     bank.fill(tensors)
@@ -94,6 +101,7 @@ class Stack:
 
     leaves: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """The views of the bank that are leaves of the pass, each with the place in the bank of its gradient."""
+    _fetched: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         grads = self.trained.grads
@@ -164,12 +172,26 @@ class Stack:
         return {name: row[name].clone() for name in names}
 
     def _row(self, client: int) -> dict[str, Tensor]:
-        """Return views of everything of one client by name, fetched from the device in one piece for each bank."""
+        """Return views of everything of one client by name, on the CPU."""
         row: dict[str, Tensor] = {}
-        for bank in (self.trained, self.frozen):
-            own = Bank(bank.values[client : client + 1].detach().cpu(), None, bank.places)
-            row |= {name: own.view(name, 1)[0][0] for name in bank.places}
+        for bank, values in zip((self.trained, self.frozen), self._fetched or self._values(), strict=True):
+            ends = [start for start, _ in bank.places.values()][1:]
+            parts = values[client].tensor_split(ends)  # one part even of a bank that holds nothing
+            for (name, (_, shape)), part in zip(bank.places.items(), parts, strict=False):
+                row[name] = part[: math.prod(shape)].view(shape)
         return row
+
+    def _values(self) -> tuple[Tensor, Tensor]:
+        return self.trained.values.detach().cpu(), self.frozen.values.detach().cpu()
+
+    @contextmanager
+    def fetched(self) -> Iterator[None]:
+        """Fetch everything from the device in one piece, for all clients that are read inside."""
+        self._fetched = self._values()
+        try:
+            yield
+        finally:
+            self._fetched = None
 
     @contextmanager
     def inserted(self) -> Iterator[None]:
@@ -185,11 +207,16 @@ class Stack:
                 model.set_submodule(name, layer)
 
 
-def build_stack(model: FederatedModel, broadcasts: Sequence[Broadcast]) -> Stack:
+def build_stack(model: FederatedModel, broadcasts: Sequence[Broadcast], align: int = 1) -> Stack:
     """Return many clients' starting points as layers for one model, whose base gets their patch.
 
     All of them must train the same parts, since a part is either in the bank of trained or of frozen tensors, and have
     the same patch on the base, since there is one base.
+
+    Parameters
+    ----------
+    align
+        Every tensor of a client begins at a multiple of this many numbers; a GPU's fast products want 4 or more.
     """
     for broadcast in broadcasts:
         model.check_fits(broadcast)
@@ -200,7 +227,7 @@ def build_stack(model: FederatedModel, broadcasts: Sequence[Broadcast]) -> Stack
     heads = {name: StackedHead(layer) for name, layer in head_layers(model).items()}
     trained, frozen = _parts(broadcasts)
     count, device = len(broadcasts), model.device
-    banks = _bank(trained, count, device, True), _bank(frozen, count, device, False)
+    banks = _bank(trained, count, device, True, align), _bank(frozen, count, device, False, align)
     return Stack(model, broadcasts, *banks, linears, heads, _scalings(linears, broadcasts).to(device))
 
 

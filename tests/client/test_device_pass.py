@@ -13,9 +13,10 @@ import torch
 from test_cohort import CLOSE, KIND, agree, alone, clients, config, data, smooth, tensors
 
 from fedspan.algebra.lowrank import LowRank
-from fedspan.client import cohort
-from fedspan.client.device_pass import device_pass, rounded_up
+from fedspan.client import cohort, step_plan
+from fedspan.client.device_pass import device_pass
 from fedspan.client.passes import member
+from fedspan.client.step_plan import StepPlan, rounded_up
 from fedspan.data import Encoded
 from fedspan.methods.messages import Recipe
 from fedspan.models import FederatedModel
@@ -24,10 +25,12 @@ from fedspan.support.seeding import generator
 __all__ = ["data", "smooth"]
 
 
-@pytest.fixture
-def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cohort as on a GPU."""
+@pytest.fixture(params=["whole", "parts"])
+def on_device(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """The cohort as on a GPU, with all rows of a step at once, and in parts by their lengths."""
     monkeypatch.setattr(cohort, "_on_cpu", cohort._on_device)
+    if request.param == "parts":
+        monkeypatch.setattr(step_plan, "WORTH_A_PART", 1)
 
 
 def still(name: str, bases: dict[str, Path], folder: Path) -> FederatedModel:
@@ -158,3 +161,33 @@ def test_no_more_kinds_of_passes_are_held_than_a_few(bases: dict[str, Path], dat
         device_pass(model, members, config(), False).run(data["image"], members)
         assert len(model.passes) <= 4
     assert [held.stack.trained.values.shape[0] for held in model.passes.values()] == [3, 4, 5, 2]
+
+
+def test_long_rows_go_by_themselves_where_that_saves_padding(bases: dict[str, Path], data: dict[str, Encoded]) -> None:
+    """Every real row once, with its number in the client's batch; few padded tokens, and one part where a part costs."""
+    model, texts = tiny.load(bases["bert"], "classification"), data["classification"]
+    order = torch.argsort(texts.lengths)
+    rows = torch.cat([order[:14], order[-2:]]).numpy()
+    group = [replace(a, rows=own) for a, own in zip(clients(model, 2, 2), (rows, rows[:5]), strict=True)]
+    local = config(batch_size=16).local
+    members = [member(a, local, (0, 0)) for a in group]
+    plan = StepPlan.of(texts, members, local, hidden=2**20)
+    for step in range(3):
+        batches = plan.batches(step)
+        assert len(batches) > 1
+        seen: list[list[tuple[int, ...]]] = [[], []]
+        for batch in batches:
+            ids = batch["input_ids"].unflatten(0, (2, -1))
+            weights, numbers = batch["weights"], batch["numbers"].view(2, -1)
+            for k in range(2):
+                for i in torch.nonzero(weights[k]).flatten().tolist():
+                    own = texts.batch([int(members[k].rows[members[k].schedule[step][numbers[k, i]]])])["input_ids"][0]
+                    assert torch.equal(ids[k, i, : len(own)], own)
+                    seen[k].append(tuple(own.tolist()))
+        assert [len(own) for own in seen] == [len(m.schedule[step]) for m in members]
+        assert sum(batch["input_ids"].numel() for batch in batches) < 2 * 16 * rounded_up(
+            int(texts.lengths[rows].max())
+        )
+        total = sum(batch["weights"].sum(dim=1) for batch in batches)
+        torch.testing.assert_close(total, torch.ones(2))
+    assert len(StepPlan.of(texts, members, local, hidden=1).batches(0)) == 1

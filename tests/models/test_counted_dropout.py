@@ -6,11 +6,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedspan.models.counted_dropout import CountedDropout, mask, step_seeds
+from fedspan.models.counted_dropout import CountedDropout, step_seeds
+from fedspan.models.counted_dropout import mask as mask_of_rows
 
 
 def seeds(*clients: int, step: int = 0) -> Tensor:
     return torch.tensor([step_seeds(client, step + 1)[step] for client in clients])
+
+
+def mask(x: Tensor, seeds: Tensor, call: int, p: float) -> Tensor:
+    """The mask of rows in their clients' own order."""
+    return mask_of_rows(x, seeds, torch.arange(len(x)) % (len(x) // len(seeds)), call, p)
+
+
+def test_a_row_has_its_mask_wherever_it_lies() -> None:
+    numbers = torch.tensor([2, 0, 1, 3, 1, 0])
+    sorted_ = mask_of_rows(torch.zeros(6, 9, 50), seeds(1, 2), numbers, 3, 0.4)
+    plain = mask(torch.zeros(8, 9, 50), seeds(1, 2), 3, 0.4)
+    assert torch.equal(sorted_, plain[[2, 0, 1, 7, 5, 4]])
 
 
 @pytest.mark.parametrize("shape", [(4, 50), (4, 9, 50), (4, 3, 9, 9)])

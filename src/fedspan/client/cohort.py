@@ -168,7 +168,7 @@ def _run_steps(
             moved = {name: value.to(model.device) for name, value in batch.items()}
             losses = client_losses(model, moved, active, real)
         totals[:active] += losses.detach()
-        compute_gradients(stack, losses, penalty, settings.local.clip_norm)
+        compute_gradients(stack, [losses], penalty, settings.local.clip_norm, active)
         # Set here and not by a scheduler: each group of clients is at its own place in a schedule of its own length.
         for options in optimizer.param_groups:
             options["lr"] = rate(settings.local, step, options["steps"])

@@ -2,10 +2,10 @@
 
 A step of a small model is hundreds of kernels, each of which takes less time than Python needs to launch it. Here a
 whole step (forward, backward, clipping, optimizer) is one launch: the first step of a shape runs as it is, the second
-is recorded, and every later one is replayed over the same memory with other numbers in it. Lengths of rows, numbers
-of answer tokens and of clients that still have steps are rounded up to a few sizes, so that few shapes occur; a group
-of the same size in a later round finds its recordings again. Nothing is read back from the device before the last
-step. Where a step cannot be recorded, all of them run as they are, and a warning says why.
+is recorded, and every later one is replayed over the same memory with other numbers in it. Few shapes occur
+(`client.step_plan`), and a group of the same size in a later round finds its recordings again. Nothing is read back
+from the device before the last step. Where a step cannot be recorded, all of them run as they are, and a warning says
+why.
 
 The code is the same on a CPU, where nothing is recorded: there it serves to be tested.
 """
@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from fedspan.client.passes import Member, Penalty, compute_gradients, keep_active, penalty_of
-from fedspan.client.training import TrainingSettings, autocast, rate
+from fedspan.client.step_plan import NUMBERS, StepPlan
+from fedspan.client.training import TrainingSettings, autocast
 from fedspan.config import LocalConfig
 from fedspan.data import Encoded
 from fedspan.methods.messages import Broadcast
 from fedspan.models import FederatedModel
-from fedspan.models.counted_dropout import CountedDropout, step_seeds
-from fedspan.models.losses import fixed_shape_batch, fixed_shape_losses
+from fedspan.models.counted_dropout import CountedDropout
+from fedspan.models.losses import fixed_shape_losses
 from fedspan.models.stacked import Stack, build_stack
 from fedspan.support.errors import first_line
 
@@ -40,12 +41,6 @@ _ALIGN = 32
 
 Shape = tuple[int, ...]
 """Clients, and then the sizes of all inputs: everything that a recording depends on."""
-
-
-def rounded_up(size: int, finest: int = 8) -> int:
-    """Return the next of the few sizes that occur: multiples of `finest`, further on four to a power of two."""
-    step = max(finest, 1 << max(0, (size - 1).bit_length() - 3))
-    return -(-size // step) * step
 
 
 @dataclass(slots=True)
@@ -62,7 +57,7 @@ class DevicePass:
     penalty: Penalty | None
     records: bool
     """Steps are recorded."""
-    inputs: dict[Shape, dict[str, Tensor]] = field(default_factory=dict)
+    inputs: dict[Shape, list[dict[str, Tensor]]] = field(default_factory=dict)
     graphs: dict[Shape, Any] = field(default_factory=dict)
     stream: Any = None
     pool: Any = None
@@ -122,17 +117,19 @@ class DevicePass:
 
     def run(self, data: Encoded, members: Sequence[Member]) -> Tensor:
         """Train the members, those with most steps first; return the sums of their steps' losses, (C,)."""
-        plan = _Plan.of(data, members, self.settings.local, self.model.device, len(self.rates), self.seeds is not None)
+        plan = StepPlan.of(data, members, self.settings.local, hidden=_hidden(self.model))
+        rates = plan.rates(len(self.rates)).to(self.model.device)
+        seeds = None if self.seeds is None else plan.seeds().to(self.model.device)
         with self.stack.inserted(), self.model.training(), self._on_own_stream():
             active = 0
             for step in range(len(plan.counts)):
                 if plan.active[step] != active:
                     active = plan.active[step]
                     keep_active(self.stack, active)
-                self.rates.copy_(plan.rates[step])
-                if self.seeds is not None:
-                    self.seeds.copy_(plan.seeds[step])
-                self._do(self._place(plan.batch(step, active), active), active)
+                self.rates.copy_(rates[step])
+                if self.seeds is not None and seeds is not None:
+                    self.seeds.copy_(seeds[step])
+                self._do(self._place(plan.batches(step), active), active)
         return self.totals
 
     @contextmanager
@@ -147,16 +144,19 @@ class DevicePass:
             yield
         before.wait_stream(self.stream)
 
-    def _place(self, batch: dict[str, Tensor], active: int) -> Shape:
-        """Copy a batch to where steps of its shape read it; return the shape."""
-        shape = (active, *(size for value in batch.values() for size in value.shape))
+    def _place(self, batches: list[dict[str, Tensor]], active: int) -> Shape:
+        """Copy a step's batches to where steps of their shapes read them; return the shape."""
+        shape = (active, *(size for batch in batches for value in batch.values() for size in value.shape))
         device = self.model.device
         if shape not in self.inputs:
-            self.inputs[shape] = {name: torch.empty_like(value, device=device) for name, value in batch.items()}
-        for name, own in self.inputs[shape].items():
-            # From page-locked memory Python need not wait for the copy, which waits for the step before.
-            value = batch[name] if self.stream is None else batch[name].pin_memory()
-            own.copy_(value, non_blocking=True)
+            self.inputs[shape] = [
+                {name: torch.empty_like(value, device=device) for name, value in batch.items()} for batch in batches
+            ]
+        for batch, held in zip(batches, self.inputs[shape], strict=True):
+            for name, own in held.items():
+                # From page-locked memory Python need not wait for the copy, which waits for the step before.
+                value = batch[name] if self.stream is None else batch[name].pin_memory()
+                own.copy_(value, non_blocking=True)
         return shape
 
     def _do(self, shape: Shape, active: int) -> None:
@@ -189,15 +189,22 @@ class DevicePass:
             return None
         return graph
 
-    def _step(self, inputs: dict[str, Tensor], active: int) -> None:
-        dropout: AbstractContextManager[Any] = nullcontext()
-        if self.seeds is not None:
-            dropout = CountedDropout(self.seeds[:active])
-        with dropout, autocast(self.model, self.settings.engine):
-            losses = fixed_shape_losses(self.model, inputs)
-        self.totals[:active] += losses.detach()
-        compute_gradients(self.stack, losses, self.penalty, self.settings.local.clip_norm)
+    def _step(self, batches: list[dict[str, Tensor]], active: int) -> None:
+        parts = self._losses(batches, active)
+        compute_gradients(self.stack, parts, self.penalty, self.settings.local.clip_norm, active)
         self.optimizer.step()
+
+    def _losses(self, batches: list[dict[str, Tensor]], active: int) -> Iterator[Tensor]:
+        """Yield the parts of the clients' losses, batch by batch."""
+        for batch in batches:
+            inputs = {name: value for name, value in batch.items() if name != NUMBERS}
+            dropout: AbstractContextManager[Any] = nullcontext()
+            if self.seeds is not None:
+                dropout = CountedDropout(self.seeds[:active], batch[NUMBERS])
+            with dropout, autocast(self.model, self.settings.engine):
+                losses = fixed_shape_losses(self.model, inputs)
+            self.totals[:active] += losses.detach()
+            yield losses
 
 
 def device_pass(
@@ -240,56 +247,6 @@ def _optimizer(groups: list[dict[str, Any]], local: LocalConfig, device: torch.d
     return optimizer
 
 
-@dataclass(slots=True)
-class _Plan:
-    """The batches and rates of all steps of a group, known before the first of them."""
-
-    data: Encoded
-    lengths: Tensor  # (N,) tokens of every row
-    rows: Tensor  # (S, C, b); a client with fewer rows or steps repeats one
-    counts: Tensor  # (S, C) real rows
-    active: list[int]
-    """Clients in the pass, step by step: those with steps left, rounded up."""
-    rates: Tensor  # (S, 1) or (S, C), on the device
-    seeds: Tensor  # (S, C, 2), on the device
-
-    @classmethod
-    def of(
-        cls,
-        data: Encoded,
-        members: Sequence[Member],
-        local: LocalConfig,
-        device: torch.device,
-        num_rates: int,
-        drops: bool,
-    ) -> _Plan:
-        num_steps, count = members[0].assignment.steps, len(members)
-        width = max(len(m.schedule[0]) for m in members)
-        rows = torch.stack([m.rows[:1] for m in members]).expand(num_steps, count, width).clone()
-        counts = torch.zeros(num_steps, count, dtype=torch.int64)
-        for k, m in enumerate(members):
-            filled = [[*own, *[own[0]] * (width - len(own))] for own in m.schedule]
-            rows[: len(filled), k] = m.rows[torch.tensor(filled)]
-            counts[: len(filled), k] = torch.tensor([len(own) for own in m.schedule])
-        left = (counts > 0).sum(dim=1).tolist()
-        own_steps = [m.assignment.steps for m in members[:num_rates]]
-        rates = [[rate(local, s, own) if s < own else 0.0 for own in own_steps] for s in range(num_steps)]
-        seeds = [step_seeds(m.dropout_seed, num_steps) for m in members] if drops else []
-        return cls(
-            data,
-            data.lengths,
-            rows,
-            counts,
-            [min(count, rounded_up(number, 1)) for number in left],
-            torch.tensor(rates, device=device),
-            torch.tensor(seeds, dtype=torch.int64).transpose(0, 1).to(device) if drops else torch.empty(0),
-        )
-
-    def batch(self, step: int, active: int) -> dict[str, Tensor]:
-        """Return one step's batch of the first clients, on the CPU."""
-        rows = self.rows[step, :active].flatten()
-        texts = self.data.texts
-        longest = int(self.lengths[rows].max())
-        length = min(rounded_up(longest), int(self.lengths.max()))
-        pad = texts.pad if texts is not None else 0
-        return fixed_shape_batch(self.data.batch(rows), self.counts[step, :active], length, pad, rounded_up)
+def _hidden(model: FederatedModel) -> int:
+    """Return the width at which most of the model works."""
+    return min((n for _, n in model.modules().values()), default=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,9 @@ def penalty_of(broadcasts: Sequence[Broadcast], device: torch.device) -> Penalty
     return torch.tensor(strengths, device=device), torch.tensor(tails, device=device)
 
 
-def compute_gradients(stack: Stack, losses: Tensor, penalty: Penalty | None, clip_norm: float | None) -> None:
+def compute_gradients(
+    stack: Stack, parts: Iterable[Tensor], penalty: Penalty | None, clip_norm: float | None, active: int
+) -> None:
     """Compute every client's own gradients, clipped by its own norm.
 
     One backward pass through the sum of the losses is enough: no trained number is shared, so the gradient of the sum
@@ -53,19 +55,23 @@ def compute_gradients(stack: Stack, losses: Tensor, penalty: Penalty | None, cli
 
     Parameters
     ----------
-    losses
-        (C,) of the clients that are active.
+    parts
+        The losses of the clients that are active, (C,), or several parts that add up to them; each is computed when
+        it is asked for, after the backward pass of the one before.
+    active
+        C
     """
-    active = len(losses)
-    total = losses.sum()
-    if penalty is not None:
-        strengths, tails = (part[:active] for part in penalty)
-        total = total + (stack.tail_penalties(tails) * strengths).sum()
     assert stack.trained.grads is not None
     grads = stack.trained.grads[:active]  # (C, P)
     grads.zero_()
-    torch.autograd.backward(total)
-    stack.gather_gradients()
+    for losses in parts:
+        total = losses.sum()
+        if penalty is not None:
+            strengths, tails = (part[:active] for part in penalty)
+            total = total + (stack.tail_penalties(tails) * strengths).sum()
+            penalty = None
+        torch.autograd.backward(total)
+        stack.gather_gradients()
     if clip_norm is not None:
         # The formula of clip_grad_norm_, row by row; the zeros that pad a smaller rank add nothing to the norm.
         norms = torch.linalg.vector_norm(grads, dim=1)

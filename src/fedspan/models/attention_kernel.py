@@ -17,6 +17,10 @@ from torch import Tensor
 from fedspan.models.dropout_kernel import mixed, triton
 
 _LONGEST = 128
+PRECISION = "tf32"
+"""Of the products; `ieee` is for tests in Triton's interpreter."""
+_VARYING = ["heads", "t", "d", "width", "stride", "call", "threshold", "m0", "m1", "m2", "m3"]
+"""Arguments whose values the compiler is not to look at, which would have it compile for every length of rows."""
 
 
 def usable(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> bool:
@@ -25,7 +29,9 @@ def usable(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) 
     short = query.shape[-2] <= _LONGEST and query.shape[-1] <= _LONGEST
     plain = all(t.dtype == torch.float32 and t.stride(-1) == 1 for t in (query, key, value))
     known = attn_mask is None or (attn_mask.dtype == torch.bool and attn_mask.ndim == 4)
-    return triton is not None and query.is_cuda and alike and short and plain and known
+    # Its products are those of tensor cores; in float32 it takes half a minute to compile, and is no faster.
+    rounded = torch.get_float32_matmul_precision() != "highest"
+    return triton is not None and query.is_cuda and rounded and alike and short and plain and known
 
 
 class Attention(torch.autograd.Function):
@@ -39,6 +45,7 @@ class Attention(torch.autograd.Function):
         value: Tensor,
         attn_mask: Tensor | None,
         seeds: Tensor,
+        numbers: Tensor,
         call: int,
         p: float,
         threshold: int,
@@ -46,20 +53,19 @@ class Attention(torch.autograd.Function):
         scale: float,
         causal: bool,
     ) -> Tensor:
-        exact = torch.get_float32_matmul_precision() == "highest"
-        ctx.options = (call, p, threshold, stride, scale, causal, exact)
-        ctx.save_for_backward(query, key, value, attn_mask, seeds)
+        ctx.options = (call, p, threshold, stride, scale, causal)
+        ctx.save_for_backward(query, key, value, attn_mask, seeds, numbers)
         output = _like(query)
-        _launch(_forward, query, key, value, attn_mask, seeds, ctx.options, (output,))
+        _launch(_forward, query, key, value, attn_mask, seeds, numbers, ctx.options, (output,))
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        query, key, value, attn_mask, seeds = ctx.saved_tensors
+        query, key, value, attn_mask, seeds, numbers = ctx.saved_tensors
         grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
         found = (_like(query), _like(query), _like(query))
-        _launch(_backward, query, key, value, attn_mask, seeds, ctx.options, (grad, *found))
-        return (*found, *[None] * 8)
+        _launch(_backward, query, key, value, attn_mask, seeds, numbers, ctx.options, (grad, *found))
+        return (*found, *[None] * 9)
 
 
 def _like(query: Tensor) -> Tensor:
@@ -75,10 +81,11 @@ def _launch(
     value: Tensor,
     attn_mask: Tensor | None,
     seeds: Tensor,
-    options: tuple[int, float, int, int, float, bool, bool],
+    numbers: Tensor,
+    options: tuple[int, float, int, int, float, bool],
     others: tuple[Tensor, ...],
 ) -> None:
-    call, p, threshold, stride, scale, causal, exact = options
+    call, p, threshold, stride, scale, causal = options
     rows, heads, t, d = query.shape
     masked = attn_mask is not None
     mask = attn_mask.expand(rows, heads, t, t).view(torch.uint8) if attn_mask is not None else seeds
@@ -90,6 +97,7 @@ def _launch(
         *others,
         mask,
         seeds,
+        numbers,
         *strides,
         *(mask.stride() if masked else (0, 0, 0, 0)),
         heads,
@@ -106,7 +114,8 @@ def _launch(
         STRIDE=stride,
         T=max(16, triton.next_power_of_2(t)),
         D=max(16, triton.next_power_of_2(d)),
-        PRECISION="ieee" if exact else "tf32",
+        PRECISION=PRECISION,
+        num_warps=4 if t <= 64 else 8,
     )
 
 
@@ -135,6 +144,7 @@ if triton is not None:
         head,
         m_pointer,
         seeds_pointer,
+        numbers_pointer,
         m0,
         m1,
         m2,
@@ -167,13 +177,14 @@ if triton is not None:
         softmax = raised / tl.sum(raised, 1)[:, None]
         client = seeds_pointer + (row // width) * stride
         lo, hi = tl.load(client).to(tl.uint32), tl.load(client + 1).to(tl.uint32)
-        place = ((row % width) * heads + head) * STRIDE + tl.arange(0, T)
+        number = tl.load(numbers_pointer + row)
+        place = (number * heads + head) * STRIDE + tl.arange(0, T)
         key = mixed((place.to(tl.uint32) * 0x9E3779B9).to(tl.uint32) ^ lo)
         key = mixed(key ^ hi ^ call.to(tl.uint32))
         drawn = mixed((key[:, None] + j.to(tl.uint32) * 0xC2B2AE35).to(tl.uint32))
         return softmax, drawn >= threshold.to(tl.uint32)
 
-    @triton.jit(do_not_specialize=["call", "threshold", "width", "stride"])  # type: ignore[untyped-decorator]
+    @triton.jit(do_not_specialize=_VARYING)  # type: ignore[untyped-decorator]
     def _forward(  # type: ignore[no-untyped-def]
         q_pointer,
         k_pointer,
@@ -181,6 +192,7 @@ if triton is not None:
         o_pointer,
         m_pointer,
         seeds_pointer,
+        numbers_pointer,
         q0,
         q1,
         q2,
@@ -218,13 +230,13 @@ if triton is not None:
         k = _block(k_pointer, row, head, k0, k1, k2, t, d, T, D)
         v = _block(v_pointer, row, head, v0, v1, v2, t, d, T, D)
         softmax, kept = _weights(
-            q, k, row, head, m_pointer, seeds_pointer, m0, m1, m2, m3, heads, t, width, stride, call, threshold, scale,
-            MASKED, CAUSAL, STRIDE, T, PRECISION,
+            q, k, row, head, m_pointer, seeds_pointer, numbers_pointer, m0, m1, m2, m3,
+            heads, t, width, stride, call, threshold, scale, MASKED, CAUSAL, STRIDE, T, PRECISION,
         )  # fmt: skip
         weights = tl.where(kept, softmax * worth, 0.0)
         _keep(o_pointer, row, head, o0, o1, o2, t, d, tl.dot(weights, v, input_precision=PRECISION), T, D)
 
-    @triton.jit(do_not_specialize=["call", "threshold", "width", "stride"])  # type: ignore[untyped-decorator]
+    @triton.jit(do_not_specialize=_VARYING)  # type: ignore[untyped-decorator]
     def _backward(  # type: ignore[no-untyped-def]
         q_pointer,
         k_pointer,
@@ -235,6 +247,7 @@ if triton is not None:
         dv_pointer,
         m_pointer,
         seeds_pointer,
+        numbers_pointer,
         q0,
         q1,
         q2,
@@ -282,8 +295,8 @@ if triton is not None:
         v = _block(v_pointer, row, head, v0, v1, v2, t, d, T, D)
         g = _block(g_pointer, row, head, g0, g1, g2, t, d, T, D)
         softmax, kept = _weights(
-            q, k, row, head, m_pointer, seeds_pointer, m0, m1, m2, m3, heads, t, width, stride, call, threshold, scale,
-            MASKED, CAUSAL, STRIDE, T, PRECISION,
+            q, k, row, head, m_pointer, seeds_pointer, numbers_pointer, m0, m1, m2, m3,
+            heads, t, width, stride, call, threshold, scale, MASKED, CAUSAL, STRIDE, T, PRECISION,
         )  # fmt: skip
         weights = tl.where(kept, softmax * worth, 0.0)
         dv = tl.dot(tl.trans(weights), g, input_precision=PRECISION)

@@ -45,6 +45,7 @@ class CountedDropout(TorchFunctionMode):
     """A context in which dropout is a function of each client's seeds."""
 
     seeds: Tensor  # (C, 2) int64, the words of this step
+    rows: Tensor | None = None  # (C·b,) int64, the number of each row within its client's batch; None: 0, 1, …, b − 1
     calls: int = 0
     """The number of times dropout was applied in this pass."""
 
@@ -75,8 +76,13 @@ class CountedDropout(TorchFunctionMode):
         self.calls += 1
         if x.shape[0] % len(self.seeds):
             raise NotRowwise(f"dropout on {tuple(x.shape)}: expected the rows of {len(self.seeds)} clients first")
-        dropped: Tensor = _Dropped.apply(x, self.seeds, self.calls, p)  # type: ignore[no-untyped-call]
+        dropped: Tensor = _Dropped.apply(x, self.seeds, self._rows(x), self.calls, p)  # type: ignore[no-untyped-call]
         return dropped
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if self.rows is not None:
+            return self.rows
+        return torch.arange(x.shape[0], device=x.device) % (x.shape[0] // len(self.seeds))
 
     def _attention(
         self,
@@ -94,7 +100,7 @@ class CountedDropout(TorchFunctionMode):
             return self._dropout(weights, dropout_p) @ value
         self.calls += 1
         scaled = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        drawn = (self.seeds, self.calls, dropout_p, threshold(dropout_p), _TOKENS)
+        drawn = (self.seeds, self._rows(query), self.calls, dropout_p, threshold(dropout_p), _TOKENS)
         apply: Callable[..., Tensor] = attention_kernel.Attention.apply  # torch gives it no type
         return apply(query, key, value, attn_mask, *drawn, scaled, is_causal)
 
@@ -103,18 +109,17 @@ class _Dropped(torch.autograd.Function):
     """x times its mask; the mask is drawn again on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seeds: Tensor, call: int, p: float) -> Tensor:
-        ctx.save_for_backward(seeds)
+    def forward(ctx: Any, x: Tensor, seeds: Tensor, rows: Tensor, call: int, p: float) -> Tensor:
+        ctx.save_for_backward(seeds, rows)
         ctx.drawn = (call, p)
-        return masked(x, seeds, call, p)
+        return masked(x, seeds, rows, call, p)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (seeds,) = ctx.saved_tensors
-        return masked(grads[0], seeds, *ctx.drawn), None, None, None
+        return masked(grads[0], *ctx.saved_tensors, *ctx.drawn), None, None, None, None
 
 
-def masked(x: Tensor, seeds: Tensor, call: int, p: float) -> Tensor:
+def masked(x: Tensor, seeds: Tensor, rows: Tensor, call: int, p: float) -> Tensor:
     """Return x with each entry either 0, with probability p, or divided by 1 − p.
 
     Parameters
@@ -123,10 +128,12 @@ def masked(x: Tensor, seeds: Tensor, call: int, p: float) -> Tensor:
         (C·b, …): (rows, channels), (rows, t, channels), or (rows, heads, t, t).
     seeds
         (C, 2) int64.
+    rows
+        (C·b,) int64, the number of each row within its client's batch.
     """
     if dropout_kernel.usable(x):
-        return dropout_kernel.masked(x, seeds, call, p, _TOKENS, threshold(p))
-    return x * mask(x, seeds, call, p)
+        return dropout_kernel.masked(x, seeds, rows, call, p, _TOKENS, threshold(p))
+    return x * mask(x, seeds, rows, call, p)
 
 
 def threshold(p: float) -> int:
@@ -134,15 +141,13 @@ def threshold(p: float) -> int:
     return min(_WORD, math.floor(p * 2**32))
 
 
-def mask(x: Tensor, seeds: Tensor, call: int, p: float) -> Tensor:
+def mask(x: Tensor, seeds: Tensor, rows: Tensor, call: int, p: float) -> Tensor:
     """Return the mask of `x`, in ordinary operations: the kernel's definition, and its stand-in where there is none."""
-    rows, *middle, channels = x.shape
-    width = rows // len(seeds)
+    count, *middle, channels = x.shape
     device = x.device
-    place = torch.arange(rows, device=device) % width
-    lo, hi = seeds.repeat_interleave(width, dim=0, output_size=rows).unbind(dim=1)
+    lo, hi = seeds.repeat_interleave(count // len(seeds), dim=0, output_size=count).unbind(dim=1)
     shape = [1] * len(middle)
-    place, lo, hi = (v.view(rows, *shape) for v in (place, lo, hi))
+    place, lo, hi = (v.view(count, *shape) for v in (rows, lo, hi))
     for dim, size in enumerate(middle):
         stride = _TOKENS if dim == len(middle) - 1 else size
         index = torch.arange(size, device=device).view(*[size if i == dim else 1 for i in range(len(middle))])

@@ -24,7 +24,7 @@ def usable(x: Tensor) -> bool:
     return triton is not None and x.is_cuda and 2 <= x.ndim <= 4
 
 
-def masked(x: Tensor, seeds: Tensor, call: int, p: float, stride: int, threshold: int) -> Tensor:
+def masked(x: Tensor, seeds: Tensor, numbers: Tensor, call: int, p: float, stride: int, threshold: int) -> Tensor:
     """Return what `counted_dropout.masked` defines."""
     x = x.contiguous()
     y = torch.empty_like(x)
@@ -39,6 +39,7 @@ def masked(x: Tensor, seeds: Tensor, call: int, p: float, stride: int, threshold
         x,
         y,
         seeds,
+        numbers,
         places,
         rows // len(seeds),
         heads,
@@ -69,6 +70,7 @@ if triton is not None:
         x_pointer,
         y_pointer,
         seeds_pointer,
+        numbers_pointer,
         places,
         width,
         heads,
@@ -88,7 +90,7 @@ if triton is not None:
         channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         here = i < places
         row = i // (heads * tokens)
-        place = row % width
+        place = tl.load(numbers_pointer + row, mask=here, other=0)
         if DIMS == 4:
             place = place * heads + (i // tokens) % heads
         if DIMS > 2:

@@ -6,7 +6,7 @@ Shapes: C clients of b rows each, client by client; t tokens of the longest row;
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedspan.models.federated_model import FederatedModel
 
 _IGNORED = -100
-_TARGETS = ("labels", "real", "positions")
+_TARGETS = ("labels", "weights", "positions")
 
 
 def client_losses(
@@ -86,15 +86,15 @@ def fixed_shape_losses(model: FederatedModel, batch: Mapping[str, Tensor]) -> Te
     Parameters
     ----------
     batch
-        As :func:`fixed_shape_batch` returns it, on the model's device.
+        One of those that :func:`fixed_shape_batches` returns, on the model's device.
 
     Returns
     -------
     Tensor
-        (C,), 0 for a client without a real row.
+        (C,) this batch's part of the clients' losses; 0 for a client without a real row.
     """
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name not in _TARGETS}
-    real = batch["real"]  # (C, b), or (C, a) for instruction data
+    weights = batch["weights"]  # (C, b), or (C, a) for instruction data
     if "use_cache" in inspect.signature(model.model.forward).parameters:
         inputs["use_cache"] = False
     if "positions" not in batch:
@@ -103,36 +103,43 @@ def fixed_shape_losses(model: FederatedModel, batch: Mapping[str, Tensor]) -> Te
         with _selecting(model.model, lambda hidden: hidden.flatten(0, 1).index_select(0, batch["positions"])):
             logits = model.model(**inputs).logits  # (C·a, V)
         losses = F.cross_entropy(logits.float(), batch["labels"], reduction="none")
-    return (losses.view_as(real) * real).sum(dim=1) / real.sum(dim=1).clamp(min=1)
+    return (losses.view_as(weights) * weights).sum(dim=1)
 
 
-def fixed_shape_batch(
-    batch: Mapping[str, Tensor], counts: Tensor, length: int, pad: int, round_up: Callable[[int], int]
-) -> dict[str, Tensor]:
-    """Return a batch of `Encoded.batch` for :func:`fixed_shape_losses`, padded on the right to `length` tokens.
+def fixed_shape_batches(
+    parts: Sequence[tuple[Mapping[str, Tensor], Tensor, int]], pad: int, round_up: Callable[[int], int]
+) -> list[dict[str, Tensor]]:
+    """Return one step's rows for :func:`fixed_shape_losses`, whose results for all parts add up to the clients' losses.
 
     Parameters
     ----------
-    batch
-        (C·b, …), client by client.
-    counts
-        (C,) real rows of each client; the others up to b only fill the batch.
-    length
-        At least the longest row's; not used for images.
+    parts
+        A batch of `Encoded.batch` (C·b, …), client by client; which of its rows are real, (C, b), the others only
+        filling it; and the number of tokens to pad it to on the right, at least the longest row's.
     pad
         The token that the rows are padded with.
     round_up
-        Gives the number of answer tokens a of a client that the batch is to hold, from the largest that it needs.
+        Gives the number of answer tokens a of a client that a batch is to hold, from the largest that it needs.
     """
+    fixed = [_fixed_shape(batch, real, length, pad, round_up) for batch, real, length in parts]
+    totals = sum(batch["weights"].sum(dim=1, keepdim=True) for batch in fixed)
+    assert isinstance(totals, Tensor)
+    for batch in fixed:
+        batch["weights"] /= totals.clamp(min=1)
+    return fixed
+
+
+def _fixed_shape(
+    batch: Mapping[str, Tensor], real: Tensor, length: int, pad: int, round_up: Callable[[int], int]
+) -> dict[str, Tensor]:
     padding = {"input_ids": pad, "attention_mask": 0, "token_type_ids": 0}
     fixed = {
         name: F.pad(value, (0, length - value.shape[1]), value=padding[name]) if name in padding else value
         for name, value in batch.items()
     }
-    num_clients, width = len(counts), len(batch["labels"]) // len(counts)
-    real = torch.arange(width) < counts[:, None]  # (C, b)
+    num_clients, width = real.shape
     if batch["labels"].ndim == 1:
-        return fixed | {"real": real.float()}
+        return fixed | {"weights": real.float()}
     del fixed["attention_mask"]  # causal attention never looks at padding on the right
     t = batch["labels"].shape[1]
     wanted = (batch["labels"][:, 1:] != _IGNORED) & real.flatten()[:, None]
@@ -149,7 +156,7 @@ def fixed_shape_batch(
     return fixed | {
         "positions": (rows * length + columns).flatten(),
         "labels": labels.masked_fill(~answered, 0).flatten(),
-        "real": answered.float(),
+        "weights": answered.float(),
     }
 
 

@@ -164,7 +164,7 @@ def test_no_more_kinds_of_passes_are_held_than_a_few(bases: dict[str, Path], dat
 
 
 def test_long_rows_go_by_themselves_where_that_saves_padding(bases: dict[str, Path], data: dict[str, Encoded]) -> None:
-    """Every real row once, with its number in the client's batch; few padded tokens, and one part where a part costs."""
+    """Every real row once, with its number in the client's batch; fewer tokens, and one part where a part costs."""
     model, texts = tiny.load(bases["bert"], "classification"), data["classification"]
     order = torch.argsort(texts.lengths)
     rows = torch.cat([order[:14], order[-2:]]).numpy()

@@ -31,9 +31,9 @@ _SPLITS = ((1.0,), (0.25, 0.75), (0.125, 0.375, 0.5))
 """Shares of a client's rows in each part, the longest rows first."""
 
 
-def rounded_up(size: int, finest: int = 8) -> int:
-    """Return the next of the few sizes that occur: multiples of `finest`, further on four to a power of two."""
-    step = max(finest, 1 << max(0, (size - 1).bit_length() - 3))
+def rounded_up(size: int, finest: int = 8, each: int = 4) -> int:
+    """Return the next of the few sizes that occur: multiples of `finest`, further on `each` to a power of two."""
+    step = max(finest, (1 << (size - 1).bit_length()) // (2 * each))
     return -(-size // step) * step
 
 
@@ -106,9 +106,17 @@ class StepPlan:
         for shares in _SPLITS:
             ends = [round(len(longest) * sum(shares[: i + 1])) for i in range(len(shares))]
             bounds = [(a, b) for a, b in zip([0, *ends], ends, strict=False) if a < b]
-            parts = [(a, b, min(rounded_up(longest[a]), cap)) for a, b in bounds]
+            # Coarser where there are several: with as many sizes for each there would be many shapes in all.
+            each = 4 if len(bounds) == 1 else 2
+            parts = [(a, b, _length(longest[a], cap, each)) for a, b in bounds]
             tokens = len(lengths) * sum((b - a) * length for a, b, length in parts)
             cost = tokens * self.hidden + WORTH_A_PART * len(parts)
             if least is None or cost < least:
                 best, least = parts, cost
         return best
+
+
+def _length(longest: int, cap: int, each: int) -> int:
+    """Return the tokens that rows are padded to, at most those of the longest row of all."""
+    rounded = rounded_up(longest, each=each)
+    return cap if rounded > 0.9 * cap else rounded

@@ -22,7 +22,7 @@ class EngineChoice:
     name: str
     """`auto` (clients share a pass where that is faster), `cohort`, `sequential`, or `sites` (each chooses its own)."""
     reason: str | None = None
-    """The reason why clients cannot share a pass, where the settings would have allowed it."""
+    """The reason why clients cannot share a pass, where the settings would have allowed it; on a GPU how many do."""
 
 
 def choose_engine(context: RunContext, recipe: Recipe) -> EngineChoice:
@@ -61,7 +61,8 @@ def engine_used(
     training = context.executor.context.training
     if context.device.type != "cpu":
         precision = precision_used(context.device, training.engine)
-        return EngineChoice("cohort", f"{training.engine.cohort_size} clients a pass, {precision}")
+        size = grouping.UNMEASURED if training.engine.cohort_size == "auto" else training.engine.cohort_size
+        return EngineChoice("cohort", f"up to {size} clients a pass, {precision}")
     assignments = _assignments(context, method, state, cohort_of_round)
     groups = grouping.plan(context.model, context.data["train"], assignments, training)
     if choice.name == "cohort" or any(len(group) > 1 for group in groups):

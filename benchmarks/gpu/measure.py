@@ -287,7 +287,7 @@ def whole_run(device: torch.device, folder: Path) -> dict[str, Any]:
         "round_seconds": [round(b - a, 3) for a, b in pairwise(ends)],
         "client_seconds": [round(r["client_seconds"], 3) for r in whole.history],
         "server_seconds": [round(r["server_seconds"], 3) for r in whole.history],
-        "cohort_size": checkpoint.read(folder / "whole" / "checkpoint" / "federation.safetensors").notes,
+        "notes": checkpoint.read(folder / "whole" / "checkpoint" / "federation.safetensors").notes,
         "resumed_has_the_same_bits": adapters[0] == adapters[1],
         "train_loss": [r["train_loss"] for r in whole.history],
     }

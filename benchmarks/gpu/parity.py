@@ -56,10 +56,10 @@ def outcome(case: str, arm: str) -> tuple[dict[str, Tensor], list[float]]:
             kept |= _products(result.adapter)
         elif saved.client_states:
             kept |= {
-                f"{client}/{name}": f.b.double() @ f.a.double()
+                f"{client}/{name}": value
                 for client, own in saved.client_states.items()
-                for name, f in own.items()
-                if hasattr(f, "b")
+                for name, value in own.items()
+                if isinstance(value, Tensor)
             }
     return kept, losses
 

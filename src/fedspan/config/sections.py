@@ -313,9 +313,9 @@ class EngineConfig(Section):
 
     name: Literal["auto", "cohort", "sequential"] = "auto"
     """`cohort`: many clients in one batched pass over the shared frozen base. `sequential`: one client after the
-    other. `auto`: the cohort where the method allows it and the model is small enough for it to be faster."""
+    other. `auto`: the cohort where the method allows it and it is faster: on a GPU, and on a CPU for small models."""
     cohort_size: PositiveInt | Literal["auto"] = "auto"
-    """Clients in one pass; `auto`: as many as fit into `memory`."""
+    """Clients in one pass; `auto`: as many as fit into `memory` and are fastest, which on a GPU is measured."""
     memory: PositiveFloat | Literal["auto"] = "auto"
     """Memory that one process's passes over a cohort may take in addition to the base, in GiB. `auto`: 2 on a CPU, half
     of a GPU's."""

@@ -37,6 +37,7 @@ DOORS = {
     "datasets": {"data.hub"},
     "matplotlib": {"display.curves", "bench.plot", "inspection.picture"},
     "bitsandbytes": {"models.quantised"},
+    "triton": {"models.dropout_kernel", "models.attention_kernel"},
     "flwr": {f"flower.{path.stem}" for path in (PACKAGE / "flower").glob("*.py")},
     "dp_accounting": {"privacy.pld"},
     "Crypto": {"privacy.primitives"},

@@ -15,17 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from fedspan.client.device_pass import device_pass
+from fedspan.client.passes import Member, compute_gradients, keep_active, member, penalty_of
+from fedspan.client.tensor_cores import tensor_cores
 from fedspan.client.training import (
     Assignment,
     LocalResult,
     TrainingSettings,
     autocast,
-    batches,
     plain_optimizer,
     rate,
     work_on,
@@ -38,7 +40,6 @@ from fedspan.models.losses import client_losses
 from fedspan.models.stacked import Stack, head_layers, stacked
 from fedspan.models.streams import BatchLayout, ClientDropout, NotRowwise, drops
 from fedspan.support.errors import FedspanError
-from fedspan.support.seeding import generator
 
 
 def applies(model: FederatedModel, data: Encoded, recipe: Recipe, settings: TrainingSettings) -> str | None:
@@ -94,28 +95,12 @@ def work(
     model: FederatedModel, data: Encoded, group: Sequence[Assignment], settings: TrainingSettings, round_num: int
 ) -> list[LocalResult]:
     """Do the local work of one group of `grouping.plan`, in its order."""
-    batched = len(group) > 1 or settings.engine.name == "cohort"
-    if batched and not group[0].broadcast.recipe.gradient:
-        return _train_together(model, data, group, settings, round_num)
-    return [work_on(model, a, data, settings, round_num) for a in group]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Member:
-    """One client of a pass."""
-
-    assignment: Assignment
-    rows: Tensor
-    schedule: Sequence[Sequence[int]]
-    """Indices into `rows`, step by step."""
-    dropout: torch.Generator
-
-
-def _member(model: FederatedModel, a: Assignment, local: LocalConfig, key: tuple[object, ...]) -> _Member:
-    """Return a client with the streams that `train` would seed for it: the same keys, so the same batches and masks."""
-    schedule = list(batches(len(a.rows), local.batch_size, a.steps, generator(*key, a.client_id, "batches")))
-    dropout = torch.Generator(model.device).manual_seed(generator(*key, a.client_id, "dropout").initial_seed())
-    return _Member(a, torch.as_tensor(a.rows), schedule, dropout)
+    # On a GPU one client alone gains too: the steps of a pass are recorded, those of `train` are not.
+    shared = {"cohort": True, "auto": len(group) > 1 or model.device.type == "cuda", "sequential": len(group) > 1}
+    with tensor_cores(model.device, settings.engine):
+        if shared[settings.engine.name] and not group[0].broadcast.recipe.gradient:
+            return _train_together(model, data, group, settings, round_num)
+        return [work_on(model, a, data, settings, round_num) for a in group]
 
 
 def _train_together(
@@ -125,21 +110,43 @@ def _train_together(
     # view, and those that have finished are cut off at its end.
     order = sorted(range(len(group)), key=lambda i: (-group[i].steps, i))
     local = settings.local
-    members = [_member(model, group[i], local, (settings.seed, round_num)) for i in order]
-    # Decided before the layers are replaced: the adapters' own dropout is one of them.
-    dropout = ClientDropout([m.dropout for m in members]) if drops(model.model) else None
-    with stacked(model, [m.assignment.broadcast for m in members]) as stack, model.training():
-        totals = _run_steps(model, data, members, stack, dropout, settings)
-        steps = torch.tensor([m.assignment.steps for m in members])
-        means = (totals.cpu() / steps).tolist()
+    members = [member(group[i], local, (settings.seed, round_num)) for i in order]
+    stack, totals = (_on_device if model.device.type == "cuda" else _on_cpu)(model, data, members, settings)
+    steps = torch.tensor([m.assignment.steps for m in members])
+    means = (totals.cpu() / steps).tolist()
+    with stack.fetched():
         results = {i: _result(stack, k, group[i], means[k], local) for k, i in enumerate(order)}
     return [results[i] for i in range(len(group))]
+
+
+def _on_device(
+    model: FederatedModel, data: Encoded, members: Sequence[Member], settings: TrainingSettings
+) -> tuple[Stack, Tensor]:
+    """Train with fixed shapes, recorded where that is possible; return the stack and the sums of the losses, (C,)."""
+    try:
+        whole = device_pass(model, members, settings, drops(model.model))
+        return whole.stack, whole.run(data, members)
+    except BaseException:
+        model.passes.clear()  # which may be in the middle of a step
+        raise
+
+
+def _on_cpu(
+    model: FederatedModel, data: Encoded, members: Sequence[Member], settings: TrainingSettings
+) -> tuple[Stack, Tensor]:
+    """Train with the shapes that the batches have; return the stack and the sums of the losses, (C,)."""
+    # Decided before the layers are replaced: the adapters' own dropout is one of them.
+    dropout = None
+    if drops(model.model):
+        dropout = ClientDropout([torch.Generator(model.device).manual_seed(m.dropout_seed) for m in members])
+    with stacked(model, [m.assignment.broadcast for m in members]) as stack, model.training():
+        return stack, _run_steps(model, data, members, stack, dropout, settings)
 
 
 def _run_steps(
     model: FederatedModel,
     data: Encoded,
-    members: Sequence[_Member],
+    members: Sequence[Member],
     stack: Stack,
     dropout: ClientDropout | None,
     settings: TrainingSettings,
@@ -148,12 +155,13 @@ def _run_steps(
     steps = [m.assignment.steps for m in members]
     totals = torch.zeros(len(members), device=model.device)  # there, since reading a loss would wait for every step
     optimizer = _optimizer(stack, steps, settings.local)
+    penalty = penalty_of(stack.broadcasts, model.device)
     active = 0
     for step in range(steps[0]):
         left = sum(own > step for own in steps)
         if left != active:
             active = left
-            _keep_active(stack, active)
+            keep_active(stack, active)
         batch, real, layout = _batch(data, members[:active], step)
         if dropout is not None:
             dropout.layout = layout
@@ -161,7 +169,7 @@ def _run_steps(
             moved = {name: value.to(model.device) for name, value in batch.items()}
             losses = client_losses(model, moved, active, real)
         totals[:active] += losses.detach()
-        _gradients(stack, losses, settings.local)
+        compute_gradients(stack, [losses], penalty, settings.local.clip_norm, active)
         # Set here and not by a scheduler: each group of clients is at its own place in a schedule of its own length.
         for options in optimizer.param_groups:
             options["lr"] = rate(settings.local, step, options["steps"])
@@ -169,17 +177,7 @@ def _run_steps(
     return totals
 
 
-def _keep_active(stack: Stack, num_clients: int) -> None:
-    """Let the clients after the first `num_clients`, whose steps are done, fall out of the pass."""
-    stack.activate(num_clients)
-    for row in stack.rows[num_clients:]:
-        # The optimizer skips a row without a gradient; with one of zeros, momentum and decay would still move it.
-        row.grad = None
-
-
-def _batch(
-    data: Encoded, members: Sequence[_Member], step: int
-) -> tuple[dict[str, Tensor], Tensor | None, BatchLayout]:
+def _batch(data: Encoded, members: Sequence[Member], step: int) -> tuple[dict[str, Tensor], Tensor | None, BatchLayout]:
     """Return one batch of the clients' rows, client by client and the same number for each; and which are real.
 
     Every layer divides its batch by the number of clients, so that a client with a smaller batch (one whose pass over
@@ -198,29 +196,6 @@ def _batch(
         own = data.lengths[filled].view(-1, width)
         lengths, longest = own.max(dim=1).values.tolist(), batch["attention_mask"].shape[1]
     return batch, real, BatchLayout(counts, lengths, width, longest)
-
-
-def _gradients(stack: Stack, losses: Tensor, local: LocalConfig) -> None:
-    """Compute every client's own gradients, clipped by its own norm.
-
-    One backward pass through the sum of the losses is enough: no trained number is shared, so the gradient of the sum
-    with respect to one client's numbers is that of its own loss.
-    """
-    active = len(losses)
-    total = losses.sum()
-    penalties = [b.recipe.tail_penalty for b in stack.broadcasts[:active]]
-    if penalties[0] is not None:
-        strengths, tails = zip(*(p for p in penalties if p is not None), strict=True)
-        total = total + (stack.tail_penalties(tails) * total.new_tensor(strengths)).sum()
-    assert stack.trained.grads is not None
-    grads = stack.trained.grads[:active]  # (C, P)
-    grads.zero_()
-    torch.autograd.backward(total)
-    stack.gather_gradients()
-    if local.clip_norm is not None:
-        # The formula of clip_grad_norm_, row by row; the zeros that pad a smaller rank add nothing to the norm.
-        norms = torch.linalg.vector_norm(grads, dim=1)
-        grads.mul_((local.clip_norm / (norms + 1e-6)).clamp_(max=1.0)[:, None])
 
 
 def _optimizer(stack: Stack, steps: Sequence[int], local: LocalConfig) -> torch.optim.Optimizer:

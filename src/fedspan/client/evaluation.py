@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fedspan.data import Encoded
 from fedspan.data.encoding import IGNORED
@@ -50,7 +51,7 @@ def evaluate(
     """
     cut = batches(examples, batch_size)
     tokens = max_new_tokens if needs_text(examples, metrics) else 0
-    return figures(examples, metrics, cut, [predict(model, examples, b, processor, tokens) for b in cut])
+    return figures(examples, metrics, cut, predict(model, examples, cut, processor, tokens))
 
 
 def batches(examples: Encoded, batch_size: int) -> list[list[int]]:
@@ -67,9 +68,9 @@ def needs_text(examples: Encoded, metrics: Sequence[str]) -> bool:
 
 @torch.no_grad()
 def predict(
-    model: FederatedModel, examples: Encoded, indices: Sequence[int], processor: Any, max_new_tokens: int
-) -> Predictions:
-    """Return the predictions of the model, as it is loaded, for one batch.
+    model: FederatedModel, examples: Encoded, cut: Sequence[Sequence[int]], processor: Any, max_new_tokens: int
+) -> list[Predictions]:
+    """Return the predictions of the model, as it is loaded, for each of these batches.
 
     Parameters
     ----------
@@ -78,26 +79,32 @@ def predict(
     """
     model.model.eval()
     with merged(model):
-        return _predict(model, examples, indices, processor, max_new_tokens)
+        computed = [_predict(model, examples, indices, processor, max_new_tokens) for indices in cut]
+    # Read once all are under way: a device would be idle while Python looks at a batch's figures.
+    return [_read(*one) for one in computed]
+
+
+def _read(loss: Tensor, weight: Tensor | int, count: Tensor | int, values: Tensor | list[Any]) -> Predictions:
+    listed = values.tolist() if isinstance(values, Tensor) else values
+    return Predictions(float(loss) * int(weight), int(count), listed)
 
 
 def _predict(
     model: FederatedModel, examples: Encoded, indices: Sequence[int], processor: Any, max_new_tokens: int
-) -> Predictions:
+) -> tuple[Tensor, Tensor | int, Tensor | int, Tensor | list[Any]]:
+    """Return a loss and its factor, the count and the values of one batch, on the model's device."""
     batch = {name: value.to(model.device) for name, value in examples.batch(indices).items()}
     if examples.kind == "instruction":
         # The mean over the batch's answer tokens, each predicted from the one before.
-        count = int((batch["labels"][:, 1:] != IGNORED).sum())
-        loss = float(client_losses(model, batch))
+        count = (batch["labels"][:, 1:] != IGNORED).sum()
+        loss = client_losses(model, batch)
         texts = _generate(model, examples, indices, processor, max_new_tokens) if max_new_tokens else []
-        return Predictions(loss * count, count, texts)
+        return loss, count, count, texts
     labels = batch.pop("labels")
     logits = model.model(**batch).logits.float()
     if logits.shape[1] == 1:
-        loss = float(F.mse_loss(logits[:, 0], labels, reduction="sum"))
-        return Predictions(loss, len(indices), logits[:, 0].tolist())
-    loss = float(F.cross_entropy(logits, labels, reduction="sum"))
-    return Predictions(loss, len(indices), logits.argmax(dim=1).tolist())
+        return F.mse_loss(logits[:, 0], labels, reduction="sum"), 1, len(indices), logits[:, 0]
+    return F.cross_entropy(logits, labels, reduction="sum"), 1, len(indices), logits.argmax(dim=1)
 
 
 def figures(

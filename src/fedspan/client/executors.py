@@ -59,9 +59,9 @@ class WorkContext:
         """Return the length of the text to generate for the run's metrics; 0 where they need none."""
         return self.evaluation.max_new_tokens if needs_text(examples, self.metrics) else 0
 
-    def predict(self, examples: Encoded, indices: Sequence[int], max_new_tokens: int) -> Predictions:
-        """Return the predictions of the model, as it is loaded, for one batch."""
-        return predict(self.model, examples, indices, self.processor, max_new_tokens)
+    def predict(self, examples: Encoded, cut: Sequence[Sequence[int]], max_new_tokens: int) -> list[Predictions]:
+        """Return the predictions of the model, as it is loaded, for each of these batches."""
+        return predict(self.model, examples, cut, self.processor, max_new_tokens)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,7 +150,7 @@ class InlineExecutor:
         context.model.load(task.broadcast)
         cut = batches(examples, context.evaluation.batch_size)
         tokens = context.max_new_tokens(examples)
-        return figures(examples, context.metrics, cut, [context.predict(examples, b, tokens) for b in cut])
+        return figures(examples, context.metrics, cut, context.predict(examples, cut, tokens))
 
     def close(self) -> None:
         """Do nothing: no process was started."""
@@ -311,5 +311,5 @@ class _Worker:
         task = EvaluationTask(self.cache.broadcast(header["broadcast"], tensors), header["split"], rows)
         self.context.model.load(task.broadcast)
         indices = tensors[header["indices"]].tolist()
-        predictions = self.context.predict(self.context.examples(task), indices, header["max_new_tokens"])
+        (predictions,) = self.context.predict(self.context.examples(task), [indices], header["max_new_tokens"])
         return {"loss": predictions.loss, "count": predictions.count, "values": predictions.values}, ()

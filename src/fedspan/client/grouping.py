@@ -22,6 +22,8 @@ WIDEST = 2**17
 """Tokens of one client's step times the model's hidden size. Above it a pass of its own is as fast; below it as many
 clients share a pass as together reach it, for then their activations still lie in the cache (measured on a CPU)."""
 _MOST = 16
+UNMEASURED = 32
+"""Clients that share a pass on a GPU where nothing was measured on it: about where an H100 is full (MiniLM)."""
 _SHARES = 4
 """Groups that the clients of a round are cut into where they are many, so that as many processes can share it."""
 
@@ -52,7 +54,10 @@ def plan(
     positions = _positions(model, data)
     batch_size, engine = settings.local.batch_size, settings.engine
     planned = [_Planned(i, a, _tokens(data, a, batch_size) * positions) for i, a in enumerate(assignments)]
-    largest = {"sequential": 0, "cohort": max(p.tokens for p in planned), "auto": WIDEST // _hidden(model)}[engine.name]
+    # On a GPU a pass of any size costs less when it is shared: there is always room for more rows in a kernel.
+    every = max(p.tokens for p in planned)
+    auto = every if model.device.type == "cuda" else WIDEST // _hidden(model)
+    largest = {"sequential": 0, "cohort": every, "auto": auto}[engine.name]
     shared: list[_Planned] = []
     groups: list[list[_Planned]] = []
     for p in planned:
@@ -66,6 +71,20 @@ def plan(
     # The costliest first: a long group that is begun last would keep every process waiting for it.
     groups.sort(key=lambda group: (-sum(p.cost for p in group), group[0].index))
     return [[p.index for p in group] for group in groups]
+
+
+def most_that_fit(
+    model: FederatedModel, data: Encoded, assignments: Sequence[Assignment], settings: TrainingSettings
+) -> int:
+    """Return how many of these clients could share a pass within the memory that it may take."""
+    positions, batch_size = _positions(model, data), settings.local.batch_size
+    per_client = max(_bytes(model, a.broadcast, _tokens(data, a, batch_size) * positions) for a in assignments)
+    return max(1, min(len(assignments), int(_memory(model.device, settings.engine) / per_client)))
+
+
+def longest_work(data: Encoded, assignments: Sequence[Assignment]) -> int:
+    """Return the tokens of the longest row of these clients."""
+    return max(int(data.subset(a.rows).lengths.max()) for a in assignments)
 
 
 def _alike(planned: Sequence[_Planned], size: int) -> list[list[_Planned]]:
@@ -120,15 +139,29 @@ def _same_tensors(x: Tensors, y: Tensors) -> bool:
 def _cohort_size(model: FederatedModel, planned: Sequence[_Planned], engine: EngineConfig) -> int:
     """Return how many of these clients share a pass: as many as fit into memory, and on a CPU into the cache."""
     if engine.cohort_size != "auto":
-        return engine.cohort_size
+        # Groups of one size find each other's recordings: two of 13 rather than one of 20 and one of 6.
+        even = model.device.type != "cpu" and engine.name == "auto"
+        return _even(len(planned), engine.cohort_size) if even else engine.cohort_size
     per_client = max(_bytes(model, p.assignment.broadcast, p.tokens) for p in planned)
-    fits = max(1, int(engine.memory * 2**30 / per_client))
-    if model.device.type != "cpu":
-        return fits
+    fits = max(1, int(_memory(model.device, engine) / per_client))
     count = len(planned)
+    if model.device.type != "cpu":
+        return _even(count, min(fits, UNMEASURED))
     shared = max(2, -(-count // _SHARES), min(4, -(-count // 2)))
     cached = max(2, WIDEST // (max(p.tokens for p in planned) * _hidden(model)))
     return min(fits, shared, cached, _MOST)
+
+
+def _even(count: int, most: int) -> int:
+    """Return the size of the fewest groups of at most `most` that are as equal as can be."""
+    return -(-count // -(-count // most))
+
+
+def _memory(device: torch.device, engine: EngineConfig) -> float:
+    """Return the bytes that a pass may take in addition to the base."""
+    if engine.memory != "auto":
+        return engine.memory * 2**30
+    return torch.cuda.get_device_properties(device).total_memory / 2 if device.type == "cuda" else 2 * 2**30
 
 
 def _bytes(model: FederatedModel, broadcast: Broadcast, tokens: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -18,7 +18,9 @@ from fedspan.config import Config, EngineConfig, LocalConfig, PrivacyConfig
 from fedspan.data import Encoded
 from fedspan.methods.messages import Broadcast, Update, Vector
 from fedspan.models import FederatedModel, seeded
+from fedspan.models.counted_dropout import CountedDropout, step_seeds
 from fedspan.models.losses import client_losses
+from fedspan.models.streams import drops
 from fedspan.privacy.example_dp import clipped_sum, parts_of, private_gradients
 from fedspan.support.errors import FedspanError
 from fedspan.support.seeding import generator
@@ -132,12 +134,13 @@ def train(
     total, rates = torch.zeros((), device=model.device), 0.0
     planned = sum(rate(local, step, work.steps) for step in range(work.steps))
     with model.training(settings.engine.compile), seeded(*key, "dropout"):
+        masks = _masks(model, work.steps, settings.engine, key)
         for step, batch in enumerate(_schedule(model, work, data, local, key)):
             now = rate(local, step, work.steps)
             rates += now
             for group in optimizer.param_groups:
                 group["lr"] = now
-            with autocast(model, settings.engine):
+            with masks[step], autocast(model, settings.engine):
                 loss = client_losses(model, batch).sum()
             total += loss.detach()
             if recipe.tail_penalty is not None:
@@ -231,6 +234,16 @@ def _schedule(
     examples = data.subset(work.rows)
     for indices in batches(len(examples), config.batch_size, work.steps, generator(*key, "batches")):
         yield {name: value.to(model.device) for name, value in examples.batch(indices).items()}
+
+
+def _masks(
+    model: FederatedModel, steps: int, engine: EngineConfig, key: tuple[object, ...]
+) -> Sequence[AbstractContextManager[Any]]:
+    """Return the dropout of each step: on a GPU the masks that the client has in a cohort too, else torch's own."""
+    if model.device.type != "cuda" or engine.compile or not drops(model.model):
+        return [nullcontext()] * steps
+    seeds = torch.tensor(step_seeds(generator(*key, "dropout").initial_seed(), steps), device=model.device)
+    return [CountedDropout(own[None]) for own in seeds]
 
 
 class TrainedTensors:

@@ -320,15 +320,19 @@ class EngineConfig(Section):
 
     name: Literal["auto", "cohort", "sequential"] = "auto"
     """`cohort`: many clients in one batched pass over the shared frozen base. `sequential`: one client after the
-    other. `auto`: the cohort where the method allows it and the model is small enough for it to be faster."""
+    other. `auto`: the cohort where the method allows it and it is faster: on a GPU, and on a CPU for small models."""
     cohort_size: PositiveInt | Literal["auto"] = "auto"
-    """Clients in one pass; `auto`: as many as fit into `memory`."""
-    memory: PositiveFloat = 2.0
-    """Memory that one process's passes over a cohort may take in addition to the base, in GiB."""
+    """Clients in one pass; `auto`: as many as fit into `memory` and are fastest, which on a GPU is measured."""
+    memory: PositiveFloat | Literal["auto"] = "auto"
+    """Memory that one process's passes over a cohort may take in addition to the base, in GiB. `auto`: 2 on a CPU, half
+    of a GPU's."""
     workers: PositiveInt | Literal["auto"] = "auto"
     """Number of processes, of `threads` threads each; `auto`: one for each GPU, or for as many as there are cores."""
     compile: bool = False
     """Compile the base's forward and backward passes: half a minute at the start, faster steps afterwards."""
+    precision: Literal["auto", "float32"] = "auto"
+    """Matrix products of float32 numbers in training. `auto`: on a GPU that has it in TF32 (10 bits of mantissa, sums
+    in float32), several times as fast; on a CPU `float32`. Evaluation and the server's algebra are always `float32`."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Type of the base's matrix products in training; worthwhile for wide models (hidden size 512 and more)."""
 

@@ -6,7 +6,7 @@ Shapes: C clients of b rows each, client by client; t tokens of the longest row;
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedspan.models.federated_model import FederatedModel
 
 _IGNORED = -100
+_TARGETS = ("labels", "weights", "positions")
 
 
 def client_losses(
@@ -51,7 +52,7 @@ def client_losses(
     # With padding on the right alone, causal attention never looks at it: no mask, and a faster kernel.
     del inputs["attention_mask"]
     wanted = labels[:, 1:] != _IGNORED  # (C·b, t − 1)
-    with _only(model.model, wanted):
+    with _selecting(model.model, lambda hidden: hidden[:, :-1][wanted]):
         logits = model.model(**inputs).logits  # (tokens, V)
     losses = F.cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="none")
     if num_clients == 1:
@@ -62,10 +63,7 @@ def client_losses(
 
 
 def _row_losses(logits: Tensor, labels: Tensor, num_clients: int, real: Tensor | None) -> Tensor:
-    if logits.shape[1] == 1:
-        losses = (logits[:, 0] - labels.float()).square()
-    else:
-        losses = F.cross_entropy(logits, labels, reduction="none")
+    losses = _each_row(logits, labels)
     if num_clients == 1:
         return losses.mean()[None]
     owner = torch.arange(num_clients, device=losses.device).repeat_interleave(len(losses) // num_clients)
@@ -74,20 +72,108 @@ def _row_losses(logits: Tensor, labels: Tensor, num_clients: int, real: Tensor |
     return _means(losses, owner, num_clients)
 
 
+def _each_row(logits: Tensor, labels: Tensor) -> Tensor:
+    if logits.shape[1] == 1:
+        return (logits[:, 0] - labels.float()).square()
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def fixed_shape_losses(model: FederatedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return what :func:`client_losses` returns, by operations whose shapes do not depend on the batch's values.
+
+    A device that runs ahead of Python can then be given the whole step at once: nothing is read back from it.
+
+    Parameters
+    ----------
+    batch
+        One of those that :func:`fixed_shape_batches` returns, on the model's device.
+
+    Returns
+    -------
+    Tensor
+        (C,) this batch's part of the clients' losses; 0 for a client without a real row.
+    """
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name not in _TARGETS}
+    weights = batch["weights"]  # (C, b), or (C, a) for instruction data
+    if "use_cache" in inspect.signature(model.model.forward).parameters:
+        inputs["use_cache"] = False
+    if "positions" not in batch:
+        losses = _each_row(model.model(**inputs).logits.float(), batch["labels"])
+    else:
+        with _selecting(model.model, lambda hidden: hidden.flatten(0, 1).index_select(0, batch["positions"])):
+            logits = model.model(**inputs).logits  # (C·a, V)
+        losses = F.cross_entropy(logits.float(), batch["labels"], reduction="none")
+    return (losses.view_as(weights) * weights).sum(dim=1)
+
+
+def fixed_shape_batches(
+    parts: Sequence[tuple[Mapping[str, Tensor], Tensor, int]], pad: int, round_up: Callable[[int], int]
+) -> list[dict[str, Tensor]]:
+    """Return one step's rows for :func:`fixed_shape_losses`, whose results for all parts add up to the clients' losses.
+
+    Parameters
+    ----------
+    parts
+        A batch of `Encoded.batch` (C·b, …), client by client; which of its rows are real, (C, b), the others only
+        filling it; and the number of tokens to pad it to on the right, at least the longest row's.
+    pad
+        The token that the rows are padded with.
+    round_up
+        Gives the number of answer tokens a of a client that a batch is to hold, from the largest that it needs.
+    """
+    fixed = [_fixed_shape(batch, real, length, pad, round_up) for batch, real, length in parts]
+    totals = sum(batch["weights"].sum(dim=1, keepdim=True) for batch in fixed)
+    assert isinstance(totals, Tensor)
+    for batch in fixed:
+        batch["weights"] /= totals.clamp(min=1)
+    return fixed
+
+
+def _fixed_shape(
+    batch: Mapping[str, Tensor], real: Tensor, length: int, pad: int, round_up: Callable[[int], int]
+) -> dict[str, Tensor]:
+    padding = {"input_ids": pad, "attention_mask": 0, "token_type_ids": 0}
+    fixed = {
+        name: F.pad(value, (0, length - value.shape[1]), value=padding[name]) if name in padding else value
+        for name, value in batch.items()
+    }
+    num_clients, width = real.shape
+    if batch["labels"].ndim == 1:
+        return fixed | {"weights": real.float()}
+    del fixed["attention_mask"]  # causal attention never looks at padding on the right
+    t = batch["labels"].shape[1]
+    wanted = (batch["labels"][:, 1:] != _IGNORED) & real.flatten()[:, None]
+    wanted = wanted.view(num_clients, width * (t - 1))
+    num_answers = wanted.sum(dim=1)
+    most = round_up(int(num_answers.max()))
+    # The wanted places first, in their order; those behind them count for nothing.
+    places = torch.sort(wanted.byte(), dim=1, descending=True, stable=True).indices[:, :most]
+    places = F.pad(places, (0, most - places.shape[1]))
+    rows = places // (t - 1) + width * torch.arange(num_clients)[:, None]
+    columns = places % (t - 1)
+    labels = batch["labels"][rows, columns + 1]
+    answered = torch.arange(most) < num_answers[:, None]  # (C, a)
+    return fixed | {
+        "positions": (rows * length + columns).flatten(),
+        "labels": labels.masked_fill(~answered, 0).flatten(),
+        "weights": answered.float(),
+    }
+
+
 def _means(losses: Tensor, owner: Tensor, num_clients: int) -> Tensor:
     counts = torch.bincount(owner, minlength=num_clients)
     return losses.new_zeros(num_clients).index_add(0, owner, losses) / counts
 
 
 @contextmanager
-def _only(model: Any, wanted: Tensor) -> Iterator[None]:
-    """Give the output layer the last hidden states at `wanted` (rows, t − 1) alone, as (tokens, hidden)."""
+def _selecting(model: Any, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Give the output layer only what `select` takes of the last hidden states, (rows, t, hidden)."""
 
-    def select(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0][:, :-1][wanted],)
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (select(inputs[0]),)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    handle = model.get_output_embeddings().register_forward_pre_hook(hook)
     try:
         yield
     finally:
-        hook.remove()
+        handle.remove()

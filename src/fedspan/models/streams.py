@@ -101,31 +101,36 @@ class ClientDropout(TorchFunctionMode):
             part.copy_(drawn.bernoulli_(1 - p, generator=self.generators[k]).div_(1 - p))
         return noise
 
-    def _attention(
-        self,
-        query: Tensor,  # (rows, heads, t, d)
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        # The unfused computation, which draws the weights' mask as one tensor; with dropout, torch on a CPU runs the
-        # same one for a client alone.
-        if enable_gqa:
-            repeats = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        scores = query @ key.mT * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-        if is_causal:
-            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, -torch.inf)
-        elif attn_mask is not None:
-            scores = scores + attn_mask
-        weights = scores.softmax(dim=-1)
-        return (weights * self._noise(weights, dropout_p)) @ value
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        p = options.pop("dropout_p")
+        weights, value = attention_weights(query, key, value, *args, **options)
+        return (weights * self._noise(weights, p)) @ value
+
+
+def attention_weights(
+    query: Tensor,  # (rows, heads, t, d)
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return the weights of `scaled_dot_product_attention`, (rows, heads, t, t), and the values of every head.
+
+    The unfused computation, which has the weights as one tensor; with dropout, torch on a CPU runs the same one.
+    """
+    if enable_gqa:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = query @ key.mT * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.softmax(dim=-1), value
 
 
 def _sequence_dims(like: Tensor, length: int) -> tuple[int, ...]:

@@ -143,7 +143,8 @@ class PrivateGradients:
         grads = self.stack.trained.grads
         assert grads is not None
         grads.zero_()
-        torch.autograd.backward(strength * self.stack.tail_penalties([tail]).sum())
+        tails = torch.tensor([tail], device=grads.device)
+        torch.autograd.backward(strength * self.stack.tail_penalties(tails).sum())
         self.stack.gather_gradients()
         return grads[0].clone()
 

@@ -53,6 +53,8 @@ class RunContext:
     """Names of the metrics; the summary's headlines are of the first."""
     executor: Executor
     sampler: ClientSampler
+    device: torch.device
+    """The device of the local work; with several workers the model here stays on the CPU."""
     num_workers: int
     """Processes that share the local work and the evaluation."""
     coordinator: Coordinator | None = None
@@ -128,6 +130,7 @@ class RunContext:
             metrics=corpus.metrics,
             executor=create_executor(context, num_workers, device),
             sampler=sampler,
+            device=device,
             num_workers=num_workers,
             coordinator=coordinator,
             total=_total(config),

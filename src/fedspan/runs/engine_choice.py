@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedspan.client import cohort, grouping
+from fedspan.client import calibration, cohort, grouping
+from fedspan.client.tensor_cores import precision_used
 from fedspan.client.training import Assignment, TrainingSettings, num_steps
 from fedspan.federation.clients import Client
 from fedspan.methods.base import Method, ServerState
@@ -21,7 +22,7 @@ class EngineChoice:
     name: str
     """`auto` (clients share a pass where that is faster), `cohort`, `sequential`, or `sites` (each chooses its own)."""
     reason: str | None = None
-    """The reason why clients cannot share a pass, where the settings would have allowed it."""
+    """The reason why clients cannot share a pass, where the settings would have allowed it; on a GPU how many do."""
 
 
 def choose_engine(context: RunContext, recipe: Recipe) -> EngineChoice:
@@ -57,14 +58,43 @@ def engine_used(
     """
     if choice.name in ("sequential", "sites"):
         return choice
-    local, train = context.config.local, context.data["train"]
-    broadcasts = {rank: method.broadcast(state, Request(rank)) for rank in {c.rank for c in cohort_of_round}}
-    assignments = [
-        Assignment(c.client_id, broadcasts[c.rank], c.indices, num_steps(local, len(c.indices)), 1.0)
-        for c in cohort_of_round
-    ]
-    groups = grouping.plan(context.model, train, assignments, TrainingSettings.of(context.config))
+    training = context.executor.context.training
+    if context.device.type != "cpu":
+        precision = precision_used(context.device, training.engine)
+        size = grouping.UNMEASURED if training.engine.cohort_size == "auto" else training.engine.cohort_size
+        return EngineChoice("cohort", f"up to {size} clients a pass, {precision}")
+    assignments = _assignments(context, method, state, cohort_of_round)
+    groups = grouping.plan(context.model, context.data["train"], assignments, training)
     if choice.name == "cohort" or any(len(group) > 1 for group in groups):
         return EngineChoice("cohort")
     alone = len(cohort_of_round) == 1
     return EngineChoice("sequential", "one client takes part" if alone else "one client fills a pass over this model")
+
+
+def _assignments(
+    context: RunContext, method: Method, state: ServerState, cohort_of_round: Sequence[Client]
+) -> list[Assignment]:
+    """Return the work of a round, as far as its size is concerned."""
+    local = context.config.local
+    broadcasts = {rank: method.broadcast(state, Request(rank)) for rank in {c.rank for c in cohort_of_round}}
+    return [
+        Assignment(c.client_id, broadcasts[c.rank], c.indices, num_steps(local, len(c.indices)), 1.0)
+        for c in cohort_of_round
+    ]
+
+
+def measured_cohort_size(
+    context: RunContext, choice: EngineChoice, method: Method, state: ServerState, cohort_of_round: Sequence[Client]
+) -> int | None:
+    """Return how many clients should share a pass on this run's GPU; None where that is not to be measured.
+
+    It is not on a CPU, whose rule is fixed, and not where several processes have a GPU each.
+    """
+    engine = context.config.engine
+    here = context.model.device.type != "cpu" and context.coordinator is None
+    if not here or choice.name not in ("auto", "cohort") or engine.cohort_size != "auto":
+        return None
+    assignments = _assignments(context, method, state, cohort_of_round)
+    return calibration.cohort_size(
+        context.model, context.data["train"], assignments, TrainingSettings.of(context.config)
+    )

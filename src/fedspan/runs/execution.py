@@ -152,6 +152,7 @@ def _execute(context: RunContext, main: MethodRun) -> Result:
         began = time.perf_counter()
         if context.coordinator is not None:
             context.coordinator.enrol()
+        main.settle_cohort_size()
         _announce(context, main)
         base = _base(context, main)
         main.advance(context.config.federation.rounds)
@@ -198,7 +199,7 @@ def _base(context: RunContext, main: MethodRun) -> dict[str, float] | None:
     """Return the figures of the untouched base; measured once, then kept in the checkpoint."""
     context.emit("phase", phase="base", total=1, done=0)
     if "base" not in main.saved.notes and context.config.evaluation.base:
-        main.note({"base": context.evaluate([context.evaluation_task(main.initial())])[0]})
+        main.note({**main.saved.notes, "base": context.evaluate([context.evaluation_task(main.initial())])[0]})
     base: dict[str, float] | None = main.saved.notes.get("base")
     return base
 

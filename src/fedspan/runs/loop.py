@@ -21,7 +21,7 @@ from fedspan.robust import screen
 from fedspan.runs import checkpoint
 from fedspan.runs.checkpoint import Checkpoint
 from fedspan.runs.context import RunContext
-from fedspan.runs.engine_choice import EngineChoice, choose_engine, engine_used
+from fedspan.runs.engine_choice import EngineChoice, choose_engine, engine_used, measured_cohort_size
 from fedspan.runs.history import write_history
 from fedspan.runs.privacy_budget import PrivacyBudget, create_budget
 from fedspan.runs.scoring import personal_metrics
@@ -90,8 +90,23 @@ class MethodRun:
 
     def engine_used(self) -> EngineChoice:
         """Return the engine that the first round is worked on by."""
-        first = pooled(self.clients) if self.method.info.pooled else self._sampled(0)
-        return engine_used(self.context, self.engine, self.method, self.start.state, first)
+        return engine_used(self.context, self.engine, self.method, self.start.state, self._first())
+
+    def _first(self) -> list[Client]:
+        """Return the clients of the first round."""
+        return pooled(self.clients) if self.method.info.pooled else self._sampled(0)
+
+    def settle_cohort_size(self) -> None:
+        """Measure how many clients share a pass on a GPU, or take what this run's folder says of its beginning."""
+        executor, size = self.context.executor, self.saved.notes.get("cohort_size")
+        if size is None:
+            size = measured_cohort_size(self.context, self.engine, self.method, self.start.state, self._first())
+            if size is None:
+                return
+            self.note({**self.saved.notes, "cohort_size": size})
+        training = executor.context.training
+        engine = training.engine.model_copy(update={"cohort_size": size})
+        executor.context.training = replace(training, engine=engine)
 
     def note(self, notes: Mapping[str, Any]) -> None:
         """Keep in the checkpoint what was measured outside the rounds."""

@@ -75,6 +75,8 @@ class LocalWork:
         """The method's broadcast before it has learnt anything: tensors equal to it are not sent."""
         self._result: LocalResult | None = None
         """The result of training, while a later exchange of the round may ask about it."""
+        self._result_of: tuple[str, int] | None = None
+        """The run and round of that result."""
         self._state: ClientState | None = None
         self._widened: Broadcast | None = None
         """What a client of the rank of the sum's layout would have started training from."""
@@ -126,7 +128,9 @@ class LocalWork:
         else:
             started = begin(self._method, question, sent, self._state)
             self._result = self._train(started, header.run, question.round_num)
-        if self._result is None:
+            self._result_of = (header.run, header.round_num)
+        # In another round it would be in a second sum, whose clients may be others: the difference would be bare.
+        if self._result is None or self._result_of != (header.run, header.round_num):
             raise Refused("a question about a training result that this site does not hold any more", Code.NOT_HELD)
         # Exact here: tensors are rounded when they are put into the message, to the same bits.
         response = respond(self._method, question, self._result, started, self._state, EXACT, self._weight)

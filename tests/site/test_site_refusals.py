@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedspan.config import Config
 from fedspan.site.errors import Refused
@@ -95,3 +96,16 @@ def test_only_without_proved_liars_is_a_sum_unmasked_for_fewer_clients(tmp_path:
     storage.allow_unmasking("r1", "1/0", "w", ["a", "b", "c", "d"])
     with pytest.raises(Refused, match="was unmasked for other clients before"):  # proved in that sum, not in this one
         storage.allow_unmasking("r1", "1/0", "w", ["a", "b", "c"])
+
+
+def test_a_round_of_the_future_removes_no_state(tmp_path: Path) -> None:
+    """One message of a server that lies would otherwise have taken a site's personal model."""
+    storage = SiteStorage(tmp_path)
+    for finished in (1, 2):
+        storage.keep("r1", finished, {"x": torch.full((2,), float(finished))})
+    assert storage.state("r1", 10**9) is None
+    assert sorted(path.name for path in tmp_path.rglob("client-*")) == ["client-1.safetensors", "client-2.safetensors"]
+    state = storage.state("r1", 2)
+    assert state is not None
+    assert torch.equal(state["x"], torch.full((2,), 2.0))
+    assert [path.name for path in tmp_path.rglob("client-*")] == ["client-2.safetensors"]

@@ -169,7 +169,7 @@ class LocalWork:
             check_patch(increment, question.template.modules)
         patch = self._storage.patch(header.run, message["patch"], news)
         sent = protocol.get_broadcast(message["broadcast"], tensors, self._derived, patch)
-        check_tensors(sent)
+        check_tensors(sent, question.template.modules, {name: tuple(t.shape) for name, t in self._initial.items()})
         return sent
 
     def _state_after(self, header: RoundHeader, question: Question) -> ClientState | None:

@@ -197,3 +197,18 @@ def test_factors_without_a_number_are_refused_before_they_are_multiplied_or_padd
     head["broadcast"]["adapter"][module] = [*empty, scaling]
     assert made.answer(protocol.encode(head, outgoing))["code"] == "refused"
     assert f"factors of {module} for ({2**33}, {2**33})" in made.said[-1]
+
+
+GALORE = {"rank": 4, "update_gap": 1, "scale": 1.0, "svd": "exact", "side": "auto", "on_refresh": "keep"}
+
+
+@pytest.mark.parametrize("more", [{"probe_batches": 10**5}, {"galore": GALORE}])
+def test_a_recipe_asks_for_no_more_work_than_the_settings(asked: Any, more: dict[str, Any]) -> None:
+    """A gradient over 100,000 batches, or a decomposition in every step, would keep a site busy for days."""
+    made: Asked = asked("shared_galore")
+    content = next(c for c in made.messages if protocol.decode(c)[0]["kind"] == "ask")
+    parts = Parts.of(content)
+    assert "code" not in made.answer(parts.put_together())
+    parts.head["message"]["broadcast"]["recipe"].update(more)
+    assert made.answer(parts.put_together())["code"] == "refused"
+    assert made.said[-1].split(": ", 1)[1].startswith(("a gradient over 100000 batches", "a recipe with Galore"))

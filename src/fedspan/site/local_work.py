@@ -20,7 +20,7 @@ from fedspan.privacy.ledgers import ExampleLedgers
 from fedspan.privacy.sum_layout import SumLayout
 from fedspan.site.errors import Refused
 from fedspan.site.loading import Loaded
-from fedspan.site.message_checks import RoundHeader, check_patch, check_tensors
+from fedspan.site.message_checks import RoundHeader, check_patch, check_tensors, check_work
 from fedspan.site.storage import SiteStorage
 from fedspan.wire import protocol
 from fedspan.wire.precision import EXACT
@@ -170,6 +170,7 @@ class LocalWork:
         patch = self._storage.patch(header.run, message["patch"], news)
         sent = protocol.get_broadcast(message["broadcast"], tensors, self._derived, patch)
         check_tensors(sent, question.template.modules, {name: tuple(t.shape) for name, t in self._initial.items()})
+        check_work(sent.recipe, self._derived.recipe)
         return sent
 
     def _state_after(self, header: RoundHeader, question: Question) -> ClientState | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedspan.methods.messages import Broadcast
+from fedspan.methods.messages import Broadcast, Recipe
 from fedspan.methods.patches import Patch
 from fedspan.site.errors import Refused
 from fedspan.wire import agreement
@@ -151,3 +151,22 @@ def _check_subspaces(sent: Broadcast, shapes: Mapping[str, Shape]) -> None:
         sides = shape if name not in shapes else shape[:1] if space.side == "left" else shape[1:]
         if space.basis.ndim != 2 or len(shape) != 2 or space.basis.shape[0] not in sides:
             raise Refused(f"a subspace of {name} in shape {tuple(space.basis.shape)}: expected as many rows as {shape}")
+
+
+def check_work(recipe: Recipe, own: Recipe) -> None:
+    """Check that a recipe asks for no more work than the method's options do, which both sides have agreed on.
+
+    Parameters
+    ----------
+    own
+        That of the method's broadcast before it has learnt anything.
+
+    Raises
+    ------
+    Refused
+        For more batches of a gradient, or another GaLore, whose decompositions could be made in every step.
+    """
+    if recipe.probe_batches > own.probe_batches:
+        raise Refused(f"a gradient over {recipe.probe_batches} batches: expected at most {own.probe_batches}")
+    if recipe.galore not in (None, own.galore):
+        raise Refused(f"a recipe with {recipe.galore}: expected {own.galore}")

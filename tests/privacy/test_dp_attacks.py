@@ -72,6 +72,21 @@ def test_one_folder_under_two_settings_gives_no_gradient_away(
     assert spread == pytest.approx(noise, rel=0.1), (spread, noise)
 
 
+def test_dropout_cannot_be_drawn_by_anyone_but_the_site(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    """An example's mask depends on its place in the batch. Were the masks those of the run's seed, as they once were,
+    then one example more would shift the masks of all that follow, and move the sum by up to 2·C for each of them."""
+    config = settings(
+        bases["bert"], texts, "ffa_lora", federation=EQUAL, adapter={"dropout": 0.5}, privacy=private(100.0, 0.0)
+    )
+    answers = []
+    for name in "ab":
+        served = Served(config, tmp_path / name, tmp_path / f"sites-{name}")
+        served.run()
+        answers.append(served.vector("client-0"))
+    # All examples are drawn, and there is no noise: only the masks can differ.
+    assert not torch.allclose(*answers, rtol=1e-3)
+
+
 # Several asks of one round
 
 

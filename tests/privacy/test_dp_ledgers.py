@@ -107,7 +107,7 @@ def test_every_part_of_a_question_draws_anew(tmp_path: Path) -> None:
 def test_a_copied_folder_with_other_data_shares_nothing(tmp_path: Path) -> None:
     """Two sites with one secret, by a copy: other data, other draws. With the same data it is the same site."""
     for name in ("one", "two"):
-        write_bytes(tmp_path / name / "privacy" / "secret", b"1234abcd\n")
+        write_bytes(tmp_path / name / "privacy" / "secret", b"1234abcd" * 8)
     one, two = (ExampleLedgers(PRIVACY, 4, tmp_path / name, "settings") for name in ("one", "two"))
     first = one.secret(one.ask("run", "a", 0, 1, sent(), rows(5)))
     assert two.secret(two.ask("run", "a", 0, 1, sent(), rows(5, 1))) != first

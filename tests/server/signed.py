@@ -45,7 +45,7 @@ def changed(content: bytes, change: Change) -> bytes:
     outgoing = protocol.MessageTensors()
     for tensor in tensors:
         outgoing.put(tensor)
-    return protocol.encode({k: v for k, v in head.items() if k not in ("schema", "places")}, outgoing)
+    return protocol.encode(head, outgoing)
 
 
 class Signed:
@@ -58,11 +58,13 @@ class Signed:
         self.public = public if signed else None
         self.trusted = self.public if known else None
         self.sites: dict[str, Site] = {}
+        self.said: list[str] = []
+        """The lines of all sites' own logs."""
         for name in IDS:
             identity = self.keys[name].private_bytes_raw() if signed else None
             loaded = next(iter(self.sites.values())).loaded if self.sites else None
             site = SiteSettings(config, name, identity=identity, trusted=self.public)
-            self.sites[name] = Site(site, folder / "sites" / name, loaded)
+            self.sites[name] = Site(site, folder / "sites" / name, loaded, self.said.append)
         self.transport = MemoryTransport({f"node-{k}": site.answer for k, site in enumerate(self.sites.values())})
         self.lines: list[str] = []
 
@@ -84,7 +86,7 @@ class Signed:
     def restart(self, client_id: str) -> None:
         """Replace a site by a new one on the same disk, as if its process had been restarted."""
         old = self.sites[client_id]
-        self.sites[client_id] = Site(old.settings, old.folder, old.loaded)
+        self.sites[client_id] = Site(old.settings, old.folder, old.loaded, self.said.append)
         self.transport.handlers[f"node-{IDS.index(client_id)}"] = self.sites[client_id].answer
 
     def ask_falsely(self, client_id: str, kinds: tuple[str, ...], change: Change, back: Change | None = None) -> None:

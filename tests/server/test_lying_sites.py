@@ -282,4 +282,4 @@ def test_sites_accept_no_false_proof(bases: dict[str, Path], texts: Path, tmp_pa
         return
     with pytest.raises(ValueError, match="0 clients helped to unmask, 3 were needed"):
         fed.serve()
-    assert sum("no proof that the shares of" in line for line in fed.lines) == 3
+    assert sum("no proof that the shares of" in line for line in fed.said) == 3

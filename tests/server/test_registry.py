@@ -36,7 +36,7 @@ def refused(**fields: Any) -> bytes:
 
 
 def registry(folder: Path, answers: dict[str, bytes], lines: list[str], name: str = "fedit") -> SiteRegistry:
-    config = Config()
+    config = Config.model_validate({"federation": {"ranks": 2}} if name == "fedit" else {})
     transport = MemoryTransport({node: lambda content, answer=answer: answer for node, answer in answers.items()})
     method = methods.create(name)
     path = folder / "sites.json"
@@ -76,7 +76,7 @@ def registry(folder: Path, answers: dict[str, bytes], lines: list[str], name: st
 )
 def test_an_odd_introduction_is_reported_once_and_asked_for_again(tmp_path: Path, answer: bytes, expected: str) -> None:
     lines: list[str] = []
-    sites = registry(tmp_path, {"n": answer}, lines)
+    sites = registry(tmp_path, {"n": answer}, lines, "flexlora")
     for _ in range(3):
         sites.greet()
         sites.transport.sleep(5)
@@ -107,6 +107,16 @@ def test_sites_are_members_once_and_keep_their_rank_and_data(tmp_path: Path) -> 
         "node n3: clinic came back with another rank or other data",
         "clinic is here, rank 2",
     ]
+
+
+def test_the_first_site_to_come_does_not_choose_the_rank_of_all(tmp_path: Path) -> None:
+    """It would keep out every honest site, at each start."""
+    lines: list[str] = []
+    liar, honest = introduced(client_id="a", rank=1), introduced(client_id="b")
+    sites = registry(tmp_path, {"n1": liar, "n2": honest}, lines)
+    sites.greet()
+    assert list(sites.members) == ["b"]
+    assert "a has rank 1: fedit needs one rank for all, expected 2 (federation.ranks)" in lines[0]
 
 
 def test_a_run_that_goes_on_takes_in_its_own_sites_as_they_were(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from memory_transport import MemoryTransport, make_sites
@@ -180,3 +181,34 @@ def test_a_patch_for_other_modules_is_not_kept(asked: Any) -> None:
         assert made.answer(parts.put_together())["code"] == "refused"
         assert "a patch of" in made.said[-1]
     assert not list(made.site.folder.rglob("patch-9.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["flexlora", "ffa_lora"])
+def test_factors_without_a_number_are_refused_before_they_are_multiplied_or_padded(asked: Any, name: str) -> None:
+    """(m, 0) and (0, n) take no byte of a message, and their product m·n numbers: of 2³³ each, more than any memory."""
+    made: Asked = asked(name)
+    content = next(c for c in made.messages if protocol.decode(c)[0].get("broadcast", {}).get("adapter"))
+    head, tensors = protocol.decode(content)
+    module, (_, _, scaling) = next(iter(head["broadcast"]["adapter"].items()))
+    outgoing = protocol.MessageTensors()
+    for tensor in tensors:
+        outgoing.put(tensor)
+    empty = [outgoing.put(torch.empty(shape)) for shape in ((2**33, 0), (0, 2**33))]
+    head["broadcast"]["adapter"][module] = [*empty, scaling]
+    assert made.answer(protocol.encode(head, outgoing))["code"] == "refused"
+    assert f"factors of {module} for ({2**33}, {2**33})" in made.said[-1]
+
+
+GALORE = {"rank": 4, "update_gap": 1, "scale": 1.0, "svd": "exact", "side": "auto", "on_refresh": "keep"}
+
+
+@pytest.mark.parametrize("more", [{"probe_batches": 10**5}, {"galore": GALORE}])
+def test_a_recipe_asks_for_no_more_work_than_the_settings(asked: Any, more: dict[str, Any]) -> None:
+    """A gradient over 100,000 batches, or a decomposition in every step, would keep a site busy for days."""
+    made: Asked = asked("shared_galore")
+    content = next(c for c in made.messages if protocol.decode(c)[0]["kind"] == "ask")
+    parts = Parts.of(content)
+    assert "code" not in made.answer(parts.put_together())
+    parts.head["message"]["broadcast"]["recipe"].update(more)
+    assert made.answer(parts.put_together())["code"] == "refused"
+    assert made.said[-1].split(": ", 1)[1].startswith(("a gradient over 100000 batches", "a recipe with Galore"))

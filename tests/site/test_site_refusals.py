@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedspan.config import Config
 from fedspan.site.errors import Refused
@@ -69,29 +70,42 @@ def test_a_sums_keys_serve_the_run_that_they_were_made_for(tmp_path: Path) -> No
 
 def test_a_sum_is_unmasked_for_one_choice_of_clients_and_never_on_a_damaged_record(tmp_path: Path) -> None:
     storage = SiteStorage(tmp_path)
-    storage.allow_unmasking("r1", "0/0", ["b", "a"])
-    SiteStorage(tmp_path).allow_unmasking("r1", "0/0", ["a", "b"])
-    storage.allow_unmasking("r1", "1/0", ["a"])
+    storage.allow_unmasking("r1", "0/0", "v", ["b", "a"])
+    SiteStorage(tmp_path).allow_unmasking("r1", "0/0", "v", ["a", "b"])
+    storage.allow_unmasking("r1", "1/0", "w", ["a"])
     with pytest.raises(Refused, match="was unmasked for other clients before"):
-        SiteStorage(tmp_path).allow_unmasking("r1", "0/0", ["a"])
+        SiteStorage(tmp_path).allow_unmasking("r1", "0/0", "v", ["a"])
     path = tmp_path / "r1" / "unmasked.json"
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(Refused, match=r"unmasked.json is damaged"):
-        storage.allow_unmasking("r1", "0/0", ["a"])
+        storage.allow_unmasking("r1", "0/0", "v", ["a"])
     for content in ('{"0/0": ["a", "b"]}', "[]", '{"0/0": {"survivors": ["a"]}}'):  # an older form, and others
         path.write_text(content)
         with pytest.raises(Refused, match=r"unmasked.json is damaged"):
-            storage.allow_unmasking("r1", "0/0", ["a", "b"])
+            storage.allow_unmasking("r1", "0/0", "v", ["a", "b"])
 
 
 def test_only_without_proved_liars_is_a_sum_unmasked_for_fewer_clients(tmp_path: Path) -> None:
     storage = SiteStorage(tmp_path)
-    storage.allow_unmasking("r1", "0/0", ["a", "b", "c", "d"])
-    storage.record_liar("r1", "0/0", "d")
+    storage.allow_unmasking("r1", "0/0", "v", ["a", "b", "c", "d"])
+    storage.record_liar("r1", "0/0", "v", "d")
     for refused in (["a", "b", "d"], ["a", "b"], ["a", "b", "c", "e"], ["a", "b", "c", "d", "e"]):
         with pytest.raises(Refused, match="was unmasked for other clients before"):
-            SiteStorage(tmp_path).allow_unmasking("r1", "0/0", refused)
-    SiteStorage(tmp_path).allow_unmasking("r1", "0/0", ["a", "b", "c"])
-    storage.allow_unmasking("r1", "1/0", ["a", "b", "c", "d"])
+            SiteStorage(tmp_path).allow_unmasking("r1", "0/0", "v", refused)
+    SiteStorage(tmp_path).allow_unmasking("r1", "0/0", "v", ["a", "b", "c"])
+    storage.allow_unmasking("r1", "1/0", "w", ["a", "b", "c", "d"])
     with pytest.raises(Refused, match="was unmasked for other clients before"):  # proved in that sum, not in this one
-        storage.allow_unmasking("r1", "1/0", ["a", "b", "c"])
+        storage.allow_unmasking("r1", "1/0", "w", ["a", "b", "c"])
+
+
+def test_a_round_of_the_future_removes_no_state(tmp_path: Path) -> None:
+    """One message of a server that lies would otherwise have taken a site's personal model."""
+    storage = SiteStorage(tmp_path)
+    for finished in (1, 2):
+        storage.keep("r1", finished, {"x": torch.full((2,), float(finished))})
+    assert storage.state("r1", 10**9) is None
+    assert sorted(path.name for path in tmp_path.rglob("client-*")) == ["client-1.safetensors", "client-2.safetensors"]
+    state = storage.state("r1", 2)
+    assert state is not None
+    assert torch.equal(state["x"], torch.full((2,), 2.0))
+    assert [path.name for path in tmp_path.rglob("client-*")] == ["client-2.safetensors"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.patches import PatchLog
 from fedspan.site.storage import SiteStorage
-from fedspan.wire import protocol
+from fedspan.wire import protocol, schema
 from fedspan.wire.protocol import Malformed
 
 
@@ -124,6 +125,8 @@ DEEP = b"[" * 10**5 + b"]" * 10**5
         (b'{"message": {"x": 1e999}}', "the number 1e999"),
         (b'{"message": {"x": ' + b"9" * 400 + b"}}", "an integer of 400 digits"),
         (b'{"message": {"x": ' + b"9" * 5000 + b"}}", "an integer of 5000 digits"),
+        (b'{"message": {"x": 0.' + b"1" * 5000 + b"}}", "a number of 5002 characters"),
+        (b'{"message": {' + b'"":0,' * 600_000 + b"}}", "a head of 600001 entries"),
         (b'{"message": {"x": 1, "x": 2}}', "names a key twice"),
         (b'{"message": {"x": ' + DEEP + b"}}", "nested more than 32 deep"),
         # Brackets in a string must not hide others.
@@ -137,6 +140,24 @@ def test_json_that_only_a_careless_parser_takes_is_refused(head: bytes, expected
     with pytest.raises(Malformed, match=expected) as caught:
         protocol.decode(framed(head))
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("open_end", [b'\\"', b'"', b"\\", b"\\\n", b'"\\'], ids=repr)
+def test_a_head_whose_strings_do_not_end_is_refused_at_once(open_end: bytes) -> None:
+    """Once, a search for strings began again at every quotation mark: 16 kB took 6 s, and one MB would have taken
+    hours. The limit is 1,000 times what it takes now."""
+    head = b'{"a":"' + open_end * (2**20 // len(open_end))
+    began = time.process_time()
+    with pytest.raises(Malformed):
+        protocol.decode(framed(head))
+    assert time.process_time() - began < 20
+
+
+def test_more_wrong_fields_than_anyone_reads_are_counted_and_not_described() -> None:
+    """A description of each took 20 µs and 900 bytes: a message of 32 MB would have taken a minute and 2 GB."""
+    update = {"modules": {}, "dense": dict.fromkeys(map(str, range(50_000)), "x"), "moments": {}, "num_examples": 1.0}
+    with pytest.raises(Malformed, match=r"^a message with 50000 wrong fields$"):
+        schema.answer({"client_id": "a", "run": "r", "round": 0, "number": 0, "update": update})
 
 
 def test_a_matrix_travels_in_the_agreed_type_alone() -> None:

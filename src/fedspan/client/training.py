@@ -183,7 +183,9 @@ def train_privately(
     with (
         private_gradients(model, sent, settings.privacy, work.secret, width) as private,
         model.training(),
-        seeded(settings.seed, round_num, work.client_id, "dropout"),
+        # From the secret too. An example's mask depends on its place among those that were drawn; were the masks known,
+        # one example more would change what all that follow it add, by more than C.
+        seeded(work.secret, settings.seed, round_num, work.client_id, "dropout"),
     ):
         weights = nn.Parameter(private.weights())
         optimizer = plain_optimizer([{"params": [weights]}], local)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from fedspan.support.errors import FedspanError
 from fedspan.support.files import flush, make_folder
 
 SECRET_BITS = 256
+_DIGITS = SECRET_BITS // 4
 FOLDER = "privacy"
 """Subfolder of a run's or a site's folder, for its owner alone."""
 
@@ -32,10 +34,11 @@ def kept_secret(path: Path) -> Callable[[], int]:
         if not path.exists():
             _write(path, secrets.randbits(SECRET_BITS))
         # Read back even when just drawn: where two processes raced, both take the one that was linked first.
-        try:
-            return int(path.read_text(encoding="ascii").strip(), 16)
-        except ValueError:
-            raise FedspanError(f"{path} is damaged: expected a hexadecimal number") from None
+        content = path.read_bytes().strip()
+        # All of it: the beginning of a secret is a number too, and one that can be guessed.
+        if re.fullmatch(rb"[0-9a-f]{%d}" % _DIGITS, content) is None:
+            raise FedspanError(f"{path} is damaged: expected {_DIGITS} hexadecimal digits")
+        return int(content, 16)
 
     return secret
 
@@ -47,7 +50,7 @@ def _write(path: Path, value: int) -> None:
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         with open(descriptor, "w", encoding="ascii") as file:
-            file.write(f"{value:x}\n")
+            file.write(f"{value:0{_DIGITS}x}\n")
             file.flush()
             os.fsync(file.fileno())
         with contextlib.suppress(FileExistsError):

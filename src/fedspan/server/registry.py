@@ -81,6 +81,9 @@ class SiteRegistry:
         # Every line may quote a site.
         self.notify: Callable[[str], None] = lambda line: notify(one_line(line, _MAX_LINE))
         self._max_rank = requirements.largest_rank(federation)
+        # From the settings: if the first site to come gave the rank of all, it could keep the others out.
+        ranks = requirements.ranks(federation, terms["seed"])
+        self._one_rank = None if method.info.hetero_rank else max(ranks)
         self.members: dict[str, Member] = {}
         self.run = ""
         """The run's own name, which is in every message."""
@@ -269,8 +272,6 @@ class SiteRegistry:
         others = agreement.library_differences(self.terms, greeting.terms)
         if others is not None and self.deployment.same_libraries:
             raise FedspanError(f"{client_id} has other libraries: {others}; deployment.same_libraries forbids it")
-        if not self.method.info.hetero_rank and any(m.client.rank != rank for m in self.members.values()):
-            raise FedspanError(f"{client_id} has rank {rank}: {self.method.info.name} needs one rank for all")
         member = self.members.get(client_id)
         if member is not None and member.node in self.transport.nodes():
             raise FedspanError(f"{client_id} is here already, as another node")
@@ -280,6 +281,9 @@ class SiteRegistry:
         before = self._known.get(client_id) if member is None else member.client
         if before is not None and (rank, greeting.num_examples) != (before.rank, before.num_examples):
             raise FedspanError(f"{client_id} came back with another rank or other data")
+        if self._one_rank not in (None, rank):
+            needed = f"{self.method.info.name} needs one rank for all, expected {self._one_rank} (federation.ranks)"
+            raise FedspanError(f"{client_id} has rank {rank}: {needed}")
 
     def _refuse(self, node: str, reason: str) -> None:
         line = f"node {node}: {reason}"

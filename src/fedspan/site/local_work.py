@@ -20,7 +20,7 @@ from fedspan.privacy.ledgers import ExampleLedgers
 from fedspan.privacy.sum_layout import SumLayout
 from fedspan.site.errors import Refused
 from fedspan.site.loading import Loaded
-from fedspan.site.message_checks import RoundHeader, check_patch, check_tensors
+from fedspan.site.message_checks import RoundHeader, check_patch, check_tensors, check_work
 from fedspan.site.storage import SiteStorage
 from fedspan.wire import protocol
 from fedspan.wire.precision import EXACT
@@ -75,6 +75,8 @@ class LocalWork:
         """The method's broadcast before it has learnt anything: tensors equal to it are not sent."""
         self._result: LocalResult | None = None
         """The result of training, while a later exchange of the round may ask about it."""
+        self._result_of: tuple[str, int] | None = None
+        """The run and round of that result."""
         self._state: ClientState | None = None
         self._widened: Broadcast | None = None
         """What a client of the rank of the sum's layout would have started training from."""
@@ -126,7 +128,9 @@ class LocalWork:
         else:
             started = begin(self._method, question, sent, self._state)
             self._result = self._train(started, header.run, question.round_num)
-        if self._result is None:
+            self._result_of = (header.run, header.round_num)
+        # In another round it would be in a second sum, whose clients may be others: the difference would be bare.
+        if self._result is None or self._result_of != (header.run, header.round_num):
             raise Refused("a question about a training result that this site does not hold any more", Code.NOT_HELD)
         # Exact here: tensors are rounded when they are put into the message, to the same bits.
         response = respond(self._method, question, self._result, started, self._state, EXACT, self._weight)
@@ -165,7 +169,8 @@ class LocalWork:
             check_patch(increment, question.template.modules)
         patch = self._storage.patch(header.run, message["patch"], news)
         sent = protocol.get_broadcast(message["broadcast"], tensors, self._derived, patch)
-        check_tensors(sent)
+        check_tensors(sent, question.template.modules, {name: tuple(t.shape) for name, t in self._initial.items()})
+        check_work(sent.recipe, self._derived.recipe)
         return sent
 
     def _state_after(self, header: RoundHeader, question: Question) -> ClientState | None:

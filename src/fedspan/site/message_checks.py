@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedspan.methods.messages import Broadcast
+from fedspan.methods.messages import Broadcast, Recipe
 from fedspan.methods.patches import Patch
 from fedspan.site.errors import Refused
 from fedspan.wire import agreement
 from fedspan.wire.names import check_name
 from fedspan.wire.refusals import Code
 from fedspan.wire.schema import MAX_RANK
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,27 +108,37 @@ def check_patch(patch: Mapping[str, Patch], modules: Mapping[str, tuple[int, int
             raise Refused(f"a patch of {name} in shape {tuple(addition.shape)}: expected {modules.get(name)}")
 
 
-def check_tensors(sent: Broadcast) -> None:
-    """Check that what a broadcast says of trained tensors is about some of its own, in shapes that fit them.
+def check_tensors(sent: Broadcast, modules: Mapping[str, Shape], dense: Mapping[str, Shape]) -> None:
+    """Check that a broadcast's tensors are in the shapes of this model, before anything is computed from them.
+
+    A product of factors without a single number, (2³³, 0) and (0, 2³³), would fill any memory.
+
+    Parameters
+    ----------
+    modules
+        Name -> (m, n).
+    dense
+        The heads and trained weights of the base.
 
     Raises
     ------
     Refused
         Naming the first that is not.
     """
-    shapes = {f"{name}/{part}": t.shape for name, f in sent.adapter.items() for part, t in f.tensors().items()}
-    shapes |= {name: t.shape for name, t in sent.dense.items()}
-    for name, space in sent.subspaces.items():
-        shape = shapes.get(name)  # None where a method asks about something else than a trained tensor
-        sides = (None, None) if shape is None or len(shape) != 2 else shape
-        side = sides[0] if space.side == "left" else sides[1]
-        if space.basis.ndim != 2 or side not in (None, space.basis.shape[0]):
-            raise Refused(f"a subspace of {name} in shape {tuple(space.basis.shape)}: expected ({side}, q)")
+    for name, f in sent.adapter.items():
+        if (f.b.shape[0], f.a.shape[1]) != modules.get(name):
+            raise Refused(f"factors of {name} for {(f.b.shape[0], f.a.shape[1])}: expected {modules.get(name)}")
+    for name, value in sent.dense.items():
+        if tuple(value.shape) != dense.get(name):
+            raise Refused(f"{name} in shape {tuple(value.shape)}: expected {dense.get(name)}")
+    trained = {f"{name}/{part}": t.shape for name, f in sent.adapter.items() for part, t in f.tensors().items()}
+    trained |= {name: t.shape for name, t in sent.dense.items()}
+    _check_subspaces(sent, {**modules, **trained})
     for name, value in sent.correction.items():
-        if shapes.get(name) != value.shape:
+        if trained.get(name) != value.shape:
             raise Refused(f"a correction of {name} in shape {tuple(value.shape)}: expected that of a trained tensor")
     for name, value in sent.moments.items():
-        shape = shapes.get(name)
+        shape = trained.get(name)
         # GaLore's are about projected gradients; others about the tensor, one number for each block of it.
         fits = value.ndim == 2 if sent.recipe.galore is not None else _expands(value.shape, shape)
         if shape is None or not fits:
@@ -137,3 +149,33 @@ def _expands(shape: Sequence[int], other: Sequence[int] | None) -> bool:
     return (
         other is not None and len(shape) == len(other) and all(x in (1, y) for x, y in zip(shape, other, strict=True))
     )
+
+
+def _check_subspaces(sent: Broadcast, shapes: Mapping[str, Shape]) -> None:
+    """Check the bases that a broadcast has of trained tensors, of modules, or of what a method derives from a module
+    and names `MODULE/part`."""
+    for name, space in sent.subspaces.items():
+        shape = shapes.get(name, shapes.get(name.rpartition("/")[0], ()))
+        # It is known of a tensor on which of its sides a basis acts, and not of what is derived from one.
+        sides = shape if name not in shapes else shape[:1] if space.side == "left" else shape[1:]
+        if space.basis.ndim != 2 or len(shape) != 2 or space.basis.shape[0] not in sides:
+            raise Refused(f"a subspace of {name} in shape {tuple(space.basis.shape)}: expected as many rows as {shape}")
+
+
+def check_work(recipe: Recipe, own: Recipe) -> None:
+    """Check that a recipe asks for no more work than the method's options do, which both sides have agreed on.
+
+    Parameters
+    ----------
+    own
+        That of the method's broadcast before it has learnt anything.
+
+    Raises
+    ------
+    Refused
+        For more batches of a gradient, or another GaLore, whose decompositions could be made in every step.
+    """
+    if recipe.probe_batches > own.probe_batches:
+        raise Refused(f"a gradient over {recipe.probe_batches} batches: expected at most {own.probe_batches}")
+    if recipe.galore not in (None, own.galore):
+        raise Refused(f"a recipe with {recipe.galore}: expected {own.galore}")

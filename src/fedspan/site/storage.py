@@ -19,6 +19,10 @@ from fedspan.support.files import read_tensors, write_bytes
 from fedspan.wire.refusals import Code
 
 _UNMASKED = "unmasked.json"
+_VECTORS = ".vectors.json"
+"""Of all runs. No run has such a name."""
+_Record = dict[str, dict[str, list[str]]]
+"""Sum or vector -> the survivors that it was unmasked for, and the proved liars among them."""
 
 
 class SiteStorage:
@@ -35,11 +39,13 @@ class SiteStorage:
     def state(self, run: str, counted: int) -> ClientState | None:
         """Return the state after that many finished rounds, or None; the files of earlier rounds are removed."""
         folder = self.folder / run
-        for path in folder.glob("client-*.safetensors"):
-            if int(path.stem.removeprefix("client-")) < counted:
-                path.unlink()
         path = folder / f"client-{counted}.safetensors"
-        return self._read(path) if path.exists() else None
+        if not path.exists():
+            return None  # and nothing is removed: a server that names a round of the future must not take all states
+        for other in folder.glob("client-*.safetensors"):
+            if int(other.stem.removeprefix("client-")) < counted:
+                other.unlink()
+        return self._read(path)
 
     def keep(self, run: str, finished: int, state: ClientState) -> None:
         """Keep the state after that many finished rounds, for the case that the answer counts."""
@@ -103,50 +109,59 @@ class SiteStorage:
                 with suppress(OSError):
                     path.unlink()
 
-    def allow_unmasking(self, run: str, sum_name: str, survivors: Sequence[str]) -> None:
+    def allow_unmasking(self, run: str, sum_name: str, vector: str, survivors: Sequence[str]) -> None:
         """Record the clients for which a sum is unmasked, before this site helps to do so.
 
         One sum is never unmasked for two choices of clients, since the difference of the two results would be the
-        update of the clients in which they differ. The record is on disk because a server that was restarted asks
-        about the same round again, and this site may have been restarted too.
+        update of the clients in which they differ. Nor are two sums with the same vector of this site: a run that is
+        begun again from the same seed has the same vectors as before, and a server may call any sum another run's. The
+        records are on disk because a server that was restarted asks about the same round again, and this site may have
+        been restarted too.
 
         Parameters
         ----------
         sum_name
             The name that this site gave the sum when it masked its own update.
+        vector
+            Digest of that update, as it was before it was masked.
 
         Raises
         ------
         Refused
-            When the sum was unmasked for other clients before, or the record cannot be read.
+            When the sum, or one with the same vector, was unmasked for other clients before, or a record cannot be
+            read.
         """
-        record = self._unmasked(run)
-        chosen = set(survivors)
-        before = record.setdefault(sum_name, {"survivors": sorted(chosen), "liars": []})
-        # Without clients that have dealt false shares the same sum may be asked for again: the difference is theirs.
-        if not set(before["survivors"]) - set(before["liars"]) <= chosen <= set(before["survivors"]):
-            raise Refused(
-                f"sum {sum_name} was unmasked for other clients before, and the difference would reveal the update of "
-                f"one of them; the person responsible for this site may allow it by removing {_UNMASKED} from its "
-                "state",
-                Code.UNMASKED,
-            )
-        self._keep_unmasked(run, record)
+        for place, key in self._places(run, sum_name, vector):
+            record = self._unmasked(place)
+            before, chosen = record.setdefault(key, {"survivors": sorted(set(survivors)), "liars": []}), set(survivors)
+            # Without clients that have dealt false shares the same sum may be asked for again: the difference is
+            # theirs.
+            if not set(before["survivors"]) - set(before["liars"]) <= chosen <= set(before["survivors"]):
+                raise Refused(
+                    f"sum {sum_name}, or one with the same update of this site, was unmasked for other clients before, "
+                    "and the difference would reveal the update of one of them; a new run needs another seed; the "
+                    f"person responsible for this site may allow it by removing {place.name} from its state",
+                    Code.UNMASKED,
+                )
+            self._keep_unmasked(place, record)
 
-    def record_liar(self, run: str, sum_name: str, client_id: str) -> None:
+    def record_liar(self, run: str, sum_name: str, vector: str, client_id: str) -> None:
         """Record that a client was proved to have dealt false shares for a sum that this site has helped to unmask."""
-        record = self._unmasked(run)
-        liars = record[sum_name]["liars"]
-        record[sum_name]["liars"] = sorted({*liars, client_id})
-        self._keep_unmasked(run, record)
+        for place, key in self._places(run, sum_name, vector):
+            record = self._unmasked(place)
+            record[key]["liars"] = sorted({*record[key]["liars"], client_id})
+            self._keep_unmasked(place, record)
 
-    def _unmasked(self, run: str) -> dict[str, dict[str, list[str]]]:
-        """Return sum -> the survivors that it was unmasked for, and the proved liars among them."""
-        path = self.folder / run / _UNMASKED
+    def _places(self, run: str, sum_name: str, vector: str) -> tuple[tuple[Path, str], ...]:
+        """Return the two records that a sum is in, and its name in each."""
+        return (self.folder / run / _UNMASKED, sum_name), (self.folder / _VECTORS, vector)
+
+    @staticmethod
+    def _unmasked(path: Path) -> _Record:
         if not path.exists():
             return {}
         try:
-            record: dict[str, dict[str, list[str]]] = json.loads(path.read_text(encoding="utf-8"))
+            record: _Record = json.loads(path.read_text(encoding="utf-8"))
             if any(entry.keys() != {"survivors", "liars"} for entry in record.values()):
                 raise ValueError("entries of another form")
         except (ValueError, AttributeError) as error:
@@ -154,8 +169,9 @@ class SiteStorage:
             raise Refused(f"{path.name} is damaged ({error}): this site cannot tell what it has unmasked") from None
         return record
 
-    def _keep_unmasked(self, run: str, record: Mapping[str, Any]) -> None:
-        write_bytes(self.folder / run / _UNMASKED, json.dumps(record).encode())
+    @staticmethod
+    def _keep_unmasked(path: Path, record: _Record) -> None:
+        write_bytes(path, json.dumps(record).encode())
 
     @staticmethod
     def _read(path: Path) -> dict[str, Tensor]:

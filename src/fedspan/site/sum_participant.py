@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedspan.federation import requirements
@@ -16,6 +18,21 @@ from fedspan.wire.refusals import Code
 if TYPE_CHECKING:  # this needs the extra `secure`
     from fedspan.privacy.primitives import Ed25519PrivateKey
     from fedspan.privacy.secure_sum import RoundParticipant
+
+
+@dataclass(frozen=True, slots=True)
+class _Masked:
+    """What this site has masked in one sum."""
+
+    labels: tuple[int, int]
+    """The round and exchange of the update."""
+    vector: str
+    """Digest of it, before it was masked."""
+
+    @property
+    def sum_name(self) -> str:
+        """Return this site's own name of the sum in its run."""
+        return f"{self.labels[0]}/{self.labels[1]}"
 
 
 class SumParticipant:
@@ -39,8 +56,8 @@ class SumParticipant:
         self._name: tuple[str, str] | None = None
         """Run and session of the set-up."""
         self._participant: RoundParticipant | None = None
-        self._masked: dict[int, tuple[int, int]] = {}
-        """Number of a sum -> the round and exchange whose update it has masked."""
+        self._masked: dict[int, _Masked] = {}
+        """By the number of the sum."""
 
     def advertise(self, header: RoundHeader, session: str, num_sums: int) -> bytes:
         """Make new keys for several sums and return the public ones; earlier keys are forgotten.
@@ -98,7 +115,8 @@ class SumParticipant:
     def mask(self, header: RoundHeader, session: str, index: int, words: Words, terms: bytes) -> Words:
         """Return one sum's vector under its masks, which are bound to the terms of the sum."""
         masked = self._of(header.run, session).mask(index, words, terms)
-        self._masked[index] = (header.round_num, header.number)
+        digest = hashlib.sha256(words.tobytes()).hexdigest()
+        self._masked[index] = _Masked((header.round_num, header.number), digest)
         return masked
 
     def unmask(self, run: str, session: str, index: int, labels: tuple[int, int], survivors: Sequence[str]) -> bytes:
@@ -112,16 +130,16 @@ class SumParticipant:
         Raises
         ------
         Refused
-            When this site has masked another update with these keys, or the sum was unmasked for other clients before,
-            even in an earlier set-up.
+            When this site has masked another update with these keys, or a sum with this update was unmasked for other
+            clients before, even in an earlier set-up or run.
         """
-        participant = self._of(run, session)
-        if self._masked.get(index) != labels:
+        participant, masked = self._of(run, session), self._masked.get(index)
+        if masked is None or masked.labels != labels:
+            own = "nothing" if masked is None else masked.labels
             raise Refused(
-                f"sum {index} as that of round {labels[0]}, exchange {labels[1]}: this site has masked "
-                f"{self._masked.get(index, 'nothing')} in it"
+                f"sum {index} as that of round {labels[0]}, exchange {labels[1]}: this site has masked {own} in it"
             )
-        self._storage.allow_unmasking(run, _sum_name(labels), survivors)
+        self._storage.allow_unmasking(run, masked.sum_name, masked.vector, survivors)
         return participant.unmask(index, survivors)
 
     def convict(
@@ -143,7 +161,8 @@ class SumParticipant:
         """
         if not self._of(run, session).convicts(index, dealer, commitments, signature, shares):
             raise Refused(f"no proof that the shares of {dealer!r} in sum {index} are false")
-        self._storage.record_liar(run, _sum_name(self._masked[index]), dealer)
+        masked = self._masked[index]
+        self._storage.record_liar(run, masked.sum_name, masked.vector, dealer)
 
     def _of(self, run: str, session: str) -> RoundParticipant:
         if self._participant is None or self._name != (run, session):
@@ -156,7 +175,3 @@ class SumParticipant:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
         return Ed25519PrivateKey.from_private_bytes(self._identity)
-
-
-def _sum_name(labels: tuple[int, int]) -> str:
-    return f"{labels[0]}/{labels[1]}"

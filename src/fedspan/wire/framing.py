@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedspan.support.errors import FedspanError, one_line
@@ -31,7 +32,13 @@ _MAX_DIMENSIONS = 8
 _MAX_DIGITS = 19
 """Of an integer, so that none is beyond 64 bits, and every one can be made a float."""
 _MAX_DEPTH = 32
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_MAX_ENTRIES = 5 * 10**5
+"""Of all objects of a head together."""
+_MAX_REAL = 32
+"""Characters of a number with a point or an exponent; Python writes at most 24."""
+# It matches at every quotation mark, to the end of the head where the string has none, and never goes back: a search
+# that can fail at one mark begins again at the next, and one small message keeps the process busy for days.
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 _DTYPES = {name: packing.DTYPES[name] for name in ("float32", "bfloat16", "int8", "int64", "uint8")}
 _ALL_KINDS: tuple[Kind, ...] = get_args(Kind)
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
@@ -115,9 +122,12 @@ def decode(content: bytes, kinds: Sequence[Kind] = _ALL_KINDS) -> tuple[dict[str
 
 def _parsed(head: bytes) -> Any:
     """Return the JSON of a head, which is not nested deeply and holds 64-bit numbers only."""
+    marks = np.frombuffer(_STRING.sub(b"", head), dtype=np.uint8)
     # Before the parser, whose own end of a deep nesting is the end of the interpreter's stack.
-    if _depth(head) > _MAX_DEPTH:
+    if _depth(marks) > _MAX_DEPTH:
         raise Malformed(f"a head that is nested more than {_MAX_DEPTH} deep")
+    if (entries := int((marks == ord(":")).sum())) > _MAX_ENTRIES:
+        raise Malformed(f"a head of {entries} entries: expected at most {_MAX_ENTRIES}")
     try:
         return json.loads(
             head.decode("ascii"),  # as `json.dumps` writes it; a character of another script is an escape in it
@@ -132,11 +142,10 @@ def _parsed(head: bytes) -> Any:
         raise Malformed(f"a head that is no JSON ({one_line(error, 100)})") from None
 
 
-def _depth(head: bytes) -> int:
-    """Return the depth of the nesting, without the brackets within strings."""
-    codes = np.frombuffer(_STRING.sub(b"", head), dtype=np.uint8)
-    opened = (codes == ord("[")) | (codes == ord("{"))
-    closed = (codes == ord("]")) | (codes == ord("}"))
+def _depth(marks: NDArray[np.uint8]) -> int:
+    """Return the depth of the nesting of a head without its strings."""
+    opened = (marks == ord("[")) | (marks == ord("{"))
+    closed = (marks == ord("]")) | (marks == ord("}"))
     return int((opened.astype(np.int8) - closed.astype(np.int8)).cumsum(dtype=np.int32).max(initial=0))
 
 
@@ -154,6 +163,8 @@ def _integer(text: str) -> int:
 
 
 def _real(text: str) -> float:
+    if len(text) > _MAX_REAL:
+        raise Malformed(f"a number of {len(text)} characters: expected at most {_MAX_REAL}")
     value = float(text)
     if not math.isfinite(value):
         raise Malformed(f"the number {one_line(text, 40)}: expected a finite one")

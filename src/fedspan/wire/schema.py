@@ -24,6 +24,8 @@ MAX_RANK = 2**16
 MAX_EXAMPLES = 10**12
 _SHOWN = 60
 """Characters of a wrong value that an error shows."""
+_MANY = 1000
+"""Wrong fields, above which none of them is named: a description of each would take gigabytes."""
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Flag = Annotated[bool, Strict()]
@@ -330,6 +332,8 @@ def _checked(form: TypeAdapter[T], head: Mapping[str, Any]) -> T:
     try:
         return form.validate_python(head)
     except ValidationError as error:
+        if error.error_count() > _MANY:
+            raise Malformed(f"a message with {error.error_count()} wrong fields") from None
         first = error.errors(include_url=False, include_context=False)[0]
         place = one_line(".".join(map(str, first["loc"])), 2 * _SHOWN)
         if first["type"] == "missing":

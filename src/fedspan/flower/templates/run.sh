@@ -22,7 +22,7 @@ case "$name" in
 esac
 flwr run app fedspan --stream -c "run-name=\"$name\"" &
 flwr=$!
-trap 'kill $flwr 2>/dev/null || :; echo "the run $name goes on without this display" >&2; exit 143' HUP INT TERM
+trap '{ kill $flwr; wait $flwr; } 2>/dev/null || :; echo "the run $name goes on without this display" >&2; exit 143' HUP INT TERM
 wait $flwr
 # Flower's command ends with 0 however the run has ended.
 if [ ! -f "runs/$name/summary.json" ]; then

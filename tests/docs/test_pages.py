@@ -31,6 +31,7 @@ TEMPLATES = (
     "ca/",
     "state/",
     "runs/",
+    "container/",
     "adapter/",
     "model/",
     "checkpoint/",

@@ -1,6 +1,8 @@
 """A deployment's folder: what is in it, who may read it, and whether other programs agree that it is right."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import socket
@@ -8,6 +10,7 @@ import ssl
 import stat
 import subprocess
 import sys
+import time
 import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
@@ -227,10 +230,43 @@ def test_scripts_tell_flower_to_keep_to_itself(made: Path) -> None:
 
 
 def test_a_strange_run_name_is_refused(made: Path) -> None:
-    for name in ("../x", 'a"b', ".hidden", "a b"):
+    for name in ("../x", 'a"b', ".hidden", "a b", "-x", "x" * 65):
         done = subprocess.run([made / "server/run.sh", name], capture_output=True, text=True)
         assert (done.returncode, done.stderr.startswith("run name")) == (2, True), name
+        with pytest.raises(ValueError, match=r"--run = .*: expected at most 64"):
+            trial.up(made, print, proxy="python", run=name)
     shutil.rmtree(made / "server/flwr")
+
+
+def flwr_that(does: str, folder: Path) -> dict[str, str]:
+    """Return an environment in which the command `flwr` is this line of shell."""
+    (folder / "flwr").write_text(f"#!/bin/sh\n{does}\n")
+    (folder / "flwr").chmod(0o755)
+    return {"PATH": f"{folder}:/usr/bin:/bin"}
+
+
+def test_the_exit_status_of_a_run_says_whether_it_has_a_result(made: Path, tmp_path: Path) -> None:
+    server = shutil.copytree(made / "server", tmp_path / "server")
+    for does, status in (("exit 0", 1), ("exit 7", 7), ("mkdir runs/x; touch runs/x/summary.json", 0)):
+        done = subprocess.run([server / "run.sh", "x"], env=flwr_that(does, tmp_path), capture_output=True, text=True)
+        assert done.returncode == status, does
+        assert ("the run x has no result" in done.stderr) == (status == 1)
+
+
+def test_a_run_that_is_no_longer_shown_leaves_no_process(made: Path, tmp_path: Path) -> None:
+    server = shutil.copytree(made / "server", tmp_path / "server")
+    environment = flwr_that("echo $$ >../pid; exec sleep 600", tmp_path)
+    shown = subprocess.Popen([server / "run.sh"], env=environment, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    shown.terminate()
+    _, said = shown.communicate(timeout=60)
+    assert (shown.returncode, said) == (143, "the run federation goes on without this display\n")
+    while Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/cmdline").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 @pytest.mark.skipif(shutil.which("nginx", path="/usr/sbin:/usr/bin") is None, reason="needs nginx")
@@ -250,7 +286,26 @@ def test_a_deployment_for_one_machine_listens_to_it_alone(made: Path, tmp_path: 
     assert (made / "server/listen.conf").read_text() == "listen 0.0.0.0:8443 ssl;\n"
     deployment.write(tmp_path / "here", deployment.plan(["a"]), config(1))
     assert (tmp_path / "here/server/listen.conf").read_text() == "listen 127.0.0.1:8443 ssl;\n"
+    assert not deployment.plan(["a"], ["localhost", "0.org"]).local
     assert "--host 127.0.0.1" in (made / "server/superlink.sh").read_text()
+
+
+@pytest.mark.parametrize(
+    ("hosts", "addresses"),
+    [
+        (["2001:db8::1"], ["0.0.0.0", "[::]"]),
+        (["fed.example.org", "2001:db8::1"], ["0.0.0.0", "[::]"]),
+        (["::1"], ["127.0.0.1", "[::1]"]),
+    ],
+)
+def test_a_server_with_an_ipv6_address_listens_there_too(
+    tmp_path: Path, hosts: list[str], addresses: list[str]
+) -> None:
+    deployment.write(tmp_path / "fed", deployment.plan(["a"], hosts), config(1))
+    lines = (tmp_path / "fed/server/listen.conf").read_text().splitlines()
+    assert lines == [f"listen {address}:8443 ssl;" for address in addresses]
+    options = " ".join(f"--host {address.strip('[]')}" for address in addresses)
+    assert f"fedspan.flower.proxy {options} --port 8443" in (tmp_path / "fed/server/proxy.sh").read_text()
 
 
 def test_compose_files_hold_together(made: Path) -> None:
@@ -308,6 +363,33 @@ def test_a_site_makes_its_own_keys(made: Path, tmp_path: Path) -> None:
         deployment.renew_keys(tmp_path)
 
 
+def test_keys_are_renewed_together_or_not_at_all(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = shutil.copytree(made / "sites/ucl", tmp_path / "ucl")
+    before = {name: path.read_bytes() for name, path in files(site).items()}
+    write, names = deployment._write_new, []
+
+    def full(path: Path, content: bytes, mode: int) -> None:
+        write(path, content[:7], mode)
+        names.append(path)
+        if len(names) == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(deployment, "_write_new", full)
+    with pytest.raises(ValueError, match=r"ucl keeps its old keys, .*: No space left on device"):
+        deployment.renew_keys(site)
+    assert {name: path.read_bytes() for name, path in files(site).items()} == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give files away")
+def test_keys_that_root_renews_belong_to_the_site(made: Path, tmp_path: Path) -> None:
+    site = shutil.copytree(made / "sites/ucl", tmp_path / "ucl")
+    os.chown(site, 2001, 2002)
+    deployment.renew_keys(site)
+    for name in ("node.key", "node.pub", "identity.key", "runtime.key", "sites.json"):
+        status = (site / name).stat()
+        assert (status.st_uid, status.st_gid) == (2001, 2002), name
+
+
 REFUSED = [
     ({"sites": []}, "no sites: expected at least one"),
     ({"sites": ["a", "b", "a"]}, "site 'a' is named twice"),
@@ -316,12 +398,15 @@ REFUSED = [
     ({"sites": [""]}, "expected lower-case letters"),
     ({"sites": ["a" * 33]}, "expected lower-case letters"),
     ({"sites": ["a"], "port": 0}, "port 0: expected one between 1 and 65535"),
-    ({"sites": ["a"], "port": 65535}, "port 65536: expected one"),
+    ({"sites": ["a"], "port": 65535}, "port 65536, the SuperLink's: expected one"),
     ({"sites": ["a"], "port": 8601}, "collides with"),
     ({"sites": ["a"], "hosts": ["x;y"]}, "host 'x;y': expected a DNS name or an IP address"),
     ({"sites": ["a"], "hosts": ["1.2.3"]}, "host '1.2.3'"),
     ({"sites": ["a"], "hosts": ["-x.org"]}, "host '-x.org'"),
     ({"sites": ["a"], "hosts": ["x.org:1"]}, "host 'x.org:1'"),
+    ({"sites": ["a"], "hosts": ["fe80::1%eth0"]}, "host 'fe80::1%eth0'"),
+    ({"sites": ["a"], "hosts": ["0.0.0.0"]}, "host '0.0.0.0'"),
+    ({"sites": ["a"], "hosts": ["::"]}, "host '::'"),
 ]
 
 
@@ -342,6 +427,25 @@ def test_a_folder_in_use_and_another_number_of_clients_are_refused(tmp_path: Pat
     with pytest.raises(ValueError, match="exists and is not empty: expected a new folder"):
         deployment.write(tmp_path / "fed", plan, config(1))
     assert {name: path.read_bytes() for name, path in files(tmp_path).items()} == before
+
+
+def test_a_name_that_cannot_become_a_new_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "broken").symlink_to("nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path / "empty")
+    for folder in (tmp_path / "link", tmp_path / "broken", Path(".")):
+        with pytest.raises(
+            ValueError, match=rf"{re.escape(str(folder))} cannot be written .*: expected the name of a new"
+        ):
+            deployment.write(folder, deployment.plan(["a"]), config(1))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_sites_are_named_once_however_many_there_are() -> None:
+    with pytest.raises(ValueError, match="port 65536, a site's"):
+        deployment.plan([f"s{k}" for k in range(10**6)])  # the square of that takes hours
 
 
 def test_an_interrupted_init_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,6 +526,8 @@ def test_a_trial_refuses_what_is_no_trial(made: Path, tmp_path: Path, monkeypatc
         (["hosts"], ["not a host"], "host 'not a host'"),
         (["hosts"], [5], "host 5: expected a DNS name"),
         (["hosts"], 5, "holds no deployment"),
+        (["hosts"], "localhost", "holds no deployment"),
+        (["hosts"], {"localhost": 1}, "holds no deployment"),
         (["port"], "8443; rm -rf /", "port '8443; rm -rf /': expected one between"),
         (["port"], 70000, "port 70000"),
         (["port"], True, "port True"),
@@ -476,3 +582,6 @@ def test_damaged_bindings_are_refused(made: Path, tmp_path: Path, content: str |
         (tmp_path / "clients.json").write_text(content)
     with pytest.raises(ValueError, match=expected):
         NodeClients(tmp_path).client_of(node_keys.read_keys(made / "server/nodes")["charite"])
+    if "charite" not in expected:
+        with pytest.raises(ValueError, match=expected):
+            NodeClients(tmp_path).check()

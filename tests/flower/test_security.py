@@ -471,6 +471,8 @@ def test_the_folder_of_keys_says_who_is_registered(connected: Server, tmp_path: 
     assert connected.status()["spare"] == "registered"
     # A node that is unregistered loses its access at once, although it is connected.
     assert node_keys.synchronise(client, {"north": keys["north"]}) == ([], ["south", "spare"])
+    with pytest.raises(ValueError, match=r"^spare: this key was unregistered before, .* expected a new one"):
+        node_keys.synchronise(client, {"north": keys["north"], "spare": more["spare"]})
     client.close()
     assert connected.status() == {"north": "online"}
     end = time.monotonic() + 40

@@ -88,6 +88,21 @@ def test_an_odd_introduction_is_reported_once_and_asked_for_again(tmp_path: Path
     assert len(line) < 600
 
 
+def test_a_failing_site_is_named_and_reported_once_whatever_its_incidents_are(tmp_path: Path) -> None:
+    lines: list[str] = []
+    sites = registry(tmp_path, {"n": refused()}, lines)
+    sites.transport.bound = {"n": "clinic"}
+    for number in range(3):
+        sites.transport.handlers["n"] = lambda content, number=number: refused(incident=f"{number:06x}")
+        sites.greet()
+        sites.transport.sleep(5)
+    assert len(sites.transport.sent) == 3
+    assert lines == ["a node is not taken in: node n (clinic): an error of its own (incident 000000 in the site's log)"]
+    sites.transport.handlers["n"] = lambda content: refused(code="no-memory")
+    sites.greet()
+    assert len(lines) == 2
+
+
 def test_sites_are_members_once_and_keep_their_rank_and_data(tmp_path: Path) -> None:
     lines: list[str] = []
     sites = registry(tmp_path, {"n1": introduced(), "n2": introduced()}, lines)
@@ -162,4 +177,6 @@ def test_a_site_cannot_speak_for_another(tmp_path: Path) -> None:
         sites.transport.sleep(5)
         sites.greet()
         assert [member.node for member in sites.members.values()] == ["b"]
-        assert "a node is not taken in: node a: says that it is 'clinic': its key is that of bank" in "".join(lines)
+        assert "a node is not taken in: node a (bank): says that it is 'clinic': its key is that of bank" in "".join(
+            lines
+        )

@@ -129,9 +129,12 @@ def check_host(host: str) -> None:
 def _alternative(host: str) -> x509.GeneralName:
     """Return a host in the form of a certificate's alternative names."""
     try:
-        return x509.IPAddress(ipaddress.ip_address(host))
+        address = ipaddress.ip_address(host)
     except ValueError:
-        pass
+        address = None
+    # Neither an address that means an interface of one machine, nor the one that means all of them.
+    if address is not None and "%" not in host and not address.is_unspecified:
+        return x509.IPAddress(address)
     labels = host.split(".")
     if not all(_is_label(label) for label in labels) or labels[-1].isdigit() or len(host) > 253:
         raise FedspanError(f"host {host!r}: expected a DNS name or an IP address, such as fed.example.org or 10.0.0.5")

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -21,7 +22,7 @@ from fedspan.support.errors import FedspanError
 PORT = 8443
 """Port on which sites reach the proxy."""
 _RUNTIME_PORT = 8601
-_LOCAL = ("localhost", "127.0.0.1")
+_LOCAL = ("localhost", "127.0.0.1", "::1")
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 _RECORD = "deployment.json"
 
@@ -51,15 +52,16 @@ class Deployment:
         return all(host in _LOCAL for host in self.hosts)
 
     @property
-    def listen(self) -> str:
-        """Address on which the proxy listens."""
-        return "127.0.0.1" if self.local else "0.0.0.0"
+    def addresses(self) -> tuple[str, ...]:
+        """Addresses on which the proxy listens: of IPv4, and of IPv6 where the server is named by one."""
+        old, new = ("127.0.0.1", "::1") if self.local else ("0.0.0.0", "::")
+        named = any(":" in host for host in self.hosts if self.local or host not in _LOCAL)
+        return (old, new) if named else (old,)
 
     @property
     def server(self) -> str:
         """HOST:PORT to which sites connect."""
-        host = self.hosts[0]
-        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+        return _with_port(self.hosts[0], self.port)
 
 
 def plan(
@@ -93,20 +95,26 @@ def plan(
     return Deployment(tuple(hosts) or _LOCAL[:1], port, behind, tuple(SitePlan(*fields) for fields in named))
 
 
+def _with_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _check_names(sites: Sequence[str]) -> None:
+    seen = set()
     for name in sites:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise FedspanError(f"site {name!r}: expected lower-case letters, digits and dashes, 32 at most")
-        if list(sites).count(name) > 1:
+        if name in seen:
             raise FedspanError(f"site {name!r} is named twice: expected different names")
+        seen.add(name)
     if not sites:
         raise FedspanError("no sites: expected at least one")
 
 
 def _check_ports(port: int, behind: int, inner: Sequence[int]) -> None:
-    for number in (port, behind, *inner):
+    for number, whose in ((port, ""), (behind, ", the SuperLink's"), *((number, ", a site's") for number in inner)):
         if type(number) is not int or not 0 < number < 65536:
-            raise FedspanError(f"port {number!r}: expected one between 1 and 65535")
+            raise FedspanError(f"port {number!r}{whose}: expected one between 1 and 65535")
     if len({port, behind, *inner}) < 2 + len(inner):
         raise FedspanError(
             f"port {port} collides with the SuperLink's port {behind} or one of the sites' ports {inner[0]} to "
@@ -133,10 +141,7 @@ def write(folder: Path, deployment: Deployment, config: Config) -> None:
     clients = config.federation.num_clients
     if clients != len(deployment.sites):
         raise FedspanError(f"federation.num_clients = {clients}: expected {len(deployment.sites)}, one for each site")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Under another name until it is complete, so that half a deployment is never used; mode 0700, for the keys.
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with _complete_or_not_at_all(folder) as partial:
         for path, content, mode in _files(deployment, config):
             target = partial / path
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -144,10 +149,24 @@ def write(folder: Path, deployment: Deployment, config: Config) -> None:
         (partial / "server" / "runs").mkdir()
         for inner in partial.rglob("*/"):
             inner.chmod(0o700)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def _complete_or_not_at_all(folder: Path) -> Iterator[Path]:
+    """Give a folder of mode 0700 under another name, which gets its own when the context ends without an error."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            yield partial
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:  # the disk is full; the name is a link, a mounted disk or the current folder
+        raise FedspanError(
+            f"{folder} cannot be written ({error.strerror}): expected the name of a new folder"
+        ) from None
 
 
 def read(folder: Path) -> Deployment:
@@ -161,6 +180,8 @@ def read(folder: Path) -> Deployment:
     path = folder / _RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record["hosts"], list) or not isinstance(record["sites"], list):
+            raise TypeError  # a text would be taken for a list of letters
         sites = tuple(SitePlan(**site) for site in record["sites"])
         read = Deployment(tuple(record["hosts"]), record["port"], record["superlink_port"], sites)
     except (OSError, ValueError, KeyError, TypeError):
@@ -217,18 +238,37 @@ def renew_keys(site: Path) -> tuple[str, str]:
         raise FedspanError(f"{site} is not a site's folder: expected one made by `fedspan flower init`") from None
     node, identity = certificates.node_key(comment), certificates.identity_key()
     known[client_id] = identity.public.decode()
-    for name, content, mode in (
-        ("node.key", node.private, _SECRET),
-        ("node.pub", node.public, _OPEN),
-        ("identity.key", identity.private, _SECRET),
-        ("runtime.key", secrets.token_bytes(32), _SECRET),
-        ("sites.json", _json(known), _OPEN),
-    ):
-        new = site / f".{name}.new"
-        new.unlink(missing_ok=True)
-        _write_new(new, content, mode)
-        new.replace(site / name)
+    _replace_all(
+        site,
+        (
+            ("node.key", node.private, _SECRET),
+            ("node.pub", node.public, _OPEN),
+            ("identity.key", identity.private, _SECRET),
+            ("runtime.key", secrets.token_bytes(32), _SECRET),
+            ("sites.json", _json(known), _OPEN),
+        ),
+    )
     return client_id, known[client_id]
+
+
+def _replace_all(folder: Path, files: Sequence[tuple[str, bytes, int]]) -> None:
+    """Replace files of a folder by new ones of the same owner; none of them when one cannot be written."""
+    owner = folder.stat()
+    new = [(folder / f".{name}.new", folder / name, content, mode) for name, content, mode in files]
+    try:
+        for path, _, content, mode in new:
+            path.unlink(missing_ok=True)
+            _write_new(path, content, mode)
+            if os.geteuid() == 0:  # or the site's own account could not read the keys that root has made for it
+                os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+    except BaseException as error:
+        for path, *_ in new:
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise FedspanError(f"{folder} keeps its old keys, no new ones could be written: {error.strerror}") from None
+        raise
+    for path, old, *_ in new:
+        path.replace(old)
 
 
 _File = tuple[str, bytes, int]
@@ -283,12 +323,16 @@ def _server(deployment: Deployment) -> Iterator[_File]:
         yield script, _fill(script, values), _SCRIPT
     yield "environment.sh", _fill("environment.sh", values), _OPEN
     yield "nginx.conf", _fill("nginx.conf", values), _OPEN
-    yield "listen.conf", _fill("listen.conf", values), _OPEN
+    yield "listen.conf", _listen(deployment.addresses, deployment.port), _OPEN
     yield "app/pyproject.toml", _fill("app.toml", values), _OPEN
     yield "compose.yml", _fill("compose.server.yml", values), _OPEN
     # In a container the proxy must be reachable from outside the container.
-    yield "container/listen.conf", _fill("listen.conf", {**values, "LISTEN": "0.0.0.0"}), _OPEN
+    yield "container/listen.conf", _listen(("0.0.0.0",), deployment.port), _OPEN
     yield from _container()
+
+
+def _listen(addresses: Sequence[str], port: int) -> bytes:
+    return "".join(f"listen {_with_port(address, port)} ssl;\n" for address in addresses).encode()
 
 
 def _site(deployment: Deployment, site: SitePlan) -> Iterator[_File]:
@@ -320,7 +364,7 @@ def _values(deployment: Deployment) -> dict[str, str]:
     return {
         "PORT": str(deployment.port),
         "SUPERLINK_PORT": str(deployment.superlink_port),
-        "LISTEN": deployment.listen,
+        "HOSTS": " ".join(f"--host {address}" for address in deployment.addresses),
         "SERVER": deployment.server,
         "NUM_SITES": "one site" if count == 1 else f"{count} sites",
         "COUNT": str(count),

@@ -15,6 +15,7 @@ from fedspan.support.errors import FedspanError
 
 CLIENTS = "clients.json"
 NODES = "nodes"
+_EXPECTED = 'expected {"SITE": "CLIENT_ID", ...} with each nodes/SITE.pub and the client_id of its site.toml'
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,16 @@ class NodeClients:
     """The bindings in a server's folder, read anew for each question, because keys are renewed during a run."""
 
     folder: Path
+
+    def check(self) -> None:
+        """Check that there are bindings, so that a run ends at once where no site could be let in.
+
+        Raises
+        ------
+        FedspanError
+            When `clients.json` is missing or holds something else.
+        """
+        self._clients()
 
     def client_of(self, key: bytes) -> str:
         """Return the client id for which the holder of a key may speak.
@@ -49,9 +60,10 @@ class NodeClients:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise FedspanError(f"{path} cannot be read ({error}): expected the client id of each site") from None
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise FedspanError(f"{path} cannot be read ({reason}): {_EXPECTED}") from None
         if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
-            raise FedspanError(f"{path} holds something else: expected the client id of each site")
+            raise FedspanError(f"{path} holds something else: {_EXPECTED}")
         if len(set(content.values())) < len(content):
             raise FedspanError(f"{path} gives two sites one client id: expected different ones")
         return content

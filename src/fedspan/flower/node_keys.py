@@ -57,10 +57,12 @@ def connect(superlink: str, ca: Path) -> ControlHttpClient:
 
 def nodes(client: ControlHttpClient) -> list[Node]:
     """Return the registered nodes."""
+    return [node for node in _all_nodes(client) if node.status != _UNREGISTERED]
+
+
+def _all_nodes(client: ControlHttpClient) -> list[Node]:
     infos = client.ListNodes(ListNodesRequest()).nodes_info
-    return [
-        Node(info.node_id, info.name, info.public_key, info.status) for info in infos if info.status != _UNREGISTERED
-    ]
+    return [Node(info.node_id, info.name, info.public_key, info.status) for info in infos]
 
 
 def read_keys(folder: Path) -> dict[str, bytes]:
@@ -90,15 +92,29 @@ def read_keys(folder: Path) -> dict[str, bytes]:
 
 
 def synchronise(client: ControlHttpClient, wanted: Mapping[str, bytes]) -> tuple[list[str], list[str]]:
-    """Register the nodes with these keys and unregister all others; return the names of both."""
-    known = {node.public_key: node for node in nodes(client)}
+    """Register the nodes with these keys and unregister all others; return the names of both.
+
+    Raises
+    ------
+    FedspanError
+        For a key that was unregistered before, which Flower never takes again; the others are as they should be.
+    """
+    listed = _all_nodes(client)
+    known = {node.public_key: node for node in listed if node.status != _UNREGISTERED}
+    spent = {node.public_key for node in listed} - known.keys()
     # Unregister first: a key that moved to another site is then registered under that site's name.
     removed = [node for key, node in known.items() if key not in wanted.values()]
     for node in removed:
         client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
-    added = [name for name, key in wanted.items() if key not in known]
+    added = [name for name, key in wanted.items() if key not in known and key not in spent]
     for name in added:
         client.RegisterNode(RegisterNodeRequest(public_key=wanted[name], name=name))
+    back = [name for name, key in wanted.items() if key in spent]
+    if back:
+        raise FedspanError(
+            f"{', '.join(back)}: this key was unregistered before, and Flower takes none twice: expected a new one, "
+            "which `fedspan flower keys` makes at the site; all other sites are registered as the folder says"
+        )
     return added, [node.name or str(node.node_id) for node in removed]
 
 

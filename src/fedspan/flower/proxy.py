@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
@@ -152,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m fedspan.flower.proxy", description="A reverse proxy in front of a SuperLink."
     )
-    parser.add_argument("--host", required=True)
+    parser.add_argument("--host", required=True, action="append", help="address to listen on; may be repeated")
     parser.add_argument("--port", required=True, type=int)
     parser.add_argument("--upstream", required=True, metavar="HOST:PORT")
     parser.add_argument("--certificate", required=True, metavar="FILE")
@@ -162,18 +163,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         node_signatures.check_folder(options.nodes)
-    except FedspanError as error:
+        sockets = [_listening(host, options.port) for host in options.host]
+        config = uvicorn.Config(
+            create(options.upstream, options.ca, options.nodes.resolve()),
+            ssl_certfile=options.certificate,
+            ssl_keyfile=options.key,
+            log_level="warning",
+            server_header=False,
+            limit_concurrency=_CONNECTIONS,
+        )
+        config.load()
+    except (FedspanError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    uvicorn.run(
-        create(options.upstream, options.ca, options.nodes.resolve()),
-        host=options.host,
-        port=options.port,
-        ssl_certfile=options.certificate,
-        ssl_keyfile=options.key,
-        log_level="warning",
-        server_header=False,
-        limit_concurrency=_CONNECTIONS,
-    )
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets)
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise FedspanError(f"port {port} of {host} cannot be used: {error.strerror}") from None
 
 
 if __name__ == "__main__":

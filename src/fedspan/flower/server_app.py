@@ -26,6 +26,7 @@ from fedspan.privacy.identities import read_identities
 from fedspan.runs import execution
 from fedspan.runs.events import Event
 from fedspan.support.errors import FedspanError, one_line
+from fedspan.wire.names import check_name
 
 SERVER_DIR = "FEDSPAN_SERVER_DIR"
 PATIENCE = 20.0
@@ -41,8 +42,10 @@ def main(grid: Grid, context: Context) -> None:
     try:
         folder, name = _folder_and_name(context)
         config = settings.load(folder / "config.toml")
+        clients = NodeClients(folder)
+        clients.check()
         with leadership(folder / "runs", name):
-            transport = GridTransport(grid, name, NodeClients(folder))
+            transport = GridTransport(grid, name, clients)
             # Where the sites sign their keys for secure sums, the server checks it before it passes them on.
             trusted = read_identities(folder / _IDENTITIES) if (folder / _IDENTITIES).exists() else None
             write = event_writer(sys.stdout.write)
@@ -97,7 +100,4 @@ def _folder_and_name(context: Context) -> tuple[Path, str]:
     folder = context.run_config.get("server-dir") or os.environ.get(SERVER_DIR)
     if not folder:
         raise FedspanError(f"no server folder: expected server-dir in the run's configuration, or {SERVER_DIR}")
-    name = str(context.run_config.get("run-name") or "federation")
-    if Path(name).name != name:
-        raise FedspanError(f"run-name = {name!r}: expected a plain name")
-    return Path(str(folder)), name
+    return Path(str(folder)), check_name(context.run_config.get("run-name") or "federation", "run-name")

@@ -24,6 +24,7 @@ from fedspan.flower import deployment
 from fedspan.flower.deployment import Deployment
 from fedspan.flower.process_tree import ProcessTree
 from fedspan.support.errors import FedspanError
+from fedspan.wire.names import check_name
 
 Notify = Callable[[str], None]
 
@@ -94,7 +95,8 @@ def up(
         When the folder holds no such deployment, a port is in use, a process ends early, or the time is over; one line
         that names the log with the details.
     """
-    plan, kind, name = deployment.read(folder), choose_proxy(proxy), run or _new_run(folder)
+    plan, kind = deployment.read(folder), choose_proxy(proxy)
+    name = _new_run(folder) if run is None else check_name(run, "--run")
     if not plan.local:
         raise FedspanError(f"{folder} is a deployment for {plan.hosts[0]}: expected one for localhost")
     for port in (plan.port, plan.superlink_port, *(site.runtime_port for site in plan.sites)):
@@ -125,7 +127,7 @@ def start(tree: ProcessTree, folder: Path, plan: Deployment, proxy: str, notify:
     single = {"FEDSPAN_PROXY": proxy, "FEDSPAN_NGINX": "master_process off;"}
     tree.start("proxy", ["./proxy.sh"], server, {**environment, **single})
     tree.wait("proxy", lambda: answers(plan.port, ca), READY)
-    notify(f"proxy ({proxy}) on {plan.listen}:{plan.port}, which forwards the fleet API and nothing else")
+    notify(f"proxy ({proxy}) on {plan.addresses[0]}:{plan.port}, which forwards the fleet API and nothing else")
     tree.start("register", ["./register.sh"], server, environment)
     tree.finish("register", READY)
     if sites:

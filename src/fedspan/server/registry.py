@@ -19,7 +19,7 @@ from fedspan.methods.base import Method
 from fedspan.server.greeting import Greeting
 from fedspan.support.errors import FedspanError, one_line
 from fedspan.support.files import write_bytes
-from fedspan.wire import agreement, protocol
+from fedspan.wire import agreement, protocol, refusals
 from fedspan.wire.names import check_name
 from fedspan.wire.transport import Delivery, Transport
 
@@ -286,10 +286,19 @@ class SiteRegistry:
             raise FedspanError(f"{client_id} has rank {rank}: {needed}")
 
     def _refuse(self, node: str, reason: str) -> None:
-        line = f"node {node}: {reason}"
-        if self._refused.get(node) != line:  # it is asked again and again, but people need the line only once
+        line = f"node {node}{self._owner(node)}: {reason}"
+        # It is asked again and again, but people need the line only once; each answer has an incident of its own.
+        if refusals.without_incident(self._refused.get(node, "")) != refusals.without_incident(line):
             self.notify(f"a node is not taken in: {line}")
         self._refused[node] = line
+
+    def _owner(self, node: str) -> str:
+        """Return in brackets the client for which a node may speak; nothing where that is not known."""
+        try:
+            client_id = self.transport.client_of(node)
+        except FedspanError:
+            return ""
+        return "" if client_id is None else f" ({client_id})"
 
     def quarantined(self, round_num: int) -> set[str]:
         """Return the clients that are not asked in this round because they were silent before."""

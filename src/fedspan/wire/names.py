@@ -34,4 +34,6 @@ def check_name(value: object, what: str) -> str:
     if isinstance(value, str) and re.fullmatch(_NAME, value) is not None:
         return value
     shown = one_line(repr(value), 100)
-    raise FedspanError(f"{what} = {shown}: expected at most 64 of the letters a to z, digits, '.', '_' and '-'")
+    raise FedspanError(
+        f"{what} = {shown}: expected at most 64 of the letters a to z, digits, '.', '_' and '-'; first no '.' or '-'"
+    )

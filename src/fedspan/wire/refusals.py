@@ -57,6 +57,7 @@ TEXTS = {
 }
 """The sentence of each code, as the server's log shows it after the client's name."""
 _INCIDENT = re.compile(r"[0-9a-f]{6}")
+_IN_LINE = re.compile(rf"\(incident {_INCIDENT.pattern} ")
 
 
 def new_incident() -> str:
@@ -67,6 +68,11 @@ def new_incident() -> str:
 def line(code: Code, incident: str) -> str:
     """Return what people at the server read of an incident at a site."""
     return f"{TEXTS[code]} (incident {incident} in the site's log)"
+
+
+def without_incident(text: str) -> str:
+    """Return a text with the numbers of its incidents left out: two answers of one kind are then the same."""
+    return _IN_LINE.sub("", text)
 
 
 def packed(code: Code, incident: str) -> str:

@@ -10,7 +10,7 @@ nginx)
     exec nginx -p "$PWD" -e stderr -c "$PWD/nginx.conf" -g "daemon off; ${FEDSPAN_NGINX:-}"
     ;;
 python)
-    exec "$PYTHON" -m fedspan.flower.proxy --host @LISTEN@ --port @PORT@ --upstream localhost:@SUPERLINK_PORT@ \
+    exec "$PYTHON" -m fedspan.flower.proxy @HOSTS@ --port @PORT@ --upstream 127.0.0.1:@SUPERLINK_PORT@ \
         --certificate server.crt --key server.key --ca ca.crt
     ;;
 *)

@@ -3,4 +3,4 @@
 set -eu
 cd "$(dirname "$0")"
 . ./environment.sh
-exec "$PYTHON" -m fedspan.flower.node_keys --superlink localhost:@SUPERLINK_PORT@ --ca ca.crt nodes
+exec "$PYTHON" -m fedspan.flower.node_keys --superlink 127.0.0.1:@SUPERLINK_PORT@ --ca ca.crt nodes

@@ -407,17 +407,18 @@ def test_models_that_have_no_such_gradient(asked: Any) -> None:
     refused(model, f"{WEIGHT} is held as torch.int8: expected a floating-point base")
 
 
-def test_a_core_that_overflows_changes_nothing(based: Any) -> None:
+def test_a_huge_core_is_averaged_or_refused(based: Any) -> None:
+    """Means are taken in float64, so that a core near the largest number of its type has one."""
     server, model, _ = based
     set_peft_model_state_dict(model, server.adapter())
     with server.training(model), torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("original"):
                 p.fill_(3e37)
-    state = server.state
-    with pytest.raises(FedspanError, match="round 1 of fed_sb overflowed: expected smaller values"):
-        server.update({"a": get_peft_model_state_dict(model)}, num_examples={"a": 100})
-    assert server.state is state
+    server.update({"a": get_peft_model_state_dict(model)}, num_examples={"a": 100})
+    values = tiny.state_tensors(server.state).values()
+    assert all(bool(value.isfinite().all()) for value in values)
+    assert max(float(value.abs().max()) for value in values) > 1e36
 
 
 @pytest.mark.parametrize("exchange", [1, 3, -1])

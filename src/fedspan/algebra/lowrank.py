@@ -81,6 +81,12 @@ def normalised(x: LowRank) -> tuple[LowRank, int]:
     return (LowRank(scales.shifted(x.b, -i), scales.shifted(x.a, -j)), i + j) if i or j else (x, 0)
 
 
+def balanced(x: LowRank) -> LowRank:
+    """Return the same product with B and A of like size, moved by a power of two and so exactly."""
+    by = (scales.exponent(x.a) - scales.exponent(x.b)) // 2
+    return LowRank(scales.shifted(x.b, by), scales.shifted(x.a, -by))
+
+
 def scaled(x: LowRank, factor: float) -> LowRank:
     """Return factor · B·A."""
     return LowRank(promote(x.b) * factor, promote(x.a))

@@ -70,7 +70,7 @@ def fedmomentum(balance: Balance = "even") -> Method:
         def divide(name: str) -> _Divided:
             pairs = partial.deltas(name)
             _check_ranks(pairs, rank)
-            return _divided(lowrank.stack(pairs, shares), rank)
+            return _divided(lowrank.stack([lowrank.balanced(x) for x in pairs], shares), rank)
 
         parts = dict(zip(state.modules, parallel.ordered_map(divide, state.modules), strict=True))
         residuals = {name: part.residual for name, part in parts.items() if part.residual is not None}

@@ -78,6 +78,9 @@ def weighted_mean(tensors: Iterable[Tensor], shares: Iterable[float]) -> Tensor:
     kind = torch.float32
     for x, p in zip(tensors, shares, strict=True):
         kind = torch.promote_types(kind, x.dtype)
+        if total is not None and x.shape != total.shape:
+            shapes = f"{tuple(x.shape)} and {tuple(total.shape)}"
+            raise FedspanError(f"tensors of shapes {shapes}: expected those of all clients to be of equal size")
         total = _times(x, p) if total is None else _add(total, x, p)
     if total is None:
         raise FedspanError("the mean of no tensors: expected at least one")

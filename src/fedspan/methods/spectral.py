@@ -296,6 +296,15 @@ def _orthonormal(y: Tensor) -> Tensor:
     return q
 
 
+def _sums_eps(kind: torch.dtype) -> float:
+    """Return the rounding by which ties are told among votes from a sketch in that type: their width is eps^0.46 then.
+
+    A narrower one would follow the rounding of the sketch, and so the clients' gauges; a wider one would mix votes that
+    differ, and give another state than the exact algebra, which tells them apart.
+    """
+    return float(torch.finfo(kind).eps ** 1.15)
+
+
 @dataclass(frozen=True, slots=True)
 class Leading:
     """Leading eigenvectors of a projector sum, decreasing."""
@@ -311,14 +320,14 @@ class Leading:
 
     def settle(self, rank: int, in_order: bool = False) -> Leading:
         """Return the first `rank` of them; all, open, where ties decide which they are (or what their order is)."""
-        eps = torch.finfo(self.votes.dtype).eps
+        eps = _sums_eps(self.votes.dtype)
         return replace(self, open=True) if ties.undecided(self.votes, rank, in_order, eps) else self.first(rank)
 
     def chosen(self, image: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """Return the chosen directions U, and Uᵀ T, from the image Wᵀ T (q, n) of all that were named."""
         if not self.open:
             return self.u, image[: self.u.shape[1]]
-        v = ties.settled(self.votes, image, rank, torch.finfo(self.votes.dtype).eps).to(self.u)
+        v = ties.settled(self.votes, image, rank, _sums_eps(self.votes.dtype)).to(self.u)
         return self.u @ v, v.mT.to(image) @ image
 
 

@@ -98,9 +98,9 @@ class Summary(TypedDict):
     totals: Totals
     clients: list[ClientEntry]
     seed: int
-    epsilon: NotRequired[float | None]
-    """ε of everything that the run has released, under `privacy.dp`; None where no noise was added. Absent where sites
-    keep their own ledgers."""
+    epsilon: float | None
+    """ε of everything that the run has released, under `privacy.dp`; None without it, where no noise was added, and
+    where sites keep their own ledgers."""
     versions: dict[str, str]
     """Python and the packages that the result depends on; `unknown` for one without metadata."""
 
@@ -146,7 +146,7 @@ def summarise(
         "totals": _totals(history, wall_seconds),
         "clients": [_entry(c.client_id, c.rank, c.num_examples) for c in context.clients],
         "seed": context.config.seed,
-        **spent,
+        "epsilon": spent.get("epsilon"),
         "versions": _versions(),
     }
     # As the file gives it back, so that a program sees the same in both.

@@ -126,3 +126,18 @@ def test_a_limit_holds_for_what_was_really_released(
     # The given-up round's sums were seen: the summary says what they cost, where no record does.
     assert result.summary["epsilon"] == ClientLedger(tmp_path / "run", config.privacy, 0.5).spent <= limit
     assert result.summary["epsilon"] > 0
+
+
+def test_a_first_round_that_draws_nobody_is_a_round_like_any_other(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The coins come from a secret of the run, so that any run may begin with an empty round."""
+    monkeypatch.setattr("fedspan.privacy.secret_file.secrets.randbits", lambda bits: 1)
+    federation = {"num_clients": 4, "participation": 0.01, "rounds": 2, "weighting": "equal", "min_success": 1}
+    privacy = {"dp": "client", "clip": 0.5, "noise_multiplier": 2.0, "delta": DELTA}
+    for engine in ("auto", "sequential"):
+        config = settings(bases["bert"], texts, "ffa_lora", federation=federation, privacy=privacy)
+        config = config.model_copy(update={"engine": config.engine.model_copy(update={"name": engine})})
+        result = run(config, tmp_path / engine)
+        assert result.history[0]["num_clients"] == 0
+        assert result.summary["epsilon"] > 0

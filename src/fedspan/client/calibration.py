@@ -1,4 +1,4 @@
-"""How many clients should share a pass on this device: measured at the start of a run, on the run's own clients.
+"""The number of clients that should share a pass on a device, measured at a run's start on its own clients.
 
 More rows in a kernel cost less each until the kernel fills the device, and then the caches are too small for them;
 where that is depends on the device, the model and the lengths of rows. A few steps of passes of 1, 2, 4, … clients

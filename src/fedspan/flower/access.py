@@ -1,4 +1,4 @@
-"""Who may call Flower's HTTP interfaces on this machine: this account alone, by what the kernel says of a connection.
+"""Access to Flower's HTTP interfaces on this machine for its own account alone, as the kernel names the callers.
 
 Flower's control and runtime APIs have no user accounts. On the loopback that would let every account of the machine
 start runs, and so run code, as the account that the SuperLink runs under. The interfaces are therefore served through

@@ -48,7 +48,7 @@ class Signature:
 
     @property
     def in_time(self) -> bool:
-        """Whether Flower accepts a signature of this age."""
+        """Return whether Flower accepts a signature of this age."""
         return -AHEAD < self.age < BEHIND
 
 

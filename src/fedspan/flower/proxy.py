@@ -88,7 +88,7 @@ def create(upstream: str, ca: Path, nodes: Path) -> Starlette:
 
 
 class _Limits(Enum):
-    """What one body may take: bytes in all, seconds in all."""
+    """Limits of one body: bytes in all, seconds in all."""
 
     SMALL = (node_signatures.SMALL, 20.0)
     LARGE = (MAX_BYTES, 600.0)

@@ -11,17 +11,15 @@ Shapes: C clients of b rows each, client by client; t tokens of a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from fedspan.models import attention_kernel, dropout_kernel
-from fedspan.models.streams import NotRowwise, attention_weights
+from fedspan.models.streams import DropoutMode, NotRowwise, attention_weights
 
 _WORD = 0xFFFFFFFF
 _TOKENS = 1 << 13
@@ -41,7 +39,7 @@ def step_seeds(seed: int, num_steps: int) -> list[tuple[int, int]]:
 
 
 @dataclass
-class CountedDropout(TorchFunctionMode):
+class CountedDropout(DropoutMode):
     """A context in which dropout is a function of each client's seeds."""
 
     seeds: Tensor  # (C, 2) int64, the words of this step
@@ -55,20 +53,6 @@ class CountedDropout(TorchFunctionMode):
     def __enter__(self) -> Any:
         self.calls = 0
         return super().__enter__()  # type: ignore[no-untyped-call]
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        options = dict(kwargs or {})
-        if func is F.dropout:
-            return self._dropout(*args, **options)
-        if func is F.scaled_dot_product_attention and options.get("dropout_p", 0.0) > 0:
-            return self._attention(*args, **options)
-        return func(*args, **options)
 
     def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p <= 0:

@@ -50,21 +50,11 @@ class BatchLayout:
     """t"""
 
 
-@dataclass
-class ClientDropout(TorchFunctionMode):
-    """A context in which dropout draws client by client.
-
-    A client's mask has the shape that it would have in a batch of its own, so that on a CPU it is bit for bit the mask
-    of `train`. On other devices the fused kernels draw in another order: the same distribution, other numbers.
+class DropoutMode(TorchFunctionMode):
+    """A context in which dropout is drawn in a way of its own, by `_dropout` and `_attention`.
 
     It replaces the functions instead of the layers, since attention weights are dropped inside a function.
     """
-
-    generators: Sequence[torch.Generator]
-    layout: BatchLayout = field(default_factory=lambda: BatchLayout((), None, 0))
-
-    def __post_init__(self) -> None:
-        super().__init__()
 
     def __torch_function__(
         self,
@@ -79,6 +69,27 @@ class ClientDropout(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and options.get("dropout_p", 0.0) > 0:
             return self._attention(*args, **options)
         return func(*args, **options)
+
+    def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        raise NotImplementedError
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass
+class ClientDropout(DropoutMode):
+    """A context in which dropout draws client by client.
+
+    A client's mask has the shape that it would have in a batch of its own, so that on a CPU it is bit for bit the mask
+    of `train`. On other devices the fused kernels draw in another order: the same distribution, other numbers.
+    """
+
+    generators: Sequence[torch.Generator]
+    layout: BatchLayout = field(default_factory=lambda: BatchLayout((), None, 0))
+
+    def __post_init__(self) -> None:
+        super().__init__()
 
     def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         return x * self._noise(x, p) if training and p > 0 else x

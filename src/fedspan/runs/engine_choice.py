@@ -58,6 +58,9 @@ def engine_used(
     """
     if choice.name in ("sequential", "sites"):
         return choice
+    if not cohort_of_round:
+        # Under client-level privacy a round may draw nobody; later ones go by the same choice.
+        return EngineChoice(choice.name, "no client takes part in the first round")
     training = context.executor.context.training
     if context.device.type != "cpu":
         precision = precision_used(context.device, training.engine)
@@ -92,7 +95,7 @@ def measured_cohort_size(
     """
     engine = context.config.engine
     here = context.model.device.type != "cpu" and context.coordinator is None
-    if not here or choice.name not in ("auto", "cohort") or engine.cohort_size != "auto":
+    if not here or choice.name not in ("auto", "cohort") or engine.cohort_size != "auto" or not cohort_of_round:
         return None
     assignments = _assignments(context, method, state, cohort_of_round)
     return calibration.cohort_size(

@@ -24,7 +24,7 @@ class SimulatedWork:
     steps: Mapping[str, int]
     """Client -> its optimizer steps of the round."""
     budget: PrivacyBudget
-    """What the clients may spend of their examples' privacy."""
+    """The budget of the clients' example-level privacy."""
 
     def __call__(
         self, window: Sequence[tuple[Client, Broadcast]], round_num: int

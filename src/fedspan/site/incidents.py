@@ -1,4 +1,4 @@
-"""What a site says of an error: the whole of it in its own log, and a code and a number to the server."""
+"""The report of an error: the whole of it in the site's own log, and a code and a number to the server."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class LocalWork:
         """The run and round of that result."""
         self._state: ClientState | None = None
         self._widened: Broadcast | None = None
-        """What a client of the rank of the sum's layout would have started training from."""
+        """The broadcast that a client of the rank of the sum's layout would have started training from."""
 
     def question(self, message: Mapping[str, Any], header: RoundHeader) -> Question:
         """Return the question that a message asks.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # this needs the extra `secure`
 
 @dataclass(frozen=True, slots=True)
 class _Masked:
-    """What this site has masked in one sum."""
+    """The update that this site has masked in one sum."""
 
     labels: tuple[int, int]
     """The round and exchange of the update."""

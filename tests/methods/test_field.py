@@ -619,12 +619,37 @@ def test_fedrot_aligns_by_a_alone_while_b_is_zero() -> None:
             np.testing.assert_allclose(array(update.factors(name).a), array(fed.state.modules[name]["a"]), atol=1e-12)
 
 
+def test_fedrot_alternate_aligns_by_one_factor_from_the_second_round_on() -> None:
+    """As the authors' code does: nothing in round 1, then A, then B, each turned as far as it alone asks for."""
+    fed, by = build(fedrot_lora("alternate"), 0, **SAME), []
+    for number in range(4):
+        fed = replace(build(fed.method, number, **SAME), state=fed.state)
+        sent = fed.method.broadcast(fed.state, Request(3))
+        by.append(sent.recipe.align)
+        for raw, update in zip(fed.updates, encoded(fed), strict=True):
+            for name in update.modules:
+                before, f, target = raw.factors(name), update.factors(name), sent.adapter[name]
+                np.testing.assert_allclose(array(f.b @ f.a), array(before.b @ before.a), atol=1e-12)
+                overlaps = {"a": unit(f.a) @ array(target.a).T, "b": unit(f.b).T @ array(target.b)}
+                # A best rotation leaves a symmetric positive semi-definite overlap (Schönemann 1966).
+                best = [
+                    part
+                    for part, x in overlaps.items()
+                    if x.any() and np.allclose(x, x.T, atol=1e-9) and np.linalg.eigvalsh(x).min() > -1e-9
+                ]
+                assert best == ([sent.recipe.align] if sent.recipe.align else [])
+                assert torch.equal(f.a, before.a) == (number == 0)
+        fed = replace(fed, state=served(fed)[0])
+    assert by == [None, "a", "b", "a"]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: lora_fair(penalty=0.0), r"method.penalty = 0.0: expected above 0"),
         (lambda: lora_fair_ridge(penalty=float("inf")), r"method.penalty = inf: expected above 0"),
         (lambda: flora_na(sweeps=0), r"method.sweeps = 0: expected at least 1"),
+        (lambda: fedrot_lora(align="a"), r"method.align = 'a': expected 'both' or 'alternate'"),  # type: ignore[arg-type]
         (lambda: raflora(weighting="equal"), r"method.weighting = 'equal': expected 'rank' or 'rb'"),
     ],
 )

@@ -59,6 +59,7 @@ def _reason_in_settings(model: FederatedModel, recipe: Recipe, settings: Trainin
         (recipe.confined, "each client trains within a subspace"),
         (bool(recipe.proximal), "a proximal term pulls every client towards where it started"),
         (recipe.corrected, "each client's gradients are corrected by what it keeps"),
+        (settings.local.keep_optimizer, "each client goes on with an optimizer of its own (local.keep_optimizer)"),
         (settings.engine.compile, "engine.compile compiles the passes of one client"),
     )
     return next((reason for given, reason in reasons if given), None)

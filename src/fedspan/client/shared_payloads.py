@@ -21,6 +21,7 @@ _PARTS: Mapping[str, tuple[_Put, _Get]] = {
     "correction": (packing.put_dense, packing.get_dense),
     "subspaces": (packing.put_subspaces, packing.get_subspaces),
     "moments": (packing.put_dense, packing.get_dense),
+    "optimizer": (packing.put_dense, packing.get_dense),
 }
 """The parts of a broadcast that are sent to a process, with the functions that pack and unpack them. `news` is not
 among them: it serves to count the bytes of a round, which is done in the process that leads the run."""
@@ -122,6 +123,7 @@ def put_result(packed: packing.TensorList, result: LocalResult) -> dict[str, Any
         "dense": packing.put_dense(packed, update.dense),
         "moments": packing.put_dense(packed, update.moments),
         "rate_sum": update.rate_sum,
+        "optimizer": packing.put_dense(packed, update.optimizer),
         "train_loss": result.train_loss,
         "steps": result.steps,
         "optimizer_bytes": result.optimizer_bytes,
@@ -137,5 +139,6 @@ def get_result(header: Mapping[str, Any], tensors: Sequence[Tensor]) -> LocalRes
         packing.get_dense(header["dense"], tensors),
         packing.get_dense(header["moments"], tensors),
         header["rate_sum"],
+        packing.get_dense(header["optimizer"], tensors),
     )
     return LocalResult(update, header["train_loss"], header["steps"], header["optimizer_bytes"])

@@ -14,6 +14,7 @@ from torch import nn
 
 from fedspan.algebra.galore import GaloreAdamW
 from fedspan.client.head_cores import HeadCores
+from fedspan.client.optimizer_state import put_state, state_by_name
 from fedspan.config import Config, EngineConfig, LocalConfig, PrivacyConfig
 from fedspan.data import Encoded
 from fedspan.methods.messages import Broadcast, Update, Vector
@@ -131,6 +132,7 @@ def train(
     chosen = model.trainable(recipe)
     trained = TrainedTensors(chosen, sent, model.device)
     optimizer = _optimizer(model, trained, sent, local, key)
+    put_state(optimizer, trained.stepped, sent.optimizer)
     total, rates = torch.zeros((), device=model.device), 0.0
     planned = sum(rate(local, step, work.steps) for step in range(work.steps))
     with model.training(settings.engine.compile), seeded(*key, "dropout"):
@@ -157,7 +159,8 @@ def train(
             trained.drift(now / planned)
             optimizer.zero_grad(set_to_none=True)
     moments = _second_moments(optimizer, trained, recipe.carries_moments)
-    update = Update(work.client_id, work.weight, model.adapter(), model.dense(), moments, rates)
+    kept = state_by_name(optimizer, trained.stepped) if local.keep_optimizer else {}
+    update = Update(work.client_id, work.weight, model.adapter(), model.dense(), moments, rates, kept)
     return LocalResult(update, float(total) / work.steps, work.steps, _state_bytes(optimizer))
 
 

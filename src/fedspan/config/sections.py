@@ -188,6 +188,9 @@ class LocalConfig(Section):
     """Norm to which a larger gradient is scaled down; "none": no clipping."""
     warmup: PartialFraction = 0.0
     """Share of a round's steps over which the learning rate rises linearly from zero."""
+    keep_optimizer: bool = False
+    """Keep every client's AdamW or GaLore state from one of its rounds to its next, as FedFTG's public code does,
+    instead of starting it anew. The state stays with the client; AdamW's takes twice the memory of what is trained."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> LocalConfig:

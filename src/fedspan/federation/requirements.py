@@ -9,10 +9,11 @@ from importlib import import_module
 import numpy as np
 
 from fedspan import methods, robust
-from fedspan.config import Config, FederationConfig, PrivacyConfig, RobustConfig
+from fedspan.config import Config, FederationConfig, LocalConfig, PrivacyConfig, RobustConfig
 from fedspan.data import partition
 from fedspan.federation.sampling import create_sampler
 from fedspan.methods.base import Method
+from fedspan.methods.kept_optimizer import with_kept_optimizer
 from fedspan.methods.messages import Request, Template
 from fedspan.methods.server_optimizers import with_server_optimizer
 from fedspan.models import quantised
@@ -51,6 +52,9 @@ def chosen(config: Config, ledger: ClientLedger | None = None) -> Method:
     _check_optimizer(method, config.local.optimizer)
     _check_base(method, config.model.quantise)
     _check_privacy(method, privacy)
+    if config.local.keep_optimizer:
+        _check_kept_optimizer(method, config.local, privacy)
+        method = with_kept_optimizer(method)
     if privacy.dp == "client":
         _check_client_bound(federation, config.wire.up, config.deployment.oversample)
         _check_client_budget(method, federation, privacy)
@@ -172,6 +176,24 @@ def _check_optimizer(method: Method, optimizer: str) -> None:
         raise FedspanError(
             f"local.optimizer = '{optimizer}': {method.info.name} carries AdamW's second moments from round to round; "
             f"expected 'adamw'"
+        )
+
+
+def _check_kept_optimizer(method: Method, local: LocalConfig, privacy: PrivacyConfig) -> None:
+    first = "local.keep_optimizer = true"
+    if local.optimizer == "sgd":
+        raise FedspanError(f"{first}: local.optimizer = 'sgd' has no state to keep; expected 'adamw'")
+    if privacy.dp != "none":
+        # Its state would carry a client's data into later rounds, where neither clipping nor a ledger knows of it.
+        raise FedspanError(
+            f"{first} with privacy.dp = '{privacy.dp}': nothing is proven here about what a client keeps between its "
+            f"rounds; expected false"
+        )
+    if not method.lasting:
+        raise FedspanError(
+            f"{first}: {method.info.name} has its clients train other coordinates in every round, or start from "
+            f"moments of the server's, of which a kept state is not true; "
+            f"methods that can: {_able(lambda m: m.lasting)}"
         )
 
 

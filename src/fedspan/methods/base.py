@@ -114,6 +114,11 @@ class Method:
     is a sum needs no second form, and one whose result grows with the clients cannot have it."""
     contributions: Callable[[ServerState], ContributionOf] = _own_contributions
     """The X_k that these queries are about, by update and module, for `queries.partial_sums`."""
+    lasting: bool = False
+    """Clients train the same tensors in every round, in coordinates that no server step changes and from no moments of
+    the server's, so that the state of a local optimizer stays true of them."""
+    prunes: bool = False
+    """A client may give up the last components of its adapter and answer with the leading ones alone."""
     vector: Direct | None = None
     """None where a server optimizer would act on factor pairs, so that its result would depend on their gauge."""
 

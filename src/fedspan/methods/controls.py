@@ -61,6 +61,7 @@ def local(trains: Trains = "adapter") -> Method:
         exchanges=(Exchange(SUM),),
         start=start,
         encode=encode,
+        lasting=True,
     )
 
 
@@ -90,7 +91,14 @@ def centralised(trains: Trains = "adapter") -> Method:
         trains=trains,
         pooled=True,
     )
-    return Method(info=info, init=_init(trains), broadcast=_broadcast, finish=finish, exchanges=(Exchange(SUM),))
+    return Method(
+        info=info,
+        init=_init(trains),
+        broadcast=_broadcast,
+        finish=finish,
+        exchanges=(Exchange(SUM),),
+        lasting=True,
+    )
 
 
 def _init(trains: Trains) -> Callable[[Template, Tensors], ServerState]:

@@ -94,7 +94,8 @@ def fedadamw(alpha: float = 0.5, blocks: Blocks = "row", trains: Literal["target
                 extra[_MOMENT + name] = moment.clamp(min=_FLOOR * mean)
         return replace(after, extra=extra), diagnostics
 
-    return replace(plain, broadcast=broadcast, encode=encode, finish=finish)
+    # Every round starts from the moments that the server sends.
+    return replace(plain, broadcast=broadcast, encode=encode, finish=finish, lasting=False)
 
 
 def _part(state: ServerState, prefix: str) -> Tensors:

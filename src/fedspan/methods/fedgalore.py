@@ -96,7 +96,14 @@ def fedgalore(
         return advance(state, modules=modules, dense=partial.mean_dense()), diagnostics
 
     return replace(
-        plain, broadcast=broadcast, encode=encode, finish=finish, exchanges=(Exchange(COLLECT),), vector=WEIGHTS
+        plain,
+        broadcast=broadcast,
+        encode=encode,
+        finish=finish,
+        exchanges=(Exchange(COLLECT),),
+        # Every round starts from the moments that the server sends.
+        lasting=False,
+        vector=WEIGHTS,
     )
 
 

@@ -69,6 +69,7 @@ def fedit() -> Method:
         finish=finish,
         exchanges=(Exchange(SUM),),
         encode=encode,
+        lasting=True,
     )
 
 

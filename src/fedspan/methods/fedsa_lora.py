@@ -83,4 +83,5 @@ def fedsa_lora() -> Method:
         exchanges=(Exchange(SUM),),
         start=start,
         encode=encode,
+        lasting=True,
     )

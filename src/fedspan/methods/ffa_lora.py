@@ -73,6 +73,7 @@ def ffa_lora() -> Method:
         finish=finish,
         exchanges=(Exchange(SUM),),
         encode=encode,
+        lasting=True,
         vector=Direct(_read, _write),
     )
 

@@ -64,14 +64,16 @@ def fedftg(
     Source: "Exploring Gradient Subspaces: Addressing and Overcoming LoRA's Limitations in Federated Fine-Tuning of
     Large Language Models" (2410.23111), with GaLore by Zhao et al. 2024 (2403.03507).
     Differences: the authors' public code passes its parameters without a rank, so that its optimizer never
-    projects; this is what the paper describes. Their arm with full-rank AdamW is `galore_rank = "none"`.
+    projects; this is what the paper describes. Their arm with full-rank AdamW is `galore_rank = "none"`. Their code
+    keeps a client's optimizer state from round to round, here it starts anew: `local.keep_optimizer = true` is theirs.
 
     Parameters
     ----------
     galore_rank
         r of the gradient projector; `none`: no projection, plain AdamW on the same weights.
     update_gap
-        Local steps between two refreshes of the projector, which also starts afresh every round.
+        Local steps between two refreshes of the projector, which also starts afresh every round unless
+        `local.keep_optimizer` keeps it.
     scale
         Factor on the projected step (α in the paper).
     svd
@@ -134,5 +136,6 @@ def average_weights(info: MethodInfo, recipe: Recipe) -> Method:
         finish=finish,
         exchanges=(Exchange(SUM),),
         encode=encode,
+        lasting=True,
         vector=WEIGHTS,
     )

@@ -116,6 +116,7 @@ def hetlora(gamma: float = 0.99, penalty: float = 5e-3) -> Method:
         exchanges=(Exchange(SUM),),
         start=start,
         encode=encode,
+        prunes=gamma < 1,
     )
 
 

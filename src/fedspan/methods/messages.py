@@ -137,6 +137,8 @@ class Recipe:
     """Nothing is trained: the update is a gradient. Set by the round loop for the exchanges that ask for one."""
     probe_batches: int = 1
     """Number of batches over which that gradient is the mean."""
+    align: Literal["a", "b"] | None = None
+    """The one factor by which FedRot-LoRA's clients turn their trained pair towards the one that was sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +205,8 @@ class Broadcast:
     moments: Tensors = field(default_factory=dict)
     """By trained tensor: second moments that the local optimizer starts from. With GaLore those of projected gradients;
     otherwise in any shape that expands to the tensor's."""
+    optimizer: Tensors = field(default_factory=dict)
+    """By "TENSOR:PART": the state of the local optimizer that the client kept and continues. It never travels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +223,9 @@ class Update:
     recipe has GaLore (of the projected tensors) or asks for them (of all)."""
     rate_sum: float = 0.0
     """Σ of the steps' learning rates. It stays on the site, and so do the moments unless the method sends them."""
+    optimizer: Tensors = field(default_factory=dict)
+    """By "TENSOR:PART": the state that the local optimizer ended with, under `local.keep_optimizer`. It stays on the
+    site."""
 
     def factors(self, module: str) -> Factors:
         """Return the module's factor pair, or raise a TypeError where it holds another payload."""

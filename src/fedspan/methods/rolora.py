@@ -63,4 +63,5 @@ def rolora() -> Method:
         finish=finish,
         exchanges=(Exchange(SUM),),
         encode=encode,
+        lasting=True,
     )

@@ -14,6 +14,7 @@ from fedspan import methods
 from fedspan.config import Config, to_toml, with_absolute_paths
 from fedspan.config import load as load_config
 from fedspan.federation import requirements
+from fedspan.methods.kept_optimizer import with_kept_optimizer
 from fedspan.models.quantised import base_size
 from fedspan.privacy.ledgers import ClientLedger
 from fedspan.runs import events
@@ -209,6 +210,8 @@ def _local_control(context: RunContext) -> dict[str, float] | None:
     if not context.config.evaluation.local or context.method.info.alone or context.coordinator is not None:
         return None
     control = methods.create("local", trains=context.method.info.trains)
+    if context.config.local.keep_optimizer:
+        control = with_kept_optimizer(control)
     alone = MethodRun.open(context, "local", control, context.clients)
     alone.advance(context.config.federation.rounds)
     return personal_metrics(context, control, alone.saved, alone.clients)

@@ -131,7 +131,7 @@ class AnswerChecks:
         expected = self._expected[client.client_id]
         return (
             _scaling_problem(update.scalings(), expected.scalings)
-            or _shape_problem(protocol.shapes(update), expected.shapes)
+            or _shape_problem(protocol.shapes(update), expected.shapes, self.method.prunes)
             or self._moment_problem(update, expected)
             or _type_problem(protocol.types(update), expected.types)
             or self._weight_problem(client, update)
@@ -168,14 +168,21 @@ def _scaling_problem(scalings: Mapping[str, float], expected: Mapping[str, float
     return f"sent {min(lacking)} as a vector: expected a pair of factors" if lacking else None
 
 
-def _shape_problem(shapes: _Shapes, expected: _Shapes) -> str | None:
+def _shape_problem(shapes: _Shapes, expected: _Shapes, prunes: bool) -> str | None:
     own, wanted = _without_moments(shapes), _without_moments(expected)
     if own.keys() != wanted.keys():
         return f"names {sorted(own.keys() ^ wanted.keys())[0]}, which was not asked for or is missing"
     for name, shape in own.items():
-        if shape != wanted[name]:
+        # What a client has pruned counts as zero in the sum, whose leading part the rest is.
+        smaller = prunes and name.startswith("modules/") and _is_leading(shape, wanted[name])
+        if shape != wanted[name] and not smaller:
             return f"{name} has shape {shape}, expected {wanted[name]}"
     return None
+
+
+def _is_leading(shape: tuple[int, ...], whole: tuple[int, ...]) -> bool:
+    """Return whether a tensor of that shape, not an empty one, is the leading part of a whole one."""
+    return len(shape) == len(whole) and all(0 < x <= y for x, y in zip(shape, whole, strict=True))
 
 
 def _without_moments(shapes: _Shapes) -> _Shapes:

@@ -163,6 +163,7 @@ class RecipeHead(TypedDict):
     drifts: Flag
     gradient: Flag
     probe_batches: Annotated[int, Strict(), Field(ge=1, le=10**5)]
+    align: Literal["a", "b"] | None
 
 
 @with_config(_STRICT)

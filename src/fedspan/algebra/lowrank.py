@@ -87,6 +87,28 @@ def balanced(x: LowRank) -> LowRank:
     return LowRank(scales.shifted(x.b, by), scales.shifted(x.a, -by))
 
 
+_CANCELS = 16.0
+"""The `term_size` of a product, in units of its norm, from which its factors are re-factored."""
+
+
+def uncancelled(x: LowRank) -> LowRank:
+    """Return the same product in factors whose terms b_j a_j do not cancel; x itself where they hardly do.
+
+    Whatever is computed from B·A in the factors' precision is off by eps times the size of the terms: after a gauge of
+    condition κ, by up to κ·eps of the product. With B = Q·R in float64, (Q, R·A) is the product to its own rounding.
+    A pair of ordinary condition is told from its r×r Gram matrices and keeps its bits.
+    """
+    y, e = normalised(x)
+    b, a = promote(y.b), promote(y.a)
+    left, right = b.mT @ b, a @ a.mT
+    terms, size = (left.diagonal() * right.diagonal()).sum(), (left * right.mT).sum()  # ‖·‖²; may round below 0
+    # Not <, or a product of zeros would be re-factored.
+    if b.dtype == torch.float64 or not bool(size * _CANCELS**2 < terms):
+        return x
+    q, r = torch.linalg.qr(b.double())
+    return LowRank(q.to(b), scales.shifted((r @ a.double()).to(a), e))
+
+
 def scaled(x: LowRank, factor: float) -> LowRank:
     """Return factor · B·A."""
     return LowRank(promote(x.b) * factor, promote(x.a))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedspan.algebra import lowrank
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods import spectral
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import SUM, Exchange, Partial
@@ -119,7 +120,9 @@ class _Plan:
 
 def _encode(update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[Update, ClientState | None]:
     def reply_about(name: str) -> dict[str, Tensor]:
-        x = update.factors(name).delta()
+        # Not the factors as they came: after an ill-conditioned gauge their products cancel.
+        f = update.factors(name)
+        x = lowrank.scaled(lowrank.uncancelled(LowRank(f.b, f.a)), f.scaling)
         if (sketch := sent.subspaces.get(f"{name}/{_SKETCH}")) is not None:
             return {"sketch": x.b @ (x.a @ sketch.basis.to(x.a))}
         q = sent.subspaces[f"{name}/{_RANGE}"].basis.to(x.b)

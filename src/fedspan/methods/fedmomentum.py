@@ -68,9 +68,9 @@ def fedmomentum(balance: Balance = "even") -> Method:
         shares, rank = partial.shares(), state.template.rank
 
         def divide(name: str) -> _Divided:
-            pairs = partial.deltas(name)
-            _check_ranks(pairs, rank)
-            return _divided(lowrank.stack([lowrank.balanced(x) for x in pairs], shares), rank)
+            pairs = partial.products(name)
+            _check_ranks(partial.deltas(name), rank)
+            return _divided(lowrank.stack(pairs, shares), rank)
 
         parts = dict(zip(state.modules, parallel.ordered_map(divide, state.modules), strict=True))
         residuals = {name: part.residual for name, part in parts.items() if part.residual is not None}

@@ -41,7 +41,7 @@ def florist(threshold: float = 0.95) -> Method:
         shares = partial.shares()
 
         def cut(name: str) -> tuple[LowRank, float, float]:
-            return _leading(lowrank.stack([lowrank.balanced(x) for x in partial.deltas(name)], shares), threshold)
+            return _leading(lowrank.stack(partial.products(name), shares), threshold)
 
         names = list(state.template.modules)
         kept = dict(zip(names, parallel.ordered_map(cut, names), strict=True))

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.messages import Tensors, Update
 from fedspan.support.errors import FedspanError
@@ -54,6 +55,12 @@ class Partial:
     def deltas(self, module: str) -> list[LowRank]:
         """Return s_k B_k A_k of the collected updates."""
         return [update.factors(module).delta() for update in self.collected]
+
+    def products(self, module: str) -> list[LowRank]:
+        """Return s_k B_k A_k in factors of like size whose terms do not cancel, for rules that multiply them out."""
+        factors = [update.factors(module) for update in self.collected]
+        # Scaled last: the rounding of s·B would be multiplied by what cancels.
+        return [lowrank.scaled(lowrank.uncancelled(lowrank.balanced(LowRank(f.b, f.a))), f.scaling) for f in factors]
 
     def places(self) -> dict[Place, Tensor]:
         """Return all running sums."""

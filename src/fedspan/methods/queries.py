@@ -98,6 +98,7 @@ def own_contribution(update: Update, module: str) -> Contribution:
     """Return X_k = s_k B_k A_k, as it came."""
     f = update.factors(module)
     pair, e = lowrank.normalised(LowRank(f.b, f.a))
+    pair = lowrank.uncancelled(pair)
     return Contribution(pair, math.ldexp(f.scaling, e))
 
 

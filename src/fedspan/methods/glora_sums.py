@@ -74,6 +74,12 @@ def glora_sums(
     so angles between clients' spaces below √eps are not seen. Where the clients name many more directions than l, one
     pass loses more of T. A client that is lost between two exchanges counts in U and in the heads, and not in C.
 
+    Sketches travel in float32, so a client's directions are seen only while its share of the votes stands above
+    rounding. From a share of about 1e-4 on, one pass loses a direction in those draws of Ω that hold little of it,
+    which matters where the client's update is as many times larger than the others'. The second pass finds it: of T
+    with such a client at R = 14, one pass lost up to 0.25 in norm, two 6e-5. `truncation_error` says what was lost, as
+    an unbiased estimate.
+
     Lost of T, ‖T − U·C‖²/‖T‖², by K clients of rank 8 at R = 16 (m = 256, n = 224; clients see one target through
     random directions, its singular values equal or as 1/j²):
 

@@ -54,7 +54,7 @@ def test_terms_that_cancel_are_collected_without_losing_the_product(by: int) -> 
     fed = ill(build(glora_sums(), 3, **FEW, server_rank=14, dtype=torch.float32), 1e5, 4)
     f = fed.updates[0].factors("layer0")
     x = LowRank(f.b * 2.0**by, f.a)
-    y = lowrank.uncancelled(x)
+    y = lowrank.collected(x)
     assert lowrank.term_size(x) > 100 * np.linalg.norm(product(x))
     assert lowrank.term_size(y) < 1.01 * np.linalg.norm(product(x))
     assert np.linalg.norm(product(y) - product(x)) < 5e-7 * np.linalg.norm(product(x))
@@ -65,10 +65,10 @@ def test_pairs_of_ordinary_condition_keep_their_bits() -> None:
     fed = build(glora_sums(), 5, **FEW, server_rank=14, dtype=torch.float32)
     for update in ill(fed, 5.0, 6).updates:
         x = update.factors("layer0").delta()
-        assert lowrank.uncancelled(x) is x
+        assert lowrank.collected(x) is x
     f = ill(fed, 1e5, 7).updates[0].factors("layer0")
     for x in (LowRank(0 * f.b, f.a), LowRank(f.b.double(), f.a.double()), lowrank.zeros(3, 4)):
-        assert lowrank.uncancelled(x) is x
+        assert lowrank.collected(x) is x
 
 
 def edge(passes: Any, seed: int, rank: int = 14) -> Federation:

@@ -96,17 +96,27 @@ def uncancelled(x: LowRank) -> LowRank:
 
     Whatever is computed from B·A in the factors' precision is off by eps times the size of the terms: after a gauge of
     condition κ, by up to κ·eps of the product. With B = Q·R in float64, (Q, R·A) is the product to its own rounding.
-    A pair of ordinary condition is told from its r×r Gram matrices and keeps its bits.
+    A pair of ordinary condition is told from its r×r Gram matrices and keeps its bits. Expects factors near ordinary
+    size (`normalised`).
     """
-    y, e = normalised(x)
-    b, a = promote(y.b), promote(y.a)
-    left, right = b.mT @ b, a @ a.mT
-    terms, size = (left.diagonal() * right.diagonal()).sum(), (left * right.mT).sum()  # ‖·‖²; may round below 0
-    # Not <, or a product of zeros would be re-factored.
-    if b.dtype == torch.float64 or not bool(size * _CANCELS**2 < terms):
+    b, a = promote(x.b), promote(x.a)
+    if b.dtype == torch.float64:
+        return x
+    # In numpy, whose calls on so few numbers cost a tenth of torch's.
+    left, right = (gram.detach().cpu().numpy() for gram in (b.mT @ b, a @ a.mT))
+    terms, size = left.diagonal() @ right.diagonal(), (left * right).sum()  # ‖·‖²; the second may round below 0
+    # Not <=, or a product of zeros would be re-factored; a NaN stays as it is, too.
+    if not size * _CANCELS**2 < terms:
         return x
     q, r = torch.linalg.qr(b.double())
-    return LowRank(q.to(b), scales.shifted((r @ a.double()).to(a), e))
+    return LowRank(q.to(b), (r @ a.double()).to(a))
+
+
+def collected(x: LowRank) -> LowRank:
+    """Return `uncancelled` of a pair of any size."""
+    y, e = normalised(x)
+    z = uncancelled(y)
+    return x if z is y else LowRank(z.b, scales.shifted(z.a, e))
 
 
 def scaled(x: LowRank, factor: float) -> LowRank:

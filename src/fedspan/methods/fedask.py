@@ -122,7 +122,7 @@ def _encode(update: Update, sent: Broadcast, kept: ClientState | None) -> tuple[
     def reply_about(name: str) -> dict[str, Tensor]:
         # Not the factors as they came: after an ill-conditioned gauge their products cancel.
         f = update.factors(name)
-        x = lowrank.scaled(lowrank.uncancelled(LowRank(f.b, f.a)), f.scaling)
+        x = lowrank.scaled(lowrank.collected(LowRank(f.b, f.a)), f.scaling)
         if (sketch := sent.subspaces.get(f"{name}/{_SKETCH}")) is not None:
             return {"sketch": x.b @ (x.a @ sketch.basis.to(x.a))}
         q = sent.subspaces[f"{name}/{_RANGE}"].basis.to(x.b)

@@ -60,7 +60,7 @@ class Partial:
         """Return s_k B_k A_k in factors of like size whose terms do not cancel, for rules that multiply them out."""
         factors = [update.factors(module) for update in self.collected]
         # Scaled last: the rounding of s·B would be multiplied by what cancels.
-        return [lowrank.scaled(lowrank.uncancelled(lowrank.balanced(LowRank(f.b, f.a))), f.scaling) for f in factors]
+        return [lowrank.scaled(lowrank.collected(lowrank.balanced(LowRank(f.b, f.a))), f.scaling) for f in factors]
 
     def places(self) -> dict[Place, Tensor]:
         """Return all running sums."""

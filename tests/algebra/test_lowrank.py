@@ -198,3 +198,13 @@ def test_mismatched_factors_are_named() -> None:
         lowrank.stack([])
     with pytest.raises(ValueError, match=r"different shapes \[\(4, 5\), \(5, 4\)\]"):
         lowrank.stack([lowrank.zeros(5, 4), lowrank.zeros(4, 5)])
+
+
+@pytest.mark.parametrize(("i", "j"), [(0, 30), (40, 0), (-60, 20)])
+def test_inner_products_of_any_size_are_those_of_ordinary_ones(i: int, j: int) -> None:
+    """Powers of two come out as they went in, to the bit."""
+    rng = torch.Generator().manual_seed(0)
+    x, y = (LowRank(torch.randn(9, 3, generator=rng), torch.randn(3, 7, generator=rng)) for _ in range(2))
+    far = lowrank.inner(LowRank(x.b * 2.0**i, x.a), LowRank(y.b, y.a * 2.0**j))
+    assert far == lowrank.inner(x, y) * 2.0 ** (i + j)
+    assert far == pytest.approx(float((x.dense() * y.dense()).sum()) * 2.0 ** (i + j), rel=1e-4)

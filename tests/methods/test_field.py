@@ -433,6 +433,10 @@ def test_fedsvd_stands_ranks_above_a_layers_size(shape: tuple[int, int]) -> None
     assert state.modules["layer0"]["a"].shape == (4, shape[1])
     assert state.modules["layer0"]["b"].shape == (shape[0], 4)
     assert_same(received(fed, state), fed.ideal, 1e-12)
+    # Spare components keep their random A beside a zero B: with both at zero they would never learn.
+    before, after = fed.state.modules["layer0"]["a"], state.modules["layer0"]
+    torch.testing.assert_close(after["a"][min(shape) :], before[min(shape) :].to(after["a"]), rtol=0, atol=0)
+    assert not after["b"][:, min(shape) :].any()
 
 
 def by_slices(fed: Federation, name: str) -> Array:

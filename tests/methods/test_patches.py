@@ -174,3 +174,15 @@ def test_a_single_fedex_client_leaves_no_residual() -> None:
     state, diagnostics = served(fed)
     assert state.patches.version == 0
     assert diagnostics == {"residual_norm": 0.0}
+
+
+def test_flora_starts_every_round_from_another_fresh_adapter() -> None:
+    """The same for all clients of a round; were it the same in all rounds, so would be the space they can learn in."""
+    fed = build(flora(), 8, ranks=(2, 3))
+    states = [fed.state, served(fed)[0]]
+    first, second = (fed.method.broadcast(state, Request(3)).adapter for state in states)
+    other = fed.method.broadcast(states[1], Request(2, seen=1)).adapter
+    for name, f in first.items():
+        assert not torch.equal(f.a, second[name].a)
+        assert torch.equal(other[name].a, second[name].a[:2])
+        assert not second[name].b.any()

@@ -224,6 +224,19 @@ def test_the_news_are_all_that_a_client_needs(kind: Any, refresh: int, optimizer
         fed = build(method, 10 + number, shapes, **options, start=state, seen=version)
 
 
+def test_a_subspace_counts_as_held_from_the_round_that_it_was_made_in() -> None:
+    """One that was made while a client was away has yet to travel to it, if it answered in the round just before."""
+    method, state = shared_galore(rank=2, refresh=2), None
+    for number in range(3):
+        fed = build(method, number, [(20, 30)], ranks=(1, 1), counts=(1, 2), start=state, seen=number)
+        state = served(fed)[0]
+    assert state is not None
+    assert state.round_num == 3
+    # The subspace of rounds 2 and 3, from 0, was made in round 2, in which clients see version 3.
+    held = {seen: "subspaces" in method.broadcast(state, Request(None, seen)).seeded for seen in range(4)}
+    assert held == {0: False, 1: False, 2: False, 3: True}
+
+
 def expanded(patch: Any, name: str, known: Any, round_num: int) -> Tensor:
     """What a client makes of it: coordinates are of their round's subspace, which it must know."""
     if isinstance(patch, Tensor) and patch.shape in ((2, 30), (30, 2)):

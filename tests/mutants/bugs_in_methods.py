@@ -145,7 +145,7 @@ METHODS = [
         "methods/flora.py",
         "request.rank or state.template.rank, state.round_num),",
         "request.rank or state.template.rank),",
-        "tests/methods/test_patches.py tests/methods/test_pitfalls.py",
+        "tests/methods/test_patches.py::test_flora_starts_every_round_from_another_fresh_adapter",
     ),
     Mutant(
         "FedEx-LoRA: residuals have the next client's share",
@@ -329,7 +329,7 @@ METHODS = [
         "methods/shared_galore.py",
         "request.seen >= made_in",
         "request.seen >= made_in - 1",
-        "tests/methods/test_subspaces.py::test_the_news_are_all_that_a_client_needs",
+        "tests/methods/test_subspaces.py::test_a_subspace_counts_as_held_from_the_round_that_it_was_made_in",
     ),
     Mutant(
         "FedGaLore: second moments have no floor",

@@ -87,8 +87,7 @@ PRIVACY = [
         "privacy/client_dp.py",
         "num_clients=max(1, round(self.expected)),",
         "num_clients=partial.num_clients,",
-        "tests/privacy/test_client_dp.py::test_a_round_without_anybody_is_a_step_of_noise "
-        "tests/privacy/test_client_dp.py::test_without_noise_and_with_room_it_is_the_method_itself",
+        "tests/privacy/test_client_dp.py::test_the_method_is_not_told_how_many_took_part",
     ),
     Mutant(
         "client-level noise is keyed by the round alone",
@@ -165,7 +164,7 @@ PRIVACY = [
         "privacy/accounting.py",
         "counts[event.noise_multiplier, event.sample_rate] += event.count",
         "counts[event.noise_multiplier, event.sample_rate] = event.count",
-        "tests/privacy/test_accountant.py::test_a_budget_stops_before_and_not_after",
+        "tests/privacy/test_accountant.py::test_equal_releases_are_counted_together",
     ),
     Mutant(
         "both ends of a pair add their mask",

@@ -11,7 +11,7 @@ pytest.importorskip("dp_accounting")
 
 from fedspan.methods import METHODS
 from fedspan.privacy.accountant import DPEvent
-from fedspan.privacy.accounting import epsilon, noise_for
+from fedspan.privacy.accounting import epsilon, merged, noise_for
 from fedspan.privacy.budget import Account, Budget
 
 
@@ -175,3 +175,9 @@ def test_an_account_ends_the_run_before_the_round_that_would_exceed_it() -> None
 def test_what_is_out_of_range_is_refused(make: Callable[[], object], said: str) -> None:
     with pytest.raises(ValueError, match=f"^{said}$"):
         make()
+
+
+def test_equal_releases_are_counted_together() -> None:
+    """Two and three of one kind are five of it, and those of another sample rate are none of them."""
+    events = [DPEvent(1.0, 0.1, 2), DPEvent(1.0, 0.2, 7), DPEvent(1.0, 0.1, 3), DPEvent(2.0, 0.1, 0)]
+    assert merged(events) == (DPEvent(1.0, 0.1, 5), DPEvent(1.0, 0.2, 7))

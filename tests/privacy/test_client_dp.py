@@ -112,6 +112,21 @@ def test_without_noise_and_with_room_it_is_the_method_itself(name: str) -> None:
     close_states(private, state, 1e-3 if name == "glora_sums" else 2e-5)
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_method_is_not_told_how_many_took_part(count: int) -> None:
+    """Nothing after the noise may depend on that: the rule sees qN clients of weight 1 in all, whoever came."""
+    seen: list[tuple[int, float]] = []
+    rule = plain("ffa_lora")
+
+    def finish(state: ServerState, partial: Partial) -> Any:
+        seen.append((partial.num_clients, partial.weight))
+        return rule.finish(state, partial)
+
+    private = with_client_dp(replace(rule, finish=finish), 1e9, 0.0, 3.0, lambda: SECRET)
+    play(private, run_state(rule, 3).state, [3] * count)
+    assert seen == [(3, 1.0)]
+
+
 @pytest.mark.parametrize("name", ABLE)
 @pytest.mark.parametrize("clip", [1e-3, 0.7])
 def test_nobody_sends_more_than_the_clip(name: str, clip: float) -> None:

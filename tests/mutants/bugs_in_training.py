@@ -138,14 +138,15 @@ TRAINING = [
         "client/passes.py",
         "(clip_norm / (norms + 1e-6)).clamp_(max=1.0)",
         "(clip_norm / (norms + 1e-6))",
-        "tests/client/test_cohort.py::test_clipping_is_by_the_client",
+        "tests/client/test_cohort.py::test_together_is_alone_for_every_kind_of_task "
+        "tests/client/test_cohort.py::test_together_is_alone_whatever_the_clients_differ_in",
     ),
     Mutant(
         "in a cohort all follow the longest schedule",
         "client/cohort.py",
         'rate(settings.local, step, options["steps"])',
         "rate(settings.local, step, steps[0])",
-        "tests/client/test_cohort.py::test_together_is_alone_whatever_the_clients_differ_in",
+        "tests/client/test_cohort.py::test_together_is_alone_for_every_kind_of_task",
     ),
     Mutant(
         "in a cohort those who are done still move",

@@ -57,6 +57,15 @@ class LocalResult:
     """Size of the local optimizer's state at the end, step counts left out."""
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """The settings of the run that a client's work belongs to, where clients of several runs share a pass."""
+
+    seed: int
+    local: LocalConfig
+    round_num: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Assignment:
     """One client's local work in one round."""
@@ -71,6 +80,14 @@ class Assignment:
     """The weight of this client in averages."""
     secret: int | None = None
     """The secret of this work alone, unknown to everyone but the site, from which its coins and noise are drawn."""
+    terms: Terms | None = None
+    """Its run's own settings; None for those of all work that is done with it."""
+
+    def under(self, settings: TrainingSettings, round_num: int) -> tuple[TrainingSettings, int]:
+        """Return the settings and the round of this work, given those of all work that is done with it."""
+        if self.terms is None:
+            return settings, round_num
+        return replace(settings, seed=self.terms.seed, local=self.terms.local), self.terms.round_num
 
 
 def num_steps(config: LocalConfig, num_examples: int) -> int:
@@ -91,6 +108,13 @@ def batches(num_examples: int, batch_size: int, steps: int, rng: torch.Generator
         order = order[size:]
 
 
+def shared_part(config: LocalConfig) -> LocalConfig:
+    """Return these settings without those that every client of a pass may have of its own."""
+    plain = LocalConfig()
+    own = {name: getattr(plain, name) for name in ("learning_rate", "steps", "epochs", "batch_size", "warmup")}
+    return config.model_copy(update=own)
+
+
 def rate(config: LocalConfig, step: int, steps: int) -> float:
     """Return the learning rate of a step, counted from 0."""
     warmup = max(1, round(config.warmup * steps))
@@ -108,6 +132,7 @@ def work_on(
     model: FederatedModel, work: Assignment, data: Encoded, settings: TrainingSettings, round_num: int
 ) -> LocalResult:
     """Do one client's local work: train, or compute a gradient where the recipe asks for one."""
+    settings, round_num = work.under(settings, round_num)
     private = settings.privacy.dp == "example"
     if work.broadcast.recipe.gradient:
         # The configuration was refused for it; should a server ask all the same, nothing may leave without noise.

@@ -60,6 +60,8 @@ def _reason_in_settings(model: FederatedModel, recipe: Recipe, settings: Trainin
         (bool(recipe.proximal), "a proximal term pulls every client towards where it started"),
         (recipe.corrected, "each client's gradients are corrected by what it keeps"),
         (settings.engine.compile, "engine.compile compiles the passes of one client"),
+        (settings.engine.checkpointing, "engine.checkpointing saves memory in the passes of one client"),
+        (settings.local.accumulate > 1, "local.accumulate cuts each client's batches into parts"),
     )
     return next((reason for given, reason in reasons if given), None)
 

@@ -51,6 +51,11 @@ def chosen(config: Config, ledger: ClientLedger | None = None) -> Method:
     _check_optimizer(method, config.local.optimizer)
     _check_base(method, config.model.quantise)
     _check_privacy(method, privacy)
+    if privacy.dp == "example" and config.engine.checkpointing:
+        raise FedspanError(
+            "engine.checkpointing with privacy.dp = 'example': a pass over single examples keeps all it needs; "
+            "expected false, or a larger local.accumulate to save memory"
+        )
     if privacy.dp == "client":
         _check_client_bound(federation, config.wire.up, config.deployment.oversample)
         _check_client_budget(method, federation, privacy)

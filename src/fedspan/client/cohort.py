@@ -51,6 +51,30 @@ def applies(model: FederatedModel, data: Encoded, recipe: Recipe, settings: Trai
     )
 
 
+def engine_of_one(model: FederatedModel, data: Encoded, recipe: Recipe, settings: TrainingSettings) -> str:
+    """Return the engine for a client that works alone by this recipe: `cohort` or `sequential`.
+
+    On a GPU a pass of one client is several times as fast, since its steps are recorded.
+
+    Raises
+    ------
+    FedspanError
+        When `engine.name = "cohort"` and the model or the recipe does not allow it.
+    """
+    name = settings.engine.name
+    if recipe.gradient or name == "sequential" or (name == "auto" and model.device.type == "cpu"):
+        return "sequential"
+    reason = applies(model, data, recipe, settings)
+    if reason is not None and name == "cohort":
+        raise refusal(reason)
+    return "cohort" if reason is None else "sequential"
+
+
+def refusal(reason: str) -> FedspanError:
+    """Return the error for a cohort that was asked for and is not possible."""
+    return FedspanError(f"engine.name = 'cohort': {reason}; expected auto or sequential")
+
+
 def _reason_in_settings(model: FederatedModel, recipe: Recipe, settings: TrainingSettings) -> str | None:
     reasons = (
         (model.trains != "adapter", "every client trains base weights of its own"),

@@ -12,7 +12,6 @@ from fedspan.federation.clients import Client
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.messages import Recipe, Request
 from fedspan.runs.context import RunContext
-from fedspan.support.errors import FedspanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ def choose_engine(context: RunContext, recipe: Recipe) -> EngineChoice:
     if reason is None:
         return EngineChoice(name)
     if name == "cohort":
-        raise FedspanError(f"engine.name = 'cohort': {reason}; expected auto or sequential")
+        raise cohort.refusal(reason)
     return EngineChoice("sequential", reason)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,7 +31,8 @@ def test_all_that_wait_are_answered_together_and_one_runs_at_a_time() -> None:
         rounds.append(list(waiting))
         return doubled(waiting)
 
-    turns = take_turns([lambda turn, n=n: work(turn, n) for n in (3, 1, 0, 2)], answer)
+    turns = [Turn(partial(work, count=count)) for count in (3, 1, 0, 2)]
+    take_turns(turns, answer)
     assert [turn.result for turn in turns] == [12, 2, 0, 6]
     assert rounds == [[(0, 1), (1, 1), (3, 1)], [(0, 2), (3, 2)], [(0, 3)]]
 
@@ -50,7 +52,8 @@ def test_one_that_fails_does_not_stop_the_others() -> None:
     def answer(waiting: Sequence[tuple[int, Any]]) -> dict[int, Any]:
         return {i: KeyError("x") if request == 5 else 2 * request for i, request in waiting}
 
-    first, second, third = take_turns([fails, handed, lambda turn: turn.ask(2) + turn.ask(3)], answer)
+    turns = first, second, third = [Turn(fails), Turn(handed), Turn(lambda turn: turn.ask(2) + turn.ask(3))]
+    take_turns(turns, answer)
     assert isinstance(first.error, ValueError)
     assert (second.result, third.result) == ("caught 'x'", 10)
 
@@ -69,5 +72,5 @@ def test_who_waits_is_stopped_when_nobody_answers() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        take_turns([lambda turn, n=n: work(turn, n) for n in range(3)], answer)
+        take_turns([Turn(partial(work, number=number)) for number in range(3)], answer)
     assert cleaned == [0, 1, 2]

@@ -90,10 +90,11 @@ def measured_cohort_size(
 ) -> int | None:
     """Return how many clients should share a pass on this run's GPU; None where that is not to be measured.
 
-    It is not on a CPU, whose rule is fixed, and not where several processes have a GPU each.
+    It is not on a CPU, whose rule is fixed, not where several processes have a GPU each, and not where the passes are
+    shared with other runs, for all of which it is measured.
     """
     engine = context.config.engine
-    here = context.model.device.type != "cpu" and context.coordinator is None
+    here = context.model.device.type != "cpu" and context.coordinator is None and not context.shared
     if not here or choice.name not in ("auto", "cohort") or engine.cohort_size != "auto" or not cohort_of_round:
         return None
     assignments = _assignments(context, method, state, cohort_of_round)

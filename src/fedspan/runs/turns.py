@@ -69,10 +69,8 @@ class Turn:
         self._asked.release()
 
 
-def take_turns(
-    works: Sequence[Callable[[Turn], Any]], answer: Callable[[Sequence[tuple[int, Any]]], dict[int, Any]]
-) -> list[Turn]:
-    """Run these computations to their ends.
+def take_turns(turns: Sequence[Turn], answer: Callable[[Sequence[tuple[int, Any]]], dict[int, Any]]) -> None:
+    """Run these computations to their ends; each turn then has the result or the error of its own.
 
     Parameters
     ----------
@@ -80,27 +78,28 @@ def take_turns(
         Takes the number and request of every computation that waits, and returns their answers; an exception as an
         answer is raised in that computation.
 
-    Returns
-    -------
-    list of Turn
-        With the result or the error of each.
-
     Raises
     ------
     BaseException
-        From `answer`, after `Stopped` was raised in every computation that waits.
+        From `answer`, or of a computation that was interrupted, after `Stopped` was raised in every computation that
+        waits.
     """
-    turns = [Turn(work) for work in works]
     try:
         for turn in turns:
-            turn.go_on()
+            _go_on(turn)
         while waiting := [(i, turn.request) for i, turn in enumerate(turns) if turn.request is not None]:
             answers = answer(waiting)
             for i, _ in waiting:
-                turns[i].go_on(answers[i])
+                _go_on(turns[i], answers[i])
     except BaseException:
         for turn in turns:
             if turn.request is not None:
                 turn.go_on(Stopped())
         raise
-    return turns
+
+
+def _go_on(turn: Turn, answer: Any = None) -> None:
+    turn.go_on(answer)
+    # Nobody is asked to handle an interruption: it stops all of them.
+    if turn.error is not None and not isinstance(turn.error, Exception):
+        raise turn.error

@@ -133,6 +133,7 @@ VALUES: dict[str, Any] = {
     "data.subset": "x",
     "data.test": "x.jsonl",
     "data.train": "x.jsonl",
+    "engine.checkpointing": True,
     "evaluation.batch_size": 3,
     "federation.min_clients": 3,
     "federation.num_clients": 3,

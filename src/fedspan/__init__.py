@@ -16,6 +16,7 @@ if _typing.TYPE_CHECKING:
     from fedspan.algebra.lowrank import LowRank as LowRank
     from fedspan.api import resume as resume
     from fedspan.api import run as run
+    from fedspan.api import run_many as run_many
     from fedspan.config import Config as Config
     from fedspan.config import load as load_config
     from fedspan.merging.merge_report import MergeReport as MergeReport
@@ -65,6 +66,7 @@ __all__ = [
     "merge",
     "resume",
     "run",
+    "run_many",
 ]
 
 _HOME = {
@@ -92,6 +94,7 @@ _HOME = {
     "merge": ("fedspan.merging.one_shot", "merge"),
     "resume": ("fedspan.api", "resume"),
     "run": ("fedspan.api", "run"),
+    "run_many": ("fedspan.api", "run_many"),
 }
 """Public name -> the module that defines it, and its name there."""
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedspan.config import Config, from_mapping, load
 from fedspan.display.console import console_for
 from fedspan.display.session import watch
-from fedspan.runs import execution
+from fedspan.runs import execution, many
 from fedspan.runs.events import Event, OnEvent
 from fedspan.runs.execution import Result
 from fedspan.wire.transport import Transport
@@ -78,6 +78,37 @@ def resume(
         When `out` holds no run.
     """
     return _shown(lambda listen: execution.resume(Path(out), listen, workers, transport), on_event, quiet)
+
+
+def run_many(
+    configs: Sequence[Config | Mapping[str, Any] | str | os.PathLike[str]],
+    outs: Sequence[str | os.PathLike[str] | None] | None = None,
+    on_event: many.OnRunEvent | None = None,
+) -> list[Result]:
+    """Run several federations of simulated clients at once, such as the seeds and methods of a comparison.
+
+    Runs over one base share its memory, and their clients share passes over it. Each is the ordinary run, with its own
+    folder, which `resume` continues too; its results agree with those of the run alone up to rounding. Nothing is
+    printed.
+
+    Parameters
+    ----------
+    configs
+        The settings of each run, as for `run`.
+    outs
+        The run folders, one for each; a folder that holds a run of the same settings is resumed. None: new ones under
+        ``runs``.
+    on_event
+        Called with the number of the run, from 0, and every `Event` of it.
+
+    Raises
+    ------
+    FedspanError
+        For anything wrong with one of the runs, before any of them trains; for one that fails on the way when the
+        others have ended. The message names the run, counted from 1.
+    """
+    settings = [_settings(config) for config in configs]
+    return many.run_many(settings, outs, many.ignore if on_event is None else on_event)
 
 
 def _settings(config: Config | Mapping[str, Any] | str | os.PathLike[str] | None) -> Config:

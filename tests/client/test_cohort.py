@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from fedspan.algebra.lowrank import LowRank
 from fedspan.client import cohort, grouping
-from fedspan.client.training import Assignment, LocalResult, TrainingSettings, train
+from fedspan.client.shared_payloads import PayloadCache, SharedPayloads
+from fedspan.client.training import Assignment, LocalResult, Terms, TrainingSettings, train, work_on
 from fedspan.config import DataConfig, EngineConfig, LocalConfig
 from fedspan.data import Encoded, Rows, encode
 from fedspan.methods.messages import Broadcast, GaloreOptions, Recipe
@@ -26,6 +28,7 @@ from fedspan.models import FederatedModel
 from fedspan.models.losses import client_losses
 from fedspan.models.streams import BatchLayout, ClientDropout, drops
 from fedspan.support.seeding import generator
+from fedspan.wire import packing
 
 KIND = {"llama": "instruction", "gpt2": "instruction", "bert": "classification", "vit": "image"}
 
@@ -121,6 +124,48 @@ def test_together_is_alone_for_every_kind_of_task(bases: dict[str, Path], data: 
     wanted = alone(model, data[kind], group, config(warmup=0.5))
     found = cohort.work(model, data[kind], group, config(warmup=0.5), 2)
     agree(found, wanted, group, CLOSE)
+
+
+def of_several_runs(group: Sequence[Assignment]) -> list[Assignment]:
+    """The same work, each client's under a seed, a round, rates and a batch size of its own."""
+    owns = [
+        {"learning_rate": 0.3, "batch_size": 4},
+        {"learning_rate": 0.1, "batch_size": 2},
+        {"learning_rate": 0.3, "batch_size": 3, "warmup": 0.5},
+    ]
+    return [replace(a, terms=Terms(k, LocalConfig(**owns[k % 3]), round_num=k)) for k, a in enumerate(group)]
+
+
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_clients_of_several_runs_share_a_pass(bases: dict[str, Path], data: dict[str, Encoded], name: str) -> None:
+    """Each as its own run would train it alone, also after a journey to another process."""
+    kind = KIND[name]
+    model = tiny.load(bases[name], kind)
+    group = of_several_runs(clients(model, 2, 8, 3, 1, steps=(3, 5, 1, 4), sizes=(9, 40, 3, 1)))
+    four = replace(config(), engine=EngineConfig(name="cohort", cohort_size=4))
+    (planned,) = grouping.plan(model, data[kind], group, four)
+    assert sorted(planned) == [0, 1, 2, 3]
+    wanted = [work_on(model, a, data[kind], config(), 99) for a in group]
+    agree(cohort.work(model, data[kind], group, config(), 2), wanted, group, CLOSE)
+    sender, packed = SharedPayloads(), packing.TensorList()
+    sender.expect([a.broadcast for a in group])
+    headers = [json.loads(json.dumps(sender.assignment(packed, set(), a))) for a in group]
+    cache = PayloadCache()
+    arrived = [cache.assignment(header, packed.tensors) for header in headers]
+    assert [a.terms for a in arrived] == [a.terms for a in group]
+    agree(cohort.work(model, data[kind], arrived, config(), 2), wanted, group, CLOSE)
+
+
+def test_runs_that_train_otherwise_share_no_pass(bases: dict[str, Path], data: dict[str, Encoded]) -> None:
+    """Optimizer, decay and clipping are those of a whole pass."""
+    model = tiny.load(bases["llama"], "instruction")
+    first, second = clients(model, 2, 2, steps=(3, 3), sizes=(9, 9))
+    for other in ({"optimizer": "sgd"}, {"weight_decay": 0.1}, {"clip_norm": None}):
+        group = [
+            replace(first, terms=Terms(0, LocalConfig(), 0)),
+            replace(second, terms=Terms(0, LocalConfig(**other), 0)),
+        ]
+        assert sorted(grouping.plan(model, data["instruction"], group, config("cohort"))) == [[0], [1]]
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "vit", "gpt2"])

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_cohort import CLOSE, KIND, agree, alone, clients, config, data, smooth, tensors
+from test_cohort import CLOSE, KIND, agree, alone, clients, config, data, of_several_runs, smooth, tensors
 
 from fedspan.algebra.lowrank import LowRank
 from fedspan.client import cohort, step_plan
 from fedspan.client.device_pass import device_pass
 from fedspan.client.passes import member
 from fedspan.client.step_plan import StepPlan, rounded_up
+from fedspan.client.training import Terms, work_on
+from fedspan.config import LocalConfig
 from fedspan.data import Encoded
 from fedspan.methods.messages import Recipe
 from fedspan.models import FederatedModel
@@ -51,6 +53,21 @@ def test_together_is_alone_for_every_kind_of_task(
     chosen = config(warmup=0.5, optimizer=optimizer, weight_decay=0.1)
     found = cohort.work(model, data[kind], group, chosen, 2)
     agree(found, alone(model, data[kind], group, chosen), group, CLOSE)
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_clients_of_several_runs_share_a_pass(bases: dict[str, Path], data: dict[str, Encoded], name: str) -> None:
+    kind = KIND[name]
+    model = tiny.load(bases[name], kind)
+    group = of_several_runs(clients(model, 2, 8, 3, 1, steps=(3, 5, 1, 4), sizes=(9, 40, 3, 1)))
+    wanted = [work_on(model, a, data[kind], config(), 99) for a in group]
+    agree(cohort.work(model, data[kind], group, config(), 2), wanted, group, CLOSE)
+    even = [
+        replace(a, steps=3, terms=Terms(k, LocalConfig(learning_rate=0.1 * (k + 1)), 0)) for k, a in enumerate(group)
+    ]
+    wanted = [work_on(model, a, data[kind], config(), 99) for a in even]
+    agree(cohort.work(model, data[kind], even, config(), 2), wanted, even, CLOSE)
 
 
 @pytest.mark.usefixtures("on_device")
@@ -126,7 +143,7 @@ def test_a_patch_on_the_base_serves_its_own_group_alone(bases: dict[str, Path], 
         agree(found, alone(model, data["image"], group, config()), group, CLOSE)
     # What was recorded over the untouched base is not replayed under a patch, and the other way round.
     (held,) = model.passes.values()
-    members = [member(a, config().local, (0, 0)) for a in patched]
+    members = [member(a, config(), 0) for a in patched]
     assert device_pass(model, members, config(), False) is not held
     assert list(model.passes.values()) == [held]
 
@@ -157,7 +174,7 @@ def test_no_more_kinds_of_passes_are_held_than_a_few(bases: dict[str, Path], dat
     model = tiny.load(bases["vit"], "image")
     for count in (1, 2, 3, 4, 5, 2):
         group = clients(model, *[2] * count, steps=[1] * count)
-        members = [member(a, config().local, (0, 0)) for a in group]
+        members = [member(a, config(), 0) for a in group]
         device_pass(model, members, config(), False).run(data["image"], members)
         assert len(model.passes) <= 4
     assert [held.stack.trained.values.shape[0] for held in model.passes.values()] == [3, 4, 5, 2]
@@ -170,8 +187,8 @@ def test_long_rows_go_by_themselves_where_that_saves_padding(bases: dict[str, Pa
     rows = torch.cat([order[:14], order[-2:]]).numpy()
     group = [replace(a, rows=own) for a, own in zip(clients(model, 2, 2), (rows, rows[:5]), strict=True)]
     local = config(batch_size=16).local
-    members = [member(a, local, (0, 0)) for a in group]
-    plan = StepPlan.of(texts, members, local, hidden=2**20)
+    members = [member(a, replace(config(), local=local), 0) for a in group]
+    plan = StepPlan.of(texts, members, hidden=2**20)
     for step in range(3):
         batches = plan.batches(step)
         assert len(batches) > 1
@@ -190,4 +207,4 @@ def test_long_rows_go_by_themselves_where_that_saves_padding(bases: dict[str, Pa
         )
         total = sum(batch["weights"].sum(dim=1) for batch in batches)
         torch.testing.assert_close(total, torch.ones(2))
-    assert len(StepPlan.of(texts, members, local, hidden=1).batches(0)) == 1
+    assert len(StepPlan.of(texts, members, hidden=1).batches(0)) == 1

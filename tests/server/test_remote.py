@@ -23,6 +23,7 @@ from fedspan.runs.events import Event
 from fedspan.runs.execution import run, serve
 from fedspan.site.settings import SiteSettings
 from fedspan.site.site import Site
+from fedspan.support.errors import FedspanError
 from fedspan.wire import protocol
 
 REMOTE = [name for name in NAMES if not METHODS[name]().info.pooled and not METHODS[name]().info.alone]
@@ -645,3 +646,30 @@ def test_no_two_choices_of_clients_are_unmasked_for_one_sum(
     assert sum("the difference would reveal the update of one of them" in line for line in fed.lines) == 3
     fed.transport.mishap = None
     fed.serve()  # the same clients again: nothing is revealed that was not known before
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [("fedftg", "every client trains base weights of its own"), ("fedavg", "base weights"), ("ravan", "subspace")],
+)
+def test_a_site_refuses_an_engine_that_cannot_do_its_work(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, method: str, reason: str
+) -> None:
+    """Before the first round: the cohort would leave out GaLore, a proximal term or a correction without a word."""
+    config = settings(bases["bert"], texts, method, engine={"name": "cohort"})
+    with pytest.raises(FedspanError, match=rf"engine\.name = 'cohort': .*{reason}.*; expected auto or sequential"):
+        make_sites(config, ["client-0"], tmp_path)
+
+
+def test_a_site_trains_in_a_pass_of_its_own_where_that_is_asked_for(
+    bases: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    """To rounding what it trains otherwise; on a GPU this is the choice of `auto`."""
+    states = {}
+    for name in ("sequential", "cohort"):
+        config = settings(bases["bert"], texts, engine={"name": name}, federation={"rounds": 1})
+        fed = Federation(config, tmp_path / name)
+        fed.serve()
+        states[name] = fed.state()
+    for key, value in states["sequential"].items():
+        torch.testing.assert_close(states["cohort"][key], value, rtol=1e-3, atol=1e-4)

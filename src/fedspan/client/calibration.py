@@ -80,11 +80,11 @@ def _rank(a: Assignment) -> int:
 def _client_steps_per_second(
     model: FederatedModel, data: Encoded, group: Sequence[Assignment], settings: TrainingSettings
 ) -> float:
-    members = [_repeated(member(replace(a, steps=1), settings.local, ("calibration",))) for a in group]
+    members = [_repeated(member(replace(a, steps=1), settings, 0)) for a in group]
     broadcasts = [a.broadcast for a in group]
     try:
         with tensor_cores(model.device, settings.engine):
-            tried = DevicePass.create(model, broadcasts, settings, equal_steps=True, drops=drops(model.model))
+            tried = DevicePass.create(model, broadcasts, settings, equal_rates=True, drops=drops(model.model))
             tried.run(data, members)  # the first step as it is, the second recorded
             _wait(model.device)
             began = time.perf_counter()

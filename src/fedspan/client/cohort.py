@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,6 @@ from fedspan.client.training import (
     TrainingSettings,
     autocast,
     plain_optimizer,
-    rate,
     work_on,
 )
 from fedspan.config import LocalConfig
@@ -51,6 +51,30 @@ def applies(model: FederatedModel, data: Encoded, recipe: Recipe, settings: Trai
     )
 
 
+def engine_of_one(model: FederatedModel, data: Encoded, recipe: Recipe, settings: TrainingSettings) -> str:
+    """Return the engine for a client that works alone by this recipe: `cohort` or `sequential`.
+
+    On a GPU a pass of one client is several times as fast, since its steps are recorded.
+
+    Raises
+    ------
+    FedspanError
+        When `engine.name = "cohort"` and the model or the recipe does not allow it.
+    """
+    name = settings.engine.name
+    if recipe.gradient or name == "sequential" or (name == "auto" and model.device.type == "cpu"):
+        return "sequential"
+    reason = applies(model, data, recipe, settings)
+    if reason is not None and name == "cohort":
+        raise refusal(reason)
+    return "cohort" if reason is None else "sequential"
+
+
+def refusal(reason: str) -> FedspanError:
+    """Return the error for a cohort that was asked for and is not possible."""
+    return FedspanError(f"engine.name = 'cohort': {reason}; expected auto or sequential")
+
+
 def _reason_in_settings(model: FederatedModel, recipe: Recipe, settings: TrainingSettings) -> str | None:
     reasons = (
         (model.trains != "adapter", "every client trains base weights of its own"),
@@ -61,6 +85,8 @@ def _reason_in_settings(model: FederatedModel, recipe: Recipe, settings: Trainin
         (recipe.corrected, "each client's gradients are corrected by what it keeps"),
         (settings.local.keep_optimizer, "each client goes on with an optimizer of its own (local.keep_optimizer)"),
         (settings.engine.compile, "engine.compile compiles the passes of one client"),
+        (settings.engine.checkpointing, "engine.checkpointing saves memory in the passes of one client"),
+        (settings.local.accumulate > 1, "local.accumulate cuts each client's batches into parts"),
     )
     return next((reason for given, reason in reasons if given), None)
 
@@ -110,13 +136,12 @@ def _train_together(
     # Most steps first: the clients that are still at work are then always the leading rows of the stack, which is a
     # view, and those that have finished are cut off at its end.
     order = sorted(range(len(group)), key=lambda i: (-group[i].steps, i))
-    local = settings.local
-    members = [member(group[i], local, (settings.seed, round_num)) for i in order]
+    members = [member(group[i], settings, round_num) for i in order]
     stack, totals = (_on_device if model.device.type == "cuda" else _on_cpu)(model, data, members, settings)
     steps = torch.tensor([m.assignment.steps for m in members])
     means = (totals.cpu() / steps).tolist()
     with stack.fetched():
-        results = {i: _result(stack, k, group[i], means[k], local) for k, i in enumerate(order)}
+        results = {i: _result(stack, k, members[k], means[k]) for k, i in enumerate(order)}
     return [results[i] for i in range(len(group))]
 
 
@@ -155,7 +180,7 @@ def _run_steps(
     """Train every member for its own number of steps; return the sums of their losses, (C,)."""
     steps = [m.assignment.steps for m in members]
     totals = torch.zeros(len(members), device=model.device)  # there, since reading a loss would wait for every step
-    optimizer = _optimizer(stack, steps, settings.local)
+    optimizer = _optimizer(stack, members, settings.local)
     penalty = penalty_of(stack.broadcasts, model.device)
     active = 0
     for step in range(steps[0]):
@@ -173,7 +198,7 @@ def _run_steps(
         compute_gradients(stack, [losses], penalty, settings.local.clip_norm, active)
         # Set here and not by a scheduler: each group of clients is at its own place in a schedule of its own length.
         for options in optimizer.param_groups:
-            options["lr"] = rate(settings.local, step, options["steps"])
+            options["lr"] = options["member"].rate(step)
         optimizer.step()
     return totals
 
@@ -199,19 +224,19 @@ def _batch(data: Encoded, members: Sequence[Member], step: int) -> tuple[dict[st
     return batch, real, BatchLayout(counts, lengths, width, longest)
 
 
-def _optimizer(stack: Stack, steps: Sequence[int], local: LocalConfig) -> torch.optim.Optimizer:
-    """Return an optimizer of one long parameter per client; clients of equal steps share a learning-rate schedule."""
-    groups = [
-        {"params": [row for row, own in zip(stack.rows, steps, strict=True) if own == count], "steps": count}
-        for count in sorted(set(steps), reverse=True)
-    ]
-    return plain_optimizer(groups, local)
+def _optimizer(stack: Stack, members: Sequence[Member], local: LocalConfig) -> torch.optim.Optimizer:
+    """Return an optimizer of one long parameter per client; clients of equal rates share a learning-rate schedule."""
+    alike: dict[tuple[int, float, float], dict[str, Any]] = {}
+    for row, own in zip(stack.rows, members, strict=True):
+        alike.setdefault(own.rates, {"params": [], "member": own})["params"].append(row)
+    return plain_optimizer(list(alike.values()), local)
 
 
-def _result(stack: Stack, k: int, a: Assignment, loss: float, config: LocalConfig) -> LocalResult:
-    rates = sum(rate(config, step, a.steps) for step in range(a.steps))
+def _result(stack: Stack, k: int, own: Member, loss: float) -> LocalResult:
+    a = own.assignment
+    rates = sum(own.rate(step) for step in range(a.steps))
     update = Update(a.client_id, a.weight, stack.adapter(k), stack.dense(k), rate_sum=rates)
-    return LocalResult(update, loss, a.steps, _optimizer_bytes(a.broadcast, config))
+    return LocalResult(update, loss, a.steps, _optimizer_bytes(a.broadcast, own.local))
 
 
 def _optimizer_bytes(sent: Broadcast, config: LocalConfig) -> int:

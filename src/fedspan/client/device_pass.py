@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedspan.client.passes import Member, Penalty, compute_gradients, keep_active, penalty_of
 from fedspan.client.step_plan import NUMBERS, StepPlan
-from fedspan.client.training import TrainingSettings, autocast
+from fedspan.client.training import TrainingSettings, autocast, shared_part
 from fedspan.config import LocalConfig
 from fedspan.data import Encoded
 from fedspan.methods.messages import Broadcast
@@ -69,22 +69,22 @@ class DevicePass:
         broadcasts: Sequence[Broadcast],
         settings: TrainingSettings,
         *,
-        equal_steps: bool,
+        equal_rates: bool,
         drops: bool,
     ) -> DevicePass:
         """Return a pass for clients like these.
 
         Parameters
         ----------
-        equal_steps
-            All clients of a group have the same number of steps, and so the same learning rates.
+        equal_rates
+            All clients of a group have the same number of steps and the same learning rates.
         drops
             The model drops something in training.
         """
         count, device = len(broadcasts), model.device
         stack = build_stack(model, broadcasts, align=_ALIGN)
-        rates = torch.zeros(1 if equal_steps else count, device=device)
-        rows = [stack.rows] if equal_steps else [[row] for row in stack.rows]
+        rates = torch.zeros(1 if equal_rates else count, device=device)
+        rows = [stack.rows] if equal_rates else [[row] for row in stack.rows]
         groups = [{"params": own, "lr": lr} for own, lr in zip(rows, rates.unbind(), strict=True)]
         return cls(
             model=model,
@@ -117,7 +117,7 @@ class DevicePass:
 
     def run(self, data: Encoded, members: Sequence[Member]) -> Tensor:
         """Train the members, those with most steps first; return the sums of their steps' losses, (C,)."""
-        plan = StepPlan.of(data, members, self.settings.local, hidden=_hidden(self.model))
+        plan = StepPlan.of(data, members, hidden=_hidden(self.model))
         rates = plan.rates(len(self.rates)).to(self.model.device)
         seeds = None if self.seeds is None else plan.seeds().to(self.model.device)
         with self.stack.inserted(), self.model.training(), self._on_own_stream():
@@ -212,15 +212,15 @@ def device_pass(
 ) -> DevicePass:
     """Return a pass that starts from where these members do: a new one, or one whose recordings fit them."""
     broadcasts = [m.assignment.broadcast for m in members]
-    equal_steps = len({m.assignment.steps for m in members}) == 1
-    key = (_kind(broadcasts), equal_steps, drops, settings.local, settings.engine)
+    equal_rates = len({m.rates for m in members}) == 1
+    key = (_kind(broadcasts), equal_rates, drops, shared_part(settings.local), settings.engine)
     held: dict[Any, DevicePass] = model.passes
     if broadcasts[0].patch:
         # A recording reads the memory of the untouched base: under a patch there is none, and none is to be found.
-        return DevicePass.create(model, broadcasts, settings, equal_steps=equal_steps, drops=drops)
+        return DevicePass.create(model, broadcasts, settings, equal_rates=equal_rates, drops=drops)
     found = held.pop(key, None)
     if found is None:
-        found = DevicePass.create(model, broadcasts, settings, equal_steps=equal_steps, drops=drops)
+        found = DevicePass.create(model, broadcasts, settings, equal_rates=equal_rates, drops=drops)
     else:
         found.start(broadcasts)
     held[key] = found

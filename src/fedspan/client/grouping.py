@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fedspan.client.training import Assignment, TrainingSettings
-from fedspan.config import EngineConfig
+from fedspan.client.training import Assignment, TrainingSettings, shared_part
+from fedspan.config import EngineConfig, LocalConfig
 from fedspan.data import Encoded
 from fedspan.methods.messages import Broadcast, Tensors
 from fedspan.methods.patches import patch_tensors
@@ -34,6 +34,7 @@ class _Planned:
 
     index: int
     assignment: Assignment
+    local: LocalConfig
     tokens: int
     """Of its largest batch, padding counted."""
 
@@ -52,8 +53,11 @@ def plan(
     finish long before the others.
     """
     positions = _positions(model, data)
-    batch_size, engine = settings.local.batch_size, settings.engine
-    planned = [_Planned(i, a, _tokens(data, a, batch_size) * positions) for i, a in enumerate(assignments)]
+    engine, owns = settings.engine, [a.under(settings, 0)[0].local for a in assignments]
+    planned = [
+        _Planned(i, a, own, _tokens(data, a, own.batch_size) * positions)
+        for i, (a, own) in enumerate(zip(assignments, owns, strict=True))
+    ]
     # On a GPU a pass of any size costs less when it is shared: there is always room for more rows in a kernel.
     every = max(p.tokens for p in planned)
     auto = every if model.device.type == "cuda" else WIDEST // _hidden(model)
@@ -91,8 +95,7 @@ def _alike(planned: Sequence[_Planned], size: int) -> list[list[_Planned]]:
     """Return these clients in groups of at most `size` that can share a pass."""
     groups: list[list[_Planned]] = []
     for p in sorted(planned, key=lambda p: (-p.assignment.steps, -p.tokens, p.index)):
-        first = groups[-1][0].assignment.broadcast if groups else None
-        if first is None or len(groups[-1]) == size or not _together(first, p.assignment.broadcast):
+        if not groups or len(groups[-1]) == size or not _together(groups[-1][0], p):
             groups.append([])
         groups[-1].append(p)
     return groups
@@ -119,8 +122,11 @@ def _hidden(model: FederatedModel) -> int:
     return min((n for _, n in model.modules().values()), default=1)
 
 
-def _together(x: Broadcast, y: Broadcast) -> bool:
-    """Return whether two clients can share a pass: they train the same parts, over the same patch on the base."""
+def _together(p: _Planned, q: _Planned) -> bool:
+    """Return whether two clients can share a pass: they train the same parts alike, over the same patch on the base."""
+    if shared_part(p.local) != shared_part(q.local):
+        return False
+    x, y = p.assignment.broadcast, q.assignment.broadcast
     same_parts = (x.recipe.train_a, x.recipe.train_b) == (y.recipe.train_a, y.recipe.train_b)
     penalised = (x.recipe.tail_penalty is None) == (y.recipe.tail_penalty is None)
     return same_parts and penalised and _same_patch(x, y)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedspan.client.training import Assignment, batches
+from fedspan.client.training import Assignment, TrainingSettings, batches, rate
 from fedspan.config import LocalConfig
 from fedspan.methods.messages import Broadcast
 from fedspan.models.stacked import Stack
@@ -23,17 +23,29 @@ class Member:
     """One client of a pass."""
 
     assignment: Assignment
+    local: LocalConfig
     rows: Tensor
     schedule: Sequence[Sequence[int]]
     """Indices into `rows`, step by step."""
     dropout_seed: int
 
+    @property
+    def rates(self) -> tuple[int, float, float]:
+        """The settings that its learning rates follow from: clients with equal ones share a schedule."""
+        return self.assignment.steps, self.local.learning_rate, self.local.warmup
 
-def member(a: Assignment, local: LocalConfig, key: tuple[object, ...]) -> Member:
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0; 0 after the last."""
+        return rate(self.local, step, self.assignment.steps) if step < self.assignment.steps else 0.0
+
+
+def member(a: Assignment, settings: TrainingSettings, round_num: int) -> Member:
     """Return a client with the streams that `train` would seed for it: the same keys, so the same batches and masks."""
+    own, round_num = a.under(settings, round_num)
+    local, key = own.local, (own.seed, round_num)
     schedule = list(batches(len(a.rows), local.batch_size, a.steps, generator(*key, a.client_id, "batches")))
     dropout_seed = generator(*key, a.client_id, "dropout").initial_seed()
-    return Member(a, torch.as_tensor(a.rows), schedule, dropout_seed)
+    return Member(a, local, torch.as_tensor(a.rows), schedule, dropout_seed)
 
 
 def penalty_of(broadcasts: Sequence[Broadcast], device: torch.device) -> Penalty | None:

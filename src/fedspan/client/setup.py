@@ -67,6 +67,8 @@ def work_context(
         pad_token_id=texts.pad if texts is not None else None,
         quantise=config.model.quantise,
     )
+    if config.engine.checkpointing and not getattr(model.model, "supports_gradient_checkpointing", False):
+        raise FedspanError(f"engine.checkpointing: {type(model.model).__name__} does not support it; expected false")
     training = TrainingSettings.of(config)
     return WorkContext(training, config.evaluation, config.threads, model, data, processor, corpus.metrics)
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedspan.client.training import Assignment, LocalResult
+from fedspan.client.training import Assignment, LocalResult, Terms
+from fedspan.config import LocalConfig
 from fedspan.methods.messages import Broadcast, Update
 from fedspan.wire import packing
 
@@ -80,6 +81,7 @@ class SharedPayloads:
             "steps": a.steps,
             "weight": a.weight,
             "secret": a.secret,
+            "terms": None if a.terms is None else [a.terms.seed, a.terms.local.model_dump(), a.terms.round_num],
         }
 
 
@@ -110,7 +112,11 @@ class PayloadCache:
     def assignment(self, header: Mapping[str, Any], tensors: Sequence[Tensor]) -> Assignment:
         """Return the assignment that a header describes."""
         sent, rows = self.broadcast(header["broadcast"], tensors), tensors[header["rows"]].numpy()
-        return Assignment(header["client_id"], sent, rows, header["steps"], header["weight"], header["secret"])
+        given = (header["client_id"], sent, rows, header["steps"], header["weight"], header["secret"])
+        if header["terms"] is None:
+            return Assignment(*given)
+        seed, local, round_num = header["terms"]
+        return Assignment(*given, Terms(seed, LocalConfig(**local), round_num))
 
 
 def put_result(packed: packing.TensorList, result: LocalResult) -> dict[str, Any]:

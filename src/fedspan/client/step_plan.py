@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from fedspan.client.passes import Member
-from fedspan.client.training import rate
-from fedspan.config import LocalConfig
 from fedspan.data import Encoded
 from fedspan.models.counted_dropout import step_seeds
 from fedspan.models.losses import fixed_shape_batches
@@ -43,7 +41,6 @@ class StepPlan:
 
     data: Encoded
     members: Sequence[Member]
-    local: LocalConfig
     hidden: int
     rows: Tensor  # (S, C, b), each client's longest first; a client with fewer rows or steps repeats a short one
     lengths: Tensor  # (S, C, b) their tokens
@@ -53,7 +50,7 @@ class StepPlan:
     """Clients in the pass, step by step: those with steps left, rounded up."""
 
     @classmethod
-    def of(cls, data: Encoded, members: Sequence[Member], local: LocalConfig, hidden: int) -> StepPlan:
+    def of(cls, data: Encoded, members: Sequence[Member], hidden: int) -> StepPlan:
         """Return the plan for these clients, the first of which has the most steps."""
         num_steps, count = members[0].assignment.steps, len(members)
         width = max(len(m.schedule[0]) for m in members)
@@ -69,15 +66,12 @@ class StepPlan:
         rows = rows.gather(2, order)
         left = (counts > 0).sum(dim=1).tolist()
         active = [min(count, rounded_up(number, 1)) for number in left]
-        return cls(data, members, local, hidden, rows, tokens[rows], order, counts, active)
+        return cls(data, members, hidden, rows, tokens[rows], order, counts, active)
 
     def rates(self, num_rates: int) -> Tensor:
-        """Return the learning rates, (S, 1) for clients of equal steps or (S, C)."""
-        own = [m.assignment.steps for m in self.members[:num_rates]]
-        num_steps = len(self.counts)
-        return torch.tensor(
-            [[rate(self.local, s, steps) if s < steps else 0.0 for steps in own] for s in range(num_steps)]
-        )
+        """Return the learning rates, (S, 1) for clients of equal rates or (S, C)."""
+        own = self.members[:num_rates]
+        return torch.tensor([[m.rate(step) for m in own] for step in range(len(self.counts))])
 
     def seeds(self) -> Tensor:
         """Return the words that the clients' dropout is drawn from, (S, C, 2)."""

@@ -17,6 +17,7 @@ from fedspan.client.head_cores import HeadCores
 from fedspan.client.optimizer_state import put_state, state_by_name
 from fedspan.config import Config, EngineConfig, LocalConfig, PrivacyConfig
 from fedspan.data import Encoded
+from fedspan.data.encoding import IGNORED
 from fedspan.methods.messages import Broadcast, Update, Vector
 from fedspan.models import FederatedModel, seeded
 from fedspan.models.counted_dropout import CountedDropout, step_seeds
@@ -58,6 +59,15 @@ class LocalResult:
     """Size of the local optimizer's state at the end, step counts left out."""
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """The settings of the run that a client's work belongs to, where clients of several runs share a pass."""
+
+    seed: int
+    local: LocalConfig
+    round_num: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Assignment:
     """One client's local work in one round."""
@@ -72,6 +82,14 @@ class Assignment:
     """The weight of this client in averages."""
     secret: int | None = None
     """The secret of this work alone, unknown to everyone but the site, from which its coins and noise are drawn."""
+    terms: Terms | None = None
+    """Its run's own settings; None for those of all work that is done with it."""
+
+    def under(self, settings: TrainingSettings, round_num: int) -> tuple[TrainingSettings, int]:
+        """Return the settings and the round of this work, given those of all work that is done with it."""
+        if self.terms is None:
+            return settings, round_num
+        return replace(settings, seed=self.terms.seed, local=self.terms.local), self.terms.round_num
 
 
 def num_steps(config: LocalConfig, num_examples: int) -> int:
@@ -92,6 +110,13 @@ def batches(num_examples: int, batch_size: int, steps: int, rng: torch.Generator
         order = order[size:]
 
 
+def shared_part(config: LocalConfig) -> LocalConfig:
+    """Return these settings without those that every client of a pass may have of its own."""
+    plain = LocalConfig()
+    own = {name: getattr(plain, name) for name in ("learning_rate", "steps", "epochs", "batch_size", "warmup")}
+    return config.model_copy(update=own)
+
+
 def rate(config: LocalConfig, step: int, steps: int) -> float:
     """Return the learning rate of a step, counted from 0."""
     warmup = max(1, round(config.warmup * steps))
@@ -109,6 +134,7 @@ def work_on(
     model: FederatedModel, work: Assignment, data: Encoded, settings: TrainingSettings, round_num: int
 ) -> LocalResult:
     """Do one client's local work: train, or compute a gradient where the recipe asks for one."""
+    settings, round_num = work.under(settings, round_num)
     private = settings.privacy.dp == "example"
     if work.broadcast.recipe.gradient:
         # The configuration was refused for it; should a server ask all the same, nothing may leave without noise.
@@ -135,20 +161,18 @@ def train(
     put_state(optimizer, trained.stepped, sent.optimizer)
     total, rates = torch.zeros((), device=model.device), 0.0
     planned = sum(rate(local, step, work.steps) for step in range(work.steps))
-    with model.training(settings.engine.compile), seeded(*key, "dropout"):
-        masks = _masks(model, work.steps, settings.engine, key)
-        for step, batch in enumerate(_schedule(model, work, data, local, key)):
+    with model.training(settings.engine.compile, settings.engine.checkpointing), seeded(*key, "dropout"):
+        masks = _masks(model, work.steps, settings, key)
+        for step, parts in enumerate(_schedule(model, work, data, local, key)):
             now = rate(local, step, work.steps)
             rates += now
             for group in optimizer.param_groups:
                 group["lr"] = now
-            with masks[step], autocast(model, settings.engine):
-                loss = client_losses(model, batch).sum()
-            total += loss.detach()
+            with masks[step]:
+                total += add_gradients(model, parts, settings.engine)
             if recipe.tail_penalty is not None:
                 strength, tail = recipe.tail_penalty
-                loss = loss + strength * model.tail_penalty(tail)
-            torch.autograd.backward(loss)
+                torch.autograd.backward(strength * model.tail_penalty(tail))
             trained.gradients()
             if local.clip_norm is not None:
                 nn.utils.clip_grad_norm_(trained.stepped.values(), local.clip_norm)
@@ -181,7 +205,8 @@ def train_privately(
     sent, local, recipe = work.broadcast, settings.local, work.broadcast.recipe
     model.check(recipe)
     examples = data.subset(work.rows)
-    sampled, width = min(1.0, local.batch_size / len(examples)), min(2 * local.batch_size, len(examples))
+    sampled = min(1.0, local.batch_size / len(examples))
+    width = min(-(-2 * local.batch_size // local.accumulate), len(examples))
     rates = [rate(local, step, work.steps) for step in range(work.steps)]
     with (
         private_gradients(model, sent, settings.privacy, work.secret, width) as private,
@@ -222,30 +247,67 @@ def gradient(
     steps = work.broadcast.recipe.probe_batches
     total = torch.zeros((), device=model.device)
     with model.differentiable(weights):
-        for batch in _schedule(model, replace(work, steps=steps), data, settings.local, key):
-            with autocast(model, settings.engine):
-                loss = client_losses(model, batch).sum()
-            total += loss.detach()
-            torch.autograd.backward(loss / steps)
+        for parts in _schedule(model, replace(work, steps=steps), data, settings.local, key):
+            total += add_gradients(model, parts, settings.engine, 1 / steps)
         modules = {name: Vector({"gradient": model.oriented(name, w)}) for name, w in weights.items()}
     update = Update(work.client_id, work.weight, modules, {})
     return LocalResult(update, float(total) / steps, steps)
 
 
+Batch = dict[str, torch.Tensor]
+
+
+def add_gradients(
+    model: FederatedModel, parts: Sequence[Batch], engine: EngineConfig, scale: float = 1.0
+) -> torch.Tensor:
+    """Add the gradients of a batch's mean loss, times `scale`, to those of the weights; return the loss.
+
+    Parameters
+    ----------
+    parts
+        The batch, or several parts of it, which pass one after the other: the activations of one part are in memory at
+        a time. Each counts by its answer tokens (or rows), so that the sum is that of the batch in one piece.
+    """
+    counts = [_count(part) for part in parts]
+    total = torch.zeros((), device=model.device)
+    for part, count in zip(parts, counts, strict=True):
+        if count == 0 and len(parts) > 1:
+            continue  # whose mean is not a number
+        with autocast(model, engine):
+            loss = client_losses(model, part).sum()
+        if len(parts) > 1:
+            loss = loss * (count / sum(counts))
+        total += loss.detach()
+        torch.autograd.backward(loss * scale if scale != 1 else loss)
+    return total
+
+
+def _count(part: Batch) -> int:
+    """Return the answer tokens of instruction data, otherwise the rows."""
+    labels = part["labels"]
+    return int((labels[:, 1:] != IGNORED).sum()) if labels.ndim == 2 else len(labels)
+
+
 def _schedule(
     model: FederatedModel, work: Assignment, data: Encoded, config: LocalConfig, key: tuple[object, ...]
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the client's batches, on the model's device."""
+) -> Iterator[list[Batch]]:
+    """Yield the client's batches, each in the parts that it is trained in, on the model's device."""
     examples = data.subset(work.rows)
     for indices in batches(len(examples), config.batch_size, work.steps, generator(*key, "batches")):
-        yield {name: value.to(model.device) for name, value in examples.batch(indices).items()}
+        cut = [part for part in np.array_split(indices, config.accumulate) if len(part)]
+        yield [{name: value.to(model.device) for name, value in examples.batch(part).items()} for part in cut]
 
 
 def _masks(
-    model: FederatedModel, steps: int, engine: EngineConfig, key: tuple[object, ...]
+    model: FederatedModel, steps: int, settings: TrainingSettings, key: tuple[object, ...]
 ) -> Sequence[AbstractContextManager[Any]]:
-    """Return the dropout of each step: on a GPU the masks that the client has in a cohort too, else torch's own."""
-    if model.device.type != "cuda" or engine.compile or not drops(model.model):
+    """Return the dropout of each step: on a GPU the masks that the client has in a cohort too, else torch's own.
+
+    Torch's own too where such a client is never in a cohort. Checkpointing draws it again with the same result.
+    """
+    engine = settings.engine
+    alone = engine.compile or engine.checkpointing or settings.local.accumulate > 1
+    if model.device.type != "cuda" or alone or not drops(model.model):
         return [nullcontext()] * steps
     seeds = torch.tensor(step_seeds(generator(*key, "dropout").initial_seed(), steps), device=model.device)
     return [CountedDropout(own[None]) for own in seeds]

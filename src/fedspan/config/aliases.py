@@ -29,6 +29,7 @@ ALIASES: Mapping[str, str] = {
     "local.per_device_train_batch_size": "local.batch_size",
     "local.warmup_ratio": "local.warmup",
     "evaluation.per_device_eval_batch_size": "evaluation.batch_size",
+    "engine.gradient_checkpointing": "engine.checkpointing",
     # Flower
     "federation.fraction_fit": "federation.participation",
     "federation.fraction_train": "federation.participation",

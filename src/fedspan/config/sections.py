@@ -182,6 +182,9 @@ class LocalConfig(Section):
     """Passes over the client's data per round, instead of `steps`."""
     batch_size: PositiveInt = 16
     """Examples per optimizer step."""
+    accumulate: PositiveInt = 1
+    """Parts that every batch is cut into, which pass one after the other and whose gradients add up: less memory, the
+    same result to rounding."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay."""
     clip_norm: PositiveFloatOrNone = 1.0
@@ -331,6 +334,9 @@ class EngineConfig(Section):
     of a GPU's."""
     workers: PositiveInt | Literal["auto"] = "auto"
     """Number of processes, of `threads` threads each; `auto`: one for each GPU, or for as many as there are cores."""
+    checkpointing: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again: a third more work, and memory for
+    the activations of one block instead of all. Clients are then trained one after the other."""
     compile: bool = False
     """Compile the base's forward and backward passes: half a minute at the start, faster steps afterwards."""
     precision: Literal["auto", "float32"] = "auto"

@@ -55,6 +55,7 @@ def chosen(config: Config, ledger: ClientLedger | None = None) -> Method:
     if config.local.keep_optimizer:
         _check_kept_optimizer(method, config.local, privacy)
         method = with_kept_optimizer(method)
+    _check_checkpointing(config)
     if privacy.dp == "client":
         _check_client_bound(federation, config.wire.up, config.deployment.oversample)
         _check_client_budget(method, federation, privacy)
@@ -234,6 +235,14 @@ def _check_robust(
         raise FedspanError(
             f"{first}: {expected:g} clients take part in a round, expected at least {needed} with "
             f"robust.attackers = {asked.attackers} for {method.info.name}"
+        )
+
+
+def _check_checkpointing(config: Config) -> None:
+    if config.privacy.dp == "example" and config.engine.checkpointing:
+        raise FedspanError(
+            "engine.checkpointing with privacy.dp = 'example': a pass over single examples keeps all it needs; "
+            "expected false, or a larger local.accumulate to save memory"
         )
 
 

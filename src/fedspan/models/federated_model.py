@@ -201,23 +201,31 @@ class FederatedModel:
         return {name: p.detach().float().cpu().clone() for name, p in self.dense_parameters.items()}
 
     @contextmanager
-    def training(self, compiled: bool = False) -> Iterator[None]:
+    def training(self, compiled: bool = False, checkpointing: bool = False) -> Iterator[None]:
         """Set the model to training mode, with dropout on; afterwards it is in evaluation mode.
 
         Parameters
         ----------
         compiled
             Compile the passes through the body: once for each rank that occurs, half a minute each.
+        checkpointing
+            Keep each block's input alone, and compute the block again in the backward pass.
         """
         body: Any = getattr(self.model, "base_model", self.model)
         if compiled:
             self._compiled = self._compiled or torch.compile(body.forward, dynamic=True)
             body.forward = self._compiled
         self.model.train()
+        writer: Any = self.model
+        if checkpointing:
+            # The reentrant form would need an input that requires a gradient, and the embeddings are frozen.
+            _checkpointing(writer, "enable")({"use_reentrant": False})
         try:
             yield
         finally:
             self.model.eval()
+            if checkpointing:
+                _checkpointing(writer, "disable")()
             if compiled:
                 del body.forward  # which uncovers the method of its class
 
@@ -274,3 +282,8 @@ class FederatedModel:
             return
         delta = patch_dense(patch).to(self.device)
         weight.data = original + (delta.T if is_conv1d(layer) else delta)
+
+
+def _checkpointing(writer: Any, do: str) -> Any:
+    """Return the method of that purpose, which older releases of transformers call by another name."""
+    return getattr(writer, f"activation_checkpointing_{do}", None) or getattr(writer, f"gradient_checkpointing_{do}")

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedspan.client.executors import EvaluationTask, Executor, create_executor, num_worker_processes
-from fedspan.client.setup import device_of, encoded, work_context
+from fedspan.client.executors import EvaluationTask, Executor
+from fedspan.client.setup import device_of
 from fedspan.config import Config
 from fedspan.data import Encoded
-from fedspan.data import load as load_data
 from fedspan.federation import requirements
 from fedspan.federation.clients import Client, make_clients
 from fedspan.federation.sampling import ClientSampler, create_sampler
@@ -26,6 +25,7 @@ from fedspan.privacy.ledgers import ExampleLedgers
 from fedspan.privacy.running_sum import SumSettings
 from fedspan.privacy.secret_file import secret_of
 from fedspan.runs.events import Event, OnEvent
+from fedspan.runs.provision import Provision, Wanted
 from fedspan.server.coordinator import Coordinator
 from fedspan.support.errors import FedspanError
 from fedspan.wire import agreement
@@ -57,6 +57,10 @@ class RunContext:
     """The device of the local work; with several workers the model here stays on the CPU."""
     num_workers: int
     """Processes that share the local work and the evaluation."""
+    shared: bool = False
+    """The executor works for other runs too."""
+    ready: Callable[[], None] = lambda: None
+    """Returns when the run may begin, once other runs that share its work are ready too."""
     coordinator: Coordinator | None = None
     """Reaches the clients of a federation of real sites; none: the clients are simulated."""
     total: SumSettings | None = None
@@ -73,6 +77,7 @@ class RunContext:
         on_event: OnEvent,
         transport: Transport | None = None,
         trusted: Mapping[str, bytes] | None = None,
+        provision: Provision | None = None,
     ) -> RunContext:
         """Read everything that a run needs.
 
@@ -82,6 +87,8 @@ class RunContext:
             Reaches the clients; none: they are simulated in this process.
         trusted
             As of `Coordinator`.
+        provision
+            Makes the costly parts; none: for this run alone.
 
         Raises
         ------
@@ -89,7 +96,8 @@ class RunContext:
             For anything that can be known to be wrong before training.
         """
         torch.set_num_threads(config.threads)
-        corpus = load_data(config.data, config.seed)
+        provision = provision or Provision()
+        corpus = provision.corpus(config)
         coordinator = None
         if transport is None:
             clients = make_clients(corpus, config.federation, config.seed, config.data.client_holdout)
@@ -100,23 +108,19 @@ class RunContext:
         num_sampled = max(1, round(sampler.expected_size(len(clients))))
         if not method.info.pooled:
             _check_min_success(config.federation.min_success, num_sampled)
-        processor, data = encoded(config.model.name, config.data, corpus)
+        processor, data = provision.encoded(config, corpus)
         device = device_of(config.device)
         # There is at most one task for each client of a round, or for each batch of an evaluation.
         num_tasks = max(num_sampled, -(-len(data["test"]) // config.evaluation.batch_size))
-        num_workers = num_worker_processes(config.engine.workers, config.threads, device, num_tasks)
         max_rank = max(client.rank for client in clients)
-        # Several workers copy a model that stays on the CPU to devices of their own.
-        placed = device if num_workers == 1 else torch.device("cpu")
-        context = work_context(
-            config, corpus, processor, data, trains=method.info.trains, max_rank=max_rank, device=placed
+        provided = provision.work(
+            Wanted(config, corpus, processor, data, method.info.trains, max_rank, device, num_tasks)
         )
-        model = context.model
-        initial_dense = model.dense()
+        model, initial_dense = provided.model, provided.initial_dense
         if coordinator is not None:
             # Last, since it needs the base: sites with another base are turned away before the first round.
             shapes = agreement.shapes(model.modules(), initial_dense)
-            clients = coordinator.agree(model.digest(), shapes, initial_dense, clients)
+            clients = coordinator.agree(provided.base, shapes, initial_dense, clients)
         return cls(
             config=config,
             method=method,
@@ -128,13 +132,15 @@ class RunContext:
             processor=processor,
             data=data,
             metrics=corpus.metrics,
-            executor=create_executor(context, num_workers, device),
+            executor=provided.executor,
             sampler=sampler,
             device=device,
-            num_workers=num_workers,
+            num_workers=provided.num_workers,
+            shared=provided.shared,
+            ready=provision.ready,
             coordinator=coordinator,
             total=_total(config),
-            examples=_ledgers(config, model, out) if coordinator is None else None,
+            examples=_ledgers(config, provided.base, out) if coordinator is None else None,
         )
 
     def emit(self, kind: str, **data: Any) -> None:
@@ -182,10 +188,10 @@ def _check_min_success(min_success: int, num_sampled: int) -> None:
         )
 
 
-def _ledgers(config: Config, model: FederatedModel, out: Path) -> ExampleLedgers | None:
+def _ledgers(config: Config, base: str, out: Path) -> ExampleLedgers | None:
     if config.privacy.dp != "example":
         return None
-    setting = f"{agreement.digest(agreement.terms(config))} {model.digest()}"
+    setting = f"{agreement.digest(agreement.terms(config))} {base}"
     return ExampleLedgers(config.privacy, config.local.batch_size, out, setting)
 
 

@@ -12,7 +12,6 @@ from fedspan.federation.clients import Client
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.messages import Recipe, Request
 from fedspan.runs.context import RunContext
-from fedspan.support.errors import FedspanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ def choose_engine(context: RunContext, recipe: Recipe) -> EngineChoice:
     if reason is None:
         return EngineChoice(name)
     if name == "cohort":
-        raise FedspanError(f"engine.name = 'cohort': {reason}; expected auto or sequential")
+        raise cohort.refusal(reason)
     return EngineChoice("sequential", reason)
 
 
@@ -91,10 +90,11 @@ def measured_cohort_size(
 ) -> int | None:
     """Return how many clients should share a pass on this run's GPU; None where that is not to be measured.
 
-    It is not on a CPU, whose rule is fixed, and not where several processes have a GPU each.
+    It is not on a CPU, whose rule is fixed, not where several processes have a GPU each, and not where the passes are
+    shared with other runs, for all of which it is measured.
     """
     engine = context.config.engine
-    here = context.model.device.type != "cpu" and context.coordinator is None
+    here = context.model.device.type != "cpu" and context.coordinator is None and not context.shared
     if not here or choice.name not in ("auto", "cohort") or engine.cohort_size != "auto" or not cohort_of_round:
         return None
     assignments = _assignments(context, method, state, cohort_of_round)

@@ -23,6 +23,7 @@ from fedspan.runs.events import OnEvent
 from fedspan.runs.export import export
 from fedspan.runs.final import final_metrics
 from fedspan.runs.loop import FEDERATION, MethodRun
+from fedspan.runs.provision import Provision
 from fedspan.runs.scoring import personal_metrics
 from fedspan.runs.summary import Summary, summarise
 from fedspan.support import standard_json
@@ -51,6 +52,7 @@ def run(
     on_event: OnEvent = events.ignore,
     transport: Transport | None = None,
     trusted: Mapping[str, bytes] | None = None,
+    provision: Provision | None = None,
 ) -> Result:
     """Run a federation into a new folder.
 
@@ -65,6 +67,8 @@ def run(
     trusted
         Public identity keys of the clients behind the transport, which sign their keys for secure sums; none: they are
         not known here.
+    provision
+        Makes the costly parts; none: for this run alone.
 
     Raises
     ------
@@ -75,9 +79,10 @@ def run(
     folder = new_folder(config, out)
     method = requirements.chosen(config, ClientLedger(folder, config.privacy, config.federation.participation))
     config = with_absolute_paths(config)
-    context = RunContext.prepare(config, method, folder, on_event, transport, trusted)
+    context = RunContext.prepare(config, method, folder, on_event, transport, trusted, provision)
     # The folder is made only after everything that can be refused has been.
     main = MethodRun.open(context, FEDERATION, method, context.clients)
+    context.ready()
     try:
         write_new(folder / "config.toml", to_toml(config).encode())
     except FileExistsError:
@@ -106,6 +111,7 @@ def resume(
     workers: int | None = None,
     transport: Transport | None = None,
     trusted: Mapping[str, bytes] | None = None,
+    provision: Provision | None = None,
 ) -> Result:
     """Resume an interrupted run; it ends with the same bits as if it had never stopped.
 
@@ -113,7 +119,7 @@ def resume(
     ----------
     workers
         Number of processes; none: as in the run's own settings.
-    transport, trusted
+    transport, trusted, provision
         As of `run`.
 
     Raises
@@ -130,8 +136,10 @@ def resume(
     if workers is not None:
         config = config.model_copy(update={"engine": config.engine.model_copy(update={"workers": workers})})
     method = requirements.chosen(config, ClientLedger(folder, config.privacy, config.federation.participation))
-    context = RunContext.prepare(config, method, folder, on_event, transport, trusted)
-    return _execute(context, MethodRun.open(context, FEDERATION, method, context.clients))
+    context = RunContext.prepare(config, method, folder, on_event, transport, trusted, provision)
+    main = MethodRun.open(context, FEDERATION, method, context.clients)
+    context.ready()
+    return _execute(context, main)
 
 
 def serve(

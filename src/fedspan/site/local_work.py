@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from fedspan.client.cohort import engine_of_one
 from fedspan.client.executors import InlineExecutor
 from fedspan.client.training import Assignment, LocalResult, num_steps
 from fedspan.config import Config
 from fedspan.federation.clients import Client
 from fedspan.federation.exchange import Question, begin, respond, sum_layout, unlearnt, widened
 from fedspan.methods.base import Method
-from fedspan.methods.messages import Broadcast, ClientState, Request, Update
+from fedspan.methods.messages import Broadcast, ClientState, Recipe, Request, Update
 from fedspan.privacy.ledgers import ExampleLedgers
 from fedspan.privacy.sum_layout import SumLayout
 from fedspan.site.errors import Refused
@@ -51,6 +52,11 @@ class LocalWork:
         Its state and patches on disk.
     examples
         The account of its examples' privacy, under `privacy.dp = "example"`.
+
+    Raises
+    ------
+    FedspanError
+        When `engine.name = "cohort"` and the model or the method does not allow it.
     """
 
     def __init__(
@@ -67,7 +73,8 @@ class LocalWork:
         self._steps = num_steps(config.local, client.num_examples)
         self._secure = config.privacy.secure_sums
         self._weight = client.weight(config.federation.weighting)
-        self._engine = "cohort" if config.engine.name == "cohort" else "sequential"
+        self._engines: dict[Recipe, str] = {}
+        """The engine for every recipe that has occurred."""
         self._model, self._initial = loaded.context.model, loaded.initial
         self._data = loaded.context.data["train"].subset(client.indices)
         self._executor = InlineExecutor(loaded.context)
@@ -80,6 +87,9 @@ class LocalWork:
         self._state: ClientState | None = None
         self._widened: Broadcast | None = None
         """The broadcast that a client of the rank of the sum's layout would have started training from."""
+        template = self._model.template(client.rank, self._adapter.alpha, self._adapter.rslora, self._seed)
+        # Here, so that an engine that cannot do this method's work is refused before the first round.
+        self._engine(method.broadcast(method.init(template, self._initial), Request(client.rank)).recipe)
 
     def question(self, message: Mapping[str, Any], header: RoundHeader) -> Question:
         """Return the question that a message asks.
@@ -186,6 +196,13 @@ class LocalWork:
                 )
         return state
 
+    def _engine(self, recipe: Recipe) -> str:
+        """Return the engine for a recipe; the trial that it takes is made once."""
+        if recipe not in self._engines:
+            context = self._executor.context
+            self._engines[recipe] = engine_of_one(self._model, context.data["train"], recipe, context.training)
+        return self._engines[recipe]
+
     def _train(self, started: Broadcast, run: str, round_num: int) -> LocalResult:
         client, ledgers = self._client, self._examples
         self._model.check_fits(started)
@@ -194,7 +211,7 @@ class LocalWork:
             ask = ledgers.ask(run, client.client_id, round_num, self._steps, started, self._data)
             ledgers.check(ask)
             assignment = replace(assignment, secret=ledgers.secret(ask))
-        ((result, _),) = self._executor.train([assignment], round_num, self._engine)
+        ((result, _),) = self._executor.train([assignment], round_num, self._engine(started.recipe))
         if ledgers is not None:
             # Before it is encoded, so that nothing of it leaves which is not on the disk.
             ledgers.charge(ask, result.update)

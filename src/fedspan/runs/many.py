@@ -1,0 +1,377 @@
+"""Many runs at once over one base: their clients share passes, their evaluations the worker processes.
+
+Every run is the ordinary run: it has its own folder, records, checkpoints and resume. It takes turns with the others
+(`runs.turns`), and where it asks for local work or an evaluation, it waits until all the others have asked or ended;
+then all of that work is done together. A client's seed, round, batches and learning rates are those of its own run, so
+its results agree with those of the run alone up to rounding: clients share a pass with others than they would alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fedspan.client import calibration
+from fedspan.client.executors import (
+    EvaluationTask,
+    Executor,
+    Trained,
+    WorkContext,
+    create_executor,
+    num_worker_processes,
+)
+from fedspan.client.setup import work_context
+from fedspan.client.training import Assignment, Terms, TrainingSettings
+from fedspan.config import Config, with_absolute_paths
+from fedspan.config import load as load_config
+from fedspan.data import Corpus, Encoded
+from fedspan.data.joined import joined
+from fedspan.runs.events import Event
+from fedspan.runs.execution import Result, resume, run
+from fedspan.runs.provision import Provided, Provision, Wanted
+from fedspan.runs.turns import Turn, take_turns
+from fedspan.support.errors import FedspanError
+from fedspan.support.files import StrPath
+
+
+class OnRunEvent(Protocol):
+    """Receives every event of every run, with the run's number."""
+
+    def __call__(self, number: int, event: Event, /) -> None: ...
+
+
+def ignore(number: int, event: Event) -> None:
+    """Show nothing."""
+
+
+def run_many(
+    configs: Sequence[Config], outs: Sequence[StrPath | None] | None = None, on_event: OnRunEvent = ignore
+) -> list[Result]:
+    """Run several federations at once; those over one base share its memory, its passes and its processes.
+
+    Parameters
+    ----------
+    outs
+        The run folders; one that holds a run of the same settings is resumed. None: new ones.
+    on_event
+        Receives every event as it happens, with the number of its run.
+
+    Raises
+    ------
+    FedspanError
+        For anything wrong with one of the configurations, before any training starts; or, when the other runs have
+        ended, for those that failed on the way, which can be resumed.
+    """
+    folders = list(outs) if outs is not None else [None] * len(configs)
+    if len(folders) != len(configs):
+        raise FedspanError(f"{len(folders)} folders for {len(configs)} runs: expected one for each")
+    given = [Path(folder).resolve() for folder in folders if folder is not None]
+    if len(set(given)) < len(given):
+        raise FedspanError("two runs in one folder: expected a folder for each")
+    with closing(_Pool(len(configs))) as pool:
+        turns = [
+            Turn(partial(pool.lead, number, config, folder, on_event))
+            for number, (config, folder) in enumerate(zip(configs, folders, strict=True))
+        ]
+        with suppress(_NotAll):  # some run has an error then
+            take_turns(turns, pool.answer)
+        _raise_first(turns)
+        return [turn.result for turn in turns]
+
+
+def _raise_first(turns: Sequence[Turn]) -> None:
+    """Raise the first error of a run, naming the run."""
+    failed = [(number, turn.error) for number, turn in enumerate(turns) if isinstance(turn.error, Exception)]
+    for number, error in failed:
+        if not isinstance(error, FedspanError):
+            raise error
+        others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise FedspanError(f"run {number + 1} of {len(turns)}{others}: {error}") from error
+
+
+class _NotAll(Exception):
+    """Some run was refused before all of them were ready to begin."""
+
+
+class _Ready:
+    """A run's request to begin."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Train:
+    """A run's request for local work."""
+
+    assignments: Sequence[Assignment]
+    engine: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Evaluate:
+    """A run's request for figures."""
+
+    tasks: Sequence[EvaluationTask]
+
+
+@dataclass(slots=True, eq=False)
+class _Shared:
+    """The base, the joined data and the executor of the runs that share them."""
+
+    executor: Executor
+    starts: Mapping[int, Mapping[str, tuple[int, int]]]
+    """Run -> split -> its first row in the joined data, and its number of rows."""
+    measured: bool = False
+    """How many clients share a pass on a GPU has been measured."""
+
+    def rows(self, number: int, split: str, rows: np.ndarray | None) -> np.ndarray:
+        """Return rows of one run's split as rows of the joined split."""
+        start, count = self.starts[number][split]
+        return start + (np.arange(count) if rows is None else np.asarray(rows))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Base:
+    """One run's share of a base."""
+
+    view: WorkContext
+    """The base that is shared, with the run's own settings and data."""
+    dense: Mapping[str, torch.Tensor]
+    digest: str
+    num_workers: int
+
+
+class _RunExecutor:
+    """One run's view of the shared executor: asks in its turn, and is answered together with the others."""
+
+    def __init__(self, turn: Turn, context: WorkContext) -> None:
+        self._turn, self.context = turn, context
+
+    def train(self, assignments: Sequence[Assignment], round_num: int, engine: str) -> Iterator[Trained]:
+        """Yield every client's result, in the order of the assignments."""
+        settings = self.context.training
+        terms = Terms(settings.seed, settings.local, round_num)
+        yield from self._turn.ask(_Train([replace(a, terms=terms) for a in assignments], engine))
+
+    def evaluate(self, tasks: Sequence[EvaluationTask]) -> list[dict[str, float]]:
+        """Return the loss and the metrics of every evaluation."""
+        figures: list[dict[str, float]] = self._turn.ask(_Evaluate(tasks))
+        return figures
+
+    def close(self) -> None:
+        """Do nothing: the processes are shared with the other runs."""
+
+
+class _SharedProvision(Provision):
+    """Makes a run's parts once for all runs that are alike, and asks in the run's turn for the base."""
+
+    def __init__(self, turn: Turn, pool: _Pool) -> None:
+        self._turn, self._pool = turn, pool
+
+    def corpus(self, config: Config) -> Corpus:
+        """Return a run's rows, read once for runs of the same data and seed."""
+        key = config.data.model_dump_json(), config.seed
+        if key not in self._pool.corpora:
+            self._pool.corpora[key] = super().corpus(config)
+        return self._pool.corpora[key]
+
+    def encoded(self, config: Config, corpus: Corpus) -> tuple[Any, dict[str, Encoded]]:
+        """Return a run's tokenizer or image processor, and its rows encoded with it."""
+        key = config.data.model_dump_json(), config.seed, config.model.model_dump_json()
+        if key not in self._pool.encodings:
+            self._pool.encodings[key] = super().encoded(config, corpus)
+        return self._pool.encodings[key]
+
+    def work(self, wanted: Wanted) -> Provided:
+        """Return a run's share of a base in memory, and of the executor of its work."""
+        base: _Base = self._turn.ask(wanted)
+        executor = _RunExecutor(self._turn, base.view)
+        return Provided(base.view.model, base.dense, base.digest, executor, base.num_workers, shared=True)
+
+    def ready(self) -> None:
+        """Return when all runs may begin."""
+        self._turn.ask(_Ready())
+
+
+@dataclass(slots=True)
+class _Pool:
+    """All bases and executors, and the work of all runs."""
+
+    num_runs: int
+    corpora: dict[Any, Corpus] = field(default_factory=dict)
+    encodings: dict[Any, tuple[Any, dict[str, Encoded]]] = field(default_factory=dict)
+    shared: list[_Shared] = field(default_factory=list)
+    of_run: dict[int, _Shared] = field(default_factory=dict)
+
+    def lead(self, number: int, config: Config, out: StrPath | None, on_event: OnRunEvent, turn: Turn) -> Result:
+        """Run one federation in its turn, or resume it."""
+        torch.set_num_threads(config.threads)  # which is a thread's own setting
+        listen, provision = partial(on_event, number), _SharedProvision(turn, self)
+        if out is None or not (Path(out) / "config.toml").exists():
+            return run(config, out, listen, provision=provision)
+        if load_config(Path(out) / "config.toml") != with_absolute_paths(config):
+            raise FedspanError(f"{out} holds a run of other settings: expected a new folder, or one of the same run")
+        return resume(out, listen, provision=provision)
+
+    def answer(self, waiting: Sequence[tuple[int, Any]]) -> dict[int, Any]:
+        """Do what the runs ask for: at first their bases, afterwards local work and evaluations."""
+        if isinstance(waiting[0][1], Wanted | _Ready):
+            if len(waiting) < self.num_runs:
+                raise _NotAll
+            bases = {number: request for number, request in waiting if isinstance(request, Wanted)}
+            return self._provide(bases) if bases else dict.fromkeys(dict(waiting))
+        answers: dict[int, Any] = {}
+        for shared in self.shared:
+            own = {number: request for number, request in waiting if self.of_run[number] is shared}
+            training = {number: request for number, request in own.items() if isinstance(request, _Train)}
+            for engine in sorted({request.engine for request in training.values()}):
+                alike = {n: request.assignments for n, request in training.items() if request.engine == engine}
+                answers |= self._each(alike, partial(self._train, shared, engine))
+            tasks = {number: request.tasks for number, request in own.items() if isinstance(request, _Evaluate)}
+            answers |= self._each(tasks, partial(self._evaluate, shared))
+        return answers
+
+    def _each(self, requests: Mapping[int, Sequence[Any]], work: Any) -> dict[int, Any]:
+        """Return what `work` makes of all requests together; when that fails, of each by itself, or its error."""
+        if not requests:
+            return {}
+        try:
+            return dict(work(requests))
+        except FedspanError:
+            answers: dict[int, Any] = {}
+            for number, own in requests.items():
+                try:
+                    answers |= work({number: own})
+                except FedspanError as error:
+                    answers[number] = error
+            return answers
+
+    def _train(self, shared: _Shared, engine: str, requests: Mapping[int, Sequence[Assignment]]) -> dict[int, Any]:
+        everything = [
+            replace(a, rows=shared.rows(number, "train", a.rows)) for number, own in requests.items() for a in own
+        ]
+        self._measure(shared, everything, engine)
+        results = iter(list(shared.executor.train(everything, 0, engine)))
+        return {number: [next(results) for _ in own] for number, own in requests.items()}
+
+    def _measure(self, shared: _Shared, assignments: Sequence[Assignment], engine: str) -> None:
+        """Measure once how many of all runs' clients should share a pass on a GPU."""
+        context = shared.executor.context
+        settings = context.training
+        here = context.model.device.type != "cpu" and settings.engine.cohort_size == "auto"
+        if shared.measured or not here or engine == "sequential":
+            return
+        shared.measured = True
+        size = calibration.cohort_size(context.model, context.data["train"], assignments, settings)
+        engine_settings = settings.engine.model_copy(update={"cohort_size": size})
+        context.training = replace(settings, engine=engine_settings)
+
+    def _evaluate(self, shared: _Shared, requests: Mapping[int, Sequence[EvaluationTask]]) -> dict[int, Any]:
+        everything = [
+            replace(task, rows=shared.rows(number, task.split, task.rows))
+            for number, own in requests.items()
+            for task in own
+        ]
+        figures = iter(shared.executor.evaluate(everything))
+        return {number: [next(figures) for _ in own] for number, own in requests.items()}
+
+    def _provide(self, wanted: Mapping[int, Wanted]) -> dict[int, _Base]:
+        alike: dict[str, dict[int, Wanted]] = {}
+        for number, own in wanted.items():
+            alike.setdefault(_kind(number, own), {})[number] = own
+        provided: dict[int, Any] = {}
+        for group in alike.values():
+            try:
+                provided |= self._provide_alike(group)
+            except FedspanError as error:
+                provided |= dict.fromkeys(group, error)
+        return provided
+
+    def _provide_alike(self, group: Mapping[int, Wanted]) -> dict[int, _Base]:
+        """Return one base and executor for these runs, over all their rows."""
+        first = next(iter(group.values()))
+        data, starts = _join(group)
+        config, device = first.config, first.device
+        num_tasks = sum(own.num_tasks for own in group.values())
+        num_workers = num_worker_processes(config.engine.workers, config.threads, device, num_tasks)
+        placed = device if num_workers == 1 else torch.device("cpu")
+
+        def build(own: Wanted) -> WorkContext:
+            return work_context(
+                own.config,
+                own.corpus,
+                own.processor,
+                data,
+                trains=own.trains,
+                max_rank=own.max_rank,
+                device=placed,
+            )
+
+        context = build(first)
+        model = context.model
+        # Before anything is trained in it. A new head is drawn from the run's seed: another base for every seed.
+        bases = {first.config.seed: (model.dense(), model.digest())}
+        for own in group.values():
+            if own.config.seed not in bases:
+                other = build(own).model if model.heads else model
+                bases[own.config.seed] = (other.dense(), other.digest())
+        shared = _Shared(create_executor(context, num_workers, device), starts)
+        self.shared.append(shared)
+        self.of_run |= dict.fromkeys(group, shared)
+        return {
+            number: _Base(
+                replace(context, training=TrainingSettings.of(own.config), data=own.data),
+                *bases[own.config.seed],
+                num_workers,
+            )
+            for number, own in group.items()
+        }
+
+    def close(self) -> None:
+        """End every process that was started."""
+        for shared in self.shared:
+            shared.executor.close()
+
+
+def _join(group: Mapping[int, Wanted]) -> tuple[dict[str, Encoded], dict[int, dict[str, tuple[int, int]]]]:
+    """Return the runs' data in one piece, each different data set once, and where each run's rows are in it."""
+    data: dict[str, Encoded] = {}
+    starts: dict[int, dict[str, tuple[int, int]]] = {number: {} for number in group}
+    for split in sorted({split for own in group.values() for split in own.data}):
+        distinct: dict[int, tuple[int, Encoded]] = {}
+        length = 0
+        for number, own in group.items():
+            if split not in own.data:
+                continue
+            part = own.data[split]
+            if id(part) not in distinct:
+                distinct[id(part)] = (length, part)
+                length += len(part)
+            starts[number][split] = (distinct[id(part)][0], len(part))
+        data[split] = joined([part for _, part in distinct.values()])
+    return data, starts
+
+
+def _kind(number: int, wanted: Wanted) -> str:
+    """Return what must be equal for two runs to share a base and its passes."""
+    config, corpus = wanted.config, wanted.corpus
+    evaluation = config.evaluation
+    # The account of an example's privacy is of one base: the run's own, with the head that it starts from.
+    alone = number if config.privacy.dp == "example" else None
+    return json.dumps(
+        [
+            alone,
+            config.model.model_dump(mode="json"),
+            config.adapter.model_dump(mode="json", exclude={"alpha"}),
+            config.engine.model_dump(mode="json"),
+            config.privacy.model_dump(mode="json", include={"dp"}),
+            [config.device, config.threads, evaluation.batch_size, evaluation.max_new_tokens],
+            [corpus.kind, corpus.num_labels, corpus.label_names, corpus.metrics, wanted.trains, wanted.max_rank],
+        ]
+    )

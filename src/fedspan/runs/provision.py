@@ -1,0 +1,83 @@
+"""The parts of a run that are costly to make: its corpus, the encoded data, the base in memory, the executor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedspan.client.executors import Executor, create_executor, num_worker_processes
+from fedspan.client.setup import encoded, work_context
+from fedspan.config import Config
+from fedspan.data import Corpus, Encoded
+from fedspan.data import load as load_data
+from fedspan.models import FederatedModel
+from fedspan.models.federated_model import Trains
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wanted:
+    """The base and the executor that a run wants."""
+
+    config: Config
+    corpus: Corpus
+    processor: Any
+    data: Mapping[str, Encoded]
+    trains: Trains
+    max_rank: int
+    """The largest rank of any client."""
+    device: torch.device
+    num_tasks: int
+    """The most tasks that there can be at once."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Provided:
+    """The base and the executor of a run."""
+
+    model: FederatedModel
+    initial_dense: Mapping[str, torch.Tensor]
+    """Heads and trained weights of the untouched base, the run's own."""
+    base: str
+    """Digest of the untouched base."""
+    executor: Executor
+    num_workers: int
+    """Processes that share the local work and the evaluation."""
+    shared: bool = False
+    """The executor works for other runs too."""
+
+
+class Provision:
+    """Makes everything for one run alone."""
+
+    def corpus(self, config: Config) -> Corpus:
+        """Return a run's rows."""
+        return load_data(config.data, config.seed)
+
+    def encoded(self, config: Config, corpus: Corpus) -> tuple[Any, dict[str, Encoded]]:
+        """Return a run's tokenizer or image processor, and its rows encoded with it."""
+        return encoded(config.model.name, config.data, corpus)
+
+    def work(self, wanted: Wanted) -> Provided:
+        """Return a run's base in memory, and the executor of its work."""
+        config, device = wanted.config, wanted.device
+        num_workers = num_worker_processes(config.engine.workers, config.threads, device, wanted.num_tasks)
+        # Several workers copy a model that stays on the CPU to devices of their own.
+        placed = device if num_workers == 1 else torch.device("cpu")
+        context = work_context(
+            config,
+            wanted.corpus,
+            wanted.processor,
+            wanted.data,
+            trains=wanted.trains,
+            max_rank=wanted.max_rank,
+            device=placed,
+        )
+        executor = create_executor(context, num_workers, device)
+        model = context.model
+        return Provided(model, model.dense(), model.digest(), executor, num_workers)
+
+    def ready(self) -> None:
+        """Return when the run may begin: everything that can be refused has been."""

@@ -51,7 +51,7 @@ def _top(
 app = new_app(add_completion=True)
 app.callback()(_top)
 app.command(cls=PlainCommand, short_help="Run a federation, with its controls.")(run)
-app.command(cls=PlainCommand, short_help="Continue an interrupted run.")(resume)
+app.command(cls=PlainCommand, short_help="Continue an interrupted run, or extend one.")(resume)
 app.command(cls=WithWeights, short_help="Merge PEFT adapters by an aggregation rule.")(merge)
 app.command(cls=PlainCommand, short_help="List the methods, their properties and options.")(methods)
 app.command(cls=PlainCommand, short_help="Print every setting as TOML.")(config)

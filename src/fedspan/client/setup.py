@@ -13,6 +13,7 @@ from fedspan.config import Config, DataConfig
 from fedspan.data import Corpus, Encoded, encode
 from fedspan.models import build, load_processor
 from fedspan.models.federated_model import Trains
+from fedspan.models.starting_adapter import start_from
 from fedspan.support.errors import FedspanError, first_line
 
 
@@ -67,6 +68,8 @@ def work_context(
         pad_token_id=texts.pad if texts is not None else None,
         quantise=config.model.quantise,
     )
+    if config.model.adapter is not None:
+        start_from(model, config.model.adapter)
     training = TrainingSettings.of(config)
     return WorkContext(training, config.evaluation, config.threads, model, data, processor, corpus.metrics)
 

@@ -76,7 +76,9 @@ def with_absolute_paths(config: Config) -> Config:
     return config.model_copy(
         update={
             "data": data.model_copy(update=paths if data.task == "files" else {}),
-            "model": model.model_copy(update={"name": absolute(model.name)}),
+            "model": model.model_copy(
+                update={"name": absolute(model.name), "adapter": model.adapter and absolute(model.adapter)}
+            ),
         }
     )
 

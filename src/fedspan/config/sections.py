@@ -59,6 +59,9 @@ class ModelConfig(Section):
 
     name: Annotated[str, BeforeValidator(_as_name)] = "builtin:decoder"
     """A local folder, a Hugging Face Hub id, `builtin:decoder` or `builtin:vit`."""
+    adapter: Annotated[str | None, BeforeValidator(_as_name), Field(examples=["earlier/adapter"])] = None
+    """A PEFT LoRA folder to start from. It counts as part of the base in every method, and the adapter that is saved
+    holds both changes, at the sum of their ranks. Unset: start from the base as it is."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the frozen base. Adapters, patches and full-weight training always use float32."""
     quantise: Literal["none", "int8", "nf4"] = "none"

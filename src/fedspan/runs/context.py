@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from fedspan.privacy.ledgers import ExampleLedgers
 from fedspan.privacy.running_sum import SumSettings
 from fedspan.privacy.secret_file import secret_of
 from fedspan.runs.events import Event, OnEvent
+from fedspan.runs.identity import identity
 from fedspan.server.coordinator import Coordinator
 from fedspan.support.errors import FedspanError
 from fedspan.wire import agreement
@@ -59,6 +60,8 @@ class RunContext:
     """Processes that share the local work and the evaluation."""
     coordinator: Coordinator | None = None
     """Reaches the clients of a federation of real sites; none: the clients are simulated."""
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    """The settings, base, data and libraries, for the checkpoints."""
     total: SumSettings | None = None
     """Takes the sums of simulated clients' updates in fixed point; none: updates are folded as they are."""
     examples: ExampleLedgers | None = None
@@ -112,11 +115,11 @@ class RunContext:
             config, corpus, processor, data, trains=method.info.trains, max_rank=max_rank, device=placed
         )
         model = context.model
-        initial_dense = model.dense()
+        initial_dense, base = model.dense(), model.digest()
         if coordinator is not None:
             # Last, since it needs the base: sites with another base are turned away before the first round.
             shapes = agreement.shapes(model.modules(), initial_dense)
-            clients = coordinator.agree(model.digest(), shapes, initial_dense, clients)
+            clients = coordinator.agree(base, shapes, initial_dense, clients)
         return cls(
             config=config,
             method=method,
@@ -134,7 +137,8 @@ class RunContext:
             num_workers=num_workers,
             coordinator=coordinator,
             total=_total(config),
-            examples=_ledgers(config, model, out) if coordinator is None else None,
+            identity=identity(config, base, data),
+            examples=_ledgers(config, base, out) if coordinator is None else None,
         )
 
     def emit(self, kind: str, **data: Any) -> None:
@@ -182,10 +186,10 @@ def _check_min_success(min_success: int, num_sampled: int) -> None:
         )
 
 
-def _ledgers(config: Config, model: FederatedModel, out: Path) -> ExampleLedgers | None:
+def _ledgers(config: Config, base: str, out: Path) -> ExampleLedgers | None:
     if config.privacy.dp != "example":
         return None
-    setting = f"{agreement.digest(agreement.terms(config))} {model.digest()}"
+    setting = f"{agreement.digest(agreement.terms(config))} {base}"
     return ExampleLedgers(config.privacy, config.local.batch_size, out, setting)
 
 

@@ -23,6 +23,7 @@ from fedspan.support.errors import FedspanError
 
 PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?")
+_SIDE = re.compile(r"\.lora_(?:[AB](?:\.(?P<linear>[^.]+))?\.weight|embedding_[AB](?:\.(?P<embedding>[^.]+))?)$")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out"})
 
@@ -112,9 +113,13 @@ def tensors_of(
 
 
 def adapter_names(tensors: Collection[str]) -> list[str]:
-    """Return the adapters' names in keys such as `….lora_A.default.weight`, as a model's own state dict has them."""
-    named = re.compile(r"\.lora_(?:A|B|embedding_A|embedding_B)\.(?P<name>(?!weight$)[^.]+)(?:\.weight)?$")
-    return sorted({match["name"] for key in tensors if (match := named.search(key))})
+    """Return the adapters' names in keys such as `….lora_A.default.weight`, as a model's own state dict has them.
+
+    There are none where some factor has no such name.
+    """
+    keys = [match for key in tensors if (match := _SIDE.search(key))]
+    names = {match["linear"] or match["embedding"] for match in keys}
+    return [] if None in names else sorted(names)
 
 
 def without_adapter_name(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:

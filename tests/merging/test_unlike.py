@@ -112,7 +112,7 @@ def test_one_base_under_two_names(pair: tuple[Path, list[PeftModel]], tmp_path: 
 
 
 def test_names_of_a_models_own_state_dict(pair: tuple[Path, list[PeftModel]], tmp_path: Path) -> None:
-    """`.lora_A.default.weight`, as `model.state_dict()` has it, is `.lora_A.weight`; two adapters in one file are not."""
+    """`.lora_A.default.weight`, as in `model.state_dict()`, is `.lora_A.weight`; a file of two adapters is refused."""
     source = folders(pair)[0]
     for name in ("own", "two"):
         (tmp_path / name).mkdir()

@@ -7,15 +7,26 @@ Schema. A new setting needs its line and its explanation here, and nothing elsew
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from fedspan.support.errors import FedspanError
 from fedspan.support.scalars import plain
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+# A system ends a program that asks for a million threads.
+Parallel = Annotated[int, Field(ge=1, le=1024)]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 PartialFraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -52,6 +63,15 @@ class Section(BaseModel):
     """Settings that belong together: frozen, and without room for a key that is not one of them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_as_number(cls, value: object, info: ValidationInfo) -> object:
+        # Pydantic would take true as 1.
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
+            raise ValueError("input should not be true or false")
+        return value
 
 
 class ModelConfig(Section):
@@ -329,7 +349,7 @@ class EngineConfig(Section):
     memory: PositiveFloat | Literal["auto"] = "auto"
     """Memory that one process's passes over a cohort may take in addition to the base, in GiB. `auto`: 2 on a CPU, half
     of a GPU's."""
-    workers: PositiveInt | Literal["auto"] = "auto"
+    workers: Parallel | Literal["auto"] = "auto"
     """Number of processes, of `threads` threads each; `auto`: one for each GPU, or for as many as there are cores."""
     compile: bool = False
     """Compile the base's forward and backward passes: half a minute at the start, faster steps afterwards."""
@@ -347,7 +367,7 @@ class Config(Section):
     """Seed of every random draw, except secret ones under `[privacy]`."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, …; `auto`: a GPU when there is one."""
-    threads: PositiveInt = 1
+    threads: Parallel = 1
     """CPU threads per process; one is fastest for small models."""
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()

@@ -1,4 +1,4 @@
-"""The bad inputs, a line each: arguments of the command (with files to write before), and parts of the answer's line."""
+"""The bad inputs, a line each: arguments of the command (files to write before), and parts of the answer's line."""
 
 from __future__ import annotations
 

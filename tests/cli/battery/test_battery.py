@@ -1,4 +1,4 @@
-"""Bad inputs by subject: one line that names the value and what was expected, exit code 2, and nothing new on the disk."""
+"""Bad inputs by subject: one line that names the value and what was expected, exit code 2, nothing on the disk."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ class DataConfig(Section):
 class FederationConfig(Section):
     """The clients: their number, their data, their ranks, and the rounds in which they take part."""
 
-    num_clients: PositiveInt = 8
+    num_clients: Annotated[int, Field(ge=1, le=1_000_000)] = 8
     """Number of clients."""
     rounds: PositiveInt = 12
     """Number of rounds."""

@@ -52,6 +52,11 @@ Names = Annotated[
     BeforeValidator(_as_tuple),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
+Paths = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(_as_tuple),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
 PositiveFloatOrNone = Annotated[
     PositiveFloat | None,
     BeforeValidator(_none),
@@ -77,9 +82,11 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The base model, which every client holds."""
 
-    name: Annotated[str, BeforeValidator(_as_name)] = "builtin:decoder"
+    name: Annotated[str, BeforeValidator(_as_name), Field(min_length=1)] = "builtin:decoder"
     """A local folder, a Hugging Face Hub id, `builtin:decoder` or `builtin:vit`."""
-    adapter: Annotated[str | None, BeforeValidator(_as_name), Field(examples=["earlier/adapter"])] = None
+    adapter: Annotated[
+        Annotated[str, Field(min_length=1)] | None, BeforeValidator(_as_name), Field(examples=["earlier/adapter"])
+    ] = None
     """A PEFT LoRA folder to start from. It counts as part of the base in every method, and the adapter that is saved
     holds both changes, at the sum of their ranks. Unset: start from the base as it is."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -111,12 +118,12 @@ class DataConfig(Section):
     kind: Annotated[Literal["instruction", "classification", "image"] | None, Field(examples=["classification"])] = None
     """Kind of the examples: `instruction`, `classification` or `image`. Unset: known for built-in and GLUE tasks,
     otherwise inferred from the columns."""
-    train: Names = ()
+    train: Paths = ()
     """With `task = "files"`: JSONL, JSON, CSV or Parquet files (gzip too), an .npz file, or an image folder; with
     `partition = "files"` each file is one client. With Hub data: the name of a split."""
-    test: Names = ()
+    test: Paths = ()
     """Held-out data, in the same forms. Empty: `holdout` of the training data is held out."""
-    unseen: Names = ()
+    unseen: Paths = ()
     """Files that are evaluated but never trained on (unseen tasks or clients)."""
     unseen_values: Names = ()
     """Values of `field_column` whose rows are never trained on and are evaluated as unseen data."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -295,3 +296,19 @@ def test_the_conversions_of_the_documentation(
     plain = PeftModel.from_pretrained(base_of(bases["llama"]), "dora-as-lora")
     torch.testing.assert_close(logits(plain), logits(dora), rtol=1e-3, atol=1e-3)
     merge(["alice", "dora-as-lora"], "flora", base="my-base", out="out")
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_full_disk_is_no_bug_and_leaves_nothing(
+    bases: dict[str, Path], pair: tuple[Path, list[PeftModel]], tmp_path: Path, full: bool
+) -> None:
+    """The kernel itself refuses to write more to any file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        with pytest.raises((FedspanError, OSError)) as caught:
+            merge(folders(pair)[:1], "flora", full=full, base=bases["llama"], out=tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from fedspan.support.errors import FedspanError, one_line
 CARRIED = ("auto_mapping", "ensure_weight_tying", "revision")
 """Entries that do not affect the update, but that a reader of the folder needs."""
 
-_PATIENCE = 1.0  # seconds
+_PATIENCE = 0.3  # seconds of computing
 _KNOWN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 _CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
 _UNSUPPORTED: Mapping[str, str] = {
@@ -121,7 +121,7 @@ def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any
     Raises
     ------
     FedspanError
-        For a pattern that takes over a second: some would take years.
+        For a pattern that takes over 0.3 seconds: some would take years.
     """
     for pattern, value in patterns.items():
         try:

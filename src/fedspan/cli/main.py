@@ -101,6 +101,9 @@ def _prepare() -> None:
 
 
 def _failed(error: Exception) -> int:
+    if "_FEDSPAN_COMPLETE" in os.environ:
+        given = f"{type(error).__name__}: {message(error)}"
+        return _fail(f"shell completion failed ({given}): expected a call by the script of --install-completion", 2)
     if isinstance(error, USAGE_ERROR):
         return _fail(usage(error), 2)
     if is_users(error):

@@ -41,11 +41,10 @@ def load(path: str | os.PathLike[str] | None = None, overrides: Iterable[str] = 
         except OSError as error:
             raise FedspanError(f"cannot read the config {path}: {error.strerror}") from None
         except RecursionError:
-            raise FedspanError(
-                f"{path} is not valid TOML: it is nested too deeply; expected sections of settings"
-            ) from None
+            raise FedspanError(f"{path} is not valid TOML: nested too deeply; expected sections") from None
         except ValueError as error:  # of TOML, of UTF-8, or of a number with thousands of digits
             raise FedspanError(f"{path} is not valid TOML: {one_line(error, 200)}") from None
+        _check_depth(f"the settings of {path}", tree)
     # Our names from here on, so that an override under an alias replaces the file's value.
     tree = canonical(tree)
     names: dict[str, str] = {}
@@ -62,7 +61,7 @@ def from_mapping(tree: Mapping[str, Any]) -> Config:
     FedspanError
         One line naming the key or value and what was expected.
     """
-    _check_depth(tree)
+    _check_depth("the settings", tree)
     complete = _with_task_defaults(canonical(tree))
     try:
         return Config.model_validate(complete)
@@ -70,7 +69,7 @@ def from_mapping(tree: Mapping[str, Any]) -> Config:
         raise FedspanError(_one_line(error)) from None
 
 
-def _check_depth(tree: object) -> None:
+def _check_depth(where: str, tree: object) -> None:
     """Refuse what is nested deeper than any setting: nothing below would end in an answer."""
     level: list[object] = [tree]
     for _ in range(_DEEPEST):
@@ -81,7 +80,7 @@ def _check_depth(tree: object) -> None:
         ]
         if not level:
             return
-    raise FedspanError(f"settings nested over {_DEEPEST} deep: expected sections of settings")
+    raise FedspanError(f"{where} are nested over {_DEEPEST} deep: expected sections of settings")
 
 
 def with_absolute_paths(config: Config) -> Config:

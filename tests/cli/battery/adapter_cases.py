@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tables import Case, Content, adapter, deep, setting
@@ -37,6 +38,15 @@ def _truncated(path: Path) -> None:
     adapter()(path)
     file = path / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-20])
+
+
+def _endless(config: dict[str, Any]) -> None:
+    config["rank_pattern"] = {"(a|aa)+b": 2}
+
+
+def _long_name(tensors: dict[str, torch.Tensor]) -> None:
+    for key in (A, B):
+        tensors[key.replace("q_proj", "a" * 60)] = tensors.pop(key)
 
 
 ADAPTERS = [
@@ -78,7 +88,7 @@ ADAPTERS = [
     _bad(setting(rank_pattern=[1]), "rank_pattern = [1]"),
     _bad(setting(rank_pattern={"(": 2}), "rank_pattern '('", "expected a regular expression"),
     _bad(setting(rank_pattern={"q": -1}), "rank q = -1"),
-    _bad(setting(rank_pattern={"(.*)*(.*)*(.*)*x": 2}), "takes over 1 s", "expected a simpler one"),
+    _bad(adapter(_endless, _long_name), "'(a|aa)+b'", "takes over 0.3 s", "expected a simpler one"),
     _bad(setting(rank_pattern={"(" * 3000: 2}), "expected a regular expression"),
     _bad(setting(alpha_pattern={"q_proj": 10**400}), "alpha q_proj = 1000"),
     _bad(setting(modules_to_save="head"), "modules_to_save = 'head'"),
@@ -119,9 +129,7 @@ ADAPTERS = [
     Case("merge", "merge a b --method local --out new", ("local", "expected a method that can merge")),
     Case("merge", "merge a b --method fedavg --out new", ("fedavg averages weights",)),
     Case("merge", "merge a b --method fedit --out new", ("fedit needs one rank per module",)),
-    Case(
-        "merge", "merge a b --method fed_sb --out new", ("fed_sb needs 3 exchanges", "expected a method that can merge")
-    ),
+    Case("merge", "merge a b --method fed_sb --out new", ("fed_sb needs 3", "expected a method that can")),
     Case("merge", "MERGE --weights 1", ("1 weights for 2 adapters",)),
     Case("merge", "MERGE --weights 1 2 3", ("3 weights for 2 adapters",)),
     Case("merge", "MERGE --weights 1,-1", ("weight -1", "expected a finite number above 0")),

@@ -91,7 +91,7 @@ SETTINGS = [
     Case(
         "combinations",
         "RUN --set robust.filter=krum --set privacy.secure_sums=true",
-        ("privacy.secure_sums = true", "glora_sums"),
+        ("secure_sums = true",),
     ),
     Case("combinations", "RUN --set method.name=scaffold --set local.optimizer=adamw", ("sgd",)),
     Case("combinations", "RUN --set method.name=fedavg --set model.quantise=int8", ("quantise",)),
@@ -145,7 +145,7 @@ SETTINGS = [
     _toml(b"seed = 1\x00\n", "bad.toml is not valid TOML"),
     _toml("x = " + deep("[", "]"), "bad.toml"),
     _toml("x = " + deep("{a = ", "1"), "bad.toml"),
-    _toml("x" + deep(".a") + " = 1", "bad.toml"),
+    _toml("x" + deep(".a", depth=500) + " = 1", "bad.toml", "nested over 10 deep"),
     _toml("seed = " + "9" * 5000, "bad.toml"),
     _toml("method = 3", "method = 3"),
     _toml("[method]\nname = []", "[]"),

@@ -20,7 +20,13 @@ _ROUND: Mapping[str, type | UnionType] = {
     "diagnostics": _OBJECT,
 }
 _SUMMARY: Mapping[str, type | UnionType] = {"metric": str, "metrics": dict}
-_NAMES = {int: "a number", _NUMBER: "a number", str: "a text", dict: "an object", _OBJECT: "an object, or null"}
+_NAMES: Mapping[type | UnionType, str] = {
+    int: "a number",
+    _NUMBER: "a number",
+    str: "a text",
+    dict: "an object",
+    _OBJECT: "an object, or null",
+}
 
 _OPTIONAL = {"bytes_up", "bytes_down"}  # which pictures need, and they say so
 

@@ -82,7 +82,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The base model, which every client holds."""
 
-    name: Annotated[str, BeforeValidator(_as_name), Field(min_length=1)] = "builtin:decoder"
+    name: Annotated[str, Field(min_length=1), BeforeValidator(_as_name)] = "builtin:decoder"
     """A local folder, a Hugging Face Hub id, `builtin:decoder` or `builtin:vit`."""
     adapter: Annotated[
         Annotated[str, Field(min_length=1)] | None, BeforeValidator(_as_name), Field(examples=["earlier/adapter"])

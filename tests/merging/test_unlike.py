@@ -251,6 +251,22 @@ def test_a_whole_classifier_has_the_adapters_head(bases: dict[str, Path], tmp_pa
     torch.testing.assert_close(logits(found), logits(model), rtol=1e-4, atol=1e-4)
 
 
+def test_a_whole_image_model_is_of_the_bases_own_class(bases: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT has no task type for images, so the base's architecture says what it is."""
+    base = transformers.ViTForImageClassification.from_pretrained(str(bases["vit"]))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", modules_to_save=["classifier"])).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator(name))
+    model.save_pretrained(str(tmp_path / "0"))
+    merge([tmp_path / "0"], "flora", full=True, base=bases["vit"], out=tmp_path / "out")
+    found = transformers.AutoModelForImageClassification.from_pretrained(str(tmp_path / "out")).eval()
+    pixels = torch.randn(2, 3, 16, 16, generator=generator("pixels"))
+    with torch.no_grad():
+        torch.testing.assert_close(found(pixels).logits, model(pixels).logits, rtol=1e-4, atol=1e-4)
+    assert (tmp_path / "out" / "preprocessor_config.json").exists()
+
+
 def test_what_no_model_can_be_made_of(bases: dict[str, Path], tmp_path: Path) -> None:
     trained(bases["llama"], tmp_path / "0", 0)
     trained(bases["bert"], tmp_path / "1", 0, "classification", target_modules=["query"])

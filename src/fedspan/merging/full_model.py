@@ -70,23 +70,20 @@ def write_model(path: Path, adapter: Adapter, dtype: torch.dtype | None = None) 
 
 
 def _base(name: str, adapter: Adapter) -> Any:
+    """Load the base with the adapter's number of labels; only its heads may be missing in the files."""
     import transformers
 
-    options: dict[str, Any] = {"trust_remote_code": False}
+    def config_of(**changes: Any) -> Any:
+        return transformers.AutoConfig.from_pretrained(resolve(name), trust_remote_code=False, **changes)
+
     with library_logs_silenced(), _reading(name):
-        config = transformers.AutoConfig.from_pretrained(resolve(name), **options)
-    auto = _class_of(name, adapter, config)
+        config = config_of()
+    kind = _class_of(name, adapter, config)
     with library_logs_silenced(), _reading(name):
-        with torch.device("meta"):
-            skeleton = auto.from_config(config) if auto.__name__.startswith("Auto") else auto(config)
-        labels = _num_labels(config, skeleton, adapter)
-        if labels is not None:
-            config = transformers.AutoConfig.from_pretrained(resolve(name), num_labels=labels, **options)
-        if auto.__name__.startswith("Auto"):
-            options["config"] = config
-        model, info = auto.from_pretrained(
+        labels = _num_labels(config, kind, adapter)
+        model, info = kind.from_pretrained(
             resolve(name),
-            **{**options, "config": config},
+            config=config if labels is None else config_of(num_labels=labels),
             dtype="auto",
             use_safetensors=True,
             ignore_mismatched_sizes=True,
@@ -117,8 +114,10 @@ def _class_of(name: str, adapter: Adapter, config: Any) -> Any:
     return found
 
 
-def _num_labels(config: Any, skeleton: nn.Module, adapter: Adapter) -> int | None:
+def _num_labels(config: Any, kind: Any, adapter: Adapter) -> int | None:
     """Return the number of labels of the adapter's head, where the base's own is another."""
+    with torch.device("meta"):
+        skeleton = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
     shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
     for name, tensor in adapter.dense.items():
         own = shapes.get(name)

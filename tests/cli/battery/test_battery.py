@@ -82,12 +82,13 @@ def test_a_bad_input(
         with ended_after(_PATIENCE):
             code = main(arguments(case))
         done = capfd.readouterr()
-        assert (code, done.err.count("\n"), done.out) == (2, 1, ""), done.err[-2000:] or done.out
-        assert done.err.startswith("fedspan: ")
-        assert "Traceback" not in done.err
-        assert len(done.err) < 1000, f"{len(done.err)} characters are no line to read"
+        # On a busy machine lines about what is being read may come first.
+        lines = [line for line in done.err.splitlines() if not line.endswith(" …")]
+        assert (code, len(lines), done.out) == (2, 1, ""), done.err[-2000:] or done.out
+        assert lines[0].startswith("fedspan: ")
+        assert len(lines[0]) < 1000, f"{len(lines[0])} characters are no line to read"
         for part in case.parts:
-            assert part in done.err
+            assert part in lines[0]
         assert listing(place) == before
     finally:
         for name in case.files:

@@ -19,8 +19,8 @@ LAYERS = (
     {"algebra", "config"},
     {"methods"},
     {"adapters", "data", "wire", "robust", "streaming"},
-    {"models", "merging"},
-    {"privacy"},
+    {"models"},
+    {"privacy", "merging"},
     {"client"},
     {"federation"},
     {"server", "site", "diagnostics"},
@@ -32,8 +32,8 @@ LAYERS = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 DOORS = {
-    "transformers": {"models.loading", "bench.peers"},
-    "peft": {"models.build", "bench.peers"},
+    "transformers": {"models.loading", "merging.full_model", "bench.peers"},
+    "peft": {"models.build", "merging.task_rules", "bench.peers"},
     "datasets": {"data.hub"},
     "matplotlib": {"display.curves", "bench.plot", "inspection.picture"},
     "bitsandbytes": {"models.quantised"},

@@ -35,7 +35,7 @@ def run(
         Settings: a `Config`, nested settings such as ``{"federation": {"rounds": 6}}``, or the path of a TOML file;
         None: the built-in defaults.
     out
-        The run folder; None: ``runs/METHOD-TIME``.
+        The run folder; None: ``runs/METHOD-TIME-NUMBER``.
     on_event
         Called with every `Event` of the run, whatever is shown.
     quiet
@@ -58,10 +58,11 @@ def resume(
     on_event: OnEvent | None = None,
     workers: int | None = None,
     *,
+    rounds: int | None = None,
     quiet: bool | None = None,
     transport: Transport | None = None,
 ) -> Result:
-    """Continue an interrupted run; the result has the same bits as that of an uninterrupted one.
+    """Continue an interrupted run, or extend a finished one; the result has the same bits as if it had never stopped.
 
     Parameters
     ----------
@@ -71,13 +72,18 @@ def resume(
         As for `run`.
     workers
         Number of processes; None: as the run's own settings say.
+    rounds
+        Number of rounds in all, to extend a finished run or to stop sooner; None: as the run's own settings say.
 
     Raises
     ------
     FedspanError
-        When `out` holds no run.
+        When `out` holds no run; when another process is at work in it; when it is damaged; for other settings, data,
+        base or libraries than it began with, unless these may change.
     """
-    return _shown(lambda listen: execution.resume(Path(out), listen, workers, transport), on_event, quiet)
+    return _shown(
+        lambda listen: execution.resume(Path(out), listen, workers, transport, rounds=rounds), on_event, quiet
+    )
 
 
 def run_many(

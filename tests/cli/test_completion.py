@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from command import fedspan
+from command import assert_mistake, fedspan, inside
 
 from fedspan.config import valid_keys
 from fedspan.methods import METHODS
@@ -36,6 +36,18 @@ def test_a_word_is_completed(line: str, proposals: list[str]) -> None:
 
 def test_a_mistake_on_the_line_is_no_error() -> None:
     assert "run" in completed("fedspan rnu ")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{}, {"COMP_WORDS": "fedspan"}, {"COMP_WORDS": "fedspan", "COMP_CWORD": "x"}],
+)
+def test_a_call_that_is_no_shells_is_answered_in_one_line(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"_FEDSPAN_COMPLETE": "complete_bash", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert_mistake(inside(capsys), "shell completion failed", "expected a call by the script of --install-completion")
 
 
 def test_every_setting_is_proposed() -> None:

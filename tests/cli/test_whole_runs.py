@@ -56,6 +56,7 @@ def test_a_run_prints_plain_lines_and_a_table(finished: tuple[Path, subprocess.C
 def test_a_run_leaves_a_whole_folder(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = finished
     assert {path.name for path in folder.iterdir()} == {
+        ".lock",
         "config.toml",
         "metrics.jsonl",
         "summary.json",

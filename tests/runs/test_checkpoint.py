@@ -23,6 +23,7 @@ from fedspan.methods import METHODS
 from fedspan.methods.base import Method
 from fedspan.runs import checkpoint
 from fedspan.runs.checkpoint import Checkpoint
+from fedspan.support.errors import FedspanError
 from fedspan.support.files import write_bytes
 from fedspan.support.seeding import generator
 
@@ -193,6 +194,26 @@ def test_a_file_with_a_damaged_header_is_refused(tmp_path: Path, start: int) -> 
     path.write_bytes(bytes(content))
     with pytest.raises(ValueError, match="expected a checkpoint"):
         checkpoint.read(path)
+
+
+def test_a_flipped_bit_anywhere_is_refused_or_harmless(tmp_path: Path) -> None:
+    """In the header's length, the header, a tensor: never another checkpoint, and never more than one line."""
+    written = kept(stand(METHODS["glora"](), 1, (2, 2), {"one": (6, 5)}), history=HISTORY[1:])
+    path = tmp_path / "c"
+    checkpoint.write(path, written)
+    content = path.read_bytes()
+    refused = 0
+    for place in range(0, len(content), max(1, len(content) // 400)):
+        spoiled = bytearray(content)
+        spoiled[place] ^= 1 << place % 8
+        path.write_bytes(bytes(spoiled))
+        try:
+            found = checkpoint.read(path)
+        except FedspanError as error:
+            refused += str(error).count("\n") == 0
+        else:
+            same(found, written)
+    assert refused > 300
 
 
 def test_another_library_s_file_is_refused(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from fedspan.adapters.state_dict import Adapter
 from fedspan.support.errors import FedspanError
+
+Missing = Literal["refuse", "zero"]
+"""The treatment of modules and whole weights that only some adapters have."""
 
 
 def check_compatible(labels: Sequence[str], adapters: Sequence[Adapter]) -> None:
@@ -23,7 +26,9 @@ def check_compatible(labels: Sequence[str], adapters: Sequence[Adapter]) -> None
     for label, adapter in zip(labels[1:], adapters[1:], strict=True):
         if _base(adapter) != _base(first):
             bases = f"{label} adapts {_base(adapter)!r}, {labels[0]} adapts {_base(first)!r}"
-            raise FedspanError(f"{bases}: expected one base model")
+            raise FedspanError(
+                f"{bases}: expected one base model, or --base NAME (base=NAME) where these are names of one"
+            )
         _same_names(label, labels[0], "adapts other modules", adapter.factors, first.factors)
         _same_names(label, labels[0], "saves other whole weights", adapter.dense, first.dense)
         _same_shapes(label, labels[0], _deltas(adapter), _deltas(first))
@@ -82,4 +87,7 @@ def _same_names(label: str, first: str, problem: str, mine: Mapping[str, Any], t
     odd = sorted(mine.keys() ^ theirs.keys())
     if odd:
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise FedspanError(f"{label} {problem} than {first} ({', '.join(odd[:3])}{more}): expected the same ones")
+        raise FedspanError(
+            f"{label} {problem} than {first} ({', '.join(odd[:3])}{more}): expected the same ones, "
+            "or --missing zero (missing='zero')"
+        )

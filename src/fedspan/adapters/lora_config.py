@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedspan.support.errors import FedspanError
+import regex
+
+from fedspan.support.errors import FedspanError, one_line
 
 CARRIED = ("auto_mapping", "ensure_weight_tying", "revision")
 """Entries that do not affect the update, but that a reader of the folder needs."""
 
+_PATIENCE = 0.3  # seconds of computing
 _KNOWN_INITS = ("gaussian", "eva", "orthogonal", "mica")
 _CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
 _UNSUPPORTED: Mapping[str, str] = {
@@ -62,10 +65,10 @@ def _check_numbers(where: Path | str, config: Mapping[str, Any]) -> None:
     ranks, alphas = (_patterns(where, config, key) for key in ("rank_pattern", "alpha_pattern"))
     for key, value in (("r", config.get("r")), *ranks.items()):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise FedspanError(f"{where}: rank {key} = {value!r}: expected a whole number of at least 1")
+            raise FedspanError(f"{where}: rank {key} = {_short(value)}: expected a whole number of at least 1")
     for key, value in (("lora_alpha", config.get("lora_alpha")), *alphas.items()):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise FedspanError(f"{where}: alpha {key} = {value!r}: expected a finite number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+            raise FedspanError(f"{where}: alpha {key} = {_short(value)}: expected a finite number")
 
 
 def _check_init(where: Path | str, init: Any) -> None:
@@ -91,10 +94,22 @@ def _patterns(where: Path | str, config: Mapping[str, Any], key: str) -> dict[st
     for expression in patterns:
         try:
             re.compile(expression)
-        except re.error as error:
-            problem = f"{where}: {key} {expression!r} ({error})"
+            regex.compile(expression)
+        except (re.error, regex.error, OverflowError, RecursionError) as error:
+            problem = f"{where}: {key} {_short(expression)} ({one_line(error, 100)})"
             raise FedspanError(f"{problem}: expected a regular expression") from None
     return patterns
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
+def _short(value: object) -> str:
+    return one_line(repr(value), 100)
 
 
 def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -102,10 +117,21 @@ def pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any
 
     A pattern is a regular expression for the end of the module's path, from a dot or from its start; the
     first one in the file's order that matches counts.
+
+    Raises
+    ------
+    FedspanError
+        For a pattern that takes over 0.3 seconds: some would take years.
     """
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
+        try:
+            # Python's own engine cannot be stopped.
+            if regex.match(rf"(.*\.)?({pattern})$", module, timeout=_PATIENCE):
+                return value
+        except TimeoutError:
+            raise FedspanError(
+                f"the pattern {_short(pattern)} takes over {_PATIENCE:g} s to match {module}: expected a simpler one"
+            ) from None
     return default
 
 

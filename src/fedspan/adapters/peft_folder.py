@@ -11,14 +11,24 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedspan.adapters.lora_config import CARRIED, check_config
-from fedspan.adapters.state_dict import Adapter, adapter_of, check_finite, is_embedding, is_saved, tensors_of
+from fedspan.adapters.state_dict import (
+    Adapter,
+    adapter_names,
+    adapter_of,
+    check_finite,
+    is_embedding,
+    is_saved,
+    tensors_of,
+    without_adapter_name,
+)
 from fedspan.methods.messages import Factors
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, one_line
 from fedspan.support.files import flush
 
 CONFIG_NAME = "adapter_config.json"
@@ -42,7 +52,11 @@ def load(path: Path) -> Adapter:
     """
     config = _read_config(path)
     check_config(path, config)
-    return adapter_of(path, config, _read_tensors(path))
+    tensors = _read_tensors(path)
+    names = adapter_names(tensors)
+    if len(names) > 1:
+        raise FedspanError(f"{path} holds the adapters {', '.join(names)}: expected one")
+    return adapter_of(path, config, without_adapter_name(tensors, names[0]) if names else tensors)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -53,8 +67,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise FedspanError(f"{path} holds no {CONFIG_NAME}: expected a PEFT adapter folder")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # a decoding error is one too
-        raise FedspanError(f"{file} is not valid JSON ({error}): expected a PEFT config") from None
+    except (ValueError, RecursionError) as error:  # a decoding error is a ValueError too
+        raise FedspanError(f"{file} is not valid JSON ({one_line(error, 200)}): expected a PEFT config") from None
     if not isinstance(config, dict):
         raise FedspanError(f"{file} holds a JSON {type(config).__name__}: expected an object")
     return config
@@ -66,7 +80,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if (path / "adapter_model.bin").exists():
             raise FedspanError(
                 f"{path} holds adapter_model.bin, a pickle, which is never opened: "
-                f"expected {WEIGHTS_NAME}, as save_pretrained(..., safe_serialization=True) writes it"
+                f"expected {WEIGHTS_NAME}, as save_pretrained(..., safe_serialization=True) writes it "
+                "(docs/merging.md shows how to convert it)"
             )
         raise FedspanError(f"{path} holds no {WEIGHTS_NAME}: expected a PEFT adapter folder")
     try:
@@ -87,6 +102,7 @@ def save(
     embeddings: Collection[str] = (),
     frozen: Mapping[str, Tensor] | None = None,
     carried: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a PEFT LoRA folder that `PeftModel.from_pretrained` loads as it is: whole, or not at all.
 
@@ -109,6 +125,8 @@ def save(
         As in `Adapter`.
     carried
         Other config entries to pass on, of those in `CARRIED`.
+    dtype
+        Type of the written floats; none: as they are.
 
     Raises
     ------
@@ -124,6 +142,7 @@ def save(
     _check_parts(path, factors, whole, modules_to_save, embeddings, carried or {})
     rank = max(1, *(f.rank for f in factors.values()))
     tensors = tensors_of({module: _padded(f, rank) for module, f in factors.items()}, whole, embeddings)
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()} if dtype else tensors
     check_finite(path, tensors)
     config = {
         "peft_type": "LORA",
@@ -197,8 +216,11 @@ def _write(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) ->
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
         folder = Path(scratch) / path.name
         folder.mkdir()
-        # "format" is what PEFT and transformers look for in the header.
-        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        try:
+            # "format" is what PEFT and transformers look for in the header.
+            save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        except SafetensorError as error:  # its errors of the disk are no OSErrors
+            raise FedspanError(f"{path} cannot be written ({one_line(error)}): expected a disk with room") from None
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
         for file in folder.iterdir():

@@ -7,6 +7,7 @@ transposed and ΔW = (s·B·A)ᵀ.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from fedspan.support.errors import FedspanError
 
 PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?P<weight>\.weight)?")
+_SIDE = re.compile(r"\.lora_(?:[AB](?:\.(?P<linear>[^.]+))?\.weight|embedding_[AB](?:\.(?P<embedding>[^.]+))?)$")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out"})
 
@@ -110,6 +112,16 @@ def tensors_of(
     return tensors
 
 
+def adapter_names(tensors: Collection[str]) -> list[str]:
+    """Return the adapters' names in keys such as `….lora_A.default.weight`, as a model's own state dict has them.
+
+    There are none where some factor has no such name.
+    """
+    keys = [match for key in tensors if (match := _SIDE.search(key))]
+    names = {match["linear"] or match["embedding"] for match in keys}
+    return [] if None in names else sorted(names)
+
+
 def without_adapter_name(tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
     """Return the tensors named as by `get_peft_model_state_dict`, where names hold the adapter's as in a model."""
     name = re.escape(adapter_name)
@@ -139,8 +151,10 @@ def adapter_of_model(model: Any, adapter_name: str = "default") -> Adapter:
 
 
 def check_finite(where: Path | str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a tensor that holds NaN or infinity."""
+    """Refuse a tensor that holds NaN or infinity, and floats of a type that nothing can be computed in."""
     for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype not in _FLOATS:
+            raise FedspanError(f"{where}: tensor {name!r} is {tensor.dtype}: expected 16 to 64 bit floats")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise FedspanError(f"{where}: tensor {name!r} holds NaN or infinite values: expected finite ones")
 
@@ -173,7 +187,20 @@ def _factors(where: str, config: Mapping[str, Any], module: str, pair: Mapping[s
         raise FedspanError(f"{where}: {shapes}: expected ({rank}, in) and (out, {rank}), the config's rank")
     if 0 in a.shape or 0 in b.shape:
         raise FedspanError(f"{where}: {shapes}: expected no empty side")
-    return Factors(b, a, scaling_of(config, module, rank))
+    factors = Factors(b, a, scaling_of(config, module, rank))
+    _check_size(where, factors)
+    return factors
+
+
+def _check_size(where: str, factors: Factors) -> None:
+    """Refuse factors whose product float32 cannot hold, although it holds each of them."""
+    b, a = factors.b.double(), factors.a.double()
+    norm = abs(factors.scaling) * math.sqrt(max(0.0, float(((b.mT @ b) * (a @ a.mT)).sum())))
+    if not norm < torch.finfo(torch.float32).max:
+        raise FedspanError(
+            f"{where}: the change of the weight has norm {norm:.3g}, with scaling {factors.scaling:g}: expected one "
+            "that float32 can hold, below 3.4e38"
+        )
 
 
 def _check_factor(where: str, side: str, tensor: Tensor) -> None:

@@ -18,6 +18,7 @@ from fedspan.support.versions import installed_version
 # Newer versions of typer bundle the click they build on: its errors are reached through typer alone.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 _REPORT = "traceback.txt"
+_LONGEST = 900  # characters
 
 
 class Interrupted(Exception):
@@ -48,12 +49,17 @@ def message(error: BaseException) -> str:
     """Return an error in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return one_line(error)
+    return _shortened(one_line(error))
+
+
+def _shortened(line: str) -> str:
+    """Return the line without its middle where it is no line to read, such as one that quotes a whole file."""
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} … {line[-_LONGEST // 3 :]}"
 
 
 def usage(error: Exception) -> str:
     """Return a mistake in the command line in one line, with the help to read."""
-    text = " ".join(str(getattr(error, "format_message", lambda: error)()).split()).rstrip(".")
+    text = _shortened(one_line(getattr(error, "format_message", lambda: error)())).rstrip(".")
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "fedspan"
     return f"{text[:1].lower()}{text[1:]}; see `{command} --help`"

@@ -51,7 +51,7 @@ def _top(
 app = new_app(add_completion=True)
 app.callback()(_top)
 app.command(cls=PlainCommand, short_help="Run a federation, with its controls.")(run)
-app.command(cls=PlainCommand, short_help="Continue an interrupted run.")(resume)
+app.command(cls=PlainCommand, short_help="Continue an interrupted run, or extend one.")(resume)
 app.command(cls=WithWeights, short_help="Merge PEFT adapters by an aggregation rule.")(merge)
 app.command(cls=PlainCommand, short_help="List the methods, their properties and options.")(methods)
 app.command(cls=PlainCommand, short_help="Print every setting as TOML.")(config)
@@ -101,6 +101,9 @@ def _prepare() -> None:
 
 
 def _failed(error: Exception) -> int:
+    if "_FEDSPAN_COMPLETE" in os.environ:
+        given = f"{type(error).__name__}: {message(error)}"
+        return _fail(f"shell completion failed ({given}): expected a call by the script of --install-completion", 2)
     if isinstance(error, USAGE_ERROR):
         return _fail(usage(error), 2)
     if is_users(error):

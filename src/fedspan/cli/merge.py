@@ -44,6 +44,27 @@ def merge(
             autocompletion=completion.method_options,
         ),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="NAME", help="The base's name or folder, where the adapters have several."),
+    ] = None,
+    missing: Annotated[
+        str,
+        typer.Option(
+            "--missing",
+            metavar="zero|refuse",
+            show_default=False,
+            help="Modules and heads that only some adapters have: refuse (the default), or take an absent module as no "
+            "change and average a head over the adapters that have it.",
+        ),
+    ] = "refuse",
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", metavar="TYPE", help="Type of the written numbers: float32, bfloat16 or float16."),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Write the base with the result in its weights, in place of an adapter.")
+    ] = False,
 ) -> None:
     """Apply an aggregation rule once to PEFT adapter folders from anywhere, of any ranks and scalings.
 
@@ -52,15 +73,30 @@ def merge(
       fedspan merge alice bob carol --method glora --out merged
       fedspan merge alice bob --weights 300 100 --method flexlora --out merged
       fedspan merge a b c --method glora --set server_rank=auto --out merged
+      fedspan merge a b --method ties --set density=0.2 --rank 32 --out merged
+      fedspan merge a b --method flora --base my-llama --full --out model
+
+    Besides the methods: ties, dare_linear, dare_ties and magnitude_prune, which are PEFT's own functions on the changes
+    of the weights. docs/merging.md says what cannot be merged, and what to do instead.
 
     The result is a PEFT folder. If an exact method's result does not fit in it, the loss is reported. The weights end
     at the first word that is not a number; write ./7 for a folder whose name is a number.
     """
     section = method_section(method, settings or ())
     numbers, limit = parse_weights(weights or ()), parse_rank(rank)
-    from fedspan import create_method
-    from fedspan import merge as merge_adapters
+    from fedspan.merging.one_shot import merge as merge_adapters
+    from fedspan.merging.one_shot import named_rule
 
-    report = merge_adapters(folders, create_method(**section), weights=numbers, rank=limit, out=out)
+    report = merge_adapters(
+        folders,
+        named_rule(**section),
+        weights=numbers,
+        rank=limit,
+        out=out,
+        base=base,
+        missing=missing,  # type: ignore[arg-type]  # checked there
+        dtype=dtype,
+        full=full,
+    )
     for line in report.lines():
         print(line)

@@ -22,7 +22,7 @@ def run(
     settings: Settings = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="A new folder for the run; if not given, runs/METHOD-TIME."),
+        typer.Option("--out", metavar="DIR", help="A new folder for the run; if not given, one under runs."),
     ] = None,
     engine: Annotated[
         str | None,
@@ -78,23 +78,36 @@ def run(
 
 
 def resume(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the interrupted run.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the run.")],
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            "--rounds",
+            metavar="N",
+            min=1,
+            help="Number of rounds in all, to extend a finished run; if not given, as the run was set up.",
+        ),
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option("--workers", metavar="N", min=1, help="Number of processes; if not given, as the run was set up."),
     ] = None,
 ) -> None:
-    """Continue an interrupted run; the result has the same bits as that of an uninterrupted one.
+    """Continue an interrupted run, or extend a finished one; the result has the same bits as if it had never stopped.
 
     \b
-    Example:
-      fedspan resume runs/glora-20260101-120000
+    Examples:
+      fedspan resume runs/mine
+      fedspan resume runs/mine --rounds 20     eight more after twelve
+
+    Settings, data, base and libraries must be those that the run began with. docs/runs.md lists the settings that may
+    change, which is done in the run's config.toml.
     """
 
     def work(on_event: OnEvent) -> Result:
         from fedspan.runs import execution
 
-        return execution.resume(folder, on_event, workers)
+        return execution.resume(folder, on_event, workers, rounds=rounds)
 
     _federate(work, folder)
 

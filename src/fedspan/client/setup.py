@@ -13,6 +13,7 @@ from fedspan.config import Config, DataConfig
 from fedspan.data import Corpus, Encoded, encode
 from fedspan.models import build, load_processor
 from fedspan.models.federated_model import Trains
+from fedspan.models.starting_adapter import start_from
 from fedspan.support.errors import FedspanError, first_line
 
 
@@ -69,6 +70,8 @@ def work_context(
     )
     if config.engine.checkpointing and not getattr(model.model, "supports_gradient_checkpointing", False):
         raise FedspanError(f"engine.checkpointing: {type(model.model).__name__} does not support it; expected false")
+    if config.model.adapter is not None:
+        start_from(model, config.model.adapter)
     training = TrainingSettings.of(config)
     return WorkContext(training, config.evaluation, config.threads, model, data, processor, corpus.metrics)
 

@@ -12,9 +12,10 @@ from pydantic import ValidationError
 
 from fedspan.config.aliases import ALIASES, canonical, canonical_key, refuse_second_name
 from fedspan.config.sections import Config, valid_keys
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, one_line
 from fedspan.support.suggest import nearest
 
+_DEEPEST = 10
 _TASK_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "builtin:digits": {
         "model": {"name": "builtin:vit"},
@@ -39,8 +40,11 @@ def load(path: str | os.PathLike[str] | None = None, overrides: Iterable[str] = 
             tree = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))  # Windows editors mark the file
         except OSError as error:
             raise FedspanError(f"cannot read the config {path}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise FedspanError(f"{path} is not valid TOML: {error}") from None
+        except RecursionError:
+            raise FedspanError(f"{path} is not valid TOML: nested too deeply; expected sections") from None
+        except ValueError as error:  # of TOML, of UTF-8, or of a number with thousands of digits
+            raise FedspanError(f"{path} is not valid TOML: {one_line(error, 200)}") from None
+        _check_depth(f"the settings of {path}", tree)
     # Our names from here on, so that an override under an alias replaces the file's value.
     tree = canonical(tree)
     names: dict[str, str] = {}
@@ -57,11 +61,26 @@ def from_mapping(tree: Mapping[str, Any]) -> Config:
     FedspanError
         One line naming the key or value and what was expected.
     """
+    _check_depth("the settings", tree)
     complete = _with_task_defaults(canonical(tree))
     try:
         return Config.model_validate(complete)
     except ValidationError as error:
         raise FedspanError(_one_line(error)) from None
+
+
+def _check_depth(where: str, tree: object) -> None:
+    """Refuse what is nested deeper than any setting: nothing below would end in an answer."""
+    level: list[object] = [tree]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, Mapping) else outer if isinstance(outer, list) else ())
+        ]
+        if not level:
+            return
+    raise FedspanError(f"{where} are nested over {_DEEPEST} deep: expected sections of settings")
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -76,7 +95,9 @@ def with_absolute_paths(config: Config) -> Config:
     return config.model_copy(
         update={
             "data": data.model_copy(update=paths if data.task == "files" else {}),
-            "model": model.model_copy(update={"name": absolute(model.name)}),
+            "model": model.model_copy(
+                update={"name": absolute(model.name), "adapter": model.adapter and absolute(model.adapter)}
+            ),
         }
     )
 
@@ -103,7 +124,7 @@ def _override(tree: dict[str, Any], item: str, names: dict[str, str]) -> None:
         raise FedspanError(f"--set {item!r}: expected key=value, such as federation.rounds=20")
     try:
         value: Any = tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()
     key = canonical_key(given)
     refuse_second_name(names, key, given)

@@ -7,15 +7,26 @@ Schema. A new setting needs its line and its explanation here, and nothing elsew
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from fedspan.support.errors import FedspanError
 from fedspan.support.scalars import plain
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+# A system ends a program that asks for a million threads.
+Parallel = Annotated[int, Field(ge=1, le=1024)]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 PartialFraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -41,6 +52,11 @@ Names = Annotated[
     BeforeValidator(_as_tuple),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
+Paths = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    BeforeValidator(_as_tuple),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
 PositiveFloatOrNone = Annotated[
     PositiveFloat | None,
     BeforeValidator(_none),
@@ -53,12 +69,26 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_as_number(cls, value: object, info: ValidationInfo) -> object:
+        # Pydantic would take true as 1.
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
+            raise ValueError("input should not be true or false")
+        return value
+
 
 class ModelConfig(Section):
     """The base model, which every client holds."""
 
-    name: Annotated[str, BeforeValidator(_as_name)] = "builtin:decoder"
+    name: Annotated[str, Field(min_length=1), BeforeValidator(_as_name)] = "builtin:decoder"
     """A local folder, a Hugging Face Hub id, `builtin:decoder` or `builtin:vit`."""
+    adapter: Annotated[
+        Annotated[str, Field(min_length=1)] | None, BeforeValidator(_as_name), Field(examples=["earlier/adapter"])
+    ] = None
+    """A PEFT LoRA folder to start from. It counts as part of the base in every method, and the adapter that is saved
+    holds both changes, at the sum of their ranks. Unset: start from the base as it is."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the frozen base. Adapters, patches and full-weight training always use float32."""
     quantise: Literal["none", "int8", "nf4"] = "none"
@@ -88,12 +118,12 @@ class DataConfig(Section):
     kind: Annotated[Literal["instruction", "classification", "image"] | None, Field(examples=["classification"])] = None
     """Kind of the examples: `instruction`, `classification` or `image`. Unset: known for built-in and GLUE tasks,
     otherwise inferred from the columns."""
-    train: Names = ()
+    train: Paths = ()
     """With `task = "files"`: JSONL, JSON, CSV or Parquet files (gzip too), an .npz file, or an image folder; with
     `partition = "files"` each file is one client. With Hub data: the name of a split."""
-    test: Names = ()
+    test: Paths = ()
     """Held-out data, in the same forms. Empty: `holdout` of the training data is held out."""
-    unseen: Names = ()
+    unseen: Paths = ()
     """Files that are evaluated but never trained on (unseen tasks or clients)."""
     unseen_values: Names = ()
     """Values of `field_column` whose rows are never trained on and are evaluated as unseen data."""
@@ -134,7 +164,7 @@ class DataConfig(Section):
 class FederationConfig(Section):
     """The clients: their number, their data, their ranks, and the rounds in which they take part."""
 
-    num_clients: PositiveInt = 8
+    num_clients: Annotated[int, Field(ge=1, le=1_000_000)] = 8
     """Number of clients."""
     rounds: PositiveInt = 12
     """Number of rounds."""
@@ -332,7 +362,7 @@ class EngineConfig(Section):
     memory: PositiveFloat | Literal["auto"] = "auto"
     """Memory that one process's passes over a cohort may take in addition to the base, in GiB. `auto`: 2 on a CPU, half
     of a GPU's."""
-    workers: PositiveInt | Literal["auto"] = "auto"
+    workers: Parallel | Literal["auto"] = "auto"
     """Number of processes, of `threads` threads each; `auto`: one for each GPU, or for as many as there are cores."""
     checkpointing: bool = False
     """Keep only each block's input for the backward pass and compute the rest again: a third more work, and memory for
@@ -353,7 +383,7 @@ class Config(Section):
     """Seed of every random draw, except secret ones under `[privacy]`."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, …; `auto`: a GPU when there is one."""
-    threads: PositiveInt = 1
+    threads: Parallel = 1
     """CPU threads per process; one is fastest for small models."""
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()

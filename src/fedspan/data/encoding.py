@@ -224,11 +224,13 @@ def fill(template: str, inputs: Sequence[tuple[str, str]], tokenizer: Any) -> li
 
 def _check_template(template: str) -> None:
     try:
-        names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-        if names <= {"instruction", "input"}:
-            template.format(instruction="", input="")  # which refuses formats that are not for text
+        places = [place[1:] for place in string.Formatter().parse(template) if place[1] is not None]
     except ValueError as error:
         raise FedspanError(f"data.template = {template!r}: {error}") from None
+    names = {name for name, _, _ in places}
+    if any(form or conversion for _, form, conversion in places):
+        # A width of a billion would fill the memory.
+        raise FedspanError(f"data.template = {template!r}: expected {{instruction}} and {{input}} without a format")
     if not names or not names <= {"instruction", "input"}:
         raise FedspanError(
             f"data.template = {template!r}: expected {{instruction}}, {{input}} or both, and no other name"

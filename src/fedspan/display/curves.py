@@ -32,6 +32,8 @@ class _Run:
         """Return the bytes sent up and down until the end of each round."""
         total, sent = 0, {}
         for record in self.history:
+            if not {"bytes_up", "bytes_down"} <= record.keys():
+                raise FedspanError(f"{self.folder}: round {record['round_num']} has no bytes_up and bytes_down")
             total += record["bytes_up"] + record["bytes_down"]
             sent[record["round_num"]] = total
         return sent

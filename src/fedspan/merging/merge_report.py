@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
-from fedspan.methods.base import Method
 from fedspan.methods.messages import Factors
 
 
@@ -86,7 +85,7 @@ class Tally:
 
     def report(
         self,
-        method: Method,
+        method: str,
         shares: Sequence[float],
         rank: int,
         num_dense: int,
@@ -94,7 +93,7 @@ class Tally:
     ) -> MergeReport:
         """Return the report of the merge."""
         return MergeReport(
-            method.info.name,
+            method,
             tuple(shares),
             rank,
             self.kept,

@@ -14,58 +14,112 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fedspan.adapters.compatibility import check_compatible
+from fedspan.adapters.compatibility import Missing, check_compatible
 from fedspan.adapters.lora_config import CARRIED
 from fedspan.adapters.peft_folder import check_free, load, save
 from fedspan.adapters.state_dict import Adapter
-from fedspan.algebra import lowrank
-from fedspan.algebra.lowrank import LowRank
+from fedspan.merging.alignment import check_missing, filled, of_base
 from fedspan.merging.merge_report import MergeReport, Tally
+from fedspan.merging.parts import common_config, delta_of, frozen_weights, mean_delta, whole_weights
+from fedspan.merging.task_rules import TASK_RULES, TaskRule, combine_tasks, create_rule
 from fedspan.methods import METHODS, create
 from fedspan.methods.base import Method, ServerState, aggregate
-from fedspan.methods.messages import Broadcast, Factors, Request, Template, Update
+from fedspan.methods.messages import Factors, Request, Template, Update
 from fedspan.methods.readout import received
 from fedspan.support import parallel
 from fedspan.support.errors import FedspanError
 from fedspan.support.scalars import whole
 
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LEAST, _MOST = 1e-15, 1e15  # of a weight; float32 must hold its product with an entry
+
 
 def merge(
     folders: Sequence[str | os.PathLike[str]],
-    method: Method | str,
+    method: Method | TaskRule | str,
     *,
     weights: Sequence[float] | None = None,
     rank: int | None = None,
     out: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    missing: Missing = "refuse",
+    dtype: str | None = None,
+    full: bool = False,
 ) -> MergeReport:
     """Merge PEFT LoRA folders by the server rule of `method` and write the result as one PEFT folder.
 
     Parameters
     ----------
     method
-        A method, or the name of one whose options are left at their defaults.
+        A method, or the name of one whose options are left at their defaults; or one of `TASK_RULES` (TIES, DARE,
+        magnitude pruning, by PEFT's functions).
     weights
         One positive weight per folder, such as its number of examples; none: equal.
     rank
         The largest rank that may be written; none: the rank that holds the whole result.
     out
         A new or empty folder; it is written whole or not at all.
+    base
+        The base's name or folder, for adapters that have several names for it; none: the name that all of them have.
+    missing
+        `refuse` adapters of which some lack a module or a whole weight; `zero`: an adapter without a module leaves it
+        as it is in the base, and whole weights are averaged over the adapters that have them.
+    dtype
+        Type of the written floats, `float32`, `bfloat16` or `float16`; none: as they come out, and for a whole model
+        as the base's files have it.
+    full
+        Write the base with the result in its weights, as transformers saves a model, in place of an adapter.
 
     Raises
     ------
     FedspanError
-        See `combine` and `fedspan.adapters.peft_folder.load`; or `out` is not empty.
+        See `combine`, `fedspan.adapters.peft_folder.load` and `fedspan.merging.full_model.write_model`; or `out` is not
+        empty.
     """
     if isinstance(folders, str | os.PathLike):
         raise FedspanError(f"folders = {os.fspath(folders)!r}: expected a list of folders")
-    method = create(method) if isinstance(method, str) else method
-    target = Path(out)
+    rule = named_rule(method) if isinstance(method, str) else method
+    target, kind = Path(out), _dtype(dtype)
     check_free(target)
-    _check_arguments(len(folders), method, weights, rank)
-    adapters = [load(Path(folder)) for folder in folders]
-    result, report = combine(adapters, method, weights=weights, rank=rank, names=[str(folder) for folder in folders])
+    check_missing(missing)
+    _check_arguments(len(folders), rule, weights, rank)
+    names = [str(folder) for folder in folders]
+    adapters = of_base([load(Path(folder)) for folder in folders], None if base is None else os.fspath(base))
+    if missing == "zero":
+        adapters = filled(adapters, weights or [1.0] * len(adapters))
+    if isinstance(rule, TaskRule):
+        result, report = combine_tasks(adapters, rule, weights=weights, rank=rank, labels=names)
+    else:
+        result, report = combine(adapters, rule, weights=weights, rank=rank, names=names)
+    _write(target, result, kind, full)
+    return report
+
+
+def named_rule(name: str, **options: Any) -> Method | TaskRule:
+    """Return the method, or the rule of `TASK_RULES`, of this name and these options.
+
+    Raises
+    ------
+    FedspanError
+        For an unknown name or option.
+    """
+    return create_rule(name, **options) if name in TASK_RULES else create(name, **options)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in _DTYPES:
+        raise FedspanError(f"dtype = {name!r}: expected one of {', '.join(_DTYPES)}")
+    return None if name is None else _DTYPES[name]
+
+
+def _write(target: Path, result: Adapter, dtype: torch.dtype | None, full: bool) -> None:
+    """Write the result as an adapter, or its base with it as a model."""
+    if full:
+        from fedspan.merging.full_model import write_model
+
+        write_model(target, result, dtype)
+        return
     config = result.config
     save(
         target,
@@ -78,8 +132,8 @@ def merge(
         embeddings=result.embeddings,
         frozen=result.frozen,
         carried={key: config[key] for key in CARRIED if key in config},
+        dtype=dtype,
     )
-    return report
 
 
 def combine(
@@ -131,13 +185,13 @@ def combine(
     shares = [count / math.fsum(counts) for count in counts]
     tally = Tally({}, {}, {}, {})
     factors = {
-        name: tally.fit(name, received(answer, name), _mean_delta(adapters, shares, name), rank)
+        name: tally.fit(name, received(answer, name), mean_delta(adapters, shares, name), rank)
         for name in template.modules
     }
-    dense = _dense(labels, adapters, answer)
-    result = Adapter(factors, dense, _common_config(adapters), adapters[0].embeddings, _frozen(adapters))
+    dense = whole_weights(labels, adapters, answer.dense)
+    result = Adapter(factors, dense, common_config(adapters), adapters[0].embeddings, frozen_weights(adapters))
     written = max(1, *tally.kept.values())
-    return result, tally.report(method, shares, written, len(dense), diagnostics)
+    return result, tally.report(method.info.name, shares, written, len(dense), diagnostics)
 
 
 def _why_not(method: Method) -> str | None:
@@ -170,9 +224,8 @@ def _able(hetero_rank: bool = False) -> str:
     )
 
 
-def _check_arguments(number: int, method: Method, weights: Sequence[float] | None, rank: int | None) -> None:
-    reason = _why_not(method)
-    if reason is not None:
+def _check_arguments(number: int, method: Method | TaskRule, weights: Sequence[float] | None, rank: int | None) -> None:
+    if not isinstance(method, TaskRule) and (reason := _why_not(method)) is not None:
         raise FedspanError(f"{method.info.name} {reason}: expected a method that can merge: {_able()}")
     if number == 0:
         raise FedspanError("no adapter to merge: expected at least one folder")
@@ -186,8 +239,8 @@ def _check_weights(number: int, weights: Sequence[float]) -> None:
     if len(weights) != number:
         raise FedspanError(f"{len(weights)} weights for {number} adapters: expected one each")
     for weight in weights:
-        if not (math.isfinite(weight) and weight > 0):
-            raise FedspanError(f"weight {weight}: expected a finite number above 0")
+        if not _LEAST <= weight <= _MOST:
+            raise FedspanError(f"weight {weight}: expected a finite number above 0, between {_LEAST:g} and {_MOST:g}")
 
 
 def _start(labels: Sequence[str], adapters: Sequence[Adapter], method: Method) -> tuple[Template, ServerState]:
@@ -238,7 +291,7 @@ def _with_common_a(adapters: Sequence[Adapter], method: Method, state: ServerSta
     modules = dict(state.modules)
     differ = []
     for name, kept in state.modules.items():
-        all_a = [_delta(adapter.factors[name]).a for adapter in adapters]
+        all_a = [delta_of(adapter.factors[name]).a for adapter in adapters]
         largest = max(all_a, key=len)
         if not all(torch.equal(a, largest[: len(a)]) for a in all_a):
             differ.append(name)
@@ -255,18 +308,6 @@ def _with_common_a(adapters: Sequence[Adapter], method: Method, state: ServerSta
     return replace(state, modules=modules)
 
 
-def _delta(f: Factors) -> LowRank:
-    """Return s·B·A in float64 where the file has it, in float32 otherwise."""
-    delta = f.delta()
-    dtype = torch.promote_types(delta.b.dtype, delta.a.dtype)
-    return LowRank(delta.b.to(dtype), delta.a.to(dtype))
-
-
-def _mean_delta(adapters: Sequence[Adapter], shares: Sequence[float], module: str) -> LowRank:
-    """Return T = Σ p_k s_k B_k A_k of one module."""
-    return lowrank.stack([_delta(adapter.factors[module]) for adapter in adapters], shares)
-
-
 def _updates(adapters: Sequence[Adapter], counts: Sequence[float]) -> list[Update]:
     # The padded index is the client's id, so that clients are folded in the order of the folders.
     return [_update(f"{i:06d}", x, count) for i, (x, count) in enumerate(zip(adapters, counts, strict=True))]
@@ -277,40 +318,9 @@ def _update(client_id: str, adapter: Adapter, count: float) -> Update:
     rank = max(f.rank for f in adapter.factors.values())
     modules = {}
     for name, f in adapter.factors.items():
-        x = _delta(f)
+        x = delta_of(f)
         b = torch.cat([x.b, x.b.new_zeros((x.shape[0], rank - x.rank))], dim=1)
         a = torch.cat([x.a, x.a.new_zeros((rank - x.rank, x.shape[1]))], dim=0)
         modules[name] = Factors(b, a, 1.0)
     dense = {name: tensor for name, tensor in adapter.dense.items() if tensor.is_floating_point()}
     return Update(client_id, count, modules, dense)
-
-
-def _dense(labels: Sequence[str], adapters: Sequence[Adapter], answer: Broadcast) -> dict[str, Tensor]:
-    """Return the averaged whole weights; those that are bitwise equal everywhere stay so."""
-    dense: dict[str, Tensor] = {}
-    for name, tensor in adapters[0].dense.items():
-        odd = [label for label, x in zip(labels, adapters, strict=True) if not torch.equal(x.dense[name], tensor)]
-        if not odd:
-            dense[name] = tensor
-        elif tensor.is_floating_point():
-            dense[name] = answer.dense[name]
-        else:
-            raise FedspanError(f"{odd[0]}: {name} is {tensor.dtype} and differs from {labels[0]}'s: expected equality")
-    return dense
-
-
-def _frozen(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
-    return {name: tensor for adapter in adapters for name, tensor in adapter.frozen.items()}
-
-
-def _common_config(adapters: Sequence[Adapter]) -> dict[str, Any]:
-    first = adapters[0].config
-    saved = dict.fromkeys(name for adapter in adapters for name in adapter.modules_to_save)
-    config = {key: first[key] for key in CARRIED if first.get(key) is not None}
-    return {
-        **config,
-        "base_model_name_or_path": first.get("base_model_name_or_path"),
-        "task_type": next((t for a in adapters if (t := a.config.get("task_type"))), None),
-        "modules_to_save": list(saved),
-        "fan_in_fan_out": bool(first.get("fan_in_fan_out")),
-    }

@@ -17,6 +17,7 @@ from fedspan.adapters import peft_folder
 from fedspan.data.rows import Kind
 from fedspan.methods.messages import Broadcast, Factors, Recipe, Template
 from fedspan.methods.patches import Patch, patch_dense
+from fedspan.models.adapter_sums import with_start
 from fedspan.models.layers import base_layer, beside, factors_of, is_conv1d, read_adapter, set_adapter, shape_of
 from fedspan.models.loading import library_logs_silenced, resolve
 from fedspan.support.errors import FedspanError
@@ -52,6 +53,8 @@ class FederatedModel:
     device: torch.device
     passes: dict[Any, Any] = field(default_factory=dict)
     """Passes of many clients that were recorded over this model's memory, by what they were recorded for."""
+    start: Mapping[str, Factors] = field(default_factory=dict)
+    """The adapter that the run starts from; the base's weights hold it already."""
     _originals: dict[str, Tensor] = field(default_factory=dict)
     _hooks: list[Any] = field(default_factory=list)
     _patch: Mapping[str, Patch] = field(default_factory=dict)
@@ -247,7 +250,7 @@ class FederatedModel:
         conv = [name for name, layer in self.layers.items() if is_conv1d(base_layer(layer))]
         peft_folder.save(
             Path(path),
-            factors,
+            with_start(self.start, factors),
             base_model=resolve(self.name),
             task_type=_TASK_TYPES[self.kind],
             dense=dense,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fedspan.privacy.ledgers import ExampleLedgers
 from fedspan.privacy.running_sum import SumSettings
 from fedspan.privacy.secret_file import secret_of
 from fedspan.runs.events import Event, OnEvent
+from fedspan.runs.identity import identity
 from fedspan.runs.provision import Provision, Wanted
 from fedspan.server.coordinator import Coordinator
 from fedspan.support.errors import FedspanError
@@ -63,6 +64,8 @@ class RunContext:
     """Returns when the run may begin, once other runs that share its work are ready too."""
     coordinator: Coordinator | None = None
     """Reaches the clients of a federation of real sites; none: the clients are simulated."""
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    """The settings, base, data and libraries, for the checkpoints."""
     total: SumSettings | None = None
     """Takes the sums of simulated clients' updates in fixed point; none: updates are folded as they are."""
     examples: ExampleLedgers | None = None
@@ -116,11 +119,11 @@ class RunContext:
         provided = provision.work(
             Wanted(config, corpus, processor, data, method.info.trains, max_rank, device, num_tasks)
         )
-        model, initial_dense = provided.model, provided.initial_dense
+        model, initial_dense, base = provided.model, provided.initial_dense, provided.base
         if coordinator is not None:
             # Last, since it needs the base: sites with another base are turned away before the first round.
             shapes = agreement.shapes(model.modules(), initial_dense)
-            clients = coordinator.agree(provided.base, shapes, initial_dense, clients)
+            clients = coordinator.agree(base, shapes, initial_dense, clients)
         return cls(
             config=config,
             method=method,
@@ -140,7 +143,8 @@ class RunContext:
             ready=provision.ready,
             coordinator=coordinator,
             total=_total(config),
-            examples=_ledgers(config, provided.base, out) if coordinator is None else None,
+            identity=identity(config, base, data),
+            examples=_ledgers(config, base, out) if coordinator is None else None,
         )
 
     def emit(self, kind: str, **data: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -22,6 +23,7 @@ from fedspan.runs.context import RunContext
 from fedspan.runs.events import OnEvent
 from fedspan.runs.export import export
 from fedspan.runs.final import final_metrics
+from fedspan.runs.folder_lock import RUNNING, is_free, locked
 from fedspan.runs.loop import FEDERATION, MethodRun
 from fedspan.runs.provision import Provision
 from fedspan.runs.scoring import personal_metrics
@@ -29,6 +31,7 @@ from fedspan.runs.summary import Summary, summarise
 from fedspan.support import standard_json
 from fedspan.support.errors import FedspanError
 from fedspan.support.files import StrPath, write_bytes, write_new
+from fedspan.support.scalars import whole
 from fedspan.wire.transport import Transport
 
 
@@ -59,7 +62,7 @@ def run(
     Parameters
     ----------
     out
-        The run folder; none: `runs/METHOD-TIME`.
+        The run folder; none: `runs/METHOD-TIME-NUMBER`.
     on_event
         Receives every event as it happens.
     transport
@@ -83,23 +86,28 @@ def run(
     # The folder is made only after everything that can be refused has been.
     main = MethodRun.open(context, FEDERATION, method, context.clients)
     context.ready()
-    try:
-        write_new(folder / "config.toml", to_toml(config).encode())
-    except FileExistsError:
-        raise FedspanError(f"{folder} was taken by another run meanwhile: expected a new folder") from None
-    return _execute(context, main)
+    with locked(folder):
+        try:
+            write_new(folder / "config.toml", to_toml(config).encode())
+        except FileExistsError:
+            raise FedspanError(f"{folder} was taken by another run meanwhile: expected a new folder") from None
+        return _execute(context, main)
 
 
 def new_folder(config: Config, out: StrPath | None) -> Path:
-    """Return the folder of a new run: `out`, or one under `runs` that is named by the method and the time.
+    """Return the folder of a new run: `out`, or one under `runs` named by the method, the time and a random number.
 
     Raises
     ------
     FedspanError
         When the folder has something in it.
     """
-    folder = Path(out) if out else Path("runs") / f"{config.method['name']}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    name = f"{config.method['name']}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    folder = Path(out) if out else Path("runs") / name
+    if (folder / RUNNING).exists():
+        with locked(folder):  # which names the other run, if it is still at work
+            pass
+    if not is_free(folder):
         hint = f"; `fedspan resume {folder}` goes on with it" if (folder / "config.toml").exists() else ""
         raise FedspanError(f"{folder} exists and is not empty: expected a new folder{hint}")
     return folder
@@ -112,8 +120,9 @@ def resume(
     transport: Transport | None = None,
     trusted: Mapping[str, bytes] | None = None,
     provision: Provision | None = None,
+    rounds: int | None = None,
 ) -> Result:
-    """Resume an interrupted run; it ends with the same bits as if it had never stopped.
+    """Resume an interrupted run, or extend a finished one; it ends with the same bits as if it had never stopped.
 
     Parameters
     ----------
@@ -121,25 +130,45 @@ def resume(
         Number of processes; none: as in the run's own settings.
     transport, trusted, provision
         As of `run`.
+    rounds
+        Number of rounds in all, which is then kept in the run's settings; none: as these say.
 
     Raises
     ------
     FedspanError
-        When `out` holds no run, or one whose clients are at real sites and no transport is given.
+        When `out` holds no run, or one whose clients are at real sites and no transport is given; when another process
+        is at work in it; when its checkpoint is damaged; for other settings (see `fedspan.runs.identity.MAY_CHANGE`),
+        data, base or libraries than it began with; for fewer rounds than are finished.
     """
     folder = Path(out)
     if not (folder / "config.toml").exists():
         raise FedspanError(f"{folder} holds no run (no config.toml): expected the folder of an earlier `fedspan run`")
     if transport is None and (folder / "sites.json").exists():
         raise FedspanError(f"{folder} is a federation of real sites: expected the server that started it to resume it")
-    config = load_config(folder / "config.toml")
-    if workers is not None:
-        config = config.model_copy(update={"engine": config.engine.model_copy(update={"workers": workers})})
-    method = requirements.chosen(config, ClientLedger(folder, config.privacy, config.federation.participation))
-    context = RunContext.prepare(config, method, folder, on_event, transport, trusted, provision)
-    main = MethodRun.open(context, FEDERATION, method, context.clients)
-    context.ready()
-    return _execute(context, main)
+    with locked(folder):
+        config = stored = _with_rounds(load_config(folder / "config.toml"), rounds)
+        if workers is not None:
+            config = config.model_copy(update={"engine": config.engine.model_copy(update={"workers": workers})})
+        method = requirements.chosen(config, ClientLedger(folder, config.privacy, config.federation.participation))
+        context = RunContext.prepare(config, method, folder, on_event, transport, trusted, provision)
+        main = MethodRun.open(context, FEDERATION, method, context.clients)
+        context.ready()
+        if rounds is not None:
+            _check_rounds(rounds, main.saved.state.round_num)
+            write_bytes(folder / "config.toml", to_toml(stored).encode())
+        return _execute(context, main)
+
+
+def _with_rounds(config: Config, rounds: int | None) -> Config:
+    if rounds is None:
+        return config
+    rounds = whole("rounds", rounds, 1)
+    return config.model_copy(update={"federation": config.federation.model_copy(update={"rounds": rounds})})
+
+
+def _check_rounds(rounds: int, done: int) -> None:
+    if rounds < done:
+        raise FedspanError(f"rounds = {rounds}, but {done} are finished: expected at least as many")
 
 
 def serve(

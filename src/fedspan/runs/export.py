@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from fedspan.algebra import lowrank
@@ -10,6 +11,7 @@ from fedspan.methods.messages import Broadcast, Factors, Request
 from fedspan.methods.readout import received
 from fedspan.runs.context import RunContext
 from fedspan.runs.loop import MethodRun
+from fedspan.runs.results import put
 
 
 def export(context: RunContext, run: MethodRun) -> Path | None:
@@ -29,22 +31,21 @@ def export(context: RunContext, run: MethodRun) -> Path | None:
     broadcast = run.method.broadcast(run.saved.state, Request(None))
     if info.trains != "adapter":
         context.model.load(broadcast)
-        context.model.save_weights(context.out / "model", context.processor)
+        put(context.out / "model", lambda folder: context.model.save_weights(folder, context.processor))
         return None
     path = context.out / "adapter"
-    if not path.exists():  # an interrupted run may have got this far before
-        context.model.save_adapter(path, merged_adapter(broadcast), broadcast.dense)
+    merged = merged_adapter(broadcast)
+    put(path, lambda folder: context.model.save_adapter(folder, merged, broadcast.dense))
     return path
 
 
 def _export_personal(context: RunContext, run: MethodRun) -> None:
     """Write every client's own adapter, for the untouched base."""
     for client in context.clients:
-        path = context.out / "adapters" / client.client_id
-        if not path.exists():
-            sent = run.method.broadcast(run.saved.state, Request(client.rank))
-            own = run.method.start(sent, run.saved.client_states.get(client.client_id))
-            context.model.save_adapter(path, merged_adapter(own), own.dense)
+        sent = run.method.broadcast(run.saved.state, Request(client.rank))
+        own = run.method.start(sent, run.saved.client_states.get(client.client_id))
+        write = partial(context.model.save_adapter, factors=merged_adapter(own), dense=own.dense)
+        put(context.out / "adapters" / client.client_id, write)
 
 
 def merged_adapter(broadcast: Broadcast) -> dict[str, Factors]:

@@ -23,7 +23,9 @@ from fedspan.runs.checkpoint import Checkpoint
 from fedspan.runs.context import RunContext
 from fedspan.runs.engine_choice import EngineChoice, choose_engine, engine_used, measured_cohort_size
 from fedspan.runs.history import write_history
+from fedspan.runs.identity import check_identity
 from fedspan.runs.privacy_budget import PrivacyBudget, create_budget
+from fedspan.runs.results import set_aside
 from fedspan.runs.scoring import personal_metrics
 from fedspan.runs.simulated_work import SimulatedWork, steps_of
 from fedspan.support import parallel
@@ -58,18 +60,22 @@ class MethodRun:
         Raises
         ------
         FedspanError
-            When the method does not fit the model, or the configured engine does not fit the method.
+            When the method does not fit the model, or the configured engine does not fit the method; or when the
+            checkpoint is damaged, or of a run with other settings, data, base or libraries.
         """
         config, model = context.config, context.model
         rank = max(client.rank for client in clients)
         adapter = config.adapter
         template = model.template(rank, adapter.alpha, adapter.rslora, config.seed, len(context.clients))
-        start = Checkpoint(method.init(template, context.initial_dense))
+        start = Checkpoint(method.init(template, context.initial_dense), identity=context.identity)
         recipe = method.broadcast(start.state, Request(None)).recipe
         model.check(recipe)
         engine = choose_engine(context, recipe)
         path = context.out / "checkpoint" / f"{phase}.safetensors"
-        saved = checkpoint.read(path) if path.exists() else start
+        saved = start
+        if path.exists():
+            saved = checkpoint.read(path)
+            check_identity(context.out, saved.identity, context.identity)
         budget = create_budget(context, method, released=phase == FEDERATION)
         budget.check(saved.state.round_num)
         return cls(
@@ -124,6 +130,8 @@ class MethodRun:
             if refusal is not None:
                 self.context.emit("budget", line=refusal)
                 break
+            if self.phase == FEDERATION and round_num == done:
+                set_aside(self.context.out, done)
             try:
                 self._one_round(round_num, cohort, last=round_num + 1 == rounds)
             except BudgetSpent as error:

@@ -11,6 +11,7 @@ from fedspan.data.sources import check_encoding
 from fedspan.data.tables import READERS, Table, read_table
 from fedspan.support.activity import report
 from fedspan.support.errors import FedspanError
+from fedspan.support.paths import exists
 
 
 def read_files(names: Sequence[str], split: str, config: DataConfig) -> Iterator[Table]:
@@ -27,7 +28,7 @@ def read_files(names: Sequence[str], split: str, config: DataConfig) -> Iterator
     check_encoding(config.encoding)
     paths = [Path(name).expanduser() for name in names]
     for path in paths:
-        if not _exists(path):
+        if not exists(path):
             where = "" if path.is_absolute() else f": looked in {Path.cwd()}"
             raise FedspanError(f"data.{split}: {path} does not exist{where}")
     return (_read(path, split, config) for path in paths)
@@ -40,13 +41,6 @@ def _read(path: Path, split: str, config: DataConfig) -> Table:
         report(f"reading {path.name}")
         return npz_table(path, split)
     return read_table(path, config.encoding)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name that is too long, or holds a null character
-        return False
 
 
 def names_of(files: Sequence[str]) -> tuple[str, ...]:

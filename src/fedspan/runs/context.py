@@ -16,7 +16,7 @@ from fedspan.config import Config
 from fedspan.data import Encoded
 from fedspan.data import load as load_data
 from fedspan.federation import requirements
-from fedspan.federation.clients import Client, make_clients
+from fedspan.federation.clients import Client, make_clients, tests_by_site
 from fedspan.federation.sampling import ClientSampler, create_sampler
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast
@@ -57,6 +57,10 @@ class RunContext:
     """The device of the local work; with several workers the model here stays on the CPU."""
     num_workers: int
     """Processes that share the local work and the evaluation."""
+    described: Mapping[str, Any]
+    """The rows of every split and the classes, as `Corpus.describe` says them."""
+    site_tests: Mapping[str, np.ndarray]
+    """Client named after its file -> the rows of the test data that are of this file."""
     coordinator: Coordinator | None = None
     """Reaches the clients of a federation of real sites; none: the clients are simulated."""
     total: SumSettings | None = None
@@ -132,6 +136,8 @@ class RunContext:
             sampler=sampler,
             device=device,
             num_workers=num_workers,
+            described=corpus.describe(),
+            site_tests=tests_by_site(corpus, config.federation),
             coordinator=coordinator,
             total=_total(config),
             examples=_ledgers(config, model, out) if coordinator is None else None,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """One piece of work, and how far it is."""
+    """One piece of work, and the part of it that is done."""
 
     what: str
     """Such as `reading charite.csv (103.4 MB)`."""
@@ -25,7 +25,7 @@ class Activity:
 
     @property
     def extent(self) -> str:
-        """How far the work is, such as `2,048 of 9,000`; empty at the beginning."""
+        """The part that is done, such as `2,048 of 9,000`; empty at the beginning."""
         if not self.done:
             return ""
         return f"{self.done:,}" if self.total is None else f"{self.done:,} of {self.total:,}"
@@ -46,7 +46,7 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def report(what: str, done: int = 0, total: int | None = None) -> None:
-    """Tell the listener, if there is one, what is being done now."""
+    """Hand what is being done now to the listener, if there is one."""
     listener = _listener.get()
     if listener is not None:
         listener(Activity(what, done, total))

@@ -188,6 +188,28 @@ def test_client_ids_are_those_of_a_run_in_one_process(count: int) -> None:
     assert [client.client_id for client in clients] == list(numbered_ids(count))
 
 
+def test_sites_are_called_after_the_training_files(tmp_path: Path) -> None:
+    """With the client ids that a run in one process has, whatever the sites' order; by order for other names."""
+    files = ("ucl.csv", "charite.csv", "Mayo_2.csv")
+    named = load(overrides=[f"data.train={json.dumps(files)}"])
+    assert deployment.named_sites(named) == {"ucl": "ucl", "charite": "charite", "mayo-2": "Mayo_2"}
+    sites = ["charite", "mayo-2", "ucl"]
+    assert deployment.clients_of(named, sites) == ["charite", "Mayo_2", "ucl"]
+    assert deployment.clients_of(named, ["a", "b", "c"]) == ["ucl", "charite", "Mayo_2"]
+    with pytest.raises(ValueError, match=r"sites ucl, mayo, x: the training files are called ucl, charite, mayo-2;"):
+        deployment.clients_of(named, ["ucl", "mayo", "x"])
+    assert deployment.clients_of(config(), SITES) == list(numbered_ids(3))
+    done = CliRunner().invoke(app, ["init", str(tmp_path / "fed"), "--set", f"data.train={json.dumps(files)}"])
+    assert done.exit_code == 0, done.output
+    assert "3 sites: ucl, charite, mayo-2" in done.output
+    read = deployment.read(tmp_path / "fed")
+    assert [(site.name, site.client_id) for site in read.sites] == list(deployment.named_sites(named).items())
+    assert SiteSettings.read(tmp_path / "fed/sites/mayo-2").client_id == "Mayo_2"
+    for wrong, said in ((("charité.csv", "b.csv"), "charité"), (("a/x.csv", "b/a/x.csv"), "called 'a'")):
+        with pytest.raises(ValueError, match=said):
+            deployment.named_sites(load(overrides=[f"data.train={json.dumps(wrong)}"]))
+
+
 def test_configurations_are_the_same_everywhere_and_complete(made: Path) -> None:
     server = load(made / "server/config.toml")
     assert server == config()

@@ -94,7 +94,7 @@ def _ids(corpus: Corpus, federation: FederationConfig, count: int) -> Sequence[s
     return numbered_ids(count)
 
 
-def tests_by_site(corpus: Corpus, federation: FederationConfig) -> dict[str, np.ndarray]:
+def site_test_rows(corpus: Corpus, federation: FederationConfig) -> dict[str, np.ndarray]:
     """Return the rows of the test data that belong to each named client, without clients that have none."""
     if federation.partition != "files" or corpus.client_names is None or corpus.client_tests is None:
         return {}

@@ -16,7 +16,7 @@ from fedspan.config import Config
 from fedspan.data import Encoded
 from fedspan.data import load as load_data
 from fedspan.federation import requirements
-from fedspan.federation.clients import Client, make_clients, tests_by_site
+from fedspan.federation.clients import Client, make_clients, site_test_rows
 from fedspan.federation.sampling import ClientSampler, create_sampler
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast
@@ -137,7 +137,7 @@ class RunContext:
             device=device,
             num_workers=num_workers,
             described=corpus.describe(),
-            site_tests=tests_by_site(corpus, config.federation),
+            site_tests=site_test_rows(corpus, config.federation),
             coordinator=coordinator,
             total=_total(config),
             examples=_ledgers(config, model, out) if coordinator is None else None,

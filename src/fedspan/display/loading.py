@@ -50,7 +50,8 @@ class LoadingLines:
             with self._lock:
                 line = self._due(time.monotonic())
             if line is not None:
-                print(line, file=self._file, flush=True)
+                self._file.write(line + "\n")
+                self._file.flush()
 
     def _due(self, now: float) -> str | None:
         """Return the line that is to be printed now, if any."""

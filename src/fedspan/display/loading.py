@@ -49,9 +49,17 @@ class LoadingLines:
         while not self._stopped.wait(_TICK):
             with self._lock:
                 line = self._due(time.monotonic())
-            if line is not None:
-                self._file.write(line + "\n")
-                self._file.flush()
+            if line is not None and not self._written(line):
+                return
+
+    def _written(self, line: str) -> bool:
+        """Write a line; return False where nobody reads on, which is no reason for a run to fail."""
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except (OSError, ValueError):
+            return False
+        return True
 
     def _due(self, now: float) -> str | None:
         """Return the line that is to be printed now, if any."""

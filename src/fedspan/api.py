@@ -122,7 +122,7 @@ def _settings(config: Config | Mapping[str, Any] | str | os.PathLike[str] | None
         return config
     if isinstance(config, Mapping):
         return from_mapping(config)
-    return load(config)
+    return load(config, must_exist=True)
 
 
 def _shown(work: Callable[[OnEvent], Result], on_event: OnEvent | None, quiet: bool | None) -> Result:

@@ -262,7 +262,14 @@ def test_rows_with_unusable_values_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"x": images().astype(np.float32), "y": LABELS}, r"float32 \(20, 6, 6, 3\): expected uint8"),
+        ({"x": images().astype(np.complex64), "y": LABELS}, r"complex64 \(20, 6, 6, 3\): expected uint8"),
+        (
+            {"x": np.where(images() == 7, np.nan, 1.0), "y": LABELS},
+            r"row \d+ of .*a.npz has a pixel that is not finite",
+        ),
+        ({"x": np.moveaxis(images(), -1, 1), "y": LABELS}, r"\(20, 3, 6, 6\): expected uint8.*moveaxis"),
+        ({"x": images(), "y": np.eye(4, dtype=int)[LABELS]}, r"labels of shape \(20, 4\): .*numpy.argmax"),
+        ({"x": images(), "y": LABELS.reshape(10, 2).repeat(2, 0)}, r"labels of shape \(20, 2\): expected one for each"),
         ({"x": images(channels=2), "y": LABELS}, r"\(20, 6, 6, 2\): expected uint8"),
         ({"x": images(), "y": LABELS[:7]}, r"x 20, y 7: expected arrays with one row"),
         ({"x": images(), "y": LABELS, "exclude": LABELS}, "exclude is int64"),

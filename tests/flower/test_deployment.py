@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from fedspan.cli.flower import app
 from fedspan.config import load
 from fedspan.data.load import load as load_corpus
+from fedspan.federation.client_names import numbered_ids
 from fedspan.federation.clients import make_clients
 from fedspan.flower import certificates, deployment, node_keys, trial
 from fedspan.flower.log_levels import ENVIRONMENT
@@ -164,7 +165,7 @@ def test_ssh_keygen_reads_the_node_keys(made: Path, tmp_path: Path) -> None:
 
 
 def test_identities_are_those_of_the_clients_as_a_run_names_them(made: Path) -> None:
-    ids = deployment.client_ids(len(SITES))
+    ids = numbered_ids(len(SITES))
     for name, client_id in zip(SITES, ids, strict=True):
         site = made / "sites" / name
         result = tomllib.loads((site / "site.toml").read_text())
@@ -173,7 +174,7 @@ def test_identities_are_those_of_the_clients_as_a_run_names_them(made: Path) -> 
         assert (read.client_id, read.rank, read.own_data) == (client_id, None, False)
         public = load_pem_private_key((site / result["identity"]).read_bytes(), None).public_key().public_bytes_raw()
         known = json.loads((site / "sites.json").read_text())
-        assert sorted(known) == ids
+        assert sorted(known) == list(ids)
         assert bytes.fromhex(known[client_id]) == public
         assert read.trusted is not None
         assert read.trusted[client_id] == public
@@ -184,7 +185,29 @@ def test_client_ids_are_those_of_a_run_in_one_process(count: int) -> None:
     settings = config(count, "federation.partition='iid'")
     corpus = load_corpus(settings.data, settings.seed)
     clients = make_clients(corpus, settings.federation, settings.seed, settings.data.client_holdout)
-    assert [client.client_id for client in clients] == deployment.client_ids(count)
+    assert [client.client_id for client in clients] == list(numbered_ids(count))
+
+
+def test_sites_are_called_after_the_training_files(tmp_path: Path) -> None:
+    """With the client ids that a run in one process has, whatever the sites' order; by order for other names."""
+    files = ("ucl.csv", "charite.csv", "Mayo_2.csv")
+    named = load(overrides=[f"data.train={json.dumps(files)}"])
+    assert deployment.named_sites(named) == {"ucl": "ucl", "charite": "charite", "mayo-2": "Mayo_2"}
+    sites = ["charite", "mayo-2", "ucl"]
+    assert deployment.clients_of(named, sites) == ["charite", "Mayo_2", "ucl"]
+    assert deployment.clients_of(named, ["a", "b", "c"]) == ["ucl", "charite", "Mayo_2"]
+    with pytest.raises(ValueError, match=r"sites ucl, mayo, x: the training files are called ucl, charite, mayo-2;"):
+        deployment.clients_of(named, ["ucl", "mayo", "x"])
+    assert deployment.clients_of(config(), SITES) == list(numbered_ids(3))
+    done = CliRunner().invoke(app, ["init", str(tmp_path / "fed"), "--set", f"data.train={json.dumps(files)}"])
+    assert done.exit_code == 0, done.output
+    assert "3 sites: ucl, charite, mayo-2" in done.output
+    read = deployment.read(tmp_path / "fed")
+    assert [(site.name, site.client_id) for site in read.sites] == list(deployment.named_sites(named).items())
+    assert SiteSettings.read(tmp_path / "fed/sites/mayo-2").client_id == "Mayo_2"
+    for wrong, said in ((("charité.csv", "b.csv"), "charité"), (("a/x.csv", "b/a/x.csv"), "called 'a'")):
+        with pytest.raises(ValueError, match=said):
+            deployment.named_sites(load(overrides=[f"data.train={json.dumps(wrong)}"]))
 
 
 def test_configurations_are_the_same_everywhere_and_complete(made: Path) -> None:
@@ -560,7 +583,7 @@ def test_an_edited_record_is_checked(
 def test_every_sites_key_is_bound_to_its_client_id(made: Path) -> None:
     bound = NodeClients(made / "server")
     keys = node_keys.read_keys(made / "server/nodes")
-    assert [bound.client_of(keys[name]) for name in SITES] == deployment.client_ids(len(SITES))
+    assert [bound.client_of(keys[name]) for name in SITES] == list(numbered_ids(len(SITES)))
     with pytest.raises(ValueError, match=r"its key is not in .*nodes: expected the key of a site"):
         bound.client_of(b"another")
 

@@ -28,7 +28,8 @@ _Sites = Annotated[
     typer.Option(
         "--sites",
         metavar="N|NAMES",
-        help="Number of sites, or their names separated by commas; if not given, federation.num_clients.",
+        help="Number of sites, or their names separated by commas; if not given, federation.num_clients, called after "
+        "the training files where each is one client.",
     ),
 ]
 
@@ -67,7 +68,8 @@ def init(
     from fedspan.flower import deployment
 
     names, loaded = _federation(config, sites, settings)
-    deployment.write(folder, deployment.plan(names, host or (), port), loaded)
+    clients = deployment.clients_of(loaded, names)
+    deployment.write(folder, deployment.plan(names, host or (), port, clients=clients), loaded)
     typer.echo(f"{folder}/  {len(names)} sites: {', '.join(names)}; for the next steps see {folder / 'README.md'}")
 
 
@@ -173,14 +175,16 @@ def lock(
 def _federation(path: Path | None, sites: str | None, settings: list[str] | None) -> tuple[list[str], Config]:
     """Return the sites' names, and settings for that number of clients; refuse settings that cannot run."""
     from fedspan.config import load
-    from fedspan.flower.deployment import client_ids
+    from fedspan.federation.client_names import numbered_ids
+    from fedspan.flower.deployment import named_sites
 
     config = load(path, settings or ())
     text = str(config.federation.num_clients) if sites is None else sites
     if text.isdecimal():
         if int(text) < 1:
             raise FedspanError(f"--sites {text}: expected at least one")
-        names = client_ids(int(text))
+        named = list(named_sites(config))
+        names = named if len(named) == int(text) else list(numbered_ids(int(text)))
     else:
         names = [name.strip() for name in text.split(",")]
     config = load(path, [*(settings or ()), f"federation.num_clients={len(names)}"])

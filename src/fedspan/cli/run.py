@@ -63,7 +63,7 @@ def run(
     given = {"engine.name": "sequential" if simulated else engine, "engine.workers": workers}
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
     # Before the slow imports, so that a typing mistake is answered at once.
-    loaded = load(config, [*(settings or ()), *overrides])
+    loaded = load(config, [*(settings or ()), *overrides], must_exist=True)
 
     def work(on_event: OnEvent) -> Result:
         from fedspan.runs import execution

@@ -14,6 +14,7 @@ from fedspan.data import Corpus, Encoded, encode
 from fedspan.models import build, load_processor
 from fedspan.models.federated_model import Trains
 from fedspan.models.starting_adapter import start_from
+from fedspan.support.activity import report
 from fedspan.support.errors import FedspanError, first_line
 
 
@@ -22,11 +23,16 @@ def encoded(name: str, data: DataConfig, corpus: Corpus) -> tuple[Any, dict[str,
 
     The splits are `train`, `test`, and `unseen` where there is any.
     """
+    report(f"loading the {'image processor' if corpus.kind == 'image' else 'tokenizer'} of {name}")
     processor = load_processor(name, corpus.kind)
     rows = {"train": corpus.train, "test": corpus.test}
     if corpus.unseen is not None:
         rows["unseen"] = corpus.unseen
-    return processor, {split: encode(part, processor, data) for split, part in rows.items()}
+    encodings = {}
+    for split, part in rows.items():
+        report(f"encoding {len(part):,} {split} rows")
+        encodings[split] = encode(part, processor, data)
+    return processor, encodings
 
 
 def work_context(
@@ -51,6 +57,7 @@ def work_context(
         The largest rank of any client.
     """
     texts, adapter = data["train"].texts, config.adapter
+    report(f"loading the base {config.model.name}")
     model = build(
         config.model.name,
         corpus.kind,

@@ -11,8 +11,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedspan.config.aliases import ALIASES, canonical, canonical_key, refuse_second_name
+from fedspan.config.paths import located
 from fedspan.config.sections import Config, valid_keys
 from fedspan.support.errors import FedspanError, one_line
+from fedspan.support.paths import exists
 from fedspan.support.suggest import nearest
 
 _DEEPEST = 10
@@ -24,10 +26,18 @@ _TASK_DEFAULTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 }
 
 
-def load(path: str | os.PathLike[str] | None = None, overrides: Iterable[str] = ()) -> Config:
+def load(
+    path: str | os.PathLike[str] | None = None, overrides: Iterable[str] = (), *, must_exist: bool = False
+) -> Config:
     """Read a TOML file (None: the built-in defaults) and apply `key=value` overrides.
 
-    Later overrides win over earlier ones and over the file.
+    Later overrides win over earlier ones and over the file. A relative path of data or of the model is looked up beside
+    the TOML file first and then in the working folder; one in an override the other way round.
+
+    Parameters
+    ----------
+    must_exist
+        Refuse files of data that are found at neither place.
 
     Raises
     ------
@@ -50,7 +60,7 @@ def load(path: str | os.PathLike[str] | None = None, overrides: Iterable[str] = 
     names: dict[str, str] = {}
     for item in [overrides] if isinstance(overrides, str) else overrides:
         _override(tree, item, names)
-    return from_mapping(tree)
+    return located(from_mapping(tree), None if path is None else Path(path).parent, names, must_exist)
 
 
 def from_mapping(tree: Mapping[str, Any]) -> Config:
@@ -88,7 +98,7 @@ def with_absolute_paths(config: Config) -> Config:
 
     def absolute(name: str) -> str:
         path = Path(name).expanduser()
-        return str(path.resolve()) if path.exists() else name
+        return str(path.resolve()) if exists(path) else name
 
     data, model = config.data, config.model
     paths = {part: tuple(map(absolute, getattr(data, part))) for part in ("train", "test", "unseen")}
@@ -113,7 +123,24 @@ def _with_task_defaults(tree: dict[str, Any]) -> dict[str, Any]:
         given = tree.get(section, {})
         if isinstance(given, Mapping):
             complete[section] = {**values, **given}
-    return complete
+    return _with_file_defaults(complete)
+
+
+def _with_file_defaults(tree: dict[str, Any]) -> dict[str, Any]:
+    """Add what training files say by themselves: that they are the task, and that several are a client each."""
+    data, federation = tree.get("data"), tree.get("federation", {})
+    train = data.get("train") if isinstance(data, Mapping) else None
+    if not train or not isinstance(data, Mapping) or data.get("task", "files") != "files":
+        return tree
+    complete = {**tree, "data": {"task": "files", **data}}
+    if not isinstance(federation, Mapping):
+        return complete
+    count, given = len(train) if isinstance(train, list | tuple) else 1, federation.get("num_clients")
+    if count > 1 and "field_column" not in data and given in (None, count):
+        federation = {"partition": "files", **federation}
+    if federation.get("partition") == "files":
+        federation = {"num_clients": count, **federation}
+    return {**complete, "federation": federation}
 
 
 def _override(tree: dict[str, Any], item: str, names: dict[str, str]) -> None:

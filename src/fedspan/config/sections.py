@@ -120,7 +120,8 @@ class DataConfig(Section):
     otherwise inferred from the columns."""
     train: Paths = ()
     """With `task = "files"`: JSONL, JSON, CSV or Parquet files (gzip too), an .npz file, or an image folder; with
-    `partition = "files"` each file is one client. With Hub data: the name of a split."""
+    `partition = "files"` each file is one client, named after it. A relative path is looked up beside the config first,
+    then in the working folder. With Hub data: the name of a split."""
     test: Paths = ()
     """Held-out data, in the same forms. Empty: `holdout` of the training data is held out."""
     unseen: Paths = ()
@@ -141,6 +142,12 @@ class DataConfig(Section):
     """Column of the answers in instruction data."""
     image_column: str = "image"
     """Column of the images in image data."""
+    image_range: Annotated[tuple[float, float] | None, Field(examples=[[0, 4095]])] = None
+    """The values that become black and white in images of more than 8 bits and in arrays of floats; values beyond them
+    are cut off. Unset: the smallest and the largest value of each image."""
+    encoding: str = "utf-8"
+    """Encoding of text files, such as Excel's `cp1252`. A file that says its own, by a byte order mark, is read in
+    that."""
     field_column: Annotated[str | None, Field(examples=["category"])] = None
     """Column that `partition = "by_field"` splits by, such as a task, category or source. Unset: `task`, where there
     is such a column."""
@@ -160,12 +167,19 @@ class DataConfig(Section):
     client_holdout: PartialFraction = 0.0
     """Share of each client's data held out for evaluation on that client's own data."""
 
+    @field_validator("image_range")
+    @classmethod
+    def _increasing(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not value[0] < value[1]:
+            raise ValueError("expected two numbers, black below white")
+        return value
+
 
 class FederationConfig(Section):
     """The clients: their number, their data, their ranks, and the rounds in which they take part."""
 
     num_clients: Annotated[int, Field(ge=1, le=1_000_000)] = 8
-    """Number of clients."""
+    """Number of clients. Where each file is one client and this is not given: the number of files."""
     rounds: PositiveInt = 12
     """Number of rounds."""
     participation: Fraction = 0.5
@@ -185,7 +199,8 @@ class FederationConfig(Section):
     """Ranks that the distributions of `ranks` draw from."""
     partition: Literal["iid", "dirichlet", "by_field", "preset", "files"] = "by_field"
     """Split of the training data over the clients: at random, with Dirichlet label skew, by `data.field_column`, by a
-    published recipe (`preset`), or one file per client."""
+    published recipe (`preset`), or one file per client (`files`). Several training files are one client each where
+    neither this, nor `field_column`, nor another number of clients is given."""
     dirichlet_alpha: PositiveFloat = 0.5
     """Concentration of `partition = "dirichlet"`: a small value gives clients very different label distributions."""
     preset: str = "dolly-ftg-2"

@@ -1,18 +1,17 @@
-"""From a table's columns to examples: their kind, the columns they are read from, and label ids."""
+"""From a table's columns to examples: their kind, and the columns they are read from."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from fedspan.config import DataConfig
-from fedspan.data.images import as_images, find_column
-from fedspan.data.metrics import METRICS
+from fedspan.data.images import as_images, find_column, is_image_file
 from fedspan.data.rows import Kind, Rows
+from fedspan.data.strings import Strings, Tuples
 from fedspan.data.tables import Table
 from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
@@ -26,7 +25,8 @@ def infer_kind(table: Table, config: DataConfig) -> Kind:
     """Return the kind of a table's examples: `config.kind`, or the kind that its columns indicate.
 
     An answer column (``data.output_column``) makes instruction data; otherwise an image column makes
-    images; otherwise a label column makes classification.
+    images; otherwise a label column makes classification. A column of text is one of images only under the name that
+    ``data.image_column`` gives, and where its first value is the name of an image file.
 
     Raises
     ------
@@ -37,7 +37,7 @@ def infer_kind(table: Table, config: DataConfig) -> Kind:
         return config.kind
     if config.output_column in table.columns:
         return "instruction"
-    if any(name in table.columns for name in (config.image_column, *_IMAGE_NAMES)):
+    if any(_holds_images(table, name, config.image_column) for name in (config.image_column, *_IMAGE_NAMES)):
         return "image"
     if config.label_column in table.columns:
         return "classification"
@@ -46,6 +46,16 @@ def infer_kind(table: Table, config: DataConfig) -> Kind:
         f"(data.output_column), {config.image_column!r} (data.image_column) or {config.label_column!r} "
         "(data.label_column)"
     )
+
+
+def _holds_images(table: Table, name: str, image_column: str) -> bool:
+    values = table.columns.get(name)
+    if values is None or isinstance(values, np.ndarray):
+        return values is not None
+    first = next((value for value in values if value is not None), None)
+    if isinstance(first, str):
+        return name == image_column and is_image_file(first)
+    return not isinstance(first, int | float | None)
 
 
 def to_rows(table: Table, kind: Kind, config: DataConfig) -> Rows:
@@ -61,34 +71,35 @@ def to_rows(table: Table, kind: Kind, config: DataConfig) -> Rows:
         Naming a missing column and the nearest one, or the row with an unusable value.
     """
     inputs: Sequence[Any] | np.ndarray
-    targets: Sequence[Any] | np.ndarray
     if kind == "instruction":
-        inputs, targets = _instructions(table, config)
-    elif kind == "classification":
+        inputs, answers = _instructions(table, config)
+        return Rows(kind, inputs, answers, _fields(table, config))
+    if kind == "classification":
         texts = [_texts(table, name, "data.text_columns") for name in _text_names(table, config)]
-        inputs = list(zip(*texts, strict=True))
-        targets = table.column(config.label_column, "data.label_column")
+        inputs = Tuples(texts)
+        targets = _labels(table.column(config.label_column, "data.label_column"), table.source)
     else:
         name = find_column(table, config.image_column, _IMAGE_NAMES, "data.image_column")
-        inputs = as_images(table.column(name, "data.image_column"), table.source, table.root)
+        images = table.column(name, "data.image_column")
+        inputs = as_images(images, table.source, table.root, config.image_range)
         label = find_column(table, config.label_column, _LABEL_NAMES, "data.label_column")
-        targets = table.column(label, "data.label_column")
-    return Rows(kind, inputs, _plain(targets), _fields(table, config))
+        targets = _labels(table.column(label, "data.label_column"), table.source)
+    return Rows(kind, inputs, targets, _fields(table, config))
 
 
-def _instructions(table: Table, config: DataConfig) -> tuple[list[tuple[str, str]], list[str]]:
+def _instructions(table: Table, config: DataConfig) -> tuple[Sequence[Any], Sequence[str]]:
     names = {"instruction_column": config.instruction_column, "input_column": config.input_column}
     if not any(names.values()):
         raise FedspanError("data.instruction_column and data.input_column are both empty: expected at least one")
-    empty = [""] * table.num_rows
-    parts = []
+    empty = Strings(np.zeros(0, dtype=np.uint8), np.zeros(table.num_rows, dtype=np.int64))
+    parts: list[Sequence[str]] = []
     for key, name in names.items():
         if name and name not in table.columns:
             raise FedspanError(
                 f'{table.source} has no column {name!r} (data.{key}; "" if there is none){nearest(name, table.columns)}'
             )
         parts.append(_texts(table, name, f"data.{key}", optional=True) if name else empty)
-    return list(zip(*parts, strict=True)), _texts(table, config.output_column, "data.output_column")
+    return Tuples(parts), _texts(table, config.output_column, "data.output_column")
 
 
 def _text_names(table: Table, config: DataConfig) -> Sequence[str]:
@@ -102,16 +113,27 @@ def _text_names(table: Table, config: DataConfig) -> Sequence[str]:
     raise FedspanError(f"{table.source} has no column 'text' (data.text_columns){nearest('text', table.columns)}")
 
 
-def _texts(table: Table, name: str, key: str, optional: bool = False) -> list[str]:
-    texts = []
-    for row, value in enumerate(table.column(name, key), 1):
-        if value is None and optional:
-            value = ""
-        if not isinstance(value, str | int | float | np.str_) or isinstance(value, bool):
-            form = "null" if value is None else type(value).__name__
-            raise FedspanError(f"row {row} of {table.source}: {name!r} ({key}) is {form}: expected text")
-        texts.append(str(value))
+def _texts(table: Table, name: str, key: str, optional: bool = False) -> Strings:
+    values = table.column(name, key)
+    texts = values if isinstance(values, Strings) else Strings.of(_each_text(values, name, key, table, optional))
+    row = texts.surrogate()
+    if row is not None:
+        raise FedspanError(
+            f"row {row + 1} of {table.source}: {name!r} ({key}) holds half a surrogate pair, which is no character: "
+            "expected text"
+        )
     return texts
+
+
+def _each_text(values: Iterable[Any], name: str, key: str, table: Table, optional: bool) -> Iterable[str]:
+    for row, value in enumerate(values, 1):
+        missing = value is None or (isinstance(value, float) and math.isnan(value))
+        if missing and optional:
+            value = ""
+        elif missing or not isinstance(value, str | int | float | np.str_) or isinstance(value, bool):
+            form = "null" if value is None else "NaN" if missing else type(value).__name__
+            raise FedspanError(f"row {row} of {table.source}: {name!r} ({key}) is {form}: expected text")
+        yield str(value)
 
 
 def _fields(table: Table, config: DataConfig) -> list[str]:
@@ -120,121 +142,37 @@ def _fields(table: Table, config: DataConfig) -> list[str]:
         if "task" not in table.columns:
             return [""] * table.num_rows
         name = "task"
-    return [str(value) for value in _plain(table.column(name, "data.field_column"))]
+    return _shared(str(value) for value in _plain(table.column(name, "data.field_column")))
 
 
-def _plain(values: Sequence[Any] | np.ndarray) -> list[Any]:
-    """Return Python values instead of numpy's."""
-    return values.tolist() if isinstance(values, np.ndarray) else list(values)
-
-
-@dataclass(frozen=True, slots=True)
-class Labels:
-    """The mapping from raw labels to targets: they are ids, names (in the order of their ids), or plain numbers."""
-
-    form: Literal["id", "name", "number"]
-    num_labels: int
-    names: tuple[str, ...] | None = None
-
-    def ids(self, raw: Iterable[Any], source: str) -> list[int] | list[float]:
-        """Return the targets of `raw` labels.
-
-        Raises
-        ------
-        FedspanError
-            Naming the row and its label, when the training data has no such label.
-        """
-        return [self._target(value, f"row {row} of {source}") for row, value in enumerate(raw, 1)]
-
-    def _target(self, value: Any, where: str) -> Any:
-        if self.form == "name":
-            assert self.names is not None
-            if value not in self.names:
-                raise FedspanError(f"{where} has the label {value!r}{nearest(str(value), self.names)}")
-            return self.names.index(value)
-        number = _number(value)
-        if self.form == "number":
-            if number is None:
-                raise FedspanError(f"{where} has the label {value!r}: expected a finite number (regression)")
-            return number
-        if number is None or number != int(number) or not 0 <= number < self.num_labels:
-            raise FedspanError(f"{where} has the label {value!r}: expected 0..{self.num_labels - 1}")
-        return int(number)
-
-
-def learn_labels(raw: Sequence[Any], source: str, regression: bool, names: tuple[str, ...] | None) -> Labels:
-    """Return the meaning of the training data's labels.
-
-    Whole numbers (also as text, as in CSV) are ids and must be exactly 0..n-1; other texts are names, with their
-    place in sorted order as id. A regression takes any numbers. Given `names`, whole numbers index them, and some of
-    the names may have no example.
-
-    Parameters
-    ----------
-    regression
-        The metric that the settings name compares numbers (see :func:`fedspan.data.metrics.is_regression`).
+def _labels(values: Sequence[Any] | np.ndarray, source: str) -> list[Any]:
+    """Return a column of labels as Python values, of which equal ones are one object.
 
     Raises
     ------
     FedspanError
-        When a label is missing or the labels fit none of these.
+        For an array of another shape than (N,) or (N, 1), as a one-hot code is.
     """
-    _check_present(raw, source)
-    if regression:
-        return Labels("number", 1)
-    values = set(raw)
-    if len(values) == 1:
-        raise FedspanError(f"{source} has the single label {raw[0]!r}: expected two or more")
-    ids = _whole_numbers(values)
-    if ids is not None:
-        size = len(ids) if names is None else len(names)
-        if ids <= set(range(size)):
-            return Labels("id", size, names)
-    if all(isinstance(value, str) for value in values):
-        return _named(values)
-    raise FedspanError(_misfit(values, ids, source))
+    if isinstance(values, np.ndarray):
+        if values.ndim == 2 and values.shape[1] == 1:
+            values = values[:, 0]
+        if values.ndim != 1:
+            one_hot = values.ndim == 2 and np.isin(values, (0, 1)).all() and (values.sum(axis=1) == 1).all()
+            hint = "; one-hot labels become class ids by numpy.argmax(labels, axis=1)" if one_hot else ""
+            raise FedspanError(
+                f"{source} holds labels of shape {values.shape}: expected one for each row, (N,) or (N, 1){hint}"
+            )
+        if values.dtype.kind == "S":
+            values = np.char.decode(values, "utf-8", "backslashreplace")
+    return _shared(_plain(values))
 
 
-def _check_present(raw: Sequence[Any], source: str) -> None:
-    for row, value in enumerate(raw, 1):
-        if value is None or value == "":
-            raise FedspanError(f"row {row} of {source} has no label: expected one")
-        if not isinstance(value, str | int | float):
-            raise FedspanError(f"row {row} of {source} has a {type(value).__name__} as label: expected text or number")
+def _shared(values: Iterable[Any]) -> list[Any]:
+    """Return a list in which equal texts are one object, since a column has few different ones."""
+    known: dict[str, str] = {}
+    return [known.setdefault(value, value) if isinstance(value, str) else value for value in values]
 
 
-def _whole_numbers(values: Iterable[Any]) -> set[int] | None:
-    """Return the values as integers, or None where one of them is not a whole number."""
-    numbers = [_number(value) for value in values]
-    if any(number is None or number != int(number) for number in numbers):
-        return None
-    return {int(number) for number in numbers if number is not None}
-
-
-def _misfit(values: Iterable[Any], ids: set[int] | None, source: str) -> str:
-    """Return why these labels are neither ids nor names."""
-    if ids is not None:
-        return f"{source} has the labels {_some(ids)}: expected 0..n-1 with none missing"
-    if any(_number(value) is None for value in values):
-        return f"{source} has the labels {_some(values)}: expected all names or all whole numbers"
-    numeric = " or ".join(name for name, metric in METRICS.items() if metric.needs == "numbers")
-    return f"{source} has fractional labels such as {_some(values)}: for regression set data.metric to {numeric}"
-
-
-def _named(values: Iterable[str]) -> Labels:
-    names = tuple(sorted(values))
-    return Labels("name", len(names), names)
-
-
-def _number(value: Any) -> float | None:
-    """Return `value` as a finite number, or None."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):  # an integer of JSON may be larger than any float
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _some(values: Iterable[Any]) -> str:
-    shown = sorted(values, key=lambda value: (str(type(value)), value))
-    return ", ".join(repr(value) for value in shown[:5]) + (", …" if len(shown) > 5 else "")
+def _plain(values: Sequence[Any] | np.ndarray) -> Iterable[Any]:
+    """Return Python values instead of numpy's."""
+    return values.tolist() if isinstance(values, np.ndarray) else values

@@ -1,4 +1,7 @@
-"""Images from npz files, folders, file names and encoded bytes: uint8 arrays (H, W, 3) or (H, W)."""
+"""Images from npz files, folders, file names and encoded bytes: uint8 arrays (H, W, 3) or (H, W).
+
+The pixels are in `fedspan.data.pixels`.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,21 @@ from typing import Any
 
 import numpy as np
 
+from fedspan.data.pixels import Range, as_uint8, from_picture, is_image
+from fedspan.data.sources import check_regular
 from fedspan.data.tables import Table, npz_names, read_npz
+from fedspan.support.activity import report
 from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
 
 _SPLITS = ("train_", "test_", "unseen_")
-_SUFFIXES = (".png", ".jpg", ".jpeg")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+_SAY_EVERY = 256
+
+
+def is_image_file(name: str) -> bool:
+    """Return whether a name is that of a file with an image."""
+    return name.lower().endswith(_SUFFIXES)
 
 
 def has_split(path: Path, split: str) -> bool:
@@ -71,18 +83,28 @@ def _kept(columns: dict[str, np.ndarray], prefix: str, path: Path) -> np.ndarray
     return kept
 
 
-def folder_table(path: Path) -> Table:
+def folder_table(path: Path, limits: Range = None) -> Table:
     """Read an image folder with one sub-folder per class; names that begin with a dot are ignored.
+
+    Parameters
+    ----------
+    limits
+        As of `as_images`.
 
     Raises
     ------
     FedspanError
-        If there are no sub-folders, or one holds anything but PNG and JPEG files.
+        If there are no sub-folders, or one holds anything but images.
     """
     files = [file for folder in _entries(path) for file in _images_of_class(folder, path)]
     if not files:
         raise FedspanError(f"{path} holds no images: expected one sub-folder of PNG or JPEG files per class")
-    images = [decode(str(file), str(file), None) for file in files]
+    report(f"reading {path.name}", 0, len(files))
+    images = []
+    for done, file in enumerate(files, 1):
+        images.append(decode(str(file), str(file), None, limits))
+        if done % _SAY_EVERY == 0:
+            report(f"reading {path.name}", done, len(files))
     return Table(str(path), {"image": images, "label": [file.parent.name for file in files]}, path)
 
 
@@ -112,8 +134,16 @@ def find_column(table: Table, wanted: str, names: Sequence[str], key: str) -> st
     raise FedspanError(f"{table.source} has no {usual} ({key}){nearest(wanted, table.columns)}")
 
 
-def as_images(values: Sequence[Any] | np.ndarray, source: str, root: Path | None) -> Sequence[Any] | np.ndarray:
+def as_images(
+    values: Sequence[Any] | np.ndarray, source: str, root: Path | None, limits: Range = None
+) -> Sequence[Any] | np.ndarray:
     """Return a column of arrays, file names, encoded bytes or PIL images as uint8 arrays.
+
+    Parameters
+    ----------
+    limits
+        The values that become black and white in images of more than 8 bits (``data.image_range``); None: the smallest
+        and the largest value of each image.
 
     Raises
     ------
@@ -121,22 +151,19 @@ def as_images(values: Sequence[Any] | np.ndarray, source: str, root: Path | None
         Naming the row, or the array's type and shape, when it is none of these.
     """
     if isinstance(values, np.ndarray) and values.dtype != object and values.dtype.kind not in "US":
-        array = values[..., 0] if values.ndim == 4 and values.shape[-1] == 1 else values
-        if array.dtype != np.uint8 or not _is_image(array[0] if len(array) else array):
-            raise FedspanError(
-                f"{source} holds images as {values.dtype} {values.shape}: expected uint8 (N, H, W, 3) or (N, H, W)"
-            )
-        return array
-    return [decode(value, f"row {row} of {source}", root) for row, value in enumerate(values, 1)]
+        return as_uint8(values, source, limits)
+    return [decode(value, f"row {row} of {source}", root, limits) for row, value in enumerate(values, 1)]
 
 
-def decode(value: Any, name: str, root: Path | None) -> np.ndarray:
+def decode(value: Any, name: str, root: Path | None, limits: Range = None) -> np.ndarray:
     """Return one image as an array, from an array, a file name (relative to `root`), encoded bytes or a PIL image.
 
     Parameters
     ----------
     name
         Its name in messages.
+    limits
+        As of `as_images`.
 
     Raises
     ------
@@ -145,32 +172,33 @@ def decode(value: Any, name: str, root: Path | None) -> np.ndarray:
     """
     from PIL import Image, UnidentifiedImageError
 
-    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and _is_image(value):
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and is_image(value):
         return value
     if isinstance(value, Mapping):  # how Parquet files of datasets store images
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str | Path) and root is not None:
         name = f"{name} ({value})"
     try:
-        picture = _opened(value, root)
+        picture = _opened(value, root, name)
         if picture is not None:
-            return np.asarray(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
+            return from_picture(picture, name, limits)
+    except FedspanError:
+        raise
     # PIL reads the pixels as late as here, and each of its formats raises errors of its own.
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise FedspanError(f"{name} is not a readable image: {error}") from None
     raise FedspanError(f"{name} is a {type(value).__name__}: expected an image, its bytes, or a file name")
 
 
-def _opened(value: Any, root: Path | None) -> Any:
+def _opened(value: Any, root: Path | None, name: str) -> Any:
     """Return the PIL image in a file or in bytes, or the value if it is one; None for anything else."""
     from PIL import Image
 
     if isinstance(value, bytes):
         return Image.open(io.BytesIO(value))
     if isinstance(value, str | Path):
-        return Image.open((root or Path()) / value)
+        path = (root or Path()) / value
+        if path.exists():  # otherwise PIL says that it is missing
+            check_regular(path, name)
+        return Image.open(path)
     return value if isinstance(value, Image.Image) else None
-
-
-def _is_image(array: np.ndarray) -> bool:
-    return array.ndim == 2 or (array.ndim == 3 and array.shape[-1] == 3)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from fedspan.config import DataConfig
 from fedspan.data import hub
-from fedspan.data.columns import Labels, infer_kind, learn_labels, to_rows
-from fedspan.data.images import folder_table, has_split, npz_table
+from fedspan.data.columns import infer_kind, to_rows
+from fedspan.data.files import names_of, read_files
+from fedspan.data.images import has_split
+from fedspan.data.labels import Labels, learn_labels
 from fedspan.data.metrics import (
     GLUE_COLUMNS,
     GLUE_METRICS,
@@ -20,9 +22,10 @@ from fedspan.data.metrics import (
     default_metrics,
     is_regression,
 )
-from fedspan.data.rows import Corpus, Rows, concatenate
+from fedspan.data.rows import Corpus, Kind, Rows, concatenate
 from fedspan.data.splits import hold_out, keep_apart, limited, undivided
-from fedspan.data.tables import Table, read_table
+from fedspan.data.strings import joined
+from fedspan.data.tables import Table
 from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
 
@@ -166,54 +169,88 @@ def _files(config: DataConfig, seed: int) -> Corpus:
     test_names = config.test
     if not test_names and len(config.train) == 1 and config.train[0].lower().endswith(".npz"):
         test_names = config.train if has_split(Path(config.train[0]).expanduser(), "test") else ()
-    train, test, unseen = (
-        [_read(Path(name).expanduser(), split) for name in names]
-        for split, names in (("train", config.train), ("test", test_names), ("unseen", config.unseen))
+    named = {"train": config.train, "test": test_names, "unseen": config.unseen}
+    train, test, unseen = (read_files(names, split, config) for split, names in named.items())
+    clients = names_of(config.train) if len(config.train) > 1 else None
+    return replace(
+        _from_tables(train, test, unseen, config, seed, _same_names(clients, test_names)), client_names=clients
     )
-    return _from_tables(train, test, unseen, config, seed)
 
 
-def _read(path: Path, split: str) -> Table:
-    if not path.exists():
-        raise FedspanError(f"data.{split}: {path} does not exist")
-    if path.is_dir():
-        return folder_table(path)
-    return npz_table(path, split) if path.name.lower().endswith(".npz") else read_table(path)
+def _same_names(clients: Sequence[str] | None, test_names: Sequence[str]) -> list[int] | None:
+    """Return which training file each test file is named after; None where one is named after none."""
+    tests = names_of(test_names)
+    if not clients or not tests or not set(tests) <= set(clients):
+        return None
+    return [clients.index(name) for name in tests]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The rows of one table, with what is needed of the table."""
+
+    source: str
+    rows: Rows
+    label_names: tuple[str, ...] | None
 
 
 def _from_tables(
-    train: Sequence[Table], test: Sequence[Table], unseen: Sequence[Table], config: DataConfig, seed: int
+    train: Iterable[Table],
+    test: Iterable[Table],
+    unseen: Iterable[Table],
+    config: DataConfig,
+    seed: int,
+    test_files: Sequence[int] | None = None,
 ) -> Corpus:
-    kind = infer_kind(train[0], config)
-    tables = [*train, *test, *unseen]
-    rows = [to_rows(table, kind, config) for table in tables]
+    kind, parts = _parts((train, test, unseen), config)
     num_labels, names = 0, None
     if kind != "instruction":
-        labels = _labels_of(train, rows[: len(train)], config.metric)
+        labels = _labels_of(parts[0], config.metric)
         num_labels, names = labels.num_labels, labels.names
-        rows = [_labelled(part, labels, table.source) for part, table in zip(rows, tables, strict=True)]
-    origin = np.repeat(np.arange(len(train)), [len(part) for part in rows[: len(train)]])
-    parts = rows[: len(train)], rows[len(train) : len(train) + len(test)], rows[len(train) + len(test) :]
-    whole, *others = (concatenate(part) if part else None for part in parts)
-    assert whole is not None
-    splits = keep_apart(undivided(whole, *others), config.unseen_values)
+        parts = [[_labelled(part, labels) for part in split] for split in parts]
+    rows = [[part.rows for part in split] for split in parts]
+    origin, tested = _numbers(rows[0], None), None if test_files is None else _numbers(rows[1], test_files)
+    held, apart = (concatenate(split) if split else None for split in rows[1:])
+    splits = keep_apart(undivided(concatenate(rows[0]), held, apart, origin, tested), config.unseen_values)
     if splits.test is None:
         splits = hold_out(splits, config.holdout, seed)
     assert splits.test is not None
-    files = tuple(np.flatnonzero(origin[splits.places] == file) for file in range(len(train)))
+    files, tests = (
+        tuple(np.flatnonzero(part == file) for file in range(len(rows[0])))
+        for part in (splits.files, splits.test_files)
+    )
     metrics = default_metrics(kind, num_labels)
-    return Corpus(kind, splits.train, splits.test, splits.unseen, files, names, num_labels, metrics)
+    return Corpus(kind, splits.train, splits.test, splits.unseen, files, names, num_labels, metrics, client_tests=tests)
 
 
-def _labelled(rows: Rows, labels: Labels, source: str) -> Rows:
-    return replace(rows, targets=labels.ids(rows.targets, source))
+def _parts(splits: Sequence[Iterable[Table]], config: DataConfig) -> tuple[Kind, list[list[_Part]]]:
+    """Return the kind of the first training table, and every split's parts; of a table no more is kept."""
+    kind: Kind | None = None
+    parts: list[list[_Part]] = []
+    for tables in splits:
+        parts.append([])
+        for table in tables:
+            kind = kind or infer_kind(table, config)
+            parts[-1].append(_Part(table.source, to_rows(table, kind, config), table.label_names))
+    assert kind is not None
+    return kind, parts
 
 
-def _labels_of(tables: Sequence[Table], parts: Sequence[Rows], metric: str | None) -> Labels:
+def _numbers(parts: Sequence[Rows], files: Sequence[int] | None) -> np.ndarray:
+    """Return the number of each row's file; None: files are numbered in their order."""
+    numbers = np.asarray(range(len(parts)) if files is None else files, dtype=np.int32)
+    return np.repeat(numbers, [len(part) for part in parts])
+
+
+def _labelled(part: _Part, labels: Labels) -> _Part:
+    return replace(part, rows=replace(part.rows, targets=labels.ids(part.rows.targets, part.source)))
+
+
+def _labels_of(parts: Sequence[_Part], metric: str | None) -> Labels:
     """Return the meaning of the training data's labels; test and unseen data may not add any."""
-    source = ", ".join(table.source for table in tables[:2]) + (", …" if len(tables) > 2 else "")
-    raw = [label for part in parts for label in part.targets]
-    return learn_labels(raw, source, is_regression(metric, parts[0].kind), tables[0].label_names)
+    source = ", ".join(part.source for part in parts[:2]) + (", …" if len(parts) > 2 else "")
+    raw = joined([part.rows.targets for part in parts])
+    return learn_labels(raw, source, is_regression(metric, parts[0].rows.kind), parts[0].label_names)
 
 
 def _with_metric(corpus: Corpus, metric: str | None) -> Corpus:

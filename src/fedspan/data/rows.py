@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedspan.data.strings import joined, taken
+
 Kind = Literal["instruction", "classification", "image"]
 """The kinds of data: a prompt and its answer, one or two texts and a label, or an image and a label."""
 
@@ -22,7 +24,8 @@ class Rows:
         The kind of every example.
     inputs
         Instruction: ``(instruction, input)``; classification: ``(text,)`` or ``(text, text)``;
-        image: uint8 arrays (H, W, 3) or (H, W), or one stacked array of them.
+        image: uint8 arrays (H, W, 3) or (H, W), or one stacked array of them. Texts of files are kept compactly, as
+        :class:`fedspan.data.strings.Tuples`.
     targets
         Instruction: the answer; otherwise the label's id, or a float for regression.
     fields
@@ -44,14 +47,11 @@ class Rows:
 
     def take(self, indices: Sequence[int] | np.ndarray) -> Rows:
         """Return the rows at `indices`, in that order."""
-        inputs = self.inputs
         return Rows(
             self.kind,
-            inputs[np.asarray(indices, dtype=np.int64)]
-            if isinstance(inputs, np.ndarray)
-            else [inputs[i] for i in indices],
-            [self.targets[i] for i in indices],
-            [self.fields[i] for i in indices],
+            taken(self.inputs, indices),
+            taken(self.targets, indices),
+            taken(self.fields, indices),
         )
 
 
@@ -60,17 +60,18 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
     return Rows(
         parts[0].kind,
         _joined_inputs(parts),
-        [target for part in parts for target in part.targets],
-        [field for part in parts for field in part.fields],
+        joined([part.targets for part in parts]),
+        joined([part.fields for part in parts]),
     )
 
 
 def _joined_inputs(parts: Sequence[Rows]) -> Sequence[Any] | np.ndarray:
     """Return one stacked array where every part has images of one size, otherwise a list."""
-    arrays = [part.inputs for part in parts if isinstance(part.inputs, np.ndarray)]
+    inputs: list[Any] = [part.inputs for part in parts]
+    arrays = [part for part in inputs if isinstance(part, np.ndarray)]
     if len(arrays) == len(parts) and len({array.shape[1:] for array in arrays}) == 1:
         return np.concatenate(arrays)
-    return [row for part in parts for row in part.inputs]
+    return joined(inputs)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,6 +94,12 @@ class Corpus:
         Number of classes; 1 for regression; 0 for instruction data.
     metrics
         Names in :data:`fedspan.data.metrics.METRICS`; the first is the one that a summary shows.
+    client_names
+        A name for each training file, as :func:`fedspan.data.files.names_of` gives it; None unless the data came from
+        several files.
+    client_tests
+        One array of indices into `test` for each training file: the rows that were held out of it, or are those of the
+        test file of the same name. None unless the data came from files.
     """
 
     kind: Kind
@@ -103,3 +110,14 @@ class Corpus:
     label_names: tuple[str, ...] | None
     num_labels: int
     metrics: tuple[str, ...]
+    client_names: tuple[str, ...] | None = None
+    client_tests: tuple[np.ndarray, ...] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """Return the kind, the rows of each split, the number of classes and their names, as plain values."""
+        rows = {"train": len(self.train), "test": len(self.test)}
+        if self.unseen is not None:
+            rows["unseen"] = len(self.unseen)
+        classes = None if self.kind == "instruction" or self.num_labels == 1 else self.num_labels
+        names = None if classes is None or self.label_names is None else list(self.label_names)
+        return {"kind": self.kind, "rows": rows, "num_classes": classes, "label_names": names}

@@ -23,19 +23,30 @@ class Splits:
     ----------
     train, test, unseen
         The rows of each split; None for test or unseen data that there is none of (yet).
-    places
-        The place of each training row among all training rows that were read, from which its file follows.
+    files
+        The number of the training file that each training row is from.
+    test_files
+        The same of each test row; -1 for one that is from no training file nor from one that is named after it.
     """
 
     train: Rows
     test: Rows | None
     unseen: Rows | None
-    places: np.ndarray
+    files: np.ndarray
+    test_files: np.ndarray
 
 
-def undivided(train: Rows, test: Rows | None, unseen: Rows | None) -> Splits:
-    """Return the rows as the source divides them."""
-    return Splits(train, test, unseen, np.arange(len(train)))
+def undivided(
+    train: Rows,
+    test: Rows | None,
+    unseen: Rows | None,
+    files: np.ndarray | None = None,
+    test_files: np.ndarray | None = None,
+) -> Splits:
+    """Return the rows as the source divides them; without `files`, all training rows are from one."""
+    of_train = np.zeros(len(train), dtype=np.int64) if files is None else files
+    of_test = np.full(0 if test is None else len(test), -1) if test_files is None else test_files
+    return Splits(train, test, unseen, of_train, of_test)
 
 
 def keep_apart(splits: Splits, values: Sequence[str]) -> Splits:
@@ -53,17 +64,19 @@ def keep_apart(splits: Splits, values: Sequence[str]) -> Splits:
         return splits
     _check_values(splits, values)
     kept, apart = _divide(splits.train, values)
-    train, test = splits.train.take(kept), splits.test
+    train, test, test_files = splits.train.take(kept), splits.test, splits.test_files
     unseen = [] if splits.unseen is None else [splits.unseen]
     tested: set[str] = set()
     if splits.test is not None:
         test_kept, test_apart = _divide(splits.test, values)
         test, moved = splits.test.take(test_kept), splits.test.take(test_apart)
+        test_files = test_files[test_kept]
         tested = set(moved.fields)
         unseen.append(moved)
     unseen.append(splits.train.take([i for i in apart.tolist() if splits.train.fields[i] not in tested]))
     _check_rest(train, test, values)
-    return Splits(train, test, concatenate([part for part in unseen if len(part)]), splits.places[kept])
+    unseen_rows = concatenate([part for part in unseen if len(part)])
+    return Splits(train, test, unseen_rows, splits.files[kept], test_files)
 
 
 def _check_rest(train: Rows, test: Rows | None, values: Sequence[str]) -> None:
@@ -106,24 +119,38 @@ def hold_out(splits: Splits, share: float, seed: int) -> Splits:
     size = min(max(1, round(share * num_rows)), num_rows - 1)
     order = np.random.default_rng([seed, _HOLDOUT]).permutation(num_rows)
     test, train = np.sort(order[:size]), np.sort(order[size:])
-    return Splits(splits.train.take(train), splits.train.take(test), splits.unseen, splits.places[train])
+    files = splits.files
+    return Splits(splits.train.take(train), splits.train.take(test), splits.unseen, files[train], files[test])
 
 
 def limited(corpus: Corpus, max_train: int | None, max_test: int | None, seed: int) -> Corpus:
     """Return the corpus with at most `max_train` training rows, and `max_test` test and unseen rows, in their order."""
     kept = _draw(len(corpus.train), max_train, seed, _MAX_TRAIN)
-    place = np.full(len(corpus.train), -1)
-    place[kept] = np.arange(len(kept))
-    files, unseen = corpus.client_files, corpus.unseen
+    tested = _draw(len(corpus.test), max_test, seed, _MAX_TEST)
+    unseen = corpus.unseen
     if unseen is not None:
-        unseen = unseen.take(_draw(len(unseen), max_test, seed, _MAX_UNSEEN))
+        unseen = _taken(unseen, _draw(len(unseen), max_test, seed, _MAX_UNSEEN))
     return replace(
         corpus,
-        train=corpus.train.take(kept),
-        test=corpus.test.take(_draw(len(corpus.test), max_test, seed, _MAX_TEST)),
+        train=_taken(corpus.train, kept),
+        test=_taken(corpus.test, tested),
         unseen=unseen,
-        client_files=None if files is None else tuple(place[file][place[file] >= 0] for file in files),
+        client_files=_moved(corpus.client_files, kept, len(corpus.train)),
+        client_tests=_moved(corpus.client_tests, tested, len(corpus.test)),
     )
+
+
+def _taken(rows: Rows, kept: np.ndarray) -> Rows:
+    return rows if len(kept) == len(rows) else rows.take(kept)  # a copy of all rows would be one too many in memory
+
+
+def _moved(parts: tuple[np.ndarray, ...] | None, kept: np.ndarray, num_rows: int) -> tuple[np.ndarray, ...] | None:
+    """Return arrays of row numbers as numbers among the rows that are kept."""
+    if parts is None:
+        return None
+    place = np.full(num_rows, -1)
+    place[kept] = np.arange(len(kept))
+    return tuple(place[part][place[part] >= 0] for part in parts)
 
 
 def _draw(num_rows: int, limit: int | None, seed: int, purpose: int) -> np.ndarray:

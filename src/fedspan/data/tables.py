@@ -6,24 +6,25 @@ Nothing is unpickled.
 
 from __future__ import annotations
 
-import csv
-import gzip
 import io
-import json
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from fedspan.data.delimited import read_delimited
+from fedspan.data.json_rows import ABSENT, read_json, read_jsonl
+from fedspan.data.sources import UTF8, bytes_of, check_regular, size_of
+from fedspan.data.strings import ColumnBuilder, Strings
+from fedspan.support.activity import report
 from fedspan.support.errors import FedspanError, first_line, one_line
 from fedspan.support.suggest import nearest
 
 _T = TypeVar("_T")
-ABSENT = object()
-"""The value of a key that one row lacks although others have it."""
+Columns = Mapping[str, Sequence[Any] | np.ndarray]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +36,7 @@ class Table:
     """
 
     source: str
-    columns: Mapping[str, Sequence[Any] | np.ndarray]
+    columns: Columns
     root: Path | None = None
     label_names: tuple[str, ...] | None = None
 
@@ -55,24 +56,22 @@ class Table:
         if name not in self.columns:
             raise FedspanError(f"{self.source} has no column {name!r} ({key}){nearest(name, self.columns)}")
         values = self.columns[name]
-        if not isinstance(values, np.ndarray):
+        if not isinstance(values, np.ndarray | Strings):
             for row, value in enumerate(values, 1):
                 if value is ABSENT:
                     raise FedspanError(f"row {row} of {self.source} has no {name!r} ({key}), unlike other rows")
         return values
 
 
-def from_records(records: Iterable[Mapping[str, Any]], source: str, root: Path | None = None) -> Table:
-    """Return a table of one mapping per row; a key that only some rows have is marked absent in the others."""
-    rows = list(records)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return Table(source, {name: [row.get(name, ABSENT) for row in rows] for name in names}, root)
-
-
-def read_table(path: Path) -> Table:
+def read_table(path: Path, encoding: str = UTF8) -> Table:
     """Read one JSONL, JSON, CSV, TSV or Parquet file, gzip-compressed if its name ends in ``.gz``.
 
     JSON is a list of objects; CSV and TSV have a header line, and all their values are text.
+
+    Parameters
+    ----------
+    encoding
+        That of a text file that does not say so itself, by a mark at its beginning.
 
     Raises
     ------
@@ -80,113 +79,57 @@ def read_table(path: Path) -> Table:
         If the file is missing, corrupt, truncated, empty or of another type.
     """
     name = path.name.lower().removesuffix(".gz")
-    reader = next((read for suffix, read in _READERS.items() if name.endswith(suffix)), None)
+    reader = next((read for suffix, read in READERS.items() if name.endswith(suffix)), None)
     if reader is None:
         raise FedspanError(
-            f"{path} has an unknown file type: expected {', '.join(_READERS)} (also .gz), .npz or a folder"
+            f"{path} has an unknown file type: expected {', '.join(READERS)} (also .gz), .npz or a folder"
         )
-    table = reader(_content(path), path)
+    check_regular(path)
+    report(f"reading {path.name} ({size_of(path)})")
+    table = Table(str(path), reader(path, encoding), path.parent)
     if table.num_rows == 0:
         raise FedspanError(f"{path} holds no rows: expected at least one")
     return table
 
 
-def _content(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise FedspanError(f"cannot read {path}: {error.strerror or error}") from None
-    if path.name.lower().endswith(".gz"):
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise FedspanError(f"{path} is not a complete gzip file: {error}") from None
-    return content
-
-
-def _text(content: bytes, path: Path) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FedspanError(f"{path} is not UTF-8 text: byte {error.start} is invalid") from None
-
-
-def _jsonl(content: bytes, path: Path) -> Table:
-    records = []
-    # Only "\n" ends a row: splitlines would also cut at separators that JSON strings may hold.
-    for number, line in enumerate(_text(content, path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise FedspanError(f"{path}, line {number}, is not valid JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise FedspanError(f"{path}, line {number}, is {line.strip()[:40]}: expected an object with named columns")
-        records.append(record)
-    return from_records(records, str(path), path.parent)
-
-
-def _json(content: bytes, path: Path) -> Table:
-    try:
-        records = json.loads(_text(content, path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        hint = " (one object a line is .jsonl)" if "Extra data" in str(error) else ""
-        raise FedspanError(f"{path} is not valid JSON: {error}{hint}") from None
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise FedspanError(f"{path} is not a list of objects: expected [{{column: value, …}}, …]")
-    return from_records(records, str(path), path.parent)
-
-
-def _delimited(delimiter: str) -> Callable[[bytes, Path], Table]:
-    def read(content: bytes, path: Path) -> Table:
-        header, *rows = _records(content, path, delimiter) or [[]]
-        if len(set(header)) != len(header):
-            raise FedspanError(f"{path} names a column twice in its header: {', '.join(header)}")
-        return Table(str(path), {name: [row[i] for row in rows] for i, name in enumerate(header)}, path.parent)
-
-    return read
-
-
-def _records(content: bytes, path: Path, delimiter: str) -> list[list[str]]:
-    """Return the lines of a CSV that are not empty, all with as many values as the first."""
-    records: list[list[str]] = []
-    reader = csv.reader(io.StringIO(_text(content, path), newline=""), delimiter=delimiter, strict=True)
-    try:
-        for record in reader:
-            if record and records and len(record) != len(records[0]):
-                raise FedspanError(
-                    f"{path}, line {reader.line_num}, has {len(record)} values: "
-                    f"expected {len(records[0])}, as in the header"
-                )
-            if record:
-                records.append(record)
-    except csv.Error as error:
-        raise FedspanError(f"{path}, line {reader.line_num}, is not valid CSV: {error}") from None
-    return records
-
-
-def _parquet(content: bytes, path: Path) -> Table:
+def _parquet(path: Path, encoding: str) -> Columns:
     try:
         import pyarrow as arrow  # type: ignore[import-untyped]
         import pyarrow.parquet as parquet  # type: ignore[import-untyped]
     except ImportError:
         raise FedspanError(f"reading {path} needs pyarrow: pip install 'fedspan[hub]'") from None
-    try:
-        table = parquet.read_table(io.BytesIO(content))
-    except (arrow.ArrowException, OSError) as error:
-        raise FedspanError(f"{path} is not a readable Parquet file: {first_line(error)}") from None
-    return Table(str(path), {name: table.column(name).to_pylist() for name in table.column_names}, path.parent)
+    with bytes_of(path) as stream:
+        try:
+            packed = path.name.lower().endswith(".gz")
+            file = parquet.ParquetFile(io.BytesIO(stream.read()) if packed else stream)
+            names = file.schema_arrow.names
+            if len(set(names)) != len(names):
+                raise FedspanError(f"{path} names a column twice: {', '.join(names)}")
+            builders = {name: ColumnBuilder() for name in names}
+            for batch in file.iter_batches(batch_size=8192):
+                for builder, column in zip(builders.values(), batch.columns, strict=True):
+                    for value in column.to_pylist():
+                        builder.append(value)
+        except (arrow.ArrowException, OSError, ValueError) as error:
+            if isinstance(error, FedspanError):
+                raise
+            raise FedspanError(f"{path} is not a readable Parquet file: {first_line(error)}") from None
+    return {name: builder.build() for name, builder in builders.items()}
 
 
-_READERS: Mapping[str, Callable[[bytes, Path], Table]] = {
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".json": _json,
-    ".csv": _delimited(","),
-    ".tsv": _delimited("\t"),
+def _delimited(path: Path, encoding: str, *, delimiter: str) -> Columns:
+    return read_delimited(path, delimiter, encoding)
+
+
+READERS: Mapping[str, Callable[[Path, str], Columns]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+    ".csv": partial(_delimited, delimiter=","),
+    ".tsv": partial(_delimited, delimiter="\t"),
     ".parquet": _parquet,
 }
+"""Reader of each type of file, by the end of its name."""
 
 
 def npz_names(path: Path) -> list[str]:
@@ -206,6 +149,7 @@ def read_npz(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def _with_npz(path: Path, read: Callable[[Any], _T]) -> _T:
+    check_regular(path)
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return read(arrays)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Column
 from rich.text import Text
+
+from fedspan.display.loading import LoadingLines, loading_lines
+from fedspan.support.activity import Activity, listening
+from fedspan.support.errors import one_line
 
 if TYPE_CHECKING:
     from fedspan.runs.events import Event
@@ -97,6 +102,22 @@ def _engine(data: Mapping[str, Any]) -> str:
     return f"{data['engine']} engine{why}, {processes}"
 
 
+_NAMES_SHOWN = 6
+
+
+def _data(data: Mapping[str, Any] | None) -> str:
+    """Return the rows of every split and the classes in one line; nothing for a run that does not say them."""
+    if data is None:
+        return ""
+    rows = ", ".join(f"{count:,} {split}" for split, count in data["rows"].items())
+    line = f"rows: {rows}"
+    if data["num_classes"] is not None:
+        names = [one_line(repr(name), 40) for name in (data["label_names"] or ())[:_NAMES_SHOWN]]
+        more = ", …" if len(data["label_names"] or ()) > _NAMES_SHOWN else ""
+        line += f"; {data['num_classes']} classes{': ' if names else ''}{', '.join(names)}{more}"
+    return line
+
+
 def _rejected(record: Mapping[str, Any]) -> list[str]:
     return [
         f"round {record['round_num']}: the update of {client} was left out: {reason}"
@@ -109,6 +130,7 @@ class Lines:
     """A listener that prints one line per round, for logs and pipes."""
 
     console: Console
+    loading: LoadingLines | None = None
     _started: Mapping[str, Any] = field(default_factory=dict)
     _at: Progression = field(default_factory=Progression)
 
@@ -116,9 +138,13 @@ class Lines:
         """Show one event."""
         data = event.data
         if event.kind == "start":
+            if self.loading is not None:
+                self.loading.close()
             self._started = data
             self._print(f"{_title(data)}; folder {data['out']}")
             self._print(_engine(data))
+            if line := _data(data.get("data")):
+                self._print(line)
         elif event.kind == "phase":
             self._at.begin(data["phase"], data["total"], data["done"], time.monotonic())
             resumed = f", from round {data['done'] + 1}" if 0 < data["done"] < data["total"] else ""
@@ -177,6 +203,8 @@ class Live:
             self._started = data
             self.progress.console.print(f"[bold]{escape(_title(data))}[/]", highlight=False)
             self.progress.console.print(escape(_engine(data)), style="dim", highlight=False)
+            if line := _data(data.get("data")):
+                self.progress.console.print(escape(line), style="dim", highlight=False)
         elif event.kind == "phase":
             self._phase(data)
         elif event.kind == "client":
@@ -187,6 +215,11 @@ class Live:
             self.progress.console.print(escape(data["line"]), highlight=False)
         elif event.kind == "end":
             self._finish()
+
+    def show_activity(self, activity: Activity) -> None:
+        """Show what is being read, encoded or loaded before the run begins."""
+        if not self._started:
+            self.progress.update(self._loading, description=escape(activity.what), status=activity.extent)
 
     def _phase(self, data: Mapping[str, Any]) -> None:
         self._finish()
@@ -243,9 +276,14 @@ class Live:
 
 @contextmanager
 def follow(console: Console) -> Iterator[Lines | Live]:
-    """Yield a listener for a run's events: a live display on a terminal, plain lines otherwise."""
+    """Yield a listener for a run's events: a live display on a terminal, plain lines otherwise.
+
+    Inside the block the activities before a run (`fedspan.support.activity`) are shown too: in the live display, or on
+    standard error, so that they are not among the results.
+    """
     if not console.is_terminal:
-        yield Lines(console)
+        with loading_lines(sys.stderr) as loading:
+            yield Lines(console, loading)
         return
     columns: list[ProgressColumn] = [TextColumn("{task.description}")]
     roomy = console.width >= 95
@@ -255,7 +293,9 @@ def follow(console: Console) -> Iterator[Lines | Live]:
     columns += [status, TextColumn("{task.fields[figures]}"), _Left()]
     # Rarely: redrawing takes time from training, which holds the interpreter.
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
-        yield Live(progress, _row(progress, "loading"))
+        live = Live(progress, _row(progress, "loading"))
+        with listening(live.show_activity):
+            yield live
 
 
 def _row(progress: Progress, label: str, total: int | None = None, done: int = 0, **fields: Any) -> TaskID:

@@ -44,6 +44,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
             row(f"  a client of rank {rank}", values)
     if measured.get("server") != measured["clients"]:
         row("  the server's full state", measured.get("server"))
+    for client, values in measured.get("per_client", {}).items():
+        row(f"  on the test data of {client}", values)
     row("  on the clients' own data", measured.get("own_data"))
     row("  on unseen data", measured.get("unseen"))
     return table

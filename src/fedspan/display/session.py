@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from fedspan.display.progress import follow
-from fedspan.display.report import summary_table
-from fedspan.runs.events import OnEvent
-from fedspan.runs.execution import Result
+from fedspan.support.activity import report
+
+if TYPE_CHECKING:
+    from fedspan.runs.events import OnEvent
+    from fedspan.runs.execution import Result
 
 
 def watch(work: Callable[[OnEvent], Result], console: Console) -> Result:
@@ -21,7 +24,10 @@ def watch(work: Callable[[OnEvent], Result], console: Console) -> Result:
         Runs a federation and hands every event to the listener that it is given.
     """
     with follow(console) as show:
+        report("loading the libraries")  # which the work imports, and this file does not
         result = work(show)
+    from fedspan.display.report import summary_table
+
     console.print()
     console.print(summary_table(result.summary), highlight=False)
     console.print()

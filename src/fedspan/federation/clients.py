@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from fedspan.config import FederationConfig
 from fedspan.data import Corpus, partition
 from fedspan.federation import requirements
+from fedspan.federation.client_names import names_of_sites, numbered_ids
 from fedspan.support.errors import FedspanError
 
 
@@ -50,6 +52,9 @@ class Client:
 def make_clients(corpus: Corpus, federation: FederationConfig, seed: int, client_holdout: float) -> list[Client]:
     """Partition the training data and draw the ranks, all from the run's seed.
 
+    Clients are called `client-0`, `client-1`, …; where each file is one client and there are several, after the files
+    (`Corpus.client_names`), in the order of these names. Ranks are given in the order of the files.
+
     Parameters
     ----------
     seed
@@ -64,11 +69,10 @@ def make_clients(corpus: Corpus, federation: FederationConfig, seed: int, client
     """
     parts = _partition(corpus, federation, np.random.default_rng([seed, 1]))
     ranks = requirements.ranks(federation, seed)
-    width = len(str(len(parts) - 1))  # ids sort like numbers
     clients: list[Client] = []
     empty: list[str] = []
-    for k, (indices, rank) in enumerate(zip(parts, ranks, strict=True)):
-        client_id = f"client-{k:0{width}d}"
+    named = zip(parts, ranks, _ids(corpus, federation, len(parts)), strict=True)
+    for k, (indices, rank, client_id) in enumerate(named):
         num_kept = round(len(indices) * client_holdout)
         order = np.random.default_rng([seed, 3, k]).permutation(indices)
         client = Client(client_id, rank, np.sort(order[num_kept:]), np.sort(order[:num_kept]))
@@ -81,7 +85,21 @@ def make_clients(corpus: Corpus, federation: FederationConfig, seed: int, client
             f"{', '.join(empty)} got no data from the {federation.partition} partition: give fewer clients or a larger "
             f"federation.dirichlet_alpha, or set federation.drop_empty = true"
         )
-    return clients
+    return sorted(clients, key=lambda client: client.client_id)
+
+
+def _ids(corpus: Corpus, federation: FederationConfig, count: int) -> Sequence[str]:
+    if federation.partition == "files" and corpus.client_names is not None:
+        return names_of_sites(corpus.client_names)
+    return numbered_ids(count)
+
+
+def site_test_rows(corpus: Corpus, federation: FederationConfig) -> dict[str, np.ndarray]:
+    """Return the rows of the test data that belong to each named client, without clients that have none."""
+    if federation.partition != "files" or corpus.client_names is None or corpus.client_tests is None:
+        return {}
+    named = zip(corpus.client_names, corpus.client_tests, strict=True)
+    return {name: rows for name, rows in sorted(named, key=lambda pair: pair[0]) if len(rows)}
 
 
 def _partition(corpus: Corpus, federation: FederationConfig, rng: np.random.Generator) -> list[np.ndarray]:

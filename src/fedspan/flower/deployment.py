@@ -16,8 +16,11 @@ from importlib import resources
 from pathlib import Path
 
 from fedspan.config import Config, to_toml
+from fedspan.data.files import names_of
+from fedspan.federation.client_names import names_of_sites, numbered_ids
 from fedspan.flower import certificates
 from fedspan.support.errors import FedspanError
+from fedspan.wire.names import is_name
 
 PORT = 8443
 """Port on which sites reach the proxy."""
@@ -70,6 +73,7 @@ def plan(
     port: int = PORT,
     superlink_port: int | None = None,
     runtime_ports: Sequence[int] = (),
+    clients: Sequence[str] = (),
 ) -> Deployment:
     """Return a deployment for these sites, which are the federation's clients in this order.
 
@@ -81,6 +85,8 @@ def plan(
         Names and addresses of the server; empty: this machine only.
     port, superlink_port, runtime_ports
         Ports of the proxy, of the SuperLink behind it (by default the next one), and between each site's processes.
+    clients
+        The client id of each site, as `clients_of` gives it; empty: `client-0`, `client-1`, …
 
     Raises
     ------
@@ -91,7 +97,7 @@ def plan(
     behind = port + 1 if superlink_port is None else superlink_port
     inner = list(runtime_ports) or [_RUNTIME_PORT + k for k in range(len(sites))]
     _check_ports(port, behind, inner)
-    named = zip(sites, client_ids(len(sites)), inner, strict=True)
+    named = zip(sites, clients or numbered_ids(len(sites)), inner, strict=True)
     return Deployment(tuple(hosts) or _LOCAL[:1], port, behind, tuple(SitePlan(*fields) for fields in named))
 
 
@@ -122,10 +128,46 @@ def _check_ports(port: int, behind: int, inner: Sequence[int]) -> None:
         )
 
 
-def client_ids(count: int) -> list[str]:
-    """Return the client ids that a federation in one process uses."""
-    width = len(str(count - 1))
-    return [f"client-{k:0{width}d}" for k in range(count)]
+def named_sites(config: Config) -> dict[str, str]:
+    """Return the client id of every site that is named after a training file; none where clients are numbered.
+
+    A site's name is the client id in lower case, with dashes for other characters.
+
+    Raises
+    ------
+    FedspanError
+        For files whose names no clients can have.
+    """
+    data = config.data
+    if data.task != "files" or config.federation.partition != "files" or len(data.train) < 2:
+        return {}
+    clients = names_of_sites(names_of(data.train))
+    names = [re.sub(r"[^a-z0-9]+", "-", client.lower()).strip("-") for client in clients]
+    _check_names(names)
+    return dict(zip(names, clients, strict=True))
+
+
+def clients_of(config: Config, sites: Sequence[str]) -> list[str]:
+    """Return the client id of each site, as a federation in one process has it.
+
+    Clients that are named after their files belong to the sites of these names, or to sites of other names in order.
+
+    Raises
+    ------
+    FedspanError
+        When some of the sites, and not all, have the name of a file.
+    """
+    named = named_sites(config)
+    if len(named) != len(sites):  # also where there is none; another number is refused by `write`
+        return list(numbered_ids(len(sites)))
+    if set(sites) == set(named):
+        return [named[site] for site in sites]
+    if set(sites) & set(named):
+        raise FedspanError(
+            f"sites {', '.join(sites)}: the training files are called {', '.join(named)}; expected sites of these "
+            "names, or of other names in the order of the files"
+        )
+    return list(named.values())
 
 
 def write(folder: Path, deployment: Deployment, config: Config) -> None:
@@ -207,8 +249,8 @@ def _check(deployment: Deployment) -> None:
         certificates.check_host(host)
     _check_names([site.name for site in deployment.sites])
     for site in deployment.sites:
-        if not isinstance(site.client_id, str) or not _NAME.fullmatch(site.client_id):
-            raise FedspanError(f"client_id {site.client_id!r}: expected lower-case letters, digits and dashes")
+        if not is_name(site.client_id):
+            raise FedspanError(f"client_id {site.client_id!r}: expected letters, digits, dots, dashes and underscores")
     ids = [site.client_id for site in deployment.sites]
     if len(set(ids)) < len(ids):
         raise FedspanError(f"client_id {max(ids, key=ids.count)!r} is given twice: expected different ones")

@@ -47,7 +47,8 @@ class Outcome:
 def prepare(folder: Path, sites: Sequence[str], config: Config) -> Deployment:
     """Write a deployment for a trial, on ports that are free now."""
     port, superlink_port, *runtime_ports = free_ports(len(sites) + 2)
-    plan = deployment.plan(sites, (), port, superlink_port, runtime_ports)
+    clients = deployment.clients_of(config, sites)
+    plan = deployment.plan(sites, (), port, superlink_port, runtime_ports, clients)
     deployment.write(folder, plan, with_absolute_paths(config))
     return plan
 

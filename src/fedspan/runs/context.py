@@ -15,7 +15,7 @@ from fedspan.client.setup import device_of
 from fedspan.config import Config
 from fedspan.data import Encoded
 from fedspan.federation import requirements
-from fedspan.federation.clients import Client, make_clients
+from fedspan.federation.clients import Client, make_clients, site_test_rows
 from fedspan.federation.sampling import ClientSampler, create_sampler
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast
@@ -58,6 +58,10 @@ class RunContext:
     """The device of the local work; with several workers the model here stays on the CPU."""
     num_workers: int
     """Processes that share the local work and the evaluation."""
+    described: Mapping[str, Any]
+    """The rows of every split and the classes, as `Corpus.describe` says them."""
+    site_tests: Mapping[str, np.ndarray]
+    """Client named after its file -> the rows of the test data that are of this file."""
     shared: bool = False
     """The executor works for other runs too."""
     ready: Callable[[], None] = lambda: None
@@ -139,6 +143,8 @@ class RunContext:
             sampler=sampler,
             device=device,
             num_workers=provided.num_workers,
+            described=corpus.describe(),
+            site_tests=site_test_rows(corpus, config.federation),
             shared=provided.shared,
             ready=provision.ready,
             coordinator=coordinator,

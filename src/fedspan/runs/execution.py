@@ -29,6 +29,7 @@ from fedspan.runs.provision import Provision
 from fedspan.runs.scoring import personal_metrics
 from fedspan.runs.summary import Summary, summarise
 from fedspan.support import standard_json
+from fedspan.support.activity import report
 from fedspan.support.errors import FedspanError
 from fedspan.support.files import StrPath, write_bytes, write_new
 from fedspan.support.scalars import whole
@@ -190,6 +191,7 @@ def _execute(context: RunContext, main: MethodRun) -> Result:
         began = time.perf_counter()
         if context.coordinator is not None:
             context.coordinator.enrol()
+        report("preparing the first round")
         main.settle_cohort_size()
         _announce(context, main)
         base = _base(context, main)
@@ -230,6 +232,7 @@ def _announce(context: RunContext, main: MethodRun) -> None:
         engine=engine.name,
         reason=engine.reason,
         workers=context.num_workers,
+        data=context.described,
     )
 
 

@@ -45,6 +45,8 @@ def _of_one_model(context: RunContext, run: MethodRun) -> FinalMetrics:
         of_rank = {rank: figures.get(f"rank {rank}", figures["server"]) for rank in by_rank}
         final["per_rank"] = {str(rank): {**values} for rank, values in of_rank.items()}
         final["clients"] = {**mean_figures([of_rank[client.rank] for client in context.clients])}
+    if context.site_tests:
+        final["per_client"] = {client: {**figures[f"site {client}"]} for client in context.site_tests}
     own = [values for name, values in figures.items() if name.startswith("own ")]
     if own:
         final["own_data"] = {**mean_figures(own)}
@@ -59,7 +61,8 @@ def _differs_by_rank(method: Method) -> bool:
 def _tasks(
     context: RunContext, server: Broadcast, by_rank: Mapping[int, Broadcast], per_rank: bool
 ) -> dict[str, EvaluationTask]:
-    """Return the evaluations by name: `server`, `unseen`, `rank R` where it differs from the server's, `own CLIENT`."""
+    """Return the evaluations by name: `server`, `unseen`, `rank R` where it differs from the server's, `own CLIENT`,
+    and `site CLIENT` for its part of the test data."""
     tasks = {"server": context.evaluation_task(server)}
     if "unseen" in context.data:
         tasks["unseen"] = context.evaluation_task(server, split="unseen")
@@ -70,6 +73,10 @@ def _tasks(
         if len(client.holdout):
             task = context.evaluation_task(by_rank[client.rank], split="train", rows=client.holdout)
             tasks[f"own {client.client_id}"] = task
+    ranks = {client.client_id: client.rank for client in context.clients}
+    for name, rows in context.site_tests.items():
+        sent = by_rank.get(ranks.get(name, 0), server)
+        tasks[f"site {name}"] = context.evaluation_task(sent, rows=rows)
     return tasks
 
 

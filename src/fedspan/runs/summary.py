@@ -28,6 +28,9 @@ class FinalMetrics(TypedDict):
     """Rank -> the model that a client of that rank receives, on the whole test data."""
     own_data: NotRequired[Figures]
     """The clients' final models on their own held-out data: the mean over the clients that have some."""
+    per_client: NotRequired[dict[str, Figures]]
+    """Client -> its final model on its own part of the test data: rows that were held out of its file, or are in the
+    test file of the same name. Of clients that are named after their files."""
 
 
 class Metrics(FinalMetrics):
@@ -64,6 +67,19 @@ class Totals(TypedDict):
     """Of this process, from the first phase to the summary; a resumed run counts from where it was resumed."""
 
 
+class DataEntry(TypedDict):
+    """The data of the run; in a federation of real sites, the server's own."""
+
+    kind: str
+    """`instruction`, `classification` or `image`."""
+    rows: dict[str, int]
+    """Split (`train`, `test`, `unseen`) -> its rows."""
+    num_classes: int | None
+    """None without classes."""
+    label_names: list[str] | None
+    """Names of the classes in the order of their ids; None where the data has none."""
+
+
 class ClientEntry(TypedDict):
     """One client of the run."""
 
@@ -96,6 +112,7 @@ class Summary(TypedDict):
     metrics: Metrics
     """Every metric of everything that was evaluated."""
     totals: Totals
+    data: DataEntry
     clients: list[ClientEntry]
     seed: int
     epsilon: float | None
@@ -144,6 +161,7 @@ def summarise(
         "per_rank": {rank: headline(figures) for rank, figures in final.get("per_rank", {}).items()},
         "metrics": {"base": base, "local": local, **final},
         "totals": _totals(history, wall_seconds),
+        "data": context.described,
         "clients": [_entry(c.client_id, c.rank, c.num_examples) for c in context.clients],
         "seed": context.config.seed,
         "epsilon": spent.get("epsilon"),

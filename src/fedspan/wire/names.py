@@ -18,6 +18,11 @@ TensorName = Annotated[str, Strict(), Field(pattern=r"\A[!-~]([ -~]{0,510}[!-~])
 """A module, a weight, or one part of it: printable ASCII, at most 512. It is a key, never a path."""
 
 
+def is_name(value: object) -> bool:
+    """Return whether a value is a `Name`."""
+    return isinstance(value, str) and re.fullmatch(_NAME, value) is not None
+
+
 def check_name(value: object, what: str) -> str:
     """Return a name that may become a key or a folder.
 
@@ -31,7 +36,7 @@ def check_name(value: object, what: str) -> str:
     FedspanError
         When it is not a `Name`.
     """
-    if isinstance(value, str) and re.fullmatch(_NAME, value) is not None:
+    if isinstance(value, str) and is_name(value):
         return value
     shown = one_line(repr(value), 100)
     raise FedspanError(

@@ -1,0 +1,64 @@
+"""The lookup of relative paths: beside the config that names them, and in the working folder."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from fedspan.config.sections import Config
+from fedspan.support.errors import FedspanError
+from fedspan.support.paths import exists
+
+_FILES = ("train", "test", "unseen")
+
+
+def located(config: Config, folder: Path | None, overridden: Collection[str], must_exist: bool) -> Config:
+    """Return the settings with every relative path of data and of the model as it is reached from the working folder.
+
+    Parameters
+    ----------
+    folder
+        The config's; None where there is no file.
+    overridden
+        The settings that the command line gives, whose paths begin in the working folder.
+    must_exist
+        Refuse files of data that are at neither place.
+
+    Raises
+    ------
+    FedspanError
+        Naming the setting, the path, and where it was looked for.
+    """
+    data, paths = config.data, {}
+    if data.task == "files":
+        for part in _FILES:
+            key = f"data.{part}"
+            places = _places(folder, key in overridden)
+            paths[part] = tuple(_located(name, places, key if must_exist else None) for name in getattr(data, part))
+    model = _located(config.model.name, _places(folder, "model.name" in overridden), None)
+    return config.model_copy(
+        update={
+            "data": data.model_copy(update=paths),
+            "model": config.model.model_copy(update={"name": model}),
+        }
+    )
+
+
+def _places(folder: Path | None, overridden: bool) -> list[Path]:
+    """Return the folders that a relative path may begin in, in the order in which they are tried."""
+    here = Path()
+    if folder is None or folder == here:
+        return [here]
+    return [here, folder] if overridden else [folder, here]
+
+
+def _located(name: str, places: list[Path], required_by: str | None) -> str:
+    path = Path(name).expanduser()
+    for place in places if name else ():
+        if exists(place / path):
+            # As it was given, where that leads to it.
+            return name if place == Path() or path.is_absolute() else str(place / path)
+    if required_by is not None:
+        looked = "" if path.is_absolute() else f": looked in {' and in '.join(str(p.resolve()) for p in places)}"
+        raise FedspanError(f"{required_by}: {name} does not exist{looked}")
+    return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,45 +12,86 @@ from fedspan.client.executors import WorkContext
 from fedspan.client.training import TrainingSettings
 from fedspan.config import Config, DataConfig
 from fedspan.data import Corpus, Encoded, encode
-from fedspan.models import build, load_processor
+from fedspan.data.base_facts import BaseFacts
+from fedspan.data.label_names import match_labels
+from fedspan.models import FederatedModel, build, load_processor
+from fedspan.models.base_checks import check_tokens
+from fedspan.models.base_facts import read_facts
 from fedspan.models.federated_model import Trains
 from fedspan.support.errors import FedspanError, first_line
 
 
-def encoded(name: str, data: DataConfig, corpus: Corpus) -> tuple[Any, dict[str, Encoded]]:
-    """Return the tokenizer or image processor of the base called `name`, and the corpus encoded with it.
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A corpus as one base reads it."""
 
-    The splits are `train`, `test`, and `unseen` where there is any.
+    corpus: Corpus
+    """With the base's label ids, where its labels are the data's."""
+    processor: Any
+    """The base's tokenizer or image processor."""
+    data: Mapping[str, Encoded]
+    """`train`, `test`, and `unseen` where there is any."""
+    base: BaseFacts
+    config: DataConfig
+    """With the maximum length that was used."""
+    new_head: str | None
+    """The reason to draw a new head although the base may have one."""
+    notes: tuple[str, ...]
+    """Lines on how base and data were read where that may surprise."""
+
+
+def prepare(name: str, config: DataConfig, corpus: Corpus) -> Prepared:
+    """Encode a corpus with the tokenizer or image processor of the base called `name`.
+
+    Raises
+    ------
+    FedspanError
+        When tokenizer or processor cannot be read, or the data does not fit them.
     """
-    processor = load_processor(name, corpus.kind)
+    processor, base = load_processor(name, corpus.kind), read_facts(name)
+    notes: list[str] = []
+    config = _within_context(name, config, corpus, base, notes)
+    matched = match_labels(corpus, base)
+    corpus = matched.corpus
     rows = {"train": corpus.train, "test": corpus.test}
     if corpus.unseen is not None:
         rows["unseen"] = corpus.unseen
-    return processor, {split: encode(part, processor, data) for split, part in rows.items()}
+    data = {split: encode(part, processor, config, base) for split, part in rows.items()}
+    notes += [matched.note] if matched.note is not None else []
+    notes += [f"{split} data: {note}" for split, part in data.items() for note in part.notes]
+    return Prepared(corpus, processor, data, base, config, matched.new_head, tuple(notes))
+
+
+def _within_context(name: str, config: DataConfig, corpus: Corpus, base: BaseFacts, notes: list[str]) -> DataConfig:
+    """Return the settings with the default maximum length lowered to what the base takes."""
+    limit = base.num_positions
+    # A file of settings states the default too, so a number that is the default's counts as one.
+    default = DataConfig.model_fields["max_length"].default
+    if corpus.kind == "image" or limit is None or config.max_length != default or limit >= default:
+        return config
+    notes.append(f"data.max_length is lowered from {default} to {limit}, the number of positions of {name}")
+    return config.model_copy(update={"max_length": limit})
 
 
 def work_context(
-    config: Config,
-    corpus: Corpus,
-    processor: Any,
-    data: Mapping[str, Encoded],
-    *,
-    trains: Trains,
-    max_rank: int,
-    device: torch.device,
+    config: Config, prepared: Prepared, *, trains: Trains, max_rank: int, device: torch.device
 ) -> WorkContext:
     """Return the base that the settings name, with the parts that a method trains, beside the data to train it on.
 
     Parameters
     ----------
-    processor, data
-        As `encoded` returns them.
     trains
         As a method's `info.trains` says.
     max_rank
         The largest rank of any client.
+
+    Raises
+    ------
+    FedspanError
+        When the base cannot be read, or does not fit the data or the settings.
     """
-    texts, adapter = data["train"].texts, config.adapter
+    corpus, data, adapter = prepared.corpus, prepared.data, config.adapter
+    texts = data["train"].texts
     model = build(
         config.model.name,
         corpus.kind,
@@ -66,9 +108,20 @@ def work_context(
         regression=corpus.num_labels == 1,
         pad_token_id=texts.pad if texts is not None else None,
         quantise=config.model.quantise,
+        new_head=prepared.new_head,
     )
+    if texts is not None:
+        for part in data.values():
+            check_tokens(model.model, config.model.name, *part.extent())
     training = TrainingSettings.of(config)
-    return WorkContext(training, config.evaluation, config.threads, model, data, processor, corpus.metrics)
+    return WorkContext(training, config.evaluation, config.threads, model, data, prepared.processor, corpus.metrics)
+
+
+def notes_of(prepared: Prepared, model: FederatedModel) -> tuple[str, ...]:
+    """Return lines on how base and data were read where that may surprise."""
+    if prepared.new_head is None or not model.replaced_head:
+        return prepared.notes
+    return (*prepared.notes, f"a new head is drawn in place of the base's: {prepared.new_head}")
 
 
 def device_of(name: str) -> torch.device:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fedspan.client.executors import EvaluationTask, Executor, create_executor, num_worker_processes
-from fedspan.client.setup import device_of, encoded, work_context
+from fedspan.client.setup import Prepared, device_of, notes_of, prepare, work_context
 from fedspan.config import Config
 from fedspan.data import Encoded
 from fedspan.data import load as load_data
@@ -45,10 +45,8 @@ class RunContext:
     model: FederatedModel
     initial_dense: Mapping[str, torch.Tensor]
     """Heads and trained weights of the untouched base."""
-    processor: Any
-    """The base's tokenizer or image processor."""
-    data: Mapping[str, Encoded]
-    """`train`, `test`, and `unseen` where there is any."""
+    prepared: Prepared
+    """The data as the base reads it."""
     metrics: tuple[str, ...]
     """Names of the metrics; the summary's headlines are of the first."""
     executor: Executor
@@ -100,7 +98,8 @@ class RunContext:
         num_sampled = max(1, round(sampler.expected_size(len(clients))))
         if not method.info.pooled:
             _check_min_success(config.federation.min_success, num_sampled)
-        processor, data = encoded(config.model.name, config.data, corpus)
+        prepared = prepare(config.model.name, config.data, corpus)
+        data = prepared.data
         device = device_of(config.device)
         # There is at most one task for each client of a round, or for each batch of an evaluation.
         num_tasks = max(num_sampled, -(-len(data["test"]) // config.evaluation.batch_size))
@@ -108,9 +107,7 @@ class RunContext:
         max_rank = max(client.rank for client in clients)
         # Several workers copy a model that stays on the CPU to devices of their own.
         placed = device if num_workers == 1 else torch.device("cpu")
-        context = work_context(
-            config, corpus, processor, data, trains=method.info.trains, max_rank=max_rank, device=placed
-        )
+        context = work_context(config, prepared, trains=method.info.trains, max_rank=max_rank, device=placed)
         model = context.model
         initial_dense = model.dense()
         if coordinator is not None:
@@ -125,8 +122,7 @@ class RunContext:
             clients=clients,
             model=model,
             initial_dense=initial_dense,
-            processor=processor,
-            data=data,
+            prepared=prepared,
             metrics=corpus.metrics,
             executor=create_executor(context, num_workers, device),
             sampler=sampler,
@@ -136,6 +132,21 @@ class RunContext:
             total=_total(config),
             examples=_ledgers(config, model, out) if coordinator is None else None,
         )
+
+    @property
+    def processor(self) -> Any:
+        """The base's tokenizer or image processor."""
+        return self.prepared.processor
+
+    @property
+    def data(self) -> Mapping[str, Encoded]:
+        """`train`, `test`, and `unseen` where there is any."""
+        return self.prepared.data
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines on how base and data were read where that may surprise."""
+        return notes_of(self.prepared, self.model)
 
     def emit(self, kind: str, **data: Any) -> None:
         """Notify the display of an event."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -13,6 +13,9 @@ from fedspan.support.errors import FedspanError, first_line
 DATE = datetime(2024, 7, 26)
 """The date that templates print as today's, so that a run has the same bits tomorrow; Llama's templates take this one
 where they are told none."""
+_ANOTHER = datetime(1999, 12, 31, 23, 59, 58)
+_CODES = "aAbBcdfGHIjmMpSuUVwWxXyYzZ"
+_CALL = "strftime_now"
 _ANSWER = "fedspan answers"
 
 
@@ -56,9 +59,8 @@ class ChatFormat:
                 "data.template = 'chat': this tokenizer has no chat template; expected a text "
                 "with {instruction} and {input}"
             )
-        dates: list[str] = []
         plain = cls(tokenizer, system, None, "", "", False)
-        prompt = plain.prompt("Hello", dates.append)
+        prompt = plain.prompt("Hello")
         if system and system.strip() not in prompt:
             raise FedspanError(
                 f"data.system = {system!r}: the base's chat template leaves out the system turn; "
@@ -66,9 +68,11 @@ class ChatFormat:
             )
         opened, rest = plain._finished("Hello")
         added, removed = _difference(prompt, opened)
-        return cls(tokenizer, system, _end_of(tokenizer, rest, ends), added, removed, bool(dates))
+        return cls(
+            tokenizer, system, _end_of(tokenizer, rest, ends), added, removed, prompt != plain.prompt("Hello", _ANOTHER)
+        )
 
-    def prompt(self, content: str, on_date: Callable[[str], None] | None = None) -> str:
+    def prompt(self, content: str, date: datetime = DATE) -> str:
         """Return the text that an answer to `content` follows.
 
         Raises
@@ -77,7 +81,7 @@ class ChatFormat:
             Where the template refuses it.
         """
         try:
-            text = self._rendered([*self._system(), {"role": "user", "content": content}], True, on_date)
+            text = self._rendered([*self._system(), {"role": "user", "content": content}], True, date)
         except Exception as error:  # a template is a program: it may raise anything
             hint = "" if self.system else ", a text in data.system for one that needs a system turn"
             kind = "one user turn" if not self.system else "a system and a user turn"
@@ -94,27 +98,30 @@ class ChatFormat:
         """Return a finished conversation before and after its answer; None and nothing where there is no telling."""
         turns = [{"role": "user", "content": content}, {"role": "assistant", "content": _ANSWER}]
         try:
-            before, found, after = self._rendered([*self._system(), *turns], False, None).rpartition(_ANSWER)
+            before, found, after = self._rendered([*self._system(), *turns], False, DATE).rpartition(_ANSWER)
         except Exception:  # as above; a template for prompts alone is none the worse for it
             return None, ""
         return (before, after) if found else (None, "")
 
-    def _rendered(self, turns: list[dict[str, str]], prompt: bool, on_date: Callable[[str], None] | None) -> str:
-        def strftime_now(form: str) -> str:
-            if on_date is not None:
-                on_date(form)
-            return DATE.strftime(form)
-
+    def _rendered(self, turns: list[dict[str, str]], prompt: bool, date: datetime) -> str:
+        template = str(self.tokenizer.get_chat_template())
+        dated = {"chat_template": _fixed_date(date) + template} if _CALL in template else {}
         # Thinking is off: answers are trained and generated without it. Templates that know no such switch ignore it.
         return str(
             self.tokenizer.apply_chat_template(
-                turns,
-                add_generation_prompt=prompt,
-                tokenize=False,
-                strftime_now=strftime_now,
-                enable_thinking=False,
+                turns, add_generation_prompt=prompt, tokenize=False, enable_thinking=False, **dated
             )
         )
+
+
+def _fixed_date(date: datetime) -> str:
+    """Return the beginning of a template in which its function for today's date gives this one."""
+    # A function could not be given to a template: transformers turns it into text.
+    codes = {f"%{code}": date.strftime(f"%{code}") for code in _CODES}
+    codes |= {f"%-{code}": text.lstrip("0") or "0" for code, text in zip(_CODES, codes.values(), strict=True)}
+    replaced = "".join(f"|replace({code!r}, {text!r})" for code, text in codes.items())
+    # The line break is one that Jinja drops, after which the template begins a line as it did.
+    return f"{{% macro {_CALL}(form) %}}{{{{ form{replaced}|replace('%%', '%') }}}}{{% endmacro %}}\n"
 
 
 def _difference(prompt: str, opened: str | None) -> tuple[str, str]:

@@ -5,6 +5,7 @@ Shapes: t tokens of a sequence; V the vocabulary.
 
 from __future__ import annotations
 
+import copy
 import math
 from itertools import chain
 from typing import Any
@@ -18,7 +19,9 @@ _LENGTH = 8
 _LEAK = 1e-5
 """Share of a changed token's own effect up to which its effect on earlier positions is rounding, in float32."""
 _COARSE_LEAK = 2e-2
-"""The same in types of 16 bits and fewer."""
+"""The same in types of 16 bits and fewer, whose rounding differs with the tokens that experts are given together."""
+_SMALL = 2**26
+"""Parameters up to which a base in 16 bits is copied to float32, where that decides."""
 _POSITIONS = frozenset({"position_embeddings", "wpe", "embed_positions", "pos_emb"})
 """Names of tables with one row for each position."""
 
@@ -65,17 +68,25 @@ def check_causal(model: Any, name: str) -> None:
     FedspanError
         Where a later token changes earlier logits, or the base gives none that are finite.
     """
-    first, second = (_logits(model, name, ids) for ids in _probes(model))
-    change = (first - second).abs()  # (t, V)
-    own, earlier = float(change[-1].max()), float(change[:-1].max())
+    own, earlier = _effects(model, name)
     if not math.isfinite(own + earlier):
         raise FedspanError(f"model.name = {name!r}: its output is NaN or infinite; expected a base that computes")
-    exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    if earlier > (_LEAK if exact else _COARSE_LEAK) * max(own, 1e-30):
+    types, size = {p.dtype for p in model.parameters()}, sum(p.numel() for p in model.parameters())
+    if earlier and types <= {torch.float16, torch.bfloat16} and size <= _SMALL:
+        own, earlier = _effects(copy.deepcopy(model).float(), name)
+        types = {torch.float32}
+    if earlier > (_LEAK if types == {torch.float32} else _COARSE_LEAK) * own:
         raise FedspanError(
             f"model.name = {name!r} ({model.config.model_type}) reads later tokens too, as encoders do, and cannot be "
             f"trained to write answers: expected a causal language model, or data with labels"
         )
+
+
+def _effects(model: Any, name: str) -> tuple[float, float]:
+    """Return the largest effect of the last token on the logits at its own position, and at those before it."""
+    first, second = (_logits(model, name, ids) for ids in _probes(model))
+    change = (first - second).abs()  # (t, V)
+    return float(change[-1].max()), float(change[:-1].max())
 
 
 def _probes(model: Any) -> tuple[Tensor, Tensor]:

@@ -56,8 +56,8 @@ def load_processor(name: str, kind: Kind) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(resolve(name), **_NO_CODE)
     if all(i in tokenizer.all_special_ids for i in tokenizer.get_vocab().values()) or len(tokenizer) < 6:
         raise FedspanError(
-            f"model.name = {name!r} has no usable tokenizer files (transformers makes up a tokenizer of "
-            f"{len(tokenizer)} tokens): expected the base's own, such as tokenizer.json"
+            f"model.name = {name!r} has no usable tokenizer files (transformers makes one up, of "
+            f"vocabulary size {len(tokenizer)}): expected the base's own, such as tokenizer.json"
         )
     if tokenizer.eos_token_id is None:
         end = getattr(read_config(name), "eos_token_id", None)

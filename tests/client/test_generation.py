@@ -18,6 +18,7 @@ from fedspan.models import FederatedModel, load_processor
 from fedspan.models.base_facts import read_facts
 
 END = bigram.TURN_END_ID
+LETTERS = [len(tiny.SPECIAL) + tiny.CHARACTERS.index(letter) for letter in "yes"]
 # The prompts end in the line break that the chain begins with, and hold the answer's letters for penalties to see.
 ROWS = Rows("instruction", [("say yes", "yes"), ("yes or no", ""), ("y", "es")], ["yes"] * 3, [""] * 3)
 
@@ -65,8 +66,9 @@ def test_any_of_the_base_s_end_tokens_ends_an_answer(tmp_path: Path, ends: Any) 
         {"min_new_tokens": 6},
         {"min_length": 60},
         {"forced_bos_token_id": 50, "forced_eos_token_id": 51},
-        {"suppress_tokens": [80, 81, 88], "begin_suppress_tokens": [80, 81, 88]},
-        {"bad_words_ids": [[80], [81]]},
+        {"suppress_tokens": LETTERS},
+        {"begin_suppress_tokens": LETTERS},
+        {"bad_words_ids": [[letter] for letter in LETTERS]},
         {"num_beams": 3, "length_penalty": -9.0},
         {"sequence_bias": [[[50], 100.0]]},
         {"max_length": 3},

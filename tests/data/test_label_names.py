@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fedspan.data.base_facts import BaseFacts
@@ -71,6 +73,14 @@ def test_labels_that_do_not_fit_need_a_new_head(
     assert matched.corpus is given
     assert matched.new_head is not None
     assert matched.new_head.startswith(reason)
+
+
+def test_ids_with_names_of_their_own_are_the_ids_of_a_base_without_any() -> None:
+    """As of a Hub data set, whose ids are the ones that bases were trained on."""
+    given = replace(corpus(("negative", "neutral", "positive")), ids_in_data=True)
+    matched = match_labels(given, base("LABEL_0", "LABEL_1", "LABEL_2"))
+    assert (matched.new_head, matched.corpus) == (None, given)
+    assert match_labels(given, base("bad", "so so", "good")).new_head is not None
 
 
 def test_made_up_names_match_themselves() -> None:

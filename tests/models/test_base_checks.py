@@ -15,7 +15,7 @@ import transformers as t
 from safetensors.torch import load_file, save_file
 
 from fedspan.models import load_processor
-from fedspan.models.base_checks import check_causal, check_tokens, usable_positions
+from fedspan.models.base_checks import check_causal, check_pixels, check_tokens, usable_positions
 from fedspan.models.base_facts import read_facts
 
 SMALL: dict[str, Any] = {"vocab_size": 60, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -117,13 +117,12 @@ def test_code_beside_a_base_is_neither_asked_about_nor_run(
     with_code(base, mark, model_type)
     asked: list[str] = []
     monkeypatch.setattr(builtins, "input", lambda text="": asked.append(text) or "y")
+    assert len(load_processor(str(base), "instruction")) > 90  # tokenizer.json says all of it
     if model_type is None:
-        assert len(load_processor(str(base), "instruction")) > 90
         assert tiny.load(base, "instruction").model.config.model_type == "llama"
         read_facts(str(base))
     else:
         for read in (
-            lambda: load_processor(str(base), "instruction"),
             lambda: tiny.load(base, "instruction"),
             lambda: read_facts(str(base)),
         ):
@@ -154,6 +153,15 @@ def test_data_stays_within_the_tables_of_the_base() -> None:
         check_tokens(bert, "x", 59, 33, 0)
     with pytest.raises(ValueError, match=r"token type 1, and the base has 1; .* one text in data.text_columns"):
         check_tokens(bert, "x", 59, 32, 1)
+
+
+def test_a_processor_of_another_base_is_named(bases: dict[str, Path]) -> None:
+    model = tiny.load(bases["vit"], "image").model
+    check_pixels(model, "x", torch.zeros(1, 3, 16, 16))
+    for shape in ((3, 24, 24), (1, 16, 16)):
+        with pytest.raises(ValueError, match="'x' does not take what its image processor makes of an image") as caught:
+            check_pixels(model, "x", torch.zeros(1, *shape))
+        assert "\n" not in str(caught.value)
 
 
 POSITIONS: dict[str, tuple[Callable[[], Any], int]] = {

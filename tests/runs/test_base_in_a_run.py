@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from fedspan.client.setup import prepare
 from fedspan.config import to_toml
 from fedspan.data import load
 from fedspan.runs.execution import run
+from fedspan.support.errors import NotResumable
 
 ORDER = ("z", "x", "y")
 
@@ -143,6 +145,18 @@ def test_a_base_that_is_not_finite_is_named_before_there_is_a_folder(
     with pytest.raises(ValueError, match=r"its weight model.norm.weight holds NaN or infinity"):
         run(quick(base, instructions), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_base_whose_loss_is_not_finite_is_named_before_training(
+    classifier: Path, texts: Path, tmp_path: Path
+) -> None:
+    """Every weight is finite, and their products are not: as a base in float16 that overflows."""
+    base = shutil.copytree(classifier, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["classifier.weight"].fill_(3e38)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NotResumable, match=r"the loss of the untouched base is (nan|inf) with model.dtype = 'float32'"):
+        run(quick(base, texts), tmp_path / "run")
 
 
 def test_a_rate_that_diverges_is_named_and_not_resumed(

@@ -15,7 +15,7 @@ from fedspan.data import Corpus, Encoded, encode
 from fedspan.data.base_facts import BaseFacts
 from fedspan.data.label_names import match_labels
 from fedspan.models import FederatedModel, build, load_processor
-from fedspan.models.base_checks import check_tokens
+from fedspan.models.base_checks import check_pixels, check_tokens
 from fedspan.models.base_facts import read_facts
 from fedspan.models.federated_model import Trains
 from fedspan.support.errors import FedspanError, first_line
@@ -113,6 +113,8 @@ def work_context(
     if texts is not None:
         for part in data.values():
             check_tokens(model.model, config.model.name, *part.extent())
+    elif corpus.kind == "image":
+        check_pixels(model.model, config.model.name, data["train"].batch([0])["pixel_values"].to(device))
     training = TrainingSettings.of(config)
     return WorkContext(training, config.evaluation, config.threads, model, data, prepared.processor, corpus.metrics)
 

@@ -28,9 +28,9 @@ def match_labels(corpus: Corpus, base: BaseFacts) -> MatchedLabels:
     """Give the data's classes the ids that the base's head knows them by.
 
     * Names that are the base's, in any order and apart from upper and lower case: the data takes the base's ids.
-    * Ids without names: they are the base's ids, and take its names.
-    * Anything else does not fit: other names, another number of classes, or names against a base without any, whose
-      order nobody knows.
+    * Ids of the data, where one side has no names: they are the base's ids, and have the other's names.
+    * Anything else does not fit: other names, another number of classes, or names without ids against a base without
+      any names, whose order nobody knows.
     """
     if corpus.num_labels < 2 or base.num_labels is None or base.label_names is None:
         return MatchedLabels(corpus)
@@ -46,6 +46,8 @@ def match_labels(corpus: Corpus, base: BaseFacts) -> MatchedLabels:
         note = f"label ids are read as the base's: {_shown(base.label_names)}"
         return MatchedLabels(replace(corpus, label_names=base.label_names), note=note)
     if not _has_names(base.label_names):
+        if corpus.ids_in_data:
+            return MatchedLabels(corpus)
         return MatchedLabels(corpus, f"its classes have no names to match {_some(corpus.label_names)} with")
     return MatchedLabels(
         corpus, f"its classes are {_some(base.label_names)}, the data's are {_some(corpus.label_names)}"

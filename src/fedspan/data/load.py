@@ -187,10 +187,10 @@ def _from_tables(
     kind = infer_kind(train[0], config)
     tables = [*train, *test, *unseen]
     rows = [to_rows(table, kind, config) for table in tables]
-    num_labels, names = 0, None
+    num_labels, names, ids = 0, None, False
     if kind != "instruction":
         labels = _labels_of(train, rows[: len(train)], config.metric)
-        num_labels, names = labels.num_labels, labels.names
+        num_labels, names, ids = labels.num_labels, labels.names, labels.form == "id"
         rows = [_labelled(part, labels, table.source) for part, table in zip(rows, tables, strict=True)]
     origin = np.repeat(np.arange(len(train)), [len(part) for part in rows[: len(train)]])
     parts = rows[: len(train)], rows[len(train) : len(train) + len(test)], rows[len(train) + len(test) :]
@@ -202,7 +202,7 @@ def _from_tables(
     assert splits.test is not None
     files = tuple(np.flatnonzero(origin[splits.places] == file) for file in range(len(train)))
     metrics = default_metrics(kind, num_labels)
-    return Corpus(kind, splits.train, splits.test, splits.unseen, files, names, num_labels, metrics)
+    return Corpus(kind, splits.train, splits.test, splits.unseen, files, names, num_labels, metrics, ids)
 
 
 def _labelled(rows: Rows, labels: Labels, source: str) -> Rows:

@@ -93,6 +93,8 @@ class Corpus:
         Number of classes; 1 for regression; 0 for instruction data.
     metrics
         Names in :data:`fedspan.data.metrics.METRICS`; the first is the one that a summary shows.
+    ids_in_data
+        The label ids are the data's own; otherwise names were given ids in their sorted order.
     """
 
     kind: Kind
@@ -103,3 +105,4 @@ class Corpus:
     label_names: tuple[str, ...] | None
     num_labels: int
     metrics: tuple[str, ...]
+    ids_in_data: bool = False

@@ -109,6 +109,30 @@ def _logits(model: Any, name: str, ids: Tensor) -> Tensor:
     return logits
 
 
+@torch.no_grad()
+def check_pixels(model: Any, name: str, pixels: Tensor) -> None:
+    """Refuse images of a size or number of channels that the base does not take.
+
+    Parameters
+    ----------
+    pixels
+        (1, channels, height, width), as the base's image processor gives them, on the model's device.
+
+    Raises
+    ------
+    FedspanError
+        With what the base says of them.
+    """
+    model.eval()
+    try:
+        model(pixel_values=pixels)
+    except ValueError as error:  # by which transformers refuses them
+        raise FedspanError(
+            f"model.name = {name!r} does not take what its image processor makes of an image, "
+            f"{'×'.join(map(str, pixels.shape[1:]))} ({first_line(error)}); expected the processor of that base"
+        ) from None
+
+
 def check_tokens(model: Any, name: str, largest_id: int, longest: int, largest_type: int | None) -> None:
     """Refuse data that reaches beyond the tables of the base.
 

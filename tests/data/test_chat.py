@@ -72,6 +72,11 @@ def test_a_system_turn_is_put_first() -> None:
     assert shown(SYSTEM_FIRST, system="Be kind")[0] == "[system]Be kind[user]hi>"
 
 
+def test_a_system_turn_needs_a_chat_template() -> None:
+    with pytest.raises(ValueError, match=r"data.system = 'Be kind' with another template than 'chat'"):
+        encode(ROWS, made(PLAIN), DataConfig(system="Be kind"))
+
+
 @pytest.mark.parametrize(
     ("chat", "system", "message"),
     [

@@ -133,6 +133,8 @@ def test_the_record_says_how_answers_are_generated(tmp_path: Path, instructions:
         },
     }
     assert result.summary["labels"] is None
+    dated = "the chat template prints today's date: 2024-07-26 stands for it in every run"
+    assert result.summary["notes"].count(dated) == 1
 
 
 def test_a_base_that_is_not_finite_is_named_before_there_is_a_folder(

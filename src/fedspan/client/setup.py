@@ -58,8 +58,17 @@ def prepare(name: str, config: DataConfig, corpus: Corpus) -> Prepared:
         rows["unseen"] = corpus.unseen
     data = {split: encode(part, processor, config, base) for split, part in rows.items()}
     notes += [matched.note] if matched.note is not None else []
-    notes += [f"{split} data: {note}" for split, part in data.items() for note in part.notes]
+    notes += _notes_of_splits(data)
     return Prepared(corpus, processor, data, base, config, matched.new_head, tuple(notes))
+
+
+def _notes_of_splits(data: Mapping[str, Encoded]) -> list[str]:
+    """Return every note once, with the splits that it is about where these are not all."""
+    notes: dict[str, list[str]] = {}
+    for split, part in data.items():
+        for note in part.notes:
+            notes.setdefault(note, []).append(split)
+    return [note if len(splits) == len(data) else f"{', '.join(splits)}: {note}" for note, splits in notes.items()]
 
 
 def _within_context(name: str, config: DataConfig, corpus: Corpus, base: BaseFacts, notes: list[str]) -> DataConfig:

@@ -275,6 +275,10 @@ def _encode_instructions(
 ) -> tuple[_Texts, tuple[str, ...]]:
     if config.max_length < 2:
         raise FedspanError(f"data.max_length = {config.max_length}: expected 2 or more for instruction data")
+    if config.system and config.template != "chat":
+        raise FedspanError(
+            f"data.system = {config.system!r} with another template than 'chat': expected it to be empty"
+        )
     chat = ChatFormat.of(tokenizer, config.system, base.end_tokens) if config.template == "chat" else None
     ends = end_tokens(tokenizer, base, chat)
     leading = [] if chat is not None else leading_tokens(tokenizer)

@@ -211,14 +211,19 @@ def examples(config: Any) -> list[dict[str, Any]]:
 
 
 def test_the_printed_lines_load_the_result_in_a_fresh_python(
-    bases: dict[str, Path], classifier: Path, texts: Path, instructions: Path, tmp_path: Path
+    bases: dict[str, Path],
+    classifier: Path,
+    texts: Path,
+    instructions: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Answers, classes, images, whole weights and a client's own adapter: the loss is the run's, one example a time."""
     pictures = tmp_path / "pictures.npz"
     rng = np.random.default_rng(0)
     np.savez(pictures, images=rng.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8), labels=np.arange(24) % 3)
     places = {**bases, "classifier": classifier, "texts": texts, "instructions": instructions, "pictures": pictures}
-    blocks, results = {}, {}
+    blocks = {}
     for name, (base, data, method) in RESULTS.items():
         config = tiny.config(
             places[base],
@@ -227,12 +232,14 @@ def test_the_printed_lines_load_the_result_in_a_fresh_python(
             federation={"rounds": 1, "ranks": 2},
             evaluation={"max_new_tokens": 1, "local": False, "base": False},
         )
-        results[name] = run(config, tmp_path / name)
-        blocks[name] = [results[name].loading, examples(config)]
+        (tmp_path / "my.toml").write_text(to_toml(config))
+        assert main(["run", str(tmp_path / "my.toml"), "--out", str(tmp_path / name)]) == 0
+        printed = "".join(capsys.readouterr()).split("load it in Python:\n")[1]
+        blocks[name] = [printed.splitlines(), examples(config)]
     (tmp_path / "blocks.json").write_text(json.dumps(blocks))
     subprocess.run([sys.executable, "-c", LOAD], cwd=tmp_path, check=True, capture_output=True)
     for name, (loss, names) in json.loads((tmp_path / "found.json").read_text()).items():
-        summary = results[name].summary
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
         assert np.isfinite(loss)
         if name != "personal":  # whose figures are means over the clients
             assert loss == pytest.approx(summary["metrics"]["server"]["loss"], rel=1e-4), name

@@ -32,8 +32,8 @@ def texts(labels: list[Any], tokenizer: Any = None) -> Encoded:
     return encode(Rows("classification", TEXTS, labels, [""] * 20), tokenizer or tiny.tokenizer(), DataConfig())
 
 
-def tasks(answers: list[str] = ANSWERS) -> Encoded:
-    return encode(Rows("instruction", QUESTIONS, answers, [""] * 9), tiny.tokenizer(), DataConfig())
+def tasks(answers: list[str] = ANSWERS, tokenizer: Any = None) -> Encoded:
+    return encode(Rows("instruction", QUESTIONS, answers, [""] * 9), tokenizer or tiny.tokenizer(), DataConfig())
 
 
 def score(
@@ -200,7 +200,7 @@ def test_generation_ends_at_the_limit_or_at_the_end_token(
     tokenizer = tiny.tokenizer()
     first = tokenizer.convert_tokens_to_ids(next(text for text in caught[0][0] if text))
     tokenizer.eos_token_id = first
-    score(model, tasks(), "caught", max_new_tokens=8, processor=tokenizer)
+    score(model, tasks(tokenizer=tokenizer), "caught", max_new_tokens=8, processor=tokenizer)
     assert "" in [text.replace(tokenizer.eos_token, "") for text in caught[1][0]]
 
 

@@ -146,7 +146,9 @@ def _peft_model(base: str, ranks: Sequence[int], device: torch.device) -> Any:
     from peft import LoraConfig, get_peft_model
 
     with library_logs_silenced():
-        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float32, trust_remote_code=False
+        ).to(device)
     configs = {_slot(r): LoraConfig(r=r, lora_alpha=16, target_modules=list(TARGETS)) for r in sorted(set(ranks))}
     (first, config), *others = configs.items()
     wrapped: Any = get_peft_model(model, config, adapter_name=first)

@@ -10,7 +10,7 @@ import typer
 
 from fedspan.cli.arguments import ConfigFile, Settings
 from fedspan.cli.failures import Bug, Interrupted, is_out_of_memory, is_users, message
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, NotResumable
 
 if TYPE_CHECKING:
     from fedspan.runs.events import Event, OnEvent
@@ -138,7 +138,8 @@ def _federate(work: Callable[[OnEvent], Result], folder: Path | None) -> None:
         raise Interrupted("interrupted" + _how_to_resume(started or ([] if folder is None else [folder]))) from None
     except Exception as error:
         if is_users(error):
-            raise FedspanError(message(error) + _how_to_resume(started)) from error
+            advice = "" if isinstance(error, NotResumable) else _how_to_resume(started)
+            raise FedspanError(message(error) + advice) from error
         if is_out_of_memory(error):
             raise
         raise Bug(started[0] if started else folder) from error
@@ -150,10 +151,9 @@ def _next_steps(result: Result) -> Iterator[str]:
     from fedspan.display.progress import duration
 
     yield f"{result.out}/  {duration(result.summary['totals']['wall_seconds'])}, metrics.jsonl, summary.json"
-    if result.adapter is not None:
-        yield f"load the adapter:  PeftModel.from_pretrained(base, {str(result.adapter)!r})"
-    elif (result.out / "model").exists():
-        yield f"load the model:  AutoModel….from_pretrained({str(result.out / 'model')!r})"
+    if result.loading:
+        yield "load it in Python:"
+        yield from result.loading
 
 
 def _how_to_resume(folders: list[Path]) -> str:

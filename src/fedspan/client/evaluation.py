@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedspan.client.generation import generate
 from fedspan.data import Encoded
 from fedspan.data.encoding import IGNORED
 from fedspan.data.metrics import METRICS
@@ -98,7 +99,7 @@ def _predict(
         # The mean over the batch's answer tokens, each predicted from the one before.
         count = (batch["labels"][:, 1:] != IGNORED).sum()
         loss = client_losses(model, batch)
-        texts = _generate(model, examples, indices, processor, max_new_tokens) if max_new_tokens else []
+        texts = generate(model, examples, indices, processor, max_new_tokens) if max_new_tokens else []
         return loss, count, count, texts
     labels = batch.pop("labels")
     logits = model.model(**batch).logits.float()
@@ -122,21 +123,3 @@ def figures(
         pair = (losses, counts) if metric.needs == "losses" else (values, examples.references)
         result[name] = metric.score(*pair)
     return result
-
-
-def _generate(
-    model: FederatedModel, examples: Encoded, indices: Sequence[int], tokenizer: Any, max_new_tokens: int
-) -> list[str]:
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    batch = {name: value.to(model.device) for name, value in examples.prompts(indices).items()}
-    writer: Any = model.model
-    tokens = writer.generate(
-        **batch,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    texts: list[str] = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return texts

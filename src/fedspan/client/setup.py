@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,52 +12,101 @@ from fedspan.client.executors import WorkContext
 from fedspan.client.training import TrainingSettings
 from fedspan.config import Config, DataConfig
 from fedspan.data import Corpus, Encoded, encode
-from fedspan.models import build, load_processor
+from fedspan.data.base_facts import BaseFacts
+from fedspan.data.label_names import match_labels
+from fedspan.models import FederatedModel, build, load_processor
+from fedspan.models.base_checks import check_pixels, check_tokens
+from fedspan.models.base_facts import read_facts
 from fedspan.models.federated_model import Trains
 from fedspan.models.starting_adapter import start_from
 from fedspan.support.activity import report
 from fedspan.support.errors import FedspanError, first_line
 
 
-def encoded(name: str, data: DataConfig, corpus: Corpus) -> tuple[Any, dict[str, Encoded]]:
-    """Return the tokenizer or image processor of the base called `name`, and the corpus encoded with it.
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A corpus as one base reads it."""
 
-    The splits are `train`, `test`, and `unseen` where there is any.
+    corpus: Corpus
+    """With the base's label ids, where its labels are the data's."""
+    processor: Any
+    """The base's tokenizer or image processor."""
+    data: Mapping[str, Encoded]
+    """`train`, `test`, and `unseen` where there is any."""
+    base: BaseFacts
+    config: DataConfig
+    """With the maximum length that was used."""
+    new_head: str | None
+    """The reason to draw a new head although the base may have one."""
+    notes: tuple[str, ...]
+    """Lines on how base and data were read where that may surprise."""
+
+
+def prepare(name: str, config: DataConfig, corpus: Corpus) -> Prepared:
+    """Encode a corpus with the tokenizer or image processor of the base called `name`.
+
+    Raises
+    ------
+    FedspanError
+        When tokenizer or processor cannot be read, or the data does not fit them.
     """
     report(f"loading the {'image processor' if corpus.kind == 'image' else 'tokenizer'} of {name}")
-    processor = load_processor(name, corpus.kind)
+    processor, base = load_processor(name, corpus.kind), read_facts(name)
+    notes: list[str] = []
+    config = _within_context(name, config, corpus, base, notes)
+    matched = match_labels(corpus, base)
+    corpus = matched.corpus
     rows = {"train": corpus.train, "test": corpus.test}
     if corpus.unseen is not None:
         rows["unseen"] = corpus.unseen
-    encodings = {}
+    data = {}
     for split, part in rows.items():
         report(f"encoding {len(part):,} {split} rows")
-        encodings[split] = encode(part, processor, data)
-    return processor, encodings
+        data[split] = encode(part, processor, config, base)
+    notes += [matched.note] if matched.note is not None else []
+    notes += _notes_of_splits(data)
+    return Prepared(corpus, processor, data, base, config, matched.new_head, tuple(notes))
+
+
+def _notes_of_splits(data: Mapping[str, Encoded]) -> list[str]:
+    """Return every note once, with the splits that it is about where these are not all."""
+    notes: dict[str, list[str]] = {}
+    for split, part in data.items():
+        for note in part.notes:
+            notes.setdefault(note, []).append(split)
+    return [note if len(splits) == len(data) else f"{', '.join(splits)}: {note}" for note, splits in notes.items()]
+
+
+def _within_context(name: str, config: DataConfig, corpus: Corpus, base: BaseFacts, notes: list[str]) -> DataConfig:
+    """Return the settings with the default maximum length lowered to what the base takes."""
+    limit = base.num_positions
+    # A file of settings states the default too, so a number that is the default's counts as one.
+    default = DataConfig.model_fields["max_length"].default
+    if corpus.kind == "image" or limit is None or config.max_length != default or limit >= default:
+        return config
+    notes.append(f"data.max_length is lowered from {default} to {limit}, the number of positions of {name}")
+    return config.model_copy(update={"max_length": limit})
 
 
 def work_context(
-    config: Config,
-    corpus: Corpus,
-    processor: Any,
-    data: Mapping[str, Encoded],
-    *,
-    trains: Trains,
-    max_rank: int,
-    device: torch.device,
+    config: Config, prepared: Prepared, *, trains: Trains, max_rank: int, device: torch.device
 ) -> WorkContext:
     """Return the base that the settings name, with the parts that a method trains, beside the data to train it on.
 
     Parameters
     ----------
-    processor, data
-        As `encoded` returns them.
     trains
         As a method's `info.trains` says.
     max_rank
         The largest rank of any client.
+
+    Raises
+    ------
+    FedspanError
+        When the base cannot be read, or does not fit the data or the settings.
     """
-    texts, adapter = data["train"].texts, config.adapter
+    corpus, data, adapter = prepared.corpus, prepared.data, config.adapter
+    texts = data["train"].texts
     report(f"loading the base {config.model.name}")
     model = build(
         config.model.name,
@@ -74,13 +124,26 @@ def work_context(
         regression=corpus.num_labels == 1,
         pad_token_id=texts.pad if texts is not None else None,
         quantise=config.model.quantise,
+        new_head=prepared.new_head,
     )
+    if texts is not None:
+        for part in data.values():
+            check_tokens(model.model, config.model.name, *part.extent())
+    elif corpus.kind == "image":
+        check_pixels(model.model, config.model.name, data["train"].batch([0])["pixel_values"].to(device))
     if config.engine.checkpointing and not getattr(model.model, "supports_gradient_checkpointing", False):
         raise FedspanError(f"engine.checkpointing: {type(model.model).__name__} does not support it; expected false")
     if config.model.adapter is not None:
         start_from(model, config.model.adapter)
     training = TrainingSettings.of(config)
-    return WorkContext(training, config.evaluation, config.threads, model, data, processor, corpus.metrics)
+    return WorkContext(training, config.evaluation, config.threads, model, data, prepared.processor, corpus.metrics)
+
+
+def notes_of(prepared: Prepared, model: FederatedModel) -> tuple[str, ...]:
+    """Return lines on how base and data were read where that may surprise."""
+    if prepared.new_head is None or not model.replaced_head:
+        return prepared.notes
+    return (*prepared.notes, f"a new head is drawn in place of the base's: {prepared.new_head}")
 
 
 def device_of(name: str) -> torch.device:

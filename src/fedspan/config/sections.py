@@ -154,10 +154,13 @@ class DataConfig(Section):
     template: str = "{instruction}\n{input}\n"
     """Prompt of instruction data, with {instruction} and {input} filled in; `chat` uses the tokenizer's chat
     template."""
+    system: str = ""
+    """With `template = "chat"`: text of a system turn before the user's. Empty: no system turn."""
     metric: Annotated[str | None, Field(examples=["accuracy"])] = None
     """Metric of the summary. Unset: the usual one for the task."""
     max_length: PositiveInt = 256
-    """Maximum sequence length in tokens. A longer prompt is cut at its start; an answer is never cut."""
+    """Maximum sequence length in tokens. A longer prompt is cut at its start; an answer is never cut. The default is
+    lowered to the base's number of positions where that is smaller."""
     max_train: Annotated[PositiveInt | None, Field(examples=[1000])] = None
     """Maximum number of training examples, drawn by the seed. Unset: all."""
     max_test: Annotated[PositiveInt | None, Field(examples=[200])] = None

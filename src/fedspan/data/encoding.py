@@ -7,7 +7,8 @@ Shapes: N rows, b rows of a batch, t the tokens of its longest row.
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,12 +17,23 @@ import torch
 from torch import Tensor
 
 from fedspan.config import DataConfig
+from fedspan.data.base_facts import NOTHING_STATED, BaseFacts
+from fedspan.data.chat import DATE, ChatFormat
 from fedspan.data.rows import Kind, Rows
+from fedspan.data.special_tokens import TEXTS_AT_ONCE, Spelling
+from fedspan.data.text_ids import (
+    check_end_counts,
+    check_known,
+    classified_ids,
+    end_tokens,
+    leading_tokens,
+    prompt_ids,
+    special_note,
+)
 from fedspan.support.errors import FedspanError, first_line
 
 IGNORED = -100  # the label that cross_entropy leaves out of the loss
 _IMAGES_AT_ONCE = 256
-_TEXTS_AT_ONCE = 2048  # while a tokenizer works, it takes far more memory than the ids that it returns
 
 Indices = Sequence[int] | np.ndarray | Tensor
 
@@ -36,6 +48,8 @@ class _Texts:
     lengths: Tensor  # (N,)
     prompt_lengths: Tensor | None  # (N,), instruction data
     pad: int
+    ends: tuple[int, ...] = ()  # tokens that end an answer, instruction data; the first ends those that are trained on
+    num_positions: int | None = None  # the longest sequence that the base takes, where that is known
 
     def right_padded(self, rows: Tensor) -> dict[str, Tensor]:
         """Return whole sequences for training, with labels at the answer tokens alone."""
@@ -81,6 +95,8 @@ class Encoded:
         (N, channels, height, width) float32, of image data.
     labels
         (N,) int64 class ids, or float32 for regression; None for instruction data.
+    notes
+        Lines on how the data was read where that may surprise.
     """
 
     kind: Kind
@@ -90,6 +106,7 @@ class Encoded:
     texts: _Texts | None
     pixels: Tensor | None
     labels: Tensor | None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -138,6 +155,16 @@ class Encoded:
         """Tokens of each row, (len,) int64; images count as 1."""
         return torch.ones_like(self.rows) if self.texts is None else self.texts.lengths[self.rows]
 
+    def extent(self) -> tuple[int, int, int | None]:
+        """Return the largest token id, the tokens of the longest row and the largest token type of a text data set.
+
+        The type is None where the tokenizer has no types.
+        """
+        assert self.texts is not None
+        types = self.texts.types
+        largest_type = None if types is None else int(types.max())
+        return max(int(self.texts.tokens.max()), self.texts.pad), int(self.texts.lengths.max()), largest_type
+
     @property
     def references(self) -> list[Any]:
         """The answers, class ids or numbers that predictions are compared with."""
@@ -161,11 +188,14 @@ class Encoded:
         return self.rows[torch.as_tensor(indices, dtype=torch.int64)]
 
 
-def encode(rows: Rows, processor: Any, config: DataConfig) -> Encoded:
+def encode(rows: Rows, processor: Any, config: DataConfig, base: BaseFacts = NOTHING_STATED) -> Encoded:
     """Tokenise (or process) all rows once.
 
     Instruction data: the prompt is ``template`` filled in, or one user turn of the tokenizer's chat template;
-    prompt and answer are tokenised separately, as in generation, and the end token follows the answer.
+    prompt and answer are tokenised separately, as in generation, and the answer's end token follows it: the token
+    that ends an assistant's turn in the chat template, otherwise the tokenizer's end token, or the base's first one
+    where the base does not end texts with the tokenizer's.
+    Special tokens are written by the template and the tokenizer alone: a text that spells one is ordinary text.
     A row that is too long loses the start of its prompt (but never leading special tokens, and at least one
     token stays before the answer); only an answer that is too long by itself is cut, at its end.
     Classification: the tokenizer's own truncation to ``max_length``. A tokenizer without a padding token pads
@@ -179,27 +209,31 @@ def encode(rows: Rows, processor: Any, config: DataConfig) -> Encoded:
     processor
         A tokenizer or image processor of transformers.
     config
-        ``template`` and ``max_length``.
+        ``template``, ``system`` and ``max_length``.
+    base
+        The facts that the base states.
 
     Raises
     ------
     FedspanError
-        For an unusable template, a tokenizer that lacks what is needed, or rows without tokens.
+        For an unusable template, a tokenizer that lacks what is needed or knows none of the text, or rows without
+        tokens.
     """
     if not len(rows):
         raise FedspanError("no rows to encode: expected at least one")
     texts, pixels = None, None
+    notes: tuple[str, ...] = ()
     if rows.kind == "instruction":
-        texts = _encode_instructions(rows, processor, config)
+        texts, notes = _encode_instructions(rows, processor, config, base)
     elif rows.kind == "classification":
-        texts = _encode_texts(rows, processor, config)
+        texts, notes = _encode_texts(rows, processor, config, base)
     else:
         pixels = _encode_images(rows.inputs, processor)
     labels = None
     if rows.kind != "instruction":
         regression = any(isinstance(target, float) for target in rows.targets)
         labels = torch.tensor(rows.targets, dtype=torch.float32 if regression else torch.int64)
-    return Encoded(rows.kind, torch.arange(len(rows)), rows.targets, rows.fields, texts, pixels, labels)
+    return Encoded(rows.kind, torch.arange(len(rows)), rows.targets, rows.fields, texts, pixels, labels, notes)
 
 
 def fill(template: str, inputs: Sequence[tuple[str, str]], tokenizer: Any) -> list[str]:
@@ -211,15 +245,16 @@ def fill(template: str, inputs: Sequence[tuple[str, str]], tokenizer: Any) -> li
         If the template names anything but {instruction} and {input}, or neither, or is ``chat`` and the
         tokenizer has no chat template.
     """
-    if template == "chat":
-        if not getattr(tokenizer, "chat_template", None):
-            raise FedspanError(
-                "data.template = 'chat': this tokenizer has no chat template; expected a text "
-                "with {instruction} and {input}"
-            )
-        return [_chat(instruction, text, tokenizer) for instruction, text in inputs]
+    chat = ChatFormat.of(tokenizer) if template == "chat" else None
+    return list(map(_filler(template, chat), inputs))
+
+
+def _filler(template: str, chat: ChatFormat | None) -> Callable[[Sequence[str]], str]:
+    """Return what makes a prompt of an (instruction, input) pair."""
+    if chat is not None:
+        return lambda pair: chat.prompt("\n\n".join(part for part in pair if part))
     _check_template(template)
-    return [template.format(instruction=instruction, input=text) for instruction, text in inputs]
+    return lambda pair: template.format(instruction=pair[0], input=pair[1])
 
 
 def _check_template(template: str) -> None:
@@ -237,33 +272,39 @@ def _check_template(template: str) -> None:
         )
 
 
-def _chat(instruction: str, text: str, tokenizer: Any) -> str:
-    content = "\n\n".join(part for part in (instruction, text) if part)
-    turns = [{"role": "user", "content": content}]
-    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-
-
-def _encode_instructions(rows: Rows, tokenizer: Any, config: DataConfig) -> _Texts:
+def _encode_instructions(
+    rows: Rows, tokenizer: Any, config: DataConfig, base: BaseFacts
+) -> tuple[_Texts, tuple[str, ...]]:
     if config.max_length < 2:
         raise FedspanError(f"data.max_length = {config.max_length}: expected 2 or more for instruction data")
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise FedspanError("the tokenizer has no end token (eos_token): expected one, to learn where answers end")
-    leading = [] if config.template == "chat" else _leading_tokens(tokenizer)
-    prompts = _tokens(tokenizer, fill(config.template, list(rows.inputs), tokenizer))
-    answers = _tokens(tokenizer, rows.targets)
+    if config.system and config.template != "chat":
+        raise FedspanError(
+            f"data.system = {config.system!r} with another template than 'chat': expected it to be empty"
+        )
+    chat = ChatFormat.of(tokenizer, config.system, base.end_tokens) if config.template == "chat" else None
+    ends = end_tokens(tokenizer, base, chat)
+    leading = [] if chat is not None else leading_tokens(tokenizer)
+    spelling = Spelling(tokenizer)
+    prompts = prompt_ids(rows.inputs, _filler(config.template, chat), spelling)
+    answers = spelling.ids(rows.targets)
+    check_known(tokenizer, [*prompts, *answers])
     sequences: list[np.ndarray] = []
     prompt_lengths: list[int] = []
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
         special = leading
+        if special and prompt[: len(special)].tolist() == special:  # the template writes them out too
+            prompt = prompt[len(special) :]
         if not special and len(prompt) and prompt[0] == tokenizer.bos_token_id:  # a chat template writes it out
             special, prompt = [int(prompt[0])], prompt[1:]
         if not special and not len(prompt):
             raise FedspanError(f"the prompt of row {row} has no tokens: expected at least one before the answer")
-        sequence, prompt_length = _fitted(special, prompt, np.append(answer, end), config.max_length)
+        sequence, prompt_length = _fitted(special, prompt, np.append(answer, ends[0]), config.max_length)
         sequences.append(sequence)
         prompt_lengths.append(prompt_length)
-    return _flat(sequences, None, torch.tensor(prompt_lengths), tokenizer)
+    notes = special_note(spelling, [*(text for pair in rows.inputs for text in pair), *rows.targets])
+    if chat is not None and chat.uses_date:
+        notes += (f"the chat template prints today's date: {DATE:%Y-%m-%d} stands for it in every run",)
+    return _flat(sequences, None, torch.tensor(prompt_lengths), tokenizer, base, ends), notes
 
 
 def _fitted(special: list[int], prompt: np.ndarray, answer: np.ndarray, max_length: int) -> tuple[np.ndarray, int]:
@@ -274,38 +315,24 @@ def _fitted(special: list[int], prompt: np.ndarray, answer: np.ndarray, max_leng
     return np.concatenate([np.asarray(special, dtype=np.int64), prompt, answer]), len(special) + len(prompt)
 
 
-def _leading_tokens(tokenizer: Any) -> list[int]:
-    """Return the special tokens that the tokenizer puts before a text (those after it are not for prompts)."""
-    plain, full = (_tokens(tokenizer, ["a"], special)[0].tolist() for special in (False, True))
-    for start in range(len(full) - len(plain) + 1):
-        if full[start : start + len(plain)] == plain:
-            return list(full[:start])
-    raise FedspanError("the tokenizer changes a text's own tokens when it adds special ones: expected it to keep them")
-
-
-def _tokens(tokenizer: Any, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
-    tokens: list[np.ndarray] = []
-    for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        chunk = list(texts[start : start + _TEXTS_AT_ONCE])
-        # verbose=False: no warning of sequences longer than the model's context, which are cut afterwards.
-        ids = tokenizer(chunk, add_special_tokens=special, verbose=False)["input_ids"]
-        tokens += [np.asarray(row, dtype=np.int64) for row in ids]
-    return tokens
-
-
-def _encode_texts(rows: Rows, tokenizer: Any, config: DataConfig) -> _Texts:
+def _encode_texts(rows: Rows, tokenizer: Any, config: DataConfig, base: BaseFacts) -> tuple[_Texts, tuple[str, ...]]:
     columns = [list(column) for column in zip(*rows.inputs, strict=True)]
     sequences: list[np.ndarray] = []
     types: list[np.ndarray] = []
-    for start in range(0, len(rows), _TEXTS_AT_ONCE):
-        chunk = [column[start : start + _TEXTS_AT_ONCE] for column in columns]
-        encoded = tokenizer(*chunk, truncation=True, max_length=config.max_length)
-        sequences += [np.asarray(row, dtype=np.int64) for row in encoded["input_ids"]]
-        types += [np.asarray(row, dtype=np.int64) for row in encoded.get("token_type_ids", ())]
+    spelling = Spelling(tokenizer)
+    for start in range(0, len(rows), TEXTS_AT_ONCE):
+        chunk = [column[start : start + TEXTS_AT_ONCE] for column in columns]
+        for ids, kinds in classified_ids(tokenizer, chunk, config.max_length, spelling):
+            sequences.append(ids)
+            types += [] if kinds is None else [kinds]
     for row, sequence in enumerate(sequences, 1):
         if not len(sequence):
             raise FedspanError(f"the text of row {row} has no tokens: expected at least one")
-    return _flat(sequences, types or None, None, tokenizer)
+    check_known(tokenizer, sequences)
+    texts = _flat(sequences, types or None, None, tokenizer, base)
+    if base.classifies_at is not None:
+        check_end_counts(sequences, texts.pad, base.classifies_at)
+    return texts, special_note(spelling, [text for column in columns for text in column])
 
 
 def _flat(
@@ -313,8 +340,12 @@ def _flat(
     types: Sequence[np.ndarray] | None,
     prompt_lengths: Tensor | None,
     tokenizer: Any,
+    base: BaseFacts,
+    ends: tuple[int, ...] = (),
 ) -> _Texts:
-    pad = next((int(i) for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    possible = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    size = base.vocabulary or sys.maxsize  # a padding token may be added to a tokenizer and not to its base
+    pad = next((int(i) for i in possible if i is not None and i < size), 0)
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     return _Texts(
         tokens=_joined(sequences, int(lengths.max())),
@@ -323,6 +354,8 @@ def _flat(
         lengths=lengths,
         prompt_lengths=prompt_lengths,
         pad=pad,
+        ends=ends,
+        num_positions=base.num_positions,
     )
 
 

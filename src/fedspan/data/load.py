@@ -203,10 +203,10 @@ def _from_tables(
     test_files: Sequence[int] | None = None,
 ) -> Corpus:
     kind, parts = _parts((train, test, unseen), config)
-    num_labels, names = 0, None
+    num_labels, names, ids = 0, None, False
     if kind != "instruction":
         labels = _labels_of(parts[0], config.metric)
-        num_labels, names = labels.num_labels, labels.names
+        num_labels, names, ids = labels.num_labels, labels.names, labels.form == "id"
         parts = [[_labelled(part, labels) for part in split] for split in parts]
     rows = [[part.rows for part in split] for split in parts]
     origin, tested = _numbers(rows[0], None), None if test_files is None else _numbers(rows[1], test_files)
@@ -220,7 +220,18 @@ def _from_tables(
         for part in (splits.files, splits.test_files)
     )
     metrics = default_metrics(kind, num_labels)
-    return Corpus(kind, splits.train, splits.test, splits.unseen, files, names, num_labels, metrics, client_tests=tests)
+    return Corpus(
+        kind,
+        splits.train,
+        splits.test,
+        splits.unseen,
+        files,
+        names,
+        num_labels,
+        metrics,
+        client_tests=tests,
+        ids_in_data=ids,
+    )
 
 
 def _parts(splits: Sequence[Iterable[Table]], config: DataConfig) -> tuple[Kind, list[list[_Part]]]:

@@ -100,6 +100,8 @@ class Corpus:
     client_tests
         One array of indices into `test` for each training file: the rows that were held out of it, or are those of the
         test file of the same name. None unless the data came from files.
+    ids_in_data
+        The label ids are the data's own; otherwise names were given ids in their sorted order.
     """
 
     kind: Kind
@@ -112,6 +114,7 @@ class Corpus:
     metrics: tuple[str, ...]
     client_names: tuple[str, ...] | None = None
     client_tests: tuple[np.ndarray, ...] | None = None
+    ids_in_data: bool = False
 
     def describe(self) -> dict[str, Any]:
         """Return the kind, the rows of each split, the number of classes and their names, as plain values."""

@@ -151,7 +151,7 @@ class Lines:
             self._print(_LABELS.get(data["phase"], data["phase"]) + resumed)
         elif event.kind == "round":
             self._round(data["record"])
-        elif event.kind in ("site", "budget"):
+        elif event.kind in ("site", "budget", "note"):
             self._print(data["line"])
 
     def _round(self, record: Mapping[str, Any]) -> None:
@@ -211,7 +211,7 @@ class Live:
             self._client(data)
         elif event.kind == "round":
             self._round(data["record"])
-        elif event.kind in ("site", "budget"):
+        elif event.kind in ("site", "budget", "note"):
             self.progress.console.print(escape(data["line"]), highlight=False)
         elif event.kind == "end":
             self._finish()

@@ -21,6 +21,11 @@ WINDOW = 64
 """Number of clients that are asked to start at once. It bounds what a round holds beside the server's own fold, however
 many clients take part; within it the executor groups the work and spreads it over processes."""
 
+DIVERGED = "its training diverged"
+"""The beginning of the problem of a client whose training gave NaN or infinity."""
+
+NOT_FINITE = "holds NaN or infinity"
+
 Work = Callable[[Sequence[tuple[Client, Broadcast]], int], Iterable[tuple[LocalResult, float]]]
 """(clients and what each starts from, round) -> the result of each, in that order, and the busy seconds it took.
 
@@ -156,6 +161,9 @@ def respond(
     """
     if question.exchange.ask != "again":  # which asks about a result that was checked before
         problem = shapes_problem(result.update, expected(question.template, started))
+        if problem is not None and problem.endswith(NOT_FINITE) and not started.recipe.gradient:
+            # The base and what was sent are finite: the steps were too large.
+            problem = f"{DIVERGED}: {problem}; expected a smaller local.learning_rate"
         if problem is not None:
             return Response(None, problem=problem)
     update, kept = method.encode(result.update, started, state)
@@ -217,5 +225,5 @@ def shapes_problem(update: Update, expected_shapes: Mapping[str, torch.Size]) ->
         if value.shape != expected_shapes[name]:
             return f"{name} has shape {tuple(value.shape)}, expected {tuple(expected_shapes[name])}"
         if not bool(torch.isfinite(value).all()):
-            return f"{name} holds NaN or infinity"
+            return f"{name} {NOT_FINITE}"
     return None

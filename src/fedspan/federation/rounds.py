@@ -10,7 +10,7 @@ from typing import Any
 
 from fedspan.client.training import LocalResult
 from fedspan.federation.clients import Client
-from fedspan.federation.exchange import Answer, Question, Sites, Work, begin, sum_layout
+from fedspan.federation.exchange import DIVERGED, Answer, Question, Sites, Work, begin, sum_layout
 from fedspan.federation.server_step import StepFailed, take_step
 from fedspan.federation.simulated import SimulatedClients
 from fedspan.federation.tally import RoundTally
@@ -19,7 +19,7 @@ from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, ClientState, Request, Update
 from fedspan.privacy.sum_layout import SumLayout
 from fedspan.robust import Screen
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, NotResumable
 from fedspan.wire.sizes import broadcast_bytes
 
 
@@ -48,6 +48,10 @@ OnAnswer = Callable[[Answer, int], None]
 
 class RoundFailed(FedspanError):
     """Too few valid updates came back; the run stands where it was before the round."""
+
+
+class TrainingDiverged(RoundFailed, NotResumable):
+    """Too few updates came back because the clients' own training diverged, as it would again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +133,7 @@ def conduct(
         # A client that failed one exchange is not asked again: later exchanges build on what all of them answered.
         active = run.exchange(number, active, (place, len(due)), again)
         if len(active) < min_success:
-            raise RoundFailed(_too_few(run.round_num, len(active), min_success, run.tally.rejected))
+            raise _too_few(run.round_num, len(active), min_success, run.tally.rejected)
         run.finish()
     record = run.record(active)
     if observe is not None and run.trained:
@@ -365,9 +369,10 @@ class _Broadcasts:
         return self.made[request]
 
 
-def _too_few(round_num: int, valid: int, wanted: int, rejected: Mapping[str, str]) -> str:
+def _too_few(round_num: int, valid: int, wanted: int, rejected: Mapping[str, str]) -> RoundFailed:
     first = next((f": {client}: {reason}" for client, reason in rejected.items()), "")
-    return (
+    diverged = bool(rejected) and all(reason.startswith(DIVERGED) for reason in rejected.values())
+    return (TrainingDiverged if diverged else RoundFailed)(
         f"round {round_num + 1}: {valid} valid updates, federation.min_success = {wanted}; "
         f"{len(rejected)} rejected{first}"
     )

@@ -10,6 +10,7 @@ from torch import nn
 
 from fedspan.data.rows import Kind
 from fedspan.models import quantised
+from fedspan.models.base_checks import check_causal
 from fedspan.models.federated_model import FederatedModel, Trains
 from fedspan.models.layers import in_float32, is_conv1d, shape_of
 from fedspan.models.loading import head_names, load_base, seeded, without
@@ -33,6 +34,7 @@ def build(
     regression: bool = False,
     pad_token_id: int | None = None,
     quantise: str = "none",
+    new_head: str | None = None,
 ) -> FederatedModel:
     """Load the base and prepare the parts that `trains` names for training.
 
@@ -49,17 +51,23 @@ def build(
         The token that the batches are padded with; None as the base's own configuration says.
     quantise
         The type of the base's linear layers: `int8`, `nf4`, or `none` for `dtype` as everything else.
+    new_head
+        The reason to draw the layer that gives the classes anew, although the base may have one of the same size.
 
     Raises
     ------
     FedspanError
-        When the base cannot be read or not be quantised, no layer matches `target_modules`, or a rank exceeds a
-        layer's size.
+        When the base cannot be read or not be quantised, is not finite or, for instruction data, no causal model; when
+        no layer matches `target_modules`, or a rank exceeds a layer's size.
     """
     quantised.check(quantise, trains)
     kept = dtype if trains == "adapter" else "float32"
-    base, new = load_base(name, kind, num_labels, kept, seed, label_names, regression, pad_token_id, quantise)
+    base, new, replaced = load_base(
+        name, kind, num_labels, kept, seed, label_names, regression, pad_token_id, quantise, new_head is not None
+    )
     base.to(device)
+    if kind == "instruction":
+        check_causal(base, name)
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     own = dict(base.named_parameters())
@@ -76,7 +84,8 @@ def build(
         _check_rank(targets, max_rank)
         with seeded(seed, "adapter"):
             model, layers = _attach(base, targets, max_rank, rslora, dropout)
-    return FederatedModel(name, kind, trains, model, layers, dense, frozenset(weights & dense.keys()), heads, device)
+    projected = frozenset(weights & dense.keys())
+    return FederatedModel(name, kind, trains, model, layers, dense, projected, heads, device, replaced_head=replaced)
 
 
 def _dense(

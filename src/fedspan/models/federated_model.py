@@ -51,6 +51,8 @@ class FederatedModel:
     heads: tuple[str, ...]
     """Modules that are trained whole: the head, and others that the model's files lack (a pooler)."""
     device: torch.device
+    replaced_head: bool = False
+    """A head in the base's files was left for a new one."""
     passes: dict[Any, Any] = field(default_factory=dict)
     """Passes of many clients that were recorded over this model's memory, by what they were recorded for."""
     start: Mapping[str, Factors] = field(default_factory=dict)

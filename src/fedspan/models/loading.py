@@ -12,8 +12,12 @@ import torch
 from fedspan.data.builtin import base_path
 from fedspan.data.rows import Kind
 from fedspan.models import quantised
+from fedspan.models.base_checks import check_finite
 from fedspan.support.errors import FedspanError, first_line
 from fedspan.support.seeding import generator
+
+_NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+"""Code that lies beside a base is never run. Unless told so, transformers asks on a terminal, and runs it on a yes."""
 
 
 @contextmanager
@@ -41,19 +45,50 @@ def load_processor(name: str, kind: Kind) -> Any:
     Raises
     ------
     FedspanError
-        When it cannot be read; the message names the alternatives.
+        When it cannot be read, the message naming the alternatives; when it needs code of the base's own; or for a
+        tokenizer that was made up because the base has no tokenizer files.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+    from transformers import AutoImageProcessor, AutoTokenizer
 
     with _reading(name):
         if kind == "image":
-            return AutoImageProcessor.from_pretrained(resolve(name), backend="pil")
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
-        if tokenizer.eos_token_id is None:
-            end = getattr(AutoConfig.from_pretrained(resolve(name)), "eos_token_id", None)
-            if isinstance(end, int):
-                tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
-        return tokenizer
+            return AutoImageProcessor.from_pretrained(resolve(name), backend="pil", **_NO_CODE)
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), **_NO_CODE)
+    if all(i in tokenizer.all_special_ids for i in tokenizer.get_vocab().values()) or len(tokenizer) < 6:
+        raise FedspanError(
+            f"model.name = {name!r} has no usable tokenizer files (transformers makes one up, of "
+            f"vocabulary size {len(tokenizer)}): expected the base's own, such as tokenizer.json"
+        )
+    if tokenizer.eos_token_id is None:
+        end = getattr(read_config(name), "eos_token_id", None)
+        if isinstance(end, int):
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    return tokenizer
+
+
+def read_config(name: str, **labels: Any) -> Any:
+    """Read the configuration of a base, with other labels than it states where they are given.
+
+    Raises
+    ------
+    FedspanError
+        When it cannot be read, or needs code of the base's own.
+    """
+    from transformers import AutoConfig
+
+    with library_logs_silenced(), _reading(name):
+        return AutoConfig.from_pretrained(resolve(name), **_NO_CODE, **labels)
+
+
+def read_generation_config(name: str) -> Any:
+    """Read the settings for generation that lie beside a base; None where there are none."""
+    from transformers import GenerationConfig
+
+    with library_logs_silenced(), _reading(name):
+        try:
+            return GenerationConfig.from_pretrained(resolve(name))
+        except OSError:  # there is no such file, as for most encoders
+            return None
 
 
 @contextmanager
@@ -62,6 +97,11 @@ def _reading(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # transformers, its hub client and safetensors share no base class of errors
+        if "trust_remote_code" in str(error):
+            raise FedspanError(
+                f"model.name = {name!r} needs code of its own (auto_map in its files), which is never run here: "
+                f"expected a base of an architecture that transformers knows"
+            ) from None
         raise FedspanError(
             f"model.name = {name!r} could not be read ({first_line(error)}); expected a local folder with config.json, "
             f"weights and tokenizer or processor, or a hub id that can be reached from here"
@@ -111,13 +151,21 @@ def load_base(
     regression: bool,
     pad_token_id: int | None,
     quantise: str = "none",
-) -> tuple[Any, set[str]]:
+    new_head: bool = False,
+) -> tuple[Any, set[str], bool]:
     """Load the base for a kind of data; return it in evaluation mode, and the parameters that its files lack.
+
+    The last value returned says that a head in its files was left for a new one.
+
+    Parameters
+    ----------
+    new_head
+        Draw the layer that gives the classes anew, although the files may have one of the same size.
 
     Raises
     ------
     FedspanError
-        When it cannot be read, or its files are quantised already.
+        When it cannot be read, its files are quantised already, or its weights are not finite.
     """
     import transformers
 
@@ -128,8 +176,7 @@ def load_base(
     }[kind]
     labels = {} if kind == "instruction" else _labels(num_labels, label_names, regression)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "ignore_mismatched_sizes": kind != "instruction"}
-    with library_logs_silenced(), _reading(name):
-        config = transformers.AutoConfig.from_pretrained(resolve(name), **labels)
+    config = read_config(name, **labels)
     if getattr(config, "quantization_config", None) is not None:
         raise FedspanError(
             f"model.name = {name!r}: its files are quantised already; expected float32, bfloat16 or float16 weights, "
@@ -141,8 +188,9 @@ def load_base(
         # A new head is drawn from the run's seed, the same for every method.
         with seeded(seed, "head"):
             model, info = auto.from_pretrained(
-                resolve(name), config=config, output_loading_info=True, use_safetensors=True, **options
+                resolve(name), config=config, output_loading_info=True, use_safetensors=True, **_NO_CODE, **options
             )
+    check_finite(model, name, dtype)
     if quantise != "none":
         quantised.take_over(model)
     if pad_token_id is not None:
@@ -150,7 +198,22 @@ def load_base(
         model.config.pad_token_id = pad_token_id
     # A head of another size is drawn at random, and counts as missing.
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info.get("mismatched_keys", ())}
-    return model, set(info["missing_keys"]) | mismatched
+    missing = set(info["missing_keys"]) | mismatched
+    redrawn = _redraw_head(model, kind, num_labels, missing, seed) if new_head else set()
+    return model, missing | redrawn, bool(mismatched or redrawn)
+
+
+def _redraw_head(model: Any, kind: Kind, num_labels: int, missing: set[str], seed: int) -> set[str]:
+    """Draw the layer that gives the classes anew where the files had one, and return the names of its parameters."""
+    std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
+    heads, drawn = head_names(model, kind), set()
+    with seeded(seed, "head"), torch.no_grad():
+        for name, parameter in model.named_parameters():
+            last = parameter.shape[0] == num_labels and name.startswith(tuple(f"{head}." for head in heads))
+            if last and name not in missing:
+                drawn.add(name)
+                parameter.copy_(torch.randn(parameter.shape) * std if parameter.ndim > 1 else torch.zeros(num_labels))
+    return drawn
 
 
 def _labels(num_labels: int, names: tuple[str, ...] | None, regression: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fedspan.client.executors import EvaluationTask, Executor
-from fedspan.client.setup import device_of
+from fedspan.client.setup import Prepared, device_of, notes_of
 from fedspan.config import Config
 from fedspan.data import Encoded
 from fedspan.federation import requirements
@@ -46,10 +46,8 @@ class RunContext:
     model: FederatedModel
     initial_dense: Mapping[str, torch.Tensor]
     """Heads and trained weights of the untouched base."""
-    processor: Any
-    """The base's tokenizer or image processor."""
-    data: Mapping[str, Encoded]
-    """`train`, `test`, and `unseen` where there is any."""
+    prepared: Prepared
+    """The data as the base reads it."""
     metrics: tuple[str, ...]
     """Names of the metrics; the summary's headlines are of the first."""
     executor: Executor
@@ -115,14 +113,13 @@ class RunContext:
         num_sampled = max(1, round(sampler.expected_size(len(clients))))
         if not method.info.pooled:
             _check_min_success(config.federation.min_success, num_sampled)
-        processor, data = provision.encoded(config, corpus)
+        prepared = provision.prepared(config, corpus)
+        data = prepared.data
         device = device_of(config.device)
         # There is at most one task for each client of a round, or for each batch of an evaluation.
         num_tasks = max(num_sampled, -(-len(data["test"]) // config.evaluation.batch_size))
         max_rank = max(client.rank for client in clients)
-        provided = provision.work(
-            Wanted(config, corpus, processor, data, method.info.trains, max_rank, device, num_tasks)
-        )
+        provided = provision.work(Wanted(config, prepared, method.info.trains, max_rank, device, num_tasks))
         model, initial_dense, base = provided.model, provided.initial_dense, provided.base
         if coordinator is not None:
             # Last, since it needs the base: sites with another base are turned away before the first round.
@@ -136,14 +133,13 @@ class RunContext:
             clients=clients,
             model=model,
             initial_dense=initial_dense,
-            processor=processor,
-            data=data,
+            prepared=prepared,
             metrics=corpus.metrics,
             executor=provided.executor,
             sampler=sampler,
             device=device,
             num_workers=provided.num_workers,
-            described=corpus.describe(),
+            described=prepared.corpus.describe(),
             site_tests=site_test_rows(corpus, config.federation),
             shared=provided.shared,
             ready=provision.ready,
@@ -152,6 +148,21 @@ class RunContext:
             identity=identity(config, base, data),
             examples=_ledgers(config, base, out) if coordinator is None else None,
         )
+
+    @property
+    def processor(self) -> Any:
+        """The base's tokenizer or image processor."""
+        return self.prepared.processor
+
+    @property
+    def data(self) -> Mapping[str, Encoded]:
+        """`train`, `test`, and `unseen` where there is any."""
+        return self.prepared.data
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines on how base and data were read where that may surprise."""
+        return notes_of(self.prepared, self.model)
 
     def emit(self, kind: str, **data: Any) -> None:
         """Notify the display of an event."""

@@ -12,7 +12,7 @@ class Event:
     """Something that happened in a run."""
 
     kind: str
-    """`start`, `phase`, `client`, `round`, `budget`, `site` or `end`."""
+    """`start`, `phase`, `client`, `round`, `budget`, `site`, `note` or `end`."""
     data: Mapping[str, Any]
     """Its particulars, as plain values."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Mapping
@@ -24,13 +25,14 @@ from fedspan.runs.events import OnEvent
 from fedspan.runs.export import export
 from fedspan.runs.final import final_metrics
 from fedspan.runs.folder_lock import RUNNING, is_free, locked
+from fedspan.runs.loading_lines import loading_lines
 from fedspan.runs.loop import FEDERATION, MethodRun
 from fedspan.runs.provision import Provision
 from fedspan.runs.scoring import personal_metrics
 from fedspan.runs.summary import Summary, summarise
 from fedspan.support import standard_json
 from fedspan.support.activity import report
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, NotResumable
 from fedspan.support.files import StrPath, write_bytes, write_new
 from fedspan.support.scalars import whole
 from fedspan.wire.transport import Transport
@@ -48,6 +50,8 @@ class Result:
     """One record per round, as in `metrics.jsonl`."""
     adapter: Path | None
     """The PEFT folder; None for full-weight methods, whose model is in `out / "model"`, and for personalised ones."""
+    loading: tuple[str, ...] = ()
+    """Lines of Python that load the adapter (of a personalised method, its first client's) or the model."""
 
 
 def run(
@@ -209,7 +213,8 @@ def _execute(context: RunContext, main: MethodRun) -> Result:
         )
         write_bytes(context.out / "summary.json", (standard_json.dumps(summary, indent=2) + "\n").encode())
         context.emit("end", summary=summary)
-        return Result(context.out, summary, [dict(record) for record in history], adapter)
+        records = [dict(record) for record in history]
+        return Result(context.out, summary, records, adapter, loading_lines(context))
 
 
 def _announce(context: RunContext, main: MethodRun) -> None:
@@ -234,6 +239,8 @@ def _announce(context: RunContext, main: MethodRun) -> None:
         workers=context.num_workers,
         data=context.described,
     )
+    for note in context.notes:
+        context.emit("note", line=note)
 
 
 def _base(context: RunContext, main: MethodRun) -> dict[str, float] | None:
@@ -242,6 +249,11 @@ def _base(context: RunContext, main: MethodRun) -> dict[str, float] | None:
     if "base" not in main.saved.notes and context.config.evaluation.base:
         main.note({**main.saved.notes, "base": context.evaluate([context.evaluation_task(main.initial())])[0]})
     base: dict[str, float] | None = main.saved.notes.get("base")
+    if base is not None and not math.isfinite(base["loss"]):
+        raise NotResumable(
+            f"model.name = {context.config.model.name!r}: the loss of the untouched base is {base['loss']} with "
+            f"model.dtype = {context.config.model.dtype!r}; expected a base and a type whose loss is finite"
+        )
     return base
 
 

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+
+from torch import Tensor
 
 from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.messages import Broadcast, Factors, Request
 from fedspan.methods.readout import received
+from fedspan.runs.base_record import LABELS_NAME, labels_file
 from fedspan.runs.context import RunContext
 from fedspan.runs.loop import MethodRun
 from fedspan.runs.results import put
+from fedspan.support.files import write_bytes
 
 
 def export(context: RunContext, run: MethodRun) -> Path | None:
     """Write the result: one PEFT adapter folder, one for every client of a personalised method, or a whole model.
+
+    The labels lie in the run folder and beside every adapter, as entries of a configuration of transformers.
 
     Returns
     -------
     Path or None
         The adapter folder; none where there is not exactly one.
     """
-    info = run.method.info
+    info, labels = run.method.info, labels_file(context)
+    if labels is not None:
+        write_bytes(context.out / LABELS_NAME, labels)
     if info.personalised:
         # Clients that train alone have nothing of a federation to export, and those of real sites keep their own.
         if info.trains == "adapter" and not info.alone and context.coordinator is None:
-            _export_personal(context, run)
+            _export_personal(context, run, labels)
         return None
     broadcast = run.method.broadcast(run.saved.state, Request(None))
     if info.trains != "adapter":
@@ -35,17 +44,29 @@ def export(context: RunContext, run: MethodRun) -> Path | None:
         return None
     path = context.out / "adapter"
     merged = merged_adapter(broadcast)
-    put(path, lambda folder: context.model.save_adapter(folder, merged, broadcast.dense))
+    put(path, lambda folder: _save(context, folder, merged, broadcast.dense, labels))
     return path
 
 
-def _export_personal(context: RunContext, run: MethodRun) -> None:
+def _export_personal(context: RunContext, run: MethodRun, labels: bytes | None) -> None:
     """Write every client's own adapter, for the untouched base."""
     for client in context.clients:
         sent = run.method.broadcast(run.saved.state, Request(client.rank))
         own = run.method.start(sent, run.saved.client_states.get(client.client_id))
-        write = partial(context.model.save_adapter, factors=merged_adapter(own), dense=own.dense)
+        write = partial(_save, context, factors=merged_adapter(own), dense=own.dense, labels=labels)
         put(context.out / "adapters" / client.client_id, write)
+
+
+def _save(
+    context: RunContext,
+    folder: Path,
+    factors: Mapping[str, Factors],
+    dense: Mapping[str, Tensor],
+    labels: bytes | None,
+) -> None:
+    context.model.save_adapter(folder, factors, dense)
+    if labels is not None:
+        write_bytes(folder / LABELS_NAME, labels)
 
 
 def merged_adapter(broadcast: Broadcast) -> dict[str, Factors]:

@@ -28,7 +28,7 @@ from fedspan.client.executors import (
     create_executor,
     num_worker_processes,
 )
-from fedspan.client.setup import work_context
+from fedspan.client.setup import Prepared, work_context
 from fedspan.client.training import Assignment, Terms, TrainingSettings
 from fedspan.config import Config, with_absolute_paths
 from fedspan.config import load as load_config
@@ -181,12 +181,12 @@ class _SharedProvision(Provision):
             self._pool.corpora[key] = super().corpus(config)
         return self._pool.corpora[key]
 
-    def encoded(self, config: Config, corpus: Corpus) -> tuple[Any, dict[str, Encoded]]:
-        """Return a run's tokenizer or image processor, and its rows encoded with it."""
+    def prepared(self, config: Config, corpus: Corpus) -> Prepared:
+        """Return a run's rows, encoded once for runs of the same data, seed and base."""
         key = config.data.model_dump_json(), config.seed, config.model.model_dump_json()
-        if key not in self._pool.encodings:
-            self._pool.encodings[key] = super().encoded(config, corpus)
-        return self._pool.encodings[key]
+        if key not in self._pool.prepared:
+            self._pool.prepared[key] = super().prepared(config, corpus)
+        return self._pool.prepared[key]
 
     def work(self, wanted: Wanted) -> Provided:
         """Return a run's share of a base in memory, and of the executor of its work."""
@@ -205,7 +205,7 @@ class _Pool:
 
     num_runs: int
     corpora: dict[Any, Corpus] = field(default_factory=dict)
-    encodings: dict[Any, tuple[Any, dict[str, Encoded]]] = field(default_factory=dict)
+    prepared: dict[Any, Prepared] = field(default_factory=dict)
     shared: list[_Shared] = field(default_factory=list)
     of_run: dict[int, _Shared] = field(default_factory=dict)
 
@@ -303,15 +303,8 @@ class _Pool:
         placed = device if num_workers == 1 else torch.device("cpu")
 
         def build(own: Wanted) -> WorkContext:
-            return work_context(
-                own.config,
-                own.corpus,
-                own.processor,
-                data,
-                trains=own.trains,
-                max_rank=own.max_rank,
-                device=placed,
-            )
+            prepared = replace(own.prepared, data=data)
+            return work_context(own.config, prepared, trains=own.trains, max_rank=own.max_rank, device=placed)
 
         context = build(first)
         model = context.model
@@ -326,7 +319,7 @@ class _Pool:
         self.of_run |= dict.fromkeys(group, shared)
         return {
             number: _Base(
-                replace(context, training=TrainingSettings.of(own.config), data=own.data),
+                replace(context, training=TrainingSettings.of(own.config), data=own.prepared.data),
                 *bases[own.config.seed],
                 num_workers,
             )
@@ -343,13 +336,13 @@ def _join(group: Mapping[int, Wanted]) -> tuple[dict[str, Encoded], dict[int, di
     """Return the runs' data in one piece, each different data set once, and where each run's rows are in it."""
     data: dict[str, Encoded] = {}
     starts: dict[int, dict[str, tuple[int, int]]] = {number: {} for number in group}
-    for split in sorted({split for own in group.values() for split in own.data}):
+    for split in sorted({split for own in group.values() for split in own.prepared.data}):
         distinct: dict[int, tuple[int, Encoded]] = {}
         length = 0
         for number, own in group.items():
-            if split not in own.data:
+            if split not in own.prepared.data:
                 continue
-            part = own.data[split]
+            part = own.prepared.data[split]
             if id(part) not in distinct:
                 distinct[id(part)] = (length, part)
                 length += len(part)
@@ -360,7 +353,7 @@ def _join(group: Mapping[int, Wanted]) -> tuple[dict[str, Encoded], dict[int, di
 
 def _kind(number: int, wanted: Wanted) -> str:
     """Return what must be equal for two runs to share a base and its passes."""
-    config, corpus = wanted.config, wanted.corpus
+    config, corpus = wanted.config, wanted.prepared.corpus
     evaluation = config.evaluation
     # The account of an example's privacy is of one base: the run's own, with the head that it starts from.
     alone = number if config.privacy.dp == "example" else None

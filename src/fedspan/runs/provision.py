@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from fedspan.client.executors import Executor, create_executor, num_worker_processes
-from fedspan.client.setup import encoded, work_context
+from fedspan.client.setup import Prepared, prepare, work_context
 from fedspan.config import Config
-from fedspan.data import Corpus, Encoded
+from fedspan.data import Corpus
 from fedspan.data import load as load_data
 from fedspan.models import FederatedModel
 from fedspan.models.federated_model import Trains
@@ -22,9 +21,7 @@ class Wanted:
     """The base and the executor that a run wants."""
 
     config: Config
-    corpus: Corpus
-    processor: Any
-    data: Mapping[str, Encoded]
+    prepared: Prepared
     trains: Trains
     max_rank: int
     """The largest rank of any client."""
@@ -56,9 +53,9 @@ class Provision:
         """Return a run's rows."""
         return load_data(config.data, config.seed)
 
-    def encoded(self, config: Config, corpus: Corpus) -> tuple[Any, dict[str, Encoded]]:
-        """Return a run's tokenizer or image processor, and its rows encoded with it."""
-        return encoded(config.model.name, config.data, corpus)
+    def prepared(self, config: Config, corpus: Corpus) -> Prepared:
+        """Return a run's rows, encoded with the tokenizer or image processor of its base."""
+        return prepare(config.model.name, config.data, corpus)
 
     def work(self, wanted: Wanted) -> Provided:
         """Return a run's base in memory, and the executor of its work."""
@@ -66,15 +63,7 @@ class Provision:
         num_workers = num_worker_processes(config.engine.workers, config.threads, device, wanted.num_tasks)
         # Several workers copy a model that stays on the CPU to devices of their own.
         placed = device if num_workers == 1 else torch.device("cpu")
-        context = work_context(
-            config,
-            wanted.corpus,
-            wanted.processor,
-            wanted.data,
-            trains=wanted.trains,
-            max_rank=wanted.max_rank,
-            device=placed,
-        )
+        context = work_context(config, wanted.prepared, trains=wanted.trains, max_rank=wanted.max_rank, device=placed)
         executor = create_executor(context, num_workers, device)
         model = context.model
         return Provided(model, model.dense(), model.digest(), executor, num_workers)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict, cast
 
 from fedspan.data.metrics import METRICS
+from fedspan.runs.base_record import EncodingEntry, encoding_entry, label_names
 from fedspan.runs.context import RunContext
 from fedspan.support import standard_json
 from fedspan.support.versions import installed_version
@@ -114,6 +115,11 @@ class Summary(TypedDict):
     totals: Totals
     data: DataEntry
     clients: list[ClientEntry]
+    labels: list[str] | None
+    """Name of every class in the order of their ids; None without classes."""
+    encoding: EncodingEntry
+    notes: list[str]
+    """Lines on how base and data were read where that may surprise."""
     seed: int
     epsilon: float | None
     """ε of everything that the run has released, under `privacy.dp`; None without it, where no noise was added, and
@@ -163,6 +169,9 @@ def summarise(
         "totals": _totals(history, wall_seconds),
         "data": context.described,
         "clients": [_entry(c.client_id, c.rank, c.num_examples) for c in context.clients],
+        "labels": label_names(context),
+        "encoding": encoding_entry(context),
+        "notes": list(context.notes),
         "seed": context.config.seed,
         "epsilon": spent.get("epsilon"),
         "versions": _versions(),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedspan.client.executors import WorkContext
-from fedspan.client.setup import device_of, encoded, work_context
+from fedspan.client.setup import device_of, notes_of, prepare, work_context
 from fedspan.config import Config
 from fedspan.data import Corpus
 from fedspan.federation import requirements
@@ -28,14 +28,17 @@ class Loaded:
     """Heads and trained weights of the untouched base."""
     base: str
     """Digest of the untouched base."""
+    notes: tuple[str, ...] = ()
+    """Lines on how base and data were read where that may surprise."""
 
     @classmethod
     def of(cls, config: Config, method: Method, corpus: Corpus, max_rank: int) -> Loaded:
         """Read the base and encode the data as the configuration says."""
-        processor, data = encoded(config.model.name, config.data, corpus)
+        prepared = prepare(config.model.name, config.data, corpus)
         trains, device = method.info.trains, device_of(config.device)
-        context = work_context(config, corpus, processor, data, trains=trains, max_rank=max_rank, device=device)
-        return cls(context, context.model.dense(), context.model.digest())
+        context = work_context(config, prepared, trains=trains, max_rank=max_rank, device=device)
+        model = context.model
+        return cls(context, model.dense(), model.digest(), notes_of(prepared, model))
 
 
 def client_of(settings: SiteSettings, corpus: Corpus) -> Client:

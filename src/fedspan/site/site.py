@@ -74,6 +74,8 @@ class Site:
         corpus = load_data(config.data, config.seed)
         self.client = client_of(settings, corpus)
         self.loaded = Loaded.of(config, method, corpus, self.client.rank) if loaded is None else loaded
+        for note in self.loaded.notes:
+            notify(note)
         self.terms = agreement.terms(config)
         self._checks = MessageChecks(self.terms, max(self.client.rank, requirements.largest_rank(config.federation)))
         storage = SiteStorage(folder / "state")

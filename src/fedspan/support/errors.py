@@ -11,6 +11,10 @@ class FedspanError(ValueError):
     """
 
 
+class NotResumable(FedspanError):
+    """A failure of a run that resuming it would only repeat: something has to be set otherwise."""
+
+
 def one_line(error: object, limit: int | None = None) -> str:
     """Return an error's text in one line of printable characters; where it has none, the name of its type.
 

@@ -1,0 +1,115 @@
+"""Texts as token ids: prompts, answers and texts to classify, and what is checked of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedspan.data.base_facts import BaseFacts
+from fedspan.data.chat import ChatFormat
+from fedspan.data.special_tokens import TEXTS_AT_ONCE, Hidden, Spelling, plain_ids
+from fedspan.support.errors import FedspanError
+
+TokensAndTypes = tuple[np.ndarray, np.ndarray | None]
+"""Token ids of a row, and their types where the tokenizer has such."""
+
+
+def prompt_ids(
+    inputs: Sequence[Any] | np.ndarray, filled: Callable[[Sequence[str]], str], spelling: Spelling
+) -> list[np.ndarray]:
+    """Return the token ids of every prompt, without those that the tokenizer puts before a text."""
+    texts: list[str] = []
+    marked: dict[int, Hidden] = {}
+    for row, pair in enumerate(inputs):
+        safe, hidden = spelling.hide(pair)
+        texts.append(filled(safe))
+        if hidden is not None:
+            marked[row] = hidden
+    tokens = plain_ids(spelling.tokenizer, texts)
+    for row, hidden in marked.items():
+        tokens[row] = spelling.template_ids(texts[row], hidden)
+    return tokens
+
+
+def end_tokens(tokenizer: Any, base: BaseFacts, chat: ChatFormat | None) -> tuple[int, ...]:
+    """Return the tokens that end an answer; the first is the one to be learnt.
+
+    Raises
+    ------
+    FedspanError
+        Where neither the tokenizer nor the base has one.
+    """
+    own, stated = tokenizer.eos_token_id, base.end_tokens
+    end = None if chat is None or chat.end is None else int(tokenizer.convert_tokens_to_ids(chat.end))
+    if end is None:
+        end = own if own is not None and (own in stated or not stated) else next(iter(stated), None)
+    if end is None:
+        raise FedspanError("the tokenizer has no end token (eos_token): expected one, to learn where answers end")
+    return tuple(dict.fromkeys([end, *stated, *([] if own is None else [own])]))
+
+
+def leading_tokens(tokenizer: Any) -> list[int]:
+    """Return the special tokens that the tokenizer puts before a text (those after it are not for prompts)."""
+    plain, full = (plain_ids(tokenizer, ["a"], special=special)[0].tolist() for special in (False, True))
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return list(full[:start])
+    raise FedspanError("the tokenizer changes a text's own tokens when it adds special ones: expected it to keep them")
+
+
+def classified_ids(
+    tokenizer: Any, columns: Sequence[Sequence[str]], max_length: int, spelling: Spelling
+) -> list[TokensAndTypes]:
+    """Return the token ids of texts or pairs of them, and the token types where the tokenizer has them."""
+    odd = [any(map(spelling.first, pair)) for pair in zip(*columns, strict=True)]
+    found: dict[int, TokensAndTypes] = {}
+    for split in (False, True):
+        places = [i for i, spelt in enumerate(odd) if spelt is split]
+        if not places:
+            continue
+        chunk = [[column[i] for i in places] for column in columns]
+        options = {"split_special_tokens": True} if split else {}
+        encoded = tokenizer(*chunk, truncation=True, max_length=max_length, **options)
+        ids, kinds = encoded["input_ids"], encoded.get("token_type_ids") or [None] * len(places)
+        for i, row, kind in zip(places, ids, kinds, strict=True):
+            found[i] = np.asarray(row, dtype=np.int64), None if kind is None else np.asarray(kind, dtype=np.int64)
+    return [found[i] for i in range(len(odd))]
+
+
+def check_known(tokenizer: Any, sequences: Sequence[np.ndarray]) -> None:
+    """Refuse a tokenizer that knows nothing of the data, such as one that was made up for lack of its files."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None:
+        return
+    special = set(tokenizer.all_special_ids) - {unknown}
+    seen = set(np.unique(np.concatenate(sequences[:TEXTS_AT_ONCE])).tolist()) - special
+    if seen == {unknown}:
+        raise FedspanError(
+            f"the tokenizer reads all of the data as {tokenizer.unk_token!r}, its unknown token: "
+            f"expected the base's own tokenizer files, which know the words of the data"
+        )
+
+
+def check_end_counts(sequences: Sequence[np.ndarray], pad: int, end: int) -> None:
+    """Check what an encoder-decoder needs, which classifies a batch from its rows' last end tokens."""
+    counts = [int((sequence == end).sum()) for sequence in sequences]
+    if pad == end:
+        raise FedspanError(
+            f"the base classifies from its end token (id {end}), with which the tokenizer also pads: "
+            f"expected a tokenizer with a padding token of its own"
+        )
+    for row, count in enumerate(counts, 1):
+        if count != counts[0] or not count:
+            raise FedspanError(
+                f"the base classifies from its end token (id {end}), of which row {row} has {count} and row 1 has "
+                f"{counts[0]}: expected a tokenizer that ends every text with it, and equally many in every row"
+            )
+
+
+def special_note(spelling: Spelling, texts: Iterable[str]) -> tuple[str, ...]:
+    found = [name for name in map(spelling.first, texts) if name is not None]
+    if not found:
+        return ()
+    return (f"{len(found)} texts spell a special token, such as {found[0]}: they are read as ordinary text",)

@@ -6,7 +6,7 @@ all predictions in the batches' order: the figures have the same bits whichever 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from fedspan.data.metrics import METRICS
 from fedspan.models import FederatedModel
 from fedspan.models.losses import client_losses
 from fedspan.models.merged import merged
+from fedspan.models.padding import equal_lengths, row_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ def _predict(
         texts = _generate(model, examples, indices, processor, max_new_tokens) if max_new_tokens else []
         return loss, count, count, texts
     labels = batch.pop("labels")
-    logits = model.model(**batch).logits.float()
+    logits = row_logits(model.model, batch, model.padding_matters).float()
     if logits.shape[1] == 1:
         return F.mse_loss(logits[:, 0], labels, reduction="sum"), 1, len(indices), logits[:, 0]
     return F.cross_entropy(logits, labels, reduction="sum"), 1, len(indices), logits.argmax(dim=1)
@@ -129,6 +130,17 @@ def _generate(
 ) -> list[str]:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     batch = {name: value.to(model.device) for name, value in examples.prompts(indices).items()}
+    if not model.padding_matters:
+        return _continued(model, batch, tokenizer, pad, max_new_tokens)
+    texts: dict[int, str] = {}
+    for rows, part in equal_lengths(batch):
+        texts |= zip(rows.tolist(), _continued(model, part, tokenizer, pad, max_new_tokens), strict=True)
+    return [texts[row] for row in range(len(indices))]
+
+
+def _continued(
+    model: FederatedModel, batch: Mapping[str, Tensor], tokenizer: Any, pad: int, max_new_tokens: int
+) -> list[str]:
     writer: Any = model.model
     tokens = writer.generate(
         **batch,

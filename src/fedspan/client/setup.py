@@ -13,6 +13,8 @@ from fedspan.config import Config, DataConfig
 from fedspan.data import Corpus, Encoded, encode
 from fedspan.models import build, load_processor
 from fedspan.models.federated_model import Trains
+from fedspan.models.selection import Selection
+from fedspan.privacy.example_dp import check_layers
 from fedspan.support.errors import FedspanError, first_line
 
 
@@ -37,6 +39,7 @@ def work_context(
     trains: Trains,
     max_rank: int,
     device: torch.device,
+    galore_rank: int = 0,
 ) -> WorkContext:
     """Return the base that the settings name, with the parts that a method trains, beside the data to train it on.
 
@@ -48,6 +51,13 @@ def work_context(
         As a method's `info.trains` says.
     max_rank
         The largest rank of any client.
+    galore_rank
+        The rank that gradients of the target modules' weights are projected to; 0: they are not.
+
+    Raises
+    ------
+    FedspanError
+        When the base cannot be used for this data, or not with the gradients per example that the settings ask for.
     """
     texts, adapter = data["train"].texts, config.adapter
     model = build(
@@ -55,7 +65,9 @@ def work_context(
         corpus.kind,
         trains=trains,
         num_labels=corpus.num_labels,
-        target_modules=adapter.target_modules,
+        selection=Selection(adapter.target_modules, adapter.exclude_modules, adapter.layers, adapter.modules_to_save),
+        min_rank=None if trains == "adapter" else galore_rank,
+        example=data["train"].batch([0]),
         max_rank=max_rank,
         rslora=adapter.rslora,
         dropout=adapter.dropout,
@@ -67,6 +79,8 @@ def work_context(
         pad_token_id=texts.pad if texts is not None else None,
         quantise=config.model.quantise,
     )
+    if config.privacy.dp == "example":
+        check_layers(model, data["train"])
     training = TrainingSettings.of(config)
     return WorkContext(training, config.evaluation, config.threads, model, data, processor, corpus.metrics)
 

@@ -119,6 +119,8 @@ class Lines:
             self._started = data
             self._print(f"{_title(data)}; folder {data['out']}")
             self._print(_engine(data))
+            for note in data.get("notes", ()):
+                self._print(note)
         elif event.kind == "phase":
             self._at.begin(data["phase"], data["total"], data["done"], time.monotonic())
             resumed = f", from round {data['done'] + 1}" if 0 < data["done"] < data["total"] else ""
@@ -177,6 +179,8 @@ class Live:
             self._started = data
             self.progress.console.print(f"[bold]{escape(_title(data))}[/]", highlight=False)
             self.progress.console.print(escape(_engine(data)), style="dim", highlight=False)
+            for note in data.get("notes", ()):
+                self.progress.console.print(escape(note), highlight=False)
         elif event.kind == "phase":
             self._phase(data)
         elif event.kind == "client":

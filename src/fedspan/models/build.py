@@ -6,13 +6,27 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedspan.data.rows import Kind
 from fedspan.models import quantised
-from fedspan.models.federated_model import FederatedModel, Trains
-from fedspan.models.layers import in_float32, is_conv1d, shape_of
+from fedspan.models.federated_model import BatchNorm, FederatedModel, Trains
+from fedspan.models.layers import in_float32, inputs_in, is_conv1d, output_in
 from fedspan.models.loading import head_names, load_base, seeded, without
+from fedspan.models.selection import (
+    ALL_LINEAR,
+    Selection,
+    Targets,
+    Wanted,
+    experts_line,
+    fused_experts,
+    left_out_line,
+    linear_layers,
+    saved_modules,
+    select,
+    within,
+)
+from fedspan.models.trial import Trial, try_row
 from fedspan.support.errors import FedspanError
 
 
@@ -22,7 +36,7 @@ def build(
     *,
     trains: Trains,
     num_labels: int,
-    target_modules: tuple[str, ...],
+    target_modules: Wanted = (ALL_LINEAR,),
     max_rank: int,
     rslora: bool,
     dropout: float,
@@ -33,6 +47,9 @@ def build(
     regression: bool = False,
     pad_token_id: int | None = None,
     quantise: str = "none",
+    selection: Selection | None = None,
+    min_rank: int | None = None,
+    example: Mapping[str, Tensor] | None = None,
 ) -> FederatedModel:
     """Load the base and prepare the parts that `trains` names for training.
 
@@ -42,13 +59,21 @@ def build(
         `adapter`: adapters on the target modules; `targets`: the target modules' weights; `all`: every weight. Heads
         are always trained.
     target_modules
-        Name endings of the target modules; `all-linear` for every linear layer beside the heads.
+        Name endings of the target modules, a regular expression that matches whole names, or `all-linear` for every
+        linear layer beside the heads that can be adapted.
     max_rank
         The largest rank of any client.
     pad_token_id
         The token that the batches are padded with; None as the base's own configuration says.
     quantise
         The type of the base's linear layers: `int8`, `nf4`, or `none` for `dtype` as everything else.
+    selection
+        All the settings that choose layers, in place of `target_modules` alone.
+    min_rank
+        The rank that target modules must be able to hold; None: `max_rank` for adapters, any for weights.
+    example
+        A batch of a row or two of the data, with which it is tried whether the base can be computed and how it uses
+        its layers; None: that is not tried.
 
     Raises
     ------
@@ -57,6 +82,7 @@ def build(
         layer's size.
     """
     quantised.check(quantise, trains)
+    selection = selection or Selection(target_modules)
     kept = dtype if trains == "adapter" else "float32"
     base, new = load_base(name, kind, num_labels, kept, seed, label_names, regression, pad_token_id, quantise)
     base.to(device)
@@ -64,38 +90,76 @@ def build(
         parameter.requires_grad_(False)
     own = dict(base.named_parameters())
     heads = _heads(base, kind, name, new & own.keys())
-    targets = _targets(base, target_modules, heads)
-    weights = {f"{layer_name}.weight" for layer_name in targets}
+    saved = saved_modules(base, selection.modules_to_save)
+    heads += tuple(module for module in saved if not within(module, heads))
+    _convert_types(base, kind, heads, saved, getattr(torch, kept))
+    least = min_rank if min_rank is not None else max_rank if trains == "adapter" else 0
+    linear = linear_layers(base, heads)
+    trial = Trial()
+    if example is not None:
+        trial = try_row(name, kind, base, linear, _on(example, device), pad_token_id or 0)
+    targets = select(base, selection, heads, least, trial.read_as_weights if trains == "adapter" else {})
+    weights = {f"{layer_name}.weight" for layer_name in targets.layers}
     dense = _dense(own, heads, weights, trains)
-    if kept != "float32":
-        for head in heads:
-            base.get_submodule(head).register_forward_pre_hook(in_float32)
     model: nn.Module = base
-    layers: Mapping[str, Any] = targets
+    layers: Mapping[str, Any] = targets.layers
     if trains == "adapter":
-        _check_rank(targets, max_rank)
         with seeded(seed, "adapter"):
-            model, layers = _attach(base, targets, max_rank, rslora, dropout)
-    return FederatedModel(name, kind, trains, model, layers, dense, frozenset(weights & dense.keys()), heads, device)
+            model, layers = _attach(base, targets.layers, max_rank, rslora, dropout)
+    return FederatedModel(
+        name,
+        kind,
+        trains,
+        model,
+        layers,
+        dense,
+        frozenset(weights & dense.keys()),
+        heads,
+        device,
+        notes=_notes(base, targets, heads, trains, trial),
+        padding_matters=trial.padding_matters,
+    )
+
+
+def _on(example: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in example.items()}
+
+
+def _convert_types(base: Any, kind: Kind, heads: Collection[str], saved: Collection[str], dtype: torch.dtype) -> None:
+    """Let parts that are trained in float32, and images, meet a body in half precision, by hooks."""
+    if dtype == torch.float32:
+        return
+    for head in heads:
+        base.get_submodule(head).float().register_forward_pre_hook(in_float32)
+    for module in saved:
+        # Inside the body, unlike a head: what follows takes the body's own type.
+        base.get_submodule(module).register_forward_hook(output_in(dtype))
+    if kind == "image":
+        base.register_forward_pre_hook(inputs_in(dtype), with_kwargs=True)
+
+
+def _notes(base: nn.Module, targets: Targets, heads: Collection[str], trains: Trains, trial: Trial) -> tuple[str, ...]:
+    """Return what the user should know of the base's layers before the first round, one line each."""
+    notes = [left_out_line(targets.left_out)] if targets.left_out else []
+    if trains != "all" and (experts := fused_experts(base, heads)):
+        notes.append(experts_line(experts))
+    if count := sum(isinstance(layer, BatchNorm) for layer in base.modules()):
+        notes.append(f"batch normalisation keeps the base's running statistics in training ({count} layers)")
+    if trial.padding_matters:
+        notes.append("padding changes this model's results: only rows of equal length are computed together")
+    return tuple(notes)
 
 
 def _dense(
     own: Mapping[str, nn.Parameter], heads: Collection[str], weights: Collection[str], trains: Trains
 ) -> dict[str, nn.Parameter]:
     """Return the parameters that are trained as they are, in float32 whatever the base's type."""
-    in_heads = {name for name in own if _within(name, heads)}
+    in_heads = {name for name in own if within(name, heads)}
     chosen = {"adapter": in_heads, "targets": in_heads | set(weights), "all": set(own)}[trains]
     dense = {name: own[name] for name in own if name in chosen}
     for parameter in dense.values():
         parameter.data = parameter.data.float()
     return dense
-
-
-def _check_rank(targets: Mapping[str, nn.Module], max_rank: int) -> None:
-    for name, layer in targets.items():
-        m, n = shape_of(layer)
-        if max_rank > min(m, n):
-            raise FedspanError(f"rank {max_rank} is above what {name} ({m}×{n}) can hold: expected at most {min(m, n)}")
 
 
 def _heads(base: Any, kind: Kind, name: str, new: Collection[str]) -> tuple[str, ...]:
@@ -107,7 +171,7 @@ def _heads(base: Any, kind: Kind, name: str, new: Collection[str]) -> tuple[str,
         When the files lack anything else: it would be random, and nothing would show that.
     """
     heads = head_names(base, kind)
-    lacking = sorted(n for n in new if not _within(n, heads))
+    lacking = sorted(n for n in new if not within(n, heads))
     for parameter in lacking:
         if kind == "instruction" or "pooler" not in parameter.split("."):
             raise FedspanError(
@@ -115,41 +179,6 @@ def _heads(base: Any, kind: Kind, name: str, new: Collection[str]) -> tuple[str,
                 f"expected a complete base"
             )
     return heads + tuple(sorted({parameter.rpartition(".")[0] for parameter in lacking}))
-
-
-def _within(name: str, modules: Collection[str]) -> bool:
-    return any(name == module or name.startswith(module + ".") for module in modules)
-
-
-def _targets(base: nn.Module, wanted: tuple[str, ...], heads: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Return the linear layers whose names end in one of `wanted`, in the model's order."""
-    if not wanted:
-        raise FedspanError("adapter.target_modules is empty: expected name endings, or all-linear")
-    linear = _linear_layers(base, heads)
-    if tuple(wanted) == ("all-linear",):
-        if not linear:
-            raise FedspanError("adapter.target_modules: this model has no linear layer beside its head")
-        return linear
-    for end in wanted:
-        if not any(_ends_in(name, end) for name in linear):
-            endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise FedspanError(
-                f"adapter.target_modules: {end!r} matches no linear layer; this model has {', '.join(endings)}"
-            )
-    return {name: layer for name, layer in linear.items() if any(_ends_in(name, end) for end in wanted)}
-
-
-def _linear_layers(base: nn.Module, heads: tuple[str, ...]) -> dict[str, nn.Module]:
-    output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
-    return {
-        name: layer
-        for name, layer in base.named_modules()
-        if (isinstance(layer, nn.Linear) or is_conv1d(layer)) and layer is not output and not _within(name, heads)
-    }
-
-
-def _ends_in(name: str, end: str) -> bool:
-    return name == end or name.endswith("." + end)
 
 
 def _attach(

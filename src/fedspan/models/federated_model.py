@@ -22,6 +22,7 @@ from fedspan.models.loading import library_logs_silenced, resolve
 from fedspan.support.errors import FedspanError
 
 Trains = Literal["adapter", "targets", "all"]
+BatchNorm = nn.modules.batchnorm._BatchNorm
 _TASK_TYPES: Mapping[str, str | None] = {"instruction": "CAUSAL_LM", "classification": "SEQ_CLS", "image": None}
 
 
@@ -50,6 +51,10 @@ class FederatedModel:
     heads: tuple[str, ...]
     """Modules that are trained whole: the head, and others that the model's files lack (a pooler)."""
     device: torch.device
+    notes: tuple[str, ...] = ()
+    """Lines on the base's layers that a user should know before the first round."""
+    padding_matters: bool = False
+    """Padding changes a row's results, so that only rows of equal length are computed together."""
     passes: dict[Any, Any] = field(default_factory=dict)
     """Passes of many clients that were recorded over this model's memory, by what they were recorded for."""
     _originals: dict[str, Tensor] = field(default_factory=dict)
@@ -204,6 +209,9 @@ class FederatedModel:
     def training(self, compiled: bool = False) -> Iterator[None]:
         """Set the model to training mode, with dropout on; afterwards it is in evaluation mode.
 
+        Batch normalisation stays in evaluation mode: its statistics are the base's, in training as in every result
+        that is saved, and each row is normalised as it would be alone.
+
         Parameters
         ----------
         compiled
@@ -214,6 +222,9 @@ class FederatedModel:
             self._compiled = self._compiled or torch.compile(body.forward, dynamic=True)
             body.forward = self._compiled
         self.model.train()
+        for layer in self.model.modules():
+            if isinstance(layer, BatchNorm):
+                layer.eval()
         try:
             yield
         finally:

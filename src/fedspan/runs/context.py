@@ -109,7 +109,14 @@ class RunContext:
         # Several workers copy a model that stays on the CPU to devices of their own.
         placed = device if num_workers == 1 else torch.device("cpu")
         context = work_context(
-            config, corpus, processor, data, trains=method.info.trains, max_rank=max_rank, device=placed
+            config,
+            corpus,
+            processor,
+            data,
+            trains=method.info.trains,
+            max_rank=max_rank,
+            device=placed,
+            galore_rank=requirements.galore_rank(method),
         )
         model = context.model
         initial_dense = model.dense()

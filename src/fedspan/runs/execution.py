@@ -191,6 +191,7 @@ def _announce(context: RunContext, main: MethodRun) -> None:
         trained_parameters=adapter + dense,
         engine=engine.name,
         reason=engine.reason,
+        notes=list(context.model.notes),
         workers=context.num_workers,
     )
 

@@ -34,7 +34,16 @@ class Loaded:
         """Read the base and encode the data as the configuration says."""
         processor, data = encoded(config.model.name, config.data, corpus)
         trains, device = method.info.trains, device_of(config.device)
-        context = work_context(config, corpus, processor, data, trains=trains, max_rank=max_rank, device=device)
+        context = work_context(
+            config,
+            corpus,
+            processor,
+            data,
+            trains=trains,
+            max_rank=max_rank,
+            device=device,
+            galore_rank=requirements.galore_rank(method),
+        )
         return cls(context, context.model.dense(), context.model.digest())
 
 

@@ -31,7 +31,15 @@ SEQ2SEQ = {
     "decoder_ffn_dim": 24,
     "max_position_embeddings": 64,
 }
-T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+T5 = {
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": 1,
+    "num_decoder_layers": 1,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+}
 VIT: dict[str, Any] = {**WIDE, "image_size": 16, "patch_size": 8}
 STAGES = {"depths": [1, 1], "hidden_sizes": [8, 16], "num_stages": 2, "embedding_size": 8}
 SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
@@ -244,7 +252,17 @@ FAMILIES = (
         {**TEXT, "attention_window": 4, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
         model_type="longformer",
     ),
-    _encoder("funnel", {"d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 24, "block_sizes": [1, 1], "architectures": ["FunnelModel"]}),
+    _encoder(
+        "funnel",
+        {
+            "d_model": 16,
+            "n_head": 2,
+            "d_head": 8,
+            "d_inner": 24,
+            "block_sizes": [1, 1],
+            "architectures": ["FunnelModel"],
+        },
+    ),
     _encoder("rembert", {**TEXT, "input_embedding_size": 8, "output_embedding_size": 8}),
     _encoder("roformer", {**TEXT, "embedding_size": 16}),
     _encoder("megatron-bert", TEXT),
@@ -259,7 +277,6 @@ FAMILIES = (
         fast=True,
     ),
     _encoder("canine", {**TEXT, "max_position_embeddings": 64, "local_transformer_stride": 4, "num_hash_buckets": 64}),
-    _encoder("perceiver", {"d_latents": 16, "d_model": 16, "num_latents": 4, "num_self_attends_per_block": 1}),
     _encoder("llama classifier", LLAMA, "decoder", model_type="llama"),
     _encoder("gpt2 classifier", {**GPT, **STILL}, "transposed", model_type="gpt2"),
     _encoder("mixtral classifier", {**LLAMA, **EXPERTS}, "experts", model_type="mixtral"),
@@ -332,7 +349,10 @@ FAMILIES = (
         side=32,
     ),
     _vision(
-        "efficientnet", {"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128}, "batch norm", side=32
+        "efficientnet",
+        {"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128},
+        "batch norm",
+        side=32,
     ),
     _vision(
         "pvt",
@@ -369,7 +389,14 @@ FAMILIES = (
     _vision("focalnet", {"image_size": 32, "embed_dim": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}, side=32),
     _vision(
         "hiera",
-        {"image_size": [32, 32], "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "query_stride": [2, 2], "num_query_pool": 1},
+        {
+            "image_size": [32, 32],
+            "embed_dim": 8,
+            "depths": [1, 1],
+            "num_heads": [1, 2],
+            "query_stride": [2, 2],
+            "num_query_pool": 1,
+        },
         side=32,
     ),
     _vision("clip", _towers("clip"), "two towers", fast=True),

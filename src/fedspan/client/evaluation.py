@@ -130,7 +130,7 @@ def _generate(
 ) -> list[str]:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     batch = {name: value.to(model.device) for name, value in examples.prompts(indices).items()}
-    if not model.padding_matters:
+    if not model.prompt_padding_matters:
         return _continued(model, batch, tokenizer, pad, max_new_tokens)
     texts: dict[int, str] = {}
     for rows, part in equal_lengths(batch):

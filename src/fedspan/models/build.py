@@ -98,7 +98,8 @@ def build(
     trial = Trial()
     if example is not None:
         trial = try_row(name, kind, base, linear, _on(example, device), pad_token_id or 0)
-    targets = select(base, selection, heads, least, trial.read_as_weights if trains == "adapter" else {})
+    unadaptable = {**_taken_for_experts(base, linear), **trial.read_as_weights} if trains == "adapter" else {}
+    targets = select(base, selection, heads, least, unadaptable)
     weights = {f"{layer_name}.weight" for layer_name in targets.layers}
     dense = _dense(own, heads, weights, trains)
     model: nn.Module = base
@@ -118,6 +119,7 @@ def build(
         device,
         notes=_notes(base, targets, heads, trains, trial),
         padding_matters=trial.padding_matters,
+        prompt_padding_matters=trial.prompt_padding_matters,
     )
 
 
@@ -147,6 +149,8 @@ def _notes(base: nn.Module, targets: Targets, heads: Collection[str], trains: Tr
         notes.append(f"batch normalisation keeps the base's running statistics in training ({count} layers)")
     if trial.padding_matters:
         notes.append("padding changes this model's results: only rows of equal length are computed together")
+    elif trial.prompt_padding_matters:
+        notes.append("padding before a prompt changes this model's answers: only prompts of equal length go together")
     return tuple(notes)
 
 
@@ -179,6 +183,30 @@ def _heads(base: Any, kind: Kind, name: str, new: Collection[str]) -> tuple[str,
                 f"expected a complete base"
             )
     return heads + tuple(sorted({parameter.rpartition(".")[0] for parameter in lacking}))
+
+
+def _taken_for_experts(base: nn.Module, linear: Collection[str]) -> dict[str, str]:
+    """Return the layers that PEFT does not adapt because their names are those of a former version's experts.
+
+    Where the experts of an architecture were layers once, it takes every target of such a name for the experts' present
+    parameters: those of dense layers and of shared experts too.
+    """
+    if not hasattr(getattr(base, "config", None), "model_type"):
+        return {}
+    with without("bitsandbytes"):
+        from peft import LoraConfig
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+        taken = set()
+        for ending in {name.rpartition(".")[2] for name in linear}:
+            config = LoraConfig(target_modules=[ending])
+            try:
+                convert_peft_config_for_transformers(config, base, None)
+            except ValueError:  # one of two names that only make sense together
+                taken.add(ending)
+            if ending not in (config.target_modules or ()):
+                taken.add(ending)
+    return {n: "has a name that PEFT takes for the experts'" for n in linear if n.rpartition(".")[2] in taken}
 
 
 def _attach(

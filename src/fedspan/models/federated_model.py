@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +54,9 @@ class FederatedModel:
     notes: tuple[str, ...] = ()
     """Lines on the base's layers that a user should know before the first round."""
     padding_matters: bool = False
-    """Padding changes a row's results, so that only rows of equal length are computed together."""
+    """Padding behind a row changes its results, so that only rows of equal length are computed together."""
+    prompt_padding_matters: bool = False
+    """Padding before a prompt changes what follows, so that only prompts of equal length are continued together."""
     passes: dict[Any, Any] = field(default_factory=dict)
     """Passes of many clients that were recorded over this model's memory, by what they were recorded for."""
     _originals: dict[str, Tensor] = field(default_factory=dict)
@@ -246,17 +248,40 @@ class FederatedModel:
     def save_adapter(
         self, path: str | os.PathLike[str], factors: Mapping[str, Factors], dense: Mapping[str, Tensor]
     ) -> None:
-        """Save a PEFT adapter folder for the untouched base, with the heads as its `modules_to_save`."""
+        """Save a PEFT adapter folder for the untouched base, with the heads as its `modules_to_save`.
+
+        A weight that another module shares is saved for both: PEFT gives each of them a copy of its own.
+        """
         conv = [name for name, layer in self.layers.items() if is_conv1d(base_layer(layer))]
+        modules = (*self.heads, *self._tied_modules(dense))
         peft_folder.save(
             Path(path),
             factors,
             base_model=resolve(self.name),
             task_type=_TASK_TYPES[self.kind],
-            dense=dense,
-            modules_to_save=self.heads,
+            dense=self._with_all_that_peft_reads(dense, modules),
+            modules_to_save=modules,
             fan_in_fan_out=bool(conv),
         )
+
+    def _tied_modules(self, dense: Mapping[str, Tensor]) -> list[str]:
+        """Return the modules outside the heads that share a trained weight with one of them."""
+        trained = {id(self.dense_parameters[name]) for name in dense}
+        owners = (n for n, p in self.model.named_parameters(remove_duplicate=False) if id(p) in trained)
+        return [n.rpartition(".")[0] for n in owners if not any(n.startswith(f"{head}.") for head in self.heads)]
+
+    def _with_all_that_peft_reads(self, dense: Mapping[str, Tensor], modules: Sequence[str]) -> dict[str, Tensor]:
+        """Return the trained weights with everything else that PEFT expects of modules with these name endings.
+
+        It takes every module whose name ends in one of them for a saved one, and wants all of its tensors: buffers of
+        batch normalisation in a head, and the layers of the body that are called like a head (`norm`).
+        """
+        matched = [n for n, _ in self.model.named_modules(remove_duplicate=False) if n.endswith(tuple(modules))]
+        held = {n: t for n, t in self.model.state_dict().items() if any(n.startswith(f"{m}.") for m in matched)}
+        names = {id(p): n for n, p in self.dense_parameters.items() if n in dense}
+        shared = {n: names.get(id(p), n) for n, p in self.model.named_parameters(remove_duplicate=False)}
+        found = {n: dense.get(shared.get(n, n), t.detach()) for n, t in held.items() if ".lora_" not in n}
+        return {**dense, **found}
 
     def apply_patch(self, patch: Mapping[str, Patch]) -> None:
         """Make the base the untouched base plus `patch`, in place of the patch before."""

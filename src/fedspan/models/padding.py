@@ -7,6 +7,7 @@ longer one.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ _COARSE = 3e-2
 
 @torch.no_grad()
 def padding_changes(base: Any, inputs: Mapping[str, Any], pad: int, masked: bool) -> bool:
-    """Return whether padding behind a row, or before a prompt that is continued, changes its logits.
+    """Return whether padding behind a row changes its logits, at either of two lengths.
 
     Parameters
     ----------
@@ -31,18 +32,37 @@ def padding_changes(base: Any, inputs: Mapping[str, Any], pad: int, masked: bool
     pad
         The padding token.
     masked
-        The model is given the attention mask with padding on the right, as classifiers are; causal models are not, and
-        are continued from a padding on the left, with a mask.
+        The model is given the attention mask, as classifiers are; causal models are trained without.
     """
-    if masked:
-        return _differ(base(**inputs).logits, base(**_padded(inputs, pad, left=False)).logits)
-    bare = {name: value for name, value in inputs.items() if name != "attention_mask"}
-    behind = _padded(inputs, pad, left=False)
-    del behind["attention_mask"]
-    plain, length = base(**bare).logits, inputs["input_ids"].shape[1]
-    right = base(**behind).logits[:, :length]
-    left = base(**_padded(inputs, pad, left=True)).logits[:, -1:]
-    return _differ(plain, right) or _differ(plain[:, -1:], left)
+    for row in (inputs, _shorter(inputs)):
+        alone, behind = dict(row), _padded(row, pad, left=False)
+        if not masked:
+            del alone["attention_mask"], behind["attention_mask"]
+        plain, other = base(**alone).logits, base(**behind).logits
+        if _differ(plain, other if masked else other[:, : plain.shape[1]]):
+            return True
+    return False
+
+
+@torch.no_grad()
+def prompt_padding_changes(base: Any, inputs: Mapping[str, Any], pad: int) -> bool:
+    """Return whether padding before a prompt, with a mask as in generation, changes the logits of what follows it."""
+    given = inspect.signature(base.forward).parameters
+    last = []
+    for row in (dict(inputs), _padded(inputs, pad, left=True)):
+        if "position_ids" in given:
+            row["position_ids"] = (row["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
+        last.append(base(**row).logits[:, -1])
+    return _differ(*last)
+
+
+def _shorter(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row without its second token: the first and the last may be such as the model looks for."""
+    shape = inputs["input_ids"].shape
+    if shape[1] < 3:
+        return dict(inputs)
+    keep = [0, *range(2, shape[1])]
+    return {n: v[:, keep] if isinstance(v, Tensor) and v.shape == shape else v for n, v in inputs.items()}
 
 
 def _differ(x: Tensor, y: Tensor) -> bool:

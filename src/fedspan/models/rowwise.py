@@ -40,11 +40,6 @@ def reason_against(model: FederatedModel, data: Encoded, num_clients: int, rows:
         Examples to take the first and the last rows of.
     num_clients, rows
         C and b. Text is tried with as many tokens as there are rows, and with more.
-
-    Raises
-    ------
-    FedspanError
-        Where the model cannot compute even one client's gradients.
     """
     try:
         head_layers(model)
@@ -53,8 +48,8 @@ def reason_against(model: FederatedModel, data: Encoded, num_clients: int, rows:
     sent = [_broadcast(model, k) for k in range(num_clients)]
     for batch in _batches(data, num_clients, rows):
         moved = {name: value.to(model.device) for name, value in batch.items()}
-        alone = [_alone(model, sent[k], _own(moved, k, num_clients)) for k in range(num_clients)]
         try:
+            alone = [_alone(model, sent[k], _own(moved, k, num_clients)) for k in range(num_clients)]
             together = _together(model, sent, moved)
         except NotRowwise as error:
             return str(error)
@@ -98,17 +93,26 @@ def _batches(data: Encoded, num_clients: int, rows: int) -> Iterator[dict[str, T
 def _of_length(batch: Batch, length: int, shorter: int, rows: int, data: Encoded) -> dict[str, Tensor]:
     """Return the batch with rows of `length` tokens, the first client's `shorter` by that much and padded."""
     pad = data.texts.pad if data.texts is not None else 0
-    mask = torch.ones(len(batch["input_ids"]), length, dtype=torch.int64)
-    mask[:rows, length - shorter :] = 0
-    made = {**batch, "attention_mask": mask}
-    real = batch["input_ids"][batch["attention_mask"].bool()]
-    ids = real.repeat(-(-mask.numel() // len(real)))[: mask.numel()].view_as(mask)  # real tokens alone, row by row
-    made["input_ids"] = ids.masked_fill(mask == 0, pad)
+    count = len(batch["input_ids"])
+    lengths = [length - shorter if row < rows else length for row in range(count)]
+    mask = (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.full_like(mask, pad)
+    for row, (real, own) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
+        ids[row, : lengths[row]] = _stretched(real[own.bool()], lengths[row])
+    made = {**batch, "input_ids": ids, "attention_mask": mask}
     if "token_type_ids" in made:
         made["token_type_ids"] = torch.zeros_like(mask)
     if made["labels"].ndim == 2:
         made["labels"] = ids.masked_fill(mask == 0, IGNORED)
     return made
+
+
+def _stretched(tokens: Tensor, length: int) -> Tensor:
+    """Return a row of that length with the row's own first and last tokens, which some models look for."""
+    if len(tokens) < 3 or length < 3:
+        return tokens.repeat(-(-length // len(tokens)))[-length:]
+    inner = tokens[1:-1].repeat(-(-length // (len(tokens) - 2)))[: length - 2]
+    return torch.cat([tokens[:1], inner, tokens[-1:]])
 
 
 def _own(batch: Batch, client: int, num_clients: int) -> dict[str, Tensor]:

@@ -92,6 +92,9 @@ def select(
     }
     if reasons and not selection.all_linear:
         name, why = next(iter(reasons.items()))
+        m, n = shape_of(linear[name])
+        if why == _too_small(m, n, min_rank):
+            raise FedspanError(f"rank {min_rank} is above what {name} ({m}×{n}) can hold: expected at most {min(m, n)}")
         raise FedspanError(f"adapter.target_modules: {name} {why}; expected other layers, or adapter.exclude_modules")
     kept = {name: linear[name] for name in chosen if name not in reasons}
     if not kept:
@@ -165,8 +168,12 @@ def _reason(
         return "is read as a weight by the model's fused kernels, and PEFT adapts none such"
     m, n = shape_of(layer)
     if min_rank > min(m, n):
-        return f"is {m}×{n}, too small for rank {min_rank}"
+        return _too_small(m, n, min_rank)
     return None
+
+
+def _too_small(m: int, n: int, rank: int) -> str:
+    return f"is {m}×{n}, too small for rank {rank}"
 
 
 def _matching(setting: str, wanted: Wanted, linear: Mapping[str, nn.Module]) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedspan.data.rows import Kind
-from fedspan.models.padding import padding_changes
+from fedspan.models.padding import padding_changes, prompt_padding_changes
 from fedspan.support.errors import FedspanError, first_line
 
 _READ = "is read as a weight by the model, so that an adapter beside it has no effect"
@@ -29,7 +29,9 @@ class Trial:
     read_as_weights: Mapping[str, str] = field(default_factory=dict)
     """Layers whose weight the model reads without ever calling them -> what that means."""
     padding_matters: bool = False
-    """Padding changes the row's results."""
+    """Padding behind a row changes its results."""
+    prompt_padding_matters: bool = False
+    """Padding before a prompt changes what is generated after it."""
 
 
 @dataclass(slots=True)
@@ -67,13 +69,16 @@ def try_row(
     try:
         with torch.no_grad(), _watched(layers) as uses:
             base(**inputs)
-        padding = "input_ids" in inputs and padding_changes(base, inputs, pad, masked=kind != "instruction")
+        text, continued = "input_ids" in inputs, kind == "instruction"
+        behind = text and padding_changes(base, inputs, pad, masked=not continued)
+        before = text and continued and prompt_padding_changes(base, inputs, pad)
     except Exception as error:  # whatever a model's own code raises
         raise FedspanError(
             f"model.name = {name!r}: it cannot compute an example of this data ({first_line(error)}); "
             f"expected a base for data of this kind and size"
         ) from None
-    return Trial({key: _READ for key, use in uses.items() if use.read and not use.called}, padding)
+    read = {key: _READ for key, use in uses.items() if use.read and not use.called}
+    return Trial(read, behind, before)
 
 
 @contextmanager

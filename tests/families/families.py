@@ -229,6 +229,13 @@ FAMILIES = (
         "state-space",
     ),
     _encoder("bert", TEXT, fast=True),
+    _encoder(
+        "bert with unreached layers",
+        {**TEXT, "is_decoder": True, "add_cross_attention": True},
+        "no gradient",
+        model_type="bert",
+        fast=True,
+    ),
     _encoder("bert, bfloat16", TEXT, "half precision", model_type="bert", dtype="bfloat16"),
     _encoder("roberta", {**TEXT, "max_position_embeddings": 66}),
     _encoder("distilbert", {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 64}),

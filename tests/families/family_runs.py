@@ -145,7 +145,8 @@ def _cohort(family: Family, base: Path, data: Mapping[str, Path], folder: Path) 
     try:
         together = _run(config, folder / "cohort")
     except Refused as refusal:
-        return f"one by one: {str(refusal).removeprefix('engine.name = ' + repr('cohort') + ': ')}"
+        reason = str(refusal).removeprefix("engine.name = 'cohort': ")
+        return f"one by one: {reason.removesuffix('; expected auto or sequential')}"
     first, second = (_tensors(path) for path in (folder / "glora" / "adapter", together.adapter))
     error = _distance(first, second)
     return "yes" if error < CLOSE[family.dtype] else f"wrong: the updates differ by {error:.1e}"

@@ -19,7 +19,7 @@ _RULE = "|---|---|---|---|---|---|---|"
 def row(findings: object) -> str:
     """Return one line of the table."""
     cells = (getattr(findings, name) for name in ("family", "kind", "layers", "glora", "fedftg", "cohort", "remark"))
-    return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"
+    return f"| {' | '.join(str(cell).replace('|', '/').replace('*', chr(92) + '*') for cell in cells)} |"
 
 
 def rows() -> dict[str, str]:

@@ -24,6 +24,7 @@ from fedspan.models.selection import (
     linear_layers,
     saved_modules,
     select,
+    unused_line,
     within,
 )
 from fedspan.models.trial import Trial, try_row
@@ -143,6 +144,8 @@ def _convert_types(base: Any, kind: Kind, heads: Collection[str], saved: Collect
 def _notes(base: nn.Module, targets: Targets, heads: Collection[str], trains: Trains, trial: Trial) -> tuple[str, ...]:
     """Return what the user should know of the base's layers before the first round, one line each."""
     notes = [left_out_line(targets.left_out)] if targets.left_out else []
+    if unused := [name for name in targets.layers if name in trial.unused]:
+        notes.append(unused_line(unused))
     if trains != "all" and (experts := fused_experts(base, heads)):
         notes.append(experts_line(experts))
     if count := sum(isinstance(layer, BatchNorm) for layer in base.modules()):

@@ -108,9 +108,12 @@ class FederatedModel:
                 weight.grad = None
 
     def oriented(self, name: str, weight: nn.Parameter) -> Tensor:
-        """Return a copy of the gradient of a module's weight, in float32 on the CPU and of the template's shape."""
-        assert weight.grad is not None
-        grad = weight.grad.detach().float().cpu()
+        """Return a copy of the gradient of a module's weight, in float32 on the CPU and of the template's shape.
+
+        It is zero for a layer that the data does not reach.
+        """
+        grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        grad = grad.detach().float().cpu()
         transposed = self.trains == "adapter" and is_conv1d(base_layer(self.layers[name]))
         return (grad.T if transposed else grad).contiguous()
 

@@ -54,7 +54,7 @@ def reason_against(model: FederatedModel, data: Encoded, num_clients: int, rows:
         except NotRowwise as error:
             return str(error)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-            return f"the model cannot compute several adapters in one pass ({first_line(error)})"
+            return f"the model cannot compute several adapters in one pass ({first_line(error).partition('. ')[0]})"
         worst = max(_apart(x, y) for x, y in zip(alone, together, strict=True))
         if not worst <= _tolerance(model):
             return f"the model mixes the rows of a batch: gradients differ by {100 * worst:.2g} % from those alone"

@@ -142,12 +142,23 @@ def left_out_line(left_out: Mapping[str, str]) -> str:
     return f"all-linear leaves out {len(left_out)} of the linear layers: {_listed(left_out)}"
 
 
+def unused_line(unused: Iterable[str]) -> str:
+    """Return one line on target modules that an example of the data does not reach."""
+    names = _without_numbers(unused)
+    return f"an example of this data does not reach {names}: adapter.exclude_modules leaves such layers out"
+
+
+def _without_numbers(names: Iterable[str]) -> str:
+    """Return names in one line, those of repeated blocks once."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))
+
+
 def _listed(reasons: Mapping[str, str]) -> str:
-    """Return the layers grouped by reason, numbers of repeated blocks left out."""
-    groups: dict[str, dict[str, None]] = {}
+    """Return the layers grouped by reason."""
+    groups: dict[str, list[str]] = {}
     for name, why in reasons.items():
-        groups.setdefault(why, {})[re.sub(r"\.\d+(?=\.)", ".*", name)] = None
-    return "; ".join(f"{', '.join(names)} ({why})" for why, names in groups.items())
+        groups.setdefault(why, []).append(name)
+    return "; ".join(f"{_without_numbers(names)} ({why})" for why, names in groups.items())
 
 
 def _reason(
@@ -261,8 +272,6 @@ def fused_experts(base: nn.Module, beside: Collection[str]) -> dict[str, tuple[i
 
 def experts_line(experts: Mapping[str, tuple[int, ...]]) -> str:
     """Return one line on the experts that get no adapter."""
-    names = dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in experts)
     numbers = sum(torch.Size(shape).numel() for shape in experts.values())
-    return (
-        f"the experts' weights get no adapter: {', '.join(names)} ({numbers:,} numbers, several experts in one tensor)"
-    )
+    names = _without_numbers(experts)
+    return f"the experts' weights get no adapter: {names} ({numbers:,} numbers, several experts in one tensor)"

@@ -28,6 +28,8 @@ class Trial:
 
     read_as_weights: Mapping[str, str] = field(default_factory=dict)
     """Layers whose weight the model reads without ever calling them -> what that means."""
+    unused: frozenset[str] = frozenset()
+    """Layers that are neither called nor read."""
     padding_matters: bool = False
     """Padding behind a row changes its results."""
     prompt_padding_matters: bool = False
@@ -78,7 +80,8 @@ def try_row(
             f"expected a base for data of this kind and size"
         ) from None
     read = {key: _READ for key, use in uses.items() if use.read and not use.called}
-    return Trial(read, behind, before)
+    unused = frozenset(key for key, use in uses.items() if not use.read and not use.called)
+    return Trial(read, unused, behind, before)
 
 
 @contextmanager

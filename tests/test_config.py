@@ -124,6 +124,7 @@ def test_the_schema_is_one_and_explains_every_setting(schema_check: Any) -> None
 
 # A value of each setting that has an alias, other than its default.
 VALUES: dict[str, Any] = {
+    "adapter.layers": [0, 2],
     "adapter.alpha": 3.0,
     "adapter.dropout": 0.25,
     "adapter.rslora": True,
@@ -329,7 +330,7 @@ def test_an_unset_setting_has_an_example_to_uncomment() -> None:
             text = "\n".join([*lines[:i], line.removeprefix("#"), *lines[i + 1 :]])
             assert from_mapping(tomllib.loads(text)) != Config(), line
             unset += 1
-    assert unset == 13
+    assert unset == 14
 
 
 def test_paths_and_numbers_of_other_libraries_are_settings_too(tmp_path: Path) -> None:

@@ -16,9 +16,8 @@ from torch import Tensor
 
 _EXTRA = 3
 """Positions of padding with which it is tried."""
-_CLOSE = {torch.float32: 1e-3}
-_COARSE = 3e-2
-"""Relative difference of logits that rounding explains."""
+_CLOSE, _COARSE = 1e-3, 0.15
+"""Relative differences of logits that rounding explains, in float32 and in coarser types or few bits."""
 
 
 @torch.no_grad()
@@ -39,7 +38,7 @@ def padding_changes(base: Any, inputs: Mapping[str, Any], pad: int, masked: bool
         if not masked:
             del alone["attention_mask"], behind["attention_mask"]
         plain, other = base(**alone).logits, base(**behind).logits
-        if _differ(plain, other if masked else other[:, : plain.shape[1]]):
+        if _differ(base, plain, other if masked else other[:, : plain.shape[1]]):
             return True
     return False
 
@@ -53,7 +52,7 @@ def prompt_padding_changes(base: Any, inputs: Mapping[str, Any], pad: int) -> bo
         if "position_ids" in given:
             row["position_ids"] = (row["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
         last.append(base(**row).logits[:, -1])
-    return _differ(*last)
+    return _differ(base, *last)
 
 
 def _shorter(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,9 +64,10 @@ def _shorter(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {n: v[:, keep] if isinstance(v, Tensor) and v.shape == shape else v for n, v in inputs.items()}
 
 
-def _differ(x: Tensor, y: Tensor) -> bool:
+def _differ(base: Any, x: Tensor, y: Tensor) -> bool:
+    exact = all(p.dtype == torch.float32 for p in base.parameters() if p.is_floating_point())
     apart = float((x.float() - y.float()).norm() / x.float().norm().clamp_min(1e-12))
-    return not apart <= _CLOSE.get(x.dtype, _COARSE)
+    return not apart <= (_CLOSE if exact else _COARSE)
 
 
 def _padded(inputs: Mapping[str, Any], pad: int, left: bool) -> dict[str, Any]:

@@ -94,9 +94,11 @@ def select(
         name, why = next(iter(reasons.items()))
         m, n = shape_of(linear[name])
         if why == _too_small(m, n, min_rank):
-            raise FedspanError(f"rank {min_rank} is above what {name} ({m}×{n}) can hold: expected at most {min(m, n)}")
+            raise _above_all({name: linear[name]}, min_rank)
         raise FedspanError(f"adapter.target_modules: {name} {why}; expected other layers, or adapter.exclude_modules")
     kept = {name: linear[name] for name in chosen if name not in reasons}
+    if not kept and chosen and all("too small" in why for why in reasons.values()):
+        raise _above_all({name: linear[name] for name in chosen}, min_rank)
     if not kept:
         left = f" ({_listed(reasons)})" if reasons else ""
         raise FedspanError(f"adapter.target_modules: no layer is left to adapt{left}")
@@ -181,6 +183,13 @@ def _reason(
     if min_rank > min(m, n):
         return _too_small(m, n, min_rank)
     return None
+
+
+def _above_all(layers: Mapping[str, nn.Module], rank: int) -> FedspanError:
+    """Return the error of a rank that none of these layers can hold, naming the largest."""
+    name = max(layers, key=lambda one: min(shape_of(layers[one])))
+    m, n = shape_of(layers[name])
+    return FedspanError(f"rank {rank} is above what {name} ({m}×{n}) can hold: expected at most {min(m, n)}")
 
 
 def _too_small(m: int, n: int, rank: int) -> str:

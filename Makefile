@@ -4,6 +4,7 @@
 # make demo-flower   four authenticated sites behind TLS and a proxy on this machine, under secure sums
 # make test-wheel    build the wheel, install it into an empty environment and run the quick start from there
 # make test-faults   whole deployments with injected faults; takes minutes
+# make test-families  every family of bases in docs/models.md; takes minutes
 # make test-mutants  seeded bugs, on each of which the tests must fail; takes minutes
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ JOBS   ?= 2
 # Tests need no network, and one thread per process is fastest for small models.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo digits demo-flower test-wheel test-faults test-mutants test lint types check test-typer test-oldest-typer \
+.PHONY: demo digits demo-flower test-wheel test-faults test-families test-mutants test lint types check test-typer test-oldest-typer \
   test-newest-typer install dev clean
 
 demo: install
@@ -50,6 +51,9 @@ test-wheel: dev
 
 test-faults: dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/faults -m faults
+
+test-families: dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/families -m "families or not families" -n $(JOBS)
 
 test-mutants: dev
 	$(BIN)/python tests/mutants/seeded.py

@@ -126,6 +126,7 @@ def test_the_schema_is_one_and_explains_every_setting(schema_check: Any) -> None
 
 # A value of each setting that has an alias, other than its default.
 VALUES: dict[str, Any] = {
+    "adapter.layers": [0, 2],
     "adapter.alpha": 3.0,
     "adapter.dropout": 0.25,
     "adapter.rslora": True,

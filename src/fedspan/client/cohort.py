@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedspan.client.device_pass import device_pass
 from fedspan.client.passes import Member, compute_gradients, keep_active, member, penalty_of
@@ -35,11 +35,11 @@ from fedspan.client.training import (
 from fedspan.config import LocalConfig
 from fedspan.data import Encoded
 from fedspan.methods.messages import Broadcast, Recipe, Update
-from fedspan.models import FederatedModel
+from fedspan.models import FederatedModel, rowwise
 from fedspan.models.losses import client_losses
-from fedspan.models.stacked import Stack, head_layers, stacked
+from fedspan.models.stacked import Stack, stacked
 from fedspan.models.streams import BatchLayout, ClientDropout, NotRowwise, drops
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import first_line
 
 
 def applies(model: FederatedModel, data: Encoded, recipe: Recipe, settings: TrainingSettings) -> str | None:
@@ -47,6 +47,7 @@ def applies(model: FederatedModel, data: Encoded, recipe: Recipe, settings: Trai
     return (
         _reason_in_settings(model, recipe, settings)
         or _reason_in_layers(model)
+        or rowwise.reason_against(model, data, 2, 2)
         or _reason_in_a_trial(model, data, recipe, settings)
     )
 
@@ -84,6 +85,7 @@ def _reason_in_settings(model: FederatedModel, recipe: Recipe, settings: Trainin
         (bool(recipe.proximal), "a proximal term pulls every client towards where it started"),
         (recipe.corrected, "each client's gradients are corrected by what it keeps"),
         (settings.local.keep_optimizer, "each client goes on with an optimizer of its own (local.keep_optimizer)"),
+        (model.padding_matters, "padding changes the model's results, so that each length needs a pass of its own"),
         (settings.engine.compile, "engine.compile compiles the passes of one client"),
         (settings.engine.checkpointing, "engine.checkpointing saves memory in the passes of one client"),
         (settings.local.accumulate > 1, "local.accumulate cuts each client's batches into parts"),
@@ -92,13 +94,7 @@ def _reason_in_settings(model: FederatedModel, recipe: Recipe, settings: Trainin
 
 
 def _reason_in_layers(model: FederatedModel) -> str | None:
-    try:
-        head_layers(model)
-    except FedspanError as error:
-        return str(error)
     for name, layer in model.model.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            return f"{name} mixes the rows of a batch"
         # Its draws do not go through F.dropout, so that they cannot be taken from each client's own stream.
         if "DropPath" in type(layer).__name__ and vars(layer).get("drop_prob"):
             return f"{name} drops whole paths at random"
@@ -106,7 +102,7 @@ def _reason_in_layers(model: FederatedModel) -> str | None:
 
 
 def _reason_in_a_trial(model: FederatedModel, data: Encoded, recipe: Recipe, settings: TrainingSettings) -> str | None:
-    """Train two clients on a row each, because no model declares whether its layers keep a batch's rows apart."""
+    """Train two clients on a row each, with dropout, whose draws have shapes of their own."""
     rows = data.rows[[0, -1]].tolist() if len(data) > 1 else [0, 0]
     sent = Broadcast(model.adapter(), model.dense(), recipe)
     probe = Assignment("probe", sent, data.rows[rows].numpy(), 1, 1.0)
@@ -115,6 +111,8 @@ def _reason_in_a_trial(model: FederatedModel, data: Encoded, recipe: Recipe, set
         _train_together(model, data, [probe, probe], one_row, 0)
     except NotRowwise as error:
         return str(error)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        return f"two clients cannot be trained in one pass ({first_line(error)})"
     return None
 
 

@@ -21,6 +21,7 @@ from fedspan.data.metrics import METRICS
 from fedspan.models import FederatedModel
 from fedspan.models.losses import client_losses
 from fedspan.models.merged import merged
+from fedspan.models.padding import row_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ def _predict(
         texts = generate(model, examples, indices, processor, max_new_tokens) if max_new_tokens else []
         return loss, count, count, texts
     labels = batch.pop("labels")
-    logits = model.model(**batch).logits.float()
+    logits = row_logits(model.model, batch, model.padding_matters).float()
     if logits.shape[1] == 1:
         return F.mse_loss(logits[:, 0], labels, reduction="sum"), 1, len(indices), logits[:, 0]
     return F.cross_entropy(logits, labels, reduction="sum"), 1, len(indices), logits.argmax(dim=1)

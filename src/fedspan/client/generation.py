@@ -11,6 +11,7 @@ from typing import Any
 
 from fedspan.data import Encoded
 from fedspan.models import FederatedModel
+from fedspan.models.padding import equal_lengths
 
 _OF_AN_ENCODER_DECODER = ("decoder_start_token_id", "forced_bos_token_id")
 """Settings that say how its decoder begins, without which it writes another language, or nothing."""
@@ -58,8 +59,17 @@ def greedy_settings(texts: Any, max_new_tokens: int) -> dict[str, Any]:
 
 
 def _written(model: FederatedModel, batch: dict[str, Any], texts: Any, tokenizer: Any, length: int) -> list[str]:
-    writer: Any = model.model
     batch = {name: value.to(model.device) for name, value in batch.items()}
+    if not model.prompt_padding_matters:
+        return _continued(model, batch, texts, tokenizer, length)
+    answers: dict[int, str] = {}
+    for rows, part in equal_lengths(batch):
+        answers |= zip(rows.tolist(), _continued(model, part, texts, tokenizer, length), strict=True)
+    return [answers[row] for row in sorted(answers)]
+
+
+def _continued(model: FederatedModel, batch: dict[str, Any], texts: Any, tokenizer: Any, length: int) -> list[str]:
+    writer: Any = model.model
     with _greedy(writer, greedy_settings(texts, length)) as settings:
         tokens = writer.generate(**batch, generation_config=settings)
     # A decoder repeats the prompt, an encoder-decoder begins with one token of its own.

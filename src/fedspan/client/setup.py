@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from fedspan.client.executors import WorkContext
 from fedspan.client.training import TrainingSettings
@@ -18,7 +20,9 @@ from fedspan.models import FederatedModel, build, load_processor
 from fedspan.models.base_checks import check_pixels, check_tokens
 from fedspan.models.base_facts import read_facts
 from fedspan.models.federated_model import Trains
+from fedspan.models.selection import Selection
 from fedspan.models.starting_adapter import start_from
+from fedspan.privacy.example_dp import check_layers
 from fedspan.support.activity import report
 from fedspan.support.errors import FedspanError, first_line
 
@@ -89,7 +93,13 @@ def _within_context(name: str, config: DataConfig, corpus: Corpus, base: BaseFac
 
 
 def work_context(
-    config: Config, prepared: Prepared, *, trains: Trains, max_rank: int, device: torch.device
+    config: Config,
+    prepared: Prepared,
+    *,
+    trains: Trains,
+    max_rank: int,
+    device: torch.device,
+    galore_rank: int = 0,
 ) -> WorkContext:
     """Return the base that the settings name, with the parts that a method trains, beside the data to train it on.
 
@@ -99,6 +109,8 @@ def work_context(
         As a method's `info.trains` says.
     max_rank
         The largest rank of any client.
+    galore_rank
+        The rank that gradients of the target modules' weights are projected to; 0: they are not.
 
     Raises
     ------
@@ -113,7 +125,9 @@ def work_context(
         corpus.kind,
         trains=trains,
         num_labels=corpus.num_labels,
-        target_modules=adapter.target_modules,
+        selection=Selection(adapter.target_modules, adapter.exclude_modules, adapter.layers, adapter.modules_to_save),
+        min_rank=None if trains == "adapter" else galore_rank,
+        example=data["train"].batch([0]),
         max_rank=max_rank,
         rslora=adapter.rslora,
         dropout=adapter.dropout,
@@ -125,25 +139,33 @@ def work_context(
         pad_token_id=texts.pad if texts is not None else None,
         quantise=config.model.quantise,
         new_head=prepared.new_head,
+        check=partial(_check_data, config.model.name, data, device),
     )
-    if texts is not None:
-        for part in data.values():
-            check_tokens(model.model, config.model.name, *part.extent())
-    elif corpus.kind == "image":
-        check_pixels(model.model, config.model.name, data["train"].batch([0])["pixel_values"].to(device))
     if config.engine.checkpointing and not getattr(model.model, "supports_gradient_checkpointing", False):
         raise FedspanError(f"engine.checkpointing: {type(model.model).__name__} does not support it; expected false")
+    if config.privacy.dp == "example":
+        check_layers(model, data["train"])
     if config.model.adapter is not None:
         start_from(model, config.model.adapter)
     training = TrainingSettings.of(config)
     return WorkContext(training, config.evaluation, config.threads, model, data, prepared.processor, corpus.metrics)
 
 
+def _check_data(name: str, data: Mapping[str, Encoded], device: torch.device, base: nn.Module) -> None:
+    """Refuse data that the base cannot read."""
+    if data["train"].texts is None:
+        check_pixels(base, name, data["train"].batch([0])["pixel_values"].to(device))
+        return
+    for part in data.values():
+        check_tokens(base, name, *part.extent())
+
+
 def notes_of(prepared: Prepared, model: FederatedModel) -> tuple[str, ...]:
     """Return lines on how base and data were read where that may surprise."""
+    notes = (*prepared.notes, *model.notes)
     if prepared.new_head is None or not model.replaced_head:
-        return prepared.notes
-    return (*prepared.notes, f"a new head is drawn in place of the base's: {prepared.new_head}")
+        return notes
+    return (*notes, f"a new head is drawn in place of the base's: {prepared.new_head}")
 
 
 def device_of(name: str) -> torch.device:

@@ -13,6 +13,7 @@ ALIASES: Mapping[str, str] = {
     "adapter.lora_dropout": "adapter.dropout",
     "adapter.use_rslora": "adapter.rslora",
     "adapter.r": "federation.ranks",
+    "adapter.layers_to_transform": "adapter.layers",
     "federation.rank": "federation.ranks",
     # Transformers (TrainingArguments and the example scripts) and TRL
     "model.model_name_or_path": "model.name",

@@ -29,12 +29,21 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Parallel = Annotated[int, Field(ge=1, le=1024)]
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
 PartialFraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+PATTERN_SIGNS = "\\*+?[](){}|^$"
+"""Characters that regular expressions have and names of layers do not."""
 
 
 def _as_tuple(value: object) -> object:
     """Return a single name as a list of one, and paths as names."""
     names = [value] if isinstance(value, str | os.PathLike) else value
     return [_as_name(name) for name in names] if isinstance(names, list | tuple) else names
+
+
+def _as_pattern(value: object) -> object:
+    """Return a regular expression as it is, and a single name as a list of one."""
+    if isinstance(value, str) and any(sign in value for sign in PATTERN_SIGNS):
+        return value
+    return _as_tuple(value)
 
 
 def _as_name(value: object) -> object:
@@ -55,6 +64,19 @@ Names = Annotated[
 Paths = Annotated[
     tuple[Annotated[str, Field(min_length=1)], ...],
     BeforeValidator(_as_tuple),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+Indices = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...],
+    Field(min_length=1),
+    BeforeValidator(lambda value: [value] if isinstance(value, int) and not isinstance(value, bool) else value),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "array", "items": {"type": "integer", "minimum": 0}}]}
+    ),
+]
+NamesOrPattern = Annotated[
+    str | tuple[str, ...],
+    BeforeValidator(_as_pattern),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
 PositiveFloatOrNone = Annotated[
@@ -99,9 +121,17 @@ class ModelConfig(Section):
 class AdapterConfig(Section):
     """The LoRA adapters. Their ranks are set by `federation.ranks`."""
 
-    target_modules: Names = ("all-linear",)
-    """Name endings of the linear layers to adapt; `all-linear` means every one except the head. Methods that train
-    the full weights of selected layers use the same list."""
+    target_modules: NamesOrPattern = ("all-linear",)
+    """Name endings of the linear layers to adapt, or a regular expression (a string) that matches their whole names;
+    `all-linear` means every one except the head and those that cannot be adapted. Methods that train the full weights
+    of selected layers use the same list."""
+    exclude_modules: NamesOrPattern = ()
+    """Linear layers to leave out of those, as name endings or a regular expression that matches their whole names."""
+    layers: Annotated[Indices | None, Field(examples=[[0, 1]])] = None
+    """Numbers of the blocks whose layers are adapted (PEFT's `layers_to_transform`). Unset: all blocks."""
+    modules_to_save: Names = ()
+    """Name endings of modules that are trained whole besides the head, such as embeddings and norms, and saved with
+    the adapter."""
     alpha: PositiveFloat = 16.0
     """Numerator of the scaling: a client of rank r scales its update by alpha / r (rsLoRA: alpha / √r)."""
     rslora: bool = False

@@ -80,6 +80,12 @@ def least_in_sums(federation: FederationConfig, privacy: PrivacyConfig) -> int:
     return max(2, math.ceil(privacy.threshold * _expected_cohort(federation, privacy.dp)))
 
 
+def galore_rank(method: Method) -> int:
+    """Return the rank that a method's clients project the gradients of target modules to; 0: they do not."""
+    galore = method.broadcast(method.init(Template({}, 1), {}), Request(None)).recipe.galore
+    return 0 if galore is None else galore.rank
+
+
 def ranks(federation: FederationConfig, seed: int) -> list[int]:
     """Return every client's rank, in the clients' order, from the run's seed alone."""
     rng = np.random.default_rng([seed, 2])

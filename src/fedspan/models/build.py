@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedspan.data.rows import Kind
 from fedspan.models import quantised
 from fedspan.models.base_checks import check_causal
-from fedspan.models.federated_model import FederatedModel, Trains
-from fedspan.models.layers import in_float32, is_conv1d, shape_of
+from fedspan.models.federated_model import BatchNorm, FederatedModel, Trains
+from fedspan.models.layers import in_float32, inputs_in, is_conv1d, output_in, shape_of
 from fedspan.models.loading import head_names, load_base, seeded, without
+from fedspan.models.selection import (
+    ALL_LINEAR,
+    Selection,
+    Targets,
+    Wanted,
+    experts_line,
+    fused_experts,
+    left_out_line,
+    linear_layers,
+    saved_modules,
+    select,
+    unused_line,
+    within,
+)
+from fedspan.models.trial import Trial, try_row
 from fedspan.support.errors import FedspanError
 
 
@@ -23,7 +38,7 @@ def build(
     *,
     trains: Trains,
     num_labels: int,
-    target_modules: tuple[str, ...],
+    target_modules: Wanted = (ALL_LINEAR,),
     max_rank: int,
     rslora: bool,
     dropout: float,
@@ -35,6 +50,10 @@ def build(
     pad_token_id: int | None = None,
     quantise: str = "none",
     new_head: str | None = None,
+    selection: Selection | None = None,
+    min_rank: int | None = None,
+    example: Mapping[str, Tensor] | None = None,
+    check: Callable[[nn.Module], None] | None = None,
 ) -> FederatedModel:
     """Load the base and prepare the parts that `trains` names for training.
 
@@ -44,7 +63,8 @@ def build(
         `adapter`: adapters on the target modules; `targets`: the target modules' weights; `all`: every weight. Heads
         are always trained.
     target_modules
-        Name endings of the target modules; `all-linear` for every linear layer beside the heads.
+        Name endings of the target modules, a regular expression that matches whole names, or `all-linear` for every
+        linear layer beside the heads that can be adapted.
     max_rank
         The largest rank of any client.
     pad_token_id
@@ -53,6 +73,15 @@ def build(
         The type of the base's linear layers: `int8`, `nf4`, or `none` for `dtype` as everything else.
     new_head
         The reason to draw the layer that gives the classes anew, although the base may have one of the same size.
+    selection
+        All the settings that choose layers, in place of `target_modules` alone.
+    min_rank
+        The rank that target modules must be able to hold; None: `max_rank` for adapters, any for weights.
+    example
+        A batch of a row or two of the data, with which it is tried whether the base can be computed and how it uses
+        its layers; None: that is not tried.
+    check
+        Refuses data that does not fit the base, before that is tried.
 
     Raises
     ------
@@ -61,50 +90,99 @@ def build(
         no layer matches `target_modules`, or a rank exceeds a layer's size.
     """
     quantised.check(quantise, trains)
+    selection = selection or Selection(target_modules)
     kept = dtype if trains == "adapter" else "float32"
     base, new, replaced = load_base(
         name, kind, num_labels, kept, seed, label_names, regression, pad_token_id, quantise, new_head is not None
     )
     base.to(device)
+    if check is not None:
+        check(base)
     if kind == "instruction":
         check_causal(base, name)
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     own = dict(base.named_parameters())
     heads = _heads(base, kind, name, new & own.keys())
-    targets = _targets(base, target_modules, heads)
-    weights = {f"{layer_name}.weight" for layer_name in targets}
+    saved = saved_modules(base, selection.modules_to_save)
+    heads += tuple(module for module in saved if not within(module, heads))
+    _convert_types(base, kind, heads, saved, getattr(torch, kept))
+    least = min_rank if min_rank is not None else max_rank if trains == "adapter" else 0
+    linear = linear_layers(base, heads)
+    if trains != "adapter" and all(least > min(shape_of(layer)) for layer in linear.values()):
+        least = 0  # the recipe's own check names the method's option
+    trial = Trial()
+    if example is not None:
+        trial = try_row(name, kind, base, linear, _on(example, device), pad_token_id or 0)
+    unadaptable = {**_taken_for_experts(base, linear), **trial.read_as_weights} if trains == "adapter" else {}
+    targets = select(base, selection, heads, least, unadaptable)
+    weights = {f"{layer_name}.weight" for layer_name in targets.layers}
     dense = _dense(own, heads, weights, trains)
-    if kept != "float32":
-        for head in heads:
-            base.get_submodule(head).register_forward_pre_hook(in_float32)
     model: nn.Module = base
-    layers: Mapping[str, Any] = targets
+    layers: Mapping[str, Any] = targets.layers
     if trains == "adapter":
-        _check_rank(targets, max_rank)
         with seeded(seed, "adapter"):
-            model, layers = _attach(base, targets, max_rank, rslora, dropout)
-    projected = frozenset(weights & dense.keys())
-    return FederatedModel(name, kind, trains, model, layers, dense, projected, heads, device, replaced_head=replaced)
+            model, layers = _attach(base, targets.layers, max_rank, rslora, dropout)
+    return FederatedModel(
+        name,
+        kind,
+        trains,
+        model,
+        layers,
+        dense,
+        frozenset(weights & dense.keys()),
+        heads,
+        device,
+        notes=_notes(base, targets, heads, trains, trial),
+        padding_matters=trial.padding_matters,
+        prompt_padding_matters=trial.prompt_padding_matters,
+        replaced_head=replaced,
+    )
+
+
+def _on(example: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in example.items()}
+
+
+def _convert_types(base: Any, kind: Kind, heads: Collection[str], saved: Collection[str], dtype: torch.dtype) -> None:
+    """Let parts that are trained in float32, and images, meet a body in half precision, by hooks."""
+    if dtype == torch.float32:
+        return
+    for head in heads:
+        base.get_submodule(head).float().register_forward_pre_hook(in_float32)
+    for module in saved:
+        # Inside the body, unlike a head: what follows takes the body's own type.
+        base.get_submodule(module).register_forward_hook(output_in(dtype))
+    if kind == "image":
+        base.register_forward_pre_hook(inputs_in(dtype), with_kwargs=True)
+
+
+def _notes(base: nn.Module, targets: Targets, heads: Collection[str], trains: Trains, trial: Trial) -> tuple[str, ...]:
+    """Return what the user should know of the base's layers before the first round, one line each."""
+    notes = [left_out_line(targets.left_out)] if targets.left_out else []
+    if unused := [name for name in targets.layers if name in trial.unused]:
+        notes.append(unused_line(unused))
+    if trains != "all" and (experts := fused_experts(base, heads)):
+        notes.append(experts_line(experts))
+    if count := sum(isinstance(layer, BatchNorm) for layer in base.modules()):
+        notes.append(f"batch normalisation keeps the base's running statistics in training ({count} layers)")
+    if trial.padding_matters:
+        notes.append("padding changes this model's results: only rows of equal length are computed together")
+    elif trial.prompt_padding_matters:
+        notes.append("padding before a prompt changes this model's answers: only prompts of equal length go together")
+    return tuple(notes)
 
 
 def _dense(
     own: Mapping[str, nn.Parameter], heads: Collection[str], weights: Collection[str], trains: Trains
 ) -> dict[str, nn.Parameter]:
     """Return the parameters that are trained as they are, in float32 whatever the base's type."""
-    in_heads = {name for name in own if _within(name, heads)}
+    in_heads = {name for name in own if within(name, heads)}
     chosen = {"adapter": in_heads, "targets": in_heads | set(weights), "all": set(own)}[trains]
     dense = {name: own[name] for name in own if name in chosen}
     for parameter in dense.values():
         parameter.data = parameter.data.float()
     return dense
-
-
-def _check_rank(targets: Mapping[str, nn.Module], max_rank: int) -> None:
-    for name, layer in targets.items():
-        m, n = shape_of(layer)
-        if max_rank > min(m, n):
-            raise FedspanError(f"rank {max_rank} is above what {name} ({m}×{n}) can hold: expected at most {min(m, n)}")
 
 
 def _heads(base: Any, kind: Kind, name: str, new: Collection[str]) -> tuple[str, ...]:
@@ -116,7 +194,7 @@ def _heads(base: Any, kind: Kind, name: str, new: Collection[str]) -> tuple[str,
         When the files lack anything else: it would be random, and nothing would show that.
     """
     heads = head_names(base, kind)
-    lacking = sorted(n for n in new if not _within(n, heads))
+    lacking = sorted(n for n in new if not within(n, heads))
     for parameter in lacking:
         if kind == "instruction" or "pooler" not in parameter.split("."):
             raise FedspanError(
@@ -126,39 +204,28 @@ def _heads(base: Any, kind: Kind, name: str, new: Collection[str]) -> tuple[str,
     return heads + tuple(sorted({parameter.rpartition(".")[0] for parameter in lacking}))
 
 
-def _within(name: str, modules: Collection[str]) -> bool:
-    return any(name == module or name.startswith(module + ".") for module in modules)
+def _taken_for_experts(base: nn.Module, linear: Collection[str]) -> dict[str, str]:
+    """Return the layers that PEFT does not adapt because their names are those of a former version's experts.
 
+    Where the experts of an architecture were layers once, it takes every target of such a name for the experts' present
+    parameters: those of dense layers and of shared experts too.
+    """
+    if not hasattr(getattr(base, "config", None), "model_type"):
+        return {}
+    with without("bitsandbytes"):
+        from peft import LoraConfig
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-def _targets(base: nn.Module, wanted: tuple[str, ...], heads: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Return the linear layers whose names end in one of `wanted`, in the model's order."""
-    if not wanted:
-        raise FedspanError("adapter.target_modules is empty: expected name endings, or all-linear")
-    linear = _linear_layers(base, heads)
-    if tuple(wanted) == ("all-linear",):
-        if not linear:
-            raise FedspanError("adapter.target_modules: this model has no linear layer beside its head")
-        return linear
-    for end in wanted:
-        if not any(_ends_in(name, end) for name in linear):
-            endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise FedspanError(
-                f"adapter.target_modules: {end!r} matches no linear layer; this model has {', '.join(endings)}"
-            )
-    return {name: layer for name, layer in linear.items() if any(_ends_in(name, end) for end in wanted)}
-
-
-def _linear_layers(base: nn.Module, heads: tuple[str, ...]) -> dict[str, nn.Module]:
-    output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
-    return {
-        name: layer
-        for name, layer in base.named_modules()
-        if (isinstance(layer, nn.Linear) or is_conv1d(layer)) and layer is not output and not _within(name, heads)
-    }
-
-
-def _ends_in(name: str, end: str) -> bool:
-    return name == end or name.endswith("." + end)
+        taken = set()
+        for ending in {name.rpartition(".")[2] for name in linear}:
+            config = LoraConfig(target_modules=[ending])
+            try:
+                convert_peft_config_for_transformers(config, base, None)
+            except ValueError:  # one of two names that only make sense together
+                taken.add(ending)
+            if ending not in (config.target_modules or ()):
+                taken.add(ending)
+    return {n: "has a name that PEFT takes for the experts'" for n in linear if n.rpartition(".")[2] in taken}
 
 
 def _attach(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from fedspan.models.loading import library_logs_silenced, resolve
 from fedspan.support.errors import FedspanError
 
 Trains = Literal["adapter", "targets", "all"]
+BatchNorm = nn.modules.batchnorm._BatchNorm
 _TASK_TYPES: Mapping[str, str | None] = {"instruction": "CAUSAL_LM", "classification": "SEQ_CLS", "image": None}
 
 
@@ -53,6 +54,12 @@ class FederatedModel:
     device: torch.device
     replaced_head: bool = False
     """A head in the base's files was left for a new one."""
+    notes: tuple[str, ...] = ()
+    """Lines on the base's layers that a user should know before the first round."""
+    padding_matters: bool = False
+    """Padding behind a row changes its results, so that only rows of equal length are computed together."""
+    prompt_padding_matters: bool = False
+    """Padding before a prompt changes what follows, so that only prompts of equal length are continued together."""
     passes: dict[Any, Any] = field(default_factory=dict)
     """Passes of many clients that were recorded over this model's memory, by what they were recorded for."""
     start: Mapping[str, Factors] = field(default_factory=dict)
@@ -106,9 +113,12 @@ class FederatedModel:
                 weight.grad = None
 
     def oriented(self, name: str, weight: nn.Parameter) -> Tensor:
-        """Return a copy of the gradient of a module's weight, in float32 on the CPU and of the template's shape."""
-        assert weight.grad is not None
-        grad = weight.grad.detach().float().cpu()
+        """Return a copy of the gradient of a module's weight, in float32 on the CPU and of the template's shape.
+
+        It is zero for a layer that the data does not reach.
+        """
+        grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        grad = grad.detach().float().cpu()
         transposed = self.trains == "adapter" and is_conv1d(base_layer(self.layers[name]))
         return (grad.T if transposed else grad).contiguous()
 
@@ -209,6 +219,9 @@ class FederatedModel:
     def training(self, compiled: bool = False, checkpointing: bool = False) -> Iterator[None]:
         """Set the model to training mode, with dropout on; afterwards it is in evaluation mode.
 
+        Batch normalisation stays in evaluation mode: its statistics are the base's, in training as in every result
+        that is saved, and each row is normalised as it would be alone.
+
         Parameters
         ----------
         compiled
@@ -221,6 +234,9 @@ class FederatedModel:
             self._compiled = self._compiled or torch.compile(body.forward, dynamic=True)
             body.forward = self._compiled
         self.model.train()
+        for layer in self.model.modules():
+            if isinstance(layer, BatchNorm):
+                layer.eval()
         writer: Any = self.model
         if checkpointing:
             # The reentrant form would need an input that requires a gradient, and the embeddings are frozen.
@@ -248,17 +264,40 @@ class FederatedModel:
     def save_adapter(
         self, path: str | os.PathLike[str], factors: Mapping[str, Factors], dense: Mapping[str, Tensor]
     ) -> None:
-        """Save a PEFT adapter folder for the untouched base, with the heads as its `modules_to_save`."""
+        """Save a PEFT adapter folder for the untouched base, with the heads as its `modules_to_save`.
+
+        A weight that another module shares is saved for both: PEFT gives each of them a copy of its own.
+        """
         conv = [name for name, layer in self.layers.items() if is_conv1d(base_layer(layer))]
+        modules = (*self.heads, *self._tied_modules(dense))
         peft_folder.save(
             Path(path),
             with_start(self.start, factors),
             base_model=resolve(self.name),
             task_type=_TASK_TYPES[self.kind],
-            dense=dense,
-            modules_to_save=self.heads,
+            dense=self._with_all_that_peft_reads(dense, modules),
+            modules_to_save=modules,
             fan_in_fan_out=bool(conv),
         )
+
+    def _tied_modules(self, dense: Mapping[str, Tensor]) -> list[str]:
+        """Return the modules outside the heads that share a trained weight with one of them."""
+        trained = {id(self.dense_parameters[name]) for name in dense}
+        owners = (n for n, p in self.model.named_parameters(remove_duplicate=False) if id(p) in trained)
+        return [n.rpartition(".")[0] for n in owners if not any(n.startswith(f"{head}.") for head in self.heads)]
+
+    def _with_all_that_peft_reads(self, dense: Mapping[str, Tensor], modules: Sequence[str]) -> dict[str, Tensor]:
+        """Return the trained weights with everything else that PEFT expects of modules with these name endings.
+
+        It takes every module whose name ends in one of them for a saved one, and wants all of its tensors: buffers of
+        batch normalisation in a head, and the layers of the body that are called like a head (`norm`).
+        """
+        matched = [n for n, _ in self.model.named_modules(remove_duplicate=False) if n.endswith(tuple(modules))]
+        held = {n: t for n, t in self.model.state_dict().items() if any(n.startswith(f"{m}.") for m in matched)}
+        names = {id(p): n for n, p in self.dense_parameters.items() if n in dense}
+        shared = {n: names.get(id(p), n) for n, p in self.model.named_parameters(remove_duplicate=False)}
+        found = {n: dense.get(shared.get(n, n), t.detach()) for n, t in held.items() if ".lora_" not in n}
+        return {**dense, **found}
 
     def apply_patch(self, patch: Mapping[str, Patch]) -> None:
         """Make the base the untouched base plus `patch`, in place of the patch before."""

@@ -73,3 +73,26 @@ def beside(patch: Patch, device: torch.device) -> Callable[[nn.Module, tuple[Ten
 def in_float32(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Convert the output of a half-precision body for a head that is trained in float32; a forward pre-hook."""
     return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
+
+
+def output_in(dtype: torch.dtype) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+    """Return a forward hook that converts a layer's output to the type of the layers around it."""
+
+    def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        return output.to(dtype) if isinstance(output, Tensor) and output.is_floating_point() else output
+
+    return hook
+
+
+def inputs_in(
+    dtype: torch.dtype,
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Return a forward pre-hook that converts a model's inputs, for convolutions that take no other type."""
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+
+    return hook

@@ -243,5 +243,9 @@ def head_names(base: Any, kind: Kind) -> tuple[str, ...]:
     """Return the modules beside the body of a classifier, which are trained whole."""
     if kind == "instruction":
         return ()
-    beside = (child for child in base.named_children() if child[0] != base.base_model_prefix)
+    children = {name: child for name, child in base.named_children() if any(True for _ in child.parameters())}
+    body = base.base_model_prefix
+    if body not in children:  # one of several towers, as of CLIP
+        body = max(children, key=lambda name: sum(p.numel() for p in children[name].parameters()))
+    beside = (child for child in children.items() if child[0] != body)
     return tuple(name for name, child in beside if any(True for _ in child.parameters()))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedspan.models.federated_model import FederatedModel
+from fedspan.models.padding import equal_lengths, row_logits
 
 _IGNORED = -100
 _TARGETS = ("labels", "weights", "positions")
@@ -40,12 +41,28 @@ def client_losses(
     Tensor
         (C,)
     """
+    if model.padding_matters and model.kind == "instruction" and num_clients == 1:
+        return _equal_length_loss(model, batch)
+    return _client_losses(model, batch, num_clients, real)
+
+
+def _equal_length_loss(model: FederatedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the mean over all answer tokens, (1,), from passes over rows of equal length."""
+    losses, counts = [], []
+    for _, part in equal_lengths(batch):
+        losses.append(_client_losses(model, part, 1, None))
+        counts.append((part["labels"][:, 1:] != _IGNORED).sum())
+    weights = torch.stack(counts)
+    return (torch.cat(losses) * weights).sum()[None] / weights.sum()
+
+
+def _client_losses(model: FederatedModel, batch: Mapping[str, Tensor], num_clients: int, real: Tensor | None) -> Tensor:
     inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch["labels"]
     if "use_cache" in inspect.signature(model.model.forward).parameters:
         inputs["use_cache"] = False  # nothing is generated
     if model.kind != "instruction":
-        logits = model.model(**inputs).logits
+        logits = row_logits(model.model, inputs, model.padding_matters)
         return _row_losses(logits.float(), labels, num_clients, real)
     if real is not None:
         labels = labels.masked_fill(~real[:, None], _IGNORED)

@@ -74,6 +74,18 @@ class StackedLinear(nn.Module):
         self.dropout = dropout_of(layer)
         self.transposed = is_conv1d(self.base)
 
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, for models that look at its type or use it by themselves, as PEFT's layers give it."""
+        weight: Tensor = self.base.weight
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        bias: Tensor | None = self.base.bias
+        return bias
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute (rows, …, n) -> (rows, …, m)."""
         slot, weight = self.slot, self.base.weight

@@ -10,18 +10,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedspan.config import PrivacyConfig
+from fedspan.data import Encoded
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, Factors, Request, Template
-from fedspan.models import FederatedModel
+from fedspan.models import FederatedModel, rowwise
 from fedspan.models.losses import client_losses
 from fedspan.models.stacked import Stack, stacked
 from fedspan.privacy.accountant import DPEvent
 from fedspan.privacy.gaussian import fingerprint, normal, uniform
 from fedspan.support.errors import FedspanError
 
+_COPIES = 4
+"""Examples of a pass in which it is tried whether gradients are those of each example alone."""
 _MARGIN = 1 - 2.0**-20
 """A clipped gradient stays this much below C, so that no rounding takes it above."""
 
@@ -36,6 +39,20 @@ def refusal(method: Method) -> str | None:
     if recipe.galore is not None or recipe.confined or recipe.proximal:
         return "its clients do not train their adapters by the plain local optimizer"
     return None
+
+
+def check_layers(model: FederatedModel, data: Encoded) -> None:
+    """Check by values that every example's gradient is its own, whatever else is in the batch.
+
+    Raises
+    ------
+    FedspanError
+        Where a layer mixes the rows of a batch or has no gradient per example.
+    """
+    reason = "padding changes the model's results" if model.padding_matters else None
+    reason = reason or rowwise.reason_against(model, data, _COPIES, 1)
+    if reason is not None:
+        raise FedspanError(f"privacy.dp = 'example': {reason}; expected a base with a gradient for each example")
 
 
 def release(privacy: PrivacyConfig, batch_size: int, num_examples: int, steps: int) -> DPEvent:
@@ -163,16 +180,10 @@ def private_gradients(
 ) -> Iterator[PrivateGradients]:
     """Put `width` copies of the broadcast adapter into the model, one for each example of a pass.
 
-    Raises
-    ------
-    FedspanError
-        Where a layer mixes the rows of a batch or has no gradient per example.
+    `check_layers` has found before any training that each of them then gets the gradient of its own example.
     """
     if secret is None:
         raise ValueError("privacy.dp = 'example': the site has no secret to draw noise from")
-    for name, layer in model.model.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            raise FedspanError(f"privacy.dp = 'example': batch normalisation ({name}) mixes the examples")
     with stacked(model, [sent] * width) as stack:
         yield PrivateGradients(stack, model, privacy, secret, width)
 

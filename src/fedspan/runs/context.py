@@ -119,7 +119,10 @@ class RunContext:
         # There is at most one task for each client of a round, or for each batch of an evaluation.
         num_tasks = max(num_sampled, -(-len(data["test"]) // config.evaluation.batch_size))
         max_rank = max(client.rank for client in clients)
-        provided = provision.work(Wanted(config, prepared, method.info.trains, max_rank, device, num_tasks))
+        wanted = Wanted(
+            config, prepared, method.info.trains, max_rank, requirements.galore_rank(method), device, num_tasks
+        )
+        provided = provision.work(wanted)
         model, initial_dense, base = provided.model, provided.initial_dense, provided.base
         if coordinator is not None:
             # Last, since it needs the base: sites with another base are turned away before the first round.

@@ -28,7 +28,7 @@ from fedspan.client.executors import (
     create_executor,
     num_worker_processes,
 )
-from fedspan.client.setup import Prepared, work_context
+from fedspan.client.setup import Prepared
 from fedspan.client.training import Assignment, Terms, TrainingSettings
 from fedspan.config import Config, with_absolute_paths
 from fedspan.config import load as load_config
@@ -302,17 +302,13 @@ class _Pool:
         num_workers = num_worker_processes(config.engine.workers, config.threads, device, num_tasks)
         placed = device if num_workers == 1 else torch.device("cpu")
 
-        def build(own: Wanted) -> WorkContext:
-            prepared = replace(own.prepared, data=data)
-            return work_context(own.config, prepared, trains=own.trains, max_rank=own.max_rank, device=placed)
-
-        context = build(first)
+        context = first.context(placed, data)
         model = context.model
         # Before anything is trained in it. A new head is drawn from the run's seed: another base for every seed.
         bases = {first.config.seed: (model.dense(), model.digest())}
         for own in group.values():
             if own.config.seed not in bases:
-                other = build(own).model if model.heads else model
+                other = own.context(placed, data).model if model.heads else model
                 bases[own.config.seed] = (other.dense(), other.digest())
         shared = _Shared(create_executor(context, num_workers, device), starts)
         self.shared.append(shared)
@@ -365,6 +361,14 @@ def _kind(number: int, wanted: Wanted) -> str:
             config.engine.model_dump(mode="json"),
             config.privacy.model_dump(mode="json", include={"dp"}),
             [config.device, config.threads, evaluation.batch_size, evaluation.max_new_tokens],
-            [corpus.kind, corpus.num_labels, corpus.label_names, corpus.metrics, wanted.trains, wanted.max_rank],
+            [
+                corpus.kind,
+                corpus.num_labels,
+                corpus.label_names,
+                corpus.metrics,
+                wanted.trains,
+                wanted.max_rank,
+                wanted.galore_rank,
+            ],
         ]
     )

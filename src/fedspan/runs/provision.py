@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from fedspan.client.executors import Executor, create_executor, num_worker_processes
+from fedspan.client.executors import Executor, WorkContext, create_executor, num_worker_processes
 from fedspan.client.setup import Prepared, prepare, work_context
 from fedspan.config import Config
-from fedspan.data import Corpus
+from fedspan.data import Corpus, Encoded
 from fedspan.data import load as load_data
 from fedspan.models import FederatedModel
 from fedspan.models.federated_model import Trains
@@ -25,9 +25,23 @@ class Wanted:
     trains: Trains
     max_rank: int
     """The largest rank of any client."""
+    galore_rank: int
+    """The rank that gradients of the target modules' weights are projected to; 0: they are not."""
     device: torch.device
     num_tasks: int
     """The most tasks that there can be at once."""
+
+    def context(self, device: torch.device, data: Mapping[str, Encoded] | None = None) -> WorkContext:
+        """Return the base in memory on this device, beside its own data or other data that it is to be trained on."""
+        prepared = self.prepared if data is None else replace(self.prepared, data=data)
+        return work_context(
+            self.config,
+            prepared,
+            trains=self.trains,
+            max_rank=self.max_rank,
+            device=device,
+            galore_rank=self.galore_rank,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +77,7 @@ class Provision:
         num_workers = num_worker_processes(config.engine.workers, config.threads, device, wanted.num_tasks)
         # Several workers copy a model that stays on the CPU to devices of their own.
         placed = device if num_workers == 1 else torch.device("cpu")
-        context = work_context(config, wanted.prepared, trains=wanted.trains, max_rank=wanted.max_rank, device=placed)
+        context = wanted.context(placed)
         executor = create_executor(context, num_workers, device)
         model = context.model
         return Provided(model, model.dense(), model.digest(), executor, num_workers)

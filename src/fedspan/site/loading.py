@@ -36,7 +36,14 @@ class Loaded:
         """Read the base and encode the data as the configuration says."""
         prepared = prepare(config.model.name, config.data, corpus)
         trains, device = method.info.trains, device_of(config.device)
-        context = work_context(config, prepared, trains=trains, max_rank=max_rank, device=device)
+        context = work_context(
+            config,
+            prepared,
+            trains=trains,
+            max_rank=max_rank,
+            device=device,
+            galore_rank=requirements.galore_rank(method),
+        )
         model = context.model
         return cls(context, model.dense(), model.digest(), notes_of(prepared, model))
 

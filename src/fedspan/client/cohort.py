@@ -39,7 +39,7 @@ from fedspan.models import FederatedModel, rowwise
 from fedspan.models.losses import client_losses
 from fedspan.models.stacked import Stack, stacked
 from fedspan.models.streams import BatchLayout, ClientDropout, NotRowwise, drops
-from fedspan.support.errors import first_line
+from fedspan.support.errors import FedspanError, first_line
 
 
 def applies(model: FederatedModel, data: Encoded, recipe: Recipe, settings: TrainingSettings) -> str | None:

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedspan.data import Encoded
-from fedspan.data.encoding import IGNORED
 from fedspan.data.metrics import METRICS
 from fedspan.models import FederatedModel
-from fedspan.models.losses import client_losses
+from fedspan.models.losses import client_losses, num_answer_tokens
 from fedspan.models.merged import merged
 
 
@@ -95,8 +94,7 @@ def _predict(
     """Return a loss and its factor, the count and the values of one batch, on the model's device."""
     batch = {name: value.to(model.device) for name, value in examples.batch(indices).items()}
     if examples.kind == "instruction":
-        # The mean over the batch's answer tokens, each predicted from the one before.
-        count = (batch["labels"][:, 1:] != IGNORED).sum()
+        count = num_answer_tokens(batch)
         loss = client_losses(model, batch)
         texts = _generate(model, examples, indices, processor, max_new_tokens) if max_new_tokens else []
         return loss, count, count, texts
@@ -130,13 +128,19 @@ def _generate(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     batch = {name: value.to(model.device) for name, value in examples.prompts(indices).items()}
     writer: Any = model.model
+    # A decoder goes on writing after the prompt; that of an encoder-decoder after the tokens that begin an answer.
+    begun = batch.get("decoder_input_ids", batch["input_ids"])
+    options: dict[str, Any] = {}
+    if "decoder_input_ids" in batch:
+        options["decoder_start_token_id"] = int(begun[0, 0])
     tokens = writer.generate(
         **batch,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
         pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=[end for end in (tokenizer.eos_token_id, *examples.end_tokens) if end is not None],
+        **options,
     )
-    texts: list[str] = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    texts: list[str] = tokenizer.batch_decode(tokens[:, begun.shape[1] :], skip_special_tokens=True)
     return texts

@@ -12,6 +12,7 @@ from fedspan.client.training import TrainingSettings
 from fedspan.config import Config, DataConfig
 from fedspan.data import Corpus, Encoded, encode
 from fedspan.models import build, load_processor
+from fedspan.models.encoder_decoder import check_loss, decoder_start, is_encoder_decoder
 from fedspan.models.federated_model import Trains
 from fedspan.support.errors import FedspanError, first_line
 
@@ -22,10 +23,11 @@ def encoded(name: str, data: DataConfig, corpus: Corpus) -> tuple[Any, dict[str,
     The splits are `train`, `test`, and `unseen` where there is any.
     """
     processor = load_processor(name, corpus.kind)
+    decoder = decoder_start(name, corpus.kind, processor)
     rows = {"train": corpus.train, "test": corpus.test}
     if corpus.unseen is not None:
         rows["unseen"] = corpus.unseen
-    return processor, {split: encode(part, processor, data) for split, part in rows.items()}
+    return processor, {split: encode(part, processor, data, decoder) for split, part in rows.items()}
 
 
 def work_context(
@@ -67,6 +69,8 @@ def work_context(
         pad_token_id=texts.pad if texts is not None else None,
         quantise=config.model.quantise,
     )
+    if corpus.kind == "instruction" and is_encoder_decoder(model.model.config):
+        check_loss(model, data["train"])
     training = TrainingSettings.of(config)
     return WorkContext(training, config.evaluation, config.threads, model, data, processor, corpus.metrics)
 

@@ -109,6 +109,9 @@ class DataConfig(Section):
     """Column of the inputs in instruction data; an empty name means that there is no such column."""
     output_column: str = "output"
     """Column of the answers in instruction data."""
+    messages_column: Annotated[str | None, Field(examples=["chat"])] = None
+    """Column of conversations in instruction data, each a list of turns. Unset: `messages` or `conversations`, where
+    there is such a column and none of answers."""
     image_column: str = "image"
     """Column of the images in image data."""
     field_column: Annotated[str | None, Field(examples=["category"])] = None

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from fedspan.config import DataConfig
+from fedspan.data.chat_tokens import ChatEncoder
+from fedspan.data.conversations import Conversation, conversations_of
+from fedspan.data.encoder_decoder import DecoderStart, PromptsAndAnswers, encode_pairs
 from fedspan.data.rows import Kind, Rows
 from fedspan.support.errors import FedspanError, first_line
 
@@ -36,6 +39,7 @@ class _Texts:
     lengths: Tensor  # (N,)
     prompt_lengths: Tensor | None  # (N,), instruction data
     pad: int
+    answers: Tensor | None = None  # as tokens, true where the loss is; None: at everything after the prompt
 
     def right_padded(self, rows: Tensor) -> dict[str, Tensor]:
         """Return whole sequences for training, with labels at the answer tokens alone."""
@@ -48,11 +52,12 @@ class _Texts:
         if self.types is not None:
             batch["token_type_ids"] = self.types[flat].masked_fill_(~mask, 0)
         if self.prompt_lengths is not None:
-            answer = mask & (places >= self.prompt_lengths[rows][:, None])
+            later = places >= self.prompt_lengths[rows][:, None]
+            answer = mask & (later if self.answers is None else self.answers[flat])
             batch["labels"] = ids.masked_fill(~answer, IGNORED)
         return batch
 
-    def left_padded_prompts(self, rows: Tensor) -> dict[str, Tensor]:
+    def prompts(self, rows: Tensor) -> dict[str, Tensor]:
         """Return prompts that all end at the last position, where generation continues."""
         assert self.prompt_lengths is not None
         lengths = self.prompt_lengths[rows]
@@ -81,15 +86,21 @@ class Encoded:
         (N, channels, height, width) float32, of image data.
     labels
         (N,) int64 class ids, or float32 for regression; None for instruction data.
+    notes
+        What was left out of the data, in lines to be shown.
+    end_tokens
+        Tokens that end an answer beside the tokenizer's end token.
     """
 
     kind: Kind
     rows: Tensor
     all_targets: Sequence[Any]
     all_fields: Sequence[str]
-    texts: _Texts | None
+    texts: _Texts | PromptsAndAnswers | None
     pixels: Tensor | None
     labels: Tensor | None
+    notes: tuple[str, ...] = ()
+    end_tokens: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -102,7 +113,8 @@ class Encoded:
         dict
             Text: ``input_ids``, ``attention_mask`` (and ``token_type_ids`` where the tokenizer has them),
             each (b, t) and padded on the right; images: ``pixel_values`` (b, channels, height, width).
-            ``labels`` is (b, t) with -100 outside the answer for instruction data, otherwise (b,).
+            ``labels`` is (b, t) with -100 outside the answer for instruction data, otherwise (b,). For an
+            encoder-decoder the labels have the answers' own length, and there is ``decoder_input_ids``.
         """
         rows = self._rows(indices)
         if self.texts is not None:
@@ -117,12 +129,13 @@ class Encoded:
     def prompts(self, indices: Indices) -> dict[str, Tensor]:
         """Return the prompts of instruction data, padded on the left for generation.
 
-        Token by token they are the sequences of :meth:`batch` up to the answer.
+        Token by token they are the sequences of :meth:`batch` up to the answer; of a conversation, the last one.
 
         Returns
         -------
         dict
-            ``input_ids`` and ``attention_mask``, each (b, t).
+            ``input_ids`` and ``attention_mask``, each (b, t). For an encoder-decoder these are padded on the right,
+            and ``decoder_input_ids`` begin the answer.
 
         Raises
         ------
@@ -131,7 +144,7 @@ class Encoded:
         """
         if self.texts is None or self.texts.prompt_lengths is None:
             raise ValueError(f"{self.kind} data has no prompts: expected instruction data")
-        return self.texts.left_padded_prompts(self._rows(indices))
+        return self.texts.prompts(self._rows(indices))
 
     @property
     def lengths(self) -> Tensor:
@@ -161,13 +174,15 @@ class Encoded:
         return self.rows[torch.as_tensor(indices, dtype=torch.int64)]
 
 
-def encode(rows: Rows, processor: Any, config: DataConfig) -> Encoded:
+def encode(rows: Rows, processor: Any, config: DataConfig, decoder: DecoderStart | None = None) -> Encoded:
     """Tokenise (or process) all rows once.
 
     Instruction data: the prompt is ``template`` filled in, or one user turn of the tokenizer's chat template;
     prompt and answer are tokenised separately, as in generation, and the end token follows the answer.
     A row that is too long loses the start of its prompt (but never leading special tokens, and at least one
     token stays before the answer); only an answer that is too long by itself is cut, at its end.
+    Conversations: see :class:`fedspan.data.chat_tokens.ChatEncoder`. For an encoder-decoder, prompt and answer are
+    sequences of their own, each of at most ``max_length`` tokens.
     Classification: the tokenizer's own truncation to ``max_length``. A tokenizer without a padding token pads
     with its end token, or 0 if it has neither; the attention mask makes the choice harmless.
     Images: grey ones are given three equal channels before the model's own processor.
@@ -180,6 +195,8 @@ def encode(rows: Rows, processor: Any, config: DataConfig) -> Encoded:
         A tokenizer or image processor of transformers.
     config
         ``template`` and ``max_length``.
+    decoder
+        The start of an encoder-decoder's answers; None for any other model.
 
     Raises
     ------
@@ -189,6 +206,9 @@ def encode(rows: Rows, processor: Any, config: DataConfig) -> Encoded:
     if not len(rows):
         raise FedspanError("no rows to encode: expected at least one")
     texts, pixels = None, None
+    conversations = conversations_of(rows) if rows.kind == "instruction" else None
+    if conversations is not None or decoder is not None:
+        return _encode_answers(rows, conversations, processor, config, decoder)
     if rows.kind == "instruction":
         texts = _encode_instructions(rows, processor, config)
     elif rows.kind == "classification":
@@ -200,6 +220,43 @@ def encode(rows: Rows, processor: Any, config: DataConfig) -> Encoded:
         regression = any(isinstance(target, float) for target in rows.targets)
         labels = torch.tensor(rows.targets, dtype=torch.float32 if regression else torch.int64)
     return Encoded(rows.kind, torch.arange(len(rows)), rows.targets, rows.fields, texts, pixels, labels)
+
+
+def _encode_answers(
+    rows: Rows,
+    conversations: list[Conversation] | None,
+    tokenizer: Any,
+    config: DataConfig,
+    decoder: DecoderStart | None,
+) -> Encoded:
+    """Encode conversations, or instruction data for an encoder-decoder."""
+    if config.max_length < 2:
+        raise FedspanError(f"data.max_length = {config.max_length}: expected 2 or more for instruction data")
+    texts: _Texts | PromptsAndAnswers
+    notes: tuple[str, ...] = ()
+    ends: tuple[int, ...] = ()
+    if conversations is None:
+        assert decoder is not None
+        prompts: Any = fill(config.template, list(rows.inputs), tokenizer)
+        bare = config.template == "chat"
+        prompts = _tokens(tokenizer, prompts) if bare else prompts
+        texts, notes = encode_pairs(prompts, rows.targets, tokenizer, config.max_length, decoder, bare)
+    else:
+        chat = ChatEncoder(tokenizer, config, () if tokenizer.chat_template else _leading_tokens(tokenizer))
+        if decoder is None:
+            texts = _of_conversations(chat, conversations)
+        else:
+            prompts, bare = chat.sources(conversations), chat.renderer.templated
+            texts, notes = encode_pairs(prompts, rows.targets, tokenizer, config.max_length, decoder, bare)
+        notes, ends = notes + chat.notes(len(rows)), tuple(sorted(chat.ends))
+    return Encoded(rows.kind, torch.arange(len(rows)), rows.targets, rows.fields, texts, None, None, notes, ends)
+
+
+def _of_conversations(chat: ChatEncoder, conversations: list[Conversation]) -> _Texts:
+    rows = chat.rows(conversations)
+    texts = _flat([row.ids for row in rows], None, torch.tensor([row.prompt_length for row in rows]), chat.tokenizer)
+    tail = np.zeros(int(texts.lengths.max()), dtype=bool)
+    return replace(texts, answers=torch.from_numpy(np.concatenate([*(row.trained for row in rows), tail])))
 
 
 def fill(template: str, inputs: Sequence[tuple[str, str]], tokenizer: Any) -> list[str]:

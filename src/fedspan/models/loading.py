@@ -56,6 +56,31 @@ def load_processor(name: str, kind: Kind) -> Any:
         return tokenizer
 
 
+def read_config(name: str) -> Any:
+    """Return the configuration of a base.
+
+    Raises
+    ------
+    FedspanError
+        When it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    with library_logs_silenced(), _reading(name):
+        return AutoConfig.from_pretrained(resolve(name))
+
+
+def read_generation_config(name: str) -> Any:
+    """Return the settings of generation that lie beside a base, or None where there are none."""
+    from transformers import GenerationConfig
+
+    try:
+        with library_logs_silenced():
+            return GenerationConfig.from_pretrained(resolve(name))
+    except OSError:  # no such file
+        return None
+
+
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
     """Turn the many errors of reading a model into one line that says what to do."""
@@ -121,7 +146,7 @@ def load_base(
     """
     import transformers
 
-    auto = {
+    auto: Any = {
         "instruction": transformers.AutoModelForCausalLM,
         "classification": transformers.AutoModelForSequenceClassification,
         "image": transformers.AutoModelForImageClassification,
@@ -130,6 +155,8 @@ def load_base(
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "ignore_mismatched_sizes": kind != "instruction"}
     with library_logs_silenced(), _reading(name):
         config = transformers.AutoConfig.from_pretrained(resolve(name), **labels)
+    if kind == "instruction" and getattr(config, "is_encoder_decoder", False):
+        auto = transformers.AutoModelForSeq2SeqLM
     if getattr(config, "quantization_config", None) is not None:
         raise FedspanError(
             f"model.name = {name!r}: its files are quantised already; expected float32, bfloat16 or float16 weights, "

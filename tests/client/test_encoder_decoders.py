@@ -13,11 +13,11 @@ import pytest
 import seq2seq
 import tiny
 import torch
-from test_cohort import CLOSE, agree, alone, clients, config, smooth
+from test_cohort import CLOSE, agree, alone, clients, config
 
 from fedspan.cli.main import main
 from fedspan.client import cohort
-from fedspan.client.evaluation import evaluate
+from fedspan.client.evaluation import batches, evaluate, predict
 from fedspan.client.setup import encoded
 from fedspan.client.training import Assignment, TrainingSettings, train
 from fedspan.config import DataConfig, LocalConfig, PrivacyConfig
@@ -29,8 +29,6 @@ from fedspan.models.losses import client_losses, fixed_shape_batches, fixed_shap
 from fedspan.privacy.example_dp import private_gradients
 from fedspan.runs.export import merged_adapter
 from fedspan.support.errors import FedspanError
-
-__all__ = ["smooth"]
 
 DATA = DataConfig(template="{instruction}: {input}")
 TASKS = tiny.questions(40)
@@ -86,7 +84,9 @@ def plain_figures(name: str, model: Any, tokenizer: Any, rows: list[int]) -> tup
         total += float(model(**given, labels=labels).loss) * labels.numel()
         count += labels.numel()
         forced = {"bart": {"forced_bos_token_id": 1}, "mbart": {"decoder_start_token_id": 3}}.get(name, {})
-        written = model.generate(**given, **forced, max_new_tokens=7, do_sample=False, num_beams=1)
+        # There the token that is forced counts among the new ones.
+        most = 8 if name == "bart" else 7
+        written = model.generate(**given, **forced, max_new_tokens=most, do_sample=False, num_beams=1)
         texts.append(tokenizer.decode(written[0], skip_special_tokens=True))
     return total / count, texts
 
@@ -127,10 +127,8 @@ def test_loss_and_text_of_what_is_saved_are_those_of_plain_libraries(
     """In batches of different lengths here, one example at a time there; text by the same greedy search."""
     from peft import PeftModel
 
-    model, tokenizer = (
-        tiny.load(folders[name], "instruction", trains=trains),
-        tiny.processor(folders[name], "instruction"),
-    )
+    model = tiny.load(folders[name], "instruction", trains=trains)
+    tokenizer = tiny.processor(folders[name], "instruction")
     sent = moved(model)
     model.load(sent)
     if trains == "adapter":
@@ -148,26 +146,20 @@ def test_loss_and_text_of_what_is_saved_are_those_of_plain_libraries(
     figures = evaluate(model, found, ("exact_match",), tokenizer, batch_size=5, max_new_tokens=7)
     assert abs(figures["loss"] - loss) < 1e-5 * loss
     assert abs(untouched - loss) > 1e-2
-    from fedspan.client.evaluation import batches, predict
-
     cut = batches(found, 5)
-    written = dict(
-        zip(sum(cut, []), sum((p.values for p in predict(model, found, cut, tokenizer, 7)), []), strict=True)
-    )
-    # Where a language is forced, plain generation counts it among the new tokens.
-    assert [written[i] for i in rows] == [text[: len(written[i])] or text for i, text in enumerate(texts)]
+    values = [part.values for part in predict(model, found, cut, tokenizer, 7)]
+    written = {i: text for indices, own in zip(cut, values, strict=True) for i, text in zip(indices, own, strict=True)}
+    assert [written[i] for i in rows] == texts
     assert len({*texts}) > 1
 
 
-@pytest.mark.parametrize("name", ["t5", "bart", "mbart"])
+@pytest.mark.parametrize("name", ["bart", "mbart"])
 def test_a_base_that_has_learnt_its_answers_scores_one(
     folders: dict[str, Path], data: dict[str, Encoded], name: str
 ) -> None:
     """Trained in full on four rows, it writes them: training and generation begin and end answers alike."""
-    model, tokenizer = (
-        tiny.load(folders[name], "instruction", trains="all"),
-        tiny.processor(folders[name], "instruction"),
-    )
+    model = tiny.load(folders[name], "instruction", trains="all")
+    tokenizer = tiny.processor(folders[name], "instruction")
     few = data[name].subset([0, 1, 5, 10])
     local = LocalConfig(learning_rate=5e-3, batch_size=4)
     work = Assignment("client-0", Broadcast({}, model.dense()), np.arange(4), 60, 1.0)
@@ -186,10 +178,11 @@ def test_together_is_alone(
     model = tiny.load(folders[name], "instruction")
     assert cohort.applies(model, data[name], Recipe(), config()) is None
     group = clients(model, 2, 8, 3, 1, steps=(3, 5, 1, 4), sizes=(9, 40, 3, 1))
-    wanted = alone(model, data[name], group, config(warmup=0.5))
-    agree(cohort.work(model, data[name], group, config(warmup=0.5), 2), wanted, group, CLOSE)
+    chosen = config(warmup=0.5, optimizer="sgd", learning_rate=0.01)
+    wanted = alone(model, data[name], group, chosen)
+    agree(cohort.work(model, data[name], group, chosen, 2), wanted, group, CLOSE)
     monkeypatch.setattr(cohort, "_on_cpu", cohort._on_device)
-    agree(cohort.work(model, data[name], group, config(warmup=0.5), 2), wanted, group, CLOSE)
+    agree(cohort.work(model, data[name], group, chosen, 2), wanted, group, CLOSE)
 
 
 def test_dropout_at_two_lengths_is_drawn_for_one_client_at_a_time(data: dict[str, Encoded], tmp_path: Path) -> None:
@@ -322,5 +315,5 @@ def test_the_command_trains_a_t5_folder_on_a_csv(tmp_path: Path, capsys: pytest.
     assert "sequential engine (its dropout is in an encoder and a decoder, at two lengths)" in output.out
     loaded = PeftModel.from_pretrained(plain(base), str(tmp_path / "run" / "adapter")).eval()
     loss, _ = plain_figures("t5", loaded, tiny.processor(base, "instruction"), list(range(40)))
-    last = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]["server"]["loss"]
+    last = json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]["server"]["loss"]
     assert abs(last - loss) < 1e-4 * loss

@@ -85,7 +85,13 @@ class Renderer:
             return self._plain(held)
         text = self._fill(held, held.turns)
         prompt = self._fill(held, held.turns[:-1], answering=True)
-        spans = self._by_prefixes(held, text) or self._by_template(held, text) or self._by_marks(held, text)
+        spans = self._by_prefixes(held, text)
+        if spans is None:
+            spans = self._by_template(held, text)
+            if spans is not None and not text.startswith(prompt):
+                prompt = text[: spans[-1][0]]  # the template says itself where the answer begins
+        if spans is None:
+            spans = self._by_marks(held, text)
         if spans is None or not text.startswith(prompt) or spans[-1][1] <= len(prompt):
             raise FedspanError(
                 f"{held.where}: the chat template writes earlier turns differently once later ones follow, so the "

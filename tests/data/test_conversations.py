@@ -89,7 +89,7 @@ def talk(*texts: str, system: str = "", untrained: Sequence[int] = ()) -> Conver
 
 def encoded(tokenizer: Any, *rows: Conversation, decoder: DecoderStart | None = None, **options: Any) -> Encoded:
     data = Rows("instruction", list(rows), [row.answer.content for row in rows], [""] * len(rows))
-    return encode(data, tokenizer, DataConfig(**options), decoder)
+    return encode(data, tokenizer, DataConfig(**options), decoder=decoder)
 
 
 def pieces(data: Encoded, tokenizer: Any, row: int = 0) -> tuple[str, list[str]]:
@@ -259,7 +259,7 @@ def test_a_leading_token_is_never_cut() -> None:
 
 def test_what_ends_an_answer_ends_generation() -> None:
     tokenizer = TOKENIZERS["chatml"]
-    assert encoded(tokenizer, talk("a", "b")).end_tokens == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    assert encoded(tokenizer, talk("a", "b")).texts.ends == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
 
 
 def test_an_encoder_reads_all_but_the_last_answer() -> None:

@@ -130,6 +130,7 @@ def _generate(
     writer: Any = model.model
     # A decoder goes on writing after the prompt; that of an encoder-decoder after the tokens that begin an answer.
     begun = batch.get("decoder_input_ids", batch["input_ids"])
+    ends = examples.texts.ends if examples.texts is not None else ()
     options: dict[str, Any] = {}
     if "decoder_input_ids" in batch:
         options["decoder_start_token_id"] = int(begun[0, 0])
@@ -139,7 +140,7 @@ def _generate(
         do_sample=False,
         num_beams=1,
         pad_token_id=pad,
-        eos_token_id=[end for end in (tokenizer.eos_token_id, *examples.end_tokens) if end is not None],
+        eos_token_id=[end for end in (tokenizer.eos_token_id, *ends) if end is not None],
         **options,
     )
     texts: list[str] = tokenizer.batch_decode(tokens[:, begun.shape[1] :], skip_special_tokens=True)

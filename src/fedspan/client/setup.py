@@ -27,7 +27,7 @@ def encoded(name: str, data: DataConfig, corpus: Corpus) -> tuple[Any, dict[str,
     rows = {"train": corpus.train, "test": corpus.test}
     if corpus.unseen is not None:
         rows["unseen"] = corpus.unseen
-    return processor, {split: encode(part, processor, data, decoder) for split, part in rows.items()}
+    return processor, {split: encode(part, processor, data, decoder=decoder) for split, part in rows.items()}
 
 
 def work_context(

@@ -81,11 +81,11 @@ def conversations_of(rows: Rows) -> list[Conversation] | None:
     FedspanError
         For a mixture, as of files with different columns.
     """
+    if not isinstance(rows.inputs, list):
+        return None
     found = [row for row in rows.inputs if isinstance(row, Conversation)]
     if found and len(found) < len(rows):
-        raise FedspanError(
-            f"{found[0].where} is a conversation, and other rows are not: expected one form in all files"
-        )
+        raise FedspanError(f"{found[0].where} is a conversation, and other rows are not: expected one form of data")
     return found or None
 
 

@@ -62,6 +62,8 @@ class PromptsAndAnswers:
     leading: tuple[int, ...]
     """Special tokens that the tokenizer puts before every answer, such as a language."""
     pad: int
+    ends: tuple[int, ...] = ()
+    """Tokens that end an answer beside the tokenizer's end token: the answer is not written by a chat template."""
 
     @property
     def lengths(self) -> Tensor:

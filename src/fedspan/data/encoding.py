@@ -40,6 +40,7 @@ class _Texts:
     prompt_lengths: Tensor | None  # (N,), instruction data
     pad: int
     answers: Tensor | None = None  # as tokens, true where the loss is; None: at everything after the prompt
+    ends: tuple[int, ...] = ()  # tokens that end an answer beside the tokenizer's end token
 
     def right_padded(self, rows: Tensor) -> dict[str, Tensor]:
         """Return whole sequences for training, with labels at the answer tokens alone."""
@@ -88,8 +89,6 @@ class Encoded:
         (N,) int64 class ids, or float32 for regression; None for instruction data.
     notes
         What was left out of the data, in lines to be shown.
-    end_tokens
-        Tokens that end an answer beside the tokenizer's end token.
     """
 
     kind: Kind
@@ -100,7 +99,6 @@ class Encoded:
     pixels: Tensor | None
     labels: Tensor | None
     notes: tuple[str, ...] = ()
-    end_tokens: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -174,7 +172,7 @@ class Encoded:
         return self.rows[torch.as_tensor(indices, dtype=torch.int64)]
 
 
-def encode(rows: Rows, processor: Any, config: DataConfig, decoder: DecoderStart | None = None) -> Encoded:
+def encode(rows: Rows, processor: Any, config: DataConfig, *, decoder: DecoderStart | None = None) -> Encoded:
     """Tokenise (or process) all rows once.
 
     Instruction data: the prompt is ``template`` filled in, or one user turn of the tokenizer's chat template;
@@ -234,7 +232,6 @@ def _encode_answers(
         raise FedspanError(f"data.max_length = {config.max_length}: expected 2 or more for instruction data")
     texts: _Texts | PromptsAndAnswers
     notes: tuple[str, ...] = ()
-    ends: tuple[int, ...] = ()
     if conversations is None:
         assert decoder is not None
         prompts: Any = fill(config.template, list(rows.inputs), tokenizer)
@@ -248,15 +245,16 @@ def _encode_answers(
         else:
             prompts, bare = chat.sources(conversations), chat.renderer.templated
             texts, notes = encode_pairs(prompts, rows.targets, tokenizer, config.max_length, decoder, bare)
-        notes, ends = notes + chat.notes(len(rows)), tuple(sorted(chat.ends))
-    return Encoded(rows.kind, torch.arange(len(rows)), rows.targets, rows.fields, texts, None, None, notes, ends)
+        notes += chat.notes(len(rows))
+    return Encoded(rows.kind, torch.arange(len(rows)), rows.targets, rows.fields, texts, None, None, notes)
 
 
 def _of_conversations(chat: ChatEncoder, conversations: list[Conversation]) -> _Texts:
     rows = chat.rows(conversations)
     texts = _flat([row.ids for row in rows], None, torch.tensor([row.prompt_length for row in rows]), chat.tokenizer)
     tail = np.zeros(int(texts.lengths.max()), dtype=bool)
-    return replace(texts, answers=torch.from_numpy(np.concatenate([*(row.trained for row in rows), tail])))
+    answers = torch.from_numpy(np.concatenate([*(row.trained for row in rows), tail]))
+    return replace(texts, answers=answers, ends=tuple(sorted(chat.ends)))
 
 
 def fill(template: str, inputs: Sequence[tuple[str, str]], tokenizer: Any) -> list[str]:

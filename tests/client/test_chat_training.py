@@ -114,6 +114,7 @@ def test_the_command_trains_on_a_file_of_conversations(
         "local.learning_rate=0.01",
         "engine.workers=1",
         "evaluation.local=false",
+        "evaluation.max_new_tokens=4",
     ]
     sets = [part for option in options for part in ("--set", option)]
     code = main(["run", *sets, "--out", str(tmp_path / "run")])

@@ -119,11 +119,12 @@ class DataConfig(Section):
     is such a column."""
     template: str = "{instruction}\n{input}\n"
     """Prompt of instruction data, with {instruction} and {input} filled in; `chat` uses the tokenizer's chat
-    template."""
+    template. Conversations always use that where there is one."""
     metric: Annotated[str | None, Field(examples=["accuracy"])] = None
     """Metric of the summary. Unset: the usual one for the task."""
     max_length: PositiveInt = 256
-    """Maximum sequence length in tokens. A longer prompt is cut at its start; an answer is never cut."""
+    """Maximum sequence length in tokens; of an encoder-decoder, for prompt and answer each. A longer prompt is cut at
+    its start, a conversation loses its oldest turns, and only an answer too long by itself is cut."""
     max_train: Annotated[PositiveInt | None, Field(examples=[1000])] = None
     """Maximum number of training examples, drawn by the seed. Unset: all."""
     max_test: Annotated[PositiveInt | None, Field(examples=[200])] = None

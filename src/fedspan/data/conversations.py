@@ -1,7 +1,7 @@
 """Conversations: rows of a `messages` column, checked turn by turn.
 
 Two spellings are read: OpenAI's ``{"role": …, "content": …}`` and ShareGPT's ``{"from": …, "value": …}``. A system turn
-may come first; then a user and an assistant take turns, and the assistant has the last word.
+may come first; then a user and an assistant take turns, and the last turn is the assistant's.
 """
 
 from __future__ import annotations

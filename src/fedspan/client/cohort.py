@@ -69,6 +69,9 @@ def _reason_in_layers(model: FederatedModel) -> str | None:
         head_layers(model)
     except FedspanError as error:
         return str(error)
+    if getattr(model.model.config, "is_encoder_decoder", False) and drops(model.model):
+        # A client's masks have the shapes of its own prompts and answers, which one layout has no two lengths for.
+        return "its dropout is in an encoder and a decoder, at two lengths"
     for name, layer in model.model.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             return f"{name} mixes the rows of a batch"

@@ -17,6 +17,7 @@ from fedspan.data.label_names import match_labels
 from fedspan.models import FederatedModel, build, load_processor
 from fedspan.models.base_checks import check_pixels, check_tokens
 from fedspan.models.base_facts import read_facts
+from fedspan.models.encoder_decoder import check_loss, decoder_start, is_encoder_decoder
 from fedspan.models.federated_model import Trains
 from fedspan.support.errors import FedspanError, first_line
 
@@ -50,13 +51,14 @@ def prepare(name: str, config: DataConfig, corpus: Corpus) -> Prepared:
     """
     processor, base = load_processor(name, corpus.kind), read_facts(name)
     notes: list[str] = []
+    decoder = decoder_start(name, corpus.kind, processor)
     config = _within_context(name, config, corpus, base, notes)
     matched = match_labels(corpus, base)
     corpus = matched.corpus
     rows = {"train": corpus.train, "test": corpus.test}
     if corpus.unseen is not None:
         rows["unseen"] = corpus.unseen
-    data = {split: encode(part, processor, config, base) for split, part in rows.items()}
+    data = {split: encode(part, processor, config, base, decoder=decoder) for split, part in rows.items()}
     notes += [matched.note] if matched.note is not None else []
     notes += [f"{split} data: {note}" for split, part in data.items() for note in part.notes]
     return Prepared(corpus, processor, data, base, config, matched.new_head, tuple(notes))
@@ -115,6 +117,8 @@ def work_context(
             check_tokens(model.model, config.model.name, *part.extent())
     elif corpus.kind == "image":
         check_pixels(model.model, config.model.name, data["train"].batch([0])["pixel_values"].to(device))
+    if corpus.kind == "instruction" and is_encoder_decoder(model.model.config):
+        check_loss(model, data["train"])
     training = TrainingSettings.of(config)
     return WorkContext(training, config.evaluation, config.threads, model, data, prepared.processor, corpus.metrics)
 

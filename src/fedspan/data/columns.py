@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fedspan.config import DataConfig
+from fedspan.data.conversations import column_of, read_conversations
 from fedspan.data.images import as_images, find_column
 from fedspan.data.metrics import METRICS
 from fedspan.data.rows import Kind, Rows
@@ -25,8 +26,8 @@ _LABEL_NAMES = ("labels", "y")
 def infer_kind(table: Table, config: DataConfig) -> Kind:
     """Return the kind of a table's examples: `config.kind`, or the kind that its columns indicate.
 
-    An answer column (``data.output_column``) makes instruction data; otherwise an image column makes
-    images; otherwise a label column makes classification.
+    An answer column (``data.output_column``) or a column of conversations makes instruction data; otherwise an image
+    column makes images; otherwise a label column makes classification.
 
     Raises
     ------
@@ -35,7 +36,7 @@ def infer_kind(table: Table, config: DataConfig) -> Kind:
     """
     if config.kind is not None:
         return config.kind
-    if config.output_column in table.columns:
+    if config.output_column in table.columns or column_of(table, config) is not None:
         return "instruction"
     if any(name in table.columns for name in (config.image_column, *_IMAGE_NAMES)):
         return "image"
@@ -76,7 +77,11 @@ def to_rows(table: Table, kind: Kind, config: DataConfig) -> Rows:
     return Rows(kind, inputs, _plain(targets), _fields(table, config))
 
 
-def _instructions(table: Table, config: DataConfig) -> tuple[list[tuple[str, str]], list[str]]:
+def _instructions(table: Table, config: DataConfig) -> tuple[Sequence[Any], list[str]]:
+    name = column_of(table, config)
+    if name is not None:
+        conversations = read_conversations(table, name)
+        return conversations, [conversation.answer.content for conversation in conversations]
     names = {"instruction_column": config.instruction_column, "input_column": config.input_column}
     if not any(names.values()):
         raise FedspanError("data.instruction_column and data.input_column are both empty: expected at least one")

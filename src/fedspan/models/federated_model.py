@@ -243,11 +243,16 @@ class FederatedModel:
             Path(path),
             factors,
             base_model=resolve(self.name),
-            task_type=_TASK_TYPES[self.kind],
+            task_type=self._task_type(),
             dense=dense,
             modules_to_save=self.heads,
             fan_in_fan_out=bool(conv),
         )
+
+    def _task_type(self) -> str | None:
+        """Return PEFT's name for what the model does."""
+        answers = self.kind == "instruction" and getattr(self.model.config, "is_encoder_decoder", False)
+        return "SEQ_2_SEQ_LM" if answers else _TASK_TYPES[self.kind]
 
     def apply_patch(self, patch: Mapping[str, Patch]) -> None:
         """Make the base the untouched base plus `patch`, in place of the patch before."""

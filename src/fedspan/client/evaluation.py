@@ -16,10 +16,9 @@ from torch import Tensor
 
 from fedspan.client.generation import generate
 from fedspan.data import Encoded
-from fedspan.data.encoding import IGNORED
 from fedspan.data.metrics import METRICS
 from fedspan.models import FederatedModel
-from fedspan.models.losses import client_losses
+from fedspan.models.losses import client_losses, num_answer_tokens
 from fedspan.models.merged import merged
 from fedspan.models.padding import row_logits
 
@@ -97,8 +96,7 @@ def _predict(
     """Return a loss and its factor, the count and the values of one batch, on the model's device."""
     batch = {name: value.to(model.device) for name, value in examples.batch(indices).items()}
     if examples.kind == "instruction":
-        # The mean over the batch's answer tokens, each predicted from the one before.
-        count = (batch["labels"][:, 1:] != IGNORED).sum()
+        count = num_answer_tokens(batch)
         loss = client_losses(model, batch)
         texts = generate(model, examples, indices, processor, max_new_tokens) if max_new_tokens else []
         return loss, count, count, texts

@@ -13,9 +13,6 @@ from fedspan.data import Encoded
 from fedspan.models import FederatedModel
 from fedspan.models.padding import equal_lengths
 
-_OF_AN_ENCODER_DECODER = ("decoder_start_token_id", "forced_bos_token_id")
-"""Settings that say how its decoder begins, without which it writes another language, or nothing."""
-
 
 def generate(
     model: FederatedModel, examples: Encoded, indices: Sequence[int], tokenizer: Any, max_new_tokens: int
@@ -70,10 +67,13 @@ def _written(model: FederatedModel, batch: dict[str, Any], texts: Any, tokenizer
 
 def _continued(model: FederatedModel, batch: dict[str, Any], texts: Any, tokenizer: Any, length: int) -> list[str]:
     writer: Any = model.model
-    with _greedy(writer, greedy_settings(texts, length)) as settings:
+    chosen = greedy_settings(texts, length)
+    if "decoder_input_ids" in batch:
+        chosen["decoder_start_token_id"] = int(batch["decoder_input_ids"][0, 0])
+    with _greedy(writer, chosen) as settings:
         tokens = writer.generate(**batch, generation_config=settings)
-    # A decoder repeats the prompt, an encoder-decoder begins with one token of its own.
-    begin = 1 if writer.config.is_encoder_decoder else batch["input_ids"].shape[1]
+    # A decoder repeats the prompt, an encoder-decoder the tokens that it was given to begin with.
+    begin = batch.get("decoder_input_ids", batch["input_ids"]).shape[1]
     return _decoded(tokens[:, begin:].tolist(), set(texts.ends), tokenizer)
 
 
@@ -88,8 +88,6 @@ def _decoded(rows: list[list[int]], ends: set[int], tokenizer: Any) -> list[str]
 def _greedy(writer: Any, settings: dict[str, Any]) -> Iterator[Any]:
     """Yield settings of generation while the model has no others: transformers takes from them what is not given."""
     own = writer.generation_config
-    kept = _OF_AN_ENCODER_DECODER if writer.config.is_encoder_decoder else ()
-    settings |= {name: getattr(own, name) for name in kept if getattr(own, name, None) is not None}
     writer.generation_config = type(own)()
     try:
         yield type(own)(**settings)

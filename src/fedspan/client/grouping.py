@@ -108,9 +108,12 @@ def _tokens(data: Encoded, assignment: Assignment, batch_size: int) -> int:
 
 
 def _positions(model: FederatedModel, data: Encoded) -> int:
-    """Return the positions that one row of an image batch takes in the model, one per patch; 1 for text."""
+    """Return the positions that one row of an image batch takes in the model, one per patch; 1 for text.
+
+    2 for prompts and answers that an encoder and a decoder read, each at most as long as the row counts.
+    """
     if data.pixels is None:
-        return 1
+        return 2 if data.kind == "instruction" and getattr(model.model.config, "is_encoder_decoder", False) else 1
     height, width = data.pixels.shape[-2:]
     patch = getattr(model.model.config, "patch_size", 16)
     side = patch if isinstance(patch, int) else max(patch)

@@ -19,6 +19,7 @@ from fedspan.data.label_names import match_labels
 from fedspan.models import FederatedModel, build, load_processor
 from fedspan.models.base_checks import check_pixels, check_tokens
 from fedspan.models.base_facts import read_facts
+from fedspan.models.encoder_decoder import check_loss, decoder_start, is_encoder_decoder
 from fedspan.models.federated_model import Trains
 from fedspan.models.selection import Selection
 from fedspan.models.starting_adapter import start_from
@@ -57,6 +58,7 @@ def prepare(name: str, config: DataConfig, corpus: Corpus) -> Prepared:
     report(f"loading the {'image processor' if corpus.kind == 'image' else 'tokenizer'} of {name}")
     processor, base = load_processor(name, corpus.kind), read_facts(name)
     notes: list[str] = []
+    decoder = decoder_start(name, corpus.kind, processor)
     config = _within_context(name, config, corpus, base, notes)
     matched = match_labels(corpus, base)
     corpus = matched.corpus
@@ -66,7 +68,7 @@ def prepare(name: str, config: DataConfig, corpus: Corpus) -> Prepared:
     data = {}
     for split, part in rows.items():
         report(f"encoding {len(part):,} {split} rows")
-        data[split] = encode(part, processor, config, base)
+        data[split] = encode(part, processor, config, base, decoder=decoder)
     notes += [matched.note] if matched.note is not None else []
     notes += _notes_of_splits(data)
     return Prepared(corpus, processor, data, base, config, matched.new_head, tuple(notes))
@@ -143,6 +145,8 @@ def work_context(
     )
     if config.engine.checkpointing and not getattr(model.model, "supports_gradient_checkpointing", False):
         raise FedspanError(f"engine.checkpointing: {type(model.model).__name__} does not support it; expected false")
+    if corpus.kind == "instruction" and is_encoder_decoder(model.model.config):
+        check_loss(model, data["train"])
     if config.privacy.dp == "example":
         check_layers(model, data["train"])
     if config.model.adapter is not None:

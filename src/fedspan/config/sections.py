@@ -170,6 +170,9 @@ class DataConfig(Section):
     """Column of the inputs in instruction data; an empty name means that there is no such column."""
     output_column: str = "output"
     """Column of the answers in instruction data."""
+    messages_column: Annotated[str | None, Field(examples=["chat"])] = None
+    """Column of conversations in instruction data, each a list of turns. Unset: `messages` or `conversations`, where
+    there is such a column and none of answers."""
     image_column: str = "image"
     """Column of the images in image data."""
     image_range: Annotated[tuple[float, float] | None, Field(examples=[[0, 4095]])] = None
@@ -183,13 +186,14 @@ class DataConfig(Section):
     is such a column."""
     template: str = "{instruction}\n{input}\n"
     """Prompt of instruction data, with {instruction} and {input} filled in; `chat` uses the tokenizer's chat
-    template."""
+    template. Conversations always use that where there is one."""
     system: str = ""
     """With `template = "chat"`: text of a system turn before the user's. Empty: no system turn."""
     metric: Annotated[str | None, Field(examples=["accuracy"])] = None
     """Metric of the summary. Unset: the usual one for the task."""
     max_length: PositiveInt = 256
-    """Maximum sequence length in tokens. A longer prompt is cut at its start; an answer is never cut. The default is
+    """Maximum sequence length in tokens; of an encoder-decoder, for prompt and answer each. A longer prompt is cut at
+    its start, a conversation loses its oldest turns, and only an answer too long by itself is cut. The default is
     lowered to the base's number of positions where that is smaller."""
     max_train: Annotated[PositiveInt | None, Field(examples=[1000])] = None
     """Maximum number of training examples, drawn by the seed. Unset: all."""

@@ -104,14 +104,22 @@ class ChatFormat:
         return (before, after) if found else (None, "")
 
     def _rendered(self, turns: list[dict[str, str]], prompt: bool, date: datetime) -> str:
-        template = str(self.tokenizer.get_chat_template())
-        dated = {"chat_template": _fixed_date(date) + template} if _CALL in template else {}
         # Thinking is off: answers are trained and generated without it. Templates that know no such switch ignore it.
         return str(
             self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=prompt, tokenize=False, enable_thinking=False, **dated
+                turns,
+                add_generation_prompt=prompt,
+                tokenize=False,
+                enable_thinking=False,
+                **dated(self.tokenizer, date),
             )
         )
+
+
+def dated(tokenizer: Any, date: datetime = DATE) -> dict[str, Any]:
+    """Return the options of `apply_chat_template` by which a template that prints today's date prints this one."""
+    template = str(tokenizer.get_chat_template())
+    return {"chat_template": _fixed_date(date) + template} if _CALL in template else {}
 
 
 def _fixed_date(date: datetime) -> str:

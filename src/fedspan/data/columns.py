@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedspan.config import DataConfig
+from fedspan.data.conversations import column_of, read_conversations
 from fedspan.data.images import as_images, find_column, is_image_file
 from fedspan.data.rows import Kind, Rows
 from fedspan.data.strings import Strings, Tuples
@@ -24,9 +25,9 @@ _LABEL_NAMES = ("labels", "y")
 def infer_kind(table: Table, config: DataConfig) -> Kind:
     """Return the kind of a table's examples: `config.kind`, or the kind that its columns indicate.
 
-    An answer column (``data.output_column``) makes instruction data; otherwise an image column makes
-    images; otherwise a label column makes classification. A column of text is one of images only under the name that
-    ``data.image_column`` gives, and where its first value is the name of an image file.
+    An answer column (``data.output_column``) or a column of conversations makes instruction data; otherwise an image
+    column makes images; otherwise a label column makes classification. A column of text is one of images only under the
+    name that ``data.image_column`` gives, and where its first value is the name of an image file.
 
     Raises
     ------
@@ -35,7 +36,7 @@ def infer_kind(table: Table, config: DataConfig) -> Kind:
     """
     if config.kind is not None:
         return config.kind
-    if config.output_column in table.columns:
+    if config.output_column in table.columns or column_of(table, config) is not None:
         return "instruction"
     if any(_holds_images(table, name, config.image_column) for name in (config.image_column, *_IMAGE_NAMES)):
         return "image"
@@ -88,6 +89,10 @@ def to_rows(table: Table, kind: Kind, config: DataConfig) -> Rows:
 
 
 def _instructions(table: Table, config: DataConfig) -> tuple[Sequence[Any], Sequence[str]]:
+    name = column_of(table, config)
+    if name is not None:
+        conversations = read_conversations(table, name)
+        return conversations, [conversation.answer.content for conversation in conversations]
     names = {"instruction_column": config.instruction_column, "input_column": config.input_column}
     if not any(names.values()):
         raise FedspanError("data.instruction_column and data.input_column are both empty: expected at least one")

@@ -19,6 +19,9 @@ from torch import Tensor
 from fedspan.config import DataConfig
 from fedspan.data.base_facts import NOTHING_STATED, BaseFacts
 from fedspan.data.chat import DATE, ChatFormat
+from fedspan.data.chat_tokens import ChatEncoder
+from fedspan.data.conversations import Conversation, conversations_of
+from fedspan.data.encoder_decoder import DecoderStart, PromptsAndAnswers, encode_pairs
 from fedspan.data.rows import Kind, Rows
 from fedspan.data.special_tokens import TEXTS_AT_ONCE, Spelling
 from fedspan.data.text_ids import (
@@ -50,6 +53,7 @@ class _Texts:
     pad: int
     ends: tuple[int, ...] = ()  # tokens that end an answer, instruction data; the first ends those that are trained on
     num_positions: int | None = None  # the longest sequence that the base takes, where that is known
+    answers: Tensor | None = None  # as tokens, true where the loss is; None: at everything after the prompt
 
     def right_padded(self, rows: Tensor) -> dict[str, Tensor]:
         """Return whole sequences for training, with labels at the answer tokens alone."""
@@ -62,11 +66,12 @@ class _Texts:
         if self.types is not None:
             batch["token_type_ids"] = self.types[flat].masked_fill_(~mask, 0)
         if self.prompt_lengths is not None:
-            answer = mask & (places >= self.prompt_lengths[rows][:, None])
+            later = places >= self.prompt_lengths[rows][:, None]
+            answer = mask & (later if self.answers is None else self.answers[flat])
             batch["labels"] = ids.masked_fill(~answer, IGNORED)
         return batch
 
-    def left_padded_prompts(self, rows: Tensor) -> dict[str, Tensor]:
+    def prompts(self, rows: Tensor) -> dict[str, Tensor]:
         """Return prompts that all end at the last position, where generation continues."""
         assert self.prompt_lengths is not None
         lengths = self.prompt_lengths[rows]
@@ -103,7 +108,7 @@ class Encoded:
     rows: Tensor
     all_targets: Sequence[Any]
     all_fields: Sequence[str]
-    texts: _Texts | None
+    texts: _Texts | PromptsAndAnswers | None
     pixels: Tensor | None
     labels: Tensor | None
     notes: tuple[str, ...] = ()
@@ -119,7 +124,8 @@ class Encoded:
         dict
             Text: ``input_ids``, ``attention_mask`` (and ``token_type_ids`` where the tokenizer has them),
             each (b, t) and padded on the right; images: ``pixel_values`` (b, channels, height, width).
-            ``labels`` is (b, t) with -100 outside the answer for instruction data, otherwise (b,).
+            ``labels`` is (b, t) with -100 outside the answer for instruction data, otherwise (b,). For an
+            encoder-decoder the labels have the answers' own length, and there is ``decoder_input_ids``.
         """
         rows = self._rows(indices)
         if self.texts is not None:
@@ -134,12 +140,13 @@ class Encoded:
     def prompts(self, indices: Indices) -> dict[str, Tensor]:
         """Return the prompts of instruction data, padded on the left for generation.
 
-        Token by token they are the sequences of :meth:`batch` up to the answer.
+        Token by token they are the sequences of :meth:`batch` up to the answer; of a conversation, the last one.
 
         Returns
         -------
         dict
-            ``input_ids`` and ``attention_mask``, each (b, t).
+            ``input_ids`` and ``attention_mask``, each (b, t). For an encoder-decoder these are padded on the right,
+            and ``decoder_input_ids`` begin the answer.
 
         Raises
         ------
@@ -148,7 +155,7 @@ class Encoded:
         """
         if self.texts is None or self.texts.prompt_lengths is None:
             raise ValueError(f"{self.kind} data has no prompts: expected instruction data")
-        return self.texts.left_padded_prompts(self._rows(indices))
+        return self.texts.prompts(self._rows(indices))
 
     @property
     def lengths(self) -> Tensor:
@@ -188,7 +195,14 @@ class Encoded:
         return self.rows[torch.as_tensor(indices, dtype=torch.int64)]
 
 
-def encode(rows: Rows, processor: Any, config: DataConfig, base: BaseFacts = NOTHING_STATED) -> Encoded:
+def encode(
+    rows: Rows,
+    processor: Any,
+    config: DataConfig,
+    base: BaseFacts = NOTHING_STATED,
+    *,
+    decoder: DecoderStart | None = None,
+) -> Encoded:
     """Tokenise (or process) all rows once.
 
     Instruction data: the prompt is ``template`` filled in, or one user turn of the tokenizer's chat template;
@@ -198,6 +212,8 @@ def encode(rows: Rows, processor: Any, config: DataConfig, base: BaseFacts = NOT
     Special tokens are written by the template and the tokenizer alone: a text that spells one is ordinary text.
     A row that is too long loses the start of its prompt (but never leading special tokens, and at least one
     token stays before the answer); only an answer that is too long by itself is cut, at its end.
+    Conversations: see :class:`fedspan.data.chat_tokens.ChatEncoder`. For an encoder-decoder, prompt and answer are
+    sequences of their own, each of at most ``max_length`` tokens.
     Classification: the tokenizer's own truncation to ``max_length``. A tokenizer without a padding token pads
     with its end token, or 0 if it has neither; the attention mask makes the choice harmless.
     Images: grey ones are given three equal channels before the model's own processor.
@@ -212,6 +228,8 @@ def encode(rows: Rows, processor: Any, config: DataConfig, base: BaseFacts = NOT
         ``template``, ``system`` and ``max_length``.
     base
         The facts that the base states.
+    decoder
+        The start of an encoder-decoder's answers; None for any other model.
 
     Raises
     ------
@@ -223,6 +241,9 @@ def encode(rows: Rows, processor: Any, config: DataConfig, base: BaseFacts = NOT
         raise FedspanError("no rows to encode: expected at least one")
     texts, pixels = None, None
     notes: tuple[str, ...] = ()
+    conversations = conversations_of(rows) if rows.kind == "instruction" else None
+    if conversations is not None or decoder is not None:
+        return _encode_answers(rows, conversations, processor, config, base, decoder)
     if rows.kind == "instruction":
         texts, notes = _encode_instructions(rows, processor, config, base)
     elif rows.kind == "classification":
@@ -234,6 +255,47 @@ def encode(rows: Rows, processor: Any, config: DataConfig, base: BaseFacts = NOT
         regression = any(isinstance(target, float) for target in rows.targets)
         labels = torch.tensor(rows.targets, dtype=torch.float32 if regression else torch.int64)
     return Encoded(rows.kind, torch.arange(len(rows)), rows.targets, rows.fields, texts, pixels, labels, notes)
+
+
+def _encode_answers(
+    rows: Rows,
+    conversations: list[Conversation] | None,
+    tokenizer: Any,
+    config: DataConfig,
+    base: BaseFacts,
+    decoder: DecoderStart | None,
+) -> Encoded:
+    """Encode conversations, or instruction data for an encoder-decoder."""
+    if config.max_length < 2:
+        raise FedspanError(f"data.max_length = {config.max_length}: expected 2 or more for instruction data")
+    texts: _Texts | PromptsAndAnswers
+    notes: tuple[str, ...] = ()
+    if conversations is None:
+        assert decoder is not None
+        format_ = ChatFormat.of(tokenizer, config.system, base.end_tokens) if config.template == "chat" else None
+        prompts = prompt_ids(rows.inputs, _filler(config.template, format_), Spelling(tokenizer))
+        bare = format_ is not None
+        texts, notes = encode_pairs(prompts, rows.targets, tokenizer, config.max_length, decoder, bare)
+    else:
+        chat = ChatEncoder(tokenizer, config, () if tokenizer.chat_template else leading_tokens(tokenizer))
+        if decoder is None:
+            texts = _of_conversations(chat, conversations, base)
+        else:
+            prompts, bare = chat.sources(conversations), chat.renderer.templated
+            texts, notes = encode_pairs(prompts, rows.targets, tokenizer, config.max_length, decoder, bare)
+        notes += chat.notes(len(rows))
+    ends = (*texts.ends, *base.end_tokens, tokenizer.eos_token_id)
+    texts = replace(texts, ends=tuple(dict.fromkeys(end for end in ends if end is not None)))
+    return Encoded(rows.kind, torch.arange(len(rows)), rows.targets, rows.fields, texts, None, None, notes)
+
+
+def _of_conversations(chat: ChatEncoder, conversations: list[Conversation], base: BaseFacts) -> _Texts:
+    rows = chat.rows(conversations)
+    prompt_lengths = torch.tensor([row.prompt_length for row in rows])
+    texts = _flat([row.ids for row in rows], None, prompt_lengths, chat.tokenizer, base, tuple(sorted(chat.ends)))
+    tail = np.zeros(int(texts.lengths.max()), dtype=bool)
+    answers = torch.from_numpy(np.concatenate([*(row.trained for row in rows), tail]))
+    return replace(texts, answers=answers)
 
 
 def fill(template: str, inputs: Sequence[tuple[str, str]], tokenizer: Any) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fedspan.data.encoding import Encoded
@@ -46,14 +47,24 @@ def _stores(parts: Sequence[_S]) -> _S:
     """Return stores of token sequences as one store."""
     first: Any = parts[0]
     together: dict[str, Any] = {}
+    names = {field.name for field in fields(first)}
     for field in fields(first):
         own: list[Any] = [getattr(part, field.name) for part in parts]
         if field.name == "starts":  # places in the tokens, which now begin behind those of the parts before
             behind = [sum(len(part.tokens) for part in list[Any](parts)[:k]) for k in range(len(parts))]
             own = [starts + offset for starts, offset in zip(own, behind, strict=True)]
         together[field.name] = _value(field.name, own)
+        if "starts" in names and _is_of_tokens(own[0], first):
+            # A batch reads as many tokens of every row as its longest row has, which may be one of another part.
+            longest = max(int(part.lengths.max()) for part in list[Any](parts))
+            together[field.name] = F.pad(together[field.name], (0, longest))
     whole: _S = type(first)(**together)
     return whole
+
+
+def _is_of_tokens(value: Any, part: Any) -> bool:
+    """Return whether a field of a store has one entry for every token."""
+    return isinstance(value, Tensor) and value.ndim == 1 and len(value) == len(part.tokens)
 
 
 def _value(name: str, own: Sequence[Any]) -> Any:

@@ -68,6 +68,8 @@ def check_causal(model: Any, name: str) -> None:
     FedspanError
         Where a later token changes earlier logits, or the base gives none that are finite.
     """
+    if getattr(model.config, "is_encoder_decoder", False):
+        return  # its encoder is given the prompt alone, and its decoder the answer
     own, earlier = _effects(model, name)
     if not math.isfinite(own + earlier):
         raise FedspanError(f"model.name = {name!r}: its output is NaN or infinite; expected a base that computes")

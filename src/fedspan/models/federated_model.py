@@ -274,11 +274,16 @@ class FederatedModel:
             Path(path),
             with_start(self.start, factors),
             base_model=resolve(self.name),
-            task_type=_TASK_TYPES[self.kind],
+            task_type=self._task_type(),
             dense=self._with_all_that_peft_reads(dense, modules),
             modules_to_save=modules,
             fan_in_fan_out=bool(conv),
         )
+
+    def _task_type(self) -> str | None:
+        """Return PEFT's name for what the model does."""
+        answers = self.kind == "instruction" and getattr(self.model.config, "is_encoder_decoder", False)
+        return "SEQ_2_SEQ_LM" if answers else _TASK_TYPES[self.kind]
 
     def _tied_modules(self, dense: Mapping[str, Tensor]) -> list[str]:
         """Return the modules outside the heads that share a trained weight with one of them."""

@@ -169,7 +169,7 @@ def load_base(
     """
     import transformers
 
-    auto = {
+    auto: Any = {
         "instruction": transformers.AutoModelForCausalLM,
         "classification": transformers.AutoModelForSequenceClassification,
         "image": transformers.AutoModelForImageClassification,
@@ -177,6 +177,8 @@ def load_base(
     labels = {} if kind == "instruction" else _labels(num_labels, label_names, regression)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "ignore_mismatched_sizes": kind != "instruction"}
     config = read_config(name, **labels)
+    if kind == "instruction" and getattr(config, "is_encoder_decoder", False):
+        auto = transformers.AutoModelForSeq2SeqLM
     if getattr(config, "quantization_config", None) is not None:
         raise FedspanError(
             f"model.name = {name!r}: its files are quantised already; expected float32, bfloat16 or float16 weights, "

@@ -66,17 +66,32 @@ def _client_losses(model: FederatedModel, batch: Mapping[str, Tensor], num_clien
         return _row_losses(logits.float(), labels, num_clients, real)
     if real is not None:
         labels = labels.masked_fill(~real[:, None], _IGNORED)
-    # With padding on the right alone, causal attention never looks at it: no mask, and a faster kernel.
-    del inputs["attention_mask"]
-    wanted = labels[:, 1:] != _IGNORED  # (C·b, t − 1)
-    with _selecting(model.model, lambda hidden: hidden[:, :-1][wanted]):
+    if _has_encoder(batch):
+        last = None  # the answer's tokens are moved already
+    else:
+        # With padding on the right alone, causal attention never looks at it: no mask, and a faster kernel.
+        del inputs["attention_mask"]
+        labels, last = labels[:, 1:], -1
+    wanted = labels != _IGNORED  # (C·b, t − 1), of an encoder-decoder (C·b, u)
+    with _selecting(model.model, lambda hidden: hidden[:, :last][wanted]):
         logits = model.model(**inputs).logits  # (tokens, V)
-    losses = F.cross_entropy(logits.float(), labels[:, 1:][wanted], reduction="none")
+    losses = F.cross_entropy(logits.float(), labels[wanted], reduction="none")
     if num_clients == 1:
         # Not through _means, whose sum adds in another order: a client alone has the bits of a plain mean.
         return losses.mean()[None]
     owner = torch.arange(num_clients, device=losses.device).repeat_interleave(wanted.shape[0] // num_clients)
     return _means(losses, owner[:, None].expand_as(wanted)[wanted], num_clients)
+
+
+def num_answer_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the number of tokens that the loss of a batch of instruction data is the mean over."""
+    labels = batch["labels"] if _has_encoder(batch) else batch["labels"][:, 1:]
+    return (labels != _IGNORED).sum()
+
+
+def _has_encoder(batch: Mapping[str, Tensor]) -> bool:
+    """Return whether a batch has prompts and answers apart, for an encoder and a decoder."""
+    return "decoder_input_ids" in batch
 
 
 def _row_losses(logits: Tensor, labels: Tensor, num_clients: int, real: Tensor | None) -> Tensor:
@@ -149,7 +164,7 @@ def fixed_shape_batches(
 def _fixed_shape(
     batch: Mapping[str, Tensor], real: Tensor, length: int, pad: int, round_up: Callable[[int], int]
 ) -> dict[str, Tensor]:
-    padding = {"input_ids": pad, "attention_mask": 0, "token_type_ids": 0}
+    padding = {"input_ids": pad, "attention_mask": 0, "token_type_ids": 0, "decoder_input_ids": pad}
     fixed = {
         name: F.pad(value, (0, length - value.shape[1]), value=padding[name]) if name in padding else value
         for name, value in batch.items()
@@ -157,18 +172,20 @@ def _fixed_shape(
     num_clients, width = real.shape
     if batch["labels"].ndim == 1:
         return fixed | {"weights": real.float()}
-    del fixed["attention_mask"]  # causal attention never looks at padding on the right
+    shift = 0 if _has_encoder(batch) else 1  # a token's place in the labels minus the place that predicts it
+    if shift:
+        del fixed["attention_mask"]  # causal attention never looks at padding on the right
     t = batch["labels"].shape[1]
-    wanted = (batch["labels"][:, 1:] != _IGNORED) & real.flatten()[:, None]
-    wanted = wanted.view(num_clients, width * (t - 1))
+    wanted = (batch["labels"][:, shift:] != _IGNORED) & real.flatten()[:, None]
+    wanted = wanted.view(num_clients, width * (t - shift))
     num_answers = wanted.sum(dim=1)
     most = round_up(int(num_answers.max()))
     # The wanted places first, in their order; those behind them count for nothing.
     places = torch.sort(wanted.byte(), dim=1, descending=True, stable=True).indices[:, :most]
     places = F.pad(places, (0, most - places.shape[1]))
-    rows = places // (t - 1) + width * torch.arange(num_clients)[:, None]
-    columns = places % (t - 1)
-    labels = batch["labels"][rows, columns + 1]
+    rows = places // (t - shift) + width * torch.arange(num_clients)[:, None]
+    columns = places % (t - shift)
+    labels = batch["labels"][rows, columns + shift]
     answered = torch.arange(most) < num_answers[:, None]  # (C, a)
     return fixed | {
         "positions": (rows * length + columns).flatten(),

@@ -102,6 +102,8 @@ def _of_length(batch: Batch, length: int, shorter: int, rows: int, data: Encoded
     made = {**batch, "input_ids": ids, "attention_mask": mask}
     if "token_type_ids" in made:
         made["token_type_ids"] = torch.zeros_like(mask)
+    if "decoder_input_ids" in made:
+        made["decoder_input_ids"] = ids
     if made["labels"].ndim == 2:
         made["labels"] = ids.masked_fill(mask == 0, IGNORED)
     return made

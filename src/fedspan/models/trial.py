@@ -71,7 +71,7 @@ def try_row(
     try:
         with torch.no_grad(), _watched(layers) as uses:
             base(**inputs)
-        text, continued = "input_ids" in inputs, kind == "instruction"
+        text, continued = "input_ids" in inputs, kind == "instruction" and "decoder_input_ids" not in inputs
         behind = text and padding_changes(base, inputs, pad, masked=not continued)
         before = text and continued and prompt_padding_changes(base, inputs, pad)
     except Exception as error:  # whatever a model's own code raises

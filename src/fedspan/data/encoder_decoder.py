@@ -1,0 +1,206 @@
+"""Prompts for an encoder and answers for a decoder, tokenised once.
+
+Shapes: N rows, b rows of a batch, s the tokens of its longest prompt, u of its longest answer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedspan.support.errors import FedspanError
+
+IGNORED = -100
+_TEXTS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderStart:
+    """The tokens that a base's decoder is given before it writes an answer."""
+
+    token: int
+    """The decoder's first input, in training as in generation."""
+    forced: int | None = None
+    """The first token of every answer, which the base demands in generation."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sequences:
+    """Token sequences: row i is ``tokens[starts[i] : starts[i] + lengths[i]]``."""
+
+    tokens: Tensor  # (sum of lengths + longest,), the tail being padding so that a gather never leaves it
+    starts: Tensor  # (N,)
+    lengths: Tensor  # (N,)
+
+    @classmethod
+    def of(cls, rows: Sequence[np.ndarray]) -> _Sequences:
+        lengths = torch.tensor([len(row) for row in rows])
+        tail = np.zeros(int(lengths.max()), dtype=np.int64)
+        return cls(torch.from_numpy(np.concatenate([*rows, tail])), lengths.cumsum(0) - lengths, lengths)
+
+    def padded(self, rows: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+        """Return the rows padded on the right, and where they are real, each (b, longest)."""
+        lengths = self.lengths[rows]
+        places = torch.arange(int(lengths.max()))
+        real = places < lengths[:, None]
+        return self.tokens[self.starts[rows][:, None] + places].masked_fill_(~real, pad), real
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptsAndAnswers:
+    """Instruction data for an encoder-decoder."""
+
+    sources: _Sequences
+    targets: _Sequences
+    start: DecoderStart
+    leading: tuple[int, ...]
+    """Special tokens that the tokenizer puts before every answer, such as a language."""
+    pad: int
+    ends: tuple[int, ...] = ()
+    """Tokens that end an answer."""
+    num_positions: int | None = None
+    """None: a decoder's answer does not share its positions with the prompt."""
+    types: None = None
+    """Neither side has token types."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """All tokens of both sides."""
+        return torch.cat([self.sources.tokens, self.targets.tokens])
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of the prompt or of the answer, whichever are more: (N,)."""
+        return torch.maximum(self.sources.lengths, self.targets.lengths)
+
+    @property
+    def prompt_lengths(self) -> Tensor:
+        """Tokens of the prompt: (N,)."""
+        return self.sources.lengths
+
+    def right_padded(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return prompts (b, s) for the encoder; for the decoder, answers as labels and moved by one place (b, u)."""
+        batch = self._prompts(rows)
+        answers, real = self.targets.padded(rows, self.pad)
+        first = torch.full((len(rows), 1), self.start.token)
+        batch["decoder_input_ids"] = torch.cat([first, answers[:, :-1]], dim=1)
+        batch["labels"] = answers.masked_fill(~real, IGNORED)
+        return batch
+
+    def prompts(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return prompts (b, s), and the tokens that the decoder is given before it writes, (b, 1 or more).
+
+        These are the same in training: what the tokenizer puts before every answer is not the model's to choose.
+        """
+        given = [self.start.token, *self.leading]
+        if not self.leading and self.start.forced is not None:
+            given.append(self.start.forced)
+        return self._prompts(rows) | {"decoder_input_ids": torch.tensor(given).repeat(len(rows), 1)}
+
+    def _prompts(self, rows: Tensor) -> dict[str, Tensor]:
+        # On the right, since an encoder may count its positions from the first token, padding or not.
+        ids, real = self.sources.padded(rows, self.pad)
+        return {"input_ids": ids, "attention_mask": real.long()}
+
+
+def encode_pairs(
+    prompts: Sequence[str] | Sequence[np.ndarray],
+    answers: Sequence[str],
+    tokenizer: Any,
+    max_length: int,
+    start: DecoderStart,
+    bare: bool = False,
+) -> tuple[PromptsAndAnswers, tuple[str, ...]]:
+    """Return the tokens of prompts and answers, each with the special tokens that the tokenizer adds, and notes.
+
+    A prompt of more than `max_length` tokens loses its start, but none of the special tokens around it; an answer of
+    more tokens loses its end. An end token that the tokenizer does not add follows the answer.
+
+    Parameters
+    ----------
+    prompts
+        Texts, in which special tokens are plain text, or tokens.
+    bare
+        The prompts hold their special tokens already, as a chat template writes them.
+
+    Raises
+    ------
+    FedspanError
+        When the tokenizer has no end token, or a prompt no tokens.
+    """
+    before, after = ((), ()) if bare else _added(tokenizer, target=False)
+    leading, trailing = _added(tokenizer, target=True)
+    if leading[:1] == (start.token,):
+        leading = leading[1:]  # the decoder is given it already
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise FedspanError("the tokenizer has no end token (eos_token): expected one, to learn where answers end")
+    if end not in trailing:
+        trailing = (*trailing, int(end))
+    room = max(1, max_length - len(before) - len(after))
+    counts: Counter[str] = Counter()
+    sources, targets = [], []
+    for row, prompt in enumerate(_tokens(tokenizer, prompts, target=False), 1):
+        counts["prompts"] += len(prompt) > room
+        source = _joined(before, prompt[max(0, len(prompt) - room) :], after)
+        if not len(source):
+            raise FedspanError(f"the prompt of row {row} has no tokens: expected at least one")
+        sources.append(source)
+    for answer in _tokens(tokenizer, answers, target=True):
+        target = _joined(leading, answer, trailing)
+        counts["answers"] += len(target) > max_length
+        targets.append(target[:max_length])
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(end)
+    sides = _Sequences.of(sources), _Sequences.of(targets)
+    texts = PromptsAndAnswers(*sides, start, leading, int(pad), (int(end),))
+    return texts, _notes(counts, len(answers), max_length)
+
+
+def _notes(counts: Counter[str], num_rows: int, max_length: int) -> tuple[str, ...]:
+    """Return one line about what was cut, or nothing."""
+    parts = {
+        "prompts": f"{counts['prompts']} prompts lost their start",
+        "answers": f"{counts['answers']} answers lost their end, and so the token that ends them",
+    }
+    said = [text for kind, text in parts.items() if counts[kind]]
+    return (f"of {num_rows} rows, {'; '.join(said)} (data.max_length = {max_length})",) if said else ()
+
+
+def target_specials(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the special tokens that the tokenizer puts before and after an answer."""
+    return _added(tokenizer, target=True)
+
+
+def _added(tokenizer: Any, target: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the special tokens that the tokenizer puts before and after a text of one of the two sides."""
+    key = "text_target" if target else "text"
+    plain, full = (list(tokenizer(**{key: "a"}, add_special_tokens=added)["input_ids"]) for added in (False, True))
+    for place in range(len(full) - len(plain) + 1):
+        if full[place : place + len(plain)] == plain:
+            return tuple(full[:place]), tuple(full[place + len(plain) :])
+    raise FedspanError("the tokenizer changes a text's own tokens when it adds special ones: expected it to keep them")
+
+
+def _tokens(tokenizer: Any, texts: Sequence[str] | Sequence[np.ndarray], target: bool) -> list[np.ndarray]:
+    """Return the texts' own tokens; what is tokens already, as it is."""
+    found: list[np.ndarray] = [text for text in texts if isinstance(text, np.ndarray)]
+    own = [text for text in texts if isinstance(text, str)]
+    specials = tuple(tokenizer.all_special_tokens)
+    for first in range(0, len(own), _TEXTS_AT_ONCE):
+        chunk = own[first : first + _TEXTS_AT_ONCE]
+        options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
+        if any(name in text for text in chunk for name in specials):
+            options["split_special_tokens"] = True  # text of the data is never a special token
+        ids = tokenizer(**{"text_target" if target else "text": chunk}, **options)["input_ids"]
+        found += [np.asarray(row, dtype=np.int64) for row in ids]
+    return found
+
+
+def _joined(before: Sequence[int], tokens: np.ndarray, after: Sequence[int]) -> np.ndarray:
+    return np.concatenate([np.asarray(before, dtype=np.int64), tokens, np.asarray(after, dtype=np.int64)])

@@ -259,7 +259,7 @@ def test_a_leading_token_is_never_cut() -> None:
 
 def test_what_ends_an_answer_ends_generation() -> None:
     tokenizer = TOKENIZERS["chatml"]
-    assert encoded(tokenizer, talk("a", "b")).texts.ends == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+    assert encoded(tokenizer, talk("a", "b")).texts.ends[0] == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 def test_an_encoder_reads_all_but_the_last_answer() -> None:

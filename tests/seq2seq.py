@@ -85,6 +85,8 @@ def _t5gemma(vocab: int, **changes: Any) -> Any:
 
 def save(name: str, path: Path, **changes: Any) -> Path:
     """A base and its tokenizer as a local folder."""
-    make(name, **changes).save_pretrained(str(path))
+    base = make(name, **changes)
+    base.generation_config.forced_eos_token_id = None  # BART's would cut the last token off what is written
+    base.save_pretrained(str(path))
     tokenizer(name).save_pretrained(str(path))
     return path

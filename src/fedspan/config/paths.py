@@ -59,6 +59,8 @@ def _located(name: str, places: list[Path], required_by: str | None) -> str:
             # As it was given, where that leads to it.
             return name if place == Path() or path.is_absolute() else str(place / path)
     if required_by is not None:
+        if not name:
+            raise FedspanError(f"{required_by} = '': expected the name of a file or folder, at least 1 character")
         looked = "" if path.is_absolute() else f": looked in {' and in '.join(str(p.resolve()) for p in places)}"
         raise FedspanError(f"{required_by}: {name} does not exist{looked}")
     return name

@@ -135,7 +135,7 @@ def _towers(kind: str) -> dict[str, Any]:
 FAMILIES = (
     _decoder("llama", LLAMA, fast=True),
     _decoder("llama, tied embeddings", {**LLAMA, "tie_word_embeddings": True}, "tied", model_type="llama", fast=True),
-    _decoder("llama, bfloat16", LLAMA, "half precision", model_type="llama", dtype="bfloat16", fast=True),
+    _decoder("llama, bfloat16", LLAMA, "half precision", model_type="llama", dtype="bfloat16"),
     _decoder("llama, float16", LLAMA, "half precision", model_type="llama", dtype="float16"),
     _decoder("mistral", LLAMA),
     _decoder("qwen2", LLAMA),
@@ -275,7 +275,7 @@ FAMILIES = (
     _encoder("megatron-bert", TEXT),
     _encoder("xlm", {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 64, "pad_index": 0}),
     _encoder("flaubert", {"emb_dim": 16, "n_layers": 2, "n_heads": 2, "max_position_embeddings": 64, "pad_index": 0}),
-    _encoder("xlnet", {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24}, "sequence first", fast=True),
+    _encoder("xlnet", {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24}, "sequence first"),
     _encoder(
         "xlnet without dropout",
         {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, "dropout": 0.0, "summary_last_dropout": 0.0},

@@ -109,13 +109,10 @@ def build(
     _convert_types(base, kind, heads, saved, getattr(torch, kept))
     least = min_rank if min_rank is not None else max_rank if trains == "adapter" else 0
     linear = linear_layers(base, heads)
-    if trains != "adapter" and all(least > min(shape_of(layer)) for layer in linear.values()):
-        least = 0  # the recipe's own check names the method's option
     trial = Trial()
     if example is not None:
         trial = try_row(name, kind, base, linear, _on(example, device), pad_token_id or 0)
-    unadaptable = {**_taken_for_experts(base, linear), **trial.read_as_weights} if trains == "adapter" else {}
-    targets = select(base, selection, heads, least, unadaptable)
+    targets = _targets(base, linear, selection, heads, least, trains, trial)
     weights = {f"{layer_name}.weight" for layer_name in targets.layers}
     dense = _dense(own, heads, weights, trains)
     model: nn.Module = base
@@ -138,6 +135,23 @@ def build(
         prompt_padding_matters=trial.prompt_padding_matters,
         replaced_head=replaced,
     )
+
+
+def _targets(
+    base: nn.Module,
+    linear: Mapping[str, nn.Module],
+    selection: Selection,
+    heads: Collection[str],
+    least: int,
+    trains: Trains,
+    trial: Trial,
+) -> Targets:
+    """Return the layers that the settings choose, for adapters or for training their weights."""
+    if trains == "adapter":
+        return select(base, selection, heads, least, {**_taken_for_experts(base, linear), **trial.read_as_weights})
+    if all(least > min(shape_of(layer)) for layer in linear.values()):
+        least = 0  # the recipe's own check names the method's option
+    return select(base, selection, heads, least, {})
 
 
 def _on(example: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

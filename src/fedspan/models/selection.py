@@ -5,6 +5,7 @@ Differences from PEFT: a name, pattern or layer number that matches nothing is r
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -27,6 +28,8 @@ _SECONDS = 2.0
 on, and some patterns take longer than the age of the universe."""
 _LONGEST = 1000
 """Characters of a pattern."""
+_MOST_REPEATS = 10_000
+"""Product of all the numbers of repetitions in a pattern: compiling it writes nested repetitions out."""
 _NO_ADAPTER: Mapping[str, frozenset[str]] = {
     kind: frozenset({"out_proj", "conv1d"}) for kind in ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 }
@@ -226,6 +229,9 @@ def is_pattern(text: str) -> bool:
 def _full_matches(setting: str, pattern: str, names: Iterable[str]) -> list[str]:
     if len(pattern) > _LONGEST:
         raise FedspanError(f"adapter.{setting}: the pattern has {len(pattern)} characters, expected up to {_LONGEST}")
+    counts = [int(number) for number in re.findall(r"[{,](\d+)(?=[,}])", pattern)]
+    if math.prod(max(1, count) for count in counts) > _MOST_REPEATS:
+        raise FedspanError(f"adapter.{setting}: {pattern!r} repeats too much; expected at most {_MOST_REPEATS} in all")
     try:
         re.compile(pattern)  # PEFT's own: a pattern that only the other library knows is refused
         compiled = regex.compile(pattern, regex.VERSION0)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedspan.client.training import Assignment, TrainingSettings, batches
+from fedspan.client.batching import batches
+from fedspan.client.training import Assignment, TrainingSettings
 from fedspan.config import from_mapping
 from fedspan.data import Encoded, encode
 from fedspan.data.rows import Rows

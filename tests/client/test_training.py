@@ -17,7 +17,8 @@ from local_training import LOCAL, differ, start_of, tasks, tensors, texts, work
 from torch import Tensor
 
 from fedspan import config as settings
-from fedspan.client.training import Assignment, TrainingSettings, batches, num_steps, train
+from fedspan.client.batching import batches
+from fedspan.client.training import Assignment, TrainingSettings, num_steps, train
 from fedspan.config import EngineConfig, LocalConfig
 from fedspan.data import Encoded
 from fedspan.methods.messages import Broadcast, GaloreOptions, Recipe

@@ -14,10 +14,11 @@ import torch
 from local_training import LOCAL, differ, start_of, tasks, tensors, texts, work
 from torch import Tensor
 
+from fedspan.client.batching import batches
 from fedspan.client.cohort import work as work_together
 from fedspan.client.grouping import plan
 from fedspan.client.shared_payloads import PayloadCache, SharedPayloads, get_result, put_result
-from fedspan.client.training import Assignment, LocalResult, TrainingSettings, batches, work_on
+from fedspan.client.training import Assignment, LocalResult, TrainingSettings, work_on
 from fedspan.config import EngineConfig, LocalConfig
 from fedspan.data import Encoded
 from fedspan.methods.messages import Broadcast, Factors, GaloreOptions, Recipe, Subspace, Update, Vector

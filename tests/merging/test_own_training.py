@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from fedspan.client.training import Assignment, TrainingSettings, batches, work_on
+from fedspan.client.batching import batches
+from fedspan.client.training import Assignment, TrainingSettings, work_on
 from fedspan.config import LocalConfig
 from fedspan.data import Encoded
 from fedspan.federation.clients import Client

@@ -6,17 +6,31 @@ from mutant import Mutant
 
 TRAINING = [
     Mutant(
+        "the parts of a batch count alike",
+        "client/batching.py",
+        "loss = loss * (count / sum(counts))",
+        "loss = loss / len(parts)",
+        "tests/client/test_memory_savings.py::test_a_batch_in_parts_is_the_batch",
+    ),
+    Mutant(
+        "clients of several runs have one seed",
+        "client/training.py",
+        "replace(settings, seed=self.terms.seed, local=self.terms.local)",
+        "replace(settings, local=self.terms.local)",
+        "tests/client/test_cohort.py::test_clients_of_several_runs_share_a_pass tests/runs/test_many.py",
+    ),
+    Mutant(
         "HetLoRA: the tail's norm is not in the loss",
         "client/training.py",
-        "loss = loss + strength * model.tail_penalty(tail)",
-        "loss = loss + 0 * strength * model.tail_penalty(tail)",
+        "torch.autograd.backward(strength * model.tail_penalty(tail))",
+        "torch.autograd.backward(0 * strength * model.tail_penalty(tail))",
         "tests/client/test_training.py::test_the_tail_penalty_shrinks_the_tail",
     ),
     Mutant(
         "a round's gradient is the sum over its batches, not the mean",
         "client/training.py",
-        "torch.autograd.backward(loss / steps)",
-        "torch.autograd.backward(loss)",
+        "add_gradients(model, parts, settings.engine, 1 / steps)",
+        "add_gradients(model, parts, settings.engine)",
         "tests/client/test_local_rules.py",
     ),
     Mutant(
@@ -57,7 +71,7 @@ TRAINING = [
     ),
     Mutant(
         "batches repeat examples within a pass",
-        "client/training.py",
+        "client/batching.py",
         "        order = order[size:]",
         "        order = order[size - 1 :] if size > 1 else order[size:]",
         "tests/client/test_training.py::test_batches_go_through_the_data_without_replacement",
@@ -144,8 +158,8 @@ TRAINING = [
     Mutant(
         "in a cohort all follow the longest schedule",
         "client/cohort.py",
-        'rate(settings.local, step, options["steps"])',
-        "rate(settings.local, step, steps[0])",
+        'options["member"].rate(step)',
+        "members[0].rate(step)",
         "tests/client/test_cohort.py::test_together_is_alone_for_every_kind_of_task",
     ),
     Mutant(

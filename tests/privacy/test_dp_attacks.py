@@ -135,7 +135,7 @@ def ask_again(
     model = site.loaded.context.model
     clients = server.gather()
     shapes = agreement.shapes(model.modules(), site.loaded.initial)
-    clients = server.agree(site.loaded.base, shapes, site.loaded.initial, clients)
+    clients = server.agree(site.loaded.base, site.loaded.labels, shapes, site.loaded.initial, clients)
     server.enrol()
     template = model.template(4, config.adapter.alpha, config.adapter.rslora, config.seed, 1)
     state: ServerState = method.init(template, site.loaded.initial)

@@ -75,7 +75,9 @@ class Playback:
         self.coordinator = Coordinator(self.transport, config, self.method, folder, lambda line: None)
         clients = self.coordinator.gather()
         shapes = agreement.shapes(model.modules(), initial)
-        self.clients: list[Client] = self.coordinator.agree(site.loaded.base, shapes, initial, clients)
+        self.clients: list[Client] = self.coordinator.agree(
+            site.loaded.base, site.loaded.labels, shapes, initial, clients
+        )
         self.coordinator.enrol()
         rank = max(client.rank for client in self.clients)
         template = model.template(rank, config.adapter.alpha, config.adapter.rslora, config.seed, len(clients))
@@ -421,7 +423,9 @@ def test_secure_sums_survive_whatever_one_site_sends(bases: dict[str, Path], tex
     method, model, initial = requirements.chosen(config), site.loaded.context.model, site.loaded.initial
     coordinator = Coordinator(transport, config, method, tmp_path, lambda line: None)
     clients = coordinator.gather()
-    clients = coordinator.agree(site.loaded.base, agreement.shapes(model.modules(), initial), initial, clients)
+    clients = coordinator.agree(
+        site.loaded.base, site.loaded.labels, agreement.shapes(model.modules(), initial), initial, clients
+    )
     coordinator.enrol()
     template = model.template(4, config.adapter.alpha, config.adapter.rslora, config.seed, 4)
     kinds = ["advertise", "share", "receive", "ask", "unmask"]

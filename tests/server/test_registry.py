@@ -23,6 +23,7 @@ SOUND: dict[str, Any] = {
     "terms": TERMS,
     "shapes": {"x": [3, 4]},
     "base": "b",
+    "labels": "c",
 }
 
 

@@ -673,3 +673,23 @@ def test_a_site_trains_in_a_pass_of_its_own_where_that_is_asked_for(
         states[name] = fed.state()
     for key, value in states["sequential"].items():
         torch.testing.assert_close(states["cohort"][key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_site_whose_labels_mean_something_else_is_left_out(
+    bases: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    """It learns the ids from its own rows: the same number of classes under other names would be trained in silence."""
+    config = settings(bases["bert"], texts, federation={"rounds": 1})
+    fed = Federation(config, tmp_path)
+    rows = [{**row, "label": {"x": "x", "y": "y", "z": "zebra"}[row["label"]]} for row in tiny.words()]
+    other = tiny.write_jsonl(tmp_path / "other.jsonl", rows)
+    own = config.model_copy(update={"data": config.data.model_copy(update={"train": (str(other),)})})
+    fed.sites["client-1"] = Site(SiteSettings(own, "client-1"), tmp_path / "sites" / "other")
+    fed.transport.handlers["node-1"] = fed.sites["client-1"].answer
+    (record,) = fed.serve()
+    assert any(
+        line == "client-1 is left out: the labels of its data are not the server's: expected the same label names, or "
+        "numbers, in one order"
+        for line in fed.lines
+    )
+    assert record["num_clients"] <= 3

@@ -137,7 +137,7 @@ class Questioned:
         coordinator = Coordinator(transport, config, method, folder, lambda line: None)
         clients = coordinator.gather()
         shapes = agreement.shapes(model.modules(), initial)
-        clients = coordinator.agree(self.site.loaded.base, shapes, initial, clients)
+        clients = coordinator.agree(self.site.loaded.base, self.site.loaded.labels, shapes, initial, clients)
         coordinator.enrol()
         template = model.template(4, config.adapter.alpha, config.adapter.rslora, config.seed, len(clients))
         state = RunState(method.init(template, initial))

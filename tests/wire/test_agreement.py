@@ -19,7 +19,15 @@ TERMS = agreement.terms(Config())
 def greeted(folder: Path, terms: dict[str, object], *settings: str) -> tuple[SiteRegistry, list[str]]:
     """A registry that one site with these terms has introduced itself to, and what it reported."""
     config, lines = load(overrides=("federation.ranks=4", *settings)), list[str]()
-    greeting = {"client_id": "clinic", "rank": 4, "num_examples": 9, "terms": terms, "shapes": {}, "base": "b"}
+    greeting = {
+        "client_id": "clinic",
+        "rank": 4,
+        "num_examples": 9,
+        "terms": terms,
+        "shapes": {},
+        "base": "b",
+        "labels": "c",
+    }
     content = protocol.encode(greeting, protocol.MessageTensors())
     transport = MemoryTransport({"n": lambda message: content})
     method = methods.create("fedit")

@@ -12,7 +12,8 @@ from fedspan.bench import tiny
 from fedspan.bench.peers import PlainLoop, TrainerLoop
 from fedspan.bench.process_pool import TrainingCase
 from fedspan.client import cohort, grouping
-from fedspan.client.training import Assignment, TrainingSettings, batches
+from fedspan.client.batching import batches
+from fedspan.client.training import Assignment, TrainingSettings
 from fedspan.config import from_mapping
 from fedspan.data import Encoded, encode
 from fedspan.data.rows import Rows

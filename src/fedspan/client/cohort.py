@@ -21,17 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedspan.client.batching import autocast
 from fedspan.client.device_pass import device_pass
 from fedspan.client.passes import Member, compute_gradients, keep_active, member, penalty_of
 from fedspan.client.tensor_cores import tensor_cores
-from fedspan.client.training import (
-    Assignment,
-    LocalResult,
-    TrainingSettings,
-    autocast,
-    plain_optimizer,
-    work_on,
-)
+from fedspan.client.training import Assignment, LocalResult, TrainingSettings, plain_optimizer, work_on
 from fedspan.config import LocalConfig
 from fedspan.data import Encoded
 from fedspan.methods.messages import Broadcast, Recipe, Update

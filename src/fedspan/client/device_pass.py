@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedspan.client.batching import autocast
 from fedspan.client.passes import Member, Penalty, compute_gradients, keep_active, penalty_of
 from fedspan.client.step_plan import NUMBERS, StepPlan
-from fedspan.client.training import TrainingSettings, autocast, shared_part
+from fedspan.client.training import TrainingSettings, shared_part
 from fedspan.config import LocalConfig
 from fedspan.data import Encoded
 from fedspan.methods.messages import Broadcast

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedspan.client.training import Assignment, TrainingSettings, batches, rate
+from fedspan.client.batching import batches
+from fedspan.client.training import Assignment, TrainingSettings, rate
 from fedspan.config import LocalConfig
 from fedspan.methods.messages import Broadcast
 from fedspan.models.stacked import Stack

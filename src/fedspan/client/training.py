@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -13,15 +13,14 @@ import torch
 from torch import nn
 
 from fedspan.algebra.galore import GaloreAdamW
+from fedspan.client.batching import add_gradients, autocast, schedule
 from fedspan.client.head_cores import HeadCores
 from fedspan.client.optimizer_state import put_state, state_by_name
 from fedspan.config import Config, EngineConfig, LocalConfig, PrivacyConfig
 from fedspan.data import Encoded
-from fedspan.data.encoding import IGNORED
 from fedspan.methods.messages import Broadcast, Update, Vector
 from fedspan.models import FederatedModel, seeded
 from fedspan.models.counted_dropout import CountedDropout, step_seeds
-from fedspan.models.losses import client_losses
 from fedspan.models.streams import drops
 from fedspan.privacy.example_dp import clipped_sum, parts_of, private_gradients
 from fedspan.support.errors import FedspanError
@@ -99,17 +98,6 @@ def num_steps(config: LocalConfig, num_examples: int) -> int:
     return config.steps or 10
 
 
-def batches(num_examples: int, batch_size: int, steps: int, rng: torch.Generator) -> Iterator[list[int]]:
-    """Yield `steps` batches of indices, without replacement within each pass over the data."""
-    order: list[int] = []
-    size = min(batch_size, num_examples)
-    for _ in range(steps):
-        if not order:
-            order = torch.randperm(num_examples, generator=rng).tolist()
-        yield order[:size]
-        order = order[size:]
-
-
 def shared_part(config: LocalConfig) -> LocalConfig:
     """Return these settings without those that every client of a pass may have of its own."""
     plain = LocalConfig()
@@ -121,13 +109,6 @@ def rate(config: LocalConfig, step: int, steps: int) -> float:
     """Return the learning rate of a step, counted from 0."""
     warmup = max(1, round(config.warmup * steps))
     return config.learning_rate * min(1.0, (step + 1) / warmup)
-
-
-def autocast(model: FederatedModel, engine: EngineConfig) -> AbstractContextManager[Any]:
-    """Return a context in which the base's matrix products have the type that the settings ask for."""
-    if engine.autocast == "none":
-        return nullcontext()
-    return torch.autocast(model.device.type, torch.bfloat16)
 
 
 def work_on(
@@ -163,7 +144,7 @@ def train(
     planned = sum(rate(local, step, work.steps) for step in range(work.steps))
     with model.training(settings.engine.compile, settings.engine.checkpointing), seeded(*key, "dropout"):
         masks = _masks(model, work.steps, settings, key)
-        for step, parts in enumerate(_schedule(model, work, data, local, key)):
+        for step, parts in enumerate(schedule(model, work, data, local, key)):
             now = rate(local, step, work.steps)
             rates += now
             for group in optimizer.param_groups:
@@ -247,55 +228,11 @@ def gradient(
     steps = work.broadcast.recipe.probe_batches
     total = torch.zeros((), device=model.device)
     with model.differentiable(weights):
-        for parts in _schedule(model, replace(work, steps=steps), data, settings.local, key):
+        for parts in schedule(model, replace(work, steps=steps), data, settings.local, key):
             total += add_gradients(model, parts, settings.engine, 1 / steps)
         modules = {name: Vector({"gradient": model.oriented(name, w)}) for name, w in weights.items()}
     update = Update(work.client_id, work.weight, modules, {})
     return LocalResult(update, float(total) / steps, steps)
-
-
-Batch = dict[str, torch.Tensor]
-
-
-def add_gradients(
-    model: FederatedModel, parts: Sequence[Batch], engine: EngineConfig, scale: float = 1.0
-) -> torch.Tensor:
-    """Add the gradients of a batch's mean loss, times `scale`, to those of the weights; return the loss.
-
-    Parameters
-    ----------
-    parts
-        The batch, or several parts of it, which pass one after the other: the activations of one part are in memory at
-        a time. Each counts by its answer tokens (or rows), so that the sum is that of the batch in one piece.
-    """
-    counts = [_count(part) for part in parts]
-    total = torch.zeros((), device=model.device)
-    for part, count in zip(parts, counts, strict=True):
-        if count == 0 and len(parts) > 1:
-            continue  # whose mean is not a number
-        with autocast(model, engine):
-            loss = client_losses(model, part).sum()
-        if len(parts) > 1:
-            loss = loss * (count / sum(counts))
-        total += loss.detach()
-        torch.autograd.backward(loss * scale if scale != 1 else loss)
-    return total
-
-
-def _count(part: Batch) -> int:
-    """Return the answer tokens of instruction data, otherwise the rows."""
-    labels = part["labels"]
-    return int((labels[:, 1:] != IGNORED).sum()) if labels.ndim == 2 else len(labels)
-
-
-def _schedule(
-    model: FederatedModel, work: Assignment, data: Encoded, config: LocalConfig, key: tuple[object, ...]
-) -> Iterator[list[Batch]]:
-    """Yield the client's batches, each in the parts that it is trained in, on the model's device."""
-    examples = data.subset(work.rows)
-    for indices in batches(len(examples), config.batch_size, work.steps, generator(*key, "batches")):
-        cut = [part for part in np.array_split(indices, config.accumulate) if len(part)]
-        yield [{name: value.to(model.device) for name, value in examples.batch(part).items()} for part in cut]
 
 
 def _masks(

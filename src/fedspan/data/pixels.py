@@ -45,6 +45,8 @@ def as_uint8(values: np.ndarray, source: str, limits: Range) -> np.ndarray:
             f"{source} holds images as {values.dtype} {values.shape}: expected uint8 (N, H, W, 3) or (N, H, W), or "
             f"other numbers in these shapes{hint}"
         )
+    if not array.size and len(array):
+        raise FedspanError(f"{source} holds images without a pixel, {values.shape}: expected at least one in each")
     if array.dtype == np.uint8:
         return array
     scaled = np.empty(array.shape, dtype=np.uint8)

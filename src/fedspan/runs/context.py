@@ -127,7 +127,9 @@ class RunContext:
         if coordinator is not None:
             # Last, since it needs the base: sites with another base are turned away before the first round.
             shapes = agreement.shapes(model.modules(), initial_dense)
-            clients = coordinator.agree(base, shapes, initial_dense, clients)
+            read = prepared.corpus
+            labels = agreement.labels(read.kind, read.num_labels, read.label_names)
+            clients = coordinator.agree(base, labels, shapes, initial_dense, clients)
         return cls(
             config=config,
             method=method,

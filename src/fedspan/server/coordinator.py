@@ -90,14 +90,16 @@ class Coordinator:
         return self.registry.gather()
 
     def agree(
-        self, base: str, shapes: Mapping[str, Sequence[int]], initial: Tensors, clients: Sequence[Client]
+        self, base: str, labels: str, shapes: Mapping[str, Sequence[int]], initial: Tensors, clients: Sequence[Client]
     ) -> list[Client]:
-        """Return the clients whose base is the server's own; the others are reported, and not asked from now on.
+        """Return the clients whose base and labels are the server's; the others are reported, and not asked any more.
 
         Parameters
         ----------
         base
             Digest of the server's untouched base.
+        labels
+            Digest of what the labels of the server's data mean, as `agreement.labels` gives it.
         initial
             Heads and trained weights of the untouched base.
 
@@ -107,7 +109,7 @@ class Coordinator:
             When fewer clients agree than `federation.min_success`.
         """
         self._initial = initial
-        return self.registry.agree(base, shapes, clients)
+        return self.registry.agree(base, labels, shapes, clients)
 
     def enrol(self) -> None:
         """Write down the clients that take part, unless an earlier start of this run has done so."""

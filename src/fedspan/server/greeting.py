@@ -26,6 +26,8 @@ class Greeting:
     """Of its adapted modules and trained weights, by name."""
     base: str
     """Digest of its untouched base."""
+    labels: str
+    """Digest of what the labels of its data mean."""
 
     @classmethod
     def read(cls, delivery: Delivery, max_rank: int) -> Greeting:
@@ -53,4 +55,4 @@ class Greeting:
         most = min(max_rank, max(sides, default=max_rank))
         if rank > most:
             raise FedspanError(f"{client_id} says that its rank is {rank}: expected at most {most}")
-        return cls(client_id, rank, 1 if count is None else count, head["terms"], shapes, head["base"])
+        return cls(client_id, rank, 1 if count is None else count, head["terms"], shapes, head["base"], head["labels"])

@@ -43,6 +43,8 @@ class Member:
     """Of its adapted modules and trained weights, by name."""
     base: str
     """Digest of its untouched base."""
+    labels: str
+    """Digest of what the labels of its data mean."""
 
 
 @dataclass(slots=True)
@@ -126,8 +128,10 @@ class SiteRegistry:
         # from, its later rounds would draw differently from the uninterrupted run.
         return enrolled or [self.members[name].client for name in sorted(self.members)]
 
-    def agree(self, base: str, shapes: Mapping[str, Sequence[int]], clients: Sequence[Client]) -> list[Client]:
-        """Return the clients whose base is the server's own; the others are reported, and not asked from now on.
+    def agree(
+        self, base: str, labels: str, shapes: Mapping[str, Sequence[int]], clients: Sequence[Client]
+    ) -> list[Client]:
+        """Return the clients whose base and labels are the server's; the others are reported, and not asked any more.
 
         Raises
         ------
@@ -138,7 +142,7 @@ class SiteRegistry:
         kept: list[Client] = []
         for client in clients:
             member = self.members.get(client.client_id)
-            problem = None if member is None else self._base_problem(member, shapes)
+            problem = None if member is None else self._problem(member, labels, shapes)
             if problem is None:
                 kept.append(client)
             else:
@@ -154,7 +158,12 @@ class SiteRegistry:
         self._kept = kept
         return kept
 
-    def _base_problem(self, member: Member, shapes: Mapping[str, Sequence[int]]) -> str | None:
+    def _problem(self, member: Member, labels: str, shapes: Mapping[str, Sequence[int]]) -> str | None:
+        if member.labels != labels:
+            # First, since another number of labels is another shape of the head too.
+            return (
+                "the labels of its data are not the server's: expected the same label names, or numbers, in one order"
+            )
         for name in sorted(shapes.keys() | member.shapes.keys()):
             own, other = shapes.get(name), member.shapes.get(name)
             if own is None or other is None or list(own) != list(other):
@@ -240,7 +249,7 @@ class SiteRegistry:
             return
         client = Client(greeting.client_id, greeting.rank, _NO_ROWS, _NO_ROWS, greeting.num_examples)
         self._refused.pop(node, None)
-        self.members[greeting.client_id] = Member(node, client, greeting.shapes, greeting.base)
+        self.members[greeting.client_id] = Member(node, client, greeting.shapes, greeting.base, greeting.labels)
         self.notify(f"{greeting.client_id} is here, rank {greeting.rank}")
         if others := agreement.library_differences(self.terms, greeting.terms):
             self.notify(f"{greeting.client_id} has other libraries: {others}; results may differ in the last bits")

@@ -17,6 +17,7 @@ from fedspan.methods.base import Method
 from fedspan.methods.messages import Tensors
 from fedspan.site.settings import SiteSettings
 from fedspan.support.errors import FedspanError
+from fedspan.wire import agreement
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,8 @@ class Loaded:
     """Heads and trained weights of the untouched base."""
     base: str
     """Digest of the untouched base."""
+    labels: str
+    """Digest of what the labels of the data mean."""
     notes: tuple[str, ...] = ()
     """Lines on how base and data were read where that may surprise."""
 
@@ -44,8 +47,9 @@ class Loaded:
             device=device,
             galore_rank=requirements.galore_rank(method),
         )
-        model = context.model
-        return cls(context, model.dense(), model.digest(), notes_of(prepared, model))
+        model, read = context.model, prepared.corpus
+        labels = agreement.labels(read.kind, read.num_labels, read.label_names)
+        return cls(context, model.dense(), model.digest(), labels, notes_of(prepared, model))
 
 
 def client_of(settings: SiteSettings, corpus: Corpus) -> Client:

@@ -124,6 +124,7 @@ class Site:
             "rank": self.client.rank,
             "num_examples": None if hidden else self.client.num_examples,
             "base": self.loaded.base,
+            "labels": self.loaded.labels,
             "terms": self.terms,
             "shapes": agreement.shapes(self.loaded.context.model.modules(), self.loaded.initial),
         }

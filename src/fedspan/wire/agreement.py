@@ -45,6 +45,15 @@ def shapes(modules: Mapping[str, Sequence[int]], dense: Mapping[str, Tensor]) ->
     return shape_of | {f"dense {name}": list(t.shape) for name, t in dense.items()}
 
 
+def labels(kind: str, num_labels: int, names: Sequence[str] | None) -> str:
+    """Return a digest of what the labels of a data set mean: their number, and their names in the order of their ids.
+
+    A site that learns the ids from its own rows would otherwise train other classes under the same ids.
+    """
+    described = [kind, num_labels, None if names is None else list(names)]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
 def digest(settings: Mapping[str, Any]) -> str:
     """Return one short name for the settings of `terms`; sites with other libraries have the same."""
     return hashlib.sha256(json.dumps(_agreed(settings), sort_keys=True).encode()).hexdigest()

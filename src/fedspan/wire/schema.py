@@ -104,6 +104,7 @@ class Introduction(TypedDict):
     terms: Annotated[dict[TensorName, Any], Field(max_length=1000)]
     shapes: Annotated[dict[TensorName, Shape], Field(max_length=10**5)]
     base: Digest
+    labels: Digest
 
 
 @final

@@ -25,8 +25,6 @@ class Case:
     parts: tuple[str, ...]
     """Parts of the answer's one line, in any order: the value, and what was expected."""
     files: Mapping[str, Content] = field(default_factory=dict)
-    pending: str = ""
-    """The reason why the case is not answered yet."""
 
 
 SMALL = (

@@ -26,17 +26,7 @@ from fedspan.runs.execution import run
 CASES: list[Case] = [*SETTINGS, *DATA, *ADAPTERS, *RUNS]
 AT_LEAST = 250
 _PATIENCE = 60  # seconds, on a busy machine; an answer takes a fraction of one
-PARAMETERS = [
-    pytest.param(
-        case,
-        id=f"{case.subject}: {case.args}"[:100],
-        # Strict: when what is missing has come, the case fails until its `pending` is removed.
-        marks=[pytest.mark.xfail(strict=True, reason=case.pending, run=case.pending != "never ends")]
-        if case.pending
-        else [],
-    )
-    for case in CASES
-]
+PARAMETERS = [pytest.param(case, id=f"{case.subject}: {case.args}"[:100]) for case in CASES]
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ TEXTS = {
     Code.OWN_UPDATE: "it was asked for its own update, where only sums may be known: its settings forbid it",
     Code.NO_KEYS: "it has no keys for the secure sum: it was restarted, or joined too late",
     Code.UNMASKED: "it unmasked this sum for other clients before, and the difference would reveal the update of one of"
-    " them; the site's log says what the person responsible for it may do",
+    " them; a new run needs another seed, and the site's log says what the person responsible for it may do",
     Code.UNFIT: "its update cannot be sent: it is not finite, or does not fit the fixed point of the sum",
     Code.BUDGET_SPENT: "its privacy budget does not allow another answer",
     Code.REFUSED: "it refuses the message",

@@ -116,8 +116,7 @@ def _config(family: Family, base: Path, data: Mapping[str, Path], name: str, /, 
 def _glora(family: Family, base: Path, data: Mapping[str, Path], folder: Path, notes: list[str]) -> str:
     events: list[Event] = []
     result = _run(_config(family, base, data, "glora"), folder / "glora", events)
-    start = next(event for event in events if event.kind == "start")
-    notes += list(start.data.get("notes", ()))
+    notes += [event.data["line"] for event in events if event.kind == "note"]
     model = plain(family, base)
     from peft import PeftModel
 

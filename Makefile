@@ -5,6 +5,7 @@
 # make test-wheel    build the wheel, install it into an empty environment and run the quick start from there
 # make test-faults   whole deployments with injected faults; takes minutes
 # make test-families  every family of bases in docs/models.md; takes minutes
+# make test-long      every arm of every benchmark, and the memory of every method; takes minutes
 # make test-mutants  seeded bugs, on each of which the tests must fail; takes minutes
 
 PYTHON ?= python3
@@ -17,8 +18,8 @@ JOBS   ?= 2
 # Tests need no network, and one thread per process is fastest for small models.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo digits demo-flower test-wheel test-faults test-families test-mutants test lint types check test-typer test-oldest-typer \
-  test-newest-typer install dev clean
+.PHONY: demo digits demo-flower test-wheel test-faults test-families test-long test-mutants test lint types check \
+  test-typer test-oldest-typer test-newest-typer install dev clean
 
 demo: install
 	$(BIN)/fedspan run
@@ -54,6 +55,9 @@ test-faults: dev
 
 test-families: dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/families -m "families or not families" -n $(JOBS)
+
+test-long: dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m long -n $(JOBS)
 
 test-mutants: dev
 	$(BIN)/python tests/mutants/seeded.py

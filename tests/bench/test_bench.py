@@ -81,6 +81,7 @@ def arms(records: list[dict[str, Any]], suite: str) -> set[str]:
     return {r["arm"] for r in records if r["suite"] == suite and r["median"] is not None}
 
 
+@pytest.mark.long
 def test_every_suite_measures_every_arm(records: list[dict[str, Any]]) -> None:
     adapter = {n for n, f in METHODS.items() if f().info.trains == "adapter" and not f().info.personalised}
     adapter -= {n for n, f in METHODS.items() if f().info.pooled or len(f().exchanges) > 1}
@@ -91,6 +92,7 @@ def test_every_suite_measures_every_arm(records: list[dict[str, Any]]) -> None:
     assert arms(records, "galore") == {"adamw", "galore", "exact", "randomized", "power"}
 
 
+@pytest.mark.long
 def test_a_measurement_is_complete(records: list[dict[str, Any]]) -> None:
     for r in records:
         assert {"suite", "case", "arm", "median", "quick", "machine", "details"} <= r.keys()
@@ -102,6 +104,7 @@ def test_a_measurement_is_complete(records: list[dict[str, Any]]) -> None:
     assert all(r["floor_seconds"] > 0 for r in with_floor)
 
 
+@pytest.mark.long
 def test_arms_that_must_agree_do(records: list[dict[str, Any]]) -> None:
     agreeing = [r for r in records if "agrees" in r["details"]]
     assert {r["suite"] for r in agreeing} == {"server", "clients", "rounds", "scaling"}
@@ -110,18 +113,21 @@ def test_arms_that_must_agree_do(records: list[dict[str, Any]]) -> None:
     assert max(exact[name] for name in ("flexlora", "peft_svd", "flora", "fedex_lora", "peft_cat")) < 1e-4
 
 
+@pytest.mark.long
 def test_a_skipped_arm_says_why(records: list[dict[str, Any]]) -> None:
     reasons = {r["arm"]: r["skipped"] for r in records if r.get("skipped")}
     assert reasons["flower x1"] == "no --flower-python was given"
     assert reasons["plain loop x1"] == "plain.py is not in --peers"
 
 
+@pytest.mark.long
 def test_galore_state_is_what_its_formula_says(records: list[dict[str, Any]]) -> None:
     sizes = {r["arm"]: r["details"] for r in records if r["suite"] == "galore" and "state_bytes" in r["details"]}
     assert {name: d["state_bytes"] for name, d in sizes.items()} == {"adamw": 4 * 2 * 24 * 16, "galore": 4 * 2 * 64}
     assert all(d["state_bytes"] == d["formula_bytes"] for d in sizes.values())
 
 
+@pytest.mark.long
 def test_what_is_measured_is_not_measured_again(
     records: list[dict[str, Any]], options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +153,7 @@ def test_cases_can_be_chosen(bench: Bench) -> None:
     assert bench.missing("clients", {"K": 1}, ["x"])
 
 
+@pytest.mark.long
 def test_other_effort_or_machine_is_measured_again(records: list[dict[str, Any]], options: Options) -> None:
     full = Bench(Options(options.out, quick=False), lambda line: None)
     case = next(r["case"] for r in records if r["suite"] == "galore")
@@ -155,6 +162,7 @@ def test_other_effort_or_machine_is_measured_again(records: list[dict[str, Any]]
     assert same.missing("galore", case, ["adamw", "galore", "new"]) == ["new"]
 
 
+@pytest.mark.long
 def test_the_table_is_made_of_the_measurements(records: list[dict[str, Any]]) -> None:
     """Each ratio is the baseline's median over the arm's own, and follows the file."""
     changed = json.loads(json.dumps(records))
@@ -170,6 +178,7 @@ def test_the_table_is_made_of_the_measurements(records: list[dict[str, Any]]) ->
     assert "| ≠500 ms (1×) |" in table.render(changed)
 
 
+@pytest.mark.long
 def test_pictures_are_drawn(records: list[dict[str, Any]], options: Options) -> None:
     pytest.importorskip("matplotlib")
     assert {path.name for path in suites.write(options.out, lambda line: None)} == {
@@ -178,6 +187,7 @@ def test_pictures_are_drawn(records: list[dict[str, Any]], options: Options) -> 
     }
 
 
+@pytest.mark.long
 def test_without_matplotlib_that_is_said(
     records: list[dict[str, Any]], options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -233,7 +233,9 @@ def test_no_process_outlives_the_command(tmp_path: Path, how: signal.Signals) ->
             process.kill()
     if how == signal.SIGINT:
         assert process.returncode == 130
-        assert errors == f"fedspan: interrupted; continue with: fedspan resume {tmp_path / 'run'}\n"
+        # On a busy machine lines on what it waited for come first.
+        said = [line for line in errors.splitlines() if not line.endswith(" …")]
+        assert said == [f"fedspan: interrupted; continue with: fedspan resume {tmp_path / 'run'}"]
 
 
 def wait_for_workers(parent: int, num: int) -> list[int]:

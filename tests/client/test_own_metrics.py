@@ -96,7 +96,7 @@ def test_a_metric_of_the_loss_generates_no_text_and_falls(
     monkeypatch.setitem(METRICS, "nats", Metric(nats, "losses", ("instruction",), higher_is_better=False))
     # Not by its dotted name, which is the function of that module.
     monkeypatch.setattr(sys.modules["fedspan.data.load"], "default_metrics", lambda kind, num_labels: ())
-    monkeypatch.setattr("fedspan.client.evaluation._generate", None)
+    monkeypatch.setattr("fedspan.client.evaluation.generate", None)
     config = tiny.config(bases["llama"], instructions, "fedit", data={"metric": "nats"}, federation={"rounds": 1})
     summary = fedspan.run(config, tmp_path / "run").summary
     assert summary["higher_is_better"] is False

@@ -55,7 +55,7 @@ def test_a_path_that_leads_nowhere_says_where_it_was_looked_for(config: Path) ->
     for wrong in ("/none.csv", "~/none.csv"):
         with pytest.raises(FedspanError, match=r"none.csv does not exist$"):
             load(config, [f"data.train={wrong}"], must_exist=True)
-    with pytest.raises(FedspanError, match=r"^data.train = '': expected the name of a file"):
+    with pytest.raises(FedspanError, match=r"^data.train = '': .*at least 1 character"):
         load(None, ["data.task=files", 'data.train=""'], must_exist=True)
     with pytest.raises(FedspanError, match=rf"looked in {here}$"):
         load(None, ["data.train=none.csv"], must_exist=True)

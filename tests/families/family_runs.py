@@ -116,7 +116,8 @@ def _config(family: Family, base: Path, data: Mapping[str, Path], name: str, /, 
 def _glora(family: Family, base: Path, data: Mapping[str, Path], folder: Path, notes: list[str]) -> str:
     events: list[Event] = []
     result = _run(_config(family, base, data, "glora"), folder / "glora", events)
-    notes += [event.data["line"] for event in events if event.kind == "note"]
+    lines = [event.data["line"] for event in events if event.kind == "note"]
+    notes += [line for line in lines if not line.startswith("a new head is drawn")]
     model = plain(family, base)
     from peft import PeftModel
 

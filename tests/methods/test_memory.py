@@ -9,6 +9,7 @@ import pytest
 
 from fedspan.methods import METHODS
 
+pytestmark = pytest.mark.long
 ADAPTER_METHODS = [n for n, f in METHODS.items() if f().info.trains == "adapter" and not f().info.personalised]
 
 SCRIPT = """

@@ -88,7 +88,8 @@ def _reason_in_settings(model: FederatedModel, recipe: Recipe, settings: Trainin
 
 
 def _reason_in_layers(model: FederatedModel) -> str | None:
-    if getattr(model.model.config, "is_encoder_decoder", False) and drops(model.model):
+    two_lengths = model.kind == "instruction" and getattr(model.model.config, "is_encoder_decoder", False)
+    if two_lengths and drops(model.model):
         # A client's masks have the shapes of its own prompts and answers, which one layout has no two lengths for.
         return "its dropout is in an encoder and a decoder, at two lengths"
     for name, layer in model.model.named_modules():

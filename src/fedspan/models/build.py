@@ -96,8 +96,6 @@ def build(
         name, kind, num_labels, kept, seed, label_names, regression, pad_token_id, quantise, new_head is not None
     )
     base.to(device)
-    if check is not None:
-        check(base)
     if kind == "instruction":
         check_causal(base, name)
     for parameter in base.parameters():
@@ -107,6 +105,8 @@ def build(
     saved = saved_modules(base, selection.modules_to_save)
     heads += tuple(module for module in saved if not within(module, heads))
     _convert_types(base, kind, heads, saved, getattr(torch, kept))
+    if check is not None:
+        check(base)
     least = min_rank if min_rank is not None else max_rank if trains == "adapter" else 0
     linear = linear_layers(base, heads)
     trial = Trial()

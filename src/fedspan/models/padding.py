@@ -33,6 +33,7 @@ def padding_changes(base: Any, inputs: Mapping[str, Any], pad: int, masked: bool
     masked
         The model is given the attention mask, as classifiers are; causal models are trained without.
     """
+    inputs = _with_room(inputs)
     for row in (inputs, _shorter(inputs)):
         alone, behind = dict(row), _padded(row, pad, left=False)
         if not masked:
@@ -46,13 +47,22 @@ def padding_changes(base: Any, inputs: Mapping[str, Any], pad: int, masked: bool
 @torch.no_grad()
 def prompt_padding_changes(base: Any, inputs: Mapping[str, Any], pad: int) -> bool:
     """Return whether padding before a prompt, with a mask as in generation, changes the logits of what follows it."""
-    given = inspect.signature(base.forward).parameters
+    given, inputs = inspect.signature(base.forward).parameters, _with_room(inputs)
     last = []
     for row in (dict(inputs), _padded(inputs, pad, left=True)):
         if "position_ids" in given:
             row["position_ids"] = (row["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
         last.append(base(**row).logits[:, -1])
     return _differ(base, *last)
+
+
+def _with_room(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the row so much shorter that the padding takes it to no position that it has not had."""
+    shape = inputs["input_ids"].shape
+    if shape[1] < 3 * _EXTRA:
+        return inputs
+    keep = [*range(shape[1] - _EXTRA - 1), shape[1] - 1]
+    return {n: v[:, keep] if isinstance(v, Tensor) and v.shape == shape else v for n, v in inputs.items()}
 
 
 def _shorter(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,8 +93,8 @@ def lost(fed: Federation) -> tuple[float, float]:
 
 
 def test_the_certificate_says_what_one_pass_loses_of_a_small_share() -> None:
-    """Votes of 1e-4 reach down to the rounding of a sketch in float32: some draws of Ω lose a direction, on some processors,
-    and the server says so, without bias over 80 draws; a second pass finds all of T."""
+    """Votes of 1e-4 reach down to the rounding of a sketch in float32: on some processors some draws of Ω lose a
+    direction, and the server says so, without bias over 80 draws; a second pass finds all of T."""
     said, was = np.array([lost(edge(1, seed)) for seed in range(80)]).T
     assert abs(np.mean(said - was)) < 5 * np.std(said - was) / len(was) ** 0.5 + 1e-6
     # Where something is lost it is said, and where it is not nothing is.

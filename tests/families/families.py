@@ -14,6 +14,8 @@ from typing import Any
 import tiny
 import torch
 
+from fedspan.models.encoder_decoder import is_encoder_decoder
+
 VOCAB = len(tiny.SPECIAL) + len(tiny.CHARACTERS)
 WIDE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT: dict[str, Any] = {**WIDE, "max_position_embeddings": 64, "type_vocab_size": 2}
@@ -43,6 +45,8 @@ T5 = {
 VIT: dict[str, Any] = {**WIDE, "image_size": 16, "patch_size": 8}
 STAGES = {"depths": [1, 1], "hidden_sizes": [8, 16], "num_stages": 2, "embedding_size": 8}
 SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+_T5GEMMA: dict[str, Any] = {**LLAMA, "vocab_size": VOCAB, "query_pre_attn_scalar": 8, "sliding_window": 64, **tiny.ENDS}
+T5GEMMA = {"encoder": _T5GEMMA, "decoder": _T5GEMMA, "dropout_rate": 0.0}
 MAMBA = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "expand": 2, "time_step_rank": 4}
 MAMBA2 = {**MAMBA, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 4}
 
@@ -75,12 +79,17 @@ class Family:
         given = {"vocab_size": VOCAB, **tiny.ENDS} if self.kind != "image" else {"num_channels": 3, "num_labels": 2}
         return AutoConfig.for_model(self.model_type or self.name, **{**given, **self.options})
 
+    @property
+    def answers(self) -> bool:
+        """Whether its encoder reads the prompt and its decoder writes the answer."""
+        return self.kind == "instruction" and is_encoder_decoder(self.config())
+
     def save(self, folder: Path) -> Path:
         """Write the base, the same every time, and its tokenizer or image processor."""
         import transformers as t
 
         auto = {
-            "instruction": t.AutoModelForCausalLM,
+            "instruction": t.AutoModelForSeq2SeqLM if self.answers else t.AutoModelForCausalLM,
             "classification": t.AutoModel,
             "image": t.AutoModelForImageClassification,
         }[self.kind]
@@ -117,6 +126,10 @@ def _spread(model: Any) -> None:
 
 def _decoder(name: str, options: Mapping[str, Any], layers: str = "decoder", **more: Any) -> Family:
     return Family(name, "instruction", layers, options, **more)
+
+
+def _writer(name: str, options: Mapping[str, Any], layers: str = "encoder-decoder", **more: Any) -> Family:
+    return Family(name, "instruction", layers, options, end=True, **more)
 
 
 def _encoder(name: str, options: Mapping[str, Any], layers: str = "encoder", **more: Any) -> Family:
@@ -228,6 +241,13 @@ FAMILIES = (
         {**LLAMA, "lru_width": 16, "block_types": ["recurrent", "attention"], "attention_window_size": 32},
         "state-space",
     ),
+    _writer("t5 for generation", {**T5, "dropout_rate": 0.0}, model_type="t5", fast=True),
+    _writer("t5 for generation with dropout", T5, model_type="t5"),
+    _writer("t5 for generation, bfloat16", T5, "half precision", model_type="t5", dtype="bfloat16"),
+    _writer("mt5 for generation", {**T5, "dropout_rate": 0.0}, model_type="mt5"),
+    _writer("bart for generation", {**SEQ2SEQ, "decoder_start_token_id": 2, "dropout": 0.0}, model_type="bart"),
+    _writer("pegasus for generation", {**SEQ2SEQ, "decoder_start_token_id": 0, "dropout": 0.0}, model_type="pegasus"),
+    _writer("t5gemma for generation", T5GEMMA, model_type="t5gemma"),
     _encoder("bert", TEXT, fast=True),
     _encoder(
         "bert with unreached layers",

@@ -24,6 +24,7 @@ from fedspan import config as settings
 from fedspan.adapters import peft_folder
 from fedspan.data import Encoded, Rows, encode
 from fedspan.models import load_processor
+from fedspan.models.encoder_decoder import decoder_start
 from fedspan.runs import execution
 from fedspan.runs.events import Event
 from fedspan.support.errors import FedspanError
@@ -182,7 +183,7 @@ def plain(family: Family, path: Path, dtype: str | None = None) -> Any:
     import transformers as t
 
     auto = {
-        "instruction": t.AutoModelForCausalLM,
+        "instruction": t.AutoModelForSeq2SeqLM if family.answers else t.AutoModelForCausalLM,
         "classification": t.AutoModelForSequenceClassification,
         "image": t.AutoModelForImageClassification,
     }[family.kind]
@@ -201,6 +202,11 @@ def plain_loss(model: Any, test: Encoded) -> float:
         labels = batch.pop("labels")
         if model_is_half_with_images(model, batch):
             batch["pixel_values"] = batch["pixel_values"].to(next(model.parameters()).dtype)
+        if "decoder_input_ids" in batch:
+            del batch["decoder_input_ids"]  # the model makes its own
+            total += float(model(**batch, labels=labels).loss) * labels.numel()
+            count += labels.numel()
+            continue
         logits = model(**batch).logits.float()
         if test.kind == "instruction":
             total += float(F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum"))
@@ -232,7 +238,7 @@ def _encoded(family: Family, base: Path, path: Path) -> Encoded:
         data = Rows(
             "classification", [(r["text"],) for r in rows], ["xyz".index(r["label"]) for r in rows], [""] * len(rows)
         )
-    return encode(data, processor, config)
+    return encode(data, processor, config, decoder=decoder_start(str(base), family.kind, processor))
 
 
 def _write_data(family: Family, folder: Path) -> dict[str, Path]:

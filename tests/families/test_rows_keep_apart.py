@@ -17,9 +17,12 @@ from fedspan.client import cohort
 from fedspan.client.training import Assignment, TrainingSettings, train
 from fedspan.config import DataConfig, EngineConfig, LocalConfig
 from fedspan.data import Encoded, Rows, encode
+from fedspan.merging.one_shot import merge
 from fedspan.methods.messages import Recipe
 from fedspan.models import FederatedModel, rowwise
 from fedspan.models.federated_model import BatchNorm
+from fedspan.models.selection import Selection
+from fedspan.models.starting_adapter import start_from
 from fedspan.privacy.example_dp import check_layers
 from fedspan.support.errors import FedspanError
 
@@ -116,3 +119,26 @@ def test_batch_norm_keeps_the_statistics_of_the_base(tmp_path_factory: pytest.Te
         assert layers["Dropout"]
         assert not any(layer.training for layer in model.model.modules() if isinstance(layer, BatchNorm))
     assert any("batch normalisation keeps the base's running statistics" in note for note in model.notes)
+
+
+def test_statistics_in_an_adapter_are_part_of_its_whole_model_and_of_a_start(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    """PEFT saves the statistics of a batch normalisation that is trained whole, here as another trainer moved them."""
+    import transformers as t
+
+    selection = Selection(modules_to_save=("normalization",))
+    model = of_family("mobilevit", tmp_path_factory, selection=selection)
+    for name, buffer in model.model.named_buffers():
+        buffer += 1 if "num_batches" in name else 0.5
+    model.load(tiny.broadcast(model))
+    model.save_adapter(tmp_path / "adapter", model.adapter(), model.dense())
+    pixels = torch.randn(4, 3, 32, 32)
+    wanted = model.model(pixel_values=pixels).logits
+    merge([tmp_path / "adapter"], "flora", full=True, out=tmp_path / "whole")
+    whole = t.AutoModelForImageClassification.from_pretrained(str(tmp_path / "whole")).eval()
+    torch.testing.assert_close(whole(pixel_values=pixels).logits, wanted, rtol=1e-4, atol=1e-5)
+    other = of_family("mobilevit", tmp_path_factory, selection=selection, seed=1)
+    start_from(other, str(tmp_path / "adapter"))
+    other.load(tiny.broadcast(other, tiny.random_adapter(other, 2, scaling=0.0)))
+    torch.testing.assert_close(other.model(pixel_values=pixels).logits, wanted, rtol=1e-4, atol=1e-5)

@@ -118,6 +118,40 @@ def test_runs_at_once_are_the_runs_alone(
         check_folder(together[k], config)
 
 
+def test_every_run_has_its_own_optimizer_and_clipping(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    """The clients of each share passes, and the base is read as the first of them asks for it."""
+    chosen = configs(
+        bases["bert"],
+        texts,
+        {},
+        {"local": {"clip_norm": 0.02}},
+        {"local": {"optimizer": "adamw", "learning_rate": 1e-2, "weight_decay": 0.5}},
+        engine={"name": "cohort"},
+    )
+    together = run_many(chosen, [tmp_path / f"run-{k}" for k in range(3)])
+    for k, config in enumerate(chosen):
+        same_to_rounding(together[k], run(config, tmp_path / f"alone-{k}"))
+
+
+def test_runs_whose_data_is_encoded_in_other_ways(instructions: Path, tmp_path: Path) -> None:
+    """A template, the base's chat template and conversations end and count their answers in ways of their own."""
+    base = tiny.save("llama", tmp_path / "base")
+    stated = json.loads((base / "tokenizer_config.json").read_text())
+    turns = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}|{% endfor %}"
+    stated["chat_template"] = turns + "{% if add_generation_prompt %}[assistant]{% endif %}"
+    (base / "tokenizer_config.json").write_text(json.dumps(stated))
+    talks = [
+        {"messages": [{"role": "user", "content": row["input"]}, {"role": "assistant", "content": row["output"]}]}
+        for row in tiny.questions()
+    ]
+    spoken = {"data": {"train": [str(tiny.write_jsonl(tmp_path / "talks.jsonl", talks))]}}
+    chat = {"data": {"train": [str(instructions)], "template": "chat"}}
+    chosen = configs(base, instructions, {}, chat, spoken, federation={"rounds": 1, "ranks": 2})
+    together = run_many(chosen, [tmp_path / f"run-{k}" for k in range(3)])
+    for k, config in enumerate(chosen):
+        same_to_rounding(together[k], run(config, tmp_path / f"alone-{k}"))
+
+
 def test_methods_and_bases_that_cannot_share(
     bases: dict[str, Path], texts: Path, tmp_path: Path, passes: list[set[int]]
 ) -> None:

@@ -129,6 +129,8 @@ def work(
 def _train_together(
     model: FederatedModel, data: Encoded, group: Sequence[Assignment], settings: TrainingSettings, round_num: int
 ) -> list[LocalResult]:
+    # Optimizer and clipping of the clients' own run, which need not be that of the base that they share.
+    settings = replace(settings, local=group[0].under(settings, round_num)[0].local)
     # Most steps first: the clients that are still at work are then always the leading rows of the stack, which is a
     # view, and those that have finished are cut off at its end.
     order = sorted(range(len(group)), key=lambda i: (-group[i].steps, i))

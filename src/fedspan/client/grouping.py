@@ -81,8 +81,9 @@ def most_that_fit(
     model: FederatedModel, data: Encoded, assignments: Sequence[Assignment], settings: TrainingSettings
 ) -> int:
     """Return how many of these clients could share a pass within the memory that it may take."""
-    positions, batch_size = _positions(model, data), settings.local.batch_size
-    per_client = max(_bytes(model, a.broadcast, _tokens(data, a, batch_size) * positions) for a in assignments)
+    positions = _positions(model, data)
+    sizes = [_tokens(data, a, a.under(settings, 0)[0].local.batch_size) for a in assignments]
+    per_client = max(_bytes(model, a.broadcast, size * positions) for a, size in zip(assignments, sizes, strict=True))
     return max(1, min(len(assignments), int(_memory(model.device, settings.engine) / per_client)))
 
 

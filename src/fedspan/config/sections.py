@@ -266,7 +266,7 @@ class LocalConfig(Section):
     """Examples per optimizer step."""
     accumulate: PositiveInt = 1
     """Parts that every batch is cut into, which pass one after the other and whose gradients add up: less memory, the
-    same result to rounding."""
+    same result to rounding where nothing is dropped (each part draws masks of its own)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay."""
     clip_norm: PositiveFloatOrNone = 1.0

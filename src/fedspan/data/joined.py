@@ -43,6 +43,19 @@ def joined(parts: Sequence[Encoded]) -> Encoded:
     )
 
 
+def form_of(data: Encoded) -> str:
+    """Return what must be equal for two data sets to be joined: shapes, types, and how they were encoded."""
+    return repr([data.kind, *(_form(value) for value in (data.texts, data.pixels, data.labels))])
+
+
+def _form(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return str(value.dtype), tuple(value.shape[1:])
+    if is_dataclass(value) and any(field.name == "tokens" for field in fields(value)):
+        return [(field.name, _form(getattr(value, field.name))) for field in fields(value)]
+    return value
+
+
 def _stores(parts: Sequence[_S]) -> _S:
     """Return stores of token sequences as one store."""
     first: Any = parts[0]

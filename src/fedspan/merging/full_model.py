@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -128,10 +128,10 @@ def _num_labels(config: Any, kind: Any, adapter: Adapter) -> int | None:
 
 @torch.no_grad()
 def _add(name: str, model: nn.Module, adapter: Adapter) -> None:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    shared = _shared(parameters)
+    held = model.state_dict(keep_vars=True)  # statistics of batch normalisation too
+    shared = _shared(held)
     for module, factors in adapter.factors.items():
-        weight = _weight(name, parameters, shared, f"{module}.weight")
+        weight = _weight(name, held, shared, f"{module}.weight", adapter)
         change = factors.delta().dense().float()
         if module in adapter.embeddings or is_conv1d(model.get_submodule(module)):
             change = change.T
@@ -140,7 +140,8 @@ def _add(name: str, model: nn.Module, adapter: Adapter) -> None:
             raise FedspanError(f"base {name!r}: {problem}: expected the adapter's base")
         weight.copy_((weight.float() + change).to(weight.dtype))
     for key, value in (*adapter.dense.items(), *adapter.frozen.items()):
-        weight = _weight(name, parameters, {} if key in adapter.frozen else shared, key.replace(".base_layer.", "."))
+        own = key.replace(".base_layer.", ".")
+        weight = _weight(name, held, {} if key in adapter.frozen else shared, own, adapter)
         if value.shape != weight.shape:
             problem = f"{key} is {tuple(value.shape)} in the adapter and {tuple(weight.shape)} in it"
             raise FedspanError(f"base {name!r}: {problem}: expected the adapter's base")
@@ -148,26 +149,29 @@ def _add(name: str, model: nn.Module, adapter: Adapter) -> None:
             weight.copy_(value.to(weight.dtype))
 
 
-def _weight(name: str, parameters: dict[str, nn.Parameter], shared: dict[str, str], key: str) -> nn.Parameter:
-    if key not in parameters:
+def _weight(
+    name: str, held: Mapping[str, Tensor], shared: Mapping[str, Sequence[str]], key: str, adapter: Adapter
+) -> Tensor:
+    if key not in held:
         raise FedspanError(f"base {name!r} has no {key}, which the adapter changes: expected the adapter's base")
-    if key in shared:
-        raise FedspanError(
-            f"base {name!r} has one weight for {key} and {shared[key]}, of which the adapter changes one: expected an "
-            "adapter, without --full (full=True)"
-        )
-    return parameters[key]
+    value = adapter.dense.get(key)
+    for other in shared.get(key, ()):
+        # One weight under several names, all of which an adapter has whole, can be written as the one that it is.
+        same = value is not None and other in adapter.dense and torch.equal(value, adapter.dense[other])
+        if not same:
+            raise FedspanError(
+                f"base {name!r} has one weight for {key} and {other}, of which the adapter changes one alone, or each "
+                "in a way of its own: expected an adapter, without --full (full=True)"
+            )
+    return held[key]
 
 
-def _shared(parameters: dict[str, nn.Parameter]) -> dict[str, str]:
-    """Return parameter -> another name of the same weight."""
-    first: dict[int, str] = {}
-    shared: dict[str, str] = {}
-    for key, parameter in parameters.items():
-        other = first.setdefault(id(parameter), key)
-        if other != key:
-            shared |= {key: other, other: key}
-    return shared
+def _shared(held: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Return the weights with several names -> their other names."""
+    names: dict[int, list[str]] = {}
+    for key, weight in held.items():
+        names.setdefault(id(weight), []).append(key)
+    return {key: [n for n in group if n != key] for group in names.values() if len(group) > 1 for key in group}
 
 
 def _check_finite(name: str, model: nn.Module) -> None:

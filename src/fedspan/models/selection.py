@@ -126,6 +126,8 @@ def within(name: str, modules: Iterable[str]) -> bool:
 def saved_modules(base: nn.Module, wanted: Sequence[str]) -> tuple[str, ...]:
     """Return the modules that are trained whole besides the heads: those whose names end in one of `wanted`.
 
+    A weight that a module shares is trained in all of them, so the module that the base lists it under is one too.
+
     Raises
     ------
     FedspanError
@@ -139,6 +141,9 @@ def saved_modules(base: nn.Module, wanted: Sequence[str]) -> tuple[str, ...]:
             raise FedspanError(f"adapter.modules_to_save: {end!r} matches no module with weights{_known(names)}")
         chosen += found
     outer = [name for name in dict.fromkeys(chosen) if not within(name.rpartition(".")[0], chosen)]
+    listed = {id(p): name.rpartition(".")[0] for name, p in base.named_parameters()}
+    owners = {listed[id(p)] for name in outer for p in names[name].parameters()}
+    outer += [owner for owner in owners if not within(owner, outer)]
     return tuple(name for name in names if name in outer)
 
 

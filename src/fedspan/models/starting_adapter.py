@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fedspan.adapters.peft_folder import load
 from fedspan.adapters.state_dict import Adapter
@@ -22,7 +23,8 @@ from fedspan.support.errors import FedspanError
 def start_from(model: FederatedModel, folder: str) -> None:
     """Make the model start from the adapter in a PEFT folder, before anything else is loaded into it.
 
-    Heads of the adapter become the model's own, from which it trains on.
+    Heads of the adapter become the model's own, from which it trains on; so do the statistics of batch normalisation
+    in them, which no run trains.
 
     Raises
     ------
@@ -39,8 +41,12 @@ def start_from(model: FederatedModel, folder: str) -> None:
             delta = factors.delta().dense().float().to(layer.weight.device)
             # Not in place: the weight may be a file that is mapped into memory.
             layer.weight.data = layer.weight.data + (delta.T if is_conv1d(layer) else delta)
+        buffers = dict(model.model.named_buffers())
         for name, value in adapter.dense.items():
-            model.dense_parameters[name].copy_(value)
+            if name in model.dense_parameters:
+                model.dense_parameters[name].copy_(value)
+            elif name in buffers:
+                buffers[name].data = value.to(buffers[name])
     # A head that has factors too is trained and saved whole.
     model.start = {name: f for name, f in adapter.factors.items() if f"{name}.weight" not in model.dense_parameters}
 
@@ -54,12 +60,27 @@ def _check(where: str, model: FederatedModel, adapter: Adapter) -> None:
         )
     for name, factors in adapter.factors.items():
         _check_layer(where, model, name, factors)
+    trained = {id(parameter): name for name, parameter in model.dense_parameters.items()}
+    held = model.model.state_dict(keep_vars=True)
     for name, value in adapter.dense.items():
-        if name not in model.dense_parameters:
+        own = held.get(name)
+        if own is None or not _is_known(model, adapter, name, own, trained.get(id(own))):
             raise FedspanError(f"{where} holds {name}, which this run does not train: expected heads alone")
-        expected = tuple(model.dense_parameters[name].shape)
-        if tuple(value.shape) != expected:
+        if value.shape != own.shape:
+            expected = tuple(own.shape)
             raise FedspanError(f"{where}: {name} has shape {tuple(value.shape)}: expected {expected}, as in this run")
+
+
+def _is_known(model: FederatedModel, adapter: Adapter, name: str, own: Tensor, trained: str | None) -> bool:
+    """Return whether a whole weight of the adapter is one that the run trains, or one that it has as it is.
+
+    PEFT saves more than what was trained: other names of the same weight, buffers, and modules of the body whose names
+    end like a head's.
+    """
+    value = adapter.dense[name]
+    if trained is not None:
+        return name == trained or torch.equal(value, adapter.dense.get(trained, torch.empty(0)))
+    return name in dict(model.model.named_buffers()) or torch.equal(value.float(), own.detach().cpu().float())
 
 
 def _check_layer(where: str, model: FederatedModel, name: str, factors: Factors) -> None:

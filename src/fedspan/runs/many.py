@@ -33,7 +33,7 @@ from fedspan.client.training import Assignment, Terms, TrainingSettings
 from fedspan.config import Config, with_absolute_paths
 from fedspan.config import load as load_config
 from fedspan.data import Corpus, Encoded
-from fedspan.data.joined import joined
+from fedspan.data.joined import form_of, joined
 from fedspan.runs.events import Event
 from fedspan.runs.execution import Result, resume, run
 from fedspan.runs.provision import Provided, Provision, Wanted
@@ -350,7 +350,7 @@ def _join(group: Mapping[int, Wanted]) -> tuple[dict[str, Encoded], dict[int, di
 def _kind(number: int, wanted: Wanted) -> str:
     """Return what must be equal for two runs to share a base and its passes."""
     config, corpus = wanted.config, wanted.prepared.corpus
-    evaluation = config.evaluation
+    evaluation, data = config.evaluation, wanted.prepared.data
     # The account of an example's privacy is of one base: the run's own, with the head that it starts from.
     alone = number if config.privacy.dp == "example" else None
     return json.dumps(
@@ -370,5 +370,7 @@ def _kind(number: int, wanted: Wanted) -> str:
                 wanted.max_rank,
                 wanted.galore_rank,
             ],
+            # Without unseen rows a run can join those that have some like its test rows.
+            [form_of(part) for part in (data["train"], data["test"], data.get("unseen", data["test"]))],
         ]
     )

@@ -31,6 +31,13 @@ def resolved(path: Path, *overrides: str) -> list[str]:
     return [str(Path(name).relative_to(root)) for name in (*data.train, *data.test, *data.unseen)]
 
 
+def test_files_of_a_glue_task_are_looked_up_like_others(config: Path) -> None:
+    """And names of splits stay as they are."""
+    config.write_text('[data]\ntask = "glue/sst2"\ntrain = "beside.csv"\ntest = "validation"\n')
+    data = with_absolute_paths(load(config, must_exist=True)).data
+    assert (data.train, data.test) == ((str(config.parent / "beside.csv"),), ("validation",))
+
+
 def test_a_starting_adapter_is_looked_up_like_the_base(config: Path) -> None:
     (config.parent / "earlier").mkdir()
     config.write_text(config.read_text().replace('name = "base"', 'name = "base"\nadapter = "earlier"'))

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from fedspan.config.sections import Config
+from fedspan.config.sections import Config, DataConfig
 from fedspan.support.errors import FedspanError
 from fedspan.support.paths import exists
 
 _FILES = ("train", "test", "unseen")
+
+
+def reads_files(data: DataConfig) -> bool:
+    """Return whether the names in `data.train` and its like may be those of files."""
+    return data.task == "files" or data.task.startswith("glue/")
 
 
 def located(config: Config, folder: Path | None, overridden: Collection[str], must_exist: bool) -> Config:
@@ -30,11 +35,12 @@ def located(config: Config, folder: Path | None, overridden: Collection[str], mu
         Naming the setting, the path, and where it was looked for.
     """
     data, model, paths = config.data, config.model, {}
-    if data.task == "files":
+    if reads_files(data):
         for part in _FILES:
             key = f"data.{part}"
             places = _places(folder, key in overridden)
-            paths[part] = tuple(_located(name, places, key if must_exist else None) for name in getattr(data, part))
+            required_by = key if must_exist and data.task == "files" else None  # others may be names of splits
+            paths[part] = tuple(_located(name, places, required_by) for name in getattr(data, part))
     of_model = {
         key: _located(name, _places(folder, f"model.{key}" in overridden), None)
         for key, name in (("name", model.name), ("adapter", model.adapter))

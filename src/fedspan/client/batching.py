@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +14,6 @@ from fedspan.data import Encoded
 from fedspan.models import FederatedModel
 from fedspan.models.losses import client_losses, num_answer_tokens
 from fedspan.support.seeding import generator
-
-if TYPE_CHECKING:
-    from fedspan.client.training import Assignment
 
 Batch = dict[str, torch.Tensor]
 
@@ -70,10 +67,9 @@ def _count(part: Batch) -> int:
 
 
 def schedule(
-    model: FederatedModel, work: Assignment, data: Encoded, config: LocalConfig, key: tuple[object, ...]
+    model: FederatedModel, examples: Encoded, steps: int, config: LocalConfig, key: tuple[object, ...]
 ) -> Iterator[list[Batch]]:
-    """Yield the client's batches, each in the parts that it is trained in, on the model's device."""
-    examples = data.subset(work.rows)
-    for indices in batches(len(examples), config.batch_size, work.steps, generator(*key, "batches")):
+    """Yield the batches of a client's examples, each in the parts that it is trained in, on the model's device."""
+    for indices in batches(len(examples), config.batch_size, steps, generator(*key, "batches")):
         cut = [part for part in np.array_split(indices, config.accumulate) if len(part)]
         yield [{name: value.to(model.device) for name, value in examples.batch(part).items()} for part in cut]

@@ -122,5 +122,7 @@ def test_the_command_trains_on_a_file_of_conversations(
     plain = AutoModelForCausalLM.from_pretrained(str(base)).eval()
     loaded = PeftModel.from_pretrained(plain, str(tmp_path / "run" / "adapter")).eval()
     expected = plain_loss(loaded, tiny.processor(base, "instruction"), TURNS)
-    stated = json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]["server"]["loss"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["encoding"]["template_date"] == "2024-07-26"  # conversations are written by the chat template
+    stated = summary["metrics"]["server"]["loss"]
     assert abs(stated - expected) < 1e-4 * expected

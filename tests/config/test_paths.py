@@ -31,6 +31,20 @@ def resolved(path: Path, *overrides: str) -> list[str]:
     return [str(Path(name).relative_to(root)) for name in (*data.train, *data.test, *data.unseen)]
 
 
+def test_files_of_a_glue_task_are_looked_up_like_others(config: Path) -> None:
+    """And names of splits stay as they are."""
+    config.write_text('[data]\ntask = "glue/sst2"\ntrain = "beside.csv"\ntest = "validation"\n')
+    data = with_absolute_paths(load(config, must_exist=True)).data
+    assert (data.train, data.test) == ((str(config.parent / "beside.csv"),), ("validation",))
+
+
+def test_a_starting_adapter_is_looked_up_like_the_base(config: Path) -> None:
+    (config.parent / "earlier").mkdir()
+    config.write_text(config.read_text().replace('name = "base"', 'name = "base"\nadapter = "earlier"'))
+    loaded = load(config, must_exist=True)
+    assert (loaded.model.name, loaded.model.adapter) == (str(config.parent / "base"), str(config.parent / "earlier"))
+
+
 def test_a_path_is_looked_up_beside_the_config_first(config: Path) -> None:
     assert resolved(config) == ["conf/both.csv", "conf/beside.csv", "here/working.csv", "here/working.csv"]
     assert load("../conf/my.toml").data.train == ("../conf/both.csv", "../conf/beside.csv", "working.csv")
@@ -55,7 +69,7 @@ def test_a_path_that_leads_nowhere_says_where_it_was_looked_for(config: Path) ->
     for wrong in ("/none.csv", "~/none.csv"):
         with pytest.raises(FedspanError, match=r"none.csv does not exist$"):
             load(config, [f"data.train={wrong}"], must_exist=True)
-    with pytest.raises(FedspanError, match=r"^data.train = '': .*at least 1 character"):
+    with pytest.raises(FedspanError, match=r"^data.train = '': string should have at least 1 character$"):
         load(None, ["data.task=files", 'data.train=""'], must_exist=True)
     with pytest.raises(FedspanError, match=rf"looked in {here}$"):
         load(None, ["data.train=none.csv"], must_exist=True)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedspan.config import DataConfig
 from fedspan.data import Encoded, Rows, encode, load
+from fedspan.data.base_facts import BaseFacts
 from fedspan.data.conversations import Conversation, Turn
 from fedspan.data.encoder_decoder import DecoderStart
 from fedspan.support.errors import FedspanError
@@ -198,6 +199,26 @@ def test_spelt_special_tokens_stay_text() -> None:
         _, learnt = pieces(data, tokenizer)
         assert len(learnt) == 1
         assert attack in tokenizer.decode(ids)
+
+
+def test_what_may_surprise_in_conversations_is_noted() -> None:
+    """Texts that spell a special token, and a template that prints the date, as for instructions."""
+    assert encoded(TOKENIZERS["chatml"], talk("hi</s>", "yes")).notes == (
+        "1 texts spell a special token, such as </s>: they are read as ordinary text",
+    )
+    dated = make("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    row = talk("hi", "yes")
+    note = "the chat template prints today's date: 2024-07-26 stands for it in every run"
+    assert encoded(dated, row).notes == (note,)
+    assert encoded(dated, row, decoder=DecoderStart(0)).notes == (note,)
+    assert encoded(make("{{ strftime_now('') }}" + CHATML), row).notes == ()
+
+
+def test_the_base_s_end_token_ends_a_conversation_of_a_tokenizer_without_one() -> None:
+    tokenizer = make("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}")
+    tokenizer.eos_token = None
+    data = Rows("instruction", [talk("hi", "yes")], ["yes"], [""])
+    assert encode(data, tokenizer, DataConfig(), BaseFacts(end_tokens=(7,))).batch([0])["labels"][0, -1] == 7
 
 
 def test_turns_of_weight_0_are_context() -> None:

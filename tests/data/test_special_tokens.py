@@ -12,6 +12,7 @@ from test_encoding import TOKENIZERS, make_tokenizer
 from fedspan.config import DataConfig
 from fedspan.data import Rows, encode
 from fedspan.data.base_facts import BaseFacts
+from fedspan.data.encoder_decoder import DecoderStart
 
 SPELT = ("hi</s>[assistant]<s>", "<pad>", "yes</s>no")
 
@@ -123,3 +124,45 @@ def test_a_tokenizer_that_knows_none_of_the_data_is_refused() -> None:
     rows = Rows("classification", [("ωψ",), ("ω",)], [0, 1], ["", ""])
     with pytest.raises(ValueError, match="reads all of the data as '<unk>'"):
         encode(rows, tiny.tokenizer(), DataConfig())
+
+
+PAIRS = DecoderStart(0)
+
+
+def test_a_system_turn_of_an_encoder_decoder_needs_a_chat_template_too() -> None:
+    with pytest.raises(ValueError, match=r"data\.system = 'Be kind\.' with another template"):
+        encode(one("a", "b", "c"), make_tokenizer(), DataConfig(system="Be kind."), decoder=PAIRS)
+
+
+def test_an_encoder_decoder_s_texts_are_plain_text_and_noted() -> None:
+    """A spelt token in one row changes that row alone."""
+    tokenizer = make_tokenizer(trailing="</s>")
+    rows = Rows("instruction", [("the words", "of"), SPELT[:2]], ["x", SPELT[2]], [""] * 2)
+    encoded = encode(rows, tokenizer, DataConfig(), decoder=PAIRS)
+    assert encoded.notes == ("3 texts spell a special token, such as </s>: they are read as ordinary text",)
+    labels = encoded.batch([1])["labels"][0].tolist()
+    assert labels.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(labels) == "<s>yes</s>no</s>"
+    alone = encode(rows.take([0]), tokenizer, DataConfig(), decoder=PAIRS)
+    assert encoded.batch([0])["labels"].tolist() == alone.batch([0])["labels"].tolist()
+
+
+def test_an_encoder_decoder_s_padding_has_an_id_of_the_base() -> None:
+    tokenizer = make_tokenizer(trailing="</s>", bos_token="<s>", eos_token="</s>")
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    base = BaseFacts(vocabulary=len(tokenizer) - 1)
+    assert encode(one("a", "b", "c"), tokenizer, DataConfig(), base, decoder=PAIRS).extent()[0] < base.vocabulary
+
+
+def test_the_base_s_end_token_serves_an_encoder_decoder_s_tokenizer_without_one() -> None:
+    encoded = encode(
+        one("a", "b", "c"), make_tokenizer(bos_token="<s>"), DataConfig(), BaseFacts(end_tokens=(7, 2)), decoder=PAIRS
+    )
+    assert encoded.batch([0])["labels"][0, -1] == 7
+    assert encoded.texts is not None
+    assert encoded.texts.ends == (7, 2)
+
+
+def test_a_tokenizer_that_knows_none_of_an_encoder_decoder_s_data_is_refused() -> None:
+    with pytest.raises(ValueError, match="reads all of the data as '<unk>'"):
+        encode(one("ωψ", "ω", "ψ"), tiny.tokenizer(), DataConfig(template="{instruction}{input}"), decoder=PAIRS)

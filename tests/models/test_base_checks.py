@@ -14,9 +14,12 @@ import torch
 import transformers as t
 from safetensors.torch import load_file, save_file
 
+from fedspan.adapters.state_dict import Adapter
+from fedspan.merging.full_model import write_model
 from fedspan.models import load_processor
 from fedspan.models.base_checks import check_causal, check_pixels, check_tokens, usable_positions
 from fedspan.models.base_facts import read_facts
+from fedspan.support.errors import FedspanError
 
 SMALL: dict[str, Any] = {"vocab_size": 60, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 BERT: dict[str, Any] = {**SMALL, "hidden_size": 32}
@@ -106,6 +109,30 @@ def with_code(base: Path, mark: Path, model_type: str | None) -> None:
         if model_type is not None and name == "config.json":
             stated["model_type"] = model_type
         (base / name).write_text(json.dumps(stated), encoding="utf-8")
+
+
+@pytest.mark.parametrize("way", ["a run", "a run on quantised weights", "merge --full"])
+def test_code_of_a_class_that_the_base_s_type_does_not_have_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """Its type is known, so that its configuration is read without a question; its class would be the code's."""
+    base, mark = tiny.save("llama", tmp_path / "base"), tmp_path / "mark"
+    (base / "own.py").write_text(CODE.format(mark=str(mark)), encoding="utf-8")
+    stated = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    classes = {"AutoModelForImageClassification": "own.OwnModel", "AutoModelForSeq2SeqLM": "own.OwnModel"}
+    (base / "config.json").write_text(json.dumps({**stated, "auto_map": classes}), encoding="utf-8")
+    asked: list[str] = []
+    monkeypatch.setattr(builtins, "input", lambda text="": asked.append(text) or "y")
+    config = {"base_model_name_or_path": str(base), "task_type": "SEQ_2_SEQ_LM"}
+    use = {
+        "a run": lambda: tiny.load(base, "image"),
+        "a run on quantised weights": lambda: tiny.load(base, "image", quantise="int8"),
+        "merge --full": lambda: write_model(tmp_path / "out", Adapter({}, {}, config)),
+    }[way]
+    with pytest.raises(FedspanError, match=r"never run here|contains custom code"):
+        use()
+    assert not asked
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("model_type", [None, "own"])

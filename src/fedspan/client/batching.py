@@ -69,7 +69,7 @@ def _count(part: Batch) -> int:
 def schedule(
     model: FederatedModel, examples: Encoded, steps: int, config: LocalConfig, key: tuple[object, ...]
 ) -> Iterator[list[Batch]]:
-    """Yield a client's batches of its examples, each in the parts that it is trained in, on the model's device."""
+    """Yield the batches of a client's examples, each in the parts that it is trained in, on the model's device."""
     for indices in batches(len(examples), config.batch_size, steps, generator(*key, "batches")):
         cut = [part for part in np.array_split(indices, config.accumulate) if len(part)]
         yield [{name: value.to(model.device) for name, value in examples.batch(part).items()} for part in cut]

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedspan.config.aliases import ALIASES, canonical, canonical_key, refuse_second_name
-from fedspan.config.paths import located
+from fedspan.config.paths import located, reads_files
 from fedspan.config.sections import Config, valid_keys
 from fedspan.support.errors import FedspanError, one_line
 from fedspan.support.paths import exists
@@ -104,7 +104,7 @@ def with_absolute_paths(config: Config) -> Config:
     paths = {part: tuple(map(absolute, getattr(data, part))) for part in ("train", "test", "unseen")}
     return config.model_copy(
         update={
-            "data": data.model_copy(update=paths if data.task == "files" else {}),
+            "data": data.model_copy(update=paths if reads_files(data) else {}),
             "model": model.model_copy(
                 update={"name": absolute(model.name), "adapter": model.adapter and absolute(model.adapter)}
             ),

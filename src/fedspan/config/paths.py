@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from fedspan.config.sections import Config
+from fedspan.config.sections import Config, DataConfig
 from fedspan.support.errors import FedspanError
 from fedspan.support.paths import exists
 
 _FILES = ("train", "test", "unseen")
+
+
+def reads_files(data: DataConfig) -> bool:
+    """Return whether the names in `data.train` and its like may be those of files."""
+    return data.task == "files" or data.task.startswith("glue/")
 
 
 def located(config: Config, folder: Path | None, overridden: Collection[str], must_exist: bool) -> Config:
@@ -29,19 +34,19 @@ def located(config: Config, folder: Path | None, overridden: Collection[str], mu
     FedspanError
         Naming the setting, the path, and where it was looked for.
     """
-    data, paths = config.data, {}
-    if data.task == "files":
+    data, model, paths = config.data, config.model, {}
+    if reads_files(data):
         for part in _FILES:
             key = f"data.{part}"
             places = _places(folder, key in overridden)
-            paths[part] = tuple(_located(name, places, key if must_exist else None) for name in getattr(data, part))
-    model = _located(config.model.name, _places(folder, "model.name" in overridden), None)
-    return config.model_copy(
-        update={
-            "data": data.model_copy(update=paths),
-            "model": config.model.model_copy(update={"name": model}),
-        }
-    )
+            required_by = key if must_exist and data.task == "files" else None  # others may be names of splits
+            paths[part] = tuple(_located(name, places, required_by) for name in getattr(data, part))
+    of_model = {
+        key: _located(name, _places(folder, f"model.{key}" in overridden), None)
+        for key, name in (("name", model.name), ("adapter", model.adapter))
+        if name is not None
+    }
+    return config.model_copy(update={"data": data.model_copy(update=paths), "model": model.model_copy(update=of_model)})
 
 
 def _places(folder: Path | None, overridden: bool) -> list[Path]:
@@ -54,13 +59,11 @@ def _places(folder: Path | None, overridden: bool) -> list[Path]:
 
 def _located(name: str, places: list[Path], required_by: str | None) -> str:
     path = Path(name).expanduser()
-    for place in places if name else ():
+    for place in places:
         if exists(place / path):
             # As it was given, where that leads to it.
             return name if place == Path() or path.is_absolute() else str(place / path)
     if required_by is not None:
-        if not name:
-            raise FedspanError(f"{required_by} = '': expected the name of a file or folder, at least 1 character")
         looked = "" if path.is_absolute() else f": looked in {' and in '.join(str(p.resolve()) for p in places)}"
         raise FedspanError(f"{required_by}: {name} does not exist{looked}")
     return name

@@ -13,7 +13,8 @@ from fedspan.support.errors import FedspanError, first_line
 DATE = datetime(2024, 7, 26)
 """The date that templates print as today's, so that a run has the same bits tomorrow; Llama's templates take this one
 where they are told none."""
-_ANOTHER = datetime(1999, 12, 31, 23, 59, 58)
+ANOTHER_DATE = datetime(1999, 12, 31, 23, 59, 58)
+"""A date by which a template that prints today's is told from one that does not."""
 _CODES = "aAbBcdfGHIjmMpSuUVwWxXyYzZ"
 _CALL = "strftime_now"
 _ANSWER = "fedspan answers"
@@ -68,9 +69,8 @@ class ChatFormat:
             )
         opened, rest = plain._finished("Hello")
         added, removed = _difference(prompt, opened)
-        return cls(
-            tokenizer, system, _end_of(tokenizer, rest, ends), added, removed, prompt != plain.prompt("Hello", _ANOTHER)
-        )
+        uses_date = prompt != plain.prompt("Hello", ANOTHER_DATE)
+        return cls(tokenizer, system, _end_of(tokenizer, rest, ends), added, removed, uses_date)
 
     def prompt(self, content: str, date: datetime = DATE) -> str:
         """Return the text that an answer to `content` follows.
@@ -104,22 +104,21 @@ class ChatFormat:
         return (before, after) if found else (None, "")
 
     def _rendered(self, turns: list[dict[str, str]], prompt: bool, date: datetime) -> str:
-        # Thinking is off: answers are trained and generated without it. Templates that know no such switch ignore it.
-        return str(
-            self.tokenizer.apply_chat_template(
-                turns,
-                add_generation_prompt=prompt,
-                tokenize=False,
-                enable_thinking=False,
-                **dated(self.tokenizer, date),
-            )
-        )
+        return str(self.tokenizer.apply_chat_template(turns, **template_options(self.tokenizer, prompt, date)))
 
 
-def dated(tokenizer: Any, date: datetime = DATE) -> dict[str, Any]:
-    """Return the options of `apply_chat_template` by which a template that prints today's date prints this one."""
+def template_options(tokenizer: Any, prompt: bool, date: datetime = DATE) -> dict[str, Any]:
+    """Return the options of `apply_chat_template` for text, in which a template prints `date` as today's.
+
+    Parameters
+    ----------
+    prompt
+        The text is one that an answer follows; otherwise it is a whole conversation.
+    """
+    # Thinking is off: answers are trained and generated without it. Templates that know no such switch ignore it.
+    options = {"add_generation_prompt": prompt, "tokenize": False, "enable_thinking": False}
     template = str(tokenizer.get_chat_template())
-    return {"chat_template": _fixed_date(date) + template} if _CALL in template else {}
+    return options | ({"chat_template": _fixed_date(date) + template} if _CALL in template else {})
 
 
 def _fixed_date(date: datetime) -> str:

@@ -24,8 +24,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedspan.data.chat import dated
+from fedspan.data.chat import ANOTHER_DATE, template_options
 from fedspan.data.conversations import Conversation, Turn
+from fedspan.data.special_tokens import special_tokens
 from fedspan.support.errors import FedspanError, first_line
 
 _HELD = 0xF0000
@@ -64,13 +65,11 @@ class Renderer:
     @classmethod
     def of(cls, tokenizer: Any) -> Renderer:
         """Return that of a tokenizer."""
-        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        names = {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
-        return cls(tokenizer, tuple(sorted(names - {""}, key=lambda name: (-len(name), name))))
+        return cls(tokenizer, tuple(special_tokens(tokenizer)))
 
     @property
     def templated(self) -> bool:
-        """Whether the tokenizer has a chat template."""
+        """True where the tokenizer has a chat template."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def render(self, conversation: Conversation) -> Rendering:
@@ -101,6 +100,15 @@ class Renderer:
             )
         spans = (*spans[:-1], (len(prompt), spans[-1][1]))
         return Rendering(text, spans, len(prompt), text[: spans[-1][1]].endswith(self.specials))
+
+    def prints_date(self, conversation: Conversation) -> bool:
+        """Return whether the template prints today's date in a conversation."""
+        if not self.templated:
+            return False
+        other = template_options(self.tokenizer, False, ANOTHER_DATE)
+        return bool(
+            self._fill(conversation, conversation.turns) != self._fill(conversation, conversation.turns, **other)
+        )
 
     def pieces(self, text: str) -> list[tuple[str, int, bool]]:
         """Return a rendering in parts: text, its place in the rendering, and whether it is a special token as text."""
@@ -136,15 +144,9 @@ class Renderer:
     def _fill(self, conversation: Conversation, turns: Sequence[Turn], answering: bool = False, **options: Any) -> Any:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
-            # Thinking is off: answers are trained and generated without it. Templates without that switch ignore it.
-            options = {
-                "tokenize": False,
-                "add_generation_prompt": answering,
-                "enable_thinking": False,
-                **dated(self.tokenizer),
-                **options,
-            }
-            return self.tokenizer.apply_chat_template(messages, **options)
+            return self.tokenizer.apply_chat_template(
+                messages, **{**template_options(self.tokenizer, answering), **options}
+            )
         except Exception as error:  # jinja's errors, those that a template raises, and those of its own mistakes
             raise FedspanError(f"{conversation.where}: the chat template refuses it ({first_line(error)})") from None
 

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from fedspan.config import DataConfig
+from fedspan.data.base_facts import BaseFacts
 from fedspan.data.chat_template import Renderer, Rendering
 from fedspan.data.conversations import Conversation
+from fedspan.data.text_ids import end_tokens
 from fedspan.support.errors import FedspanError
 
 Tokens = tuple[list[int], list[tuple[int, int]]]
@@ -59,10 +61,12 @@ class ChatRow:
 
 @dataclass(slots=True)
 class ChatEncoder:
-    """Tokenises conversations for a causal model (:meth:`row`) or for an encoder-decoder (:meth:`source`)."""
+    """Tokenises conversations for a causal model (:meth:`rows`) or for an encoder-decoder (:meth:`sources`)."""
 
     tokenizer: Any
     config: DataConfig
+    base: BaseFacts
+    """The facts that the base states."""
     leading: Sequence[int]
     """Special tokens that the tokenizer puts before a text; a chat template writes its own."""
     counts: Counter[str] = field(default_factory=Counter)
@@ -175,7 +179,8 @@ class ChatEncoder:
         stop = int((places < rendering.spans[-1][1]).sum())
         ids, trained = ids[:stop], trained[:stop]  # nothing is learnt from what follows the last answer's end
         if not rendering.closed:
-            ids, trained = [*ids, self._end_token()], np.append(trained, conversation.answer.trained)
+            end = end_tokens(self.tokenizer, self.base, None)[0]
+            ids, trained = [*ids, end], np.append(trained, conversation.answer.trained)
         self.ends.add(ids[-1])
         leading = list(self.leading)
         if not leading and ids[0] == self.tokenizer.bos_token_id:  # a chat template writes it out
@@ -192,12 +197,6 @@ class ChatEncoder:
             before + prompt_length,
             before,
         )
-
-    def _end_token(self) -> int:
-        end = self.tokenizer.eos_token_id
-        if end is None:
-            raise FedspanError("the tokenizer has no end token (eos_token): expected one, to learn where answers end")
-        return int(end)
 
     def _whole(self, rendering: Rendering) -> Tokens:
         """Return the tokens of a rendering, none of which lies across the start of an answer."""

@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedspan.data.base_facts import BaseFacts
+from fedspan.data.special_tokens import Spelling
+from fedspan.data.text_ids import added_tokens, check_known, end_tokens, padding_token
 from fedspan.support.errors import FedspanError
 
 IGNORED = -100
-_TEXTS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +111,10 @@ class PromptsAndAnswers:
 
 
 def encode_pairs(
-    prompts: Sequence[str] | Sequence[np.ndarray],
+    prompts: Sequence[np.ndarray],
     answers: Sequence[str],
-    tokenizer: Any,
+    spelling: Spelling,
+    base: BaseFacts,
     max_length: int,
     start: DecoderStart,
     bare: bool = False,
@@ -125,40 +127,45 @@ def encode_pairs(
     Parameters
     ----------
     prompts
-        Texts, in which special tokens are plain text, or tokens.
+        As tokens.
+    answers
+        Texts, in which special tokens are plain text.
+    base
+        The facts that the base states.
     bare
         The prompts hold their special tokens already, as a chat template writes them.
 
     Raises
     ------
     FedspanError
-        When the tokenizer has no end token, or a prompt no tokens.
+        When neither the tokenizer nor the base has an end token, or a prompt has no tokens.
     """
-    before, after = ((), ()) if bare else _added(tokenizer, target=False)
-    leading, trailing = _added(tokenizer, target=True)
+    tokenizer = spelling.tokenizer
+    before, after = ((), ()) if bare else added_tokens(tokenizer)
+    leading, trailing = added_tokens(tokenizer, target=True)
     if leading[:1] == (start.token,):
         leading = leading[1:]  # the decoder is given it already
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise FedspanError("the tokenizer has no end token (eos_token): expected one, to learn where answers end")
+    ends = end_tokens(tokenizer, base, None)
+    end = next((end for end in ends if end in trailing), ends[0])
     if end not in trailing:
-        trailing = (*trailing, int(end))
+        trailing = (*trailing, end)
     room = max(1, max_length - len(before) - len(after))
     counts: Counter[str] = Counter()
     sources, targets = [], []
-    for row, prompt in enumerate(_tokens(tokenizer, prompts, target=False), 1):
+    for row, prompt in enumerate(prompts, 1):
         counts["prompts"] += len(prompt) > room
         source = _joined(before, prompt[max(0, len(prompt) - room) :], after)
         if not len(source):
             raise FedspanError(f"the prompt of row {row} has no tokens: expected at least one")
         sources.append(source)
-    for answer in _tokens(tokenizer, answers, target=True):
+    own = spelling.ids(answers, target=True)
+    check_known(tokenizer, [*prompts, *own])
+    for answer in own:
         target = _joined(leading, answer, trailing)
         counts["answers"] += len(target) > max_length
         targets.append(target[:max_length])
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(end)
     sides = _Sequences.of(sources), _Sequences.of(targets)
-    texts = PromptsAndAnswers(*sides, start, leading, int(pad), (int(end),))
+    texts = PromptsAndAnswers(*sides, start, leading, padding_token(tokenizer, base), (end,))
     return texts, _notes(counts, len(answers), max_length)
 
 
@@ -170,36 +177,6 @@ def _notes(counts: Counter[str], num_rows: int, max_length: int) -> tuple[str, .
     }
     said = [text for kind, text in parts.items() if counts[kind]]
     return (f"of {num_rows} rows, {'; '.join(said)} (data.max_length = {max_length})",) if said else ()
-
-
-def target_specials(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the special tokens that the tokenizer puts before and after an answer."""
-    return _added(tokenizer, target=True)
-
-
-def _added(tokenizer: Any, target: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the special tokens that the tokenizer puts before and after a text of one of the two sides."""
-    key = "text_target" if target else "text"
-    plain, full = (list(tokenizer(**{key: "a"}, add_special_tokens=added)["input_ids"]) for added in (False, True))
-    for place in range(len(full) - len(plain) + 1):
-        if full[place : place + len(plain)] == plain:
-            return tuple(full[:place]), tuple(full[place + len(plain) :])
-    raise FedspanError("the tokenizer changes a text's own tokens when it adds special ones: expected it to keep them")
-
-
-def _tokens(tokenizer: Any, texts: Sequence[str] | Sequence[np.ndarray], target: bool) -> list[np.ndarray]:
-    """Return the texts' own tokens; what is tokens already, as it is."""
-    found: list[np.ndarray] = [text for text in texts if isinstance(text, np.ndarray)]
-    own = [text for text in texts if isinstance(text, str)]
-    specials = tuple(tokenizer.all_special_tokens)
-    for first in range(0, len(own), _TEXTS_AT_ONCE):
-        chunk = own[first : first + _TEXTS_AT_ONCE]
-        options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
-        if any(name in text for text in chunk for name in specials):
-            options["split_special_tokens"] = True  # text of the data is never a special token
-        ids = tokenizer(**{"text_target" if target else "text": chunk}, **options)["input_ids"]
-        found += [np.asarray(row, dtype=np.int64) for row in ids]
-    return found
 
 
 def _joined(before: Sequence[int], tokens: np.ndarray, after: Sequence[int]) -> np.ndarray:

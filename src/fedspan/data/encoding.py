@@ -7,10 +7,9 @@ Shapes: N rows, b rows of a batch, t the tokens of its longest row.
 from __future__ import annotations
 
 import string
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,18 +17,21 @@ from torch import Tensor
 
 from fedspan.config import DataConfig
 from fedspan.data.base_facts import NOTHING_STATED, BaseFacts
-from fedspan.data.chat import DATE, ChatFormat
+from fedspan.data.chat import ChatFormat
 from fedspan.data.chat_tokens import ChatEncoder
 from fedspan.data.conversations import Conversation, conversations_of
 from fedspan.data.encoder_decoder import DecoderStart, PromptsAndAnswers, encode_pairs
 from fedspan.data.rows import Kind, Rows
 from fedspan.data.special_tokens import TEXTS_AT_ONCE, Spelling
 from fedspan.data.text_ids import (
+    DATE_NOTE,
+    added_tokens,
+    chat_format,
     check_end_counts,
     check_known,
     classified_ids,
     end_tokens,
-    leading_tokens,
+    padding_token,
     prompt_ids,
     special_note,
 )
@@ -39,6 +41,7 @@ IGNORED = -100  # the label that cross_entropy leaves out of the loss
 _IMAGES_AT_ONCE = 256
 
 Indices = Sequence[int] | np.ndarray | Tensor
+_AnyTexts = TypeVar("_AnyTexts", "_Texts", PromptsAndAnswers)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -239,13 +242,19 @@ def encode(
     """
     if not len(rows):
         raise FedspanError("no rows to encode: expected at least one")
-    texts, pixels = None, None
+    texts: _Texts | PromptsAndAnswers | None = None
+    pixels = None
     notes: tuple[str, ...] = ()
-    conversations = conversations_of(rows) if rows.kind == "instruction" else None
-    if conversations is not None or decoder is not None:
-        return _encode_answers(rows, conversations, processor, config, base, decoder)
     if rows.kind == "instruction":
-        texts, notes = _encode_instructions(rows, processor, config, base)
+        if config.max_length < 2:
+            raise FedspanError(f"data.max_length = {config.max_length}: expected 2 or more for instruction data")
+        conversations = conversations_of(rows)
+        if conversations is not None:
+            texts, notes = _encode_conversations(rows, conversations, processor, config, base, decoder)
+        elif decoder is not None:
+            texts, notes = _encode_pairs(rows, processor, config, base, decoder)
+        else:
+            texts, notes = _encode_instructions(rows, processor, config, base)
     elif rows.kind == "classification":
         texts, notes = _encode_texts(rows, processor, config, base)
     else:
@@ -257,40 +266,50 @@ def encode(
     return Encoded(rows.kind, torch.arange(len(rows)), rows.targets, rows.fields, texts, pixels, labels, notes)
 
 
-def _encode_answers(
+def _encode_pairs(
+    rows: Rows, tokenizer: Any, config: DataConfig, base: BaseFacts, decoder: DecoderStart
+) -> tuple[PromptsAndAnswers, tuple[str, ...]]:
+    """Encode instruction data for an encoder-decoder."""
+    chat = chat_format(tokenizer, config, base)
+    spelling = Spelling(tokenizer)
+    prompts = prompt_ids(rows.inputs, _filler(config.template, chat), spelling)
+    limit, bare = config.max_length, chat is not None
+    texts, notes = encode_pairs(prompts, rows.targets, spelling, base, limit, decoder, bare)
+    return _with_ends(texts, tokenizer, base), (*_notes_of_instructions(rows, spelling, chat), *notes)
+
+
+def _encode_conversations(
     rows: Rows,
-    conversations: list[Conversation] | None,
+    conversations: list[Conversation],
     tokenizer: Any,
     config: DataConfig,
     base: BaseFacts,
     decoder: DecoderStart | None,
-) -> Encoded:
-    """Encode conversations, or instruction data for an encoder-decoder."""
-    if config.max_length < 2:
-        raise FedspanError(f"data.max_length = {config.max_length}: expected 2 or more for instruction data")
+) -> tuple[_Texts | PromptsAndAnswers, tuple[str, ...]]:
+    chat = ChatEncoder(tokenizer, config, base, added_tokens(tokenizer)[0])
+    spelling = Spelling(tokenizer)
+    notes = special_note(spelling, [turn.content for talk in conversations for turn in talk.turns])
+    notes += (DATE_NOTE,) if chat.renderer.prints_date(conversations[0]) else ()
     texts: _Texts | PromptsAndAnswers
-    notes: tuple[str, ...] = ()
-    if conversations is None:
-        assert decoder is not None
-        format_ = ChatFormat.of(tokenizer, config.system, base.end_tokens) if config.template == "chat" else None
-        prompts = prompt_ids(rows.inputs, _filler(config.template, format_), Spelling(tokenizer))
-        bare = format_ is not None
-        texts, notes = encode_pairs(prompts, rows.targets, tokenizer, config.max_length, decoder, bare)
+    if decoder is None:
+        texts = _with_ends(_of_conversations(chat, conversations, base), tokenizer, base)
     else:
-        chat = ChatEncoder(tokenizer, config, () if tokenizer.chat_template else leading_tokens(tokenizer))
-        if decoder is None:
-            texts = _of_conversations(chat, conversations, base)
-        else:
-            prompts, bare = chat.sources(conversations), chat.renderer.templated
-            texts, notes = encode_pairs(prompts, rows.targets, tokenizer, config.max_length, decoder, bare)
-        notes += chat.notes(len(rows))
+        sources = chat.sources(conversations)
+        bare = chat.renderer.templated
+        pairs, cut = encode_pairs(sources, rows.targets, spelling, base, config.max_length, decoder, bare)
+        texts, notes = _with_ends(pairs, tokenizer, base), notes + cut
+    return texts, (*notes, *chat.notes(len(rows)))
+
+
+def _with_ends(texts: _AnyTexts, tokenizer: Any, base: BaseFacts) -> _AnyTexts:
+    """Return the texts with the tokens that end an answer in generation beside those that are trained on."""
     ends = (*texts.ends, *base.end_tokens, tokenizer.eos_token_id)
-    texts = replace(texts, ends=tuple(dict.fromkeys(end for end in ends if end is not None)))
-    return Encoded(rows.kind, torch.arange(len(rows)), rows.targets, rows.fields, texts, None, None, notes)
+    return replace(texts, ends=tuple(dict.fromkeys(end for end in ends if end is not None)))
 
 
 def _of_conversations(chat: ChatEncoder, conversations: list[Conversation], base: BaseFacts) -> _Texts:
     rows = chat.rows(conversations)
+    check_known(chat.tokenizer, [row.ids for row in rows])
     prompt_lengths = torch.tensor([row.prompt_length for row in rows])
     texts = _flat([row.ids for row in rows], None, prompt_lengths, chat.tokenizer, base, tuple(sorted(chat.ends)))
     tail = np.zeros(int(texts.lengths.max()), dtype=bool)
@@ -337,15 +356,9 @@ def _check_template(template: str) -> None:
 def _encode_instructions(
     rows: Rows, tokenizer: Any, config: DataConfig, base: BaseFacts
 ) -> tuple[_Texts, tuple[str, ...]]:
-    if config.max_length < 2:
-        raise FedspanError(f"data.max_length = {config.max_length}: expected 2 or more for instruction data")
-    if config.system and config.template != "chat":
-        raise FedspanError(
-            f"data.system = {config.system!r} with another template than 'chat': expected it to be empty"
-        )
-    chat = ChatFormat.of(tokenizer, config.system, base.end_tokens) if config.template == "chat" else None
+    chat = chat_format(tokenizer, config, base)
     ends = end_tokens(tokenizer, base, chat)
-    leading = [] if chat is not None else leading_tokens(tokenizer)
+    leading = [] if chat is not None else list(added_tokens(tokenizer)[0])
     spelling = Spelling(tokenizer)
     prompts = prompt_ids(rows.inputs, _filler(config.template, chat), spelling)
     answers = spelling.ids(rows.targets)
@@ -363,10 +376,13 @@ def _encode_instructions(
         sequence, prompt_length = _fitted(special, prompt, np.append(answer, ends[0]), config.max_length)
         sequences.append(sequence)
         prompt_lengths.append(prompt_length)
-    notes = special_note(spelling, [*(text for pair in rows.inputs for text in pair), *rows.targets])
-    if chat is not None and chat.uses_date:
-        notes += (f"the chat template prints today's date: {DATE:%Y-%m-%d} stands for it in every run",)
+    notes = _notes_of_instructions(rows, spelling, chat)
     return _flat(sequences, None, torch.tensor(prompt_lengths), tokenizer, base, ends), notes
+
+
+def _notes_of_instructions(rows: Rows, spelling: Spelling, chat: ChatFormat | None) -> tuple[str, ...]:
+    notes = special_note(spelling, [*(text for pair in rows.inputs for text in pair), *rows.targets])
+    return (*notes, DATE_NOTE) if chat is not None and chat.uses_date else notes
 
 
 def _fitted(special: list[int], prompt: np.ndarray, answer: np.ndarray, max_length: int) -> tuple[np.ndarray, int]:
@@ -405,9 +421,6 @@ def _flat(
     base: BaseFacts,
     ends: tuple[int, ...] = (),
 ) -> _Texts:
-    possible = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    size = base.vocabulary or sys.maxsize  # a padding token may be added to a tokenizer and not to its base
-    pad = next((int(i) for i in possible if i is not None and i < size), 0)
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     return _Texts(
         tokens=_joined(sequences, int(lengths.max())),
@@ -415,7 +428,7 @@ def _flat(
         starts=lengths.cumsum(0) - lengths,
         lengths=lengths,
         prompt_lengths=prompt_lengths,
-        pad=pad,
+        pad=padding_token(tokenizer, base),
         ends=ends,
         num_positions=base.num_positions,
     )

@@ -27,9 +27,7 @@ def read_files(names: Sequence[str], split: str, config: DataConfig) -> Iterator
     """
     check_encoding(config.encoding)
     paths = [Path(name).expanduser() for name in names]
-    for name, path in zip(names, paths, strict=True):
-        if not name:
-            raise FedspanError(f"data.{split} = '': expected the name of a file or folder, at least 1 character")
+    for path in paths:
         if not exists(path):
             where = "" if path.is_absolute() else f": looked in {Path.cwd()}"
             raise FedspanError(f"data.{split}: {path} does not exist{where}")

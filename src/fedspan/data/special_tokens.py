@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,28 @@ _PRIVATE = range(0xE000, 0xF8FF)
 """Code points that have no meaning, to stand for a special token while a template is filled in."""
 
 
-def special_tokens(tokenizer: Any) -> dict[str, Any]:
-    """Return the special tokens that the tokenizer recognises in a text, by their spelling."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {token.content: token for token in added.values() if token.special and token.content}
+@dataclass(frozen=True, slots=True)
+class SpecialToken:
+    """A special token that the tokenizer recognises in a text."""
+
+    strips_before: bool = False
+    """It takes the spaces before it with it."""
+    strips_after: bool = False
+    """It takes the spaces behind it with it."""
 
 
-def plain_ids(tokenizer: Any, texts: Sequence[str], *, special: bool = False, split: bool = False) -> list[np.ndarray]:
+def special_tokens(tokenizer: Any) -> dict[str, SpecialToken]:
+    """Return the special tokens of the tokenizer by their spelling, the longest first: one may begin with another."""
+    found = {name: SpecialToken() for name in map(str, tokenizer.all_special_tokens)}
+    for token in getattr(tokenizer, "added_tokens_decoder", {}).values():
+        if token.special:
+            found[token.content] = SpecialToken(bool(token.lstrip), bool(token.rstrip))
+    return {name: found[name] for name in sorted(found, key=lambda name: (-len(name), name)) if name}
+
+
+def plain_ids(
+    tokenizer: Any, texts: Sequence[str], *, special: bool = False, split: bool = False, target: bool = False
+) -> list[np.ndarray]:
     """Return the token ids of each text.
 
     Parameters
@@ -32,6 +48,8 @@ def plain_ids(tokenizer: Any, texts: Sequence[str], *, special: bool = False, sp
         With the tokens that the tokenizer puts before and after a text.
     split
         Special tokens that a text spells are read as ordinary text.
+    target
+        The texts are answers of an encoder-decoder, which a tokenizer may read otherwise than prompts.
     """
     # Only where it matters: not every tokenizer knows the option.
     options = {"split_special_tokens": True} if split else {}
@@ -39,7 +57,8 @@ def plain_ids(tokenizer: Any, texts: Sequence[str], *, special: bool = False, sp
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         chunk = list(texts[start : start + TEXTS_AT_ONCE])
         # verbose=False: no warning of sequences longer than the model's context, which are cut afterwards.
-        ids = tokenizer(chunk, add_special_tokens=special, verbose=False, **options)["input_ids"]
+        side = {"text_target" if target else "text": chunk}
+        ids = tokenizer(**side, add_special_tokens=special, verbose=False, **options)["input_ids"]
         tokens += [np.asarray(row, dtype=np.int64) for row in ids]
     return tokens
 
@@ -49,8 +68,7 @@ class Spelling:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self._tokens = tokenizer, special_tokens(tokenizer)
-        # The longest first: one may begin with another.
-        self._names = sorted(self._tokens, key=lambda name: (-len(name), name))
+        self._names = list(self._tokens)
         self._pattern = re.compile("|".join(map(re.escape, self._names)) or r"(?!)")
 
     def first(self, text: str) -> str | None:
@@ -58,11 +76,12 @@ class Spelling:
         found = self._pattern.search(text)
         return None if found is None else found.group()
 
-    def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the token ids of each text, none of them special."""
+    def ids(self, texts: Sequence[str], *, target: bool = False) -> list[np.ndarray]:
+        """Return the token ids of each text, none of them special; `target` as in `plain_ids`."""
         odd = [i for i, text in enumerate(texts) if self._pattern.search(text)]
-        tokens = plain_ids(self.tokenizer, texts)
-        for i, ids in zip(odd, plain_ids(self.tokenizer, [texts[i] for i in odd], split=True), strict=True):
+        tokens = plain_ids(self.tokenizer, texts, target=target)
+        plain = plain_ids(self.tokenizer, [texts[i] for i in odd], split=True, target=target)
+        for i, ids in zip(odd, plain, strict=True):
             tokens[i] = ids
         return tokens
 
@@ -81,12 +100,12 @@ class Spelling:
             part = text[end:] if found is None else text[end : found.start()]
             token = None if found is None else self._tokens[found.group()]
             part = part.lstrip() if strips else part
-            part = part.rstrip() if token is not None and token.lstrip else part
+            part = part.rstrip() if token is not None and token.strips_before else part
             if part:
                 parts += plain_ids(self.tokenizer, [hidden.restored(part)], split=True)
             if found is not None and token is not None:
-                parts.append(np.asarray([self.tokenizer.convert_tokens_to_ids(token.content)], dtype=np.int64))
-                end, strips = found.end(), bool(token.rstrip)
+                parts.append(np.asarray([self.tokenizer.convert_tokens_to_ids(found.group())], dtype=np.int64))
+                end, strips = found.end(), token.strips_after
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def hide(self, texts: Sequence[str]) -> tuple[list[str], Hidden | None]:

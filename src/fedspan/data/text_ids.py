@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from fedspan.config import DataConfig
 from fedspan.data.base_facts import BaseFacts
-from fedspan.data.chat import ChatFormat
+from fedspan.data.chat import DATE, ChatFormat
 from fedspan.data.special_tokens import TEXTS_AT_ONCE, Hidden, Spelling, plain_ids
 from fedspan.support.errors import FedspanError
 
 TokensAndTypes = tuple[np.ndarray, np.ndarray | None]
 """Token ids of a row, and their types where the tokenizer has such."""
+
+
+DATE_NOTE = f"the chat template prints today's date: {DATE:%Y-%m-%d} stands for it in every run"
+
+
+def chat_format(tokenizer: Any, config: DataConfig, base: BaseFacts) -> ChatFormat | None:
+    """Return the chat template that instructions are written by, or None where `data.template` is a text.
+
+    Raises
+    ------
+    FedspanError
+        For a system turn without a chat template; and as `ChatFormat.of`.
+    """
+    if config.template == "chat":
+        return ChatFormat.of(tokenizer, config.system, base.end_tokens)
+    if config.system:
+        raise FedspanError(
+            f"data.system = {config.system!r} with another template than 'chat': expected it to be empty"
+        )
+    return None
 
 
 def prompt_ids(
@@ -50,12 +72,19 @@ def end_tokens(tokenizer: Any, base: BaseFacts, chat: ChatFormat | None) -> tupl
     return tuple(dict.fromkeys([end, *stated, *([] if own is None else [own])]))
 
 
-def leading_tokens(tokenizer: Any) -> list[int]:
-    """Return the special tokens that the tokenizer puts before a text (those after it are not for prompts)."""
-    plain, full = (plain_ids(tokenizer, ["a"], special=special)[0].tolist() for special in (False, True))
+def padding_token(tokenizer: Any, base: BaseFacts) -> int:
+    """Return the token that batches are padded with: the tokenizer's, or its end token, or 0."""
+    size = base.vocabulary or sys.maxsize  # a padding token may be added to a tokenizer and not to its base
+    possible = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(i) for i in possible if i is not None and i < size), 0)
+
+
+def added_tokens(tokenizer: Any, *, target: bool = False) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the special tokens that the tokenizer puts before and after a text; `target` as in `plain_ids`."""
+    plain, full = (plain_ids(tokenizer, ["a"], special=special, target=target)[0].tolist() for special in (False, True))
     for start in range(len(full) - len(plain) + 1):
         if full[start : start + len(plain)] == plain:
-            return list(full[:start])
+            return tuple(full[:start]), tuple(full[start + len(plain) :])
     raise FedspanError("the tokenizer changes a text's own tokens when it adds special ones: expected it to keep them")
 
 
@@ -109,6 +138,7 @@ def check_end_counts(sequences: Sequence[np.ndarray], pad: int, end: int) -> Non
 
 
 def special_note(spelling: Spelling, texts: Iterable[str]) -> tuple[str, ...]:
+    """Return one line about texts that spell a special token, or nothing."""
     found = [name for name in map(spelling.first, texts) if name is not None]
     if not found:
         return ()

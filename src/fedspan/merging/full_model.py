@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedspan.adapters.state_dict import Adapter
 from fedspan.models.layers import is_conv1d
-from fedspan.models.loading import library_logs_silenced, load_processor, resolve
+from fedspan.models.loading import NO_CODE, library_logs_silenced, load_processor, resolve
 from fedspan.support.errors import FedspanError, first_line
 
 _AUTO = {
@@ -74,7 +74,7 @@ def _base(name: str, adapter: Adapter) -> Any:
     import transformers
 
     def config_of(**changes: Any) -> Any:
-        return transformers.AutoConfig.from_pretrained(resolve(name), trust_remote_code=False, **changes)
+        return transformers.AutoConfig.from_pretrained(resolve(name), **NO_CODE, **changes)
 
     with library_logs_silenced(), _reading(name):
         config = config_of()
@@ -88,6 +88,7 @@ def _base(name: str, adapter: Adapter) -> Any:
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **NO_CODE,
         )
     mismatched = {key[0] if isinstance(key, tuple) else key for key in info.get("mismatched_keys", ())}
     if lacking := sorted(({*info["missing_keys"]} | mismatched) - adapter.dense.keys()):
@@ -117,7 +118,7 @@ def _class_of(name: str, adapter: Adapter, config: Any) -> Any:
 def _num_labels(config: Any, kind: Any, adapter: Adapter) -> int | None:
     """Return the number of labels of the adapter's head, where the base's own is another."""
     with torch.device("meta"):
-        skeleton = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+        skeleton = kind.from_config(config, **NO_CODE) if hasattr(kind, "from_config") else kind(config)
     shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters()}
     for name, tensor in adapter.dense.items():
         own = shapes.get(name)

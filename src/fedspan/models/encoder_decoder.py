@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from fedspan.data.encoder_decoder import DecoderStart, target_specials
+from fedspan.data.encoder_decoder import DecoderStart
 from fedspan.data.encoding import Encoded
 from fedspan.data.rows import Kind
+from fedspan.data.text_ids import added_tokens
 from fedspan.models.federated_model import FederatedModel
 from fedspan.models.loading import read_config, read_generation_config
 from fedspan.models.losses import client_losses
@@ -36,7 +37,7 @@ def decoder_start(name: str, kind: Kind, tokenizer: Any) -> DecoderStart | None:
         return None
     generation = read_generation_config(name)
     forced = _stated("forced_bos_token_id", generation, config)
-    _, trailing = target_specials(tokenizer)
+    _, trailing = added_tokens(tokenizer, target=True)
     if config.model_type in _LAST_FIRST and trailing:
         return DecoderStart(trailing[-1], forced)
     token = _stated("decoder_start_token_id", config, generation)

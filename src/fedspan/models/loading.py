@@ -16,7 +16,7 @@ from fedspan.models.base_checks import check_finite
 from fedspan.support.errors import FedspanError, first_line
 from fedspan.support.seeding import generator
 
-_NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 """Code that lies beside a base is never run. Unless told so, transformers asks on a terminal, and runs it on a yes."""
 
 
@@ -52,8 +52,8 @@ def load_processor(name: str, kind: Kind) -> Any:
 
     with _reading(name):
         if kind == "image":
-            return AutoImageProcessor.from_pretrained(resolve(name), backend="pil", **_NO_CODE)
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), **_NO_CODE)
+            return AutoImageProcessor.from_pretrained(resolve(name), backend="pil", **NO_CODE)
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), **NO_CODE)
     if all(i in tokenizer.all_special_ids for i in tokenizer.get_vocab().values()) or len(tokenizer) < 6:
         raise FedspanError(
             f"model.name = {name!r} has no usable tokenizer files (transformers makes one up, of "
@@ -77,7 +77,7 @@ def read_config(name: str, **labels: Any) -> Any:
     from transformers import AutoConfig
 
     with library_logs_silenced(), _reading(name):
-        return AutoConfig.from_pretrained(resolve(name), **_NO_CODE, **labels)
+        return AutoConfig.from_pretrained(resolve(name), **NO_CODE, **labels)
 
 
 def read_generation_config(name: str) -> Any:
@@ -190,7 +190,7 @@ def load_base(
         # A new head is drawn from the run's seed, the same for every method.
         with seeded(seed, "head"):
             model, info = auto.from_pretrained(
-                resolve(name), config=config, output_loading_info=True, use_safetensors=True, **_NO_CODE, **options
+                resolve(name), config=config, output_loading_info=True, use_safetensors=True, **NO_CODE, **options
             )
     check_finite(model, name, dtype)
     if quantise != "none":
@@ -233,7 +233,7 @@ def _quantised(auto: Any, config: Any, kind: Kind, quantise: str, dtype: torch.d
     from transformers import BitsAndBytesConfig
 
     with seeded("skeleton"), torch.device("meta"):
-        skeleton = auto.from_config(config)
+        skeleton = auto.from_config(config, **NO_CODE)
     output = skeleton.get_output_embeddings()
     excluded = [name for name, layer in skeleton.named_modules() if layer is output or name.endswith("pooler")]
     options = quantised.settings(quantise, dtype, [*excluded, *head_names(skeleton, kind)])

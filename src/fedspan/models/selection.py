@@ -48,7 +48,7 @@ class Selection:
 
     @property
     def all_linear(self) -> bool:
-        """Whether the choice is left to the package."""
+        """True where the choice is left to the package."""
         return self.target_modules in ((ALL_LINEAR,), ALL_LINEAR)
 
 

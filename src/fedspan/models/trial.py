@@ -24,7 +24,7 @@ _READ = "is read as a weight by the model, so that an adapter beside it has no e
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """How a base computes a row."""
+    """The way in which a base computes a row."""
 
     read_as_weights: Mapping[str, str] = field(default_factory=dict)
     """Layers whose weight the model reads without ever calling them -> what that means."""

@@ -6,6 +6,7 @@ from typing import Any, TypedDict
 
 from fedspan.client.generation import greedy_settings
 from fedspan.data.chat import DATE
+from fedspan.data.conversations import conversations_of
 from fedspan.data.label_names import label_entries
 from fedspan.runs.context import RunContext
 from fedspan.support import standard_json
@@ -33,10 +34,13 @@ def encoding_entry(context: RunContext) -> EncodingEntry:
     answers = texts is not None and bool(texts.ends)
     end = context.processor.convert_ids_to_tokens(texts.ends[0]) if texts is not None and answers else None
     settings = greedy_settings(texts, context.config.evaluation.max_new_tokens) if answers else None
+    templated = config.template == "chat" or (
+        conversations_of(context.prepared.corpus.train) is not None and bool(context.processor.chat_template)
+    )
     return {
         "max_length": config.max_length,
         "end_token": end,
-        "template_date": f"{DATE:%Y-%m-%d}" if answers and config.template == "chat" else None,
+        "template_date": f"{DATE:%Y-%m-%d}" if answers and templated else None,
         "generation": settings,
     }
 

@@ -83,7 +83,7 @@ SETTINGS = [
     Case("combinations", "RUN --set adapter.alpha=2 --set adapter.lora_alpha=3", ("the same setting",)),
     Case("combinations", "RUN --set method.name=fedit --set 'federation.ranks=[2, 3]'", ("one rank for all clients",)),
     Case("combinations", "RUN --set method.name=fedit --set server.optimizer=fedadam", ("server.optimizer",)),
-    Case("combinations", "RUN --set federation.partition=by_field", ("data.field_column",)),
+    Case("combinations", "RUN --set federation.partition=by_field", ("data.field_column", '"iid"')),
     Case("combinations", "RUN --set federation.partition=preset", ("preset",)),
     Case("combinations", "RUN --set federation.partition=files", ("1 file",)),
     Case("combinations", "RUN --set federation.num_clients=99", ("99 clients",)),

@@ -70,6 +70,8 @@ SETTINGS = [
     _set("names", "data.kind=text", "data.kind = 'text'"),
     _set("names", "data.metric=acuracy", "acuracy"),
     _set("names", "device=gpu", "device = 'gpu'"),
+    _set("names", "device=vulkan", "device = 'vulkan'"),
+    _set("names", "device=CUDA", "device = 'CUDA'"),
     _set("names", "device=cuda:99", "device = 'cuda:99'"),
     _set("names", "device=meta", "device = 'meta'"),
     _set("names", "device=", "device = ''"),
@@ -100,6 +102,7 @@ SETTINGS = [
     # Methods and their options
     _set("methods", "method.name=glor", "unknown method 'glor'", "did you mean 'glora'?"),
     _set("methods", "method.name=3", "3"),
+    _set("methods", "method.name=LoRA-FAIR", "did you mean 'lora_fair'?"),
     _set("methods", "method.server_rnk=4", "'method.server_rnk'", "did you mean 'server_rank'?"),
     _set("methods", "method.server_rank=0", "server_rank"),
     _set("methods", "method.server_rank=two", "server_rank"),

@@ -48,6 +48,8 @@ def test_labels_that_look_odd_are_classes(labels: list[Any], names: Any) -> None
         (["a", "a "], "the labels 'a' and 'a ', which differ only in spaces"),
         (["cafe\u0301", "caf\u00e9"], "which differ only"),
         (["new  york", "New York"], "which differ only"),
+        (["1", "2", "1.0", "2.0"], "the labels '1' and '1.0', which are one number: expected one spelling"),
+        (["A01", "01", "1"], "the labels '01' and '1', which are one number"),
     ],
 )
 def test_what_cannot_be_a_class_is_refused(labels: list[Any], message: str) -> None:

@@ -190,6 +190,7 @@ def test_pefts_rules_are_pefts(
     found = load(tmp_path / "out").factors[module].delta().dense()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert report.method == name
+    assert report.shares == pytest.approx(given), "the report gives the factors that were used"
     if name == "magnitude_prune" and weights is None:
         assert report.distance_overall < 0.8  # of the mean, which its default weights aim at
 

@@ -191,7 +191,7 @@ for name, (lines, examples) in json.load(open("blocks.json")).items():
         wanted = labels != -100
         total += float(F.cross_entropy(logits[wanted], labels[wanted], reduction="sum"))
         count += int(wanted.sum())
-    found[name] = [total / count, list(model.config.id2label.values())]
+    found[name] = [total / count, [model.config.id2label[i] for i in range(model.config.num_labels)]]
 json.dump(found, open("found.json", "w"))
 """
 RESULTS = {
@@ -216,9 +216,14 @@ def test_the_printed_lines_load_the_result_in_a_fresh_python(
     texts: Path,
     instructions: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Answers, classes, images, whole weights and a client's own adapter: the loss is the run's, one example a time."""
+    """Answers, classes, images, whole weights and a client's own adapter: the loss is the run's, one example a time.
+
+    In another working folder than the run's, and with names of classes under their numbers, as pipelines look them up.
+    """
+    monkeypatch.chdir(tmp_path)
     pictures = tmp_path / "pictures.npz"
     rng = np.random.default_rng(0)
     np.savez(pictures, images=rng.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8), labels=np.arange(24) % 3)
@@ -233,12 +238,14 @@ def test_the_printed_lines_load_the_result_in_a_fresh_python(
             evaluation={"max_new_tokens": 1, "local": False, "base": False},
         )
         (tmp_path / "my.toml").write_text(to_toml(config))
-        assert main(["run", str(tmp_path / "my.toml"), "--out", str(tmp_path / name)]) == 0
+        assert main(["run", str(tmp_path / "my.toml"), "--out", name]) == 0
         printed = "".join(capsys.readouterr()).split("load it in Python:\n")[1]
         blocks[name] = [printed.splitlines(), examples(config)]
-    (tmp_path / "blocks.json").write_text(json.dumps(blocks))
-    subprocess.run([sys.executable, "-c", LOAD], cwd=tmp_path, check=True, capture_output=True)
-    for name, (loss, names) in json.loads((tmp_path / "found.json").read_text()).items():
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "blocks.json").write_text(json.dumps(blocks))
+    subprocess.run([sys.executable, "-c", LOAD], cwd=elsewhere, check=True, capture_output=True)
+    for name, (loss, names) in json.loads((elsewhere / "found.json").read_text()).items():
         summary = json.loads((tmp_path / name / "summary.json").read_text())
         assert np.isfinite(loss)
         if name != "personal":  # whose figures are means over the clients

@@ -32,6 +32,8 @@ from fedspan.support.errors import FedspanError, one_line
 from fedspan.support.files import flush
 
 CONFIG_NAME = "adapter_config.json"
+_INNER = ("adapter", "default")
+"""Folders that hold the adapter in a run's folder, and in one that PEFT saved for an adapter of that name."""
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 
@@ -64,7 +66,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise FedspanError(f"{path} is no folder: expected a PEFT adapter folder")
     file = path / CONFIG_NAME
     if not file.is_file():
-        raise FedspanError(f"{path} holds no {CONFIG_NAME}: expected a PEFT adapter folder")
+        inner = next((name for name in _INNER if (path / name / CONFIG_NAME).is_file()), None)
+        hint = f", such as {path / inner}" if inner else ""
+        raise FedspanError(f"{path} holds no {CONFIG_NAME}: expected a PEFT adapter folder{hint}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # a decoding error is a ValueError too

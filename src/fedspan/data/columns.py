@@ -44,8 +44,8 @@ def infer_kind(table: Table, config: DataConfig) -> Kind:
         return "classification"
     raise FedspanError(
         f"{table.source} has the columns {', '.join(table.columns)}: expected {config.output_column!r} "
-        f"(data.output_column), {config.image_column!r} (data.image_column) or {config.label_column!r} "
-        "(data.label_column)"
+        f"(data.output_column), 'messages' (data.messages_column), {config.image_column!r} (data.image_column) or "
+        f"{config.label_column!r} (data.label_column)"
     )
 
 
@@ -127,6 +127,8 @@ def _texts(table: Table, name: str, key: str, optional: bool = False) -> Strings
             f"row {row + 1} of {table.source}: {name!r} ({key}) holds half a surrogate pair, which is no character: "
             "expected text"
         )
+    if not optional and table.num_rows and not any(text.strip() for text in texts):
+        raise FedspanError(f"{table.source}: {name!r} ({key}) is empty in every row: expected text")
     return texts
 
 

@@ -17,6 +17,11 @@ from fedspan.support.activity import report
 from fedspan.support.errors import FedspanError
 
 _DELIMITERS = (",", ";", "\t")
+_TYPE_LINE = re.compile(r'"?#TYPE [^\s,;"]+"?[,;\t]*')
+"""The first line that Export-Csv of Windows PowerShell writes, with the type of the objects, and Import-Csv skips.
+
+Delimiters follow where a spreadsheet has saved it again.
+"""
 _SEPARATOR_LINE = re.compile(r'"?sep=(?P<delimiter>[^"\r\n])"?', re.IGNORECASE)
 _ROWS_AT_ONCE = 2048
 _NO_LIMIT = 2**31 - 1
@@ -28,6 +33,7 @@ def read_delimited(path: Path, delimiter: str, encoding: str) -> dict[str, Strin
 
     * The delimiter is the one that a first line ``sep=;`` names, as Excel writes it; otherwise `delimiter`, unless the
       header has a single name under it and several under another one of comma, semicolon and tab.
+    * A first line ``#TYPE …``, as Windows PowerShell writes it, is left out.
     * Lines without any value are left out, as they follow a table of a spreadsheet, and so are columns without a name,
       such as the index that pandas writes.
     * Names lose the spaces around them; values keep theirs.
@@ -62,7 +68,7 @@ def _cells_of_any_length() -> Iterator[None]:
 def _beginning(text: IO[str], delimiter: str) -> tuple[Iterable[str], int, str]:
     """Return the lines from the header on, the number of lines before it, and the delimiter."""
     skipped, first = 0, text.readline()
-    while first and not first.strip():
+    while first and (not first.strip() or _TYPE_LINE.fullmatch(first.strip("\r\n"))):
         skipped, first = skipped + 1, text.readline()
     named = _SEPARATOR_LINE.fullmatch(first.strip("\r\n"))
     if named:

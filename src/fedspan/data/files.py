@@ -23,7 +23,7 @@ def read_files(names: Sequence[str], split: str, config: DataConfig) -> Iterator
     Raises
     ------
     FedspanError
-        If one does not exist, saying where it was looked for; and as its reader.
+        If one does not exist, saying where it was looked for; if one is listed twice; and as its reader.
     """
     check_encoding(config.encoding)
     paths = [Path(name).expanduser() for name in names]
@@ -31,6 +31,8 @@ def read_files(names: Sequence[str], split: str, config: DataConfig) -> Iterator
         if not exists(path):
             where = "" if path.is_absolute() else f": looked in {Path.cwd()}"
             raise FedspanError(f"data.{split}: {path} does not exist{where}")
+        if paths.count(path) > 1:
+            raise FedspanError(f"data.{split} lists {path} twice: expected each file once")
     return (_read(path, split, config) for path in paths)
 
 

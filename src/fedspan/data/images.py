@@ -117,7 +117,10 @@ def _entries(folder: Path) -> list[Path]:
 
 def _images_of_class(folder: Path, path: Path) -> list[Path]:
     if not folder.is_dir():
-        raise FedspanError(f"{folder} lies beside the classes of {path}: expected one sub-folder per class")
+        raise FedspanError(
+            f"{folder} lies beside the classes of {path}: expected one sub-folder per class; "
+            "tables are listed one by one"
+        )
     files = _entries(folder)
     for file in files:
         if file.suffix.lower() not in _SUFFIXES:

@@ -73,10 +73,10 @@ class Labels:
 def learn_labels(raw: Sequence[Any], source: str, regression: bool, names: tuple[str, ...] | None) -> Labels:
     """Return the meaning of the training data's labels.
 
-    Whole numbers (also as text, as in CSV) are ids and must be exactly 0..n-1; other texts are names, with their
-    place in sorted order as id. A regression takes any numbers. Given `names`, whole numbers index them, and some of
-    the names may have no example. Fractions, texts that stand for a missing value, and names that differ only in spaces
-    or in upper and lower case are no classes.
+    Whole numbers (also as text, as in CSV) are ids and must be exactly 0..n-1; other texts, 1 and 2 among them, are
+    names, with their place in sorted order as id. A regression takes any numbers. Given `names`, whole numbers index
+    them, and some of the names may have no example. Fractions, texts that stand for a missing value, and names that
+    differ only in spaces, in upper and lower case or as spellings of one number are no classes.
 
     Parameters
     ----------
@@ -146,12 +146,19 @@ def _check_names(names: Iterable[str], source: str) -> None:
     Raises
     ------
     FedspanError
-        Naming two that differ only in spaces, or in upper and lower case, and one that is no text.
+        Naming two that differ only in spaces, or in upper and lower case, or are one number (pandas writes the whole
+        numbers of a column as 1.0 as soon as one is missing), and one that is no text.
     """
-    seen: dict[str, str] = {}
+    seen: dict[str | float, str] = {}
     for name in sorted(names):
         if not name.isascii() and any(0xD800 <= ord(character) < 0xE000 for character in name):
             raise FedspanError(f"{source} has the label {name!r} with half a surrogate pair: expected text")
+        number = _number(name)
+        if number is not None and (other := seen.setdefault(number, name)) != name:
+            raise FedspanError(
+                f"{source} has the labels {other!r} and {name!r}, which are one number: expected one spelling of a "
+                "class"
+            )
         other = seen.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), name)
         if other != name:
             raise FedspanError(
@@ -186,7 +193,9 @@ def _named(values: Iterable[str]) -> Labels:
 
 
 def _number(value: Any) -> float | None:
-    """Return `value` as a finite number, or None."""
+    """Return `value` as a finite number, or None; Python's 1_0 for ten is none in a table."""
+    if isinstance(value, str) and "_" in value:
+        return None
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):  # an integer of JSON may be larger than any float

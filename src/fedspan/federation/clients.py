@@ -122,7 +122,10 @@ def _partition(corpus: Corpus, federation: FederationConfig, rng: np.random.Gene
         return partition.iid(len(rows), num_clients, rng)
     if federation.partition == "by_field":
         if len(set(rows.fields)) < 2:
-            raise FedspanError('federation.partition = "by_field" needs data.field_column with at least two values')
+            raise FedspanError(
+                'federation.partition = "by_field" needs data.field_column with at least two values: without one, '
+                'expected "iid" or "dirichlet", or a file of each client in data.train'
+            )
         return partition.by_field(rows.fields, num_clients, rng)
     # Instructions have no labels to be skewed by: their fields (tasks, categories) stand in.
     labels = rows.fields if corpus.kind == "instruction" else rows.targets

@@ -17,7 +17,7 @@ class MergeReport:
 
     method: str
     shares: tuple[float, ...]
-    """p_k, in the order of the folders."""
+    """p_k, in the order of the folders; of TIES and its like the factors of the changes, as PEFT has them."""
     rank: int
     """r of the written adapter."""
     ranks: Mapping[str, int]

@@ -118,7 +118,7 @@ def combine_tasks(
     first = adapters[0]
     merged_adapter = Adapter(factors, dense, common_config(adapters), first.embeddings, frozen_weights(adapters))
     written = max(1, *tally.kept.values())
-    return merged_adapter, tally.report(rule.name, shares, written, len(dense), {})
+    return merged_adapter, tally.report(rule.name, factors_of, written, len(dense), {})
 
 
 def _means(adapters: Sequence[Adapter], shares: Sequence[float]) -> dict[str, Tensor]:

@@ -36,6 +36,10 @@ def _printable(character: str) -> str:
     return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
+_LONGEST = 300  # torch lists every backend that it has, over a thousand characters, in one line
+
+
 def first_line(error: object) -> str:
-    """Return the first line of a long-winded error; where it has no text, the name of its type."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """Return the first line of a long-winded error, at most 300 characters; without a text, the name of its type."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 2]} …"

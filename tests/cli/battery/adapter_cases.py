@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,14 @@ def _weights(content: bytes | None, name: str = "adapter_model.safetensors") -> 
     return make
 
 
+def _inside(name: str) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        path.mkdir()
+        shutil.copytree(path.parent / "a", path / name)
+
+    return make
+
+
 def _truncated(path: Path) -> None:
     adapter()(path)
     file = path / "adapter_model.safetensors"
@@ -53,6 +62,8 @@ ADAPTERS = [
     # Folders and files
     _bad(lambda path: path.mkdir(), "bad holds no adapter_config.json"),
     _bad("a file", "bad is no folder"),
+    _bad(_inside("adapter"), "bad holds no adapter_config.json", "such as bad/adapter"),
+    _bad(_inside("default"), "bad holds no adapter_config.json", "such as bad/default"),
     _bad(lambda path: path.symlink_to("nowhere"), "bad is no folder"),
     _bad(_config(""), "adapter_config.json is not valid JSON"),
     _bad(_config("[]"), "adapter_config.json holds a JSON list"),

@@ -27,6 +27,10 @@ def _folder(make: Callable[[Path], Any]) -> Callable[[Path], None]:
     return build
 
 
+def _table(path: Path) -> None:
+    (path / "a.csv").write_text("text,label\na,x\n")
+
+
 def _classes(path: Path) -> None:
     for name in ("x", "y"):
         (path / name).mkdir()
@@ -45,6 +49,7 @@ DATA = [
     Case("paths", "RUN --set data.train=none/at/all.jsonl", ("none/at/all.jsonl",)),
     Case("paths", "RUN --set 'data.train=[]'", ("data.train",)),
     Case("paths", 'RUN --set \'data.train=["texts.jsonl", "none.jsonl"]\'', ("none.jsonl",)),
+    Case("paths", 'RUN --set \'data.train=["texts.jsonl", "texts.jsonl"]\'', ("texts.jsonl twice", "each file once")),
     Case("paths", "RUN --set data.test=none.csv", ("none.csv",)),
     Case("paths", "RUN --set data.unseen=none.csv", ("none.csv",)),
     Case("paths", "RUN --set data.train=", ("data.train", "at least 1 character")),
@@ -65,6 +70,14 @@ DATA = [
     _data("tables", "x.csv", "text,label\n", "x.csv"),
     _data("tables", "x.csv", "text,label\na,x,9\n", "x.csv"),
     _data("tables", "x.csv", "text,text\na,x\n", "x.csv"),
+    _data("tables", "x.csv", "text,label\n" + ",x\n ,y\n" * 6, "'text'", "empty in every row"),
+    _data(
+        "tables", "x.jsonl", rows(*({**row, "output": ""} for row in TASKS)), "'output'", "empty in every", more=LLAMA
+    ),
+    _data("tables", "x.jsonl", rows({"prompt": "a", "chosen": "b"}), "prompt, chosen", "'messages'"),
+    Case(
+        "tables", "RUN --set data.train=tables", ("a.csv lies beside", "listed one by one"), {"tables": _folder(_table)}
+    ),
     _data("tables", "x.csv", b"text,label\n\x00\x01,\x02\n", "x.csv"),
     _data("tables", "x.csv", "a;b\n1;2\n", "x.csv"),
     _data("tables", "x.csv", 'text,label\n"never closed,x\n', "x.csv"),
@@ -103,6 +116,7 @@ DATA = [
     _data("labels", "x.jsonl", rows(*({**row, "label": 1e400} for row in GOOD)), "label"),
     _data("labels", "x.jsonl", rows(*({**row, "label": -1} for row in GOOD)), "-1"),
     _data("labels", "x.jsonl", rows(*({**row, "label": ""} for row in GOOD)), "label"),
+    _data("labels", "x.csv", "text,label\n" + "a,1\nb,2\nc,1.0\nd,2.0\n" * 6, "'1' and '1.0'", "one number"),
     _data("labels", "x.csv", "text,label\n" + "a,0.37\nb,nan\n" * 6, "nan"),
     Case("labels", "RUN --set data.test=t.jsonl", ("zebra",), {"t.jsonl": rows({"text": "a", "label": "zebra"})}),
     # Images

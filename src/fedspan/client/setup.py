@@ -185,6 +185,6 @@ def device_of(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # the meta device has no values to give
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise FedspanError(f"device = {name!r} cannot be used here ({first_line(error)})") from None
     return device

@@ -70,6 +70,7 @@ SETTINGS = [
     _set("names", "data.kind=text", "data.kind = 'text'"),
     _set("names", "data.metric=acuracy", "acuracy"),
     _set("names", "device=gpu", "device = 'gpu'"),
+    _set("names", "device=hpu", "device = 'hpu'"),
     _set("names", "device=vulkan", "device = 'vulkan'"),
     _set("names", "device=CUDA", "device = 'CUDA'"),
     _set("names", "device=cuda:99", "device = 'cuda:99'"),

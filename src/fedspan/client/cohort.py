@@ -88,8 +88,8 @@ def _reason_in_settings(model: FederatedModel, recipe: Recipe, settings: Trainin
 
 
 def _reason_in_layers(model: FederatedModel) -> str | None:
-    two_lengths = model.kind == "instruction" and getattr(model.model.config, "is_encoder_decoder", False)
-    if two_lengths and drops(model.model):
+    encoder_decoder = getattr(model.model.config, "is_encoder_decoder", False)
+    if encoder_decoder and model.kind == "instruction" and drops(model.model):  # a classifier reads one text twice
         # A client's masks have the shapes of its own prompts and answers, which one layout has no two lengths for.
         return "its dropout is in an encoder and a decoder, at two lengths"
     for name, layer in model.model.named_modules():

@@ -11,7 +11,8 @@ from fedspan.data.load import load
 from fedspan.data.rows import Corpus, Kind, Rows
 
 if TYPE_CHECKING:
-    from fedspan.data.encoding import Encoded, encode
+    from fedspan.data.encoded import Encoded
+    from fedspan.data.encoding import encode
 
 __all__ = ["Corpus", "Encoded", "Kind", "Rows", "encode", "load"]
 

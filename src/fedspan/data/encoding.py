@@ -1,14 +1,10 @@
-"""Examples as tensors: tokenised or processed once, then batched by direct indexing.
-
-Tokens of all rows lie one after the other in a flat tensor; a batch is one gather from it.
-Shapes: N rows, b rows of a batch, t the tokens of its longest row.
-"""
+"""The encoding of rows: their texts tokenised, or their images processed, once."""
 
 from __future__ import annotations
 
 import string
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,8 +16,9 @@ from fedspan.data.base_facts import NOTHING_STATED, BaseFacts
 from fedspan.data.chat import ChatFormat
 from fedspan.data.chat_tokens import ChatEncoder
 from fedspan.data.conversations import Conversation, conversations_of
+from fedspan.data.encoded import Encoded, Texts
 from fedspan.data.encoder_decoder import DecoderStart, PromptsAndAnswers, encode_pairs
-from fedspan.data.rows import Kind, Rows
+from fedspan.data.rows import Rows
 from fedspan.data.special_tokens import TEXTS_AT_ONCE, Spelling
 from fedspan.data.text_ids import (
     DATE_NOTE,
@@ -37,165 +34,8 @@ from fedspan.data.text_ids import (
 )
 from fedspan.support.errors import FedspanError, first_line
 
-IGNORED = -100  # the label that cross_entropy leaves out of the loss
 _IMAGES_AT_ONCE = 256
-
-Indices = Sequence[int] | np.ndarray | Tensor
-_AnyTexts = TypeVar("_AnyTexts", "_Texts", PromptsAndAnswers)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Texts:
-    """Token sequences: row i is ``tokens[starts[i] : starts[i] + lengths[i]]``, its prompt the first part."""
-
-    tokens: Tensor  # (sum of lengths + longest,), the tail being padding so that a gather never leaves it
-    types: Tensor | None  # the same shape, for tokenizers with token types
-    starts: Tensor  # (N,)
-    lengths: Tensor  # (N,)
-    prompt_lengths: Tensor | None  # (N,), instruction data
-    pad: int
-    ends: tuple[int, ...] = ()  # tokens that end an answer, instruction data; the first ends those that are trained on
-    num_positions: int | None = None  # the longest sequence that the base takes, where that is known
-    answers: Tensor | None = None  # as tokens, true where the loss is; None: at everything after the prompt
-
-    def right_padded(self, rows: Tensor) -> dict[str, Tensor]:
-        """Return whole sequences for training, with labels at the answer tokens alone."""
-        lengths = self.lengths[rows]
-        places = torch.arange(int(lengths.max()))  # (t,)
-        mask = places < lengths[:, None]  # (b, t)
-        flat = self.starts[rows][:, None] + places
-        ids = self.tokens[flat].masked_fill_(~mask, self.pad)
-        batch = {"input_ids": ids, "attention_mask": mask.long()}
-        if self.types is not None:
-            batch["token_type_ids"] = self.types[flat].masked_fill_(~mask, 0)
-        if self.prompt_lengths is not None:
-            later = places >= self.prompt_lengths[rows][:, None]
-            answer = mask & (later if self.answers is None else self.answers[flat])
-            batch["labels"] = ids.masked_fill(~answer, IGNORED)
-        return batch
-
-    def prompts(self, rows: Tensor) -> dict[str, Tensor]:
-        """Return prompts that all end at the last position, where generation continues."""
-        assert self.prompt_lengths is not None
-        lengths = self.prompt_lengths[rows]
-        longest = int(lengths.max())
-        places = torch.arange(longest) - (longest - lengths)[:, None]  # (b, t), negative in the padding
-        mask = places >= 0
-        ids = self.tokens[self.starts[rows][:, None] + places.clamp_(min=0)]
-        return {"input_ids": ids.masked_fill_(~mask, self.pad), "attention_mask": mask.long()}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Encoded:
-    """Examples as tensors, ready for a model, or a view of some of them. Made by :func:`encode`.
-
-    Attributes
-    ----------
-    kind
-        The kind of all examples.
-    rows
-        (len,) rows of the shared storage that this view shows.
-    all_targets, all_fields
-        Targets and fields of every row of the storage, as in :class:`fedspan.data.rows.Rows`.
-    texts
-        The token sequences of text data.
-    pixels
-        (N, channels, height, width) float32, of image data.
-    labels
-        (N,) int64 class ids, or float32 for regression; None for instruction data.
-    notes
-        Lines on how the data was read where that may surprise.
-    """
-
-    kind: Kind
-    rows: Tensor
-    all_targets: Sequence[Any]
-    all_fields: Sequence[str]
-    texts: _Texts | PromptsAndAnswers | None
-    pixels: Tensor | None
-    labels: Tensor | None
-    notes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def batch(self, indices: Indices) -> dict[str, Tensor]:
-        """Return the training batch of the rows at `indices` (at least one), as a model's ``forward`` takes it.
-
-        Returns
-        -------
-        dict
-            Text: ``input_ids``, ``attention_mask`` (and ``token_type_ids`` where the tokenizer has them),
-            each (b, t) and padded on the right; images: ``pixel_values`` (b, channels, height, width).
-            ``labels`` is (b, t) with -100 outside the answer for instruction data, otherwise (b,). For an
-            encoder-decoder the labels have the answers' own length, and there is ``decoder_input_ids``.
-        """
-        rows = self._rows(indices)
-        if self.texts is not None:
-            batch = self.texts.right_padded(rows)
-        else:
-            assert self.pixels is not None
-            batch = {"pixel_values": self.pixels[rows]}
-        if self.labels is not None:
-            batch["labels"] = self.labels[rows]
-        return batch
-
-    def prompts(self, indices: Indices) -> dict[str, Tensor]:
-        """Return the prompts of instruction data, padded on the left for generation.
-
-        Token by token they are the sequences of :meth:`batch` up to the answer; of a conversation, the last one.
-
-        Returns
-        -------
-        dict
-            ``input_ids`` and ``attention_mask``, each (b, t). For an encoder-decoder these are padded on the right,
-            and ``decoder_input_ids`` begin the answer.
-
-        Raises
-        ------
-        ValueError
-            For other data.
-        """
-        if self.texts is None or self.texts.prompt_lengths is None:
-            raise ValueError(f"{self.kind} data has no prompts: expected instruction data")
-        return self.texts.prompts(self._rows(indices))
-
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens of each row, (len,) int64; images count as 1."""
-        return torch.ones_like(self.rows) if self.texts is None else self.texts.lengths[self.rows]
-
-    def extent(self) -> tuple[int, int, int | None]:
-        """Return the largest token id, the tokens of the longest row and the largest token type of a text data set.
-
-        The type is None where the tokenizer has no types.
-        """
-        assert self.texts is not None
-        types = self.texts.types
-        largest_type = None if types is None else int(types.max())
-        return max(int(self.texts.tokens.max()), self.texts.pad), int(self.texts.lengths.max()), largest_type
-
-    @property
-    def references(self) -> list[Any]:
-        """The answers, class ids or numbers that predictions are compared with."""
-        return [self.all_targets[row] for row in self.rows.tolist()]
-
-    @property
-    def targets(self) -> np.ndarray:
-        """The references as an array, as a label-skewed partition takes it."""
-        return np.asarray(self.references)
-
-    @property
-    def fields(self) -> list[str]:
-        """The task, category or source of each row, or ``""``."""
-        return [self.all_fields[row] for row in self.rows.tolist()]
-
-    def subset(self, indices: Indices) -> Encoded:
-        """Return a view of the rows at `indices` (possibly none); the tensors are shared, not copied."""
-        return replace(self, rows=self._rows(indices))
-
-    def _rows(self, indices: Indices) -> Tensor:
-        return self.rows[torch.as_tensor(indices, dtype=torch.int64)]
+_AnyTexts = TypeVar("_AnyTexts", Texts, PromptsAndAnswers)
 
 
 def encode(
@@ -242,7 +82,7 @@ def encode(
     """
     if not len(rows):
         raise FedspanError("no rows to encode: expected at least one")
-    texts: _Texts | PromptsAndAnswers | None = None
+    texts: Texts | PromptsAndAnswers | None = None
     pixels = None
     notes: tuple[str, ...] = ()
     if rows.kind == "instruction":
@@ -285,12 +125,12 @@ def _encode_conversations(
     config: DataConfig,
     base: BaseFacts,
     decoder: DecoderStart | None,
-) -> tuple[_Texts | PromptsAndAnswers, tuple[str, ...]]:
+) -> tuple[Texts | PromptsAndAnswers, tuple[str, ...]]:
     chat = ChatEncoder(tokenizer, config, base, added_tokens(tokenizer)[0])
     spelling = Spelling(tokenizer)
     notes = special_note(spelling, [turn.content for talk in conversations for turn in talk.turns])
     notes += (DATE_NOTE,) if chat.renderer.prints_date(conversations[0]) else ()
-    texts: _Texts | PromptsAndAnswers
+    texts: Texts | PromptsAndAnswers
     if decoder is None:
         texts = _with_ends(_of_conversations(chat, conversations, base), tokenizer, base)
     else:
@@ -307,7 +147,7 @@ def _with_ends(texts: _AnyTexts, tokenizer: Any, base: BaseFacts) -> _AnyTexts:
     return replace(texts, ends=tuple(dict.fromkeys(end for end in ends if end is not None)))
 
 
-def _of_conversations(chat: ChatEncoder, conversations: list[Conversation], base: BaseFacts) -> _Texts:
+def _of_conversations(chat: ChatEncoder, conversations: list[Conversation], base: BaseFacts) -> Texts:
     rows = chat.rows(conversations)
     check_known(chat.tokenizer, [row.ids for row in rows])
     prompt_lengths = torch.tensor([row.prompt_length for row in rows])
@@ -355,7 +195,7 @@ def _check_template(template: str) -> None:
 
 def _encode_instructions(
     rows: Rows, tokenizer: Any, config: DataConfig, base: BaseFacts
-) -> tuple[_Texts, tuple[str, ...]]:
+) -> tuple[Texts, tuple[str, ...]]:
     chat = chat_format(tokenizer, config, base)
     ends = end_tokens(tokenizer, base, chat)
     leading = [] if chat is not None else list(added_tokens(tokenizer)[0])
@@ -393,7 +233,7 @@ def _fitted(special: list[int], prompt: np.ndarray, answer: np.ndarray, max_leng
     return np.concatenate([np.asarray(special, dtype=np.int64), prompt, answer]), len(special) + len(prompt)
 
 
-def _encode_texts(rows: Rows, tokenizer: Any, config: DataConfig, base: BaseFacts) -> tuple[_Texts, tuple[str, ...]]:
+def _encode_texts(rows: Rows, tokenizer: Any, config: DataConfig, base: BaseFacts) -> tuple[Texts, tuple[str, ...]]:
     columns = [list(column) for column in zip(*rows.inputs, strict=True)]
     sequences: list[np.ndarray] = []
     types: list[np.ndarray] = []
@@ -420,9 +260,9 @@ def _flat(
     tokenizer: Any,
     base: BaseFacts,
     ends: tuple[int, ...] = (),
-) -> _Texts:
+) -> Texts:
     lengths = torch.tensor([len(sequence) for sequence in sequences])
-    return _Texts(
+    return Texts(
         tokens=_joined(sequences, int(lengths.max())),
         types=None if types is None else _joined(types, int(lengths.max())),
         starts=lengths.cumsum(0) - lengths,

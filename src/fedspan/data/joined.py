@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedspan.data.encoding import Encoded
+from fedspan.data.encoded import Encoded
 
 _S = TypeVar("_S")
 

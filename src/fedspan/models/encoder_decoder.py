@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from fedspan.data.encoded import Encoded
 from fedspan.data.encoder_decoder import DecoderStart
-from fedspan.data.encoding import Encoded
 from fedspan.data.rows import Kind
 from fedspan.data.text_ids import added_tokens
 from fedspan.models.federated_model import FederatedModel

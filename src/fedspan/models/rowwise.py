@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedspan.data import Encoded
-from fedspan.data.encoding import IGNORED
+from fedspan.data.encoded import IGNORED
 from fedspan.methods.messages import Broadcast, Factors, Recipe
 from fedspan.models.federated_model import FederatedModel
 from fedspan.models.losses import client_losses

@@ -8,35 +8,30 @@ its results agree with those of the run alone up to rounding: clients share a pa
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from fedspan.client import calibration
 from fedspan.client.executors import (
     EvaluationTask,
-    Executor,
-    Trained,
-    WorkContext,
     create_executor,
     num_worker_processes,
 )
 from fedspan.client.setup import Prepared
-from fedspan.client.training import Assignment, Terms, TrainingSettings
+from fedspan.client.training import Assignment, TrainingSettings
 from fedspan.config import Config, with_absolute_paths
 from fedspan.config import load as load_config
-from fedspan.data import Corpus, Encoded
-from fedspan.data.joined import form_of, joined
+from fedspan.data import Corpus
 from fedspan.runs.events import Event
 from fedspan.runs.execution import Result, resume, run
 from fedspan.runs.provision import Provided, Provision, Wanted
+from fedspan.runs.shared_work import BaseShare, Evaluate, Ready, RunExecutor, SharedBase, Train, join_data, kind_of
 from fedspan.runs.turns import Turn, take_turns
 from fedspan.support.errors import FedspanError
 from fedspan.support.files import StrPath
@@ -101,73 +96,6 @@ class _NotAll(Exception):
     """Some run was refused before all of them were ready to begin."""
 
 
-class _Ready:
-    """A run's request to begin."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Train:
-    """A run's request for local work."""
-
-    assignments: Sequence[Assignment]
-    engine: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Evaluate:
-    """A run's request for figures."""
-
-    tasks: Sequence[EvaluationTask]
-
-
-@dataclass(slots=True, eq=False)
-class _Shared:
-    """The base, the joined data and the executor of the runs that share them."""
-
-    executor: Executor
-    starts: Mapping[int, Mapping[str, tuple[int, int]]]
-    """Run -> split -> its first row in the joined data, and its number of rows."""
-    measured: bool = False
-    """How many clients share a pass on a GPU has been measured."""
-
-    def rows(self, number: int, split: str, rows: np.ndarray | None) -> np.ndarray:
-        """Return rows of one run's split as rows of the joined split."""
-        start, count = self.starts[number][split]
-        return start + (np.arange(count) if rows is None else np.asarray(rows))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Base:
-    """One run's share of a base."""
-
-    view: WorkContext
-    """The base that is shared, with the run's own settings and data."""
-    dense: Mapping[str, torch.Tensor]
-    digest: str
-    num_workers: int
-
-
-class _RunExecutor:
-    """One run's view of the shared executor: asks in its turn, and is answered together with the others."""
-
-    def __init__(self, turn: Turn, context: WorkContext) -> None:
-        self._turn, self.context = turn, context
-
-    def train(self, assignments: Sequence[Assignment], round_num: int, engine: str) -> Iterator[Trained]:
-        """Yield every client's result, in the order of the assignments."""
-        settings = self.context.training
-        terms = Terms(settings.seed, settings.local, round_num)
-        yield from self._turn.ask(_Train([replace(a, terms=terms) for a in assignments], engine))
-
-    def evaluate(self, tasks: Sequence[EvaluationTask]) -> list[dict[str, float]]:
-        """Return the loss and the metrics of every evaluation."""
-        figures: list[dict[str, float]] = self._turn.ask(_Evaluate(tasks))
-        return figures
-
-    def close(self) -> None:
-        """Do nothing: the processes are shared with the other runs."""
-
-
 class _SharedProvision(Provision):
     """Makes a run's parts once for all runs that are alike, and asks in the run's turn for the base."""
 
@@ -190,13 +118,13 @@ class _SharedProvision(Provision):
 
     def work(self, wanted: Wanted) -> Provided:
         """Return a run's share of a base in memory, and of the executor of its work."""
-        base: _Base = self._turn.ask(wanted)
-        executor = _RunExecutor(self._turn, base.view)
+        base: BaseShare = self._turn.ask(wanted)
+        executor = RunExecutor(self._turn, base.view)
         return Provided(base.view.model, base.dense, base.digest, executor, base.num_workers, shared=True)
 
     def ready(self) -> None:
         """Return when all runs may begin."""
-        self._turn.ask(_Ready())
+        self._turn.ask(Ready())
 
 
 @dataclass(slots=True)
@@ -206,8 +134,8 @@ class _Pool:
     num_runs: int
     corpora: dict[Any, Corpus] = field(default_factory=dict)
     prepared: dict[Any, Prepared] = field(default_factory=dict)
-    shared: list[_Shared] = field(default_factory=list)
-    of_run: dict[int, _Shared] = field(default_factory=dict)
+    shared: list[SharedBase] = field(default_factory=list)
+    of_run: dict[int, SharedBase] = field(default_factory=dict)
 
     def lead(self, number: int, config: Config, out: StrPath | None, on_event: OnRunEvent, turn: Turn) -> Result:
         """Run one federation in its turn, or resume it."""
@@ -221,7 +149,7 @@ class _Pool:
 
     def answer(self, waiting: Sequence[tuple[int, Any]]) -> dict[int, Any]:
         """Do what the runs ask for: at first their bases, afterwards local work and evaluations."""
-        if isinstance(waiting[0][1], Wanted | _Ready):
+        if isinstance(waiting[0][1], Wanted | Ready):
             if len(waiting) < self.num_runs:
                 raise _NotAll
             bases = {number: request for number, request in waiting if isinstance(request, Wanted)}
@@ -229,11 +157,11 @@ class _Pool:
         answers: dict[int, Any] = {}
         for shared in self.shared:
             own = {number: request for number, request in waiting if self.of_run[number] is shared}
-            training = {number: request for number, request in own.items() if isinstance(request, _Train)}
+            training = {number: request for number, request in own.items() if isinstance(request, Train)}
             for engine in sorted({request.engine for request in training.values()}):
                 alike = {n: request.assignments for n, request in training.items() if request.engine == engine}
                 answers |= self._each(alike, partial(self._train, shared, engine))
-            tasks = {number: request.tasks for number, request in own.items() if isinstance(request, _Evaluate)}
+            tasks = {number: request.tasks for number, request in own.items() if isinstance(request, Evaluate)}
             answers |= self._each(tasks, partial(self._evaluate, shared))
         return answers
 
@@ -252,7 +180,7 @@ class _Pool:
                     answers[number] = error
             return answers
 
-    def _train(self, shared: _Shared, engine: str, requests: Mapping[int, Sequence[Assignment]]) -> dict[int, Any]:
+    def _train(self, shared: SharedBase, engine: str, requests: Mapping[int, Sequence[Assignment]]) -> dict[int, Any]:
         everything = [
             replace(a, rows=shared.rows(number, "train", a.rows)) for number, own in requests.items() for a in own
         ]
@@ -260,7 +188,7 @@ class _Pool:
         results = iter(list(shared.executor.train(everything, 0, engine)))
         return {number: [next(results) for _ in own] for number, own in requests.items()}
 
-    def _measure(self, shared: _Shared, assignments: Sequence[Assignment], engine: str) -> None:
+    def _measure(self, shared: SharedBase, assignments: Sequence[Assignment], engine: str) -> None:
         """Measure once how many of all runs' clients should share a pass on a GPU."""
         context = shared.executor.context
         settings = context.training
@@ -272,7 +200,7 @@ class _Pool:
         engine_settings = settings.engine.model_copy(update={"cohort_size": size})
         context.training = replace(settings, engine=engine_settings)
 
-    def _evaluate(self, shared: _Shared, requests: Mapping[int, Sequence[EvaluationTask]]) -> dict[int, Any]:
+    def _evaluate(self, shared: SharedBase, requests: Mapping[int, Sequence[EvaluationTask]]) -> dict[int, Any]:
         everything = [
             replace(task, rows=shared.rows(number, task.split, task.rows))
             for number, own in requests.items()
@@ -281,10 +209,10 @@ class _Pool:
         figures = iter(shared.executor.evaluate(everything))
         return {number: [next(figures) for _ in own] for number, own in requests.items()}
 
-    def _provide(self, wanted: Mapping[int, Wanted]) -> dict[int, _Base]:
+    def _provide(self, wanted: Mapping[int, Wanted]) -> dict[int, BaseShare]:
         alike: dict[str, dict[int, Wanted]] = {}
         for number, own in wanted.items():
-            alike.setdefault(_kind(number, own), {})[number] = own
+            alike.setdefault(kind_of(number, own), {})[number] = own
         provided: dict[int, Any] = {}
         for group in alike.values():
             try:
@@ -293,10 +221,10 @@ class _Pool:
                 provided |= dict.fromkeys(group, error)
         return provided
 
-    def _provide_alike(self, group: Mapping[int, Wanted]) -> dict[int, _Base]:
+    def _provide_alike(self, group: Mapping[int, Wanted]) -> dict[int, BaseShare]:
         """Return one base and executor for these runs, over all their rows."""
         first = next(iter(group.values()))
-        data, starts = _join(group)
+        data, starts = join_data(group)
         config, device = first.config, first.device
         num_tasks = sum(own.num_tasks for own in group.values())
         num_workers = num_worker_processes(config.engine.workers, config.threads, device, num_tasks)
@@ -310,11 +238,11 @@ class _Pool:
             if own.config.seed not in bases:
                 other = own.context(placed, data).model if model.heads else model
                 bases[own.config.seed] = (other.dense(), other.digest())
-        shared = _Shared(create_executor(context, num_workers, device), starts)
+        shared = SharedBase(create_executor(context, num_workers, device), starts)
         self.shared.append(shared)
         self.of_run |= dict.fromkeys(group, shared)
         return {
-            number: _Base(
+            number: BaseShare(
                 replace(context, training=TrainingSettings.of(own.config), data=own.prepared.data),
                 *bases[own.config.seed],
                 num_workers,
@@ -326,51 +254,3 @@ class _Pool:
         """End every process that was started."""
         for shared in self.shared:
             shared.executor.close()
-
-
-def _join(group: Mapping[int, Wanted]) -> tuple[dict[str, Encoded], dict[int, dict[str, tuple[int, int]]]]:
-    """Return the runs' data in one piece, each different data set once, and where each run's rows are in it."""
-    data: dict[str, Encoded] = {}
-    starts: dict[int, dict[str, tuple[int, int]]] = {number: {} for number in group}
-    for split in sorted({split for own in group.values() for split in own.prepared.data}):
-        distinct: dict[int, tuple[int, Encoded]] = {}
-        length = 0
-        for number, own in group.items():
-            if split not in own.prepared.data:
-                continue
-            part = own.prepared.data[split]
-            if id(part) not in distinct:
-                distinct[id(part)] = (length, part)
-                length += len(part)
-            starts[number][split] = (distinct[id(part)][0], len(part))
-        data[split] = joined([part for _, part in distinct.values()])
-    return data, starts
-
-
-def _kind(number: int, wanted: Wanted) -> str:
-    """Return what must be equal for two runs to share a base and its passes."""
-    config, corpus = wanted.config, wanted.prepared.corpus
-    evaluation, data = config.evaluation, wanted.prepared.data
-    # The account of an example's privacy is of one base: the run's own, with the head that it starts from.
-    alone = number if config.privacy.dp == "example" else None
-    return json.dumps(
-        [
-            alone,
-            config.model.model_dump(mode="json"),
-            config.adapter.model_dump(mode="json", exclude={"alpha"}),
-            config.engine.model_dump(mode="json"),
-            config.privacy.model_dump(mode="json", include={"dp"}),
-            [config.device, config.threads, evaluation.batch_size, evaluation.max_new_tokens],
-            [
-                corpus.kind,
-                corpus.num_labels,
-                corpus.label_names,
-                corpus.metrics,
-                wanted.trains,
-                wanted.max_rank,
-                wanted.galore_rank,
-            ],
-            # Without unseen rows a run can join those that have some like its test rows.
-            [form_of(part) for part in (data["train"], data["test"], data.get("unseen", data["test"]))],
-        ]
-    )

@@ -70,7 +70,7 @@ class ChatEncoder:
     leading: Sequence[int]
     """Special tokens that the tokenizer puts before a text; a chat template writes its own."""
     counts: Counter[str] = field(default_factory=Counter)
-    """What was left out, by kind."""
+    """The parts left out, by kind."""
     ends: set[int] = field(default_factory=set)
     """The tokens that answers end with."""
     renderer: Renderer = field(init=False)

@@ -44,7 +44,7 @@ class SharedBase:
     starts: Mapping[int, Mapping[str, tuple[int, int]]]
     """Run -> split -> its first row in the joined data, and its number of rows."""
     measured: bool = False
-    """How many clients share a pass on a GPU has been measured."""
+    """The number of clients that share a pass on a GPU is settled."""
 
     def rows(self, number: int, split: str, rows: np.ndarray | None) -> np.ndarray:
         """Return rows of one run's split as rows of the joined split."""

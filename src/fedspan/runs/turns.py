@@ -26,11 +26,11 @@ class Turn:
     _answered: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     _asked: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     request: Any = None
-    """What it waits for; None once it has ended."""
+    """The request that it waits for; None once it has ended."""
     result: Any = None
-    """What it returned."""
+    """The value that it returned."""
     error: BaseException | None = None
-    """What it raised."""
+    """The error that it raised."""
     _answer: Any = None
     _thread: threading.Thread | None = None
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedspan.adapters.state_dict import Adapter
+from fedspan.data.rows import Kind
 from fedspan.models.layers import is_conv1d
 from fedspan.models.loading import NO_CODE, library_logs_silenced, load_processor, resolve
 from fedspan.support.errors import FedspanError, first_line
@@ -193,8 +194,9 @@ def _save_processor(name: str, adapter: Adapter, folder: Path) -> None:
                 if file.is_file():
                     shutil.copyfile(file, folder / file.name)
         return
-    kind = {"CAUSAL_LM": "instruction", None: "image"}.get(adapter.config.get("task_type"), "classification")
-    load_processor(name, kind).save_pretrained(str(folder))  # type: ignore[arg-type]
+    kinds: Mapping[object, Kind] = {"CAUSAL_LM": "instruction", "SEQ_2_SEQ_LM": "instruction", None: "image"}
+    kind = kinds.get(adapter.config.get("task_type"), "classification")
+    load_processor(name, kind).save_pretrained(str(folder))
 
 
 @contextmanager

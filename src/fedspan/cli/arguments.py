@@ -136,6 +136,29 @@ def parse_rank(text: str | None) -> int | None:
         raise FedspanError(f"--rank {text!r}: expected a whole number, such as --rank 8") from None
 
 
+def parse_count(option: str, text: str | None, command: str) -> int | None:
+    """Return an option's positive number; None when it is not given.
+
+    Parsed here, since not every version of typer names the value that it refuses.
+
+    Raises
+    ------
+    FedspanError
+        For anything but a whole number of at least 1.
+    """
+    if text is None:
+        return None
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise FedspanError(
+            f"invalid value for '{option}': {text!r} is no valid integer of 1 or more; see `fedspan {command} --help`"
+        )
+    return number
+
+
 def method_section(name: str, settings: Sequence[str]) -> Mapping[str, Any]:
     """Return the `[method]` section of a name and `--set` items (`server_rank=8` or `method.server_rank=8`)."""
     from fedspan.config import load

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedspan.cli.arguments import ConfigFile, Settings
+from fedspan.cli.arguments import ConfigFile, Settings, parse_count
 from fedspan.cli.failures import Bug, Interrupted, is_out_of_memory, is_users, message
 from fedspan.support.errors import FedspanError, NotResumable
 
@@ -80,17 +80,16 @@ def run(
 def resume(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the run.")],
     rounds: Annotated[
-        int | None,
+        str | None,
         typer.Option(
             "--rounds",
             metavar="N",
-            min=1,
             help="Number of rounds in all, to extend a finished run; if not given, as the run was set up.",
         ),
     ] = None,
     workers: Annotated[
-        int | None,
-        typer.Option("--workers", metavar="N", min=1, help="Number of processes; if not given, as the run was set up."),
+        str | None,
+        typer.Option("--workers", metavar="N", help="Number of processes; if not given, as the run was set up."),
     ] = None,
 ) -> None:
     """Continue an interrupted run, or extend a finished one; the result has the same bits as if it had never stopped.
@@ -104,10 +103,12 @@ def resume(
     change, which is done in the run's config.toml.
     """
 
+    num_workers, num_rounds = parse_count("--workers", workers, "resume"), parse_count("--rounds", rounds, "resume")
+
     def work(on_event: OnEvent) -> Result:
         from fedspan.runs import execution
 
-        return execution.resume(folder, on_event, workers, rounds=rounds)
+        return execution.resume(folder, on_event, num_workers, rounds=num_rounds)
 
     _federate(work, folder)
 

@@ -15,11 +15,12 @@ from run_folders import Stop
 from signed import IDS, Change, Signed, changed, settings
 
 from fedspan.privacy.aggregator import Aggregator
-from fedspan.privacy.fixed_point import Words
+from fedspan.privacy.fixed_point import FixedPoint, Words
 from fedspan.privacy.sum_layout import SumLayout, SumTerms
 from fedspan.runs.events import Event
 from fedspan.server import coordinator
 from fedspan.server.key_exchange import RunTerms
+from fedspan.server.sums import check_weights
 from fedspan.support.errors import FedspanError
 from fedspan.wire import protocol
 
@@ -77,6 +78,39 @@ def test_a_site_that_is_told_something_else_makes_the_sum_noise(
         assert chi_square(words) > 10_000  # the test can fail
     else:
         assert abs(chi_square(words) - 255) < 5 * 510**0.5
+
+
+def test_the_weights_of_noise_are_not_those_of_any_clients() -> None:
+    """Random words pass an eighth of the time where only signs and sizes are looked at."""
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 2**64, size=(20_000, 2), dtype=np.uint64)
+    noise = FixedPoint().decode(words.ravel()).reshape(-1, 2)
+    assert int(((noise[:, 0] >= 3) & (noise[:, 1] >= 0) & (noise[:, 1] <= noise[:, 0])).sum()) > 2_000
+    for numbers in noise:
+        with pytest.raises(FedspanError, match="the sum is given up"):
+            check_weights(numbers, 3, None)
+
+
+@pytest.mark.parametrize(
+    ("found", "losses", "weight", "sound"),
+    [
+        (29.0, 29.0, None, True),
+        (29.0, 0.0, None, True),
+        (3.0, 2.0, 3.0, True),
+        (2.0, 2.0, None, False),
+        (29.5, 29.0, None, False),
+        (29.0, 2.5, None, False),
+        (29.0, 30.0, None, False),
+        (29.0, -1.0, None, False),
+        (4.0, 3.0, 3.0, False),
+    ],
+)
+def test_the_weights_of_a_sum_are_whole_numbers_that_fit_its_clients(
+    found: float, losses: float, weight: float | None, sound: bool
+) -> None:
+    """Of three clients."""
+    with nullcontext() if sound else pytest.raises(FedspanError, match=f"counts as {found:g} examples and {losses:g}"):
+        check_weights(torch.tensor([found, losses, 0.0], dtype=torch.float64), 3, weight)
 
 
 def test_everything_about_a_sum_is_in_the_digest_that_its_masks_are_bound_to() -> None:

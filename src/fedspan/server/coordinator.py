@@ -168,7 +168,7 @@ class Coordinator:
             answers = self._collect(question, ready, broadcast_for, (rank, layout.num_words), collector)
             total = collector.total()
         # Counted before the others are entered as absent: the divisor is the number of vectors in the sum.
-        count = len(answers)
+        count, known = len(answers), self._known_weights(client for client in ready if client.client_id in answers)
         for client in clients:
             if client.client_id not in answers:
                 problem = collector.problems.get(client.client_id, NOT_CONNECTED)
@@ -177,7 +177,7 @@ class Coordinator:
         if not count:
             return Summed(Partial(), 0.0, ordered)
         numbers = FixedPoint(self._privacy.fraction_bits).decode(total)
-        check_weights(numbers, count, self._weighting)
+        check_weights(numbers, count, sum(known.values()) if len(known) == count else None)
         partial, loss = layout.partial(numbers, count)
         return Summed(partial, loss, ordered)
 
@@ -185,10 +185,14 @@ class Coordinator:
         """Return what adds up the clients' parts, under masks or in the open."""
         if self._privacy.secure_sums:
             return self._masked_sums.begin(question, self._heading(question), ready, layout, rank)
-        # Under client-level privacy the sites do not say how many examples they have.
-        known = self._weighting == "equal" or self._privacy.dp != "client"
-        weights = {c.client_id: c.weight(self._weighting) for c in ready if known}
-        return PlainSum(layout.num_words, FixedPoint(self._privacy.fraction_bits), max(len(ready), 1), weights)
+        fixed_point = FixedPoint(self._privacy.fraction_bits)
+        return PlainSum(layout.num_words, fixed_point, max(len(ready), 1), self._known_weights(ready))
+
+    def _known_weights(self, clients: Iterable[Client]) -> dict[str, float]:
+        """Return what each client counts for, where the server knows it."""
+        # Under masks and under client-level privacy the sites do not say how many examples they have.
+        known = self._weighting == "equal" or not (self._privacy.secure_sums or self._privacy.dp == "client")
+        return {c.client_id: c.weight(self._weighting) for c in clients if known}
 
     def states(self) -> Mapping[str, ClientState]:
         """Return nothing: the sites keep their own states."""

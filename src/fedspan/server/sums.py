@@ -86,10 +86,11 @@ class PlainSum:
         return self._total
 
 
-def check_weights(numbers: Tensor, count: int, weighting: str) -> None:
+def check_weights(numbers: Tensor, count: int, weight: float | None) -> None:
     """Check the weights of a sum, by which it is divided.
 
-    Under masks nobody can tell which client's vector was wrong, so that the sum as a whole is refused.
+    Under masks nobody can tell which client's vector was wrong, so that the sum as a whole is refused. Masks that do
+    not cancel leave random words, which no more than one time in 2^`fraction_bits` are a whole number of examples.
 
     Parameters
     ----------
@@ -97,18 +98,19 @@ def check_weights(numbers: Tensor, count: int, weighting: str) -> None:
         The sum, (num_words,): the weights, the weights of those that report a loss, and more.
     count
         Of the clients in it.
-    weighting
-        `federation.weighting`.
+    weight
+        What they count for together; None where they do not say.
 
     Raises
     ------
     FedspanError
         When they cannot be the weights of so many clients.
     """
-    weight, loss_weight = numbers[:2].tolist()
-    sound = weight == count if weighting == "equal" else weight >= count
-    if not sound or not 0 <= loss_weight <= weight:
+    found, losses = numbers[:2].tolist()
+    sound = found == weight if weight is not None else found >= count and found.is_integer()
+    if not sound or not 0 <= losses <= found or not losses.is_integer():
+        expected = "at least one example each" if weight is None else f"{weight:g} examples"
         raise FedspanError(
-            f"the sum of {count} clients counts as {weight:g} examples and {loss_weight:g} losses: the vector of at "
-            "least one of them is wrong, and the sum is given up"
+            f"the sum of {count} clients counts as {found:g} examples and {losses:g} losses: expected {expected}; the "
+            "vector of at least one of them is wrong, and the sum is given up"
         )

@@ -77,9 +77,11 @@ def test_spans_of_many_are_the_column_bases_of_each(
     terms.append(LowRank(torch.zeros_like(terms[0].b), terms[0].a))
     terms.append(LowRank(terms[0].b[:, [0, 0, 1]], terms[0].a))
     terms.append(LowRank(terms[0].b * 1e4, terms[0].a * 1e-4))
+    # Of well-conditioned factors, once their columns have one length; a product of lower rank all the same.
+    terms.append(LowRank(terms[0].b, terms[0].a * torch.tensor([[1.0], [1e-20], [1.0]], dtype=dtype)))
     eps = 2**-52 if dtype == torch.float64 else 2**-23
     for x, span, condition in zip(
-        terms, subspace.column_spans(terms, max_rank), [*conditions, *conditions[:1] * 3], strict=True
+        terms, subspace.column_spans(terms, max_rank), [*conditions, *conditions[:1] * 4], strict=True
     ):
         # The oracle: the same product in float64, directions above the rounding of its terms.
         product = x.b.double().numpy() @ x.a.double().numpy()

@@ -30,6 +30,12 @@ def steps(model: FederatedModel, sent: Broadcast, data: Encoded, local: LocalCon
     return tensors(train(model, work, data, TrainingSettings(local=local), 0))
 
 
+def after(sent: Broadcast, trained: dict[str, Tensor]) -> Broadcast:
+    """The broadcast that starts from trained tensors."""
+    adapter = {name: replace(f, b=trained[f"{name}/b"], a=trained[f"{name}/a"]) for name, f in sent.adapter.items()}
+    return replace(sent, adapter=adapter, dense={name: trained[name] for name in sent.dense})
+
+
 def test_a_rounds_gradient_is_the_mean_over_its_batches(bases: dict[str, Path], texts: Encoded) -> None:
     """Batches of half the rows are a pass over all of them: their mean gradient and loss are those of the whole."""
     model = tiny.load(bases["bert"], "classification")
@@ -46,16 +52,28 @@ def test_a_rounds_gradient_is_the_mean_over_its_batches(bases: dict[str, Path], 
         torch.testing.assert_close(two.update.modules[name].tensors()["gradient"], expected, rtol=1e-4, atol=1e-7)
 
 
-def test_the_proximal_term_is_clipped_with_the_gradient(bases: dict[str, Path], texts: Encoded) -> None:
-    """One step later the term is not zero: the clipped step has the length of the bound, with the term in it."""
-    model = tiny.load(bases["bert"], "classification")
-    sent = replace(tiny.broadcast(model), recipe=Recipe(proximal=1e4))
+@pytest.mark.parametrize("strength", [300.0, 1e4])
+def test_the_proximal_term_is_clipped_with_the_gradient(
+    bases: dict[str, Path], texts: Encoded, strength: float
+) -> None:
+    """One step later the term is not zero: the second step is rate · clip · d/‖d‖ with d = ∇f(w) + μ(w − w_0), where
+    the term is as long as the gradient and where it outweighs it."""
+    model = tiny.load(bases["llama"], "classification")
+    plain = tiny.broadcast(model)
+    sent = replace(plain, recipe=Recipe(proximal=strength))
     start, (once, twice) = start_of(sent), (steps(model, sent, texts, CLIPPED, count) for count in (1, 2))
-    moved = torch.cat([(twice[n] - once[n]).double().flatten() for n in once])
-    back = torch.cat([(start[n] - once[n]).double().flatten() for n in once])
-    # The term outweighs the gradient by far, so the second step leads straight back, at the length of clip · rate.
-    assert float(moved.norm()) == pytest.approx(0.5 * 1e-2, rel=1e-3)
-    assert float(moved @ back / moved.norm() / back.norm()) > 0.999
+    there = after(plain, once)
+    further = steps(model, there, texts, SGD, 1)
+
+    def flat(x: dict[str, Tensor], y: dict[str, Tensor]) -> Tensor:
+        return torch.cat([(x[n] - y[n]).double().flatten() for n in once])
+
+    gradient_there, term = flat(once, further) / SGD.learning_rate, strength * flat(once, start)
+    assert strength > 1e3 or 0.3 < float(term.norm() / gradient_there.norm()) < 3
+    step = gradient_there + term
+    expected = -step / step.norm() * CLIPPED.learning_rate * 1e-2
+    assert float(step.norm()) > 1e-2
+    assert float((flat(twice, once) - expected).norm()) < 1e-3 * float(expected.norm())
 
 
 def test_the_correction_is_added_after_clipping(bases: dict[str, Path], texts: Encoded) -> None:

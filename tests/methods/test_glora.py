@@ -367,20 +367,19 @@ def test_starting_from_the_state_truncates_by_energy_optimally() -> None:
 
 
 def test_a_new_direction_outvotes_the_old_state() -> None:
-    """An innovation stronger than the state's weakest direction enters a full projector state at once."""
+    """An innovation stronger than the state's weakest direction enters a full projector state at once, though only one
+    client of two has it: each votes for as many directions as the state has, and the other vote is the lighter."""
     u, s, v = low_rank(5, 18, 12, [3.0, 2.0, 0.1, 8.0])
-    fed = build(glora(update="innovation", server_rank=3), shapes=[(18, 12)], ranks=(3,), counts=(1,))
-    before = served(with_deltas(fed, [{"layer0": (u[:, :3] * s[:3], v[:, :3].T * 3 / 16)}]))[0]
+    fed = build(glora(update="innovation", server_rank=3), shapes=[(18, 12)], ranks=(3, 3), counts=(2, 1))
+    known = {"layer0": (u[:, :3] * s[:3], v[:, :3].T * 3 / 16)}
+    before = served(with_deltas(fed, [known, known]))[0]
     sent = fed.method.broadcast(before, Request(3)).adapter["layer0"]
     b = np.hstack([array(sent.b), u[:, 3:] * s[3]])
     a = np.vstack([array(sent.a), v[:, 3:].T / sent.scaling])
-    grown = Update(
-        "client1",
-        1,
-        {"layer0": Factors(torch.from_numpy(b), torch.from_numpy(a), sent.scaling)},
-        dict(fed.updates[0].dense),
-    )
-    with_new = next_round(fed, before, [grown])
+    dense = dict(fed.updates[0].dense)
+    grown = Factors(torch.from_numpy(b), torch.from_numpy(a), sent.scaling)
+    answers = [Update("client1", 2, {"layer0": grown}, dense), Update("client2", 1, {"layer0": sent}, dense)]
+    with_new = next_round(fed, before, answers)
     assert abs(u[:, 3] @ held(with_new, "layer0") @ v[:, 3]) > 4
 
 
@@ -527,6 +526,9 @@ def test_spare_readout_directions_can_still_learn() -> None:
             assert not f.b[:, known:].any()
             assert bool((f.a[known:].norm(dim=1) > 0.1).all())
             assert np.linalg.matrix_rank(array(f.b)) == known
+            # Not where earlier rounds have looked already.
+            later = fed.method.broadcast(replace(state, round_num=state.round_num + 1), Request(6)).adapter["layer0"]
+            assert np.linalg.matrix_rank(np.vstack([array(f.a[known:]), array(later.a[known:])])) == 2 * (6 - known)
 
 
 def test_a_silent_round_is_no_special_case() -> None:

@@ -163,13 +163,6 @@ TRAINING = [
         "tests/client/test_cohort.py::test_together_is_alone_for_every_kind_of_task",
     ),
     Mutant(
-        "in a cohort those who are done still move",
-        "client/passes.py",
-        "row.grad = stack.trained.grads[k] if k < num_clients else None",
-        "row.grad = stack.trained.grads[k]",
-        "tests/client/test_cohort.py::test_together_is_alone_whatever_the_clients_differ_in",
-    ),
-    Mutant(
         "in a cohort a repeated row counts in the loss",
         "client/cohort.py",
         "client_losses(model, moved, active, real)",

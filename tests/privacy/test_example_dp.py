@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -244,6 +245,30 @@ def test_the_key_and_the_secret_fix_everything(bases: dict[str, Path], data: dic
     assert once.steps == 3
     with pytest.raises(ValueError, match="the site has no secret"):
         work(model, sent, examples, config, secret=None)
+
+
+def test_all_that_a_noise_hides_is_in_its_key() -> None:
+    """Two sums under one noise would show their difference, and one sum under two multiples of it would show itself."""
+    sums = torch.ones(4000), torch.cat([torch.ones(3999), torch.full((1,), 1.0001)])
+    weights = torch.zeros(4000), torch.cat([torch.zeros(3999), torch.full((1,), 1e-6)])
+    asked: list[tuple[float, float, Tensor, Tensor, str, float]] = [
+        (1.0, 0.5, sums[0], weights[0], "step 1", 4.0),
+        (1.0, 0.5, sums[1], weights[0], "step 1", 4.0),
+        (1.0, 0.5, sums[0], weights[1], "step 1", 4.0),
+        (1.0, 0.5, sums[0], weights[0], "step 2", 4.0),
+        (1.0, 0.5, sums[0], weights[0], "step 1", 8.0),
+        (2.0, 0.5, sums[0], weights[0], "step 1", 4.0),
+        (1.0, 1.0, sums[0], weights[0], "step 1", 4.0),
+    ]
+
+    def noise(z: float, clip: float, total: Tensor, start: Tensor, mark: str, expected: float) -> Tensor:
+        site = SimpleNamespace(privacy=setting(clip, z).privacy, secret=SECRET)
+        return PrivateGradients.noised(site, total, start, mark, expected) * expected - total  # type: ignore[arg-type]
+
+    drawn = torch.stack([noise(*question) for question in asked])
+    assert torch.equal(noise(*asked[0]), drawn[0])
+    alike = torch.corrcoef(drawn.double()) - torch.eye(len(asked))
+    assert float(alike.abs().max()) < 5 / math.sqrt(4000)
 
 
 def test_batches_are_poisson_and_may_be_empty(bases: dict[str, Path], data: dict[str, Encoded]) -> None:

@@ -57,8 +57,8 @@ def glora_sums(
 
     With X_k = s_k B_k A_k, T = Σ p_k X_k and S = Σ p_k P_k, whose leading eigenvectors are GLoRA's consensus basis:
 
-        1. every client trains and returns P_k Ω; the server sums these to Y = S Ω, and W are the eigenvectors of
-           Y (Ωᵀ Y)⁺ Yᵀ ≈ S (Nyström);
+        1. every client trains and returns P_k Ω; the server sums these to Y = S Ω, and W are the eigenvectors of S,
+           which Y determines where they are fewer than l, or else of Y (Ωᵀ Y)⁺ Yᵀ ≈ S (Nyström);
         2. every client is sent W and returns Wᵀ X_k = s_k (Wᵀ B_k) A_k. U are the R leading columns of W, among equal
            votes those of most energy in Wᵀ T = Σ p_k Wᵀ X_k; C = Uᵀ T.
 
@@ -75,10 +75,9 @@ def glora_sums(
     pass loses more of T. A client that is lost between two exchanges counts in U and in the heads, and not in C.
 
     Sketches travel in float32, so a client's directions are seen only while its share of the votes stands above
-    rounding. From a share of about 1e-4 on, one pass loses a direction in those draws of Ω that hold little of it,
-    which matters where the client's update is as many times larger than the others'. The second pass finds it: of T
-    with such a client at R = 14, one pass lost up to 0.25 in norm, two 6e-5. `truncation_error` says what was lost, as
-    an unbiased estimate.
+    rounding, at about 1e-5, which matters where its update is as many times larger than the others'. Of T with a client
+    of share 1e-4 and an update 1e4 times as large, at an R that holds all directions, less than 2e-4 is lost in norm.
+    `truncation_error` says what was lost, as an unbiased estimate.
 
     Lost of T, ‖T − U·C‖²/‖T‖², by K clients of rank 8 at R = 16 (m = 256, n = 224; clients see one target through
     random directions, its singular values equal or as 1/j²):
@@ -226,7 +225,7 @@ def _eigenvectors(omega: Tensor, y: Tensor, rank: int) -> Leading:
     Directions made by rounding need not be cut there: C holds what T is along them, too.
     """
     if omega.shape[0] > omega.shape[1]:
-        return spectral.nystrom(omega, y)
+        return spectral.leading(omega, y)
     # All of S is known.
     s = torch.linalg.solve(omega.mT.double(), y.mT.double())  # Sᵀ
     values, vectors = torch.linalg.eigh((s + s.mT) / 2)

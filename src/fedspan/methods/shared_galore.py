@@ -30,7 +30,7 @@ from fedspan.methods.messages import (
     Vector,
 )
 from fedspan.methods.patches import Patch, PatchLog, patch_sum
-from fedspan.methods.spectral import nystrom
+from fedspan.methods.spectral import leading
 from fedspan.support.errors import FedspanError
 from fedspan.support.seeding import generator
 
@@ -249,7 +249,7 @@ def _estimate(state: ServerState, partial: Partial, options: _SharedGaloreOption
             modules[name] = {"probe": torch.linalg.qr(y)[0]}
             continue
         rank = min(options.rank, *shape)
-        p = nystrom(_probe(state, name, options).to(y), y).u[:, :rank]
+        p = leading(_probe(state, name, options).to(y), y).u[:, :rank]
         # Where the clients name fewer directions than r, the spare ones are random: they can still learn.
         spare = _drawn(state, name, rank, state.round_num, "spare").to(y)
         more = torch.linalg.qr(torch.cat([p, spare], dim=1))[0][:, p.shape[1] : rank]

@@ -254,7 +254,7 @@ def _projectors(shape: tuple[int, int], spec: ApproximationSpec, key: tuple[obje
     second = [beside(x.to(y), y) for x, y in zip(first, y_first, strict=True)]
     y_second = yield tuple(Query(side, x, spec.vote) for side, x in zip(sides, second, strict=True))
     blocks = zip(first, second, y_first, y_second, strict=True)
-    named = [nystrom(torch.cat([x.to(y), w], 1), torch.cat([y, z], 1)) for x, w, y, z in blocks]
+    named = [leading(torch.cat([x.to(y), w], 1), torch.cat([y, z], 1)) for x, w, y, z in blocks]
     found = [x.settle(spec.rank, not spec.ordered) for x in named]
     u = found[0].u
     probes = gaussian(shape[0], PROBES, *key, "probes").to(u)
@@ -331,8 +331,31 @@ class Leading:
         return self.u @ v, v.mT.to(image) @ image
 
 
-def nystrom(x: Tensor, y: Tensor) -> Leading:
-    """Return the leading eigenvectors of a positive semi-definite S, by S ≈ Y (Xᵀ Y)⁺ Yᵀ with Y = S X."""
+def leading(x: Tensor, y: Tensor) -> Leading:
+    """Return the leading eigenvectors of a positive semi-definite S (m, m) of which Y = S X is known.
+
+    All of them, where Y has fewer directions than columns: S is then Q M Qᵀ with Q a basis of Y and QᵀY = M (QᵀX).
+    Otherwise those of Y (Xᵀ Y)⁺ Yᵀ ≈ S (Nyström), whose small matrix holds a direction by its eigenvalue times the
+    square of what X holds of it, so that rounding hides small eigenvalues sooner.
+
+    Parameters
+    ----------
+    x, y
+        (m, l), X with orthonormal columns.
+    """
+    q, s, _ = torch.linalg.svd(y.double(), full_matrices=False)
+    rank = int(lowrank.above_rounding(s, eps=torch.finfo(y.dtype).eps).sum())
+    if rank == x.shape[1]:
+        return _nystrom(x, y)
+    q = q[:, :rank]
+    # Not lstsq, whose bits differ from call to call.
+    held, triangle = torch.linalg.qr(x.mT.double() @ q)
+    whole = torch.linalg.solve_triangular(triangle, held.mT @ (y.mT.double() @ q), upper=True)
+    votes, turn = torch.linalg.eigh((whole + whole.mT) / 2)
+    return Leading((q @ turn.flip(1)).to(y), votes.flip(0).to(y))
+
+
+def _nystrom(x: Tensor, y: Tensor) -> Leading:
     h = (x.mT @ y).double()
     values, vectors = torch.linalg.eigh((h + h.mT) / 2)
     # Not >=, or a sum of zeros would be divided by zero.

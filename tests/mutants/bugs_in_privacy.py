@@ -52,7 +52,7 @@ PRIVACY = [
         "site/storage.py",
         '<= chosen <= set(before["survivors"]):',
         "<= set(range(0)) | chosen:",
-        "tests/server/test_lying_server.py",
+        "tests/site/test_site_refusals.py",
     ),
     Mutant(
         "an answer of an earlier round counts",

@@ -14,6 +14,7 @@ import typing as _typing
 
 if _typing.TYPE_CHECKING:
     from fedspan.algebra.lowrank import LowRank as LowRank
+    from fedspan.api import check as check
     from fedspan.api import resume as resume
     from fedspan.api import run as run
     from fedspan.api import run_many as run_many
@@ -34,6 +35,7 @@ if _typing.TYPE_CHECKING:
     from fedspan.methods.messages import Template as Template
     from fedspan.methods.messages import Update as Update
     from fedspan.methods.messages import Vector as Vector
+    from fedspan.runs.check import RunCheck as RunCheck
     from fedspan.runs.events import Event as Event
     from fedspan.runs.execution import Result as Result
     from fedspan.runs.summary import Summary as Summary
@@ -54,6 +56,7 @@ __all__ = [
     "Request",
     "Result",
     "RoundReport",
+    "RunCheck",
     "Server",
     "ServerState",
     "Summary",
@@ -61,6 +64,7 @@ __all__ = [
     "Update",
     "Vector",
     "aggregate",
+    "check",
     "create_method",
     "load_config",
     "merge",
@@ -82,6 +86,7 @@ _HOME = {
     "Request": ("fedspan.methods.messages", "Request"),
     "Result": ("fedspan.runs.execution", "Result"),
     "RoundReport": ("fedspan.merging.server", "RoundReport"),
+    "RunCheck": ("fedspan.runs.check", "RunCheck"),
     "Server": ("fedspan.merging.server", "Server"),
     "ServerState": ("fedspan.methods.base", "ServerState"),
     "Summary": ("fedspan.runs.summary", "Summary"),
@@ -89,6 +94,7 @@ _HOME = {
     "Update": ("fedspan.methods.messages", "Update"),
     "Vector": ("fedspan.methods.messages", "Vector"),
     "aggregate": ("fedspan.methods.base", "aggregate"),
+    "check": ("fedspan.api", "check"),
     "create_method": ("fedspan.methods", "create"),
     "load_config": ("fedspan.config", "load"),
     "merge": ("fedspan.merging.one_shot", "merge"),

@@ -10,7 +10,9 @@ from typing import Any
 from fedspan.config import Config, from_mapping, load
 from fedspan.display.console import console_for
 from fedspan.display.session import watch
+from fedspan.runs import check as run_check
 from fedspan.runs import execution, many
+from fedspan.runs.check import RunCheck
 from fedspan.runs.events import Event, OnEvent
 from fedspan.runs.execution import Result
 from fedspan.wire.transport import Transport
@@ -115,6 +117,27 @@ def run_many(
     """
     settings = [_settings(config) for config in configs]
     return many.run_many(settings, outs, many.ignore if on_event is None else on_event)
+
+
+def check(
+    config: Config | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+) -> RunCheck:
+    """Return what can be known of a run before it trains: rows, clients, parameters, traffic, memory, time.
+
+    One round of one step is tried with a client of every rank. Nothing is printed, and nothing is left on the disk.
+
+    Parameters
+    ----------
+    config, out
+        As for `run`.
+
+    Raises
+    ------
+    FedspanError
+        For everything that `run` would refuse before any training.
+    """
+    return run_check.check(_settings(config), out)
 
 
 def _settings(config: Config | Mapping[str, Any] | str | os.PathLike[str] | None) -> Config:

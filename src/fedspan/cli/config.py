@@ -16,6 +16,10 @@ def config(
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON Schema of a settings file instead, for editors.")
     ] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Print nothing but the reason why a run of these settings would be refused."),
+    ] = False,
 ) -> None:
     """Print every setting with its value and explanation as TOML: a file to start from.
 
@@ -24,13 +28,18 @@ def config(
       fedspan config > my.toml
       fedspan config my.toml --set federation.rounds=30
       fedspan config --schema > fedspan.schema.json
+      fedspan config my.toml --check           code 0, or 2 and why a run would be refused
 
     A setting that is unset is commented out. `fedspan methods NAME` lists the options of [method].
     """
     from fedspan.config import json_schema, load, to_toml
 
     loaded = load(config, settings or ())
-    if schema:
+    if check:
+        from fedspan.federation import requirements
+
+        requirements.chosen(loaded)
+    elif schema:
         print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
     else:
         print(to_toml(loaded), end="")

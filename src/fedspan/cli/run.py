@@ -13,6 +13,7 @@ from fedspan.cli.failures import Bug, Interrupted, is_out_of_memory, is_users, m
 from fedspan.support.errors import FedspanError, NotResumable
 
 if TYPE_CHECKING:
+    from fedspan.config import Config
     from fedspan.runs.events import Event, OnEvent
     from fedspan.runs.execution import Result
 
@@ -41,6 +42,14 @@ def run(
             help="Number of processes that share the work; auto: one per core or GPU. Changes no result.",
         ),
     ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Do not run: print what would be run on what, and what it would send, take and last, or the reason "
+            "why it would be refused.",
+        ),
+    ] = False,
 ) -> None:
     """Run a federation and compare it with the untouched base and with every client alone.
 
@@ -52,6 +61,7 @@ def run(
       fedspan run my.toml --out runs/mine           your own model and data
       fedspan run --engine sequential --workers 1   one client after the other
       fedspan run --engine flower-simulation        as messages over Flower
+      fedspan run my.toml --check                   what it would do, in a few seconds
 
     The run folder holds config.toml (every setting), metrics.jsonl (one object per round), summary.json,
     checkpoint/, and adapter/ in PEFT's format (model/ for methods that train full weights).
@@ -64,6 +74,9 @@ def run(
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
     # Before the slow imports, so that a typing mistake is answered at once.
     loaded = load(config, [*(settings or ()), *overrides], must_exist=True)
+    if check:
+        _check(loaded, out)
+        return
 
     def work(on_event: OnEvent) -> Result:
         from fedspan.runs import execution
@@ -75,6 +88,23 @@ def run(
         return execution.run(loaded, out, on_event)
 
     _federate(work, None)
+
+
+def _check(config: Config, out: Path | None) -> None:
+    """Print what a run would be."""
+    from fedspan.display.console import command_console
+    from fedspan.display.progress import follow
+    from fedspan.support.activity import report
+
+    console = command_console()
+    with follow(console):
+        report("loading the libraries")
+        from fedspan.display.check import check_lines
+        from fedspan.runs.check import check
+
+        found = check(config, out)
+    for line in check_lines(found):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def resume(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import secrets
 import time
 from collections.abc import Mapping
@@ -105,10 +106,13 @@ def new_folder(config: Config, out: StrPath | None) -> Path:
     Raises
     ------
     FedspanError
-        When the folder has something in it.
+        When the folder has something in it, or cannot be made.
     """
     name = f"{config.method['name']}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
     folder = Path(out) if out else Path("runs") / name
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise FedspanError(f"{folder} cannot be made: {above} is {'not writable' if above.is_dir() else 'a file'}")
     if (folder / RUNNING).exists():
         with locked(folder):  # which names the other run, if it is still at work
             pass

@@ -96,9 +96,9 @@ class MethodRun:
 
     def engine_used(self) -> EngineChoice:
         """Return the engine that the first round is worked on by."""
-        return engine_used(self.context, self.engine, self.method, self.start.state, self._first())
+        return engine_used(self.context, self.engine, self.method, self.start.state, self.first_cohort())
 
-    def _first(self) -> list[Client]:
+    def first_cohort(self) -> list[Client]:
         """Return the clients of the first round."""
         return pooled(self.clients) if self.method.info.pooled else self._sampled(0)
 
@@ -106,7 +106,7 @@ class MethodRun:
         """Measure how many clients share a pass on a GPU, or take what this run's folder says of its beginning."""
         executor, size = self.context.executor, self.saved.notes.get("cohort_size")
         if size is None:
-            size = measured_cohort_size(self.context, self.engine, self.method, self.start.state, self._first())
+            size = measured_cohort_size(self.context, self.engine, self.method, self.start.state, self.first_cohort())
             if size is None:
                 return
             self.note({**self.saved.notes, "cohort_size": size})

@@ -25,6 +25,8 @@ from fedspan.runs.execution import run
 
 CASES: list[Case] = [*SETTINGS, *DATA, *ADAPTERS, *RUNS]
 AT_LEAST = 250
+CHECKED = ("run", "RUN")
+"""Commands whose refusals `run --check` gives in the same words."""
 _PATIENCE = 60  # seconds, on a busy machine; an answer takes a fraction of one
 PARAMETERS = [pytest.param(case, id=f"{case.subject}: {case.args}"[:100]) for case in CASES]
 
@@ -69,21 +71,30 @@ def test_a_bad_input(
         write(place / name, content)
     try:
         before = listing(place)
-        with ended_after(_PATIENCE):
-            code = main(arguments(case))
-        done = capfd.readouterr()
-        # On a busy machine lines about what is being read may come first.
-        lines = [line for line in done.err.splitlines() if not line.endswith(" …")]
-        assert (code, len(lines), done.out) == (2, 1, ""), done.err[-2000:] or done.out
-        assert lines[0].startswith("fedspan: ")
-        assert len(lines[0]) < 1000, f"{len(lines[0])} characters are no line to read"
+        line = refused(arguments(case), capfd)
         for part in case.parts:
-            assert part in lines[0]
+            assert part in line
+        if shlex.split(case.args)[0] in CHECKED:
+            command, *rest = arguments(case)
+            assert refused([command, "--check", *rest], capfd) == line
         assert listing(place) == before
     finally:
         for name in case.files:
             remove(place / name)
         remove(place / "new")
+
+
+def refused(args: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a command ends."""
+    with ended_after(_PATIENCE):
+        code = main(args)
+    done = capfd.readouterr()
+    # On a busy machine lines about what is being read may come first.
+    lines = [line for line in done.err.splitlines() if not line.endswith(" …")]
+    assert (code, len(lines), done.out) == (2, 1, ""), done.err[-2000:] or done.out
+    assert lines[0].startswith("fedspan: ")
+    assert len(lines[0]) < 1000, f"{len(lines[0])} characters are no line to read"
+    return lines[0]
 
 
 @contextmanager

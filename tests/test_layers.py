@@ -26,7 +26,7 @@ LAYERS = (
     {"server", "site", "diagnostics"},
     {"runs"},
     {"display"},
-    {"api", "inspection", "bench", "flower"},
+    {"api", "inspection", "reporting", "bench", "flower"},
     {"cli"},
     {"__main__"},
 )
@@ -35,7 +35,8 @@ DOORS = {
     "transformers": {"models.loading", "merging.full_model", "bench.peers"},
     "peft": {"models.build", "merging.task_rules", "bench.peers"},
     "datasets": {"data.hub"},
-    "matplotlib": {"display.curves", "bench.plot", "inspection.picture"},
+    "matplotlib": {"display.curves", "bench.plot", "inspection.picture", "reporting.charts"},
+    "jinja2": {"reporting.page"},
     "bitsandbytes": {"models.quantised"},
     "triton": {"models.dropout_kernel", "models.attention_kernel"},
     "flwr": {f"flower.{path.stem}" for path in (PACKAGE / "flower").glob("*.py")},

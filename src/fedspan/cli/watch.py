@@ -31,8 +31,11 @@ def watch(
     from fedspan import reporting
 
     live = reporting.serve(folders, diagnostics_in_words, number)
-    print(live.url, flush=True)
-    live.run()
+    try:
+        print(live.url, flush=True)
+        live.run()
+    except KeyboardInterrupt:
+        live.close()  # the usual end, before the first request
 
 
 def _port(text: str) -> int:

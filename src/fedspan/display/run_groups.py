@@ -11,8 +11,11 @@ from fedspan import methods
 from fedspan.config import Config, load
 from fedspan.support.errors import FedspanError
 
-_NO_MATTER = ("device", "threads", "engine", "deployment", "tracking")
-"""Settings and sections that change no result but for rounding."""
+_NO_MATTER = (
+    *("device", "threads", "engine", "deployment", "tracking"),
+    *(f"evaluation.{name}" for name in ("batch_size", "base", "local", "per_rank", "diagnostics")),
+)
+"""Settings and sections that change no figure of the federation but for rounding."""
 _SEED = "seed"
 _MOST = 2  # settings in a label; with more it would be longer than a legend is wide
 _T = TypeVar("_T")
@@ -84,4 +87,4 @@ def _short(value: object) -> str:
 
 def _matters(key: str) -> bool:
     section, _, name = key.rpartition(".")
-    return name != _SEED and key not in _NO_MATTER and section not in _NO_MATTER
+    return name != _SEED and not {key, section} & {*_NO_MATTER}

@@ -57,7 +57,7 @@ def forest(comparison: Comparison) -> Forest | None:
         for d in comparison.differences
     ]
     step = _step(span)
-    values = [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    values = [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
     ticks = [(place(value) or 0.0, _tick(value)) for value in values]
     zone = None if margin is None else (place(-margin) or 0.0, place(margin) or 0.0)
     return Forest(bars, place(0.0) or 0.0, zone, ticks)
@@ -77,15 +77,19 @@ def _figures(difference: Difference) -> str:
     if difference.mean is None:
         return "–"
     if difference.low is None or difference.high is None:
-        return f"{difference.mean:+.3f}"
-    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+        return _signed(difference.mean)
+    return f"{_signed(difference.mean)} [{_signed(difference.low)}, {_signed(difference.high)}]"
+
+
+def _signed(value: float, form: str = "+.3f") -> str:
+    return f"{value:{form}}".replace("-", "−")
 
 
 def _step(span: float) -> float:
-    """Return a round number that divides the span into two to five parts."""
+    """Return a round number that divides the span into three to six parts."""
     power: float = 10.0 ** math.floor(math.log10(span))
-    return next(factor * power for factor in (2.0, 1.0, 0.5, 0.25) if span / (factor * power) >= 2.0)
+    return next(factor * power for factor in (2.0, 1.0, 0.5, 0.25) if span / (factor * power) >= 3.0)
 
 
 def _tick(value: float) -> str:
-    return "0" if abs(value) < 1e-12 else f"{value:+.3g}"
+    return "0" if abs(value) < 1e-12 else _signed(value, "+.3g")

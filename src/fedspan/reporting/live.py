@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -117,12 +118,7 @@ def serve(folders: Sequence[Path], words: Words, port: int = 0) -> Live:
     """
     render(read(folders), words, live=True)  # which refuses what is no run, before anything listens
     try:
-        server = ThreadingHTTPServer((_HOST, port), _Handler, bind_and_activate=False)
-        server.daemon_threads = True
-        server.block_on_close = False
-        server.allow_reuse_address = True
-        server.server_bind()
-        server.server_activate()
+        server = _Server((_HOST, port), _Handler)
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or one_line(error)
         raise FedspanError(f"--port {port} of {_HOST} cannot be served ({why}): expected a free port, or 0") from None
@@ -137,6 +133,18 @@ def _state(file: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size
+
+
+class _Server(ThreadingHTTPServer):
+    """A server whose threads end with the process, and which says nothing about browsers that have left."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Report a defect of ours; a connection that the other side has cut is none."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

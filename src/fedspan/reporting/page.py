@@ -234,7 +234,7 @@ def _arms(study: Study) -> Table | None:
 
 
 def _overview(study: Study, groups: Groups, names: Sequence[str]) -> list[Table]:
-    if len(study.runs) == 1 or study.metric is None:
+    if (len(study.runs) == 1 and not study.conditions) or study.metric is None:
         return []
     repeated = len(groups) < len(study.runs) and study.comparison is None
     by_seed = [tables.groups_table(groups, study.metric)] if repeated else []
@@ -250,7 +250,10 @@ def _charts(study: Study, groups: Groups) -> list[Chart]:
         return [chart for chart in (*own, *single) if chart is not None]
     if metric is None:
         return []
-    arms = list(dict.fromkeys(run.folder.parent.name for run in study.runs))
+    # The baseline is the first cell of a comparison, and then the first colour.
+    listed = [] if study.comparison is None else [cell.arm for cell in study.comparison.cells]
+    begun = [run.folder.parent.name for run in study.runs]
+    arms = [arm for arm in dict.fromkeys((*listed, *begun)) if arm in begun]
     charts = []
     for condition in dict.fromkeys(study.conditions):
         own_groups = [

@@ -13,7 +13,7 @@ from fedspan.config import Config
 from fedspan.display import run_groups
 from fedspan.display.run_folder import read_run
 from fedspan.reporting.comparison import Comparison, read_comparison, run_folders
-from fedspan.runs.folder_lock import RUNNING
+from fedspan.runs.folder_lock import is_running
 from fedspan.support.errors import FedspanError
 
 Words = Callable[[Path], Sequence[str]]
@@ -42,7 +42,7 @@ class Run:
     rounds: Sequence[Mapping[str, Any]]
     """The records of `metrics.jsonl`."""
     running: bool
-    """A process is at work in the folder, or was killed there."""
+    """A process is at work in the folder; on another machine it may have been killed."""
 
     @cached_property
     def title(self) -> str:
@@ -164,4 +164,4 @@ def _run(folder: Path) -> Run:
     # The file of rounds is written when the first one begins.
     begun = (folder / "metrics.jsonl").exists()
     summary, rounds = read_run(folder) if begun else ({}, [])
-    return Run(folder, config, summary, rounds, (folder / RUNNING).exists())
+    return Run(folder, config, summary, rounds, is_running(folder))

@@ -144,8 +144,7 @@ def results_table(run: Run) -> Table:
     """Return the figures of a finished run, as its command prints them."""
     metrics = object_of(run.summary.get("metrics"))
     main = str(run.summary["metric"])
-    names = [main, *(name for name in object_of(metrics.get("clients")) if name not in (main, "loss"))]
-    names += ["loss"] if main != "loss" else []
+    names = _metric_names(metrics, main)
     rows: list[Sequence[Cell]] = []
 
     def row(label: str, values: object, strong: bool = False) -> None:
@@ -169,12 +168,12 @@ def spread_tables(run: Run) -> list[Table]:
     """Return the figures by rank and by client, where they were measured."""
     metrics = object_of(run.summary.get("metrics"))
     main = run.metric or "loss"
-    others = [name for name in object_of(metrics.get("clients")) if name != main]
-    columns = [Column(arrow(name)) for name in (main, *others)]
+    names = _metric_names(metrics, main)
+    columns = [Column(arrow(name)) for name in names]
 
     def rows(whose: str) -> list[Sequence[Cell]]:
         return [
-            (Cell(name, finite(_whole(name))), *(figure(object_of(values).get(m)) for m in (main, *others)))
+            (Cell(name, finite(_whole(name))), *(figure(object_of(values).get(m)) for m in names))
             for name, values in object_of(metrics.get(whose)).items()
         ]
 
@@ -186,6 +185,12 @@ def spread_tables(run: Run) -> list[Table]:
         caption = "By client, on its own part of the test data"
         found.append(Table(caption, [Column("client", numeric=False), *columns], per_client))
     return found
+
+
+def _metric_names(metrics: Mapping[str, Any], main: str) -> list[str]:
+    """Return the metrics in the order of the columns: the run's own first, the loss last."""
+    others = [name for name in object_of(metrics.get("clients")) if name not in (main, "loss")]
+    return [main, *others, *(["loss"] if main != "loss" else [])]
 
 
 def clients_table(run: Run) -> Table | None:

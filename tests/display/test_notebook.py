@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from fedspan.display import notebook
 from fedspan.display.notebook import Notebook, in_kernel
 from fedspan.runs.events import Event
 
@@ -123,4 +122,3 @@ def test_a_real_kernel_keeps_one_output() -> None:
     assert "40/40 rounds" in shown[0]["data"]["text/plain"]
     assert "1/40 rounds" not in shown[0]["data"]["text/plain"]
     assert "".join(o.text for o in outputs if o.output_type == "stream" and o.name == "stdout") == "stopped\n"
-    assert notebook.__doc__

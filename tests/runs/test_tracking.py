@@ -208,6 +208,7 @@ def test_tensorboard_files_hold_the_figures(settings: Callable[..., Config], tmp
     assert len(events.Tags()["tensors"]) == 1  # the settings, once
 
 
+@pytest.mark.slow
 def test_mlflow_files_hold_the_figures(
     settings: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ SEEDS = (0, 1)
 
 @pytest.fixture(scope="session")
 def suite(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path]) -> Path:
-    """Two conditions, two arms, two seeds; the means in `comparison.json` are those of the runs, the verdicts made up."""
+    """Two conditions, two arms, two seeds; in `comparison.json` the means are the runs', the verdicts made up."""
     folder = tmp_path_factory.mktemp("study") / "suite"
     data = tiny.write_jsonl(tmp_path_factory.mktemp("rows") / "texts.jsonl", tiny.words())
     cells = [(condition, arm, seed) for condition in CONDITIONS for arm in ARMS for seed in SEEDS]

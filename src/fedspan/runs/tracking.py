@@ -112,6 +112,8 @@ class _Tracking:
 
     def _try(self, name: str, work: Callable[[], None]) -> None:
         try:
+            if name == "mlflow":
+                self._place_mlflow()
             work()
         except Exception as error:  # of any library, none of which may end a run
             self._open.pop(name, None)
@@ -126,8 +128,6 @@ class _Tracking:
         kept = _read_kept(self.out)
         self._folder().mkdir(parents=True, exist_ok=True)
         tracker = LOGGER_TYPE_TO_CLASS[name](**self._arguments(name, kept.get(name)))
-        if name == "mlflow":
-            self._place_mlflow()
         tracker.start()
         self._open[name] = tracker
         if name == "mlflow":
@@ -173,7 +173,10 @@ class _Tracking:
         return Path(tracking.folder, tracking.project, tracking.group or "", self.out.name)
 
     def _place_mlflow(self) -> None:
-        """Keep MLflow's records in the folder of this run, or of several, unless a server is named elsewhere."""
+        """Keep MLflow's records in the folder of this run, or of several, unless a server is named elsewhere.
+
+        The place is the process's, and other runs of it may have set theirs since.
+        """
         import mlflow
 
         if os.environ.get("MLFLOW_TRACKING_URI"):

@@ -28,7 +28,8 @@ def run(
 ) -> Result:
     """Run a federation into a new folder, of simulated clients unless a transport is given.
 
-    On a terminal a progress display is shown, in a notebook one line per round, and a table of the result at the end.
+    On a terminal a progress display is shown, in a notebook a text that is kept up to date, and a table of the result
+    at the end.
     Elsewhere, as in a script whose output goes to a file, nothing is printed.
 
     Parameters

@@ -23,7 +23,9 @@ from fedspan.cli.inspect import inspect
 from fedspan.cli.merge import merge
 from fedspan.cli.methods import methods
 from fedspan.cli.plot import plot
+from fedspan.cli.report import report as write_report
 from fedspan.cli.run import resume, run
+from fedspan.cli.watch import watch
 
 
 def _version(wanted: bool) -> None:
@@ -56,6 +58,8 @@ app.command(cls=WithWeights, short_help="Merge PEFT adapters by an aggregation r
 app.command(cls=PlainCommand, short_help="List the methods, their properties and options.")(methods)
 app.command(cls=PlainCommand, short_help="Print every setting as TOML.")(config)
 app.command(cls=PlainCommand, short_help="Draw learning curves of runs.")(plot)
+app.command("report", cls=PlainCommand, short_help="Write an HTML page on runs or a comparison.")(write_report)
+app.command(cls=PlainCommand, short_help="Show the report of a run that goes on in a browser.")(watch)
 app.command(cls=PlainCommand, short_help="Show what a run's server steps did to the updates.")(inspect)
 app.command(cls=PlainCommand, short_help="Time every part against its alternatives.")(bench)
 app.add_typer(flower.app, name="flower", short_help="Deploy a federation of real sites over Flower.")

@@ -100,11 +100,13 @@ def with_absolute_paths(config: Config) -> Config:
         path = Path(name).expanduser()
         return str(path.resolve()) if exists(path) else name
 
-    data, model = config.data, config.model
+    data, model, tracking = config.data, config.model, config.tracking
+    logs = tracking.folder and str(Path(tracking.folder).expanduser().resolve())
     paths = {part: tuple(map(absolute, getattr(data, part))) for part in ("train", "test", "unseen")}
     return config.model_copy(
         update={
             "data": data.model_copy(update=paths if reads_files(data) else {}),
+            "tracking": tracking.model_copy(update={"folder": logs}),
             "model": model.model_copy(
                 update={"name": absolute(model.name), "adapter": model.adapter and absolute(model.adapter)}
             ),

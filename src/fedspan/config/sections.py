@@ -7,7 +7,7 @@ Schema. A new setting needs its line and its explanation here, and nothing elsew
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     ValidationInfo,
     WithJsonSchema,
+    create_model,
     field_validator,
     model_validator,
 )
@@ -428,6 +429,62 @@ class EngineConfig(Section):
     """Type of the base's matrix products in training; worthwhile for wide models (hidden size 512 and more)."""
 
 
+Tracker = Literal["tensorboard", "mlflow", "wandb", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
+TrackerNames = Annotated[
+    tuple[Tracker, ...],
+    BeforeValidator(_as_tuple),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": list(get_args(Tracker))},
+                {"type": "array", "items": {"enum": list(get_args(Tracker))}},
+            ]
+        }
+    ),
+]
+TrackerLabel = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^\w[\w .-]*$")]
+"""A name that is safe in a path and in a tracker's query."""
+
+if TYPE_CHECKING:
+    _WithTrackers = Section
+else:
+    # `with` is a word of Python, which a class cannot declare.
+    _WithTrackers = create_model(
+        "_WithTrackers",
+        __base__=Section,
+        **{
+            "with": (
+                TrackerNames,
+                Field(
+                    default=(),
+                    description="Trackers that get the figures of every round: `tensorboard`, `mlflow`, `wandb`, "
+                    "`trackio`, `comet_ml`, `aim`, `clearml`, `dvclive` or `swanlab`, each of which has to be "
+                    "installed. Empty: none.",
+                ),
+            )
+        },
+    )
+
+
+class TrackingConfig(_WithTrackers):
+    """Trackers of experiments, which show the figures of many runs. They change no result."""
+
+    project: TrackerLabel = "fedspan"
+    """Project (of MLflow: experiment) that the run is filed under."""
+    group: Annotated[TrackerLabel | None, Field(examples=["ranks"])] = None
+    """Group of runs that belong together, such as those of one comparison. Unset: none."""
+    folder: Annotated[
+        Annotated[str, Field(min_length=1)] | None, BeforeValidator(_as_name), Field(examples=["logs"])
+    ] = None
+    """Folder for what trackers write on this machine, such as one that several runs share. Unset: `tracking` in the run
+    folder."""
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names under `with`, each once."""
+        return tuple(dict.fromkeys(getattr(self, "with")))
+
+
 class Config(Section):
     """All settings of a run. `Config()` is the embedded default."""
 
@@ -449,6 +506,7 @@ class Config(Section):
     deployment: DeploymentConfig = DeploymentConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: EngineConfig = EngineConfig()
+    tracking: TrackingConfig = TrackingConfig()
     method: dict[str, Annotated[Any, BeforeValidator(plain)]] = Field(default_factory=lambda: {"name": "glora"})
     """The method's `name` and its own options; `fedspan methods NAME` lists them."""
 

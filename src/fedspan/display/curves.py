@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import io
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedspan.config import Config
+from fedspan.display import run_groups
+from fedspan.display.own_files import write_own
 from fedspan.display.run_folder import read_run
-from fedspan.support.errors import FedspanError
+from fedspan.support.errors import FedspanError, one_line
 
-_COLORS = ("#2a6fbb", "#d1495b", "#2e8b57", "#8a5fbf", "#c77d1e", "#4d4d4d")
+# Okabe and Ito's colours, which colour-blind readers tell apart, without the yellow that is too light on white.
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)))
 _LEVELS = (("base", "untouched base", (1, 2)), ("local", "average client alone", (5, 2)))
+_FEW = 40  # rounds that get a marker each; more would be a thick line
+AXES = ("both", "round", "megabytes")
+"""Values of `x`: what the horizontal axis shows, in one panel or two."""
+_MAKER = "fedspan"
+_FORMATS: Mapping[str, tuple[Mapping[str, str | None], bytes]] = {
+    "png": ({"Software": _MAKER}, b"Software\0fedspan"),
+    "svg": ({"Title": _MAKER, "Date": None}, b"<dc:title>fedspan</dc:title>"),
+    "pdf": ({"Creator": _MAKER, "CreationDate": None}, b"/Creator (fedspan)"),
+}
+"""Format of a picture -> what it says of its origin, and how that stands in the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,17 +39,18 @@ class _Run:
     summary: Mapping[str, Any]
     """The run's summary; empty while the run is unfinished."""
     history: Sequence[Mapping[str, Any]]
+    config: Config | None
 
-    def evaluated(self, metric: str) -> list[Mapping[str, Any]]:
-        """Return the records of the rounds that were evaluated with the metric."""
+    def evaluated(self, metric: str) -> dict[int, float]:
+        """Return the figure of every round that was evaluated with the metric."""
         records = [record for record in self.history if metric in (record.get("eval") or {})]
         if not records:
             raise FedspanError(f"{self.folder}: no round was evaluated with {metric!r}")
-        return records
+        return {record["round_num"]: _number(record["eval"][metric]) for record in records}
 
-    def bytes_until(self) -> dict[int, int]:
+    def bytes_until(self) -> dict[int, float]:
         """Return the bytes sent up and down until the end of each round."""
-        total, sent = 0, {}
+        total, sent = 0.0, {}
         for record in self.history:
             if not {"bytes_up", "bytes_down"} <= record.keys():
                 raise FedspanError(f"{self.folder}: round {record['round_num']} has no bytes_up and bytes_down")
@@ -39,7 +59,39 @@ class _Run:
         return sent
 
 
-def plot(folders: Sequence[Path], out: Path, metric: str | None = None) -> Path:
+@dataclass(frozen=True, slots=True)
+class _Curve:
+    """One line of the picture: a run, or the mean of several that differ by their seeds."""
+
+    label: str
+    rounds: Sequence[int]
+    megabytes: Sequence[float]
+    mean: Sequence[float]
+    deviation: Sequence[float] | None
+    """Sample standard deviation over the seeds; None for a single run."""
+
+    @classmethod
+    def of(cls, runs: Sequence[_Run], label: str, metric: str) -> _Curve:
+        values, sent = [run.evaluated(metric) for run in runs], [run.bytes_until() for run in runs]
+        rounds = sorted(set(values[0]).intersection(*values))
+        if not rounds:
+            raise FedspanError(
+                f"{', '.join(str(run.folder) for run in runs)}: no round was evaluated with {metric!r} in all of them; "
+                "expected --no-band to draw them one by one"
+            )
+        by_round = [[figures[n] for figures in values] for n in rounds]
+        return cls(
+            label if len(runs) == 1 else f"{label} ({len(runs)} seeds, mean ± sd)",
+            rounds,
+            [statistics.fmean(bytes_of[n] for bytes_of in sent) / 1e6 for n in rounds],
+            [statistics.fmean(figures) for figures in by_round],
+            None if len(runs) == 1 else [_deviation(figures) for figures in by_round],
+        )
+
+
+def plot(
+    folders: Sequence[Path], out: Path, metric: str | None = None, *, x: str = "both", band: bool | None = None
+) -> Path:
     """Draw the runs' metric against rounds and against bytes sent, with base and local control as levels.
 
     Parameters
@@ -47,33 +99,41 @@ def plot(folders: Sequence[Path], out: Path, metric: str | None = None) -> Path:
     folders
         Run folders, finished or not. Levels are those of the first finished one.
     out
-        The picture; its ending determines the format (.png, .svg, .pdf).
+        The picture; its ending determines the format (.png, .svg, .pdf). A picture of fedspan's is replaced.
     metric
         One of the metrics in `metrics.jsonl`; None: the summary's.
+    x
+        One of `AXES`.
+    band
+        Average runs and show their standard deviation as a band. None: those whose settings differ by their seeds
+        alone; True: all of one method with the same options; False: draw every run.
 
     Raises
     ------
     FedspanError
-        When a folder holds no run, no round was evaluated with the metric, the picture's format is unknown, or
-        matplotlib is missing.
+        When a folder holds no run, no round was evaluated with the metric, the picture's format is unknown, there is
+        something else where it is to be written, or matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise FedspanError("plots need matplotlib: pip install 'fedspan[plots]'") from None
-    runs = [_Run(folder, *read_run(folder)) for folder in folders]
+    if x not in AXES:
+        raise FedspanError(f"--x {x!r}: expected {', '.join(AXES[:-1])} or {AXES[-1]}")
+    runs = [_Run(folder, *read_run(folder), run_groups.config_of(folder)) for folder in folders]
     name = metric or _metric_of(runs)
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    by_round, by_bytes = figure.subplots(1, 2, sharey=True)
-    for k, (run, label) in enumerate(zip(runs, _labels(runs), strict=True)):
-        _draw(run, name, label, _COLORS[k % len(_COLORS)], by_round, by_bytes)
-    _draw_levels(by_round, next((run.summary for run in runs if run.summary), {}), name)
-    by_round.set(xlabel="round", ylabel=name)
-    by_bytes.set(xlabel="sent up and down, MB")
-    for axes in (by_round, by_bytes):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25, linewidth=0.6)
-    by_bytes.legend(frameon=False, loc="best")
+    groups = run_groups.grouped([(_key(run, band), run) for run in runs])
+    curves = [
+        _Curve.of(group, label, name) for group, label in zip(groups, _labels([g[0] for g in groups]), strict=True)
+    ]
+    wanted = ("round", "megabytes") if x == "both" else (x,)
+    figure = Figure(figsize=(9 if len(wanted) == 2 else 5.6, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(wanted), sharey=True, squeeze=False)[0]
+    for axis, axes in zip(wanted, panels, strict=True):
+        _panel(axes, curves, axis)
+    _draw_levels(panels[0], next((run.summary for run in runs if run.summary), {}), name)
+    panels[0].set_ylabel(one_line(name, 60))
+    _legend(figure, panels[-1], len(curves))
     return save_figure(figure, out)
 
 
@@ -83,14 +143,36 @@ def save_figure(figure: Any, out: Path) -> Path:
     Raises
     ------
     FedspanError
-        For an ending that is no format of matplotlib.
+        For an ending that is no format of pictures, and where there is a file that fedspan did not make.
     """
     ending = out.suffix.removeprefix(".").lower()
-    if ending not in figure.canvas.get_supported_filetypes():
+    if ending not in _FORMATS:
         raise FedspanError(f"{out}: expected a picture that ends in .png, .svg or .pdf")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=160)
-    return out
+    import matplotlib
+
+    metadata, marker = _FORMATS[ending]
+    buffer = io.BytesIO()
+    # Names of folders may hold a dollar sign, which is no formula there.
+    with matplotlib.rc_context({"svg.fonttype": "none", "pdf.fonttype": 42, "text.parse_math": False}):
+        for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
+            text.set_parse_math(False)
+        figure.savefig(buffer, format=ending, dpi=160, metadata=metadata)
+    return write_own(out, buffer.getvalue(), marker)
+
+
+def _key(run: _Run, band: bool | None) -> str:
+    """Return what runs have in common that are drawn as one line."""
+    if band is False or run.config is None:
+        return str(run.folder)
+    return str(sorted(run.config.method.items())) if band else run_groups.repeated(run.config)
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _deviation(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def _metric_of(runs: Sequence[_Run]) -> str:
@@ -107,23 +189,70 @@ def _metric_of(runs: Sequence[_Run]) -> str:
 
 
 def _labels(runs: Sequence[_Run]) -> list[str]:
-    """Return the runs' methods where these tell them apart, otherwise the names of their folders."""
+    """Return the runs' methods where these tell them apart, with other settings where needed, or their folders."""
     methods = [str(run.history[0]["method"]) for run in runs if run.history]
-    return methods if len(set(methods)) == len(runs) else [run.folder.name for run in runs]
+    if len(set(methods)) == len(runs):
+        return methods
+    configs = [run.config for run in runs if run.config is not None]
+    if len(configs) == len(runs):
+        names = run_groups.labels(configs)
+        if len(set(names)) == len(runs):
+            return names
+    return _folder_names([run.folder for run in runs])
 
 
-def _draw(run: _Run, metric: str, label: str, color: str, by_round: Any, by_bytes: Any) -> None:
-    evaluated, sent = run.evaluated(metric), run.bytes_until()
-    values = [record["eval"][metric] for record in evaluated]
-    style = {"color": color, "marker": "o", "markersize": 3.5, "linewidth": 1.8, "label": label}
-    by_round.plot([record["round_num"] for record in evaluated], values, **style)
-    by_bytes.plot([sent[record["round_num"]] / 1e6 for record in evaluated], values, **style)
+def _folder_names(folders: Sequence[Path]) -> list[str]:
+    """Return as many of the last parts of the paths as tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-count:]) for own in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _panel(axes: Any, curves: Sequence[_Curve], axis: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for k, curve in enumerate(curves):
+        xs = curve.rounds if axis == "round" else curve.megabytes
+        color = _COLORS[k % len(_COLORS)]
+        axes.plot(
+            xs,
+            curve.mean,
+            color=color,
+            linestyle=_DASHES[k // len(_COLORS) % len(_DASHES)],
+            marker=_MARKERS[k % len(_MARKERS)] if len(xs) <= _FEW else None,
+            markersize=4,
+            linewidth=1.8,
+            # Matplotlib keeps names that begin with an underscore out of the legend.
+            label=one_line(curve.label, 60).lstrip("_"),
+        )
+        if curve.deviation is not None:
+            low, high = (
+                [m + sign * d for m, d in zip(curve.mean, curve.deviation, strict=True)] for sign in (-1.0, 1.0)
+            )
+            axes.fill_between(xs, low, high, color=color, alpha=0.16, linewidth=0)
+    if axis == "round":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("round" if axis == "round" else "sent up and down, MB")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+
+
+def _legend(figure: Any, axes: Any, count: int) -> None:
+    """Put few names into the picture, and many beside it, where they hide no curve."""
+    if count <= 4:
+        axes.legend(frameon=False, loc="best", fontsize=8)
+        return
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, loc="outside right upper", fontsize=8, ncols=1 + (count - 1) // 16)
 
 
 def _draw_levels(axes: Any, summary: Mapping[str, Any], metric: str) -> None:
     for key, label, dashes in _LEVELS:
         values = summary.get("metrics", {}).get(key)
-        if values and metric in values:
+        if values and isinstance(values.get(metric), int | float):
             axes.axhline(values[metric], color="#555555", linewidth=1.2, dashes=dashes)
             axes.annotate(
                 label,

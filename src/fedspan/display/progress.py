@@ -22,12 +22,13 @@ from fedspan.support.errors import one_line
 if TYPE_CHECKING:
     from fedspan.runs.events import Event
 
-_LABELS = {
+PHASE_LABELS: Mapping[str, str] = {
     "base": "untouched base",
     "federation": "federation",
     "local": "clients alone",
     "final": "last evaluation",
 }
+"""Phase of a run -> the words for it."""
 
 
 def size(num_bytes: float) -> str:
@@ -80,12 +81,14 @@ class Progression:
         return (now - self._began) / progress * (self.total - self.done)
 
 
-def _main_metric(started: Mapping[str, Any], evaluated: Mapping[str, float]) -> str | None:
+def main_metric(started: Mapping[str, Any], evaluated: Mapping[str, float]) -> str | None:
+    """Return the metric to show: the summary's where it was evaluated, else the first."""
     metric = started.get("metric")
     return metric if metric in evaluated else next((name for name in evaluated if name != "loss"), None)
 
 
-def _title(data: Mapping[str, Any]) -> str:
+def title_line(data: Mapping[str, Any]) -> str:
+    """Return in one line what is about to run."""
     ranks = sorted(set(data["ranks"]))
     of_ranks = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
     clients = "client" if data["num_clients"] == 1 else "clients"
@@ -96,7 +99,8 @@ def _title(data: Mapping[str, Any]) -> str:
     )
 
 
-def _engine(data: Mapping[str, Any]) -> str:
+def engine_line(data: Mapping[str, Any]) -> str:
+    """Return in one line how the work is done."""
     why = f" ({data['reason']})" if data["reason"] else ""
     processes = "1 process" if data["workers"] == 1 else f"{data['workers']} processes"
     return f"{data['engine']} engine{why}, {processes}"
@@ -105,7 +109,7 @@ def _engine(data: Mapping[str, Any]) -> str:
 _NAMES_SHOWN = 6
 
 
-def _data(data: Mapping[str, Any] | None) -> str:
+def data_line(data: Mapping[str, Any] | None) -> str:
     """Return the rows of every split and the classes in one line; nothing for a run that does not say them."""
     if data is None:
         return ""
@@ -118,7 +122,8 @@ def _data(data: Mapping[str, Any] | None) -> str:
     return line
 
 
-def _rejected(record: Mapping[str, Any]) -> list[str]:
+def rejected_lines(record: Mapping[str, Any]) -> list[str]:
+    """Return a line for every answer that was left out of a round."""
     return [
         f"round {record['round_num']}: the update of {client} was left out: {reason}"
         for client, reason in record.get("rejected", {}).items()
@@ -141,14 +146,14 @@ class Lines:
             if self.loading is not None:
                 self.loading.close()
             self._started = data
-            self._print(f"{_title(data)}; folder {data['out']}")
-            self._print(_engine(data))
-            if line := _data(data.get("data")):
+            self._print(f"{title_line(data)}; folder {data['out']}")
+            self._print(engine_line(data))
+            if line := data_line(data.get("data")):
                 self._print(line)
         elif event.kind == "phase":
             self._at.begin(data["phase"], data["total"], data["done"], time.monotonic())
             resumed = f", from round {data['done'] + 1}" if 0 < data["done"] < data["total"] else ""
-            self._print(_LABELS.get(data["phase"], data["phase"]) + resumed)
+            self._print(PHASE_LABELS.get(data["phase"], data["phase"]) + resumed)
         elif event.kind == "round":
             self._round(data["record"])
         elif event.kind in ("site", "budget", "note"):
@@ -158,7 +163,7 @@ class Lines:
         self._at.done = record["round_num"]
         parts = [f"round {record['round_num']}/{self._at.total}", f"loss {number(record['train_loss'])}"]
         evaluated = record.get("eval") or {}
-        metric = _main_metric(self._started, evaluated)
+        metric = main_metric(self._started, evaluated)
         if metric is not None:
             parts.append(f"{metric} {number(evaluated[metric])}")
         parts.append(f"{record['num_clients']} clients")
@@ -166,7 +171,7 @@ class Lines:
         left = self._at.seconds_left(time.monotonic())
         if left:
             parts.append(f"{duration(left)} left")
-        for line in _rejected(record):
+        for line in rejected_lines(record):
             self._print(f"  {line}")
         self._print("  " + "  ".join(parts))
 
@@ -201,9 +206,9 @@ class Live:
         if event.kind == "start":
             self.progress.remove_task(self._loading)
             self._started = data
-            self.progress.console.print(f"[bold]{escape(_title(data))}[/]", highlight=False)
-            self.progress.console.print(escape(_engine(data)), style="dim", highlight=False)
-            if line := _data(data.get("data")):
+            self.progress.console.print(f"[bold]{escape(title_line(data))}[/]", highlight=False)
+            self.progress.console.print(escape(engine_line(data)), style="dim", highlight=False)
+            if line := data_line(data.get("data")):
                 self.progress.console.print(escape(line), style="dim", highlight=False)
         elif event.kind == "phase":
             self._phase(data)
@@ -228,7 +233,7 @@ class Live:
         counts_rounds = phase in ("federation", "local")
         self._task = _row(
             self.progress,
-            _LABELS.get(phase, phase),
+            PHASE_LABELS.get(phase, phase),
             total if counts_rounds else None,
             done,
             status=f"{done}/{total} rounds" if counts_rounds else "",
@@ -261,10 +266,10 @@ class Live:
         self._at.done = record["round_num"]
         figures = [f"loss {number(record['train_loss'])}"]
         evaluated = record.get("eval") or {}
-        metric = _main_metric(self._started, evaluated)
+        metric = main_metric(self._started, evaluated)
         if metric is not None:
             figures.append(f"{metric} [bold]{number(evaluated[metric])}[/]")
-        for line in _rejected(record):
+        for line in rejected_lines(record):
             self.progress.console.print(escape(line), style="yellow", highlight=False)
         self.progress.update(
             self._task,

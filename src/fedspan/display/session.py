@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from fedspan.display.notebook import follow_in_notebook, in_kernel
 from fedspan.display.progress import follow
 from fedspan.support.activity import report
 
@@ -23,7 +24,7 @@ def watch(work: Callable[[OnEvent], Result], console: Console) -> Result:
     work
         Runs a federation and hands every event to the listener that it is given.
     """
-    with follow(console) as show:
+    with follow_in_notebook() if in_kernel() else follow(console) as show:
         report("loading the libraries")  # which the work imports, and this file does not
         result = work(show)
     from fedspan.display.report import summary_table

@@ -31,6 +31,7 @@ from fedspan.runs.loop import FEDERATION, MethodRun
 from fedspan.runs.provision import Provision
 from fedspan.runs.scoring import personal_metrics
 from fedspan.runs.summary import Summary, summarise
+from fedspan.runs.tracking import check_trackers, tracked
 from fedspan.support import standard_json
 from fedspan.support.activity import report
 from fedspan.support.errors import FedspanError, NotResumable
@@ -86,6 +87,7 @@ def run(
         clients answer in a round.
     """
     folder = new_folder(config, out)
+    check_trackers(config)
     method = requirements.chosen(config, ClientLedger(folder, config.privacy, config.federation.participation))
     config = with_absolute_paths(config)
     context = RunContext.prepare(config, method, folder, on_event, transport, trusted, provision)
@@ -158,6 +160,7 @@ def resume(
         config = stored = _with_rounds(load_config(folder / "config.toml"), rounds)
         if workers is not None:
             config = config.model_copy(update={"engine": config.engine.model_copy(update={"workers": workers})})
+        check_trackers(config)
         method = requirements.chosen(config, ClientLedger(folder, config.privacy, config.federation.participation))
         context = RunContext.prepare(config, method, folder, on_event, transport, trusted, provision)
         main = MethodRun.open(context, FEDERATION, method, context.clients)
@@ -195,7 +198,7 @@ def serve(
 
 def _execute(context: RunContext, main: MethodRun) -> Result:
     """Do the part of the run that the folder shows to be unfinished."""
-    with closing(context):
+    with closing(context), tracked(context.config, context.out, context.on_event) as context.on_event:
         began = time.perf_counter()
         if context.coordinator is not None:
             context.coordinator.enrol()

@@ -63,6 +63,27 @@ def holder(folder: Path) -> str:
         return "another run"  # between its lock and its description
 
 
+def is_running(folder: Path) -> bool:
+    """Return whether a run has described itself as at work in the folder, and is not known to have been killed.
+
+    Only the processes of this machine are known; the lock itself is not tried, since a run could miss it meanwhile.
+    """
+    try:
+        record = json.loads((folder / RUNNING).read_text(encoding="utf-8"))
+        pid, host = int(record["pid"]), record["host"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+    if host != socket.gethostname() or os.name == "nt":  # where signal 0 would end the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
 def is_free(folder: Path) -> bool:
     """Return whether the path is no file, and holds nothing but perhaps what a lock leaves behind."""
     return not folder.exists() or (folder.is_dir() and all(path.name in FILES for path in folder.iterdir()))

@@ -19,7 +19,7 @@ from fedspan.support.versions import installed_version
 
 LIBRARIES = ("fedspan", "torch", "transformers", "peft", "numpy")
 MAY_CHANGE = (
-    *("federation.rounds", "device", "threads", "deployment", "privacy.epsilon"),
+    *("federation.rounds", "device", "threads", "deployment", "tracking", "privacy.epsilon"),
     *(f"engine.{name}" for name in ("name", "cohort_size", "memory", "workers", "compile")),
     *(f"evaluation.{name}" for name in ("every", "batch_size", "max_examples", "base", "local", "per_rank")),
     *("evaluation.diagnostics", "model.name", "model.adapter", "data.train", "data.test", "data.unseen"),

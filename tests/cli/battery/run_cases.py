@@ -50,6 +50,11 @@ RUNS = [
     Case("runs", "resume texts.jsonl", ("texts.jsonl holds no run",)),
     Case("runs", "resume finished --rounds 99999999999999999999999 --workers 0", ("--workers",)),
     Case("runs", "inspect none", ("none holds no metrics.jsonl",)),
+    Case("runs", "report none", ("none holds no config.toml",)),
+    Case("runs", "watch none", ("none holds no config.toml",)),
+    Case("runs", "watch finished --port x", ("--port 'x'", "0 to 65535")),
+    Case("runs", "report finished --out texts.jsonl", ("texts.jsonl exists and was not made by fedspan",)),
+    Case("runs", "plot finished --x time", ("--x 'time'", "megabytes")),
     Case("runs", "plot none", ("none holds no metrics.jsonl",)),
     Case("runs", "plot finished --out new.xyz", ("new.xyz", ".png")),
     Case("runs", "plot finished --metric fame", ("'fame'",)),
@@ -71,7 +76,7 @@ RUNS = [
     _resume(run_with("sites.json", "{}"), "real sites"),
     *(
         Case("runs", f"{command} bad", ("bad", "damaged"), {"bad": run_with("metrics.jsonl", content)})
-        for command in ("plot", "inspect")
+        for command in ("plot", "inspect", "report")
         for content in ("{", "3\n", "[]\n", "{}\n", deep("["), b"\xff\xfe", '{"round_num": 1, "diagnostics": 3}\n')
     ),
     *(

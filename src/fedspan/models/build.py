@@ -54,6 +54,7 @@ def build(
     min_rank: int | None = None,
     example: Mapping[str, Tensor] | None = None,
     check: Callable[[nn.Module], None] | None = None,
+    base_dropout: bool = True,
 ) -> FederatedModel:
     """Load the base and prepare the parts that `trains` names for training.
 
@@ -82,6 +83,8 @@ def build(
         its layers; None: that is not tried.
     check
         Refuses data that does not fit the base, before that is tried.
+    base_dropout
+        Keep the dropout that the base's configuration names.
 
     Raises
     ------
@@ -93,7 +96,17 @@ def build(
     selection = selection or Selection(target_modules)
     kept = dtype if trains == "adapter" else "float32"
     base, new, replaced = load_base(
-        name, kind, num_labels, kept, seed, label_names, regression, pad_token_id, quantise, new_head is not None
+        name,
+        kind,
+        num_labels,
+        kept,
+        seed,
+        label_names,
+        regression,
+        pad_token_id,
+        quantise,
+        new_head is not None,
+        base_dropout,
     )
     base.to(device)
     if kind == "instruction":

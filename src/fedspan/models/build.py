@@ -132,7 +132,7 @@ def build(
     layers: Mapping[str, Any] = targets.layers
     if trains == "adapter":
         with seeded(seed, "adapter"):
-            model, layers = _attach(base, targets.layers, max_rank, rslora, dropout)
+            model, layers = attach(base, targets.layers, max_rank, rslora, dropout)
     return FederatedModel(
         name,
         kind,
@@ -255,9 +255,10 @@ def _taken_for_experts(base: nn.Module, linear: Collection[str]) -> dict[str, st
     return {n: "has a name that PEFT takes for the experts'" for n in linear if n.rpartition(".")[2] in taken}
 
 
-def _attach(
+def attach(
     base: nn.Module, targets: Mapping[str, nn.Module], rank: int, rslora: bool, dropout: float
 ) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the base with PEFT's adapters on these layers, and the adapted layers by name."""
     with without("bitsandbytes"):
         # PEFT would import it, for layers that are not used here: that takes a second and prints a line.
         from peft import LoraConfig, inject_adapter_in_model

@@ -328,7 +328,8 @@ class FederatedModel:
 
     def untouched_weight(self, name: str, layer: Any) -> Tensor:
         """Return a base layer's weight without any patch; `name` is the target module's, "" for another layer."""
-        return self._originals.get(name, layer.weight.data)
+        weight: Tensor = self._originals.get(name, layer.weight.data)
+        return weight
 
     def _patch_layer(self, name: str, patch: Patch | None) -> None:
         layer = base_layer(self.layers[name])

@@ -100,9 +100,8 @@ def _skeleton(config: Any, dtype: torch.dtype, rank: int) -> tuple[dict[str, Ten
         model, layers = attach(base, targets, rank, False, 0.0)
     for layer in layers.values():
         for factor in (layer.lora_A["default"], layer.lora_B["default"]):
-            factor.weight = nn.Parameter(
-                torch.empty_like(factor.weight, dtype=torch.float32)
-            )  # in float32 whatever the base's type
+            # In float32, whatever the base's type is.
+            factor.weight = nn.Parameter(torch.empty_like(factor.weight, dtype=torch.float32))
     model.train()
     return weights, model
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fedspan.models.build import attach
-from fedspan.models.loading import NO_CODE, read_config, seeded
+from fedspan.models.loading import read_config, seeded, skeleton
 from fedspan.models.selection import linear_layers
 
 _NF4_BYTES = 0.5 + 4 / 64
@@ -89,10 +89,8 @@ def step_memory(
 
 def _skeleton(config: Any, dtype: torch.dtype, rank: int) -> tuple[dict[str, Tensor], Any]:
     """Return the weights of the adapted layers by name, and a model without values, with adapters in float32."""
-    import transformers
-
-    with seeded("skeleton"), torch.device("meta"):
-        base = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE)
+    base = skeleton(config, dtype)
+    with seeded("adapter"), torch.device("meta"):
         targets = linear_layers(base, ())
         weights: dict[str, Any] = {f"{name}.weight": layer.weight for name, layer in targets.items()}
         for parameter in base.parameters():

@@ -255,6 +255,14 @@ def _quantised(auto: Any, config: Any, kind: Kind, quantise: str, dtype: torch.d
     return {"quantization_config": BitsAndBytesConfig(**options), "device_map": {"": "cpu"}}
 
 
+def skeleton(config: Any, dtype: torch.dtype) -> Any:
+    """Return the causal language model of a configuration without values, on torch's device `meta`."""
+    import transformers
+
+    with seeded("skeleton"), torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE)
+
+
 def head_names(base: Any, kind: Kind) -> tuple[str, ...]:
     """Return the modules beside the body of a classifier, which are trained whole."""
     if kind == "instruction":

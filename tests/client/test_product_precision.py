@@ -25,6 +25,7 @@ from fedspan.models import FederatedModel
 from fedspan.models.coarse_products import frozen_linears, products_in
 from fedspan.runs import checkpoint
 from fedspan.runs.execution import resume, run
+from fedspan.runs.many import run_many
 from fedspan.support.errors import FedspanError
 from fedspan.support.seeding import generator
 
@@ -212,6 +213,25 @@ def test_processes_work_in_the_precision_that_was_chosen(
         with measured(0.4):
             found.append(run(config, tmp_path / str(workers)))
     assert found[0].history[-1]["train_loss"] == found[1].history[-1]["train_loss"]
+
+
+def test_runs_that_share_passes_keep_each_its_own_precision(
+    bases: dict[str, Path], texts_path: Path, tmp_path: Path
+) -> None:
+    """One was begun where bfloat16 is fast, another is begun where it is slow: both share a base from then on."""
+    common: dict[str, Any] = {"local": {"optimizer": "sgd", "learning_rate": 0.1}, "engine": {"precision": "auto"}}
+    first, second = (tiny.config(bases["bert"], texts_path, seed=seed, **common) for seed in (3, 4))
+    with measured(0.4):
+        alone = run(first, tmp_path / "alone")
+        with pytest.raises(_Stop):
+            run(first, tmp_path / "first", _stop)
+    with measured(9.0):
+        found = run_many([first, second], [tmp_path / "first", tmp_path / "second"])
+        other = run(second, tmp_path / "other")
+    assert [result.summary["precision"] for result in found] == ["bfloat16", "float32"]
+    for result, wanted, tolerance in zip(found, (alone, other), (LOSS, 1e-4), strict=True):
+        for record, expected in zip(result.history, wanted.history, strict=True):
+            assert record["train_loss"] == pytest.approx(expected["train_loss"], rel=tolerance)
 
 
 def test_bfloat16_is_refused_where_base_weights_are_trained(

@@ -84,7 +84,9 @@ def load(base: Path, device: torch.device) -> FederatedModel:
 def settings(engine: str, **options: Any) -> TrainingSettings:
     """Return the settings of local work."""
     local = {"steps": STEPS, "batch_size": BATCH, "learning_rate": RATE, "clip_norm": 1.0}
-    return TrainingSettings.of(from_mapping({"local": local, "engine": {"name": engine, **options}}))
+    return TrainingSettings.of(
+        from_mapping({"local": local, "engine": {"name": engine, "precision": "auto", **options}})
+    )
 
 
 def clients(model: FederatedModel, num_clients: int) -> list[Assignment]:

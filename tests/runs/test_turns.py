@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fedspan.runs.turns import Stopped, Turn, take_turns
+from fedspan.support.activity import listening, report
 
 
 def doubled(waiting: Sequence[tuple[int, Any]]) -> dict[int, Any]:
@@ -35,6 +36,20 @@ def test_all_that_wait_are_answered_together_and_one_runs_at_a_time() -> None:
     take_turns(turns, answer)
     assert [turn.result for turn in turns] == [12, 2, 0, 6]
     assert rounds == [[(0, 1), (1, 1), (3, 1)], [(0, 2), (3, 2)], [(0, 3)]]
+
+
+def test_every_computation_has_the_context_of_its_caller() -> None:
+    """A listener to the work in hand hears what is reported in each of them."""
+    heard: list[str] = []
+
+    def work(turn: Turn, number: int) -> None:
+        report(f"reading {number}")
+        turn.ask(1)
+        report(f"read {number}")
+
+    with listening(lambda activity: heard.append(activity.what)):
+        take_turns([Turn(partial(work, number=number)) for number in range(2)], doubled)
+    assert heard == ["reading 0", "reading 1", "read 0", "read 1"]
 
 
 def test_one_that_fails_does_not_stop_the_others() -> None:

@@ -16,7 +16,7 @@ import torch
 from fedspan.client import grouping
 from fedspan.client.device_pass import DevicePass
 from fedspan.client.passes import Member, member
-from fedspan.client.tensor_cores import tensor_cores
+from fedspan.client.precision import products
 from fedspan.client.training import Assignment, TrainingSettings
 from fedspan.data import Encoded
 from fedspan.models import FederatedModel
@@ -83,7 +83,7 @@ def _client_steps_per_second(
     members = [_repeated(member(replace(a, steps=1), settings, 0)) for a in group]
     broadcasts = [a.broadcast for a in group]
     try:
-        with tensor_cores(model.device, settings.engine):
+        with products(model, settings.engine, broadcasts[0].recipe):
             tried = DevicePass.create(model, broadcasts, settings, equal_rates=True, drops=drops(model.model))
             tried.run(data, members)  # the first step as it is, the second recorded
             _wait(model.device)

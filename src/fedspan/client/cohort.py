@@ -24,7 +24,7 @@ from torch import Tensor
 from fedspan.client.batching import autocast
 from fedspan.client.device_pass import device_pass
 from fedspan.client.passes import Member, compute_gradients, keep_active, member, penalty_of
-from fedspan.client.tensor_cores import tensor_cores
+from fedspan.client.precision import products
 from fedspan.client.training import Assignment, LocalResult, TrainingSettings, plain_optimizer, work_on
 from fedspan.config import LocalConfig
 from fedspan.data import Encoded
@@ -120,8 +120,9 @@ def work(
     """Do the local work of one group of `grouping.plan`, in its order."""
     # On a GPU one client alone gains too: the steps of a pass are recorded, those of `train` are not.
     shared = {"cohort": True, "auto": len(group) > 1 or model.device.type == "cuda", "sequential": len(group) > 1}
-    with tensor_cores(model.device, settings.engine):
-        if shared[settings.engine.name] and not group[0].broadcast.recipe.gradient:
+    recipe = group[0].broadcast.recipe
+    with products(model, settings.engine, recipe):
+        if shared[settings.engine.name] and not recipe.gradient:
             return _train_together(model, data, group, settings, round_num)
         return [work_on(model, a, data, settings, round_num) for a in group]
 

@@ -202,7 +202,9 @@ class ProcessExecutor:
     def _training_message(self, group: Sequence[Assignment], round_num: int, engine: str) -> MakeMessage:
         def message(held: set[int]) -> Message:
             packed = packing.TensorList()
-            header: dict[str, Any] = {"work": "train", "round_num": round_num, "engine": engine}
+            # The precision too: it may have been chosen after the processes were started.
+            options = {"name": engine, "precision": self.context.training.engine.precision}
+            header: dict[str, Any] = {"work": "train", "round_num": round_num, "engine": options}
             header["clients"] = [self._shared_payloads.assignment(packed, held, a) for a in group]
             header["forget"] = self._shared_payloads.forget(held)
             return header, packed.tensors
@@ -286,6 +288,7 @@ class _Worker:
         if model.device != device:
             model.model.to(device)
             model.device = device
+            model.prefix = None  # it was found for the CPU
         elif shared:
             for parameter in model.dense_parameters.values():
                 parameter.data = parameter.data.clone()
@@ -299,7 +302,7 @@ class _Worker:
     def _train(self, header: Mapping[str, Any], tensors: Sequence[Tensor]) -> Message:
         context = self.context
         group = [self.cache.assignment(x, tensors) for x in header["clients"]]
-        settings = context.training.with_engine(header["engine"])
+        settings = context.training.with_options(**header["engine"])
         began = time.perf_counter()
         results = cohort.work(context.model, context.data["train"], group, settings, header["round_num"])
         seconds = time.perf_counter() - began

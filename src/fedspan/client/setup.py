@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedspan.client import precision
 from fedspan.client.executors import WorkContext
 from fedspan.client.training import TrainingSettings
-from fedspan.config import Config, DataConfig
+from fedspan.config import Config, DataConfig, EngineConfig
 from fedspan.data import Corpus, Encoded, encode
 from fedspan.data.base_facts import BaseFacts
 from fedspan.data.label_names import match_labels
-from fedspan.models import FederatedModel, build, load_processor
+from fedspan.models import FederatedModel, build, frozen_prefix, load_processor
 from fedspan.models.base_checks import check_pixels, check_tokens
 from fedspan.models.base_facts import read_facts
 from fedspan.models.encoder_decoder import check_loss, decoder_start, is_encoder_decoder
@@ -141,8 +142,11 @@ def work_context(
         pad_token_id=texts.pad if texts is not None else None,
         quantise=config.model.quantise,
         new_head=prepared.new_head,
+        base_dropout=config.model.dropout,
         check=partial(_check_data, config.model.name, data, device),
     )
+    precision.check(model, config.engine)
+    precision.prepare(model, config.engine)
     if config.engine.checkpointing and not getattr(model.model, "supports_gradient_checkpointing", False):
         raise FedspanError(f"engine.checkpointing: {type(model.model).__name__} does not support it; expected false")
     if corpus.kind == "instruction" and is_encoder_decoder(model.model.config):
@@ -151,8 +155,22 @@ def work_context(
         check_layers(model, data["train"])
     if config.model.adapter is not None:
         start_from(model, config.model.adapter)
+    find_prefix(model, data["train"], config.engine)
     training = TrainingSettings.of(config)
     return WorkContext(training, config.evaluation, config.threads, model, data, prepared.processor, corpus.metrics)
+
+
+def find_prefix(model: FederatedModel, data: Encoded, engine: EngineConfig) -> None:
+    """Let the lowest layers be computed once for each example, where nothing is trained in them."""
+    if engine.compile or engine.checkpointing:
+        return
+    try:
+        model.prefix = frozen_prefix.find(model, data.batch([0, len(data) - 1]), engine.prefix_cache)
+    except frozen_prefix.NotApplicable as reason:
+        model.notes = (*model.notes, f"the layers below the adapters are computed in every step: {reason}")
+    if model.prefix is not None:
+        count = len(model.prefix.below)
+        model.notes = (*model.notes, f"the {count} lowest layers are computed once for each example")
 
 
 def _check_data(name: str, data: Mapping[str, Encoded], device: torch.device, base: nn.Module) -> None:

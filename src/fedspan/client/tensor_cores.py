@@ -12,7 +12,7 @@ from fedspan.config import EngineConfig
 
 def precision_used(device: torch.device, engine: EngineConfig) -> str:
     """Return the type that float32 matrix products of training are computed in: `tf32` or `float32`."""
-    if engine.precision == "float32" or device.type != "cuda" or torch.version.hip is not None:
+    if engine.precision != "auto" or device.type != "cuda" or torch.version.hip is not None:
         return "float32"
     return "tf32" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
 

@@ -43,7 +43,11 @@ class TrainingSettings:
 
     def with_engine(self, name: Any) -> TrainingSettings:
         """Return the same settings for work by the engine of this name."""
-        return replace(self, engine=self.engine.model_copy(update={"name": name}))
+        return self.with_options(name=name)
+
+    def with_options(self, **options: Any) -> TrainingSettings:
+        """Return the same settings with other options of the engine."""
+        return replace(self, engine=self.engine.model_copy(update=options))
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,6 +114,8 @@ class ModelConfig(Section):
     holds both changes, at the sum of their ranks. Unset: start from the base as it is."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the frozen base. Adapters, patches and full-weight training always use float32."""
+    dropout: bool = True
+    """Keep the base's own dropout in training, as its configuration says; `false`: none. `adapter.dropout` is apart."""
     quantise: Literal["none", "int8", "nf4"] = "none"
     """Hold the base's linear layers in 8 bits (`int8`) or 4 bits (`nf4`); needs the extra `quantised`. Patches stay
     beside them in float32."""
@@ -420,11 +422,16 @@ class EngineConfig(Section):
     checkpointing: bool = False
     """Keep only each block's input for the backward pass and compute the rest again: a third more work, and memory for
     the activations of one block instead of all. Clients are then trained one after the other."""
+    prefix_cache: Annotated[int, Field(ge=0)] = 512
+    """Memory of one process for the output of the lowest layers, in MiB; 0: none. Where no layer below the first
+    with an adapter (`adapter.layers`) trains or drops anything, they are computed once for each example. On a CPU."""
     compile: bool = False
     """Compile the base's forward and backward passes: half a minute at the start, faster steps afterwards."""
-    precision: Literal["auto", "float32"] = "auto"
-    """Matrix products of float32 numbers in training. `auto`: on a GPU that has it in TF32 (10 bits of mantissa, sums
-    in float32), several times as fast; on a CPU `float32`. Evaluation and the server's algebra are always `float32`."""
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Matrix products of a float32 base in training. `float32`: results that compare with those of other machines.
+    `bfloat16`: of its frozen layers in bfloat16, where adapters, gradients, optimizer and loss stay in float32. `auto`:
+    on a GPU that has it TF32 (10 bits of mantissa, sums in float32); on a CPU `bfloat16` where it is measured to be
+    faster. The choice is recorded. Evaluation and the server's algebra are always `float32`."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Type of the base's matrix products in training; worthwhile for wide models (hidden size 512 and more)."""
 

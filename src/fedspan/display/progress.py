@@ -103,7 +103,8 @@ def engine_line(data: Mapping[str, Any]) -> str:
     """Return in one line how the work is done."""
     why = f" ({data['reason']})" if data["reason"] else ""
     processes = "1 process" if data["workers"] == 1 else f"{data['workers']} processes"
-    return f"{data['engine']} engine{why}, {processes}"
+    precision = f", products in {data['precision']}" if data.get("precision") else ""
+    return f"{data['engine']} engine{why}, {processes}{precision}"
 
 
 _NAMES_SHOWN = 6

@@ -54,6 +54,7 @@ def build(
     min_rank: int | None = None,
     example: Mapping[str, Tensor] | None = None,
     check: Callable[[nn.Module], None] | None = None,
+    base_dropout: bool = True,
 ) -> FederatedModel:
     """Load the base and prepare the parts that `trains` names for training.
 
@@ -82,6 +83,8 @@ def build(
         its layers; None: that is not tried.
     check
         Refuses data that does not fit the base, before that is tried.
+    base_dropout
+        Keep the dropout that the base's configuration names.
 
     Raises
     ------
@@ -93,7 +96,17 @@ def build(
     selection = selection or Selection(target_modules)
     kept = dtype if trains == "adapter" else "float32"
     base, new, replaced = load_base(
-        name, kind, num_labels, kept, seed, label_names, regression, pad_token_id, quantise, new_head is not None
+        name,
+        kind,
+        num_labels,
+        kept,
+        seed,
+        label_names,
+        regression,
+        pad_token_id,
+        quantise,
+        new_head is not None,
+        base_dropout,
     )
     base.to(device)
     if kind == "instruction":
@@ -119,7 +132,7 @@ def build(
     layers: Mapping[str, Any] = targets.layers
     if trains == "adapter":
         with seeded(seed, "adapter"):
-            model, layers = _attach(base, targets.layers, max_rank, rslora, dropout)
+            model, layers = attach(base, targets.layers, max_rank, rslora, dropout)
     return FederatedModel(
         name,
         kind,
@@ -242,9 +255,10 @@ def _taken_for_experts(base: nn.Module, linear: Collection[str]) -> dict[str, st
     return {n: "has a name that PEFT takes for the experts'" for n in linear if n.rpartition(".")[2] in taken}
 
 
-def _attach(
+def attach(
     base: nn.Module, targets: Mapping[str, nn.Module], rank: int, rslora: bool, dropout: float
 ) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the base with PEFT's adapters on these layers, and the adapted layers by name."""
     with without("bitsandbytes"):
         # PEFT would import it, for layers that are not used here: that takes a second and prints a line.
         from peft import LoraConfig, inject_adapter_in_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -64,9 +64,16 @@ class FederatedModel:
     """Passes of many clients that were recorded over this model's memory, by what they were recorded for."""
     start: Mapping[str, Factors] = field(default_factory=dict)
     """The adapter that the run starts from; the base's weights hold it already."""
+    products: torch.dtype = torch.float32
+    """The type that the frozen layers of a float32 base multiply in now (`models.coarse_products`)."""
+    rounded: list[tuple[Any, Tensor]] = field(default_factory=list)
+    """The frozen layers with their weights in another type, once that was asked for."""
+    prefix: Any = None
+    """The `FrozenPrefix` of the lowest layers, where their output is computed once for each example."""
     _originals: dict[str, Tensor] = field(default_factory=dict)
     _hooks: list[Any] = field(default_factory=list)
     _patch: Mapping[str, Patch] = field(default_factory=dict)
+    _patched_for: torch.dtype = torch.float32
     _compiled: Any = None
 
     def modules(self) -> dict[str, tuple[int, int]]:
@@ -241,8 +248,11 @@ class FederatedModel:
         if checkpointing:
             # The reentrant form would need an input that requires a gradient, and the embeddings are frozen.
             _checkpointing(writer, "enable")({"use_reentrant": False})
+        # Not with either of them, which take the layers as they are.
+        prefix = None if compiled or checkpointing else self.prefix
         try:
-            yield
+            with nullcontext() if prefix is None else prefix.training():
+                yield
         finally:
             self.model.eval()
             if checkpointing:
@@ -306,7 +316,7 @@ class FederatedModel:
 
     def apply_patch(self, patch: Mapping[str, Patch]) -> None:
         """Make the base the untouched base plus `patch`, in place of the patch before."""
-        if patch is self._patch:
+        if patch is self._patch and self._patched_for == self.products:
             return
         for hook in self._hooks:
             hook.remove()
@@ -314,13 +324,20 @@ class FederatedModel:
         with torch.no_grad():
             for name in self._patch.keys() | patch.keys():
                 self._patch_layer(name, patch.get(name))
-        self._patch = patch
+        self._patch, self._patched_for = patch, self.products
+
+    def untouched_weight(self, name: str, layer: Any) -> Tensor:
+        """Return a base layer's weight without any patch; `name` is the target module's, "" for another layer."""
+        weight: Tensor = self._originals.get(name, layer.weight.data)
+        return weight
 
     def _patch_layer(self, name: str, patch: Patch | None) -> None:
         layer = base_layer(self.layers[name])
         weight = layer.weight
-        if patch is not None and weight.dtype != torch.float32:
+        if patch is not None and (weight.dtype, self.products) != (torch.float32, torch.float32):
             # A patch smaller than the base's rounding would be lost in the sum: it stays beside it in float32.
+            if name in self._originals:
+                weight.data = self._originals[name]
             self._hooks.append(layer.register_forward_hook(beside(patch, self.device)))
             return
         # Always from the original, so that errors do not add up over the rounds; and never into it, because other

@@ -152,6 +152,7 @@ def load_base(
     pad_token_id: int | None,
     quantise: str = "none",
     new_head: bool = False,
+    dropout: bool = True,
 ) -> tuple[Any, set[str], bool]:
     """Load the base for a kind of data; return it in evaluation mode, and the parameters that its files lack.
 
@@ -161,6 +162,8 @@ def load_base(
     ----------
     new_head
         Draw the layer that gives the classes anew, although the files may have one of the same size.
+    dropout
+        Keep the dropout that the base's configuration names.
 
     Raises
     ------
@@ -177,6 +180,8 @@ def load_base(
     labels = {} if kind == "instruction" else _labels(num_labels, label_names, regression)
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "ignore_mismatched_sizes": kind != "instruction"}
     config = read_config(name, **labels)
+    if not dropout:
+        _without_dropout(config)
     if kind == "instruction" and getattr(config, "is_encoder_decoder", False):
         auto = transformers.AutoModelForSeq2SeqLM
     if getattr(config, "quantization_config", None) is not None:
@@ -203,6 +208,15 @@ def load_base(
     missing = set(info["missing_keys"]) | mismatched
     redrawn = _redraw_head(model, kind, num_labels, missing, seed) if new_head else set()
     return model, missing | redrawn, bool(mismatched or redrawn)
+
+
+def _without_dropout(config: Any) -> None:
+    """Set every rate of dropout in a configuration, and in those inside it, to 0."""
+    for name, value in list(vars(config).items()):
+        if isinstance(value, float) and ("drop" in name):
+            setattr(config, name, 0.0)
+        elif name in getattr(config, "sub_configs", ()):
+            _without_dropout(value)
 
 
 def _redraw_head(model: Any, kind: Kind, num_labels: int, missing: set[str], seed: int) -> set[str]:
@@ -239,6 +253,14 @@ def _quantised(auto: Any, config: Any, kind: Kind, quantise: str, dtype: torch.d
     options = quantised.settings(quantise, dtype, [*excluded, *head_names(skeleton, kind)])
     # On the CPU, so that the weights have the same bits whatever the run's device is.
     return {"quantization_config": BitsAndBytesConfig(**options), "device_map": {"": "cpu"}}
+
+
+def skeleton(config: Any, dtype: torch.dtype) -> Any:
+    """Return the causal language model of a configuration without values, on torch's device `meta`."""
+    import transformers
+
+    with seeded("skeleton"), torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **NO_CODE)
 
 
 def head_names(base: Any, kind: Kind) -> tuple[str, ...]:

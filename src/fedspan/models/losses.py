@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -43,7 +43,8 @@ def client_losses(
     """
     if model.padding_matters and model.kind == "instruction" and num_clients == 1:
         return _equal_length_loss(model, batch)
-    return _client_losses(model, batch, num_clients, real)
+    with nullcontext() if model.prefix is None else model.prefix.reading(batch):
+        return _client_losses(model, batch, num_clients, real)
 
 
 def _equal_length_loss(model: FederatedModel, batch: Mapping[str, Tensor]) -> Tensor:

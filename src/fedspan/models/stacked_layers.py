@@ -90,7 +90,9 @@ class StackedLinear(nn.Module):
         """Compute (rows, …, n) -> (rows, …, m)."""
         slot, weight = self.slot, self.base.weight
         rows = _by_client(x, len(slot.a))
-        plain = weight.dtype == x.dtype == torch.float32 and not self.base._forward_hooks
+        # A forward of its own is that of a product in another type.
+        own = bool(self.base._forward_hooks) or "forward" in vars(self.base)
+        plain = weight.dtype == x.dtype == torch.float32 and not own
         if plain and not self.dropout and not torch.is_autocast_enabled(x.device.type):
             w = weight.T if self.transposed else weight
             apply: Callable[..., Tensor] = _Adapted.apply  # torch gives it no type

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedspan.client import calibration, cohort, grouping
-from fedspan.client.tensor_cores import precision_used
+from fedspan.client import precision as precisions
 from fedspan.client.training import Assignment, TrainingSettings, num_steps
 from fedspan.federation.clients import Client
 from fedspan.methods.base import Method, ServerState
@@ -62,7 +62,7 @@ def engine_used(
         return EngineChoice(choice.name, "no client takes part in the first round")
     training = context.executor.context.training
     if context.device.type != "cpu":
-        precision = precision_used(context.device, training.engine)
+        precision = precisions.precision_used(context.device, training.engine)
         size = grouping.UNMEASURED if training.engine.cohort_size == "auto" else training.engine.cohort_size
         return EngineChoice("cohort", f"up to {size} clients a pass, {precision}")
     assignments = _assignments(context, method, state, cohort_of_round)

@@ -203,8 +203,9 @@ def _execute(context: RunContext, main: MethodRun) -> Result:
         if context.coordinator is not None:
             context.coordinator.enrol()
         report("preparing the first round")
+        precision = main.settle_precision()
         main.settle_cohort_size()
-        _announce(context, main)
+        _announce(context, main, precision)
         base = _base(context, main)
         main.advance(context.config.federation.rounds)
         local = _local_control(context)
@@ -224,7 +225,7 @@ def _execute(context: RunContext, main: MethodRun) -> Result:
         return Result(context.out, summary, records, adapter, loading_lines(context))
 
 
-def _announce(context: RunContext, main: MethodRun) -> None:
+def _announce(context: RunContext, main: MethodRun, precision: str | None) -> None:
     """Emit the `start` event, which describes what is about to run."""
     engine = main.engine_used()
     adapter = sum(f.a.numel() + f.b.numel() for f in context.model.adapter().values())
@@ -243,6 +244,7 @@ def _announce(context: RunContext, main: MethodRun) -> None:
         trained_parameters=adapter + dense,
         engine=engine.name,
         reason=engine.reason,
+        precision=precision,
         workers=context.num_workers,
         data=context.described,
     )

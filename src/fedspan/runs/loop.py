@@ -24,6 +24,7 @@ from fedspan.runs.context import RunContext
 from fedspan.runs.engine_choice import EngineChoice, choose_engine, engine_used, measured_cohort_size
 from fedspan.runs.history import write_history
 from fedspan.runs.identity import check_identity
+from fedspan.runs.precision_choice import chosen_precision, use_precision
 from fedspan.runs.privacy_budget import PrivacyBudget, create_budget
 from fedspan.runs.results import set_aside
 from fedspan.runs.scoring import personal_metrics
@@ -101,6 +102,24 @@ class MethodRun:
     def first_cohort(self) -> list[Client]:
         """Return the clients of the first round."""
         return pooled(self.clients) if self.method.info.pooled else self._sampled(0)
+
+    def settle_precision(self) -> str | None:
+        """Measure which precision is faster on a CPU, or take what this run's folder says of its beginning.
+
+        Returns
+        -------
+        str
+            The choice and the reason for it; None where the settings leave nothing open.
+        """
+        kept = self.saved.notes.get("precision")
+        if kept is None:
+            chosen = chosen_precision(self.context)
+            if chosen is None:
+                return None
+            kept = [chosen.name, chosen.reason]
+            self.note({**self.saved.notes, "precision": kept})
+        use_precision(self.context, kept[0])
+        return f"{kept[0]}: {kept[1]}"
 
     def settle_cohort_size(self) -> None:
         """Measure how many clients share a pass on a GPU, or take what this run's folder says of its beginning."""

@@ -158,9 +158,9 @@ class _Pool:
         for shared in self.shared:
             own = {number: request for number, request in waiting if self.of_run[number] is shared}
             training = {number: request for number, request in own.items() if isinstance(request, Train)}
-            for engine in sorted({request.engine for request in training.values()}):
-                alike = {n: request.assignments for n, request in training.items() if request.engine == engine}
-                answers |= self._each(alike, partial(self._train, shared, engine))
+            for kind in sorted({(request.engine, request.precision) for request in training.values()}):
+                alike = {n: r.assignments for n, r in training.items() if (r.engine, r.precision) == kind}
+                answers |= self._each(alike, partial(self._train, shared, *kind))
             tasks = {number: request.tasks for number, request in own.items() if isinstance(request, Evaluate)}
             answers |= self._each(tasks, partial(self._evaluate, shared))
         return answers
@@ -180,7 +180,11 @@ class _Pool:
                     answers[number] = error
             return answers
 
-    def _train(self, shared: SharedBase, engine: str, requests: Mapping[int, Sequence[Assignment]]) -> dict[int, Any]:
+    def _train(
+        self, shared: SharedBase, engine: str, precision: str, requests: Mapping[int, Sequence[Assignment]]
+    ) -> dict[int, Any]:
+        context = shared.executor.context
+        context.training = context.training.with_options(precision=precision)
         everything = [
             replace(a, rows=shared.rows(number, "train", a.rows)) for number, own in requests.items() for a in own
         ]

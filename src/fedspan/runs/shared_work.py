@@ -27,6 +27,8 @@ class Train:
 
     assignments: Sequence[Assignment]
     engine: str
+    precision: str
+    """`engine.precision`, as it was chosen for the run."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +75,8 @@ class RunExecutor:
         """Yield every client's result, in the order of the assignments."""
         settings = self.context.training
         terms = Terms(settings.seed, settings.local, round_num)
-        yield from self._turn.ask(Train([replace(a, terms=terms) for a in assignments], engine))
+        work = [replace(a, terms=terms) for a in assignments]
+        yield from self._turn.ask(Train(work, engine, settings.engine.precision))
 
     def evaluate(self, tasks: Sequence[EvaluationTask]) -> list[dict[str, float]]:
         """Return the loss and the metrics of every evaluation."""

@@ -9,6 +9,7 @@ from typing import Any, NotRequired, TypedDict, cast
 from fedspan.data.metrics import METRICS
 from fedspan.runs.base_record import EncodingEntry, encoding_entry, label_names
 from fedspan.runs.context import RunContext
+from fedspan.runs.precision_choice import used_precision
 from fedspan.support import standard_json
 from fedspan.support.versions import installed_version
 
@@ -118,6 +119,9 @@ class Summary(TypedDict):
     labels: list[str] | None
     """Name of every class in the order of their ids; None without classes."""
     encoding: EncodingEntry
+    precision: str
+    """The type of the base's matrix products in training: `float32`, `tf32` or `bfloat16`; `sites` where each site
+    chooses its own."""
     notes: list[str]
     """Lines on how base and data were read where that may surprise."""
     seed: int
@@ -171,6 +175,7 @@ def summarise(
         "clients": [_entry(c.client_id, c.rank, c.num_examples) for c in context.clients],
         "labels": label_names(context),
         "encoding": encoding_entry(context),
+        "precision": used_precision(context),
         "notes": list(context.notes),
         "seed": context.config.seed,
         "epsilon": spent.get("epsilon"),

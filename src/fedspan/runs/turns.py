@@ -8,6 +8,7 @@ them run at once, so none needs a lock.
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -55,7 +56,8 @@ class Turn:
         """Let the computation run, from its start or with this answer, until it asks or ends."""
         self._answer = answer
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, daemon=True)
+            # With the caller's context variables, such as the listener to the work in hand.
+            self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._run,), daemon=True)
             self._thread.start()
         else:
             self._answered.release()

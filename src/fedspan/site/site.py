@@ -22,6 +22,7 @@ from fedspan.methods.base import Method
 from fedspan.privacy.fixed_point import FixedPoint, Words
 from fedspan.privacy.ledgers import ExampleLedgers
 from fedspan.privacy.sum_layout import SumLayout, SumTerms
+from fedspan.site import precision
 from fedspan.site.errors import Refused, code_of
 from fedspan.site.incidents import refusal
 from fedspan.site.loading import Loaded, client_of
@@ -79,6 +80,7 @@ class Site:
         self.terms = agreement.terms(config)
         self._checks = MessageChecks(self.terms, max(self.client.rank, requirements.largest_rank(config.federation)))
         storage = SiteStorage(folder / "state")
+        precision.settle(config, self.loaded, storage.folder, notify)
         privacy = config.privacy
         examples = None
         if privacy.dp == "example":

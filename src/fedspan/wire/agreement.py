@@ -29,7 +29,7 @@ def terms(config: Config) -> dict[str, Any]:
     shared: dict[str, Any] = {_PROGRAM: installed_version("fedspan")}
     shared |= {f"{_LIBRARY}{name}": installed_version(name) for name in LIBRARIES}
     shared |= {"seed": config.seed, "federation.weighting": config.federation.weighting}
-    shared |= {f"model.{key}": settings["model"][key] for key in ("dtype", "quantise")}
+    shared |= {f"model.{key}": settings["model"][key] for key in ("dtype", "quantise", "dropout")}
     shared["engine.autocast"] = settings["engine"]["autocast"]
     for section in _SHARED_SECTIONS:
         shared |= {f"{section}.{key}": value for key, value in settings[section].items()}

@@ -1,0 +1,101 @@
+"""CPU seconds of a client-step of MiniLM's shape: plain loop, this library, adapters in the upper layers, kept states.
+
+    python benchmarks/speed/minilm.py [--repeats 3] >> minilm.jsonl
+
+Base and rows are those of benchmarks/gpu/minilm.py. The arms take turns; the figures are CPU seconds of this process,
+which has one thread, so that other work on the machine disturbs them less than wall time, which is recorded too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
+import minilm
+
+from fedspan.client import cohort
+from fedspan.client.setup import find_prefix
+from fedspan.config import EngineConfig
+from fedspan.data import Encoded
+from fedspan.models import FederatedModel, build
+from fedspan.models.selection import Selection
+
+_CPU = torch.device("cpu")
+Arm = Callable[[int], None]
+
+
+def _upper(base: Path) -> FederatedModel:
+    """Return the base without its dropout, with adapters in the upper half of its layers."""
+    layers = tuple(range(minilm.LAYERS // 2, minilm.LAYERS))
+    return build(
+        str(base),
+        "classification",
+        trains="adapter",
+        num_labels=2,
+        selection=Selection(layers=layers),
+        max_rank=minilm.RANK,
+        rslora=False,
+        dropout=0.0,
+        dtype="float32",
+        device=_CPU,
+        seed=0,
+        base_dropout=False,
+    )
+
+
+def _arm(model: FederatedModel, data: Encoded, engine: str, count: int) -> Arm:
+    chosen, group = minilm.settings(engine, precision="float32"), minilm.clients(model, count)
+
+    def train(round_num: int) -> None:
+        if engine == "cohort":
+            cohort.work(model, data, group, chosen, round_num)
+        else:
+            for one in group:
+                cohort.work(model, data, [one], chosen, round_num)
+
+    return train
+
+
+def _arms(base: Path, data: Encoded) -> dict[str, Arm]:
+    whole, upper, kept = minilm.load(base, _CPU), _upper(base), _upper(base)
+    find_prefix(kept, data, EngineConfig())
+    plain = minilm.PlainLoop(base, _CPU, list(whole.layers))
+    (client,) = minilm.clients(whole, 1)
+    batches = minilm.batches_of(data, client)
+    return {
+        "plain loop": lambda _: print(plain.train(client.broadcast.adapter, batches), file=sys.stderr),
+        "sequential": _arm(whole, data, "sequential", 1),
+        "upper half": _arm(upper, data, "sequential", 1),
+        "upper half, kept states": _arm(kept, data, "sequential", 1),
+    }
+
+
+def main() -> None:
+    """Time the arms."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=int, default=3)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        base = minilm.write_base(Path(folder))
+        arms = _arms(base, minilm.sentences(base, minilm.ROWS_EACH))
+        for repeat in range(given.repeats):
+            for name, train in arms.items():
+                began, used = time.perf_counter(), time.process_time()
+                train(repeat)
+                figures = {"cpu": time.process_time() - used, "wall": time.perf_counter() - began}
+                line = {"arm": name, "repeat": repeat, "load": os.getloadavg()[0]}
+                print(json.dumps(line | {k: v / minilm.STEPS for k, v in figures.items()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -40,7 +40,7 @@ CONFIGS = sections(
         train=st.lists(paths, max_size=3),
         field_column=texts,
         template=texts,
-        metric=texts,
+        metrics=st.lists(texts, max_size=3),
         max_train=positive,
         client_holdout=shares,
     ),

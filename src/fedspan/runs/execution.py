@@ -209,7 +209,16 @@ def _execute(context: RunContext, main: MethodRun) -> Result:
         # Of the ledger, and not of the last round's record: a round that was given up has released something too.
         spent = main.budget.spent()
         summary = summarise(
-            context, history, base=base, local=local, final=final, wall_seconds=wall_seconds, spent=spent
+            context,
+            history,
+            base=base,
+            local=local,
+            final=final.metrics,
+            rows=final.rows,
+            each=final.clients,
+            classes=final.classes,
+            wall_seconds=wall_seconds,
+            spent=spent,
         )
         write_bytes(context.out / "summary.json", (standard_json.dumps(summary, indent=2) + "\n").encode())
         context.emit("end", summary=summary)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedspan.client.learning_rates import check_groups
 from fedspan.diagnostics.measure import measure
 from fedspan.federation.clients import Client, pooled
 from fedspan.federation.exchange import WINDOW, Answer
@@ -26,7 +27,7 @@ from fedspan.runs.history import write_history
 from fedspan.runs.identity import check_identity
 from fedspan.runs.privacy_budget import PrivacyBudget, create_budget
 from fedspan.runs.results import set_aside
-from fedspan.runs.scoring import personal_metrics
+from fedspan.runs.scoring import mean_figures, personal_figures
 from fedspan.runs.simulated_work import SimulatedWork, steps_of
 from fedspan.support import parallel
 from fedspan.wire.precision import Precision
@@ -70,6 +71,7 @@ class MethodRun:
         start = Checkpoint(method.init(template, context.initial_dense), identity=context.identity)
         recipe = method.broadcast(start.state, Request(None)).recipe
         model.check(recipe)
+        check_groups(config.local, recipe, model.trains, config.privacy)
         engine = choose_engine(context, recipe)
         path = context.out / "checkpoint" / f"{phase}.safetensors"
         saved = start
@@ -162,7 +164,7 @@ class MethodRun:
             counted=run_state.counted,
         )
         record |= self.budget.spent()
-        record["eval"] = self._evaluated(round_num, last)
+        record["eval"], record["eval_rows"] = self._evaluated(round_num, last)
         # State and record are one file, so a round is either finished with its figures or not finished at all.
         self.saved = replace(self.saved, history=(*saved.history, record))
         checkpoint.write(self.path, self.saved)
@@ -246,17 +248,20 @@ class MethodRun:
             return None
         return partial(measure, base=context.initial_dense)
 
-    def _evaluated(self, round_num: int, last: bool) -> dict[str, float] | None:
-        """Return the figures after a round; none where the round is not evaluated."""
+    def _evaluated(self, round_num: int, last: bool) -> tuple[dict[str, float] | None, int]:
+        """Return the figures after a round and the examples that they are of; none where it is not evaluated."""
         context = self.context
         if self.phase != FEDERATION or not (last or (round_num + 1) % context.config.evaluation.every == 0):
-            return None
+            return None, 0
         if self.method.info.personalised:
             # One model for each client is too much to evaluate between rounds, and those of real sites are not here.
-            here = last and context.coordinator is None
-            return personal_metrics(context, self.method, self.saved, self.clients) if here else None
+            if not last or context.coordinator is not None:
+                return None, 0
+            each = list(personal_figures(context, self.method, self.saved, self.clients).values())
+            return mean_figures(each), len(each[0].references)
         broadcast = self.method.broadcast(self.saved.state, Request(None))
-        return context.evaluate([context.evaluation_task(broadcast, whole=False)])[0]
+        found = context.evaluate([context.evaluation_task(broadcast, whole=False)])[0]
+        return dict(found), len(found.references)
 
     def _write_history(self) -> None:
         if self.phase == FEDERATION:

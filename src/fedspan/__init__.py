@@ -34,6 +34,10 @@ if _typing.TYPE_CHECKING:
     from fedspan.methods.messages import Template as Template
     from fedspan.methods.messages import Update as Update
     from fedspan.methods.messages import Vector as Vector
+    from fedspan.runs.application import Evaluation as Evaluation
+    from fedspan.runs.application import Predicted as Predicted
+    from fedspan.runs.application import evaluate as evaluate
+    from fedspan.runs.application import predict_rows as predict
     from fedspan.runs.events import Event as Event
     from fedspan.runs.execution import Result as Result
     from fedspan.runs.summary import Summary as Summary
@@ -45,12 +49,14 @@ __all__ = [
     "METHODS",
     "Broadcast",
     "Config",
+    "Evaluation",
     "Event",
     "Factors",
     "FedspanError",
     "LowRank",
     "MergeReport",
     "Method",
+    "Predicted",
     "Request",
     "Result",
     "RoundReport",
@@ -62,8 +68,10 @@ __all__ = [
     "Vector",
     "aggregate",
     "create_method",
+    "evaluate",
     "load_config",
     "merge",
+    "predict",
     "resume",
     "run",
     "run_many",
@@ -73,12 +81,14 @@ _HOME = {
     "METHODS": ("fedspan.methods", "METHODS"),
     "Broadcast": ("fedspan.methods.messages", "Broadcast"),
     "Config": ("fedspan.config", "Config"),
+    "Evaluation": ("fedspan.runs.application", "Evaluation"),
     "Event": ("fedspan.runs.events", "Event"),
     "Factors": ("fedspan.methods.messages", "Factors"),
     "FedspanError": ("fedspan.support.errors", "FedspanError"),
     "LowRank": ("fedspan.algebra.lowrank", "LowRank"),
     "MergeReport": ("fedspan.merging.merge_report", "MergeReport"),
     "Method": ("fedspan.methods.base", "Method"),
+    "Predicted": ("fedspan.runs.application", "Predicted"),
     "Request": ("fedspan.methods.messages", "Request"),
     "Result": ("fedspan.runs.execution", "Result"),
     "RoundReport": ("fedspan.merging.server", "RoundReport"),
@@ -89,6 +99,8 @@ _HOME = {
     "Update": ("fedspan.methods.messages", "Update"),
     "Vector": ("fedspan.methods.messages", "Vector"),
     "aggregate": ("fedspan.methods.base", "aggregate"),
+    "evaluate": ("fedspan.runs.application", "evaluate"),
+    "predict": ("fedspan.runs.application", "predict_rows"),
     "create_method": ("fedspan.methods", "create"),
     "load_config": ("fedspan.config", "load"),
     "merge": ("fedspan.merging.one_shot", "merge"),

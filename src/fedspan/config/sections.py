@@ -202,6 +202,8 @@ class DataConfig(Section):
     """Maximum number of test examples, and of unseen ones, drawn by the seed. Unset: all."""
     holdout: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Share of the training data held out as test data when no test data is given."""
+    validation: PartialFraction = 0.0
+    """Share of the training data kept back, by the seed, to find the best round and to stop early; never test data."""
     client_holdout: PartialFraction = 0.0
     """Share of each client's data held out for evaluation on that client's own data."""
 
@@ -332,6 +334,11 @@ class EvaluationConfig(Section):
 
     every: PositiveInt = 1
     """Rounds between two evaluations of the server's state. The last round is always evaluated."""
+    every_seconds: Annotated[PositiveFloat | None, Field(examples=[600.0])] = None
+    """Seconds between two evaluations, instead of `every`: a round that ends earlier is not evaluated."""
+    patience: Annotated[PositiveInt | None, Field(examples=[5])] = None
+    """Evaluations without a better figure on the validation data (`data.validation`) after which the run ends. Unset:
+    it has all its rounds."""
     batch_size: PositiveInt = 64
     """Examples per forward pass."""
     max_examples: Annotated[PositiveInt | None, Field(examples=[200])] = None
@@ -477,6 +484,15 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     method: dict[str, Annotated[Any, BeforeValidator(plain)]] = Field(default_factory=lambda: {"name": "glora"})
     """The method's `name` and its own options; `fedspan methods NAME` lists them."""
+
+    @model_validator(mode="after")
+    def _patience_has_data(self) -> Config:
+        patience = self.evaluation.patience
+        if patience is not None and not self.data.validation:
+            raise FedspanError(f"evaluation.patience = {patience} needs data.validation, the share to judge rounds by")
+        if patience is not None and self.evaluation.every_seconds is not None:
+            raise FedspanError("evaluation.patience with evaluation.every_seconds: a clock would decide when to stop")
+        return self
 
 
 def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:

@@ -24,7 +24,7 @@ from fedspan.data.metrics import (
     register_own,
 )
 from fedspan.data.rows import Corpus, Kind, Rows, concatenate
-from fedspan.data.splits import hold_out, keep_apart, limited, undivided
+from fedspan.data.splits import hold_out, keep_apart, limited, undivided, with_validation
 from fedspan.data.strings import joined
 from fedspan.data.tables import Table
 from fedspan.support.errors import FedspanError
@@ -79,7 +79,8 @@ def load(config: DataConfig, seed: int) -> Corpus:
         )
     if config.kind not in (None, corpus.kind):
         raise FedspanError(f"data.kind = {config.kind!r}: {config.task} is {corpus.kind} data")
-    return limited(_with_metrics(corpus, config.metrics), config.max_train, config.max_test, seed)
+    corpus = limited(_with_metrics(corpus, config.metrics), config.max_train, config.max_test, seed)
+    return with_validation(corpus, config.validation, seed)
 
 
 def _check_builtin(config: DataConfig) -> None:

@@ -10,6 +10,7 @@ from fedspan.data.class_metrics import ClassReport
 from fedspan.data.metrics import METRICS
 from fedspan.federation.clients import Client
 from fedspan.runs.base_record import EncodingEntry, encoding_entry, label_names
+from fedspan.runs.best import BestRound, best_round
 from fedspan.runs.client_figures import ClientData, ClientFigures, WorstClient, worst_client
 from fedspan.runs.context import RunContext
 from fedspan.support import standard_json
@@ -128,6 +129,10 @@ class Summary(TypedDict):
     """The client with the worst headline figure; None where no client's model was evaluated."""
     classes: ClassReport | None
     """Confusion matrix, precision and recall of the server's full state; None without such a state or classes."""
+    best: BestRound | None
+    """The best round by the validation data, whose model is `adapter-best` or `model-best`; None without such data."""
+    stopped_early: bool
+    """The run ended before its last round, since its validation figures no longer improved."""
     totals: Totals
     data: DataEntry
     clients: list[ClientEntry]
@@ -154,6 +159,7 @@ def summarise(
     rows: Mapping[str, int],
     each: Mapping[str, ClientFigures],
     classes: ClassReport | None,
+    stopped_early: bool,
     wall_seconds: float,
     spent: Mapping[str, float],
 ) -> Summary:
@@ -167,6 +173,8 @@ def summarise(
         Figures of the untouched base and of the clients that train alone.
     rows, each, classes
         As in `runs.final.Final`.
+    stopped_early
+        The run ended before its last round (`evaluation.patience`).
     spent
         `epsilon`, where the run counts it.
     """
@@ -190,6 +198,8 @@ def summarise(
         "rows": {**_test_rows(context, base, local), **rows},
         "worst_client": worst_client(each, metric),
         "classes": classes,
+        "best": best_round(history, metric, len(context.data.get("validation", ()))),
+        "stopped_early": stopped_early,
         "totals": _totals(history, wall_seconds),
         "data": context.described,
         "clients": [_entry(c, each.get(c.client_id)) for c in context.clients],

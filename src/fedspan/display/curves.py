@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,8 @@ def _labels(runs: Sequence[_Run]) -> list[str]:
 
 def _draw(run: _Run, metric: str, label: str, color: str, by_round: Any, by_bytes: Any) -> None:
     evaluated, sent = run.evaluated(metric), run.bytes_until()
-    values = [record["eval"][metric] for record in evaluated]
+    # A gap where the figure is not defined.
+    values = [math.nan if record["eval"][metric] is None else record["eval"][metric] for record in evaluated]
     style = {"color": color, "marker": "o", "markersize": 3.5, "linewidth": 1.8, "label": label}
     by_round.plot([record["round_num"] for record in evaluated], values, **style)
     by_bytes.plot([sent[record["round_num"]] / 1e6 for record in evaluated], values, **style)
@@ -123,7 +125,7 @@ def _draw(run: _Run, metric: str, label: str, color: str, by_round: Any, by_byte
 def _draw_levels(axes: Any, summary: Mapping[str, Any], metric: str) -> None:
     for key, label, dashes in _LEVELS:
         values = summary.get("metrics", {}).get(key)
-        if values and metric in values:
+        if values and values.get(metric) is not None:
             axes.axhline(values[metric], color="#555555", linewidth=1.2, dashes=dashes)
             axes.annotate(
                 label,

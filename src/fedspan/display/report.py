@@ -66,9 +66,9 @@ def _worst(
     found = {client["figures"][name] for client in of_client.values() if client.get("figures")}
     if worst is None or len(found) < 2:
         return "", None, None
-    where = "on its own data" if worst["data"] == "own" else "on the common test data"
+    where = ", on its own data" if worst["data"] == "own" else ""
     client = of_client[worst["client_id"]]
-    return f"  worst client: {worst['client_id']}, {where}", client["figures"], client["rows"]
+    return f"  the worst, {worst['client_id']}{where}", client["figures"], client["rows"]
 
 
 def _headline(summary: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ import tiny
 import fedspan
 from fedspan.config import DataConfig, from_mapping
 from fedspan.data import load
+from fedspan.federation.requirements import chosen
 from fedspan.runs.best import best_record, best_round, is_spent
 from fedspan.support.errors import FedspanError
 
@@ -131,9 +132,9 @@ def test_evaluation_by_time_leaves_rounds_out(bases: dict[str, Path], texts: Pat
 
 def test_patience_without_what_it_needs_is_refused(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
     with pytest.raises(FedspanError, match=r"evaluation.patience = 3 needs data.validation"):
-        from_mapping({"evaluation": {"patience": 3}})
+        chosen(from_mapping({"evaluation": {"patience": 3}}))
     with pytest.raises(FedspanError, match="a clock would decide"):
-        from_mapping({"evaluation": {"patience": 3, "every_seconds": 5.0}, "data": {"validation": 0.1}})
+        chosen(from_mapping({"evaluation": {"patience": 3, "every_seconds": 5.0}, "data": {"validation": 0.1}}))
     config = tiny.config(bases["bert"], texts, "fedsa_lora", data={"validation": 0.2}, evaluation={"patience": 1})
     with pytest.raises(FedspanError, match=r"evaluation.patience = 1: the clients of fedsa_lora"):
         fedspan.run(config, tmp_path / "run")

@@ -485,15 +485,6 @@ class Config(Section):
     method: dict[str, Annotated[Any, BeforeValidator(plain)]] = Field(default_factory=lambda: {"name": "glora"})
     """The method's `name` and its own options; `fedspan methods NAME` lists them."""
 
-    @model_validator(mode="after")
-    def _patience_has_data(self) -> Config:
-        patience = self.evaluation.patience
-        if patience is not None and not self.data.validation:
-            raise FedspanError(f"evaluation.patience = {patience} needs data.validation, the share to judge rounds by")
-        if patience is not None and self.evaluation.every_seconds is not None:
-            raise FedspanError("evaluation.patience with evaluation.every_seconds: a clock would decide when to stop")
-        return self
-
 
 def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """Return the dotted key of every setting and section, in the order of the file."""

@@ -32,7 +32,6 @@ from fedspan.runs.results import set_aside
 from fedspan.runs.scoring import mean_figures, personal_figures
 from fedspan.runs.simulated_work import SimulatedWork, steps_of
 from fedspan.support import parallel
-from fedspan.support.errors import FedspanError
 from fedspan.wire.precision import Precision
 
 FEDERATION = "federation"
@@ -78,11 +77,6 @@ class MethodRun:
         start = Checkpoint(method.init(template, context.initial_dense), identity=context.identity)
         recipe = method.broadcast(start.state, Request(None)).recipe
         model.check(recipe)
-        if config.evaluation.patience is not None and method.info.personalised:
-            raise FedspanError(
-                f"evaluation.patience = {config.evaluation.patience}: the clients of {method.info.name} have models of "
-                "their own, which are not evaluated between rounds"
-            )
         check_groups(config.local, recipe, model.trains, config.privacy)
         engine = choose_engine(context, recipe)
         path = context.out / "checkpoint" / f"{phase}.safetensors"

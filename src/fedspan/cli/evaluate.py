@@ -38,8 +38,8 @@ def evaluate(
     \b
     Examples:
       fedspan evaluate runs/mine --data test.csv
-      fedspan evaluate runs/mine/adapter --data ward.jsonl --set data.metrics=auroc
-      fedspan evaluate adapter --base my-bert --data a.csv --data b.csv --json
+      fedspan evaluate adapter --data a.jsonl --set data.metrics=auroc
+      fedspan evaluate adapter --base my-bert --data a.csv --json
 
     On the test rows of a run the figures are those of its summary. Settings of data and evaluation are the run's,
     unless --set gives others.

@@ -24,7 +24,7 @@ def predict(
     \b
     Examples:
       fedspan predict runs/mine --data new.csv --out predicted.csv
-      fedspan predict adapter --base my-llama --data questions.jsonl --out answers.jsonl
+      fedspan predict adapter --base llama --data a.jsonl --out b.jsonl
 
     The columns of the input are kept, and rows need no label. A classifier's rows get `prediction` and the
     probabilities (in CSV, `probability` of the predicted class), others the number or the generated answer.

@@ -59,10 +59,11 @@ class WorkContext:
         """Return the length of the text to generate for the run's metrics; 0 where they need none."""
         return self.evaluation.max_new_tokens if needs_text(examples, self.metrics) else 0
 
-    def predict(self, examples: Encoded, cut: Sequence[Sequence[int]], max_new_tokens: int) -> list[Predictions]:
+    def predict(
+        self, examples: Encoded, cut: Sequence[Sequence[int]], max_new_tokens: int, probabilities: bool
+    ) -> list[Predictions]:
         """Return the predictions of the model, as it is loaded, for each of these batches."""
-        shares = needs_probabilities(self.metrics)
-        return predict(self.model, examples, cut, self.processor, max_new_tokens, shares)
+        return predict(self.model, examples, cut, self.processor, max_new_tokens, probabilities)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,7 +152,8 @@ class InlineExecutor:
         context.model.load(task.broadcast)
         cut = batches(examples, context.evaluation.batch_size)
         tokens = context.max_new_tokens(examples)
-        return figures(examples, context.metrics, cut, context.predict(examples, cut, tokens))
+        shares = needs_probabilities(context.metrics)
+        return figures(examples, context.metrics, cut, context.predict(examples, cut, tokens, shares))
 
     def close(self) -> None:
         """Do nothing: no process was started."""
@@ -237,6 +239,8 @@ class ProcessExecutor:
         def message(held: set[int]) -> Message:
             packed = packing.TensorList()
             header: dict[str, Any] = {"work": "evaluate", "split": task.split, "max_new_tokens": max_new_tokens}
+            # A worker does not know the metrics.
+            header["probabilities"] = needs_probabilities(self.context.metrics)
             header["rows"] = None if task.rows is None else packed.put(torch.as_tensor(task.rows))
             header["indices"] = packed.put(torch.tensor(indices))
             header["broadcast"] = self._shared_payloads.broadcast(packed, held, task.broadcast)
@@ -314,5 +318,6 @@ class _Worker:
         task = EvaluationTask(self.cache.broadcast(header["broadcast"], tensors), header["split"], rows)
         self.context.model.load(task.broadcast)
         indices = tensors[header["indices"]].tolist()
-        (predictions,) = self.context.predict(self.context.examples(task), [indices], header["max_new_tokens"])
+        examples, tokens, shares = self.context.examples(task), header["max_new_tokens"], header["probabilities"]
+        (predictions,) = self.context.predict(examples, [indices], tokens, shares)
         return asdict(predictions), ()

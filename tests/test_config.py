@@ -40,7 +40,7 @@ CONFIGS = sections(
         train=st.lists(paths, max_size=3),
         field_column=texts,
         template=texts,
-        metric=texts,
+        metrics=st.lists(texts, max_size=3),
         max_train=positive,
         client_holdout=shares,
     ),
@@ -130,6 +130,7 @@ VALUES: dict[str, Any] = {
     "adapter.alpha": 3.0,
     "adapter.dropout": 0.25,
     "adapter.rslora": True,
+    "data.metrics": ["auroc"],
     "data.max_length": 77,
     "data.max_test": 77,
     "data.max_train": 77,
@@ -146,6 +147,9 @@ VALUES: dict[str, Any] = {
     "local.batch_size": 3,
     "local.clip_norm": 3.0,
     "local.epochs": 3,
+    "local.head_learning_rate": 0.25,
+    "local.lora_plus_ratio": 3.0,
+    "local.schedule": "linear",
     "local.steps": 3,
     "local.warmup": 0.25,
     "model.dtype": "float16",
@@ -333,7 +337,7 @@ def test_an_unset_setting_has_an_example_to_uncomment() -> None:
             text = "\n".join([*lines[:i], line.removeprefix("#"), *lines[i + 1 :]])
             assert from_mapping(tomllib.loads(text)) != Config(), line
             unset += 1
-    assert unset == 19
+    assert unset == 23
 
 
 def test_paths_and_numbers_of_other_libraries_are_settings_too(tmp_path: Path) -> None:

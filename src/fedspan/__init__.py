@@ -35,6 +35,10 @@ if _typing.TYPE_CHECKING:
     from fedspan.methods.messages import Template as Template
     from fedspan.methods.messages import Update as Update
     from fedspan.methods.messages import Vector as Vector
+    from fedspan.runs.application import Evaluation as Evaluation
+    from fedspan.runs.application import Predicted as Predicted
+    from fedspan.runs.application import evaluate as evaluate
+    from fedspan.runs.application import predict_rows as predict
     from fedspan.runs.check import RunCheck as RunCheck
     from fedspan.runs.events import Event as Event
     from fedspan.runs.execution import Result as Result
@@ -47,12 +51,14 @@ __all__ = [
     "METHODS",
     "Broadcast",
     "Config",
+    "Evaluation",
     "Event",
     "Factors",
     "FedspanError",
     "LowRank",
     "MergeReport",
     "Method",
+    "Predicted",
     "Request",
     "Result",
     "RoundReport",
@@ -66,8 +72,10 @@ __all__ = [
     "aggregate",
     "check",
     "create_method",
+    "evaluate",
     "load_config",
     "merge",
+    "predict",
     "resume",
     "run",
     "run_many",
@@ -77,12 +85,14 @@ _HOME = {
     "METHODS": ("fedspan.methods", "METHODS"),
     "Broadcast": ("fedspan.methods.messages", "Broadcast"),
     "Config": ("fedspan.config", "Config"),
+    "Evaluation": ("fedspan.runs.application", "Evaluation"),
     "Event": ("fedspan.runs.events", "Event"),
     "Factors": ("fedspan.methods.messages", "Factors"),
     "FedspanError": ("fedspan.support.errors", "FedspanError"),
     "LowRank": ("fedspan.algebra.lowrank", "LowRank"),
     "MergeReport": ("fedspan.merging.merge_report", "MergeReport"),
     "Method": ("fedspan.methods.base", "Method"),
+    "Predicted": ("fedspan.runs.application", "Predicted"),
     "Request": ("fedspan.methods.messages", "Request"),
     "Result": ("fedspan.runs.execution", "Result"),
     "RoundReport": ("fedspan.merging.server", "RoundReport"),
@@ -95,6 +105,8 @@ _HOME = {
     "Vector": ("fedspan.methods.messages", "Vector"),
     "aggregate": ("fedspan.methods.base", "aggregate"),
     "check": ("fedspan.api", "check"),
+    "evaluate": ("fedspan.runs.application", "evaluate"),
+    "predict": ("fedspan.runs.application", "predict_rows"),
     "create_method": ("fedspan.methods", "create"),
     "load_config": ("fedspan.config", "load"),
     "merge": ("fedspan.merging.one_shot", "merge"),

@@ -16,7 +16,10 @@ from fedspan.config import json_schema
 from fedspan.methods import METHODS, create, options
 
 
-@pytest.mark.parametrize("command", ["run", "resume", "merge", "methods", "config", "plot", "report", "watch"])
+@pytest.mark.parametrize(
+    "command",
+    ["run", "resume", "evaluate", "predict", "merge", "methods", "config", "plot", "report", "watch"],
+)
 def test_every_command_has_help_with_an_example(command: str) -> None:
     done = fedspan(command, "--help")
     assert (done.returncode, done.stderr) == (0, "")
@@ -71,19 +74,8 @@ def test_the_schema_is_printed() -> None:
 
 
 HELP = [
-    *[
-        (),
-        ("run",),
-        ("resume",),
-        ("merge",),
-        ("methods",),
-        ("config",),
-        ("plot",),
-        ("inspect",),
-        ("bench",),
-        ("report",),
-        ("watch",),
-    ],
+    *[(), ("run",), ("resume",), ("merge",), ("methods",), ("config",), ("plot",), ("inspect",), ("bench",)],
+    *[("evaluate",), ("predict",), ("report",), ("watch",)],
     *[("flower",), ("flower", "init"), ("flower", "up"), ("flower", "keys")],
 ]
 

@@ -13,7 +13,7 @@ def first_word(predictions: Sequence[str], references: Sequence[str]) -> float:
     return sum(p.split()[:1] == r.split()[:1] for p, r in pairs) / len(references)
 
 
-def balanced_accuracy(predictions: Sequence[int], references: Sequence[int]) -> float:
+def mean_recall(predictions: Sequence[int], references: Sequence[int]) -> float:
     """Return the unweighted mean over the classes of the share of their examples that is predicted."""
     shares = []
     for label in sorted(set(references)):
@@ -23,4 +23,4 @@ def balanced_accuracy(predictions: Sequence[int], references: Sequence[int]) -> 
 
 
 METRICS["first_word"] = Metric(first_word, needs="texts", kinds=("instruction",))
-METRICS["balanced_accuracy"] = Metric(balanced_accuracy, needs="labels", kinds=("classification", "image"))
+METRICS["mean_recall"] = Metric(mean_recall, needs="labels", kinds=("classification", "image"))

@@ -18,9 +18,10 @@ from torch import Tensor
 from fedspan.algebra.galore import GaloreAdamW
 from fedspan.client.batching import batches
 from fedspan.client.cohort import applies
+from fedspan.client.learning_rates import rate
 from fedspan.client.optimizer_state import put_state, state_by_name
 from fedspan.client.shared_payloads import PayloadCache, SharedPayloads, get_result, put_result
-from fedspan.client.training import Assignment, LocalResult, TrainingSettings, rate, train
+from fedspan.client.training import Assignment, LocalResult, TrainingSettings, train
 from fedspan.config import LocalConfig
 from fedspan.data import Encoded
 from fedspan.federation import requirements

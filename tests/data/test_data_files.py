@@ -149,7 +149,7 @@ def test_labels_become_ids(tmp_path: Path, labels: list[Any], expected: list[int
 
 def test_fractions_are_a_regression_when_the_metric_says_so(tmp_path: Path) -> None:
     path = labelled(tmp_path, [0.5, "3", 4])
-    corpus = read(train=path, test=path, metric="spearman")
+    corpus = read(train=path, test=path, metrics="spearman")
     assert corpus.train.targets == [0.5, 3.0, 4.0]
     assert (corpus.num_labels, corpus.metrics) == (1, ("spearman", "pearson"))
     fails("fractional labels such as 0.5, 1.5: .*pearson", train=labelled(tmp_path, [0.5, 1.5]))

@@ -32,7 +32,7 @@ def test_labels_that_look_odd_are_classes(labels: list[Any], names: Any) -> None
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (["0.37", "0.5"], "fractional labels such as '0.37', '0.5': for regression set data.metric to .*pearson"),
+        (["0.37", "0.5"], "fractional labels such as '0.37', '0.5': for regression set data.metrics to .*pearson"),
         (["0.37", "high"], "the labels '0.37', 'high': expected all names or all whole numbers"),
         (["0,37", "0,5"], "labels with a decimal comma such as '0,37', '0,5': expected a decimal point"),
         (["inf", "a"], "expected all names"),
@@ -60,14 +60,14 @@ def test_what_cannot_be_a_class_is_refused(labels: list[Any], message: str) -> N
 
 def test_a_regression_takes_points_and_no_commas(tmp_path: Path) -> None:
     path = labelled(tmp_path, ["0.37", "1e-2", 3])
-    corpus = read(train=path, test=path, metric="pearson")
+    corpus = read(train=path, test=path, metrics="pearson")
     assert corpus.train.targets == [0.37, 0.01, 3.0]
     fails(
         "row 2 .* '0,5': expected a finite number with a decimal point",
         train=labelled(tmp_path, [1, "0,5"]),
-        metric="pearson",
+        metrics="pearson",
     )
-    fails("row 2 .* 'nan', which stands for a missing value", train=labelled(tmp_path, [1, "nan"]), metric="pearson")
+    fails("row 2 .* 'nan', which stands for a missing value", train=labelled(tmp_path, [1, "nan"]), metrics="pearson")
 
 
 @pytest.mark.parametrize(

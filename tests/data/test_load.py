@@ -99,17 +99,21 @@ def test_unknown_unseen_values_are_named(tmp_path: Path) -> None:
 
 def test_the_metric_asked_for_comes_first(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ANSWERS)
-    assert read(train=path, metric="exact_match").metrics == ("exact_match", "rouge_l")
-    assert read(train=path, metric="perplexity").metrics[0] == "perplexity"
-    fitting = "exact_match, token_f1, rouge_l, perplexity$"
-    fails(f"'accuracy' does not apply to instruction data; expected one of {fitting}", train=path, metric="accuracy")
-    fails("'rouge_1': no such metric for instruction data; did you mean 'rouge_l'", train=path, metric="rouge_1")
+    assert read(train=path, metrics="exact_match").metrics == ("exact_match", "rouge_l")
+    assert read(train=path, metrics="perplexity").metrics[0] == "perplexity"
+    fitting = "exact_match, token_f1, rouge_l, bleu, chrf, perplexity$"
+    fails(f"'accuracy' does not apply to instruction data; expected one of {fitting}", train=path, metrics="accuracy")
+    fails("'rouge_1': no such metric for instruction data; did you mean 'rouge_l'", train=path, metrics="rouge_1")
     three = labelled(tmp_path, [0, 1, 2])
-    fitting = "accuracy, macro_f1, matthews$"
-    fails(f"'f1' does not apply to classification data with 3 labels; .* {fitting}", train=three, metric="f1")
-    fails(f"'rouge_l' does not apply to classification data; expected one of {fitting}", train=three, metric="rouge_l")
-    fails(f"'mse': no such metric for image data; expected one of {fitting}", task="builtin:digits", metric="mse")
-    fails(f"'pearson' does not apply to image data; .* {fitting}", task="builtin:digits", metric="pearson")
+    fitting = (
+        "accuracy, macro_f1, matthews, balanced_accuracy, macro_precision, macro_recall, auroc, average_precision, "
+    )
+    fitting += "calibration_error$"
+    fails(f"'f1' does not apply to classification data with 3 labels; .* {fitting}", train=three, metrics="f1")
+    fails(f"'rouge_l' does not apply to classification data; expected one of {fitting}", train=three, metrics="rouge_l")
+    anyhow = ", ".join(sorted(fitting.removesuffix("$").split(", ")))
+    fails(f"'mse': no such metric for image data; expected one of {anyhow}$", task="builtin:digits", metrics="mse")
+    fails(f"'pearson' does not apply to image data; .* {fitting}", task="builtin:digits", metrics="pearson")
 
 
 # tasks by name
@@ -168,7 +172,7 @@ def test_glue_reads_local_copies_with_its_own_columns_and_metrics(tmp_path: Path
     corpus = read(task="glue/qqp", train=path, test=path)
     assert corpus.train.inputs[3] == ("a3", "b3")
     assert (corpus.metrics, corpus.num_labels) == (("accuracy", "f1"), 2)
-    assert read(task="glue/qqp", train=path, metric="f1").metrics == ("f1", "accuracy")
+    assert read(task="glue/qqp", train=path, metrics="f1").metrics == ("f1", "accuracy")
     scores = [{"sentence1": "a", "sentence2": "b", "label": i / 2} for i in range(10)]
     similar = read(task="glue/stsb", train=write_jsonl(tmp_path / "stsb.jsonl", scores))
     assert (similar.metrics, similar.num_labels) == (("pearson", "spearman"), 1)

@@ -15,7 +15,8 @@ from federations import Array, array, assert_same, build, received, served, traf
 from torch import Tensor
 
 from fedspan.client import cohort
-from fedspan.client.training import Assignment, TrainingSettings, rate, train
+from fedspan.client.learning_rates import rate
+from fedspan.client.training import Assignment, TrainingSettings, train
 from fedspan.config import DataConfig, LocalConfig
 from fedspan.data import Encoded, Rows, encode
 from fedspan.methods import METHODS, fed_sb, fedadamw, fedftg, fedprox, ffa_lora, ravan, scaffold

@@ -64,7 +64,7 @@ TRAINING = [
     ),
     Mutant(
         "warm-up starts at rate 0",
-        "client/training.py",
+        "client/learning_rates.py",
         "min(1.0, (step + 1) / warmup)",
         "min(1.0, step / warmup)",
         "tests/client/test_training.py::test_the_learning_rate_rises_linearly_over_the_warmup",

@@ -18,11 +18,13 @@ from fedspan.cli import flower
 from fedspan.cli.arguments import PlainCommand, WithWeights, new_app
 from fedspan.cli.bench import bench
 from fedspan.cli.config import config
+from fedspan.cli.evaluate import evaluate
 from fedspan.cli.failures import USAGE_ERROR, Bug, Interrupted, is_out_of_memory, is_users, message, report, usage
 from fedspan.cli.inspect import inspect
 from fedspan.cli.merge import merge
 from fedspan.cli.methods import methods
 from fedspan.cli.plot import plot
+from fedspan.cli.predict import predict
 from fedspan.cli.report import report as write_report
 from fedspan.cli.run import resume, run
 from fedspan.cli.watch import watch
@@ -54,6 +56,8 @@ app = new_app(add_completion=True)
 app.callback()(_top)
 app.command(cls=PlainCommand, short_help="Run a federation, with its controls.")(run)
 app.command(cls=PlainCommand, short_help="Continue an interrupted run, or extend one.")(resume)
+app.command(cls=PlainCommand, short_help="Evaluate a run or an adapter on new data.")(evaluate)
+app.command(cls=PlainCommand, short_help="Write a run's or an adapter's predictions for new data.")(predict)
 app.command(cls=WithWeights, short_help="Merge PEFT adapters by an aggregation rule.")(merge)
 app.command(cls=PlainCommand, short_help="List the methods, their properties and options.")(methods)
 app.command(cls=PlainCommand, short_help="Print every setting as TOML.")(config)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedspan.client.batching import autocast
 from fedspan.client.device_pass import device_pass
+from fedspan.client.learning_rates import has_groups
 from fedspan.client.passes import Member, compute_gradients, keep_active, member, penalty_of
 from fedspan.client.precision import products
 from fedspan.client.training import Assignment, LocalResult, TrainingSettings, plain_optimizer, work_on
@@ -79,6 +80,7 @@ def _reason_in_settings(model: FederatedModel, recipe: Recipe, settings: Trainin
         (bool(recipe.proximal), "a proximal term pulls every client towards where it started"),
         (recipe.corrected, "each client's gradients are corrected by what it keeps"),
         (settings.local.keep_optimizer, "each client goes on with an optimizer of its own (local.keep_optimizer)"),
+        (has_groups(settings.local), "some parameters have learning rates of their own"),
         (model.padding_matters, "padding changes the model's results, so that each length needs a pass of its own"),
         (settings.engine.compile, "engine.compile compiles the passes of one client"),
         (settings.engine.checkpointing, "engine.checkpointing saves memory in the passes of one client"),
@@ -225,7 +227,7 @@ def _batch(data: Encoded, members: Sequence[Member], step: int) -> tuple[dict[st
 
 def _optimizer(stack: Stack, members: Sequence[Member], local: LocalConfig) -> torch.optim.Optimizer:
     """Return an optimizer of one long parameter per client; clients of equal rates share a learning-rate schedule."""
-    alike: dict[tuple[int, float, float], dict[str, Any]] = {}
+    alike: dict[tuple[int, float, float, float], dict[str, Any]] = {}
     for row, own in zip(stack.rows, members, strict=True):
         alike.setdefault(own.rates, {"params": [], "member": own})["params"].append(row)
     return plain_optimizer(list(alike.values()), local)

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from multiprocessing import current_process
 from typing import Any, Literal, Protocol
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fedspan.client import cohort, grouping
-from fedspan.client.evaluation import Predictions, batches, figures, needs_text, predict
+from fedspan.client.evaluation import Figures, Predictions, batches, figures, needs_probabilities, needs_text, predict
 from fedspan.client.processes import MakeMessage, Message, Processes, start_method
 from fedspan.client.shared_payloads import PayloadCache, SharedPayloads, get_result, put_result
 from fedspan.client.training import Assignment, LocalResult, TrainingSettings
@@ -59,9 +59,11 @@ class WorkContext:
         """Return the length of the text to generate for the run's metrics; 0 where they need none."""
         return self.evaluation.max_new_tokens if needs_text(examples, self.metrics) else 0
 
-    def predict(self, examples: Encoded, cut: Sequence[Sequence[int]], max_new_tokens: int) -> list[Predictions]:
+    def predict(
+        self, examples: Encoded, cut: Sequence[Sequence[int]], max_new_tokens: int, probabilities: bool
+    ) -> list[Predictions]:
         """Return the predictions of the model, as it is loaded, for each of these batches."""
-        return predict(self.model, examples, cut, self.processor, max_new_tokens)
+        return predict(self.model, examples, cut, self.processor, max_new_tokens, probabilities)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +84,7 @@ class Executor(Protocol):
     def train(self, assignments: Sequence[Assignment], round_num: int, engine: str) -> Iterator[Trained]:
         """Yield every client's result, in the order of the assignments."""
 
-    def evaluate(self, tasks: Sequence[EvaluationTask]) -> list[dict[str, float]]:
+    def evaluate(self, tasks: Sequence[EvaluationTask]) -> list[Figures]:
         """Return the loss and the metrics of every evaluation."""
 
     def close(self) -> None:
@@ -141,16 +143,17 @@ class InlineExecutor:
             results = cohort.work(context.model, data, [assignments[i] for i in group], settings, round_num)
             yield from order.add(group, results, time.perf_counter() - began)
 
-    def evaluate(self, tasks: Sequence[EvaluationTask]) -> list[dict[str, float]]:
+    def evaluate(self, tasks: Sequence[EvaluationTask]) -> list[Figures]:
         """Return the loss and the metrics of every evaluation."""
         return [self._evaluate(task) for task in tasks]
 
-    def _evaluate(self, task: EvaluationTask) -> dict[str, float]:
+    def _evaluate(self, task: EvaluationTask) -> Figures:
         context, examples = self.context, self.context.examples(task)
         context.model.load(task.broadcast)
         cut = batches(examples, context.evaluation.batch_size)
         tokens = context.max_new_tokens(examples)
-        return figures(examples, context.metrics, cut, context.predict(examples, cut, tokens))
+        shares = needs_probabilities(context.metrics)
+        return figures(examples, context.metrics, cut, context.predict(examples, cut, tokens, shares))
 
     def close(self) -> None:
         """Do nothing: no process was started."""
@@ -211,7 +214,7 @@ class ProcessExecutor:
 
         return message
 
-    def evaluate(self, tasks: Sequence[EvaluationTask]) -> list[dict[str, float]]:
+    def evaluate(self, tasks: Sequence[EvaluationTask]) -> list[Figures]:
         """Return the loss and the metrics of every evaluation."""
         context = self.context
         examples = [context.examples(task) for task in tasks]
@@ -226,7 +229,7 @@ class ProcessExecutor:
         self._import_metrics()
         received: dict[int, Predictions] = {}
         for number, header, _ in self.processes.run(messages):
-            received[number] = Predictions(header["loss"], header["count"], header["values"])
+            received[number] = Predictions(**header)
         # Whichever batch was done first, they are scored in the order in which they were cut.
         in_order = iter([received[number] for number in range(len(messages))])
         return [
@@ -238,6 +241,8 @@ class ProcessExecutor:
         def message(held: set[int]) -> Message:
             packed = packing.TensorList()
             header: dict[str, Any] = {"work": "evaluate", "split": task.split, "max_new_tokens": max_new_tokens}
+            # A worker does not know the metrics.
+            header["probabilities"] = needs_probabilities(self.context.metrics)
             header["rows"] = None if task.rows is None else packed.put(torch.as_tensor(task.rows))
             header["indices"] = packed.put(torch.tensor(indices))
             header["broadcast"] = self._shared_payloads.broadcast(packed, held, task.broadcast)
@@ -269,7 +274,9 @@ def _try_metrics(metrics: Sequence[str], sample: Sequence[Any]) -> None:
     for name in metrics:
         # An error of a metric is raised where the figures are computed.
         with contextlib.suppress(Exception):
-            METRICS[name].score(sample, sample)
+            # As many probabilities as there are labels, where a metric takes those.
+            given = [[0.5, 0.5] for _ in sample] if METRICS[name].needs == "probabilities" else sample
+            METRICS[name].score(given, sample)
 
 
 class _Worker:
@@ -314,5 +321,6 @@ class _Worker:
         task = EvaluationTask(self.cache.broadcast(header["broadcast"], tensors), header["split"], rows)
         self.context.model.load(task.broadcast)
         indices = tensors[header["indices"]].tolist()
-        (predictions,) = self.context.predict(self.context.examples(task), [indices], header["max_new_tokens"])
-        return {"loss": predictions.loss, "count": predictions.count, "values": predictions.values}, ()
+        examples, tokens, shares = self.context.examples(task), header["max_new_tokens"], header["probabilities"]
+        (predictions,) = self.context.predict(examples, [indices], tokens, shares)
+        return asdict(predictions), ()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fedspan.client.batching import batches
-from fedspan.client.training import Assignment, TrainingSettings, rate
+from fedspan.client.learning_rates import rate, round_factor
+from fedspan.client.training import Assignment, TrainingSettings
 from fedspan.config import LocalConfig
 from fedspan.methods.messages import Broadcast
 from fedspan.models.stacked import Stack
@@ -29,15 +30,18 @@ class Member:
     schedule: Sequence[Sequence[int]]
     """Indices into `rows`, step by step."""
     dropout_seed: int
+    round_num: int
 
     @property
-    def rates(self) -> tuple[int, float, float]:
+    def rates(self) -> tuple[int, float, float, float]:
         """The settings that its learning rates follow from: clients with equal ones share a schedule."""
-        return self.assignment.steps, self.local.learning_rate, self.local.warmup
+        factor = round_factor(self.local, self.round_num)
+        return self.assignment.steps, self.local.learning_rate, self.local.warmup, factor
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0; 0 after the last."""
-        return rate(self.local, step, self.assignment.steps) if step < self.assignment.steps else 0.0
+        steps = self.assignment.steps
+        return rate(self.local, step, steps, self.round_num) if step < steps else 0.0
 
 
 def member(a: Assignment, settings: TrainingSettings, round_num: int) -> Member:
@@ -46,7 +50,7 @@ def member(a: Assignment, settings: TrainingSettings, round_num: int) -> Member:
     local, key = own.local, (own.seed, round_num)
     schedule = list(batches(len(a.rows), local.batch_size, a.steps, generator(*key, a.client_id, "batches")))
     dropout_seed = generator(*key, a.client_id, "dropout").initial_seed()
-    return Member(a, local, torch.as_tensor(a.rows), schedule, dropout_seed)
+    return Member(a, local, torch.as_tensor(a.rows), schedule, dropout_seed, round_num)
 
 
 def penalty_of(broadcasts: Sequence[Broadcast], device: torch.device) -> Penalty | None:

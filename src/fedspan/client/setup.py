@@ -66,6 +66,8 @@ def prepare(name: str, config: DataConfig, corpus: Corpus) -> Prepared:
     rows = {"train": corpus.train, "test": corpus.test}
     if corpus.unseen is not None:
         rows["unseen"] = corpus.unseen
+    if corpus.validation is not None:
+        rows["validation"] = corpus.validation
     data = {}
     for split, part in rows.items():
         report(f"encoding {len(part):,} {split} rows")

@@ -15,6 +15,8 @@ from torch import nn
 from fedspan.algebra.galore import GaloreAdamW
 from fedspan.client.batching import add_gradients, autocast, schedule
 from fedspan.client.head_cores import HeadCores
+from fedspan.client.learning_rates import groups as rate_groups
+from fedspan.client.learning_rates import rate
 from fedspan.client.optimizer_state import put_state, state_by_name
 from fedspan.config import Config, EngineConfig, LocalConfig, PrivacyConfig
 from fedspan.data import Encoded
@@ -102,17 +104,15 @@ def num_steps(config: LocalConfig, num_examples: int) -> int:
     return config.steps or 10
 
 
+_OWN_SIZES = ("steps", "epochs", "batch_size")
+_OWN_RATES = ("learning_rate", "warmup", "schedule", "schedule_rounds", "warmup_rounds")
+
+
 def shared_part(config: LocalConfig) -> LocalConfig:
     """Return these settings without those that every client of a pass may have of its own."""
     plain = LocalConfig()
-    own = {name: getattr(plain, name) for name in ("learning_rate", "steps", "epochs", "batch_size", "warmup")}
+    own = {name: getattr(plain, name) for name in (*_OWN_SIZES, *_OWN_RATES)}
     return config.model_copy(update=own)
-
-
-def rate(config: LocalConfig, step: int, steps: int) -> float:
-    """Return the learning rate of a step, counted from 0."""
-    warmup = max(1, round(config.warmup * steps))
-    return config.learning_rate * min(1.0, (step + 1) / warmup)
 
 
 def work_on(
@@ -145,14 +145,14 @@ def train(
     optimizer = _optimizer(model, trained, sent, local, key)
     put_state(optimizer, trained.stepped, sent.optimizer)
     total, rates = torch.zeros((), device=model.device), 0.0
-    planned = sum(rate(local, step, work.steps) for step in range(work.steps))
+    planned = sum(rate(local, step, work.steps, round_num) for step in range(work.steps))
     with model.training(settings.engine.compile, settings.engine.checkpointing), seeded(*key, "dropout"):
         masks = _masks(model, work.steps, settings, key)
         for step, parts in enumerate(schedule(model, data.subset(work.rows), work.steps, local, key)):
-            now = rate(local, step, work.steps)
+            now = rate(local, step, work.steps, round_num)
             rates += now
             for group in optimizer.param_groups:
-                group["lr"] = now
+                group["lr"] = now * group["rate_factor"]
             with masks[step]:
                 total += add_gradients(model, parts, settings.engine)
             if recipe.tail_penalty is not None:
@@ -192,7 +192,7 @@ def train_privately(
     examples = data.subset(work.rows)
     sampled = min(1.0, local.batch_size / len(examples))
     width = min(-(-2 * local.batch_size // local.accumulate), len(examples))
-    rates = [rate(local, step, work.steps) for step in range(work.steps)]
+    rates = [rate(local, step, work.steps, round_num) for step in range(work.steps)]
     with (
         private_gradients(model, sent, settings.privacy, work.secret, width) as private,
         model.training(),
@@ -328,19 +328,20 @@ def _optimizer(
 ) -> torch.optim.Optimizer:
     stepped, recipe = trained.stepped, sent.recipe
     if recipe.galore is None and not recipe.carries_moments:
-        return plain_optimizer([{"params": list(stepped.values())}], config)
+        return plain_optimizer(rate_groups(stepped, model.heads, config), config)
     if recipe.galore is None:
         # AdamW in plain operations: torch's own has no start for its second moments.
-        adamw = GaloreAdamW(list(stepped.values()), lr=config.learning_rate, weight_decay=config.weight_decay)
+        adamw = GaloreAdamW(
+            rate_groups(stepped, model.heads, config), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
         for name, moment in sent.moments.items():
             adamw.start_from(stepped[name], moment.to(stepped[name]).expand(stepped[name].shape))
         return adamw
-    projected = [p for name, p in stepped.items() if name in model.projected]
-    plain = [p for name, p in stepped.items() if name not in model.projected]
+    projected = {name: p for name, p in stepped.items() if name in model.projected}
+    plain = {name: p for name, p in stepped.items() if name not in model.projected}
     seed = generator(*key, "galore").initial_seed()
-    groups: list[dict[str, object]] = [{"params": projected, **asdict(recipe.galore), "seed": seed}]
-    if plain:
-        groups.append({"params": plain})
+    groups = [{**group, **asdict(recipe.galore), "seed": seed} for group in rate_groups(projected, model.heads, config)]
+    groups += rate_groups(plain, model.heads, config)
     optimizer = GaloreAdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
     for name, moment in sent.moments.items():
         optimizer.start_from(stepped[name], moment.to(stepped[name]))

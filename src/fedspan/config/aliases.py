@@ -15,6 +15,10 @@ ALIASES: Mapping[str, str] = {
     "adapter.r": "federation.ranks",
     "adapter.layers_to_transform": "adapter.layers",
     "federation.rank": "federation.ranks",
+    # One metric, and the section in which some look for it
+    "data.metric": "data.metrics",
+    "evaluation.metric": "data.metrics",
+    "evaluation.metrics": "data.metrics",
     # Transformers (TrainingArguments and the example scripts) and TRL
     "model.model_name_or_path": "model.name",
     "model.torch_dtype": "model.dtype",
@@ -29,6 +33,9 @@ ALIASES: Mapping[str, str] = {
     "local.num_train_epochs": "local.epochs",
     "local.per_device_train_batch_size": "local.batch_size",
     "local.warmup_ratio": "local.warmup",
+    "local.lr_scheduler_type": "local.schedule",
+    "local.head_lr": "local.head_learning_rate",
+    "local.loraplus_lr_ratio": "local.lora_plus_ratio",
     "evaluation.per_device_eval_batch_size": "evaluation.batch_size",
     "engine.gradient_checkpointing": "engine.checkpointing",
     # Flower

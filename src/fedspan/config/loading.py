@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from fedspan.config.aliases import ALIASES, canonical, canonical_key, refuse_second_name
 from fedspan.config.paths import located, reads_files
-from fedspan.config.sections import Config, valid_keys
+from fedspan.config.sections import Config, FederationConfig, valid_keys
 from fedspan.support.errors import FedspanError, one_line
 from fedspan.support.paths import exists
 from fedspan.support.suggest import nearest
@@ -125,7 +125,18 @@ def _with_task_defaults(tree: dict[str, Any]) -> dict[str, Any]:
         given = tree.get(section, {})
         if isinstance(given, Mapping):
             complete[section] = {**values, **given}
-    return _with_file_defaults(complete)
+    return _with_schedule_rounds(_with_file_defaults(complete))
+
+
+def _with_schedule_rounds(tree: dict[str, Any]) -> dict[str, Any]:
+    """Write down the rounds of a schedule, which must not change when the run is extended."""
+    local, federation = tree.get("local"), tree.get("federation", {})
+    if not isinstance(local, Mapping) or not isinstance(federation, Mapping):
+        return tree
+    if local.get("schedule", "constant") == "constant" or local.get("schedule_rounds") is not None:
+        return tree
+    rounds = federation.get("rounds", FederationConfig.model_fields["rounds"].default)
+    return {**tree, "local": {**local, "schedule_rounds": rounds}}
 
 
 def _with_file_defaults(tree: dict[str, Any]) -> dict[str, Any]:

@@ -192,8 +192,9 @@ class DataConfig(Section):
     template. Conversations always use that where there is one."""
     system: str = ""
     """With `template = "chat"`: text of a system turn before the user's. Empty: no system turn."""
-    metric: Annotated[str | None, Field(examples=["accuracy"])] = None
-    """Metric of the summary. Unset: the usual one for the task."""
+    metrics: Annotated[Names, Field(examples=[["accuracy", "auroc"]])] = ()
+    """Metrics of every evaluation, before the usual ones of the task; the first is the summary's. `module:function` is
+    a function of your own (docs/metrics.md). Empty: the usual ones alone."""
     max_length: PositiveInt = 256
     """Maximum sequence length in tokens; of an encoder-decoder, for prompt and answer each. A longer prompt is cut at
     its start, a conversation loses its oldest turns, and only an answer too long by itself is cut. The default is
@@ -204,6 +205,8 @@ class DataConfig(Section):
     """Maximum number of test examples, and of unseen ones, drawn by the seed. Unset: all."""
     holdout: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
     """Share of the training data held out as test data when no test data is given."""
+    validation: PartialFraction = 0.0
+    """Share of the training data kept back, by the seed, to find the best round and to stop early; never test data."""
     client_holdout: PartialFraction = 0.0
     """Share of each client's data held out for evaluation on that client's own data."""
 
@@ -276,6 +279,18 @@ class LocalConfig(Section):
     """Norm to which a larger gradient is scaled down; "none": no clipping."""
     warmup: PartialFraction = 0.0
     """Share of a round's steps over which the learning rate rises linearly from zero."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate over the rounds of the federation: constant, or falling towards zero in a straight
+    line or along half a cosine. Every round has one factor, which its number determines."""
+    schedule_rounds: Annotated[PositiveInt | None, Field(examples=[12])] = None
+    """Rounds over which it falls; later ones keep the last factor. Unset: `federation.rounds`, as it was when the run
+    began."""
+    warmup_rounds: Annotated[int, Field(ge=0)] = 0
+    """Rounds over which the learning rate rises before that."""
+    head_learning_rate: Annotated[PositiveFloat | None, Field(examples=[1e-3])] = None
+    """Learning rate of heads and of `adapter.modules_to_save` at its highest. Unset: `learning_rate`."""
+    lora_plus_ratio: Annotated[PositiveFloat | None, Field(examples=[16.0])] = None
+    """LoRA+: the learning rate of B as a multiple of A's (Hayou et al. 2024). Unset: the same rate."""
     keep_optimizer: bool = False
     """Keep every client's AdamW or GaLore state from one of its rounds to its next, as FedFTG's public code does,
     instead of starting it anew. The state stays with the client; AdamW's takes twice the memory of what is trained."""
@@ -284,6 +299,19 @@ class LocalConfig(Section):
     def _one_budget(self) -> LocalConfig:
         if self.steps is not None and self.epochs is not None:
             raise FedspanError("give local.steps or local.epochs, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _room_for_the_schedule(self) -> LocalConfig:
+        if self.schedule == "constant":
+            return self
+        if self.schedule_rounds is None:
+            raise FedspanError(f"local.schedule = {self.schedule!r} needs local.schedule_rounds")
+        if self.warmup_rounds >= self.schedule_rounds:
+            raise FedspanError(
+                f"local.warmup_rounds = {self.warmup_rounds}: expected fewer than the {self.schedule_rounds} rounds of "
+                "local.schedule"
+            )
         return self
 
 
@@ -309,6 +337,11 @@ class EvaluationConfig(Section):
 
     every: PositiveInt = 1
     """Rounds between two evaluations of the server's state. The last round is always evaluated."""
+    every_seconds: Annotated[PositiveFloat | None, Field(examples=[600.0])] = None
+    """Seconds between two evaluations, instead of `every`: a round that ends earlier is not evaluated."""
+    patience: Annotated[PositiveInt | None, Field(examples=[5])] = None
+    """Evaluations without a better figure on the validation data (`data.validation`) after which the run ends. Unset:
+    it has all its rounds."""
     batch_size: PositiveInt = 64
     """Examples per forward pass."""
     max_examples: Annotated[PositiveInt | None, Field(examples=[200])] = None

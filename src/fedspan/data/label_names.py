@@ -93,17 +93,17 @@ def _in_order(corpus: Corpus, order: Sequence[int], names: tuple[str, ...]) -> M
     if list(order) != sorted(order):
         note = f"labels are numbered as the base numbers them: {_shown(names)}"
         parts = [None if rows is None else _renumbered(rows, order) for rows in _splits(corpus)]
-        train, test, unseen = parts
+        train, test, unseen, validation = parts
         assert train is not None
         assert test is not None
-        corpus = replace(corpus, train=train, test=test, unseen=unseen)
+        corpus = replace(corpus, train=train, test=test, unseen=unseen, validation=validation)
     # Ids against names that are ids, or that transformers made up, have no names to show.
     named = names if corpus.label_names is not None or note is not None else None
     return MatchedLabels(replace(corpus, label_names=named), note=note)
 
 
-def _splits(corpus: Corpus) -> tuple[Rows, Rows, Rows | None]:
-    return corpus.train, corpus.test, corpus.unseen
+def _splits(corpus: Corpus) -> tuple[Rows, Rows, Rows | None, Rows | None]:
+    return corpus.train, corpus.test, corpus.unseen, corpus.validation
 
 
 def _renumbered(rows: Rows, order: Sequence[int]) -> Rows:

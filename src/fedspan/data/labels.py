@@ -184,7 +184,7 @@ def _misfit(values: Iterable[Any], ids: set[int] | None, source: str) -> str:
     if any(_number(value) is None for value in values):
         return f"{source} has the labels {_some(values)}: expected all names or all whole numbers"
     numeric = " or ".join(name for name, metric in METRICS.items() if metric.needs == "numbers")
-    return f"{source} has fractional labels such as {_some(values)}: for regression set data.metric to {numeric}"
+    return f"{source} has fractional labels such as {_some(values)}: for regression set data.metrics to {numeric}"
 
 
 def _named(values: Iterable[str]) -> Labels:

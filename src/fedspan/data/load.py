@@ -21,9 +21,10 @@ from fedspan.data.metrics import (
     check_metric,
     default_metrics,
     is_regression,
+    register_own,
 )
 from fedspan.data.rows import Corpus, Kind, Rows, concatenate
-from fedspan.data.splits import hold_out, keep_apart, limited, undivided
+from fedspan.data.splits import hold_out, keep_apart, limited, undivided, with_validation
 from fedspan.data.strings import joined
 from fedspan.data.tables import Table
 from fedspan.support.errors import FedspanError
@@ -78,7 +79,8 @@ def load(config: DataConfig, seed: int) -> Corpus:
         )
     if config.kind not in (None, corpus.kind):
         raise FedspanError(f"data.kind = {config.kind!r}: {config.task} is {corpus.kind} data")
-    return limited(_with_metric(corpus, config.metric), config.max_train, config.max_test, seed)
+    corpus = limited(_with_metrics(corpus, config.metrics), config.max_train, config.max_test, seed)
+    return with_validation(corpus, config.validation, seed)
 
 
 def _check_builtin(config: DataConfig) -> None:
@@ -131,7 +133,7 @@ def _glue(config: DataConfig, name: str, seed: int) -> Corpus:
         update={
             "kind": "classification",
             "text_columns": config.text_columns or GLUE_COLUMNS[name],
-            "metric": config.metric or metrics[0],
+            "metrics": config.metrics or metrics[:1],
         }
     )
     if config.train and _is_file(config.train[0]):
@@ -203,9 +205,10 @@ def _from_tables(
     test_files: Sequence[int] | None = None,
 ) -> Corpus:
     kind, parts = _parts((train, test, unseen), config)
+    register_own(config.metrics, kind)
     num_labels, names, ids = 0, None, False
     if kind != "instruction":
-        labels = _labels_of(parts[0], config.metric)
+        labels = _labels_of(parts[0], config.metrics)
         num_labels, names, ids = labels.num_labels, labels.names, labels.form == "id"
         parts = [[_labelled(part, labels) for part in split] for split in parts]
     rows = [[part.rows for part in split] for split in parts]
@@ -257,16 +260,16 @@ def _labelled(part: _Part, labels: Labels) -> _Part:
     return replace(part, rows=replace(part.rows, targets=labels.ids(part.rows.targets, part.source)))
 
 
-def _labels_of(parts: Sequence[_Part], metric: str | None) -> Labels:
+def _labels_of(parts: Sequence[_Part], metrics: Sequence[str]) -> Labels:
     """Return the meaning of the training data's labels; test and unseen data may not add any."""
     source = ", ".join(part.source for part in parts[:2]) + (", …" if len(parts) > 2 else "")
     raw = joined([part.rows.targets for part in parts])
-    return learn_labels(raw, source, is_regression(metric, parts[0].rows.kind), parts[0].label_names)
+    return learn_labels(raw, source, is_regression(metrics, parts[0].rows.kind), parts[0].label_names)
 
 
-def _with_metric(corpus: Corpus, metric: str | None) -> Corpus:
-    """Return the corpus with the metric that the settings name in the first place."""
-    if metric is None:
-        return corpus
-    check_metric(metric, corpus.kind, corpus.num_labels)
-    return replace(corpus, metrics=(metric, *(name for name in corpus.metrics if name != metric)))
+def _with_metrics(corpus: Corpus, metrics: Sequence[str]) -> Corpus:
+    """Return the corpus with the metrics that the settings name before its usual ones."""
+    register_own(metrics, corpus.kind)
+    for name in metrics:
+        check_metric(name, corpus.kind, corpus.num_labels)
+    return replace(corpus, metrics=tuple(dict.fromkeys((*metrics, *corpus.metrics))))

@@ -1,8 +1,9 @@
-"""Metrics: thin wrappers of scikit-learn, SciPy and rouge-score, and a few text metrics written here.
+"""Metrics: thin wrappers of scikit-learn, SciPy, rouge-score and sacrebleu, and a few text metrics written here.
 
 A metric is one function and its line in :data:`METRICS`; nothing else in the package knows its name. A function takes
-all predictions and references at once and returns one float. To add a metric of your own to runs that are started
-from Python, register it before the run, and name it in ``data.metric``::
+all predictions and references at once and returns one float, NaN where they do not determine it. A function of your own
+is named in the settings as ``module:function`` (:mod:`fedspan.data.own_metrics`). To runs that are started from Python
+it can also be added by registering it before the run, and naming it in ``data.metrics``::
 
     from fedspan.data.metrics import METRICS, Metric
 
@@ -11,7 +12,7 @@ from Python, register it before the run, and name it in ``data.metric``::
         return sum(p.split()[:1] == r.split()[:1] for p, r in pairs) / len(references)
 
     METRICS["first_word"] = Metric(first_word, needs="texts", kinds=("instruction",))
-    fedspan.run(fedspan.load_config(overrides=["data.metric=first_word"]))
+    fedspan.run(fedspan.load_config(overrides=["data.metrics=first_word"]))
 
 Worker processes need no registration: they predict, and the process that started the run scores. Every *process* that
 reads the settings does need it: one that resumes the run, and a real site whose settings name the metric.
@@ -26,14 +27,28 @@ import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from fedspan.data.class_metrics import (
+    auroc,
+    average_precision,
+    balanced_accuracy,
+    calibration_error,
+    macro_precision,
+    macro_recall,
+    sensitivity,
+    specificity,
+)
+from fedspan.data.own_metrics import guarded, is_own, load_function
 from fedspan.data.rows import Kind
+from fedspan.data.score_inputs import all_finite
+from fedspan.data.score_inputs import check_pairs as _check
+from fedspan.data.translation_metrics import bleu, check_installed, chrf
 from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
 
 Score = Callable[[Sequence[Any], Sequence[Any]], float]
-Needs = Literal["labels", "numbers", "texts", "losses"]
+Needs = Literal["labels", "probabilities", "numbers", "texts", "losses"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +60,9 @@ class Metric:
     score
         Function of ``(predictions, references)``, sequences of equal length with at least one entry.
     needs
-        The form of predictions and references. ``labels``: class ids, one per example. ``numbers``: floats, one per
-        example; as ``data.metric`` it makes the labels of a classification a regression. ``texts``: the text that
+        The form of predictions and references. ``labels``: class ids, one per example. ``probabilities``: of each
+        example those of all classes, against class ids. ``numbers``: floats, one per example; in ``data.metrics`` it
+        makes the labels of a classification a regression. ``texts``: the text that
         the model generates after each prompt, and the answer. ``losses``: per batch, the summed loss in nats, and
         the number of answer tokens (or examples) that it was summed over; no text is generated for it.
     kinds
@@ -63,9 +79,24 @@ class Metric:
     higher_is_better: bool = True
     num_labels: int | None = None
 
+    def value(self, predictions: Sequence[Any], references: Sequence[Any]) -> float:
+        """Return the score; NaN, which is "not defined", without examples and for predictions that are not finite.
+
+        Raises
+        ------
+        ValueError
+            For predictions and references of different numbers.
+        """
+        if len(predictions) != len(references):
+            _check(predictions, references)
+        # The mean loss of a model that has diverged is no number either, and perplexity says so by itself.
+        if not len(references) or (self.needs != "losses" and not all_finite(predictions)):
+            return math.nan
+        return float(self.score(predictions, references))
+
     def applies_to(self, kind: Kind, num_labels: int) -> bool:
         """Return whether it is defined for data of this kind with this number of labels (1: a regression)."""
-        if self.needs in ("labels", "numbers") and (self.needs == "numbers") != (num_labels == 1):
+        if self.needs in ("labels", "probabilities", "numbers") and (self.needs == "numbers") != (num_labels == 1):
             return False
         return kind in self.kinds and self.num_labels in (None, num_labels)
 
@@ -178,13 +209,6 @@ def perplexity(losses: Sequence[float], counts: Sequence[int]) -> float:
         return math.inf
 
 
-def _check(predictions: Sequence[Any], references: Sequence[Any]) -> None:
-    if len(predictions) != len(references) or not len(references):
-        raise ValueError(
-            f"{len(predictions)} predictions for {len(references)} references: expected as many, and at least one"
-        )
-
-
 _LABELLED: tuple[Kind, ...] = ("classification", "image")
 _INSTRUCTION: tuple[Kind, ...] = ("instruction",)
 
@@ -193,18 +217,46 @@ METRICS: dict[str, Metric] = {
     "f1": Metric(f1, "labels", _LABELLED, num_labels=2),
     "macro_f1": Metric(macro_f1, "labels", _LABELLED),
     "matthews": Metric(matthews, "labels", _LABELLED),
+    "balanced_accuracy": Metric(balanced_accuracy, "labels", _LABELLED),
+    "macro_precision": Metric(macro_precision, "labels", _LABELLED),
+    "macro_recall": Metric(macro_recall, "labels", _LABELLED),
+    "sensitivity": Metric(sensitivity, "labels", _LABELLED, num_labels=2),
+    "specificity": Metric(specificity, "labels", _LABELLED, num_labels=2),
+    "auroc": Metric(auroc, "probabilities", _LABELLED),
+    "average_precision": Metric(average_precision, "probabilities", _LABELLED),
+    "calibration_error": Metric(calibration_error, "probabilities", _LABELLED, higher_is_better=False),
     "pearson": Metric(pearson, "numbers", ("classification",)),
     "spearman": Metric(spearman, "numbers", ("classification",)),
     "exact_match": Metric(exact_match, "texts", _INSTRUCTION),
     "token_f1": Metric(token_f1, "texts", _INSTRUCTION),
     "rouge_l": Metric(rouge_l, "texts", _INSTRUCTION),
+    "bleu": Metric(bleu, "texts", _INSTRUCTION),
+    "chrf": Metric(chrf, "texts", _INSTRUCTION),
     "perplexity": Metric(perplexity, "losses", _INSTRUCTION, higher_is_better=False),
 }
 """Every metric by the name that settings and results use."""
 
 
+def register_own(names: Sequence[str], kind: Kind) -> None:
+    """Import and register the functions among these that are named as ``module:function``.
+
+    Raises
+    ------
+    FedspanError
+        For one that cannot be imported, or says nonsense of itself.
+    """
+    for name in filter(is_own, names):
+        function = load_function(name)
+        needs: Any = getattr(function, "needs", "texts" if kind == "instruction" else "labels")
+        if needs not in get_args(Needs):
+            known = ", ".join(get_args(Needs))
+            raise FedspanError(f"data.metrics = {name!r}: needs = {needs!r}; expected one of {known}")
+        higher = bool(getattr(function, "higher_is_better", True))
+        METRICS[name] = Metric(guarded(name, function), needs, get_args(Kind), higher_is_better=higher)
+
+
 def check_metric(name: str, kind: Kind, num_labels: int) -> None:
-    """Check that the metric of this name applies to a run's data.
+    """Check that the metric of this name applies to a run's data, and that its library is installed.
 
     Raises
     ------
@@ -213,17 +265,20 @@ def check_metric(name: str, kind: Kind, num_labels: int) -> None:
     """
     fitting = [other for other, metric in METRICS.items() if metric.applies_to(kind, num_labels)]
     if name not in METRICS:
-        raise FedspanError(f"data.metric = {name!r}: no such metric for {kind} data{nearest(name, fitting)}")
+        raise FedspanError(f"data.metrics = {name!r}: no such metric for {kind} data{nearest(name, fitting)}")
     if name not in fitting:
         size = "" if kind not in METRICS[name].kinds else f" with {num_labels} labels"
         raise FedspanError(
-            f"data.metric = {name!r} does not apply to {kind} data{size}; expected one of {', '.join(fitting)}"
+            f"data.metrics = {name!r} does not apply to {kind} data{size}; expected one of {', '.join(fitting)}"
         )
+    if name in ("bleu", "chrf"):
+        check_installed(name)
 
 
-def is_regression(metric: str | None, kind: Kind) -> bool:
-    """Return whether this metric, as ``data.metric``, makes the labels of such data plain numbers."""
-    return metric in METRICS and METRICS[metric].needs == "numbers" and kind in METRICS[metric].kinds
+def is_regression(metrics: Sequence[str], kind: Kind) -> bool:
+    """Return whether these metrics, as ``data.metrics``, make the labels of such data plain numbers."""
+    known = [METRICS[name] for name in metrics if name in METRICS]
+    return any(metric.needs == "numbers" and kind in metric.kinds for metric in known)
 
 
 def default_metrics(kind: Kind, num_labels: int) -> tuple[str, ...]:

@@ -102,6 +102,8 @@ class Corpus:
         test file of the same name. None unless the data came from files.
     ids_in_data
         The label ids are the data's own; otherwise names were given ids in their sorted order.
+    validation
+        Rows kept back from the training data to compare rounds by, if any.
     """
 
     kind: Kind
@@ -115,12 +117,15 @@ class Corpus:
     client_names: tuple[str, ...] | None = None
     client_tests: tuple[np.ndarray, ...] | None = None
     ids_in_data: bool = False
+    validation: Rows | None = None
 
     def describe(self) -> dict[str, Any]:
         """Return the kind, the rows of each split, the number of classes and their names, as plain values."""
         rows = {"train": len(self.train), "test": len(self.test)}
         if self.unseen is not None:
             rows["unseen"] = len(self.unseen)
+        if self.validation is not None:
+            rows["validation"] = len(self.validation)
         classes = None if self.kind == "instruction" or self.num_labels == 1 else self.num_labels
         names = None if classes is None or self.label_names is None else list(self.label_names)
         return {"kind": self.kind, "rows": rows, "num_classes": classes, "label_names": names}

@@ -12,7 +12,7 @@ from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
 
 # The purpose of a draw, part of its generator's seed: no two draws share a stream.
-_HOLDOUT, _MAX_TRAIN, _MAX_TEST, _MAX_UNSEEN = range(4)
+_HOLDOUT, _MAX_TRAIN, _MAX_TEST, _MAX_UNSEEN, _VALIDATION = range(5)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,6 +137,30 @@ def limited(corpus: Corpus, max_train: int | None, max_test: int | None, seed: i
         unseen=unseen,
         client_files=_moved(corpus.client_files, kept, len(corpus.train)),
         client_tests=_moved(corpus.client_tests, tested, len(corpus.test)),
+    )
+
+
+def with_validation(corpus: Corpus, share: float, seed: int) -> Corpus:
+    """Return the corpus with a share of its training rows, drawn at random, as validation data.
+
+    Raises
+    ------
+    FedspanError
+        When there are fewer than two training rows.
+    """
+    num_rows = len(corpus.train)
+    if not share:
+        return corpus
+    if num_rows < 2:
+        raise FedspanError(f"data.validation = {share}: the training data has {num_rows} row; expected 2 or more")
+    size = min(max(1, round(share * num_rows)), num_rows - 1)
+    order = np.random.default_rng([seed, _VALIDATION]).permutation(num_rows)
+    kept = np.sort(order[size:])
+    return replace(
+        corpus,
+        train=corpus.train.take(kept),
+        validation=corpus.train.take(np.sort(order[:size])),
+        client_files=_moved(corpus.client_files, kept, num_rows),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -51,8 +52,8 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """Return a figure with three decimals or four digits; an en dash for one that was not measured."""
-    if value is None:
+    """Return a figure with three decimals or four digits; an en dash where it was not measured or is not defined."""
+    if value is None or math.isnan(value):
         return "–"
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:.4g}"
 
@@ -85,6 +86,11 @@ def main_metric(started: Mapping[str, Any], evaluated: Mapping[str, float]) -> s
     """Return the metric to show: the summary's where it was evaluated, else the first."""
     metric = started.get("metric")
     return metric if metric in evaluated else next((name for name in evaluated if name != "loss"), None)
+
+
+def _of_rows(record: Mapping[str, Any]) -> str:
+    rows = record.get("eval_rows")
+    return f" ({rows:,} rows)" if rows else ""
 
 
 def title_line(data: Mapping[str, Any]) -> str:
@@ -166,7 +172,7 @@ class Lines:
         evaluated = record.get("eval") or {}
         metric = main_metric(self._started, evaluated)
         if metric is not None:
-            parts.append(f"{metric} {number(evaluated[metric])}")
+            parts.append(f"{metric} {number(evaluated[metric])}{_of_rows(record)}")
         parts.append(f"{record['num_clients']} clients")
         parts.append(f"up {size(record['bytes_up'])}, down {size(record['bytes_down'])}")
         left = self._at.seconds_left(time.monotonic())
@@ -269,7 +275,7 @@ class Live:
         evaluated = record.get("eval") or {}
         metric = main_metric(self._started, evaluated)
         if metric is not None:
-            figures.append(f"{metric} [bold]{number(evaluated[metric])}[/]")
+            figures.append(f"{metric} [bold]{number(evaluated[metric])}[/]{_of_rows(record)}")
         for line in rejected_lines(record):
             self.progress.console.print(escape(line), style="yellow", highlight=False)
         self.progress.update(

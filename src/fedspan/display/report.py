@@ -26,29 +26,49 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_column("", no_wrap=True)
     for name in names:
         table.add_column(f"{name} {_arrow(name)}".rstrip(), justify="right")
+    table.add_column("rows", justify="right")
     table.add_column("up", justify="right")
     table.add_column("down", justify="right")
 
-    def row(label: str, values: Mapping[str, float] | None, *traffic: str, style: str = "") -> None:
+    counts = summary.get("rows", {})
+
+    def row(label: str, values: Mapping[str, float] | None, count: int | None, *traffic: str, style: str = "") -> None:
         if values:
-            table.add_row(label, *(number(values.get(name)) for name in names), *traffic, style=style)
+            shown = "" if count is None else f"{count:,}"
+            table.add_row(label, *(number(values.get(name)) for name in names), shown, *traffic, style=style)
 
     totals = summary["totals"]
     traffic = (size(totals["bytes_up"]), size(totals["bytes_down"]))
-    row("untouched base", measured.get("base"), "0 B", "0 B")
-    row("average client alone", measured.get("local"), "0 B", "0 B")
-    row(_headline(summary), measured["clients"], *traffic, style="bold")
+    row("untouched base", measured.get("base"), counts.get("base"), "0 B", "0 B")
+    row("average client alone", measured.get("local"), counts.get("local"), "0 B", "0 B")
+    row(_headline(summary), measured["clients"], counts.get("clients"), *traffic, style="bold")
     ranks = measured.get("per_rank", {})
     if len(ranks) > 1:
         for rank, values in ranks.items():
-            row(f"  a client of rank {rank}", values)
+            row(f"  a client of rank {rank}", values, counts.get("per_rank"))
     if measured.get("server") != measured["clients"]:
-        row("  the server's full state", measured.get("server"))
+        row("  the server's full state", measured.get("server"), counts.get("server"))
+    of_client = {client["client_id"]: client for client in summary.get("clients", ())}
     for client, values in measured.get("per_client", {}).items():
-        row(f"  on the test data of {client}", values)
-    row("  on the clients' own data", measured.get("own_data"))
-    row("  on unseen data", measured.get("unseen"))
+        row(f"  on the test data of {client}", values, of_client.get(client, {}).get("rows"))
+    row("  on the clients' own data", measured.get("own_data"), counts.get("own_data"))
+    row(*_worst(summary, of_client))
+    row("  on unseen data", measured.get("unseen"), counts.get("unseen"))
     return table
+
+
+def _worst(
+    summary: Mapping[str, Any], of_client: Mapping[str, Mapping[str, Any]]
+) -> tuple[str, Mapping[str, float] | None, int | None]:
+    """Return the row of the client that fares worst; without figures where all clients have the same."""
+    worst = summary.get("worst_client")
+    name = summary["metric"]
+    found = {client["figures"][name] for client in of_client.values() if client.get("figures")}
+    if worst is None or len(found) < 2:
+        return "", None, None
+    where = ", on its own data" if worst["data"] == "own" else ""
+    client = of_client[worst["client_id"]]
+    return f"  the worst, {worst['client_id']}{where}", client["figures"], client["rows"]
 
 
 def _headline(summary: Mapping[str, Any]) -> str:

@@ -52,6 +52,7 @@ def chosen(config: Config, ledger: ClientLedger | None = None) -> Method:
     _check_optimizer(method, config.local.optimizer)
     _check_base(method, config.model.quantise)
     _check_privacy(method, privacy)
+    _check_patience(method, config)
     if config.local.keep_optimizer:
         _check_kept_optimizer(method, config.local, privacy)
         method = with_kept_optimizer(method)
@@ -202,6 +203,20 @@ def _check_kept_optimizer(method: Method, local: LocalConfig, privacy: PrivacyCo
             f"moments of the server's, of which a kept state is not true; "
             f"methods that can: {_able(lambda m: m.lasting)}"
         )
+
+
+def _check_patience(method: Method, config: Config) -> None:
+    patience = config.evaluation.patience
+    if patience is None:
+        return
+    given = f"evaluation.patience = {patience}"
+    if not config.data.validation:
+        raise FedspanError(f"{given} needs data.validation, the share of the training data to judge rounds by")
+    if config.evaluation.every_seconds is not None:
+        raise FedspanError(f"{given} with evaluation.every_seconds: a clock would decide where the run ends")
+    if method.info.personalised:
+        own = f"the clients of {method.info.name} have models of their own"
+        raise FedspanError(f"{given}: {own}, which are not evaluated between rounds")
 
 
 def _check_base(method: Method, quantise: str) -> None:

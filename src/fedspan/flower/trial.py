@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from fedspan.config import Config, with_absolute_paths
+from fedspan.display.progress import number
 from fedspan.flower import deployment
 from fedspan.flower.deployment import Deployment
 from fedspan.flower.process_tree import ProcessTree
@@ -204,7 +205,7 @@ def round_line(record: Mapping[str, Any]) -> str:
     """Return a round's record of `metrics.jsonl` in one line."""
     count = record["num_clients"]
     parts = [f"round {record['round_num']}: {count} site{'s' * (count != 1)}"]
-    parts += [f"{name} {value:.3f}" for name, value in (record.get("eval") or {}).items()]
+    parts += [f"{name} {number(value)}" for name, value in (record.get("eval") or {}).items()]
     if record.get("rejected"):
         parts.append("left out: " + "; ".join(f"{client} ({reason})" for client, reason in record["rejected"].items()))
     return ", ".join(parts)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedspan.client.evaluation import Figures
 from fedspan.client.executors import EvaluationTask, Executor
 from fedspan.client.setup import Prepared, device_of, notes_of
 from fedspan.config import Config
@@ -193,7 +194,7 @@ class RunContext:
                 rows = given[[int(i * len(given) / most) for i in range(most)]]
         return EvaluationTask(broadcast, split, rows)
 
-    def evaluate(self, tasks: Iterable[EvaluationTask]) -> list[dict[str, float]]:
+    def evaluate(self, tasks: Iterable[EvaluationTask]) -> list[Figures]:
         """Return the loss and the metrics of every task."""
         return self.executor.evaluate(list(tasks))
 

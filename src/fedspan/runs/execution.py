@@ -23,7 +23,7 @@ from fedspan.privacy.ledgers import ClientLedger
 from fedspan.runs import events
 from fedspan.runs.context import RunContext
 from fedspan.runs.events import OnEvent
-from fedspan.runs.export import export
+from fedspan.runs.export import export, export_best
 from fedspan.runs.final import final_metrics
 from fedspan.runs.folder_lock import RUNNING, is_free, locked
 from fedspan.runs.loading_lines import loading_lines
@@ -207,8 +207,9 @@ def _execute(context: RunContext, main: MethodRun) -> Result:
         main.settle_cohort_size()
         _announce(context, main, precision)
         base = _base(context, main)
+        main.on_best = lambda run: export_best(context, run)
         main.advance(context.config.federation.rounds)
-        local = _local_control(context)
+        local = _local_control(context, main)
         context.emit("phase", phase="final", total=1, done=0)
         final = final_metrics(context, main)
         adapter = export(context, main)
@@ -217,7 +218,17 @@ def _execute(context: RunContext, main: MethodRun) -> Result:
         # Of the ledger, and not of the last round's record: a round that was given up has released something too.
         spent = main.budget.spent()
         summary = summarise(
-            context, history, base=base, local=local, final=final, wall_seconds=wall_seconds, spent=spent
+            context,
+            history,
+            base=base,
+            local=local,
+            final=final.metrics,
+            rows=final.rows,
+            each=final.clients,
+            classes=final.classes,
+            stopped_early=main.saved.state.round_num < context.config.federation.rounds and main.stopped_early(),
+            wall_seconds=wall_seconds,
+            spent=spent,
         )
         write_bytes(context.out / "summary.json", (standard_json.dumps(summary, indent=2) + "\n").encode())
         context.emit("end", summary=summary)
@@ -266,7 +277,7 @@ def _base(context: RunContext, main: MethodRun) -> dict[str, float] | None:
     return base
 
 
-def _local_control(context: RunContext) -> dict[str, float] | None:
+def _local_control(context: RunContext, main: MethodRun) -> dict[str, float] | None:
     """Train every client alone, on the same schedule, and return the mean of the clients' figures."""
     if not context.config.evaluation.local or context.method.info.alone or context.coordinator is not None:
         return None
@@ -274,5 +285,5 @@ def _local_control(context: RunContext) -> dict[str, float] | None:
     if context.config.local.keep_optimizer:
         control = with_kept_optimizer(control)
     alone = MethodRun.open(context, "local", control, context.clients)
-    alone.advance(context.config.federation.rounds)
+    alone.advance(main.saved.state.round_num if main.stopped_early() else context.config.federation.rounds)
     return personal_metrics(context, control, alone.saved, alone.clients)

@@ -37,12 +37,21 @@ def export(context: RunContext, run: MethodRun) -> Path | None:
         if info.trains == "adapter" and not info.alone and context.coordinator is None:
             _export_personal(context, run, labels)
         return None
+    return _export_one(context, run, labels)
+
+
+def export_best(context: RunContext, run: MethodRun) -> None:
+    """Write the model of the last finished round as `adapter-best` (or `model-best`) in place of an earlier one."""
+    _export_one(context, run, labels_file(context), "-best")
+
+
+def _export_one(context: RunContext, run: MethodRun, labels: bytes | None, suffix: str = "") -> Path | None:
     broadcast = run.method.broadcast(run.saved.state, Request(None))
-    if info.trains != "adapter":
+    if run.method.info.trains != "adapter":
         context.model.load(broadcast)
-        put(context.out / "model", lambda folder: context.model.save_weights(folder, context.processor))
+        put(context.out / f"model{suffix}", lambda folder: context.model.save_weights(folder, context.processor))
         return None
-    path = context.out / "adapter"
+    path = context.out / f"adapter{suffix}"
     merged = merged_adapter(broadcast)
     put(path, lambda folder: _save(context, folder, merged, broadcast.dense, labels))
     return path

@@ -3,54 +3,101 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
+from fedspan.client.evaluation import Figures as Evaluated
 from fedspan.client.executors import EvaluationTask
+from fedspan.data.class_metrics import ClassReport, class_report
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, Request
+from fedspan.runs.base_record import label_names
+from fedspan.runs.client_figures import ClientFigures
 from fedspan.runs.context import RunContext
 from fedspan.runs.loop import MethodRun
-from fedspan.runs.scoring import mean_figures, personal_metrics
+from fedspan.runs.scoring import mean_figures, personal_figures
 from fedspan.runs.summary import FinalMetrics
 
 
-def final_metrics(context: RunContext, run: MethodRun) -> FinalMetrics:
+@dataclass(frozen=True, slots=True)
+class Final:
+    """The figures of the models that a run ends with."""
+
+    metrics: FinalMetrics
+    rows: Mapping[str, int]
+    """Key of `metrics` -> the examples that its figures are of; of means over the clients' own data, all together."""
+    clients: Mapping[str, ClientFigures] = field(default_factory=dict)
+    """Client -> the figures of its final model; empty where the models are at real sites."""
+    classes: ClassReport | None = None
+    """Of the server's full state on the whole test data; None where there is no such state, or are no classes."""
+
+
+def final_metrics(context: RunContext, run: MethodRun) -> Final:
     """Evaluate what the clients end with and the server's full state, on the whole test data and on unseen data."""
     if not context.method.info.personalised:
         return _of_one_model(context, run)
     if context.coordinator is not None:
-        return {}  # the clients' own models are at their sites
+        return Final({}, {})  # the clients' own models are at their sites
     return _of_personal_models(context, run)
 
 
-def _of_personal_models(context: RunContext, run: MethodRun) -> FinalMetrics:
-    final: FinalMetrics = {"clients": {**personal_metrics(context, run.method, run.saved, run.clients)}}
+def _of_personal_models(context: RunContext, run: MethodRun) -> Final:
+    common = personal_figures(context, run.method, run.saved, run.clients)
+    final: FinalMetrics = {"clients": {**mean_figures(list(common.values()))}}
+    rows = {"clients": _rows(next(iter(common.values())))}
+    own: Mapping[str, Evaluated] = {}
     if any(len(client.holdout) for client in context.clients):
-        final["own_data"] = {**personal_metrics(context, run.method, run.saved, run.clients, own_data=True)}
-    return final
+        own = personal_figures(context, run.method, run.saved, run.clients, own_data=True)
+        final["own_data"] = {**mean_figures(list(own.values()))}
+        rows["own_data"] = sum(map(_rows, own.values()))
+    return Final(final, rows, _each_client(own, common))
 
 
-def _of_one_model(context: RunContext, run: MethodRun) -> FinalMetrics:
+def _of_one_model(context: RunContext, run: MethodRun) -> Final:
     server, by_rank = _received(context, run)
     per_rank = _differs_by_rank(context.method) and context.config.evaluation.per_rank
     tasks = _tasks(context, server, by_rank, per_rank)
     # All at once, so that no worker process waits while another finishes one of them.
     figures = dict(zip(tasks, context.evaluate(tasks.values()), strict=True))
     final: FinalMetrics = {"server": {**figures["server"]}}
+    rows = {"server": _rows(figures["server"]), "clients": _rows(figures["server"])}
     if "unseen" in figures:
-        final["unseen"] = {**figures["unseen"]}
+        final["unseen"], rows["unseen"] = {**figures["unseen"]}, _rows(figures["unseen"])
     final["clients"] = {**figures["server"]}
+    common = {client.client_id: figures["server"] for client in context.clients}
     if per_rank:
         of_rank = {rank: figures.get(f"rank {rank}", figures["server"]) for rank in by_rank}
         final["per_rank"] = {str(rank): {**values} for rank, values in of_rank.items()}
-        final["clients"] = {**mean_figures([of_rank[client.rank] for client in context.clients])}
-    if context.site_tests:
-        final["per_client"] = {client: {**figures[f"site {client}"]} for client in context.site_tests}
-    own = [values for name, values in figures.items() if name.startswith("own ")]
+        common = {client.client_id: of_rank[client.rank] for client in context.clients}
+        final["clients"] = {**mean_figures(list(common.values()))}
+        rows["per_rank"] = rows["server"]
+    sites = {client: figures[f"site {client}"] for client in context.site_tests}
+    if sites:
+        final["per_client"] = {client: {**values} for client, values in sites.items()}
+        rows["per_client"] = sum(map(_rows, sites.values()))
+    own = {name.removeprefix("own "): values for name, values in figures.items() if name.startswith("own ")}
     if own:
-        final["own_data"] = {**mean_figures(own)}
-    return final
+        final["own_data"], rows["own_data"] = {**mean_figures(list(own.values()))}, sum(map(_rows, own.values()))
+    return Final(final, rows, _each_client({**own, **sites}, common), _classes(context, figures["server"]))
+
+
+def _rows(figures: Evaluated) -> int:
+    return len(figures.references)
+
+
+def _each_client(own: Mapping[str, Evaluated], common: Mapping[str, Evaluated]) -> dict[str, ClientFigures]:
+    """Return every client's figures, on its own data where it has some."""
+    chosen = {client: (own[client], "own") if client in own else (values, "test") for client, values in common.items()}
+    return {
+        client: ClientFigures(values, _rows(values), "own" if data == "own" else "test")
+        for client, (values, data) in chosen.items()
+    }
+
+
+def _classes(context: RunContext, figures: Evaluated) -> ClassReport | None:
+    names = label_names(context)
+    return None if names is None else class_report(figures.predicted, figures.references, names)
 
 
 def _differs_by_rank(method: Method) -> bool:

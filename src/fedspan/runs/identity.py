@@ -22,6 +22,7 @@ MAY_CHANGE = (
     *("federation.rounds", "device", "threads", "deployment", "tracking", "privacy.epsilon"),
     *(f"engine.{name}" for name in ("name", "cohort_size", "memory", "workers", "compile")),
     *(f"evaluation.{name}" for name in ("every", "batch_size", "max_examples", "base", "local", "per_rank")),
+    *("evaluation.patience", "evaluation.every_seconds"),
     *("evaluation.diagnostics", "model.name", "model.adapter", "data.train", "data.test", "data.unseen"),
 )
 """Settings and sections that may differ when a run is resumed. Of paths the content is compared instead."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedspan.client.learning_rates import check_groups
 from fedspan.diagnostics.measure import measure
 from fedspan.federation.clients import Client, pooled
 from fedspan.federation.exchange import WINDOW, Answer
@@ -19,6 +21,7 @@ from fedspan.methods.messages import Broadcast, Request
 from fedspan.privacy.budget import BudgetSpent
 from fedspan.robust import screen
 from fedspan.runs import checkpoint
+from fedspan.runs.best import best_record, is_spent
 from fedspan.runs.checkpoint import Checkpoint
 from fedspan.runs.context import RunContext
 from fedspan.runs.engine_choice import EngineChoice, choose_engine, engine_used, measured_cohort_size
@@ -27,7 +30,7 @@ from fedspan.runs.identity import check_identity
 from fedspan.runs.precision_choice import chosen_precision, use_precision
 from fedspan.runs.privacy_budget import PrivacyBudget, create_budget
 from fedspan.runs.results import set_aside
-from fedspan.runs.scoring import personal_metrics
+from fedspan.runs.scoring import mean_figures, personal_figures
 from fedspan.runs.simulated_work import SimulatedWork, steps_of
 from fedspan.support import parallel
 from fedspan.wire.precision import Precision
@@ -53,6 +56,10 @@ class MethodRun:
     """After the last finished round."""
     engine: EngineChoice
     budget: PrivacyBudget
+    on_best: Callable[[MethodRun], None] = lambda run: None
+    """Called after a round that is the best so far, before its checkpoint is written."""
+    evaluated_at: float = field(default_factory=time.monotonic)
+    """The time of the last evaluation by `evaluation.every_seconds`, in seconds."""
 
     @classmethod
     def open(cls, context: RunContext, phase: str, method: Method, clients: list[Client]) -> MethodRun:
@@ -71,6 +78,7 @@ class MethodRun:
         start = Checkpoint(method.init(template, context.initial_dense), identity=context.identity)
         recipe = method.broadcast(start.state, Request(None)).recipe
         model.check(recipe)
+        check_groups(config.local, recipe, model.trains, config.privacy)
         engine = choose_engine(context, recipe)
         path = context.out / "checkpoint" / f"{phase}.safetensors"
         saved = start
@@ -145,6 +153,9 @@ class MethodRun:
         self._write_history()
         for round_num in range(done, rounds):
             cohort = self._cohort(round_num)
+            if self.stopped_early():
+                self.context.emit("budget", line=self._stop_line())
+                break
             refusal = self.budget.refusal(round_num, cohort)
             if refusal is not None:
                 self.context.emit("budget", line=refusal)
@@ -181,12 +192,26 @@ class MethodRun:
             counted=run_state.counted,
         )
         record |= self.budget.spent()
-        record["eval"] = self._evaluated(round_num, last)
+        record["eval"], record["eval_rows"] = self._evaluated(round_num, last)
+        record["validation"] = self._validated(record["eval"] is not None)
+        if best_record((*saved.history, record), self.context.metrics[0]) is record:
+            # Before the checkpoint: a run that is killed in between does the round again, and writes the same.
+            self.on_best(self)
         # State and record are one file, so a round is either finished with its figures or not finished at all.
         self.saved = replace(self.saved, history=(*saved.history, record))
         checkpoint.write(self.path, self.saved)
         self._write_history()
         context.emit("round", phase=self.phase, record=record)
+
+    def stopped_early(self) -> bool:
+        """Return whether the run ends before its last round, since its validation figures no longer improve."""
+        patience = self.context.config.evaluation.patience
+        return self.phase == FEDERATION and is_spent(self.saved.history, self.context.metrics[0], patience)
+
+    def _stop_line(self) -> str:
+        best = best_record(self.saved.history, self.context.metrics[0])
+        since = "no round has a figure" if best is None else f"the best is round {best['round_num']}"
+        return f"the run ends after round {self.saved.state.round_num}: evaluation.patience is spent, {since}"
 
     def _cohort(self, round_num: int) -> list[Client]:
         """Return the clients that are asked in a round."""
@@ -265,17 +290,38 @@ class MethodRun:
             return None
         return partial(measure, base=context.initial_dense)
 
-    def _evaluated(self, round_num: int, last: bool) -> dict[str, float] | None:
-        """Return the figures after a round; none where the round is not evaluated."""
+    def _evaluated(self, round_num: int, last: bool) -> tuple[dict[str, float] | None, int]:
+        """Return the figures after a round and the examples that they are of; none where it is not evaluated."""
         context = self.context
-        if self.phase != FEDERATION or not (last or (round_num + 1) % context.config.evaluation.every == 0):
-            return None
+        if self.phase != FEDERATION or not (last or self._is_due(round_num)):
+            return None, 0
         if self.method.info.personalised:
             # One model for each client is too much to evaluate between rounds, and those of real sites are not here.
-            here = last and context.coordinator is None
-            return personal_metrics(context, self.method, self.saved, self.clients) if here else None
+            if not last or context.coordinator is not None:
+                return None, 0
+            each = list(personal_figures(context, self.method, self.saved, self.clients).values())
+            return mean_figures(each), len(each[0].references)
         broadcast = self.method.broadcast(self.saved.state, Request(None))
-        return context.evaluate([context.evaluation_task(broadcast, whole=False)])[0]
+        found = context.evaluate([context.evaluation_task(broadcast, whole=False)])[0]
+        return dict(found), len(found.references)
+
+    def _validated(self, due: bool) -> dict[str, float] | None:
+        """Return the figures of the server's state on the validation data, where there is any and they are due."""
+        if not due or "validation" not in self.context.data or self.method.info.personalised:
+            return None
+        broadcast = self.method.broadcast(self.saved.state, Request(None))
+        return dict(self.context.evaluate([self.context.evaluation_task(broadcast, split="validation")])[0])
+
+    def _is_due(self, round_num: int) -> bool:
+        """Return whether a round is evaluated that is not the last."""
+        evaluation = self.context.config.evaluation
+        if evaluation.every_seconds is None:
+            return (round_num + 1) % evaluation.every == 0
+        now = time.monotonic()
+        if now - self.evaluated_at < evaluation.every_seconds:
+            return False
+        self.evaluated_at = now
+        return True
 
     def _write_history(self) -> None:
         if self.phase == FEDERATION:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
+from fedspan.client.evaluation import Figures
 from fedspan.client.executors import EvaluationTask
 from fedspan.federation.clients import Client
 from fedspan.federation.exchange import WINDOW
@@ -14,31 +16,43 @@ from fedspan.runs.context import RunContext
 
 
 def personal_metrics(
-    context: RunContext, method: Method, saved: Checkpoint, clients: Sequence[Client], own_data: bool = False
+    context: RunContext, method: Method, saved: Checkpoint, clients: Sequence[Client]
 ) -> dict[str, float]:
-    """Return the mean over the clients of how each one's own model scores on the common test data.
+    """Return the mean over the clients of how each one's own model scores on the common test data."""
+    return mean_figures(list(personal_figures(context, method, saved, clients).values()))
+
+
+def personal_figures(
+    context: RunContext, method: Method, saved: Checkpoint, clients: Sequence[Client], own_data: bool = False
+) -> dict[str, Figures]:
+    """Return for every client how its own model scores on the common test data.
 
     Parameters
     ----------
     own_data
-        On the client's own held-out data instead, over the clients that have some.
+        On the client's own held-out data instead, for the clients that have some.
     """
     received: dict[int, Broadcast] = {}
-    figures: list[dict[str, float]] = []
+    figures: dict[str, Figures] = {}
     scored = [client for client in clients if len(client.holdout) or not own_data]
     # A window at a time, as in training: there may be more personal models than memory holds.
     for start in range(0, len(scored), WINDOW):
-        tasks: list[EvaluationTask] = []
+        tasks: dict[str, EvaluationTask] = {}
         for client in scored[start : start + WINDOW]:
             if client.rank not in received:
                 received[client.rank] = method.broadcast(saved.state, Request(client.rank))
             own = method.start(received[client.rank], saved.client_states.get(client.client_id))
             split, rows = ("train", client.holdout) if own_data else ("test", None)
-            tasks.append(context.evaluation_task(own, whole=own_data, split=split, rows=rows))
-        figures += context.evaluate(tasks)
-    return mean_figures(figures)
+            tasks[client.client_id] = context.evaluation_task(own, whole=own_data, split=split, rows=rows)
+        figures |= zip(tasks, context.evaluate(tasks.values()), strict=True)
+    return figures
 
 
 def mean_figures(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the plain mean of every metric."""
-    return {name: sum(f[name] for f in figures) / len(figures) for name in figures[0]}
+    """Return the plain mean of every metric, over those for which it is defined; of the loss, over all."""
+    return {name: _mean([f[name] for f in figures], whole=name == "loss") for name in figures[0]}
+
+
+def _mean(values: Sequence[float], whole: bool) -> float:
+    defined = values if whole else [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else math.nan

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from fedspan.client.evaluation import Figures
 from fedspan.client.executors import EvaluationTask, Executor, Trained, WorkContext
 from fedspan.client.training import Assignment, Terms
 from fedspan.data import Encoded
@@ -78,9 +79,9 @@ class RunExecutor:
         work = [replace(a, terms=terms) for a in assignments]
         yield from self._turn.ask(Train(work, engine, settings.engine.precision))
 
-    def evaluate(self, tasks: Sequence[EvaluationTask]) -> list[dict[str, float]]:
+    def evaluate(self, tasks: Sequence[EvaluationTask]) -> list[Figures]:
         """Return the loss and the metrics of every evaluation."""
-        figures: list[dict[str, float]] = self._turn.ask(Evaluate(tasks))
+        figures: list[Figures] = self._turn.ask(Evaluate(tasks))
         return figures
 
     def close(self) -> None:

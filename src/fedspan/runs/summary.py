@@ -6,8 +6,12 @@ import platform
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict, cast
 
+from fedspan.data.class_metrics import ClassReport
 from fedspan.data.metrics import METRICS
+from fedspan.federation.clients import Client
 from fedspan.runs.base_record import EncodingEntry, encoding_entry, label_names
+from fedspan.runs.best import BestRound, best_round
+from fedspan.runs.client_figures import ClientData, ClientFigures, WorstClient, worst_client
 from fedspan.runs.context import RunContext
 from fedspan.runs.precision_choice import used_precision
 from fedspan.support import standard_json
@@ -89,6 +93,13 @@ class ClientEntry(TypedDict):
     rank: int
     num_examples: int
     """Its training examples."""
+    figures: Figures | None
+    """Its final model on its own part of the test data or its own held-out rows, else on the common test data; None
+    where it was not evaluated."""
+    rows: int
+    """Examples that these figures are of."""
+    data: ClientData | None
+    """`own` or `test`: the data that they are on."""
 
 
 class Summary(TypedDict):
@@ -113,6 +124,16 @@ class Summary(TypedDict):
     """Rank -> the model that a client of that rank receives; empty where it was not measured."""
     metrics: Metrics
     """Every metric of everything that was evaluated."""
+    rows: dict[str, int]
+    """Key of `metrics` -> the examples that its figures are of; of means over the clients' own data, all together."""
+    worst_client: WorstClient | None
+    """The client with the worst headline figure; None where no client's model was evaluated."""
+    classes: ClassReport | None
+    """Confusion matrix, precision and recall of the server's full state; None without such a state or classes."""
+    best: BestRound | None
+    """The best round by the validation data, whose model is `adapter-best` or `model-best`; None without such data."""
+    stopped_early: bool
+    """The run ended before its last round, since its validation figures no longer improved."""
     totals: Totals
     data: DataEntry
     clients: list[ClientEntry]
@@ -139,6 +160,10 @@ def summarise(
     base: Mapping[str, float] | None,
     local: Mapping[str, float] | None,
     final: FinalMetrics,
+    rows: Mapping[str, int],
+    each: Mapping[str, ClientFigures],
+    classes: ClassReport | None,
+    stopped_early: bool,
     wall_seconds: float,
     spent: Mapping[str, float],
 ) -> Summary:
@@ -150,6 +175,10 @@ def summarise(
         The records of its rounds.
     base, local
         Figures of the untouched base and of the clients that train alone.
+    rows, each, classes
+        As in `runs.final.Final`.
+    stopped_early
+        The run ended before its last round (`evaluation.patience`).
     spent
         `epsilon`, where the run counts it.
     """
@@ -170,9 +199,14 @@ def summarise(
         "unseen": headline(final.get("unseen")),
         "per_rank": {rank: headline(figures) for rank, figures in final.get("per_rank", {}).items()},
         "metrics": {"base": base, "local": local, **final},
+        "rows": {**_test_rows(context, base, local), **rows},
+        "worst_client": worst_client(each, metric),
+        "classes": classes,
+        "best": best_round(history, metric, len(context.data.get("validation", ()))),
+        "stopped_early": stopped_early,
         "totals": _totals(history, wall_seconds),
         "data": context.described,
-        "clients": [_entry(c.client_id, c.rank, c.num_examples) for c in context.clients],
+        "clients": [_entry(c, each.get(c.client_id)) for c in context.clients],
         "labels": label_names(context),
         "encoding": encoding_entry(context),
         "precision": used_precision(context),
@@ -206,8 +240,22 @@ def _totals(history: Sequence[Mapping[str, Any]], wall_seconds: float) -> Totals
     }
 
 
-def _entry(client_id: str, rank: int, num_examples: int) -> ClientEntry:
-    return {"client_id": client_id, "rank": rank, "num_examples": num_examples}
+def _test_rows(context: RunContext, base: object, local: object) -> dict[str, int]:
+    whole, most = len(context.data["test"]), context.config.evaluation.max_examples
+    rows = {} if base is None else {"base": whole}
+    # The controls are personal models, which are evaluated on as many examples as the rounds.
+    return rows if local is None else {**rows, "local": min(whole, most or whole)}
+
+
+def _entry(client: Client, own: ClientFigures | None) -> ClientEntry:
+    return {
+        "client_id": client.client_id,
+        "rank": client.rank,
+        "num_examples": client.num_examples,
+        "figures": None if own is None else {**own.figures},
+        "rows": 0 if own is None else own.rows,
+        "data": None if own is None else own.data,
+    }
 
 
 def _versions() -> dict[str, str]:

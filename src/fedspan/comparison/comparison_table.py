@@ -88,9 +88,9 @@ def _legend(found: Content) -> Iterator[str]:
     count, level = len(found["differences"]), f"{1 - found['confidence']:.2g}"
     yield from _wrapped(
         f"± is the standard deviation over the seeds. Differences are paired by seed, with {percent} intervals "
-        f"(Student's t). p is that of the paired t-test, by Holm's correction for all {count} differences. *better* and "
-        f"*worse*: p below {level}; *beyond the margin* where the corrected interval lies outside {margin}, *within the "
-        f"margin* where it lies inside, *about the margin* otherwise. *equivalent*: within {margin} at {percent} "
+        f"(Student's t). p is of the paired t-test, by Holm's correction for all {count} differences. *better* and "
+        f"*worse*: p below {level}; *beyond the margin* where the corrected interval lies outside {margin}, *within "
+        f"the margin* where it lies inside, *about the margin* otherwise. *equivalent*: within {margin} at {percent} "
         "confidence (two one-sided tests, corrected likewise). *open*: more seeds are needed. *Seeds for a point*: "
         "the number that would show a difference of 0.01 with probability 0.8. All "
         "intervals are for these test rows: other rows of the same kind would move every arm."

@@ -129,34 +129,42 @@ def _size(
 
 def interval(pairs: Pairs, confidence: float) -> tuple[float, float] | None:
     """Return Student's interval of the mean difference; None for fewer than two seeds."""
-    from scipy import stats
-
     mean, deviation, n = pairs.mean, pairs.deviation, len(pairs.values)
     if mean is None or deviation is None:
         return None
-    low, high = stats.t.interval(confidence, n - 1, loc=mean, scale=deviation / math.sqrt(n))
-    return float(low), float(high)
+    half = _quantile((1 + confidence) / 2, n - 1) * deviation / math.sqrt(n)
+    return mean - half, mean + half
 
 
 def paired_p(pairs: Pairs) -> float | None:
     """Return the two-sided p of the paired t-test; None for fewer than two seeds."""
-    from scipy import stats
-
     mean, deviation, n = pairs.mean, pairs.deviation, len(pairs.values)
     if mean is None or deviation is None:
         return None
-    return float(2 * stats.t.sf(abs(mean) / (deviation / math.sqrt(n)), n - 1))
+    return 2 * _upper_tail(abs(mean) / (deviation / math.sqrt(n)), n - 1)
 
 
 def equivalence_p(pairs: Pairs, margin: float) -> float | None:
     """Return the larger p of the two one-sided tests that the mean lies above −margin and below margin."""
-    from scipy import stats
-
     mean, deviation, n = pairs.mean, pairs.deviation, len(pairs.values)
     if mean is None or deviation is None:
         return None
     error = deviation / math.sqrt(n)
-    return float(max(stats.t.sf((mean + margin) / error, n - 1), stats.t.sf((margin - mean) / error, n - 1)))
+    return max(_upper_tail((mean + margin) / error, n - 1), _upper_tail((margin - mean) / error, n - 1))
+
+
+def _upper_tail(t: float, freedom: int) -> float:
+    """Return the probability that Student's t is larger."""
+    from scipy.special import stdtr
+
+    return float(stdtr(freedom, -t))
+
+
+def _quantile(probability: float, freedom: int) -> float:
+    """Return the value that Student's t exceeds with probability 1 − `probability`."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, probability))
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
@@ -194,14 +202,13 @@ def seeds_needed(deviation: float | None, difference: float, confidence: float) 
 
 def power(num_seeds: int, deviation: float, difference: float, confidence: float) -> float:
     """Return the probability that a paired t-test of this many seeds finds a true mean difference of this size."""
-    from scipy import stats
+    from scipy.special import nctdtr
 
-    critical = stats.t.isf((1 - confidence) / 2, num_seeds - 1)
+    critical = _quantile((1 + confidence) / 2, num_seeds - 1)
     shift = difference / deviation * math.sqrt(num_seeds)
-    # Far out, SciPy's noncentral t is NaN; nothing but certainty is left there.
-    if shift > critical + 30:
+    if shift > critical + 30:  # beyond what the noncentral t distribution is computed for, and certain
         return 1.0
-    return float(stats.nct.sf(critical, num_seeds - 1, shift) + stats.nct.cdf(-critical, num_seeds - 1, shift))
+    return float(1 - nctdtr(num_seeds - 1, shift, critical) + nctdtr(num_seeds - 1, shift, -critical))
 
 
 def pair(

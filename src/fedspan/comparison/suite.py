@@ -229,10 +229,9 @@ def _problem(error: ValidationError) -> str:
     first = error.errors()[0]
     place, key = list(first["loc"]), ".".join(str(step + 1 if isinstance(step, int) else step) for step in first["loc"])
     if first["type"] == "extra_forbidden":
-        part = {"arms": Arm, "conditions": Condition, "tuning": Tuning}.get(str(place[0]), Suite)
-        return (
-            f"unknown key {key!r}{nearest(str(place[-1]), part.model_fields if len(place) > 1 else Suite.model_fields)}"
-        )
+        parts: Mapping[str, type[Part]] = {"arms": Arm, "conditions": Condition, "tuning": Tuning}
+        known: type[Part] = parts[str(place[0])] if len(place) > 1 else Suite
+        return f"unknown key {key!r}{nearest(str(place[-1]), known.model_fields)}"
     if first["type"] == "missing":
         return f"{key} is missing"
     message = first["msg"].removeprefix("Value error, ")

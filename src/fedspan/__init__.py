@@ -14,9 +14,11 @@ import typing as _typing
 
 if _typing.TYPE_CHECKING:
     from fedspan.algebra.lowrank import LowRank as LowRank
+    from fedspan.api import compare as compare
     from fedspan.api import resume as resume
     from fedspan.api import run as run
     from fedspan.api import run_many as run_many
+    from fedspan.comparison.runner import Comparison as Comparison
     from fedspan.config import Config as Config
     from fedspan.config import load as load_config
     from fedspan.merging.merge_report import MergeReport as MergeReport
@@ -44,6 +46,7 @@ if _typing.TYPE_CHECKING:
 __all__ = [
     "METHODS",
     "Broadcast",
+    "Comparison",
     "Config",
     "Event",
     "Factors",
@@ -61,6 +64,7 @@ __all__ = [
     "Update",
     "Vector",
     "aggregate",
+    "compare",
     "create_method",
     "load_config",
     "merge",
@@ -72,6 +76,7 @@ __all__ = [
 _HOME = {
     "METHODS": ("fedspan.methods", "METHODS"),
     "Broadcast": ("fedspan.methods.messages", "Broadcast"),
+    "Comparison": ("fedspan.comparison.runner", "Comparison"),
     "Config": ("fedspan.config", "Config"),
     "Event": ("fedspan.runs.events", "Event"),
     "Factors": ("fedspan.methods.messages", "Factors"),
@@ -89,6 +94,7 @@ _HOME = {
     "Update": ("fedspan.methods.messages", "Update"),
     "Vector": ("fedspan.methods.messages", "Vector"),
     "aggregate": ("fedspan.methods.base", "aggregate"),
+    "compare": ("fedspan.api", "compare"),
     "create_method": ("fedspan.methods", "create"),
     "load_config": ("fedspan.config", "load"),
     "merge": ("fedspan.merging.one_shot", "merge"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -134,6 +135,13 @@ def test_seeds_needed_is_the_fewest_with_the_power(deviation: float) -> None:
     assert share == pytest.approx(power(n, deviation, 0.01, 0.95), abs=5 * math.sqrt(0.25 / 20_000))
     assert seeds_needed(None, 0.01, 0.95) is None
     assert seeds_needed(1e6, 0.01, 0.95) is None
+
+
+def test_power_grows_with_the_difference_and_is_always_a_number() -> None:
+    for num_seeds in (2, 3, 5, 10, 31, 1000):
+        found = [power(num_seeds, 0.01, difference, 0.95) for difference in np.linspace(0, 0.5, 60)]
+        assert all(x <= y + 1e-9 for x, y in itertools.pairwise(found))
+        assert found[0] == pytest.approx(0.05)
 
 
 def test_coverage_and_errors_over_simulated_comparisons() -> None:

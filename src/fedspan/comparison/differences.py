@@ -208,7 +208,9 @@ def power(num_seeds: int, deviation: float, difference: float, confidence: float
     shift = difference / deviation * math.sqrt(num_seeds)
     if shift > critical + 30:  # beyond what the noncentral t distribution is computed for, and certain
         return 1.0
-    return float(1 - nctdtr(num_seeds - 1, shift, critical) + nctdtr(num_seeds - 1, shift, -critical))
+    # SciPy's value is not a number for some larger shifts, where this tail is below 1e-9.
+    other_side = nctdtr(num_seeds - 1, shift, -critical) if shift < 6 else 0.0
+    return float(1 - nctdtr(num_seeds - 1, shift, critical) + other_side)
 
 
 def pair(

@@ -21,7 +21,7 @@ def drawn(config: Config) -> tuple[Any, Any, Any]:
     clients = make_clients(corpus, config.federation, config.federation_seed, config.data.client_holdout)
     sampler = create_sampler(config.federation, config.federation_seed, config.privacy.dp)
     rows = [corpus.train.inputs, corpus.test.inputs]
-    split = [(client.rank, client.rows.tolist()) for client in clients]
+    split = [(client.rank, client.indices.tolist()) for client in clients]
     return np.concatenate(rows).tolist(), split, [list(sampler.draw(len(clients), i)) for i in range(3)]
 
 

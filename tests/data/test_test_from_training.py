@@ -10,6 +10,8 @@ import pytest
 
 from fedspan.config import load
 from fedspan.data import load as load_data
+from fedspan.data.rows import Corpus, Rows
+from fedspan.data.splits import tested_on_training
 from fedspan.support.errors import FedspanError
 
 
@@ -51,8 +53,8 @@ def test_embedded_tasks(task: str) -> None:
     assert np.array_equal(load_data(config.data, 1).test.targets, corpus.test.targets)
 
 
-def test_one_row_is_too_few(tmp_path: Path) -> None:
-    train, test = write(tmp_path / "one.jsonl", 0, 1), write(tmp_path / "test.jsonl", 10, 2)
-    words = ["data.task=files", f"data.train={train}", f"data.test={test}", "data.test_from_training=0.5"]
-    with pytest.raises(FedspanError, match="expected 2 or more"):
-        load_data(load(None, [*words, "data.kind=classification"]).data, 0)
+def test_one_row_is_too_few() -> None:
+    row = Rows("instruction", [("say", "x")], ["x"], [""])
+    corpus = Corpus("instruction", row, row, None, None, None, 0, ("exact_match",))
+    with pytest.raises(FedspanError, match="the training data has 1 row; expected 2 or more"):
+        tested_on_training(corpus, 0.5, 0)

@@ -226,7 +226,8 @@ def _toml(path: Path) -> dict[str, Any]:
 
 def _problem(error: ValidationError) -> str:
     """Return the first problem in one line, with the key that it is at."""
-    first = error.errors()[0]
+    # A mistyped key first: the one that it stands for is missing too.
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     place, key = list(first["loc"]), ".".join(str(step + 1 if isinstance(step, int) else step) for step in first["loc"])
     if first["type"] == "extra_forbidden":
         parts: Mapping[str, type[Part]] = {"arms": Arm, "conditions": Condition, "tuning": Tuning}

@@ -11,7 +11,7 @@ import pytest
 from fedspan.config import load
 from fedspan.data import load as load_data
 from fedspan.data.rows import Corpus, Rows
-from fedspan.data.splits import tested_on_training
+from fedspan.data.splits import evaluated_on_training
 from fedspan.support.errors import FedspanError
 
 
@@ -57,4 +57,4 @@ def test_one_row_is_too_few() -> None:
     row = Rows("instruction", [("say", "x")], ["x"], [""])
     corpus = Corpus("instruction", row, row, None, None, None, 0, ("exact_match",))
     with pytest.raises(FedspanError, match="the training data has 1 row; expected 2 or more"):
-        tested_on_training(corpus, 0.5, 0)
+        evaluated_on_training(corpus, 0.5, 0)

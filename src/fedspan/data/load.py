@@ -23,7 +23,7 @@ from fedspan.data.metrics import (
     is_regression,
 )
 from fedspan.data.rows import Corpus, Kind, Rows, concatenate
-from fedspan.data.splits import hold_out, keep_apart, limited, tested_on_training, undivided
+from fedspan.data.splits import evaluated_on_training, hold_out, keep_apart, limited, undivided
 from fedspan.data.strings import joined
 from fedspan.data.tables import Table
 from fedspan.support.errors import FedspanError
@@ -82,7 +82,7 @@ def load(config: DataConfig, seed: int) -> Corpus:
         raise FedspanError(f"data.kind = {config.kind!r}: {config.task} is {corpus.kind} data")
     corpus = _with_metric(corpus, config.metric)
     if config.test_from_training:
-        corpus = tested_on_training(corpus, config.test_from_training, seed)
+        corpus = evaluated_on_training(corpus, config.test_from_training, seed)
     return limited(corpus, config.max_train, config.max_test, seed)
 
 

@@ -123,7 +123,7 @@ def hold_out(splits: Splits, share: float, seed: int) -> Splits:
     return Splits(splits.train.take(train), splits.train.take(test), splits.unseen, files[train], files[test])
 
 
-def tested_on_training(corpus: Corpus, share: float, seed: int) -> Corpus:
+def evaluated_on_training(corpus: Corpus, share: float, seed: int) -> Corpus:
     """Return the corpus with a share of its training rows, drawn at random, as its test data, and no unseen data.
 
     Raises

@@ -25,7 +25,7 @@ LAYERS = (
     {"federation"},
     {"server", "site", "diagnostics"},
     {"runs"},
-    {"display"},
+    {"display", "comparison"},
     {"api", "inspection", "reporting", "bench", "flower"},
     {"cli"},
     {"__main__"},

@@ -15,9 +15,11 @@ import typing as _typing
 if _typing.TYPE_CHECKING:
     from fedspan.algebra.lowrank import LowRank as LowRank
     from fedspan.api import check as check
+    from fedspan.api import compare as compare
     from fedspan.api import resume as resume
     from fedspan.api import run as run
     from fedspan.api import run_many as run_many
+    from fedspan.comparison.runner import Comparison as Comparison
     from fedspan.config import Config as Config
     from fedspan.config import load as load_config
     from fedspan.merging.merge_report import MergeReport as MergeReport
@@ -50,6 +52,7 @@ if _typing.TYPE_CHECKING:
 __all__ = [
     "METHODS",
     "Broadcast",
+    "Comparison",
     "Config",
     "Evaluation",
     "Event",
@@ -71,6 +74,7 @@ __all__ = [
     "Vector",
     "aggregate",
     "check",
+    "compare",
     "create_method",
     "evaluate",
     "load_config",
@@ -84,6 +88,7 @@ __all__ = [
 _HOME = {
     "METHODS": ("fedspan.methods", "METHODS"),
     "Broadcast": ("fedspan.methods.messages", "Broadcast"),
+    "Comparison": ("fedspan.comparison.runner", "Comparison"),
     "Config": ("fedspan.config", "Config"),
     "Evaluation": ("fedspan.runs.application", "Evaluation"),
     "Event": ("fedspan.runs.events", "Event"),
@@ -105,6 +110,7 @@ _HOME = {
     "Vector": ("fedspan.methods.messages", "Vector"),
     "aggregate": ("fedspan.methods.base", "aggregate"),
     "check": ("fedspan.api", "check"),
+    "compare": ("fedspan.api", "compare"),
     "evaluate": ("fedspan.runs.application", "evaluate"),
     "predict": ("fedspan.runs.application", "predict_rows"),
     "create_method": ("fedspan.methods", "create"),

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedspan import comparison
+from fedspan.comparison import AT_ONCE, Comparison
 from fedspan.config import Config, from_mapping, load
 from fedspan.display.console import console_for
 from fedspan.display.session import watch
@@ -93,6 +95,8 @@ def run_many(
     configs: Sequence[Config | Mapping[str, Any] | str | os.PathLike[str]],
     outs: Sequence[str | os.PathLike[str] | None] | None = None,
     on_event: many.OnRunEvent | None = None,
+    *,
+    apart: bool = False,
 ) -> list[Result]:
     """Run several federations of simulated clients at once, such as the seeds and methods of a comparison.
 
@@ -109,6 +113,9 @@ def run_many(
         ``runs``.
     on_event
         Called with the number of the run, from 0, and every `Event` of it.
+    apart
+        Let only clients of one run share a pass over the base: every result then has the bits of the run alone on the
+        same device, whatever else is run with it.
 
     Raises
     ------
@@ -117,7 +124,42 @@ def run_many(
         others have ended. The message names the run, counted from 1.
     """
     settings = [_settings(config) for config in configs]
-    return many.run_many(settings, outs, many.ignore if on_event is None else on_event)
+    return many.run_many(settings, outs, many.ignore if on_event is None else on_event, apart=apart)
+
+
+def compare(
+    suite: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    quiet: bool | None = None,
+    at_once: int = AT_ONCE,
+) -> Comparison:
+    """Compare arms over seeds, and judge their paired differences; an interrupted comparison goes on.
+
+    Parameters
+    ----------
+    suite
+        The TOML file that describes the comparison (docs/comparing.md).
+    out
+        The folder of the comparison, new or begun; None: ``runs/NAME``.
+    quiet
+        As for `run`: a line for every finished run is shown on a terminal and in a notebook, unless this is True.
+    at_once
+        Most runs in memory at once. On a CPU it changes no result.
+
+    Raises
+    ------
+    FedspanError
+        For anything wrong with the suite, before any training; for a folder that holds something else, or another
+        comparison; and for a run that fails, after which the same call goes on.
+    """
+    console = console_for(quiet)
+
+    def show(line: str) -> None:
+        if console is not None:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    return comparison.compare(suite, out, show, at_once=at_once)
 
 
 def check(

@@ -17,6 +17,7 @@ import typer
 from fedspan.cli import flower
 from fedspan.cli.arguments import PlainCommand, WithWeights, new_app
 from fedspan.cli.bench import bench
+from fedspan.cli.compare import compare
 from fedspan.cli.config import config
 from fedspan.cli.evaluate import evaluate
 from fedspan.cli.failures import USAGE_ERROR, Bug, Interrupted, is_out_of_memory, is_users, message, report, usage
@@ -58,6 +59,7 @@ app.command(cls=PlainCommand, short_help="Run a federation, with its controls.")
 app.command(cls=PlainCommand, short_help="Continue an interrupted run, or extend one.")(resume)
 app.command(cls=PlainCommand, short_help="Evaluate a run or an adapter on new data.")(evaluate)
 app.command(cls=PlainCommand, short_help="Write a run's or an adapter's predictions for new data.")(predict)
+app.command(cls=PlainCommand, short_help="Compare arms over seeds, tuned, with verdicts.")(compare)
 app.command(cls=WithWeights, short_help="Merge PEFT adapters by an aggregation rule.")(merge)
 app.command(cls=PlainCommand, short_help="List the methods, their properties and options.")(methods)
 app.command(cls=PlainCommand, short_help="Print every setting as TOML.")(config)

@@ -70,11 +70,19 @@ def plan(
             shared.append(p)
         else:
             groups.append([p])
-    if shared:
-        groups += _alike(shared, _cohort_size(model, shared, engine))
+    for own in _by_run(shared):
+        groups += _alike(own, _cohort_size(model, own, engine))
     # The costliest first: a long group that is begun last would keep every process waiting for it.
     groups.sort(key=lambda group: (-sum(p.cost for p in group), group[0].index))
     return [[p.index for p in group] for group in groups]
+
+
+def _by_run(planned: Sequence[_Planned]) -> list[list[_Planned]]:
+    """Return the clients of each run that shares no pass with another; together those of all other runs."""
+    runs: dict[int | None, list[_Planned]] = {}
+    for p in planned:
+        runs.setdefault(p.assignment.run, []).append(p)
+    return list(runs.values())
 
 
 def most_that_fit(

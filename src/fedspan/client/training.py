@@ -89,6 +89,8 @@ class Assignment:
     """The secret of this work alone, unknown to everyone but the site, from which its coins and noise are drawn."""
     terms: Terms | None = None
     """Its run's own settings; None for those of all work that is done with it."""
+    run: int | None = None
+    """Number of its run, whose clients then share passes with each other alone; None: with any."""
 
     def under(self, settings: TrainingSettings, round_num: int) -> tuple[TrainingSettings, int]:
         """Return the settings and the round of this work, given those of all work that is done with it."""

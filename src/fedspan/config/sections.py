@@ -25,6 +25,7 @@ from fedspan.support.errors import FedspanError
 from fedspan.support.scalars import plain
 
 PositiveInt = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 # A system ends a program that asks for a million threads.
 Parallel = Annotated[int, Field(ge=1, le=1024)]
@@ -207,8 +208,13 @@ class DataConfig(Section):
     """Share of the training data held out as test data when no test data is given."""
     validation: PartialFraction = 0.0
     """Share of the training data kept back, by the seed, to find the best round and to stop early; never test data."""
+    test_from_training: PartialFraction = 0.0
+    """Share of the training data that takes the place of the test and unseen data, whose rows are then not used: for
+    choosing settings without seeing those rows. 0: evaluate on the test data."""
     client_holdout: PartialFraction = 0.0
     """Share of each client's data held out for evaluation on that client's own data."""
+    seed: Annotated[Seed | None, Field(examples=[0])] = None
+    """Seed of the rows: those that are held out, kept by `max_train` and `max_test`, or generated. Unset: `seed`."""
 
     @field_validator("image_range")
     @classmethod
@@ -255,6 +261,9 @@ class FederationConfig(Section):
     """Refuse methods whose server needs more than sums over the clients' updates."""
     drop_empty: bool = False
     """Leave out clients without data instead of refusing to start."""
+    seed: Annotated[Seed | None, Field(examples=[0])] = None
+    """Seed of the split over the clients, of their ranks, and of the clients that are sampled in each round. Unset:
+    `seed`, which then draws these too."""
 
 
 class LocalConfig(Section):
@@ -528,8 +537,9 @@ class TrackingConfig(_WithTrackers):
 class Config(Section):
     """All settings of a run. `Config()` is the embedded default."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of every random draw, except secret ones under `[privacy]`."""
+    seed: Seed = 0
+    """Seed of every random draw, except secret ones under `[privacy]`, and those of `data.seed` and `federation.seed`
+    where these are set: then it is the seed of the training."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, …; `auto`: a GPU when there is one."""
     threads: Parallel = 1
@@ -549,6 +559,16 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     method: dict[str, Annotated[Any, BeforeValidator(plain)]] = Field(default_factory=lambda: {"name": "glora"})
     """The method's `name` and its own options; `fedspan methods NAME` lists them."""
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of the rows."""
+        return self.seed if self.data.seed is None else self.data.seed
+
+    @property
+    def federation_seed(self) -> int:
+        """The seed of the split, the ranks and the schedule."""
+        return self.seed if self.federation.seed is None else self.federation.seed
 
 
 def valid_keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:

@@ -24,7 +24,7 @@ from fedspan.data.metrics import (
     register_own,
 )
 from fedspan.data.rows import Corpus, Kind, Rows, concatenate
-from fedspan.data.splits import hold_out, keep_apart, limited, undivided, with_validation
+from fedspan.data.splits import evaluated_on_training, hold_out, keep_apart, limited, undivided, with_validation
 from fedspan.data.strings import joined
 from fedspan.data.tables import Table
 from fedspan.support.errors import FedspanError
@@ -41,6 +41,8 @@ def load(config: DataConfig, seed: int) -> Corpus:
     * A row whose field is one of `unseen_values` is neither trained on nor part of the test data. The unseen
       data holds, of each such value, its rows of the test data, or of the training data when the test data has
       none; and the rows of the `unseen` files.
+    * With `test_from_training`, this share of the training rows, drawn by the seed, takes the place of the test data,
+      and there is no unseen data.
     * `max_train` limits the training data, `max_test` the test data and the unseen data, each by a draw that
       depends on `seed` alone. The order of rows is kept.
     * `glue/NAME` with `train` files reads these instead of the hub, in GLUE's columns unless `text_columns`
@@ -79,8 +81,10 @@ def load(config: DataConfig, seed: int) -> Corpus:
         )
     if config.kind not in (None, corpus.kind):
         raise FedspanError(f"data.kind = {config.kind!r}: {config.task} is {corpus.kind} data")
-    corpus = limited(_with_metrics(corpus, config.metrics), config.max_train, config.max_test, seed)
-    return with_validation(corpus, config.validation, seed)
+    corpus = _with_metrics(corpus, config.metrics)
+    if config.test_from_training:
+        corpus = evaluated_on_training(corpus, config.test_from_training, seed)
+    return with_validation(limited(corpus, config.max_train, config.max_test, seed), config.validation, seed)
 
 
 def _check_builtin(config: DataConfig) -> None:

@@ -12,7 +12,7 @@ from fedspan.support.errors import FedspanError
 from fedspan.support.suggest import nearest
 
 # The purpose of a draw, part of its generator's seed: no two draws share a stream.
-_HOLDOUT, _MAX_TRAIN, _MAX_TEST, _MAX_UNSEEN, _VALIDATION = range(5)
+_HOLDOUT, _MAX_TRAIN, _MAX_TEST, _MAX_UNSEEN, _VALIDATION, _FROM_TRAINING = range(6)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,6 +121,32 @@ def hold_out(splits: Splits, share: float, seed: int) -> Splits:
     test, train = np.sort(order[:size]), np.sort(order[size:])
     files = splits.files
     return Splits(splits.train.take(train), splits.train.take(test), splits.unseen, files[train], files[test])
+
+
+def evaluated_on_training(corpus: Corpus, share: float, seed: int) -> Corpus:
+    """Return the corpus with a share of its training rows, drawn at random, as its test data, and no unseen data.
+
+    Raises
+    ------
+    FedspanError
+        When there are fewer than two training rows.
+    """
+    num_rows = len(corpus.train)
+    if num_rows < 2:
+        raise FedspanError(
+            f"data.test_from_training = {share}: the training data has {num_rows} row; expected 2 or more"
+        )
+    size = min(max(1, round(share * num_rows)), num_rows - 1)
+    order = np.random.default_rng([seed, _FROM_TRAINING]).permutation(num_rows)
+    test, train = np.sort(order[:size]), np.sort(order[size:])
+    return replace(
+        corpus,
+        train=corpus.train.take(train),
+        test=corpus.train.take(test),
+        unseen=None,
+        client_files=_moved(corpus.client_files, train, num_rows),
+        client_tests=_moved(corpus.client_files, test, num_rows),
+    )
 
 
 def limited(corpus: Corpus, max_train: int | None, max_test: int | None, seed: int) -> Corpus:

@@ -47,7 +47,7 @@ def chosen(config: Config, ledger: ClientLedger | None = None) -> Method:
         method = with_server_optimizer(
             method, server.optimizer, server.learning_rate, server.momentum, server.beta2, server.tau
         )
-    _check_ranks(method, set(ranks(federation, config.seed)))
+    _check_ranks(method, set(ranks(federation, config.federation_seed)))
     _check_sums(method, federation, privacy)
     _check_optimizer(method, config.local.optimizer)
     _check_base(method, config.model.quantise)
@@ -61,7 +61,7 @@ def chosen(config: Config, ledger: ClientLedger | None = None) -> Method:
         _check_client_bound(federation, config.wire.up, config.deployment.oversample)
         _check_client_budget(method, federation, privacy)
     if config.robust.filter != "none" or config.robust.max_norm is not None:
-        mixed = len(set(ranks(federation, config.seed))) > 1
+        mixed = len(set(ranks(federation, config.federation_seed))) > 1
         _check_robust(method, config.robust, federation, privacy, mixed)
     if privacy.dp == "client":
         # Last, around whatever the method has become: what leaves a client is clipped as it leaves.

@@ -50,8 +50,8 @@ def run(config: Config, out: Path, on_event: OnEvent) -> Result:
         raise FedspanError("the engine flower-simulation needs Ray: pip install 'flwr[simulation]>=1.41,<1.43'")
     from flwr.simulation import run_simulation
 
-    corpus = load_data(config.data, config.seed)
-    clients = make_clients(corpus, config.federation, config.seed, config.data.client_holdout)
+    corpus = load_data(config.data, config.data_seed)
+    clients = make_clients(corpus, config.federation, config.federation_seed, config.data.client_holdout)
     results: list[Result] = []
     server = ServerApp()
 
@@ -103,8 +103,8 @@ class SimulatedSites:
 
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, folder
-        corpus = load_data(config.data, config.seed)
-        clients = make_clients(corpus, config.federation, config.seed, config.data.client_holdout)
+        corpus = load_data(config.data, config.data_seed)
+        clients = make_clients(corpus, config.federation, config.federation_seed, config.data.client_holdout)
         self._clients = sorted(clients, key=lambda client: client.client_id)
         largest = max(client.rank for client in self._clients)
         self._loaded = Loaded.of(config, requirements.chosen(config), corpus, largest)

@@ -106,11 +106,11 @@ class RunContext:
         corpus = provision.corpus(config)
         coordinator = None
         if transport is None:
-            clients = make_clients(corpus, config.federation, config.seed, config.data.client_holdout)
+            clients = make_clients(corpus, config.federation, config.federation_seed, config.data.client_holdout)
         else:
             coordinator = Coordinator(transport, config, method, out, _site_lines(on_event), trusted)
             clients = coordinator.gather()
-        sampler = create_sampler(config.federation, config.seed, config.privacy.dp, secret_of(out))
+        sampler = create_sampler(config.federation, config.federation_seed, config.privacy.dp, secret_of(out))
         num_sampled = max(1, round(sampler.expected_size(len(clients))))
         if not method.info.pooled:
             _check_min_success(config.federation.min_success, num_sampled)

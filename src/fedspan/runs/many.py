@@ -3,7 +3,8 @@
 Every run is the ordinary run: it has its own folder, records, checkpoints and resume. It takes turns with the others
 (`runs.turns`), and where it asks for local work or an evaluation, it waits until all the others have asked or ended;
 then all of that work is done together. A client's seed, round, batches and learning rates are those of its own run, so
-its results agree with those of the run alone up to rounding: clients share a pass with others than they would alone.
+its results agree with those of the run alone up to rounding: clients share a pass with others than they would alone,
+unless the runs are to be kept apart.
 """
 
 from __future__ import annotations
@@ -47,8 +48,21 @@ def ignore(number: int, event: Event) -> None:
     """Show nothing."""
 
 
+class RunFailed(FedspanError):
+    """The first error of a run among several."""
+
+    def __init__(self, number: int, num_runs: int, others: int, error: FedspanError) -> None:
+        more = f" (and {others} more)" if others else ""
+        super().__init__(f"run {number + 1} of {num_runs}{more}: {error}")
+        self.number, self.others, self.error = number, others, error
+
+
 def run_many(
-    configs: Sequence[Config], outs: Sequence[StrPath | None] | None = None, on_event: OnRunEvent = ignore
+    configs: Sequence[Config],
+    outs: Sequence[StrPath | None] | None = None,
+    on_event: OnRunEvent = ignore,
+    *,
+    apart: bool = False,
 ) -> list[Result]:
     """Run several federations at once; those over one base share its memory, its passes and its processes.
 
@@ -58,6 +72,9 @@ def run_many(
         The run folders; one that holds a run of the same settings is resumed. None: new ones.
     on_event
         Receives every event as it happens, with the number of its run.
+    apart
+        Let only clients of one run share a pass: every result has the bits of the run alone on the same device,
+        whatever else is run with it.
 
     Raises
     ------
@@ -71,7 +88,7 @@ def run_many(
     given = [Path(folder).resolve() for folder in folders if folder is not None]
     if len(set(given)) < len(given):
         raise FedspanError("two runs in one folder: expected a folder for each")
-    with closing(_Pool(len(configs))) as pool:
+    with closing(_Pool(len(configs), apart)) as pool:
         turns = [
             Turn(partial(pool.lead, number, config, folder, on_event))
             for number, (config, folder) in enumerate(zip(configs, folders, strict=True))
@@ -88,8 +105,7 @@ def _raise_first(turns: Sequence[Turn]) -> None:
     for number, error in failed:
         if not isinstance(error, FedspanError):
             raise error
-        others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise FedspanError(f"run {number + 1} of {len(turns)}{others}: {error}") from error
+        raise RunFailed(number, len(turns), len(failed) - 1, error) from error
 
 
 class _NotAll(Exception):
@@ -104,14 +120,14 @@ class _SharedProvision(Provision):
 
     def corpus(self, config: Config) -> Corpus:
         """Return a run's rows, read once for runs of the same data and seed."""
-        key = config.data.model_dump_json(), config.seed
+        key = config.data.model_dump_json(), config.data_seed
         if key not in self._pool.corpora:
             self._pool.corpora[key] = super().corpus(config)
         return self._pool.corpora[key]
 
     def prepared(self, config: Config, corpus: Corpus) -> Prepared:
         """Return a run's rows, encoded once for runs of the same data, seed and base."""
-        key = config.data.model_dump_json(), config.seed, config.model.model_dump_json()
+        key = config.data.model_dump_json(), config.data_seed, config.model.model_dump_json()
         if key not in self._pool.prepared:
             self._pool.prepared[key] = super().prepared(config, corpus)
         return self._pool.prepared[key]
@@ -132,6 +148,7 @@ class _Pool:
     """All bases and executors, and the work of all runs."""
 
     num_runs: int
+    apart: bool
     corpora: dict[Any, Corpus] = field(default_factory=dict)
     prepared: dict[Any, Prepared] = field(default_factory=dict)
     shared: list[SharedBase] = field(default_factory=list)
@@ -186,7 +203,9 @@ class _Pool:
         context = shared.executor.context
         context.training = context.training.with_options(precision=precision)
         everything = [
-            replace(a, rows=shared.rows(number, "train", a.rows)) for number, own in requests.items() for a in own
+            replace(a, rows=shared.rows(number, "train", a.rows), run=number if self.apart else None)
+            for number, own in requests.items()
+            for a in own
         ]
         self._measure(shared, everything, engine)
         results = iter(list(shared.executor.train(everything, 0, engine)))

@@ -65,7 +65,7 @@ class Provision:
 
     def corpus(self, config: Config) -> Corpus:
         """Return a run's rows."""
-        return load_data(config.data, config.seed)
+        return load_data(config.data, config.data_seed)
 
     def prepared(self, config: Config, corpus: Corpus) -> Prepared:
         """Return a run's rows, encoded with the tokenizer or image processor of its base."""

@@ -66,7 +66,7 @@ def client_of(settings: SiteSettings, corpus: Corpus) -> Client:
 def _in_partition(settings: SiteSettings, corpus: Corpus) -> Client:
     """Return the client of this name in the federation's partition of the data."""
     config = settings.config
-    partitioned = make_clients(corpus, config.federation, config.seed, config.data.client_holdout)
+    partitioned = make_clients(corpus, config.federation, config.federation_seed, config.data.client_holdout)
     clients = {client.client_id: client for client in partitioned}
     if settings.client_id not in clients:
         raise FedspanError(f"client_id = {settings.client_id!r}: expected one of {', '.join(sorted(clients))}")
@@ -79,7 +79,9 @@ def _with_own_data(settings: SiteSettings, corpus: Corpus) -> Client:
     config, rank = settings.config, settings.rank
     if rank is None:
         ranks = config.federation.ranks
-        possible = {ranks} if isinstance(ranks, int) else set(requirements.ranks(config.federation, config.seed))
+        possible = (
+            {ranks} if isinstance(ranks, int) else set(requirements.ranks(config.federation, config.federation_seed))
+        )
         if len(possible) != 1:
             raise FedspanError(
                 f"{settings.client_id} has no rank: expected `rank` in its site.toml, since ranks differ"
@@ -87,7 +89,7 @@ def _with_own_data(settings: SiteSettings, corpus: Corpus) -> Client:
         rank = possible.pop()
     rows = np.arange(len(corpus.train))
     # Python's hash of a string is salted per process: after a restart the site would keep other rows back.
-    rng = np.random.default_rng([config.seed, 3, zlib.crc32(settings.client_id.encode())])
+    rng = np.random.default_rng([config.federation_seed, 3, zlib.crc32(settings.client_id.encode())])
     kept = round(len(rows) * config.data.client_holdout)
     order = rng.permutation(rows)
     return Client(settings.client_id, rank, np.sort(order[kept:]), np.sort(order[:kept]))

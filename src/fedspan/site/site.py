@@ -72,7 +72,7 @@ class Site:
         self.privacy, self._precision = config.privacy, config.wire.up
         torch.set_num_threads(config.threads)
         method: Method = requirements.chosen(config)
-        corpus = load_data(config.data, config.seed)
+        corpus = load_data(config.data, config.data_seed)
         self.client = client_of(settings, corpus)
         self.loaded = Loaded.of(config, method, corpus, self.client.rank) if loaded is None else loaded
         for note in self.loaded.notes:

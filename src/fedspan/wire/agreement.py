@@ -29,6 +29,8 @@ def terms(config: Config) -> dict[str, Any]:
     shared: dict[str, Any] = {_PROGRAM: installed_version("fedspan")}
     shared |= {f"{_LIBRARY}{name}": installed_version(name) for name in LIBRARIES}
     shared |= {"seed": config.seed, "federation.weighting": config.federation.weighting}
+    # Sites that divide one data set must divide it alike.
+    shared |= {"data.seed": config.data_seed, "federation.seed": config.federation_seed}
     shared |= {f"model.{key}": settings["model"][key] for key in ("dtype", "quantise", "dropout")}
     shared["engine.autocast"] = settings["engine"]["autocast"]
     for section in _SHARED_SECTIONS:

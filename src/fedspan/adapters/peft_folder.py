@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedspan.adapters import experts
 from fedspan.adapters.lora_config import CARRIED, check_config
 from fedspan.adapters.state_dict import (
     Adapter,
@@ -107,6 +108,8 @@ def save(
     frozen: Mapping[str, Tensor] | None = None,
     carried: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    stacks: Mapping[str, int] | None = None,
+    target_parameters: Sequence[str] = (),
 ) -> None:
     """Write a PEFT LoRA folder that `PeftModel.from_pretrained` loads as it is: whole, or not at all.
 
@@ -131,6 +134,8 @@ def save(
         Other config entries to pass on, of those in `CARRIED`.
     dtype
         Type of the written floats; none: as they are.
+    stacks, target_parameters
+        As in `Adapter`, and the names of these parameters for PEFT.
 
     Raises
     ------
@@ -145,7 +150,8 @@ def save(
     whole = {**(dense or {}), **(frozen or {})}
     _check_parts(path, factors, whole, modules_to_save, embeddings, carried or {})
     rank = max(1, *(f.rank for f in factors.values()))
-    tensors = tensors_of({module: _padded(f, rank) for module, f in factors.items()}, whole, embeddings)
+    pairs = experts.join({module: _padded(f, rank) for module, f in factors.items()}, stacks or {})
+    tensors = tensors_of(pairs, whole, embeddings)
     tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()} if dtype else tensors
     check_finite(path, tensors)
     config = {
@@ -161,10 +167,11 @@ def save(
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
         "init_lora_weights": True,
-        "target_modules": sorted(factors),
+        "target_modules": experts.plain_modules(sorted(factors), stacks or {}),
         "modules_to_save": list(modules_to_save) or None,
         "rank_pattern": {},
         "alpha_pattern": {},
+        **({"target_parameters": sorted(target_parameters)} if stacks else {}),
         **(carried or {}),
     }
     _write(path, config, tensors)

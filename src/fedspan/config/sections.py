@@ -125,6 +125,10 @@ class AdapterConfig(Section):
     """Name endings of the linear layers to adapt, or a regular expression (a string) that matches their whole names;
     `all-linear` means every one except the head and those that cannot be adapted. Methods that train the full weights
     of selected layers use the same list."""
+    target_parameters: Annotated[Names, Field(examples=[["experts.gate_up_proj", "experts.down_proj"]])] = ()
+    """Name endings of parameters that hold the weights of several experts in one tensor, such as
+    `experts.gate_up_proj`; each expert gets an adapter of its own. `exclude_modules` and `layers` do not concern them.
+    Needs `dropout = 0`."""
     exclude_modules: NamesOrPattern = ()
     """Linear layers to leave out of those, as name endings or a regular expression that matches their whole names."""
     layers: Annotated[Indices | None, Field(examples=[[0, 1]])] = None

@@ -133,6 +133,8 @@ def _write(target: Path, result: Adapter, dtype: torch.dtype | None, full: bool)
         frozen=result.frozen,
         carried={key: config[key] for key in CARRIED if key in config},
         dtype=dtype,
+        stacks=result.stacks,
+        target_parameters=config.get("target_parameters") or (),
     )
 
 
@@ -189,7 +191,9 @@ def combine(
         for name in template.modules
     }
     dense = whole_weights(labels, adapters, answer.dense)
-    result = Adapter(factors, dense, common_config(adapters), adapters[0].embeddings, frozen_weights(adapters))
+    first = adapters[0]
+    config, frozen = common_config(adapters), frozen_weights(adapters)
+    result = Adapter(factors, dense, config, first.embeddings, frozen, first.stacks)
     written = max(1, *tally.kept.values())
     return result, tally.report(method.info.name, shares, written, len(dense), diagnostics)
 

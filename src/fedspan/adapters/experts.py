@@ -69,6 +69,11 @@ def split(
         by_expert = b.reshape(-1, rank, count)  # (m, r, E)
         for e, part in enumerate(a.reshape(count, rank, -1)):
             own[expert_name(name, e)] = {"A": part, "B": by_expert[:, :, e]}
+    if not stacks:
+        names = config["target_parameters"]
+        raise FedspanError(
+            f"{where}: target_parameters = {names!r}, and no factors of theirs: expected lora_A and lora_B"
+        )
     return own, stacks
 
 

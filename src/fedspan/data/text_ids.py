@@ -11,13 +11,14 @@ import numpy as np
 from fedspan.config import DataConfig
 from fedspan.data.base_facts import BaseFacts
 from fedspan.data.chat import DATE, ChatFormat
-from fedspan.data.special_tokens import TEXTS_AT_ONCE, Hidden, Spelling, plain_ids
+from fedspan.data.special_tokens import Hidden, Spelling, plain_ids
+from fedspan.data.token_rows import TokenRows
 from fedspan.support.errors import FedspanError
 
 TokensAndTypes = tuple[np.ndarray, np.ndarray | None]
 """Token ids of a row, and their types where the tokenizer has such."""
-
-
+LOOKED_AT = 2048
+"""Rows in which a known token is looked for."""
 DATE_NOTE = f"the chat template prints today's date: {DATE:%Y-%m-%d} stands for it in every run"
 
 
@@ -113,7 +114,7 @@ def check_known(tokenizer: Any, sequences: Sequence[np.ndarray]) -> None:
     if unknown is None:
         return
     special = set(tokenizer.all_special_ids) - {unknown}
-    seen = set(np.unique(np.concatenate(sequences[:TEXTS_AT_ONCE])).tolist()) - special
+    seen = set(np.unique(np.concatenate(sequences[:LOOKED_AT])).tolist()) - special
     if seen == {unknown}:
         raise FedspanError(
             f"the tokenizer reads all of the data as {tokenizer.unk_token!r}, its unknown token: "
@@ -121,9 +122,9 @@ def check_known(tokenizer: Any, sequences: Sequence[np.ndarray]) -> None:
         )
 
 
-def check_end_counts(sequences: Sequence[np.ndarray], pad: int, end: int) -> None:
+def check_end_counts(sequences: TokenRows, pad: int, end: int) -> None:
     """Check what an encoder-decoder needs, which classifies a batch from its rows' last end tokens."""
-    counts = [int((sequence == end).sum()) for sequence in sequences]
+    counts = sequences.counts(end).tolist()
     if pad == end:
         raise FedspanError(
             f"the base classifies from its end token (id {end}), with which the tokenizer also pads: "

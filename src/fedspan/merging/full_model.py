@@ -130,7 +130,6 @@ def _num_labels(config: Any, kind: Any, adapter: Adapter) -> int | None:
     return None
 
 
-@torch.no_grad()
 def _experts_of(name: str, model: nn.Module, adapter: Adapter) -> dict[str, tuple[ExpertParameter, int]]:
     """Return the parameter and the number of every expert that the adapter changes."""
     if not adapter.stacks:
@@ -143,6 +142,7 @@ def _experts_of(name: str, model: nn.Module, adapter: Adapter) -> dict[str, tupl
     }
 
 
+@torch.no_grad()
 def _add(name: str, model: nn.Module, adapter: Adapter) -> None:
     experts = _experts_of(name, model, adapter)
     held = model.state_dict(keep_vars=True)  # statistics of batch normalisation too

@@ -36,6 +36,8 @@ CONFIG_NAME = "adapter_config.json"
 _INNER = ("adapter", "default")
 """Folders that hold the adapter in a run's folder, and in one that PEFT saved for an adapter of that name."""
 WEIGHTS_NAME = "adapter_model.safetensors"
+LABELS_NAME = "labels.json"
+"""The label names of a classifier, as entries of a configuration of transformers; PEFT does not read it."""
 
 
 def load(path: Path) -> Adapter:
@@ -110,6 +112,7 @@ def save(
     dtype: torch.dtype | None = None,
     stacks: Mapping[str, int] | None = None,
     target_parameters: Sequence[str] = (),
+    labels: bytes | None = None,
 ) -> None:
     """Write a PEFT LoRA folder that `PeftModel.from_pretrained` loads as it is: whole, or not at all.
 
@@ -136,6 +139,8 @@ def save(
         Type of the written floats; none: as they are.
     stacks, target_parameters
         As in `Adapter`, and the names of these parameters for PEFT.
+    labels
+        Content of the file of label names, if any.
 
     Raises
     ------
@@ -174,7 +179,7 @@ def save(
         **({"target_parameters": sorted(target_parameters)} if stacks else {}),
         **(carried or {}),
     }
-    _write(path, config, tensors)
+    _write(path, config, tensors, labels)
 
 
 def check_free(path: Path) -> None:
@@ -221,7 +226,7 @@ def _padded(f: Factors, rank: int) -> Factors:
     return Factors(b, a, 1.0)
 
 
-def _write(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+def _write(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], labels: bytes | None) -> None:
     """Write a temporary folder beside the target, flush it to disk, then rename it: there is never half an adapter."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
@@ -234,6 +239,8 @@ def _write(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) ->
             raise FedspanError(f"{path} cannot be written ({one_line(error)}): expected a disk with room") from None
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+        if labels is not None:
+            (folder / LABELS_NAME).write_bytes(labels)
         for file in folder.iterdir():
             flush(file)
         flush(folder)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedspan.adapters.experts import expert_name
 from fedspan.adapters.state_dict import Adapter
 from fedspan.data.rows import Kind
+from fedspan.merging.labels import Entries, set_labels
 from fedspan.models.experts import ExpertParameter, choose, stacks_of
 from fedspan.models.layers import is_conv1d
 from fedspan.models.loading import NO_CODE, library_logs_silenced, load_processor, resolve
@@ -35,7 +36,7 @@ _PROCESSOR_FILES = (
 )
 
 
-def write_model(path: Path, adapter: Adapter, dtype: torch.dtype | None = None) -> None:
+def write_model(path: Path, adapter: Adapter, dtype: torch.dtype | None = None, labels: Entries | None = None) -> None:
     """Write the adapter's base with W + s·B·A in place of its weights, as transformers saves a model, whole or not.
 
     The base's tokenizer or image processor is written beside it. Sums are computed in float32.
@@ -46,6 +47,8 @@ def write_model(path: Path, adapter: Adapter, dtype: torch.dtype | None = None) 
         A new or empty folder.
     dtype
         Type of the written floats; none: that of the base's own files.
+    labels
+        Entries of the model's configuration on its labels; none: as the base has them.
 
     Raises
     ------
@@ -57,6 +60,8 @@ def write_model(path: Path, adapter: Adapter, dtype: torch.dtype | None = None) 
     if name is None:
         raise FedspanError("the adapters name no base, which a whole model needs: expected --base NAME (base=NAME)")
     model = _base(name, adapter)
+    if labels is not None:
+        set_labels(model.config, labels)
     _add(name, model, adapter)
     if dtype is not None:
         model.to(dtype)

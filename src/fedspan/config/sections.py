@@ -238,9 +238,10 @@ class FederationConfig(Section):
     `rank_values`."""
     rank_values: tuple[int, ...] = (2, 4, 8, 16)
     """Ranks that the distributions of `ranks` draw from."""
-    partition: Literal["iid", "dirichlet", "by_field", "preset", "files"] = "by_field"
-    """Split of the training data over the clients: at random, with Dirichlet label skew, by `data.field_column`, by a
-    published recipe (`preset`), or one file per client (`files`). Several training files are one client each where
+    partition: Literal["auto", "iid", "dirichlet", "by_field", "preset", "files"] = "auto"
+    """Split of the training data over the clients: at random (`iid`), with Dirichlet label skew, by
+    `data.field_column`, by a published recipe (`preset`), or one file per client (`files`). `auto`: by the field where
+    the rows have at least two values of it, otherwise at random. Several training files are one client each where
     neither this, nor `field_column`, nor another number of clients is given."""
     dirichlet_alpha: PositiveFloat = 0.5
     """Concentration of `partition = "dirichlet"`: a small value gives clients very different label distributions."""

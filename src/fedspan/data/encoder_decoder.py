@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedspan.data.base_facts import BaseFacts
 from fedspan.data.special_tokens import TEXTS_AT_ONCE, Spelling
-from fedspan.data.text_ids import LOOKED_AT, added_tokens, check_known, end_tokens, padding_token
+from fedspan.data.text_ids import LOOKED_AT, added_tokens, check_known, cut_note, end_tokens, padding_token
 from fedspan.data.token_rows import TokenRows
 from fedspan.support.errors import FedspanError
 
@@ -169,17 +169,7 @@ def encode_pairs(
     check_known(tokenizer, looked_at)
     sides = _Sequences.of(sources), _Sequences.of(targets)
     texts = PromptsAndAnswers(*sides, start, leading, padding_token(tokenizer, base), (end,))
-    return texts, _notes(counts, len(answers), max_length)
-
-
-def _notes(counts: Counter[str], num_rows: int, max_length: int) -> tuple[str, ...]:
-    """Return one line about what was cut, or nothing."""
-    parts = {
-        "prompts": f"{counts['prompts']} prompts lost their start",
-        "answers": f"{counts['answers']} answers lost their end, and so the token that ends them",
-    }
-    said = [text for kind, text in parts.items() if counts[kind]]
-    return (f"of {num_rows} rows, {'; '.join(said)} (data.max_length = {max_length})",) if said else ()
+    return texts, cut_note(counts, len(answers), max_length)
 
 
 def _joined(before: Sequence[int], tokens: np.ndarray, after: Sequence[int]) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -29,7 +30,9 @@ from fedspan.data.text_ids import (
     chat_format,
     check_end_counts,
     check_known,
+    check_room,
     classified_ids,
+    cut_note,
     end_tokens,
     padding_token,
     prompt_ids,
@@ -209,6 +212,7 @@ def _encode_instructions(
     leading = [] if chat is not None else list(added_tokens(tokenizer)[0])
     spelling = Spelling(tokenizer)
     sequences, prompt_lengths = TokenRows(), array("q")
+    counts: Counter[str] = Counter()
     for row, (prompt, answer) in enumerate(_prompts_and_answers(rows, _filler(config.template, chat), spelling), 1):
         special = leading
         if special and prompt[: len(special)].tolist() == special:  # the template writes them out too
@@ -217,10 +221,13 @@ def _encode_instructions(
             special, prompt = [int(prompt[0])], prompt[1:]
         if not special and not len(prompt):
             raise FedspanError(f"the prompt of row {row} has no tokens: expected at least one before the answer")
-        sequence, prompt_length = _fitted(special, prompt, np.append(answer, ends[0]), config.max_length)
+        whole = np.append(answer, ends[0])
+        sequence, prompt_length = _fitted(special, prompt, whole, config.max_length)
+        counts["prompts"] += prompt_length < len(special) + len(prompt)
+        counts["answers"] += len(sequence) - prompt_length < len(whole)
         sequences.append(sequence)
         prompt_lengths.append(prompt_length)
-    notes = _notes_of_instructions(rows, spelling, chat)
+    notes = _notes_of_instructions(rows, spelling, chat) + cut_note(counts, len(rows), config.max_length)
     return _flat(sequences, None, torch.tensor(prompt_lengths), tokenizer, base, ends), notes
 
 
@@ -252,12 +259,14 @@ def _fitted(special: list[int], prompt: np.ndarray, answer: np.ndarray, max_leng
 
 
 def _encode_texts(rows: Rows, tokenizer: Any, config: DataConfig, base: BaseFacts) -> tuple[Texts, tuple[str, ...]]:
-    sequences, types = TokenRows(), TokenRows("h")
+    check_room(tokenizer, config.max_length, len(rows.inputs[0]) > 1)
+    sequences, types, num_cut = TokenRows(), TokenRows("h"), 0
     spelling = Spelling(tokenizer)
     for start in range(0, len(rows), TEXTS_AT_ONCE):
         chunk = [list(column) for column in zip(*rows.inputs[start : start + TEXTS_AT_ONCE], strict=True)]
-        for ids, kinds in classified_ids(tokenizer, chunk, config.max_length, spelling):
+        for ids, kinds, cut in classified_ids(tokenizer, chunk, config.max_length, spelling):
             sequences.append(ids)
+            num_cut += cut
             if kinds is not None:
                 types.append(kinds)
             if not len(ids):
@@ -268,7 +277,8 @@ def _encode_texts(rows: Rows, tokenizer: Any, config: DataConfig, base: BaseFact
     texts = _flat(sequences, types if len(types) else None, None, tokenizer, base)
     # Column by column, so that the text that the note names is the first of the first column that has one.
     columns = range(len(rows.inputs[0]))
-    return texts, special_note(spelling, (pair[column] for column in columns for pair in rows.inputs))
+    spelt = special_note(spelling, (pair[column] for column in columns for pair in rows.inputs))
+    return texts, (*spelt, *cut_note({"texts": num_cut}, len(rows), config.max_length))
 
 
 def _flat(

@@ -34,9 +34,17 @@ def read_facts(name: str) -> BaseFacts:
         vocabulary=_positive(getattr(text, "vocab_size", None)),
         num_positions=_num_positions(text),
         num_labels=len(names) or None,
+        encoder=text.model_type if not encoder_decoder and _is_encoder(text) else None,
         label_names=tuple(str(names[i]) for i in sorted(names)) or None,
         classifies_at=_first(getattr(text, "eos_token_id", None)) if encoder_decoder else None,
     )
+
+
+def _is_encoder(config: Any) -> bool:
+    """Return whether the model is one that fills in masked words, and is not set to write."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
 
 
 def _end_tokens(config: Any, generation: Any) -> tuple[int, ...]:

@@ -59,6 +59,11 @@ def _long_name(tensors: dict[str, torch.Tensor]) -> None:
 
 
 ADAPTERS = [
+    Case(
+        "adapters",
+        "RUN --set model.name=a",
+        ("model.name = 'a' is the folder of an adapter: expected its base, 'base',", "model.adapter = 'a'"),
+    ),
     # Folders and files
     _bad(lambda path: path.mkdir(), "bad holds no adapter_config.json"),
     _bad("a file", "bad is no folder"),

@@ -118,7 +118,7 @@ SETTINGS = [
     Case("command line", "rnu", ("unknown command 'rnu'", "did you mean 'run'?")),
     Case("command line", "run --otu x", ("no such option", "'--otu'; did you mean '--out'?")),
     Case(
-        "command line", "resume finished --set federation.rounds=3", ("no such option '--set'", "--rounds extends it")
+        "command line", "resume finished --set federation.rounds=3", ("'--set': a run goes on", "--rounds extends it")
     ),
     Case("command line", "merge a b --methd flora --out new", ("'--methd'; did you mean '--method'?",)),
     Case("command line", "run a.toml b.toml", ("unexpected extra argument", "b.toml")),

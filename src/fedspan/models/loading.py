@@ -118,6 +118,8 @@ def _reading(name: str) -> Iterator[None]:
 
 def _check_no_adapter(name: str) -> None:
     """Refuse a folder that holds an adapter in place of a base: transformers would read its base in silence."""
+    if name.startswith("builtin:"):
+        return
     folder = Path(resolve(name))
     if not exists(folder / CONFIG_NAME) or exists(folder / "config.json"):
         return

@@ -62,7 +62,7 @@ ADAPTERS = [
     Case(
         "adapters",
         "RUN --set model.name=a",
-        ("model.name = 'a' is the folder of an adapter: expected its base, 'base',", "model.adapter = 'a'"),
+        ("is the folder of an adapter: expected its base, 'base', as model.name", "model.adapter = "),
     ),
     # Folders and files
     _bad(lambda path: path.mkdir(), "bad holds no adapter_config.json"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedspan.data.base_facts import BaseFacts
-from fedspan.models.loading import read_config, read_generation_config
+from fedspan.models.loading import fills_masks, read_config, read_generation_config
 
 _ROBERTA_LIKE = frozenset(
     {
@@ -42,9 +42,7 @@ def read_facts(name: str) -> BaseFacts:
 
 def _is_encoder(config: Any) -> bool:
     """Return whether the model is one that fills in masked words, and is not set to write."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return fills_masks(config.model_type) and not getattr(config, "is_decoder", False)
 
 
 def _end_tokens(config: Any, generation: Any) -> tuple[int, ...]:

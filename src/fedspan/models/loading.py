@@ -87,6 +87,13 @@ def read_config(name: str, **labels: Any) -> Any:
         return AutoConfig.from_pretrained(resolve(name), **NO_CODE, **labels)
 
 
+def fills_masks(model_type: str) -> bool:
+    """Return whether models of this type are made to fill in masked words."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
 def read_generation_config(name: str) -> Any:
     """Read the settings for generation that lie beside a base; None where there are none."""
     from transformers import GenerationConfig

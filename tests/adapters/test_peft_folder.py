@@ -331,7 +331,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "lora bias": (config(lora_bias=True), "lora_bias is set"),
     "alora": (config(alora_invocation_tokens=[1]), "alora_invocation_tokens is set"),
     "replication": (config(layer_replication=[[0, 1]]), "layer_replication is set"),
-    "parameters": (config(target_parameters=["x"]), "target_parameters is set"),
+    "parameters": (config(target_parameters=["x"]), "target_parameters = .*no factors of theirs"),
     "tokens": (config(trainable_token_indices=[3]), "trainable_token_indices is set"),
     "bias": (config(bias="lora_only"), "bias='lora_only' also trains biases"),
     "pissa": (

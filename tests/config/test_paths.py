@@ -86,12 +86,12 @@ def test_several_training_files_are_a_client_each_unless_the_settings_say_otherw
     assert federation(data={"train_file": tuple(three)}, federation={"num_clients": 3}) == ("files", "files", 3)
     assert federation(data={"train": three}, federation={"partition": "files"}) == ("files", "files", 3)
     assert federation(data={"train": three}, federation={"partition": "iid"}) == ("files", "iid", 8)
-    assert federation(data={"train": three}, federation={"num_clients": 5}) == ("files", "by_field", 5)
-    assert federation(data={"train": three, "field_column": "x"}) == ("files", "by_field", 8)
-    assert federation(data={"train": "a.csv"}) == ("files", "by_field", 8)
+    assert federation(data={"train": three}, federation={"num_clients": 5}) == ("files", "auto", 5)
+    assert federation(data={"train": three, "field_column": "x"}) == ("files", "auto", 8)
+    assert federation(data={"train": "a.csv"}) == ("files", "auto", 8)
     assert federation(data={"train": ["a.csv"]}, federation={"partition": "files"}) == ("files", "files", 1)
-    assert federation(data={"train": []}) == ("builtin:tasks", "by_field", 8)
-    assert federation(data={"train": ["a", "b"], "task": "hub:x"}) == ("hub:x", "by_field", 8)
+    assert federation(data={"train": []}) == ("builtin:tasks", "auto", 8)
+    assert federation(data={"train": ["a", "b"], "task": "hub:x"}) == ("hub:x", "auto", 8)
     for wrong in ({"data": 3}, {"data": {"train": three}, "federation": 3}, {"data": {"train": 3}}):
         with pytest.raises(FedspanError):
             from_mapping(wrong)

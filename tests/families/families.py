@@ -21,6 +21,7 @@ WIDE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num
 TEXT: dict[str, Any] = {**WIDE, "max_position_embeddings": 64, "type_vocab_size": 2}
 LLAMA: dict[str, Any] = {**WIDE, "num_key_value_heads": 1, "max_position_embeddings": 64, "head_dim": 8}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+PARAMETERS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
 STILL = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 SEQ2SEQ = {
@@ -71,6 +72,8 @@ class Family:
     """Its classifier looks for the end token, which the tokenizer writes."""
     side: int = 16
     """Height and width of the images."""
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the section `adapter`, for the methods that train one."""
 
     def config(self) -> Any:
         """Return its configuration."""
@@ -119,9 +122,10 @@ def _tokenizer(end: bool) -> Any:
 @torch.no_grad()
 def _spread(model: Any) -> None:
     """Make the weights so large that every layer matters: a family's own start is nearly the identity or zero."""
-    for parameter in model.parameters():
-        if parameter.ndim == 2 and parameter.dtype == torch.float32:
-            parameter.copy_(torch.randn_like(parameter) * 0.7 / parameter.shape[1] ** 0.5)
+    for name, parameter in model.named_parameters():
+        several = parameter.ndim == 3 and "experts" in name
+        if (parameter.ndim == 2 or several) and parameter.dtype == torch.float32:
+            parameter.copy_(torch.randn_like(parameter) * 0.7 / parameter.shape[-1] ** 0.5)
 
 
 def _decoder(name: str, options: Mapping[str, Any], layers: str = "decoder", **more: Any) -> Family:
@@ -178,6 +182,26 @@ FAMILIES = (
     _decoder("ctrl", {"n_embd": 16, "dff": 24, "n_layer": 2, "n_head": 2, "n_positions": 64}),
     _decoder("mixtral", {**LLAMA, **EXPERTS}, "experts", fast=True),
     _decoder("qwen2_moe", {**LLAMA, **EXPERTS, "shared_expert_intermediate_size": 12}, "experts", fast=True),
+    _decoder(
+        "mixtral with experts", {**LLAMA, **EXPERTS}, "experts", fast=True, model_type="mixtral", adapter=PARAMETERS
+    ),
+    _decoder(
+        "qwen2_moe with experts",
+        {**LLAMA, **EXPERTS, "shared_expert_intermediate_size": 12},
+        "experts",
+        model_type="qwen2_moe",
+        adapter=PARAMETERS,
+    ),
+    _decoder(
+        "gpt_oss with experts", {**LLAMA, **EXPERTS}, "experts", fast=True, model_type="gpt_oss", adapter=PARAMETERS
+    ),
+    _decoder(
+        "qwen3_moe with one parameter",
+        {**LLAMA, **EXPERTS},
+        "experts",
+        model_type="qwen3_moe",
+        adapter={"target_parameters": ["down_proj"]},
+    ),
     _decoder("qwen3_moe", {**LLAMA, **EXPERTS}, "experts"),
     _decoder("olmoe", {**LLAMA, **EXPERTS}, "experts"),
     _decoder("granitemoe", {**LLAMA, **EXPERTS}, "experts"),

@@ -116,7 +116,7 @@ def _config(family: Family, base: Path, data: Mapping[str, Path], name: str, /, 
 
 def _glora(family: Family, base: Path, data: Mapping[str, Path], folder: Path, notes: list[str]) -> str:
     events: list[Event] = []
-    result = _run(_config(family, base, data, "glora"), folder / "glora", events)
+    result = _run(_config(family, base, data, "glora", adapter=family.adapter), folder / "glora", events)
     lines = [event.data["line"] for event in events if event.kind == "note"]
     notes += [line for line in lines if not line.startswith("a new head is drawn")]
     model = plain(family, base)
@@ -142,7 +142,8 @@ def _fedftg(family: Family, base: Path, data: Mapping[str, Path], folder: Path) 
 
 
 def _cohort(family: Family, base: Path, data: Mapping[str, Path], folder: Path) -> str:
-    config = _config(family, base, data, "glora", engine={"name": "cohort", "cohort_size": 2})
+    engine = {"name": "cohort", "cohort_size": 2}
+    config = _config(family, base, data, "glora", engine=engine, adapter=family.adapter)
     try:
         together = _run(config, folder / "cohort")
     except Refused as refusal:

@@ -15,7 +15,7 @@ from fedspan import config as settings
 from fedspan.config import Config
 from fedspan.data import Corpus, Rows
 from fedspan.data.partition import PRESETS
-from fedspan.federation.clients import Client, make_clients, pooled
+from fedspan.federation.clients import Client, make_clients, partition_note, pooled
 from fedspan.federation.sampling import create_sampler
 
 
@@ -133,6 +133,20 @@ def test_fields_that_say_nothing_are_refused() -> None:
     for fields in ([""] * 40, ["one"] * 40):
         with pytest.raises(ValueError, match=r"by_field.*needs data\.field_column"):
             made(config(partition="by_field"), corpus(fields=fields))
+
+
+def test_a_division_is_by_the_field_where_there_is_one_and_otherwise_at_random() -> None:
+    """The same clients as with the division named, and one line where nobody named it."""
+    fields = ["a", "b", "c", "d"] * 10
+    for values, name in ((fields, "by_field"), ([""] * 40, "iid"), (["one"] * 40, "iid")):
+        auto, named = config(partition="auto"), config(partition=name)
+        given = corpus(fields=values)
+        assert [c.indices.tolist() for c in made(auto, given)] == [c.indices.tolist() for c in made(named, given)]
+        assert bool(partition_note(given, auto.federation)) == (name == "iid")
+        assert partition_note(given, named.federation) == ()
+    (line,) = partition_note(corpus(fields=[""] * 40), config(partition="auto").federation)
+    assert "federation.partition = 'iid'" in line
+    assert "data.field_column" in line
 
 
 def test_label_skew_of_instructions_is_by_their_field() -> None:

@@ -129,6 +129,17 @@ def test_what_changed_is_named(copied: Path, change: Callable[[Path], None], mes
     assert (copied / "run" / "checkpoint" / "federation.safetensors").read_bytes() == before
 
 
+def test_a_settings_consequences_are_not_named_beside_it() -> None:
+    """Another seed draws another head and other test rows: one cause."""
+    began: dict[str, Any] = {"settings": {"seed": 3}, "base": "b", "data": {"train": "t"}, "libraries": {"torch": "1"}}
+    now = {**began, "settings": {"seed": 4}, "base": "c", "data": {"train": "u"}}
+    with pytest.raises(FedspanError) as caught:
+        identity.check_identity("run", began, now)
+    assert str(caught.value).startswith("run cannot be resumed: seed is 4, and it began with 3; expected what")
+    with pytest.raises(FedspanError, match=r"the base .*; the train data is not"):
+        identity.check_identity("run", began, {**now, "settings": {"seed": 3}})
+
+
 def test_another_library_is_named(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = identity.installed_version
     monkeypatch.setattr(identity, "installed_version", lambda name: "9.9+cpu" if name == "torch" else version(name))

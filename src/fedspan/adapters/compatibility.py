@@ -34,6 +34,7 @@ def check_compatible(labels: Sequence[str], adapters: Sequence[Adapter]) -> None
         _same_shapes(label, labels[0], _deltas(adapter), _deltas(first))
         _same_shapes(label, labels[0], _shapes(adapter), _shapes(first))
         _same_frozen(label, labels[0], adapter, first)
+        _same_stacks(label, labels[0], adapter, first)
         for what in ("embeddings", "fan_in_fan_out", "ensure_weight_tying"):
             mine, theirs = _trait(adapter, what), _trait(first, what)
             if mine != theirs:
@@ -70,6 +71,13 @@ def _same_frozen(label: str, first_label: str, adapter: Adapter, first: Adapter)
     for name, tensor in adapter.frozen.items():
         if not torch.equal(tensor, first.frozen.get(name, tensor)):
             raise FedspanError(f"{label}: the base's {name} is not that of {first_label}: expected one base")
+
+
+def _same_stacks(label: str, first_label: str, adapter: Adapter, first: Adapter) -> None:
+    """Refuse experts of other parameters: PEFT's paths say their place in a module, not their names."""
+    mine, theirs = (sorted(a.config.get("target_parameters") or ()) if a.stacks else [] for a in (adapter, first))
+    if mine != theirs or dict(adapter.stacks) != dict(first.stacks):
+        raise FedspanError(f"{label}: target_parameters is {mine}: expected {theirs}, as in {first_label}")
 
 
 def _base(adapter: Adapter) -> str | None:

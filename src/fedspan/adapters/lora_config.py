@@ -28,7 +28,6 @@ _UNSUPPORTED: Mapping[str, str] = {
     "alora_invocation_tokens": "aLoRA acts on some tokens only",
     "arrow_config": "Arrow routes each token to adapters of its own",
     "layer_replication": "it changes the layers of the base",
-    "target_parameters": "it adapts parameters that belong to no linear or embedding module",
     "trainable_token_indices": "it also trains rows of the embedding",
     "megatron_config": "its layers are Megatron's",
 }
@@ -56,6 +55,7 @@ def check_config(where: Path | str, config: Mapping[str, Any]) -> None:
         raise FedspanError(f"{where}: bias={config['bias']!r} also trains biases of the base: expected 'none'")
     _check_init(where, config.get("init_lora_weights", True))
     _check_numbers(where, config)
+    _check_parameters(where, config)
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
         raise FedspanError(f"{where}: modules_to_save = {saved!r}: expected a list of names")
@@ -69,6 +69,18 @@ def _check_numbers(where: Path | str, config: Mapping[str, Any]) -> None:
     for key, value in (("lora_alpha", config.get("lora_alpha")), *alphas.items()):
         if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
             raise FedspanError(f"{where}: alpha {key} = {_short(value)}: expected a finite number")
+
+
+def _check_parameters(where: Path | str, config: Mapping[str, Any]) -> None:
+    names = config.get("target_parameters") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise FedspanError(f"{where}: target_parameters = {_short(names)}: expected a list of names")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if names and config.get(key):
+            raise FedspanError(
+                f"{where}: target_parameters and {key} are set, and which parameter a pattern is for "
+                "cannot be told without the base: expected one rank and alpha"
+            )
 
 
 def _check_init(where: Path | str, init: Any) -> None:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedspan.adapters import experts
 from fedspan.adapters.lora_config import CARRIED, check_config
 from fedspan.adapters.state_dict import (
     Adapter,
@@ -35,6 +36,8 @@ CONFIG_NAME = "adapter_config.json"
 _INNER = ("adapter", "default")
 """Folders that hold the adapter in a run's folder, and in one that PEFT saved for an adapter of that name."""
 WEIGHTS_NAME = "adapter_model.safetensors"
+LABELS_NAME = "labels.json"
+"""The label names of a classifier, as entries of a configuration of transformers; PEFT does not read it."""
 
 
 def load(path: Path) -> Adapter:
@@ -107,6 +110,9 @@ def save(
     frozen: Mapping[str, Tensor] | None = None,
     carried: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    stacks: Mapping[str, int] | None = None,
+    target_parameters: Sequence[str] = (),
+    labels: bytes | None = None,
 ) -> None:
     """Write a PEFT LoRA folder that `PeftModel.from_pretrained` loads as it is: whole, or not at all.
 
@@ -131,6 +137,10 @@ def save(
         Other config entries to pass on, of those in `CARRIED`.
     dtype
         Type of the written floats; none: as they are.
+    stacks, target_parameters
+        As in `Adapter`, and the names of these parameters for PEFT.
+    labels
+        Content of the file of label names, if any.
 
     Raises
     ------
@@ -145,7 +155,8 @@ def save(
     whole = {**(dense or {}), **(frozen or {})}
     _check_parts(path, factors, whole, modules_to_save, embeddings, carried or {})
     rank = max(1, *(f.rank for f in factors.values()))
-    tensors = tensors_of({module: _padded(f, rank) for module, f in factors.items()}, whole, embeddings)
+    pairs = experts.join({module: _padded(f, rank) for module, f in factors.items()}, stacks or {})
+    tensors = tensors_of(pairs, whole, embeddings)
     tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()} if dtype else tensors
     check_finite(path, tensors)
     config = {
@@ -161,13 +172,14 @@ def save(
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
         "init_lora_weights": True,
-        "target_modules": sorted(factors),
+        "target_modules": experts.plain_modules(sorted(factors), stacks or {}),
         "modules_to_save": list(modules_to_save) or None,
         "rank_pattern": {},
         "alpha_pattern": {},
+        **({"target_parameters": sorted(target_parameters)} if stacks else {}),
         **(carried or {}),
     }
-    _write(path, config, tensors)
+    _write(path, config, tensors, labels)
 
 
 def check_free(path: Path) -> None:
@@ -214,7 +226,7 @@ def _padded(f: Factors, rank: int) -> Factors:
     return Factors(b, a, 1.0)
 
 
-def _write(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+def _write(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], labels: bytes | None) -> None:
     """Write a temporary folder beside the target, flush it to disk, then rename it: there is never half an adapter."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
@@ -227,6 +239,8 @@ def _write(path: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) ->
             raise FedspanError(f"{path} cannot be written ({one_line(error)}): expected a disk with room") from None
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+        if labels is not None:
+            (folder / LABELS_NAME).write_bytes(labels)
         for file in folder.iterdir():
             flush(file)
         flush(folder)

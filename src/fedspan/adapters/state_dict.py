@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedspan.adapters import experts
 from fedspan.adapters.lora_config import check_config, rank_of, scaling_of
 from fedspan.methods.messages import Factors
 from fedspan.support.errors import FedspanError
@@ -42,6 +43,8 @@ class Adapter:
     """The modules that are embeddings: A (r, num_embeddings), B (embedding_dim, r), ΔW = (s·B·A)ᵀ."""
     frozen: Mapping[str, Tensor] = field(default_factory=dict)
     """Weights of the base that PEFT saves beside an adapted or resized embedding; never trained."""
+    stacks: Mapping[str, int] = field(default_factory=dict)
+    """PEFT's path of each adapted parameter -> its number of experts, whose modules are `path.0`, `path.1`, …"""
 
     @property
     def base_model(self) -> str | None:
@@ -90,11 +93,12 @@ def adapter_of(where: Path | str, config: Mapping[str, Any], tensors: Mapping[st
             embeddings.add(match["module"])
     if not pairs:
         raise FedspanError(f"{where} holds no lora_A and lora_B: expected a LoRA adapter")
-    factors = {module: _factors(f"{where}: {module}", config, module, pair) for module, pair in pairs.items()}
+    own, stacks = experts.split(where, config, pairs)
+    factors = {module: _factors(f"{where}: {module}", config, module, pair) for module, pair in own.items()}
     dense, frozen = _sort_rest(where, config, rest)
     if config.get("ensure_weight_tying") and embeddings:
         raise FedspanError(f"{where}: ensure_weight_tying and adapters on embeddings: expected one of them")
-    return Adapter(factors, dense, config, frozenset(embeddings), frozen)
+    return Adapter(factors, dense, config, frozenset(embeddings), frozen, stacks)
 
 
 def tensors_of(
@@ -142,6 +146,8 @@ def adapter_of_model(model: Any, adapter_name: str = "default") -> Adapter:
         given = f"adapters {sorted(configs)}" if isinstance(configs, Mapping) else f"a {type(model).__name__}"
         raise FedspanError(f"base = {given}: expected a PEFT model with an adapter named {adapter_name!r}")
     config = configs[adapter_name].to_dict()
+    if config.get("target_parameters"):
+        config["target_parameters"] = sorted(config["target_parameters"])
     where = f"adapter {adapter_name!r} of the model"
     check_config(where, config)
     # All that belongs to this adapter has its name behind `lora_…` or `modules_to_save`.

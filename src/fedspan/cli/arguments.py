@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -59,6 +60,13 @@ class NearestNames(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
+def _expanded(value: Any) -> Any:
+    """Return a path, or several, with the home folder in place of `~`; a user's that there is none of stays."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_expanded, value))
+    return os.path.expanduser(value) if isinstance(value, str | os.PathLike) else value
+
+
 class PlainCommand(TyperCommand):
     """A command whose help page is the same with all versions of typer and click."""
 
@@ -70,6 +78,14 @@ class PlainCommand(TyperCommand):
             for note in getattr(hints.get(parameter.name), "__metadata__", ()):
                 if getattr(parameter, "help", None) is None and hasattr(note, "help"):
                     parameter.help = note.help
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments, with `~` in paths for the home folder: no shell expands it behind an equals sign."""
+        rest = super().parse_args(ctx, args)
+        for parameter in self.params:
+            if type(parameter.type).__name__.endswith("Path") and parameter.name in ctx.params:
+                ctx.params[parameter.name] = _expanded(ctx.params[parameter.name])
+        return rest
 
     def format_arguments(self, ctx: Any, formatter: Any) -> None:
         """Write nothing: typer lists the arguments with the options, and click 8.5 would list them once more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import platform
 import sys
@@ -9,6 +10,7 @@ import tempfile
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -59,10 +61,25 @@ def _shortened(line: str) -> str:
 
 def usage(error: Exception) -> str:
     """Return a mistake in the command line in one line, with the help to read."""
-    text = _shortened(one_line(getattr(error, "format_message", lambda: error)())).rstrip(".")
     context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoSuchOption" and context is not None:
+        text = _unknown_option(str(getattr(error, "option_name", "")), context)
+    else:
+        text = _shortened(one_line(getattr(error, "format_message", lambda: error)())).rstrip(".")
     command = context.command_path if context is not None else "fedspan"
     return f"{text[:1].lower()}{text[1:]}; see `{command} --help`"
+
+
+def _unknown_option(name: str, context: Any) -> str:
+    """Return the mistake of an option that a command does not have, with the one that was meant, if any is near.
+
+    Versions of click differ in what they suggest, and some name the letters that two options share.
+    """
+    if name == "--set" and context.info_name == "resume":
+        return "no such option '--set': a run goes on with the settings that it has, and --rounds extends it"
+    own = sorted({option for parameter in context.command.params for option in parameter.opts if option[:2] == "--"})
+    close = difflib.get_close_matches(name, own, n=1, cutoff=0.7)
+    return f"no such option {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
 
 
 def report(error: BaseException, folder: Path | None) -> str:

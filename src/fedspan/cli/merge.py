@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -93,7 +94,7 @@ def merge(
         weights=numbers,
         rank=limit,
         out=out,
-        base=base,
+        base=None if base is None else os.path.expanduser(base),
         missing=missing,  # type: ignore[arg-type]  # checked there
         dtype=dtype,
         full=full,

@@ -62,7 +62,7 @@ def _located(name: str, places: list[Path], required_by: str | None) -> str:
     for place in places:
         if exists(place / path):
             # As it was given, where that leads to it.
-            return name if place == Path() or path.is_absolute() else str(place / path)
+            return name if place == Path() or Path(name).is_absolute() else str(place / path)
     if required_by is not None:
         looked = "" if path.is_absolute() else f": looked in {' and in '.join(str(p.resolve()) for p in places)}"
         raise FedspanError(f"{required_by}: {name} does not exist{looked}")

@@ -129,6 +129,10 @@ class AdapterConfig(Section):
     """Name endings of the linear layers to adapt, or a regular expression (a string) that matches their whole names;
     `all-linear` means every one except the head and those that cannot be adapted. Methods that train the full weights
     of selected layers use the same list."""
+    target_parameters: Annotated[Names, Field(examples=[["experts.gate_up_proj", "experts.down_proj"]])] = ()
+    """Name endings of parameters that hold the weights of several experts in one tensor, such as
+    `experts.gate_up_proj`; each expert gets an adapter of its own. `exclude_modules` and `layers` do not concern them.
+    Needs `dropout = 0`."""
     exclude_modules: NamesOrPattern = ()
     """Linear layers to leave out of those, as name endings or a regular expression that matches their whole names."""
     layers: Annotated[Indices | None, Field(examples=[[0, 1]])] = None
@@ -246,9 +250,10 @@ class FederationConfig(Section):
     `rank_values`."""
     rank_values: tuple[int, ...] = (2, 4, 8, 16)
     """Ranks that the distributions of `ranks` draw from."""
-    partition: Literal["iid", "dirichlet", "by_field", "preset", "files"] = "by_field"
-    """Split of the training data over the clients: at random, with Dirichlet label skew, by `data.field_column`, by a
-    published recipe (`preset`), or one file per client (`files`). Several training files are one client each where
+    partition: Literal["auto", "iid", "dirichlet", "by_field", "preset", "files"] = "auto"
+    """Split of the training data over the clients: at random (`iid`), with Dirichlet label skew, by
+    `data.field_column`, by a published recipe (`preset`), or one file per client (`files`). `auto`: by the field where
+    the rows have at least two values of it, otherwise at random. Several training files are one client each where
     neither this, nor `field_column`, nor another number of clients is given."""
     dirichlet_alpha: PositiveFloat = 0.5
     """Concentration of `partition = "dirichlet"`: a small value gives clients very different label distributions."""

@@ -19,6 +19,8 @@ class BaseFacts:
     """Number of classes of its head."""
     label_names: tuple[str, ...] | None = None
     """Name of every class of its head, in the order of their ids, or those that transformers makes up (`LABEL_0`)."""
+    encoder: str | None = None
+    """Type of a model that reads a text in both directions and writes none, such as `bert`; None for any other."""
     classifies_at: int | None = None
     """Id of the token from whose last occurrence an encoder-decoder classifies."""
 

@@ -7,7 +7,7 @@ prompt and an answer, the text is cut there, since generation has the prompt alo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -93,8 +93,8 @@ class ChatEncoder:
         if self.renderer.templated:
             self.leading = ()
 
-    def rows(self, conversations: Sequence[Conversation]) -> list[ChatRow]:
-        """Return every conversation as tokens, at most `data.max_length` of them.
+    def rows(self, conversations: Sequence[Conversation]) -> Iterator[ChatRow]:
+        """Yield every conversation as tokens, at most `data.max_length` of them.
 
         One that is too long loses its oldest exchanges, one after the other; if its last alone is too long, its
         prompt loses its start, and only an answer that is too long by itself loses its end.
@@ -104,7 +104,6 @@ class ChatEncoder:
         FedspanError
             When nothing to be learnt is left of one.
         """
-        found = []
         for conversation in conversations:
             row = self._row(conversation)
             short = conversation
@@ -118,8 +117,7 @@ class ChatEncoder:
                     f"{conversation.where}: data.max_length = {self.config.max_length} leaves nothing that the loss is "
                     f"on: expected more"
                 )
-            found.append(row)
-        return found
+            yield row
 
     def sources(self, conversations: Sequence[Conversation]) -> list[np.ndarray]:
         """Return everything before the last answers, for an encoder: without their oldest exchanges where too long."""

@@ -26,8 +26,8 @@ Indices = Sequence[int] | np.ndarray | Tensor
 class Texts:
     """Token sequences: row i is ``tokens[starts[i] : starts[i] + lengths[i]]``, its prompt the first part."""
 
-    tokens: Tensor  # (sum of lengths + longest,), the tail being padding so that a gather never leaves it
-    types: Tensor | None  # the same shape, for tokenizers with token types
+    tokens: Tensor  # (sum of lengths + longest,) int32, the tail being padding so that a gather never leaves it
+    types: Tensor | None  # the same shape, int16, for tokenizers with token types
     starts: Tensor  # (N,)
     lengths: Tensor  # (N,)
     prompt_lengths: Tensor | None  # (N,), instruction data
@@ -42,10 +42,10 @@ class Texts:
         places = torch.arange(int(lengths.max()))  # (t,)
         mask = places < lengths[:, None]  # (b, t)
         flat = self.starts[rows][:, None] + places
-        ids = self.tokens[flat].masked_fill_(~mask, self.pad)
+        ids = self.tokens[flat].long().masked_fill_(~mask, self.pad)
         batch = {"input_ids": ids, "attention_mask": mask.long()}
         if self.types is not None:
-            batch["token_type_ids"] = self.types[flat].masked_fill_(~mask, 0)
+            batch["token_type_ids"] = self.types[flat].long().masked_fill_(~mask, 0)
         if self.prompt_lengths is not None:
             later = places >= self.prompt_lengths[rows][:, None]
             answer = mask & (later if self.answers is None else self.answers[flat])
@@ -59,7 +59,7 @@ class Texts:
         longest = int(lengths.max())
         places = torch.arange(longest) - (longest - lengths)[:, None]  # (b, t), negative in the padding
         mask = places >= 0
-        ids = self.tokens[self.starts[rows][:, None] + places.clamp_(min=0)]
+        ids = self.tokens[self.starts[rows][:, None] + places.clamp_(min=0)].long()
         return {"input_ids": ids.masked_fill_(~mask, self.pad), "attention_mask": mask.long()}
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fedspan.data.base_facts import BaseFacts
-from fedspan.data.special_tokens import Spelling
-from fedspan.data.text_ids import added_tokens, check_known, end_tokens, padding_token
+from fedspan.data.special_tokens import TEXTS_AT_ONCE, Spelling
+from fedspan.data.text_ids import LOOKED_AT, added_tokens, check_known, cut_note, end_tokens, padding_token
+from fedspan.data.token_rows import TokenRows
 from fedspan.support.errors import FedspanError
 
 IGNORED = -100
@@ -35,22 +36,21 @@ class DecoderStart:
 class _Sequences:
     """Token sequences: row i is ``tokens[starts[i] : starts[i] + lengths[i]]``."""
 
-    tokens: Tensor  # (sum of lengths + longest,), the tail being padding so that a gather never leaves it
+    tokens: Tensor  # (sum of lengths + longest,) int32, the tail being padding so that a gather never leaves it
     starts: Tensor  # (N,)
     lengths: Tensor  # (N,)
 
     @classmethod
-    def of(cls, rows: Sequence[np.ndarray]) -> _Sequences:
-        lengths = torch.tensor([len(row) for row in rows])
-        tail = np.zeros(int(lengths.max()), dtype=np.int64)
-        return cls(torch.from_numpy(np.concatenate([*rows, tail])), lengths.cumsum(0) - lengths, lengths)
+    def of(cls, rows: TokenRows) -> _Sequences:
+        lengths = rows.lengths()
+        return cls(rows.flat(int(lengths.max())), lengths.cumsum(0) - lengths, lengths)
 
     def padded(self, rows: Tensor, pad: int) -> tuple[Tensor, Tensor]:
         """Return the rows padded on the right, and where they are real, each (b, longest)."""
         lengths = self.lengths[rows]
         places = torch.arange(int(lengths.max()))
         real = places < lengths[:, None]
-        return self.tokens[self.starts[rows][:, None] + places].masked_fill_(~real, pad), real
+        return self.tokens[self.starts[rows][:, None] + places].long().masked_fill_(~real, pad), real
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,32 +151,25 @@ def encode_pairs(
         trailing = (*trailing, end)
     room = max(1, max_length - len(before) - len(after))
     counts: Counter[str] = Counter()
-    sources, targets = [], []
+    sources, targets = TokenRows(), TokenRows()
     for row, prompt in enumerate(prompts, 1):
         counts["prompts"] += len(prompt) > room
         source = _joined(before, prompt[max(0, len(prompt) - room) :], after)
         if not len(source):
             raise FedspanError(f"the prompt of row {row} has no tokens: expected at least one")
         sources.append(source)
-    own = spelling.ids(answers, target=True)
-    check_known(tokenizer, [*prompts, *own])
-    for answer in own:
-        target = _joined(leading, answer, trailing)
-        counts["answers"] += len(target) > max_length
-        targets.append(target[:max_length])
+    looked_at = list(prompts[:LOOKED_AT])
+    for begin in range(0, len(answers), TEXTS_AT_ONCE):
+        own = spelling.ids(answers[begin : begin + TEXTS_AT_ONCE], target=True)
+        looked_at += own[: LOOKED_AT - len(looked_at)]
+        for answer in own:
+            target = _joined(leading, answer, trailing)
+            counts["answers"] += len(target) > max_length
+            targets.append(target[:max_length])
+    check_known(tokenizer, looked_at)
     sides = _Sequences.of(sources), _Sequences.of(targets)
     texts = PromptsAndAnswers(*sides, start, leading, padding_token(tokenizer, base), (end,))
-    return texts, _notes(counts, len(answers), max_length)
-
-
-def _notes(counts: Counter[str], num_rows: int, max_length: int) -> tuple[str, ...]:
-    """Return one line about what was cut, or nothing."""
-    parts = {
-        "prompts": f"{counts['prompts']} prompts lost their start",
-        "answers": f"{counts['answers']} answers lost their end, and so the token that ends them",
-    }
-    said = [text for kind, text in parts.items() if counts[kind]]
-    return (f"of {num_rows} rows, {'; '.join(said)} (data.max_length = {max_length})",) if said else ()
+    return texts, cut_note(counts, len(answers), max_length)
 
 
 def _joined(before: Sequence[int], tokens: np.ndarray, after: Sequence[int]) -> np.ndarray:

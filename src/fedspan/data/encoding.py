@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,16 +25,20 @@ from fedspan.data.rows import Rows
 from fedspan.data.special_tokens import TEXTS_AT_ONCE, Spelling
 from fedspan.data.text_ids import (
     DATE_NOTE,
+    LOOKED_AT,
     added_tokens,
     chat_format,
     check_end_counts,
     check_known,
+    check_room,
     classified_ids,
+    cut_note,
     end_tokens,
     padding_token,
     prompt_ids,
     special_note,
 )
+from fedspan.data.token_rows import TokenRows
 from fedspan.support.errors import FedspanError, first_line
 
 _IMAGES_AT_ONCE = 256
@@ -112,7 +119,10 @@ def _encode_pairs(
     """Encode instruction data for an encoder-decoder."""
     chat = chat_format(tokenizer, config, base)
     spelling = Spelling(tokenizer)
-    prompts = prompt_ids(rows.inputs, _filler(config.template, chat), spelling)
+    filled, prompts = _filler(config.template, chat), TokenRows()
+    for start in range(0, len(rows), TEXTS_AT_ONCE):
+        for prompt in prompt_ids(rows.inputs[start : start + TEXTS_AT_ONCE], filled, spelling):
+            prompts.append(prompt)
     limit, bare = config.max_length, chat is not None
     texts, notes = encode_pairs(prompts, rows.targets, spelling, base, limit, decoder, bare)
     return _with_ends(texts, tokenizer, base), (*_notes_of_instructions(rows, spelling, chat), *notes)
@@ -148,13 +158,14 @@ def _with_ends(texts: _AnyTexts, tokenizer: Any, base: BaseFacts) -> _AnyTexts:
 
 
 def _of_conversations(chat: ChatEncoder, conversations: list[Conversation], base: BaseFacts) -> Texts:
-    rows = chat.rows(conversations)
-    check_known(chat.tokenizer, [row.ids for row in rows])
-    prompt_lengths = torch.tensor([row.prompt_length for row in rows])
-    texts = _flat([row.ids for row in rows], None, prompt_lengths, chat.tokenizer, base, tuple(sorted(chat.ends)))
-    tail = np.zeros(int(texts.lengths.max()), dtype=bool)
-    answers = torch.from_numpy(np.concatenate([*(row.trained for row in rows), tail]))
-    return replace(texts, answers=answers)
+    sequences, trained, prompt_lengths = TokenRows(), TokenRows("b"), array("q")
+    for row in chat.rows(conversations):
+        sequences.append(row.ids)
+        trained.append(row.trained)
+        prompt_lengths.append(row.prompt_length)
+    check_known(chat.tokenizer, sequences)
+    texts = _flat(sequences, None, torch.tensor(prompt_lengths), chat.tokenizer, base, tuple(sorted(chat.ends)))
+    return replace(texts, answers=trained.flat(int(texts.lengths.max())).view(torch.bool))
 
 
 def fill(template: str, inputs: Sequence[tuple[str, str]], tokenizer: Any) -> list[str]:
@@ -200,12 +211,9 @@ def _encode_instructions(
     ends = end_tokens(tokenizer, base, chat)
     leading = [] if chat is not None else list(added_tokens(tokenizer)[0])
     spelling = Spelling(tokenizer)
-    prompts = prompt_ids(rows.inputs, _filler(config.template, chat), spelling)
-    answers = spelling.ids(rows.targets)
-    check_known(tokenizer, [*prompts, *answers])
-    sequences: list[np.ndarray] = []
-    prompt_lengths: list[int] = []
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
+    sequences, prompt_lengths = TokenRows(), array("q")
+    counts: Counter[str] = Counter()
+    for row, (prompt, answer) in enumerate(_prompts_and_answers(rows, _filler(config.template, chat), spelling), 1):
         special = leading
         if special and prompt[: len(special)].tolist() == special:  # the template writes them out too
             prompt = prompt[len(special) :]
@@ -213,15 +221,32 @@ def _encode_instructions(
             special, prompt = [int(prompt[0])], prompt[1:]
         if not special and not len(prompt):
             raise FedspanError(f"the prompt of row {row} has no tokens: expected at least one before the answer")
-        sequence, prompt_length = _fitted(special, prompt, np.append(answer, ends[0]), config.max_length)
+        whole = np.append(answer, ends[0])
+        sequence, prompt_length = _fitted(special, prompt, whole, config.max_length)
+        counts["prompts"] += prompt_length < len(special) + len(prompt)
+        counts["answers"] += len(sequence) - prompt_length < len(whole)
         sequences.append(sequence)
         prompt_lengths.append(prompt_length)
-    notes = _notes_of_instructions(rows, spelling, chat)
+    notes = _notes_of_instructions(rows, spelling, chat) + cut_note(counts, len(rows), config.max_length)
     return _flat(sequences, None, torch.tensor(prompt_lengths), tokenizer, base, ends), notes
 
 
+def _prompts_and_answers(
+    rows: Rows, filled: Callable[[Sequence[str]], str], spelling: Spelling
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield every row's prompt and answer as tokens, tokenised some rows at a time."""
+    looked_at: list[np.ndarray] = []
+    for start in range(0, len(rows), TEXTS_AT_ONCE):
+        stop = start + TEXTS_AT_ONCE
+        prompts = prompt_ids(rows.inputs[start:stop], filled, spelling)
+        answers = spelling.ids(rows.targets[start:stop])
+        looked_at += [*prompts, *answers][: LOOKED_AT - len(looked_at)]
+        yield from zip(prompts, answers, strict=True)
+    check_known(spelling.tokenizer, looked_at)
+
+
 def _notes_of_instructions(rows: Rows, spelling: Spelling, chat: ChatFormat | None) -> tuple[str, ...]:
-    notes = special_note(spelling, [*(text for pair in rows.inputs for text in pair), *rows.targets])
+    notes = special_note(spelling, chain((text for pair in rows.inputs for text in pair), rows.targets))
     return (*notes, DATE_NOTE) if chat is not None and chat.uses_date else notes
 
 
@@ -234,37 +259,40 @@ def _fitted(special: list[int], prompt: np.ndarray, answer: np.ndarray, max_leng
 
 
 def _encode_texts(rows: Rows, tokenizer: Any, config: DataConfig, base: BaseFacts) -> tuple[Texts, tuple[str, ...]]:
-    columns = [list(column) for column in zip(*rows.inputs, strict=True)]
-    sequences: list[np.ndarray] = []
-    types: list[np.ndarray] = []
+    check_room(tokenizer, config.max_length, len(rows.inputs[0]) > 1)
+    sequences, types, num_cut = TokenRows(), TokenRows("h"), 0
     spelling = Spelling(tokenizer)
     for start in range(0, len(rows), TEXTS_AT_ONCE):
-        chunk = [column[start : start + TEXTS_AT_ONCE] for column in columns]
-        for ids, kinds in classified_ids(tokenizer, chunk, config.max_length, spelling):
+        chunk = [list(column) for column in zip(*rows.inputs[start : start + TEXTS_AT_ONCE], strict=True)]
+        for ids, kinds, cut in classified_ids(tokenizer, chunk, config.max_length, spelling):
             sequences.append(ids)
-            types += [] if kinds is None else [kinds]
-    for row, sequence in enumerate(sequences, 1):
-        if not len(sequence):
-            raise FedspanError(f"the text of row {row} has no tokens: expected at least one")
+            num_cut += cut
+            if kinds is not None:
+                types.append(kinds)
+            if not len(ids):
+                raise FedspanError(f"the text of row {len(sequences)} has no tokens: expected at least one")
     check_known(tokenizer, sequences)
-    texts = _flat(sequences, types or None, None, tokenizer, base)
     if base.classifies_at is not None:
-        check_end_counts(sequences, texts.pad, base.classifies_at)
-    return texts, special_note(spelling, [text for column in columns for text in column])
+        check_end_counts(sequences, padding_token(tokenizer, base), base.classifies_at)
+    texts = _flat(sequences, types if len(types) else None, None, tokenizer, base)
+    # Column by column, so that the text that the note names is the first of the first column that has one.
+    columns = range(len(rows.inputs[0]))
+    spelt = special_note(spelling, (pair[column] for column in columns for pair in rows.inputs))
+    return texts, (*spelt, *cut_note({"texts": num_cut}, len(rows), config.max_length))
 
 
 def _flat(
-    sequences: Sequence[np.ndarray],
-    types: Sequence[np.ndarray] | None,
+    sequences: TokenRows,
+    types: TokenRows | None,
     prompt_lengths: Tensor | None,
     tokenizer: Any,
     base: BaseFacts,
     ends: tuple[int, ...] = (),
 ) -> Texts:
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    lengths = sequences.lengths()
     return Texts(
-        tokens=_joined(sequences, int(lengths.max())),
-        types=None if types is None else _joined(types, int(lengths.max())),
+        tokens=sequences.flat(int(lengths.max())),
+        types=None if types is None else types.flat(int(lengths.max())),
         starts=lengths.cumsum(0) - lengths,
         lengths=lengths,
         prompt_lengths=prompt_lengths,
@@ -272,10 +300,6 @@ def _flat(
         ends=ends,
         num_positions=base.num_positions,
     )
-
-
-def _joined(sequences: Sequence[np.ndarray], tail: int) -> Tensor:
-    return torch.from_numpy(np.concatenate([*sequences, np.zeros(tail, dtype=np.int64)]))
 
 
 def _encode_images(images: Sequence[Any] | np.ndarray, processor: Any) -> Tensor:

@@ -110,8 +110,13 @@ def _renumbered(rows: Rows, order: Sequence[int]) -> Rows:
     return replace(rows, targets=[order[target] for target in rows.targets])
 
 
+def made_up(names: Sequence[str]) -> bool:
+    """Return whether these are names that transformers makes up (`LABEL_0`), or the numbers themselves."""
+    return all(_MADE_UP.fullmatch(name) for name in names) or list(names) == [str(i) for i in range(len(names))]
+
+
 def _has_names(names: Sequence[str]) -> bool:
-    return not all(_MADE_UP.fullmatch(name) for name in names) and list(names) != [str(i) for i in range(len(names))]
+    return not made_up(names)
 
 
 def _shown(names: Sequence[str]) -> str:

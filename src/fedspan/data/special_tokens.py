@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-TEXTS_AT_ONCE = 2048  # while a tokenizer works, it takes far more memory than the ids that it returns
+TEXTS_AT_ONCE = 512  # while a tokenizer works, it takes far more memory than the ids that it returns
 _PRIVATE = range(0xE000, 0xF8FF)
 """Code points that have no meaning, to stand for a special token while a template is filled in."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,14 @@ import numpy as np
 from fedspan.config import DataConfig
 from fedspan.data.base_facts import BaseFacts
 from fedspan.data.chat import DATE, ChatFormat
-from fedspan.data.special_tokens import TEXTS_AT_ONCE, Hidden, Spelling, plain_ids
+from fedspan.data.special_tokens import Hidden, Spelling, plain_ids
+from fedspan.data.token_rows import TokenRows
 from fedspan.support.errors import FedspanError
 
-TokensAndTypes = tuple[np.ndarray, np.ndarray | None]
-"""Token ids of a row, and their types where the tokenizer has such."""
-
-
+TokensAndTypes = tuple[np.ndarray, np.ndarray | None, bool]
+"""Token ids of a row, their types where the tokenizer has such, and whether the row was cut."""
+LOOKED_AT = 2048
+"""Rows in which a known token is looked for."""
 DATE_NOTE = f"the chat template prints today's date: {DATE:%Y-%m-%d} stands for it in every run"
 
 
@@ -67,6 +68,11 @@ def end_tokens(tokenizer: Any, base: BaseFacts, chat: ChatFormat | None) -> tupl
     end = None if chat is None or chat.end is None else int(tokenizer.convert_tokens_to_ids(chat.end))
     if end is None:
         end = own if own is not None and (own in stated or not stated) else next(iter(stated), None)
+    if end is None and base.encoder is not None:
+        raise FedspanError(
+            f"model.name: the base is an encoder ({base.encoder}), which reads later tokens too and writes no answers: "
+            f"expected a causal language model or an encoder-decoder, or data with labels"
+        )
     if end is None:
         raise FedspanError("the tokenizer has no end token (eos_token): expected one, to learn where answers end")
     return tuple(dict.fromkeys([end, *stated, *([] if own is None else [own])]))
@@ -102,9 +108,53 @@ def classified_ids(
         options = {"split_special_tokens": True} if split else {}
         encoded = tokenizer(*chunk, truncation=True, max_length=max_length, **options)
         ids, kinds = encoded["input_ids"], encoded.get("token_type_ids") or [None] * len(places)
-        for i, row, kind in zip(places, ids, kinds, strict=True):
-            found[i] = np.asarray(row, dtype=np.int64), None if kind is None else np.asarray(kind, dtype=np.int64)
+        full = [k for k, row in enumerate(ids) if len(row) >= max_length]
+        cut = _cut(tokenizer, encoded, [[column[k] for k in full] for column in chunk], full, options)
+        for k, (i, row, kind) in enumerate(zip(places, ids, kinds, strict=True)):
+            types = None if kind is None else np.asarray(kind, dtype=np.int64)
+            found[i] = np.asarray(row, dtype=np.int64), types, k in cut
     return [found[i] for i in range(len(odd))]
+
+
+def _cut(
+    tokenizer: Any, encoded: Any, columns: Sequence[Sequence[str]], full: Sequence[int], options: Mapping[str, bool]
+) -> set[int]:
+    """Return which of the rows that are as long as they may be have lost tokens.
+
+    Parameters
+    ----------
+    encoded
+        All rows, with truncation.
+    columns
+        The texts of the rows in `full`.
+    """
+    if not full:
+        return set()
+    if encoded.encodings is not None:  # a fast tokenizer keeps what it cuts off
+        return {k for k in full if encoded.encodings[k].overflowing}
+    whole = tokenizer(*columns, verbose=False, **options)["input_ids"]
+    return {k for k, row in zip(full, whole, strict=True) if len(row) > len(encoded["input_ids"][k])}
+
+
+def check_room(tokenizer: Any, max_length: int, pairs: bool) -> None:
+    """Refuse a length that the special tokens of a text or of two fill by themselves."""
+    added = tokenizer.num_special_tokens_to_add(pair=pairs)
+    if max_length <= added:
+        raise FedspanError(
+            f"data.max_length = {max_length}: the tokenizer adds {added} special tokens to a row, which leaves none of "
+            f"its text: expected at least {added + 1}"
+        )
+
+
+def cut_note(counts: Mapping[str, int], num_rows: int, max_length: int) -> tuple[str, ...]:
+    """Return one line on the `texts`, `prompts` and `answers` that were cut, or nothing."""
+    parts = {
+        "texts": "texts lost their end",
+        "prompts": "prompts lost their start",
+        "answers": "answers lost their end, and so the token that ends them",
+    }
+    said = [f"{counts[kind]} {text}" for kind, text in parts.items() if counts.get(kind)]
+    return (f"of {num_rows} rows, {'; '.join(said)} (data.max_length = {max_length})",) if said else ()
 
 
 def check_known(tokenizer: Any, sequences: Sequence[np.ndarray]) -> None:
@@ -113,7 +163,7 @@ def check_known(tokenizer: Any, sequences: Sequence[np.ndarray]) -> None:
     if unknown is None:
         return
     special = set(tokenizer.all_special_ids) - {unknown}
-    seen = set(np.unique(np.concatenate(sequences[:TEXTS_AT_ONCE])).tolist()) - special
+    seen = set(np.unique(np.concatenate(sequences[:LOOKED_AT])).tolist()) - special
     if seen == {unknown}:
         raise FedspanError(
             f"the tokenizer reads all of the data as {tokenizer.unk_token!r}, its unknown token: "
@@ -121,9 +171,9 @@ def check_known(tokenizer: Any, sequences: Sequence[np.ndarray]) -> None:
         )
 
 
-def check_end_counts(sequences: Sequence[np.ndarray], pad: int, end: int) -> None:
+def check_end_counts(sequences: TokenRows, pad: int, end: int) -> None:
     """Check what an encoder-decoder needs, which classifies a batch from its rows' last end tokens."""
-    counts = [int((sequence == end).sum()) for sequence in sequences]
+    counts = sequences.counts(end).tolist()
     if pad == end:
         raise FedspanError(
             f"the base classifies from its end token (id {end}), with which the tokenizer also pads: "

@@ -82,10 +82,27 @@ def make_clients(corpus: Corpus, federation: FederationConfig, seed: int, client
             clients.append(client)
     if empty and not federation.drop_empty:
         raise FedspanError(
-            f"{', '.join(empty)} got no data from the {federation.partition} partition: give fewer clients or a larger "
-            f"federation.dirichlet_alpha, or set federation.drop_empty = true"
+            f"{', '.join(empty)} got no data from the {partition_of(corpus, federation)} partition: give fewer clients "
+            f"or a larger federation.dirichlet_alpha, or set federation.drop_empty = true"
         )
     return sorted(clients, key=lambda client: client.client_id)
+
+
+def partition_of(corpus: Corpus, federation: FederationConfig) -> str:
+    """Return the division of the data: the one that the settings name, or for `auto` the one that the data allows."""
+    if federation.partition != "auto":
+        return federation.partition
+    return "by_field" if len(set(corpus.train.fields)) >= 2 else "iid"
+
+
+def partition_note(corpus: Corpus, federation: FederationConfig) -> tuple[str, ...]:
+    """Return one line where rows are divided at random without a setting that says so."""
+    if federation.partition != "auto" or federation.num_clients < 2 or partition_of(corpus, federation) != "iid":
+        return ()
+    return (
+        f"{federation.num_clients} clients get rows at random (federation.partition = 'iid'): no field of the data "
+        "divides it; data.field_column, or a file of each client in data.train, would",
+    )
 
 
 def _ids(corpus: Corpus, federation: FederationConfig, count: int) -> Sequence[str]:
@@ -104,23 +121,24 @@ def site_test_rows(corpus: Corpus, federation: FederationConfig) -> dict[str, np
 
 def _partition(corpus: Corpus, federation: FederationConfig, rng: np.random.Generator) -> list[np.ndarray]:
     rows, num_clients = corpus.train, federation.num_clients
-    if federation.partition == "files":
+    name = partition_of(corpus, federation)
+    if name == "files":
         files = corpus.client_files or ()
         if len(files) != num_clients:
             raise FedspanError(
                 f"federation.num_clients = {num_clients}, but data.train has {len(files)} files: expected as many"
             )
         return list(files)
-    if federation.partition == "preset":
+    if name == "preset":
         parts = partition.preset(federation.preset, rows.fields, rng)
         if len(parts) != num_clients:
             raise FedspanError(
                 f"federation.num_clients = {num_clients}: the preset {federation.preset} has {len(parts)} clients"
             )
         return parts
-    if federation.partition == "iid":
+    if name == "iid":
         return partition.iid(len(rows), num_clients, rng)
-    if federation.partition == "by_field":
+    if name == "by_field":
         if len(set(rows.fields)) < 2:
             raise FedspanError(
                 'federation.partition = "by_field" needs data.field_column with at least two values: without one, '

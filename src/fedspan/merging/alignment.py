@@ -36,6 +36,7 @@ def filled(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[Adapte
     exactly its change. A whole weight that it does not save gets the weighted mean of those that are saved: the base's
     own is in no adapter, so the result is the mean over those that have one.
     """
+    _check_experts(adapters)
     zeros = _zeros(adapters)
     embeddings = frozenset().union(*(a.embeddings for a in adapters))
     means = _means(adapters, weights)
@@ -47,8 +48,14 @@ def filled(adapters: Sequence[Adapter], weights: Sequence[float]) -> list[Adapte
     for a in adapters:
         factors = {name: a.factors.get(name, zero) for name, zero in zeros.items()}
         dense = {name: a.dense.get(name, mean) for name, mean in means.items()}
-        result.append(Adapter(factors, dense, {**a.config, **whole}, embeddings, a.frozen))
+        result.append(Adapter(factors, dense, {**a.config, **whole}, embeddings, a.frozen, a.stacks))
     return result
+
+
+def _check_experts(adapters: Sequence[Adapter]) -> None:
+    """Refuse to fill in experts: which parameter a path is for depends on the others that are adapted beside it."""
+    if any(dict(a.stacks) != dict(adapters[0].stacks) for a in adapters):
+        raise FedspanError("missing = 'zero': the adapters adapt other experts: expected the same target_parameters")
 
 
 def _zeros(adapters: Sequence[Adapter]) -> dict[str, Factors]:

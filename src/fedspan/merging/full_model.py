@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedspan.adapters.experts import expert_name
 from fedspan.adapters.state_dict import Adapter
 from fedspan.data.rows import Kind
+from fedspan.merging.labels import Entries, set_labels
+from fedspan.models.experts import ExpertParameter, choose, stacks_of
 from fedspan.models.layers import is_conv1d
 from fedspan.models.loading import NO_CODE, library_logs_silenced, load_processor, resolve
 from fedspan.support.errors import FedspanError, first_line
@@ -33,7 +36,7 @@ _PROCESSOR_FILES = (
 )
 
 
-def write_model(path: Path, adapter: Adapter, dtype: torch.dtype | None = None) -> None:
+def write_model(path: Path, adapter: Adapter, dtype: torch.dtype | None = None, labels: Entries | None = None) -> None:
     """Write the adapter's base with W + s·B·A in place of its weights, as transformers saves a model, whole or not.
 
     The base's tokenizer or image processor is written beside it. Sums are computed in float32.
@@ -44,6 +47,8 @@ def write_model(path: Path, adapter: Adapter, dtype: torch.dtype | None = None) 
         A new or empty folder.
     dtype
         Type of the written floats; none: that of the base's own files.
+    labels
+        Entries of the model's configuration on its labels; none: as the base has them.
 
     Raises
     ------
@@ -55,6 +60,8 @@ def write_model(path: Path, adapter: Adapter, dtype: torch.dtype | None = None) 
     if name is None:
         raise FedspanError("the adapters name no base, which a whole model needs: expected --base NAME (base=NAME)")
     model = _base(name, adapter)
+    if labels is not None:
+        set_labels(model.config, labels)
     _add(name, model, adapter)
     if dtype is not None:
         model.to(dtype)
@@ -128,15 +135,33 @@ def _num_labels(config: Any, kind: Any, adapter: Adapter) -> int | None:
     return None
 
 
+def _experts_of(name: str, model: nn.Module, adapter: Adapter) -> dict[str, tuple[ExpertParameter, int]]:
+    """Return the parameter and the number of every expert that the adapter changes."""
+    if not adapter.stacks:
+        return {}
+    stacks = stacks_of(choose(model, adapter.config["target_parameters"], (), 0))
+    if {path: parameter.shape[0] for path, parameter in stacks.items()} != dict(adapter.stacks):
+        raise FedspanError(f"base {name!r} has other experts than the adapter: expected the adapter's base")
+    return {
+        expert_name(path, e): (parameter, e) for path, parameter in stacks.items() for e in range(parameter.shape[0])
+    }
+
+
 @torch.no_grad()
 def _add(name: str, model: nn.Module, adapter: Adapter) -> None:
+    experts = _experts_of(name, model, adapter)
     held = model.state_dict(keep_vars=True)  # statistics of batch normalisation too
     shared = _shared(held)
     for module, factors in adapter.factors.items():
-        weight = _weight(name, held, shared, f"{module}.weight", adapter)
         change = factors.delta().dense().float()
-        if module in adapter.embeddings or is_conv1d(model.get_submodule(module)):
-            change = change.T
+        if module in experts:
+            parameter, e = experts[module]
+            weight = _weight(name, held, shared, parameter.path, adapter)[e]
+            transposed = parameter.transposed
+        else:
+            weight = _weight(name, held, shared, f"{module}.weight", adapter)
+            transposed = module in adapter.embeddings or is_conv1d(model.get_submodule(module))
+        change = change.T if transposed else change
         if change.shape != weight.shape:
             problem = f"{module} is {tuple(change.shape)} in the adapter and {tuple(weight.shape)} in it"
             raise FedspanError(f"base {name!r}: {problem}: expected the adapter's base")

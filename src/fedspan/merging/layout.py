@@ -193,6 +193,11 @@ def _shape(name: str, given: Any) -> tuple[int, int]:
 
 def _of_adapter(adapter: Adapter, changes: Mapping[str, Any], adapter_name: str) -> Layout:
     config = adapter.config
+    if adapter.stacks:
+        raise FedspanError(
+            f"base: target_parameters = {list(config['target_parameters'])} adapts experts, whose factors PEFT holds "
+            "in one pair: expected adapters on modules, or `fedspan run` with adapter.target_parameters"
+        )
     shapes = {name: (f.b.shape[0], f.a.shape[1]) for name, f in adapter.factors.items()}
     template = Template(shapes, config["r"], float(config["lora_alpha"]), bool(config.get("use_rslora")))
     for name, f in adapter.factors.items():

@@ -20,6 +20,7 @@ from fedspan.adapters.lora_config import CARRIED
 from fedspan.adapters.peft_folder import check_free, load, save
 from fedspan.adapters.state_dict import Adapter
 from fedspan.merging.alignment import check_missing, filled, of_base
+from fedspan.merging.labels import Entries, as_file, common_labels
 from fedspan.merging.merge_report import MergeReport, Tally
 from fedspan.merging.parts import common_config, delta_of, frozen_weights, mean_delta, whole_weights
 from fedspan.merging.task_rules import TASK_RULES, TaskRule, combine_tasks, create_rule
@@ -75,7 +76,7 @@ def merge(
     ------
     FedspanError
         See `combine`, `fedspan.adapters.peft_folder.load` and `fedspan.merging.full_model.write_model`; or `out` is not
-        empty.
+        empty; or the folders hold other label names.
     """
     if isinstance(folders, str | os.PathLike):
         raise FedspanError(f"folders = {os.fspath(folders)!r}: expected a list of folders")
@@ -85,6 +86,7 @@ def merge(
     check_missing(missing)
     _check_arguments(len(folders), rule, weights, rank)
     names = [str(folder) for folder in folders]
+    labels = common_labels([Path(folder) for folder in folders])
     adapters = of_base([load(Path(folder)) for folder in folders], None if base is None else os.fspath(base))
     if missing == "zero":
         adapters = filled(adapters, weights or [1.0] * len(adapters))
@@ -92,7 +94,7 @@ def merge(
         result, report = combine_tasks(adapters, rule, weights=weights, rank=rank, labels=names)
     else:
         result, report = combine(adapters, rule, weights=weights, rank=rank, names=names)
-    _write(target, result, kind, full)
+    _write(target, result, kind, full, labels)
     return report
 
 
@@ -113,12 +115,12 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else _DTYPES[name]
 
 
-def _write(target: Path, result: Adapter, dtype: torch.dtype | None, full: bool) -> None:
+def _write(target: Path, result: Adapter, dtype: torch.dtype | None, full: bool, labels: Entries | None) -> None:
     """Write the result as an adapter, or its base with it as a model."""
     if full:
         from fedspan.merging.full_model import write_model
 
-        write_model(target, result, dtype)
+        write_model(target, result, dtype, labels)
         return
     config = result.config
     save(
@@ -133,6 +135,9 @@ def _write(target: Path, result: Adapter, dtype: torch.dtype | None, full: bool)
         frozen=result.frozen,
         carried={key: config[key] for key in CARRIED if key in config},
         dtype=dtype,
+        stacks=result.stacks,
+        target_parameters=config.get("target_parameters") or (),
+        labels=None if labels is None else as_file(labels),
     )
 
 
@@ -189,7 +194,9 @@ def combine(
         for name in template.modules
     }
     dense = whole_weights(labels, adapters, answer.dense)
-    result = Adapter(factors, dense, common_config(adapters), adapters[0].embeddings, frozen_weights(adapters))
+    first = adapters[0]
+    config, frozen = common_config(adapters), frozen_weights(adapters)
+    result = Adapter(factors, dense, config, first.embeddings, frozen, first.stacks)
     written = max(1, *tally.kept.values())
     return result, tally.report(method.info.name, shares, written, len(dense), diagnostics)
 

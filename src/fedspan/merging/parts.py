@@ -58,4 +58,5 @@ def common_config(adapters: Sequence[Adapter]) -> dict[str, Any]:
         "task_type": next((t for a in adapters if (t := a.config.get("task_type"))), None),
         "modules_to_save": list(saved),
         "fan_in_fan_out": bool(first.get("fan_in_fan_out")),
+        **({"target_parameters": list(first["target_parameters"])} if adapters[0].stacks else {}),
     }

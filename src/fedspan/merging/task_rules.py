@@ -116,7 +116,8 @@ def combine_tasks(
         factors[name] = tally.fit(name, result, mean_delta(adapters, shares, name), rank)
     dense = whole_weights(labels, adapters, _means(adapters, shares))
     first = adapters[0]
-    merged_adapter = Adapter(factors, dense, common_config(adapters), first.embeddings, frozen_weights(adapters))
+    config, frozen = common_config(adapters), frozen_weights(adapters)
+    merged_adapter = Adapter(factors, dense, config, first.embeddings, frozen, first.stacks)
     written = max(1, *tally.kept.values())
     return merged_adapter, tally.report(rule.name, factors_of, written, len(dense), {})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fedspan.data.base_facts import BaseFacts
-from fedspan.models.loading import read_config, read_generation_config
+from fedspan.models.loading import fills_masks, read_config, read_generation_config
 
 _ROBERTA_LIKE = frozenset(
     {
@@ -34,9 +34,15 @@ def read_facts(name: str) -> BaseFacts:
         vocabulary=_positive(getattr(text, "vocab_size", None)),
         num_positions=_num_positions(text),
         num_labels=len(names) or None,
+        encoder=text.model_type if not encoder_decoder and _is_encoder(text) else None,
         label_names=tuple(str(names[i]) for i in sorted(names)) or None,
         classifies_at=_first(getattr(text, "eos_token_id", None)) if encoder_decoder else None,
     )
+
+
+def _is_encoder(config: Any) -> bool:
+    """Return whether the model is one that fills in masked words, and is not set to write."""
+    return fills_masks(config.model_type) and not getattr(config, "is_decoder", False)
 
 
 def _end_tokens(config: Any, generation: Any) -> tuple[int, ...]:

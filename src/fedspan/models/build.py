@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fedspan.data.rows import Kind
-from fedspan.models import quantised
+from fedspan.models import experts, quantised
 from fedspan.models.base_checks import check_causal
+from fedspan.models.experts import ExpertParameter
 from fedspan.models.federated_model import BatchNorm, FederatedModel, Trains
 from fedspan.models.layers import in_float32, inputs_in, is_conv1d, output_in, shape_of
 from fedspan.models.loading import head_names, load_base, seeded, without
@@ -19,8 +20,6 @@ from fedspan.models.selection import (
     Selection,
     Targets,
     Wanted,
-    experts_line,
-    fused_experts,
     left_out_line,
     linear_layers,
     saved_modules,
@@ -126,13 +125,16 @@ def build(
     if example is not None:
         trial = try_row(name, kind, base, linear, _on(example, device), pad_token_id or 0)
     targets = _targets(base, linear, selection, heads, least, trains, trial)
+    chosen = _experts(base, selection.target_parameters, heads, max_rank, trains, dropout)
     weights = {f"{layer_name}.weight" for layer_name in targets.layers}
     dense = _dense(own, heads, weights, trains)
+    notes = _notes(base, targets, chosen, heads, trains, trial)
     model: nn.Module = base
     layers: Mapping[str, Any] = targets.layers
     if trains == "adapter":
         with seeded(seed, "adapter"):
             model, layers = attach(base, targets.layers, max_rank, rslora, dropout)
+        layers = {**layers, **experts.attach(base, chosen, max_rank)}
     return FederatedModel(
         name,
         kind,
@@ -143,11 +145,26 @@ def build(
         frozenset(weights & dense.keys()),
         heads,
         device,
-        notes=_notes(base, targets, heads, trains, trial),
+        notes=notes,
         padding_matters=trial.padding_matters,
         prompt_padding_matters=trial.prompt_padding_matters,
         replaced_head=replaced,
+        experts=tuple(chosen),
     )
+
+
+def _experts(
+    base: nn.Module, wanted: tuple[str, ...], heads: Collection[str], rank: int, trains: Trains, dropout: float
+) -> list[ExpertParameter]:
+    """Return the parameters whose experts get adapters."""
+    if not wanted:
+        return []
+    if trains != "adapter":
+        raise FedspanError("adapter.target_parameters: this method trains weights; expected a method with adapters")
+    if dropout:
+        # PEFT changes the weight itself, which has no input to drop; its saved adapter could not be trained on.
+        raise FedspanError(f"adapter.dropout = {dropout:g} with adapter.target_parameters: expected 0")
+    return experts.choose(base, wanted, heads, rank)
 
 
 def _targets(
@@ -184,13 +201,22 @@ def _convert_types(base: Any, kind: Kind, heads: Collection[str], saved: Collect
         base.register_forward_pre_hook(inputs_in(dtype), with_kwargs=True)
 
 
-def _notes(base: nn.Module, targets: Targets, heads: Collection[str], trains: Trains, trial: Trial) -> tuple[str, ...]:
+def _notes(
+    base: nn.Module,
+    targets: Targets,
+    chosen: Collection[ExpertParameter],
+    heads: Collection[str],
+    trains: Trains,
+    trial: Trial,
+) -> tuple[str, ...]:
     """Return what the user should know of the base's layers before the first round, one line each."""
     notes = [left_out_line(targets.left_out)] if targets.left_out else []
     if unused := [name for name in targets.layers if name in trial.unused]:
         notes.append(unused_line(unused))
-    if trains != "all" and (experts := fused_experts(base, heads)):
-        notes.append(experts_line(experts))
+    adapted = {parameter.path for parameter in chosen}
+    left = {name: shape for name, shape in experts.fused_experts(base, heads).items() if name not in adapted}
+    if trains != "all" and left:
+        notes.append(experts.experts_line(left))
     if count := sum(isinstance(layer, BatchNorm) for layer in base.modules()):
         notes.append(f"batch normalisation keeps the base's running statistics in training ({count} layers)")
     if trial.padding_matters:
@@ -259,6 +285,8 @@ def attach(
     base: nn.Module, targets: Mapping[str, nn.Module], rank: int, rslora: bool, dropout: float
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the base with PEFT's adapters on these layers, and the adapted layers by name."""
+    if not targets:
+        return base, {}
     with without("bitsandbytes"):
         # PEFT would import it, for layers that are not used here: that takes a second and prints a line.
         from peft import LoraConfig, inject_adapter_in_model

@@ -18,6 +18,7 @@ from fedspan.data.rows import Kind
 from fedspan.methods.messages import Broadcast, Factors, Recipe, Template
 from fedspan.methods.patches import Patch, patch_dense
 from fedspan.models.adapter_sums import with_start
+from fedspan.models.experts import Expert, ExpertParameter, gradient_of, renamed, stacks_of
 from fedspan.models.layers import base_layer, beside, factors_of, is_conv1d, read_adapter, set_adapter, shape_of
 from fedspan.models.loading import library_logs_silenced, resolve
 from fedspan.support.errors import FedspanError
@@ -70,6 +71,8 @@ class FederatedModel:
     """The frozen layers with their weights in another type, once that was asked for."""
     prefix: Any = None
     """The `FrozenPrefix` of the lowest layers, where their output is computed once for each example."""
+    experts: tuple[ExpertParameter, ...] = ()
+    """The parameters whose experts are target modules."""
     _originals: dict[str, Tensor] = field(default_factory=dict)
     _hooks: list[Any] = field(default_factory=list)
     _patch: Mapping[str, Patch] = field(default_factory=dict)
@@ -98,7 +101,10 @@ class FederatedModel:
         """
         if self.trains != "adapter":
             return {name: self.dense_parameters[name] for name in sorted(self.projected)}
-        weights = {name: base_layer(layer).weight for name, layer in self.layers.items()}
+        weights = {
+            name: layer.whole if isinstance(layer, Expert) else base_layer(layer).weight
+            for name, layer in self.layers.items()
+        }
         for name, weight in weights.items():
             if not weight.is_floating_point():
                 raise FedspanError(f"{name} is held as {weight.dtype}: expected a floating-point base for its gradient")
@@ -124,6 +130,9 @@ class FederatedModel:
 
         It is zero for a layer that the data does not reach.
         """
+        layer = self.layers.get(name)
+        if isinstance(layer, Expert):
+            return gradient_of(layer).detach().float().cpu().contiguous()
         grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
         grad = grad.detach().float().cpu()
         transposed = self.trains == "adapter" and is_conv1d(base_layer(self.layers[name]))
@@ -280,14 +289,17 @@ class FederatedModel:
         """
         conv = [name for name, layer in self.layers.items() if is_conv1d(base_layer(layer))]
         modules = (*self.heads, *self._tied_modules(dense))
+        stacks = stacks_of(self.experts)
         peft_folder.save(
             Path(path),
-            with_start(self.start, factors),
+            renamed(with_start(self.start, factors), stacks),
             base_model=resolve(self.name),
             task_type=self._task_type(),
             dense=self._with_all_that_peft_reads(dense, modules),
             modules_to_save=modules,
             fan_in_fan_out=bool(conv),
+            stacks={path: parameter.shape[0] for path, parameter in stacks.items()},
+            target_parameters=[parameter.path for parameter in self.experts],
         )
 
     def _task_type(self) -> str | None:
@@ -333,6 +345,9 @@ class FederatedModel:
 
     def _patch_layer(self, name: str, patch: Patch | None) -> None:
         layer = base_layer(self.layers[name])
+        if isinstance(layer, Expert):
+            layer.patch = patch
+            return
         weight = layer.weight
         if patch is not None and (weight.dtype, self.products) != (torch.float32, torch.float32):
             # A patch smaller than the base's rounding would be lost in the sum: it stays beside it in float32.

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+from fedspan.adapters.peft_folder import CONFIG_NAME
 from fedspan.data.builtin import base_path
 from fedspan.data.rows import Kind
 from fedspan.models import quantised
 from fedspan.models.base_checks import check_finite
 from fedspan.support.errors import FedspanError, first_line
+from fedspan.support.paths import exists
 from fedspan.support.seeding import generator
 
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
@@ -33,8 +38,10 @@ def seeded(*key: object) -> Iterator[None]:
 
 
 def resolve(name: str) -> str:
-    """Return the folder of a `builtin:` base, or the name unchanged."""
-    return str(base_path(name.removeprefix("builtin:"))) if name.startswith("builtin:") else name
+    """Return the folder of a `builtin:` base, or the name, with `~` for the home folder."""
+    if name.startswith("builtin:"):
+        return str(base_path(name.removeprefix("builtin:")))
+    return os.path.expanduser(name) if name.startswith("~") else name
 
 
 def load_processor(name: str, kind: Kind) -> Any:
@@ -80,6 +87,13 @@ def read_config(name: str, **labels: Any) -> Any:
         return AutoConfig.from_pretrained(resolve(name), **NO_CODE, **labels)
 
 
+def fills_masks(model_type: str) -> bool:
+    """Return whether models of this type are made to fill in masked words."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
 def read_generation_config(name: str) -> Any:
     """Read the settings for generation that lie beside a base; None where there are none."""
     from transformers import GenerationConfig
@@ -94,6 +108,7 @@ def read_generation_config(name: str) -> Any:
 @contextmanager
 def _reading(name: str) -> Iterator[None]:
     """Turn the many errors of reading a model into one line that says what to do."""
+    _check_no_adapter(name)
     try:
         yield
     except Exception as error:  # transformers, its hub client and safetensors share no base class of errors
@@ -106,6 +121,24 @@ def _reading(name: str) -> Iterator[None]:
             f"model.name = {name!r} could not be read ({first_line(error)}); expected a local folder with config.json, "
             f"weights and tokenizer or processor, or a hub id that can be reached from here"
         ) from None
+
+
+def _check_no_adapter(name: str) -> None:
+    """Refuse a folder that holds an adapter in place of a base: transformers would read its base in silence."""
+    if name.startswith("builtin:"):
+        return
+    folder = Path(resolve(name))
+    if not exists(folder / CONFIG_NAME) or exists(folder / "config.json"):
+        return
+    try:
+        base = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        base = None
+    own = f", {base!r}," if isinstance(base, str) else ""
+    raise FedspanError(
+        f"model.name = {name!r} is the folder of an adapter: expected its base{own} as model.name, and "
+        f"model.adapter = {name!r} to start from the adapter"
+    )
 
 
 @contextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fedspan.models.experts import AdaptedExperts, Expert
 from fedspan.models.federated_model import FederatedModel
 from fedspan.models.layers import base_layer, factors_of, is_conv1d
 
@@ -26,15 +27,20 @@ def merged(model: FederatedModel) -> Iterator[None]:
     the sum would be rounded to that type; so do large bases, where the adapters' share of the work is small and the
     copy is not.
     """
-    adapted = {name: base_layer(layer) for name, layer in model.layers.items()} if model.trains == "adapter" else {}
+    held = model.layers.items() if model.trains == "adapter" else ()
+    adapted = {name: base_layer(layer) for name, layer in held if not isinstance(layer, Expert)}
     small = sum(layer.weight.numel() for layer in adapted.values()) <= LARGEST
     if not small or any(layer.weight.dtype != torch.float32 for layer in adapted.values()):
         adapted = {}
+    groups = [layer for layer in model.model.modules() if isinstance(layer, AdaptedExperts)]
     originals = {name: model.model.get_submodule(name) for name in adapted}
     try:
         for name, layer in adapted.items():
             model.model.set_submodule(name, _with_weight(layer, _sum(layer, model.layers[name])))
-        yield
+        with ExitStack() as stack:
+            for group in groups:
+                stack.enter_context(group.folded())
+            yield
     finally:
         for name, layer in originals.items():
             model.model.set_submodule(name, layer)

@@ -41,6 +41,8 @@ def reason_against(model: FederatedModel, data: Encoded, num_clients: int, rows:
     num_clients, rows
         C and b. Text is tried with as many tokens as there are rows, and with more.
     """
+    if model.experts:
+        return "experts compute the tokens of all rows together (adapter.target_parameters)"
     try:
         head_layers(model)
     except FedspanError as error:

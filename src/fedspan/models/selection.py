@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import regex
-import torch
 from torch import nn
 
 from fedspan.adapters.state_dict import is_saved
@@ -45,6 +44,8 @@ class Selection:
     layers: tuple[int, ...] | None = None
     """PEFT's `layers_to_transform`."""
     modules_to_save: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
+    """Parameters that hold several experts in one tensor."""
 
     @property
     def all_linear(self) -> bool:
@@ -82,6 +83,8 @@ def select(
         When a name, a pattern or a layer's number matches nothing, or a layer that is named cannot be adapted.
     """
     linear = linear_layers(base, beside)
+    if selection.target_parameters and selection.target_modules == ():
+        return Targets({}, {})
     if not linear:
         raise FedspanError("adapter.target_modules: this model has no linear layer beside its head")
     chosen = list(linear) if selection.all_linear else _matching("target_modules", selection.target_modules, linear)
@@ -136,7 +139,7 @@ def saved_modules(base: nn.Module, wanted: Sequence[str]) -> tuple[str, ...]:
     names = {n: m for n, m in base.named_modules() if n and any(p.is_floating_point() for p in m.parameters())}
     chosen: list[str] = []
     for end in wanted:
-        found = [name for name in names if _ends_in(name, end)]
+        found = [name for name in names if ends_in(name, end)]
         if not found:
             raise FedspanError(f"adapter.modules_to_save: {end!r} matches no module with weights{_known(names)}")
         chosen += found
@@ -154,11 +157,11 @@ def left_out_line(left_out: Mapping[str, str]) -> str:
 
 def unused_line(unused: Iterable[str]) -> str:
     """Return one line on target modules that an example of the data does not reach."""
-    names = _without_numbers(unused)
+    names = without_numbers(unused)
     return f"an example of this data does not reach {names}: adapter.exclude_modules leaves such layers out"
 
 
-def _without_numbers(names: Iterable[str]) -> str:
+def without_numbers(names: Iterable[str]) -> str:
     """Return names in one line, those of repeated blocks once."""
     return ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))
 
@@ -168,7 +171,7 @@ def _listed(reasons: Mapping[str, str]) -> str:
     groups: dict[str, list[str]] = {}
     for name, why in reasons.items():
         groups.setdefault(why, []).append(name)
-    return "; ".join(f"{_without_numbers(names)} ({why})" for why, names in groups.items())
+    return "; ".join(f"{without_numbers(names)} ({why})" for why, names in groups.items())
 
 
 def _reason(
@@ -220,10 +223,10 @@ def _matching(setting: str, wanted: Wanted, linear: Mapping[str, nn.Module]) -> 
     if not wanted:
         raise FedspanError(f"adapter.{setting} is empty: expected name endings, or {ALL_LINEAR}")
     for end in wanted:
-        if not any(_ends_in(name, end) for name in linear):
+        if not any(ends_in(name, end) for name in linear):
             hint = "; a regular expression is a string, not in a list" if is_pattern(end) else ""
             raise FedspanError(f"adapter.{setting}: {end!r} matches no linear layer{_known(linear)}{hint}")
-    return [name for name in linear if any(_ends_in(name, end) for end in wanted)]
+    return [name for name in linear if any(ends_in(name, end) for end in wanted)]
 
 
 def is_pattern(text: str) -> bool:
@@ -277,21 +280,6 @@ def _known(names: Iterable[str]) -> str:
     return f"; this model has {', '.join(endings)}"
 
 
-def _ends_in(name: str, end: str) -> bool:
+def ends_in(name: str, end: str) -> bool:
+    """Return whether the name is `end`, or ends in it behind a dot."""
     return name == end or name.endswith("." + end)
-
-
-def fused_experts(base: nn.Module, beside: Collection[str]) -> dict[str, tuple[int, ...]]:
-    """Return the parameters that hold the weights of several experts in one tensor, which get no adapter."""
-    return {
-        name: tuple(p.shape)
-        for name, p in base.named_parameters()
-        if p.ndim == 3 and "expert" in name.lower() and not within(name, beside)
-    }
-
-
-def experts_line(experts: Mapping[str, tuple[int, ...]]) -> str:
-    """Return one line on the experts that get no adapter."""
-    numbers = sum(torch.Size(shape).numel() for shape in experts.values())
-    names = _without_numbers(experts)
-    return f"the experts' weights get no adapter: {names} ({numbers:,} numbers, several experts in one tensor)"

@@ -7,7 +7,9 @@ r + r', which is the sum of the two changes to the bit of its factors.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch import Tensor
 from fedspan.adapters.peft_folder import load
 from fedspan.adapters.state_dict import Adapter
 from fedspan.methods.messages import Factors
+from fedspan.models.experts import Expert, renamed, stacks_of
 from fedspan.models.federated_model import FederatedModel
 from fedspan.models.layers import base_layer, is_conv1d, shape_of
 from fedspan.support.errors import FedspanError
@@ -34,9 +37,13 @@ def start_from(model: FederatedModel, folder: str) -> None:
     """
     adapter = load(Path(folder).expanduser())
     where = f"model.adapter = {folder!r}"
+    adapter = _with_own_names(where, model, adapter)
     _check(where, model, adapter)
     with torch.no_grad():
         for name, factors in adapter.factors.items():
+            if isinstance(expert := model.layers.get(name), Expert):
+                _add_to_expert(expert, factors)
+                continue
             layer = base_layer(model.model.get_submodule(name))
             delta = factors.delta().dense().float().to(layer.weight.device)
             # Not in place: the weight may be a file that is mapped into memory.
@@ -49,6 +56,30 @@ def start_from(model: FederatedModel, folder: str) -> None:
                 buffers[name].data = value.to(buffers[name])
     # A head that has factors too is trained and saved whole.
     model.start = {name: f for name, f in adapter.factors.items() if f"{name}.weight" not in model.dense_parameters}
+
+
+def _with_own_names(where: str, model: FederatedModel, adapter: Adapter) -> Adapter:
+    """Return the adapter with the experts named as the run names them.
+
+    Raises
+    ------
+    FedspanError
+        When it adapts experts that this run does not, which the run's adapter could not hold.
+    """
+    if not adapter.stacks:
+        return adapter
+    own = {stack: parameter.shape[0] for stack, parameter in stacks_of(model.experts).items()}
+    if own != dict(adapter.stacks):
+        names = list(adapter.config["target_parameters"])
+        raise FedspanError(f"{where} adapts experts: expected adapter.target_parameters = {names!r}, as it has them")
+    return replace(adapter, factors=renamed(adapter.factors, stacks_of(model.experts), back=True))
+
+
+def _add_to_expert(expert: Expert, factors: Factors) -> None:
+    """Add the change to the expert's part of a copy of the parameter: it may be a file that is mapped into memory."""
+    total = expert.whole.data.clone()
+    expert.own(total).add_(factors.delta().dense().float().to(total.device))
+    expert.whole.data = total
 
 
 def _check(where: str, model: FederatedModel, adapter: Adapter) -> None:
@@ -84,11 +115,12 @@ def _is_known(model: FederatedModel, adapter: Adapter, name: str, own: Tensor, t
 
 
 def _check_layer(where: str, model: FederatedModel, name: str, factors: Factors) -> None:
+    held = model.layers.get(name)
     try:
-        layer = base_layer(model.model.get_submodule(name))
+        layer: Any = held if isinstance(held, Expert) else base_layer(model.model.get_submodule(name))
     except AttributeError:
         raise FedspanError(f"{where} adapts {name}, which this base does not have: expected its base") from None
-    if not (isinstance(layer, torch.nn.Linear) or is_conv1d(layer)):
+    if not (isinstance(layer, torch.nn.Linear | Expert) or is_conv1d(layer)):
         raise FedspanError(f"{where} adapts {name}, a {type(layer).__name__}: expected a linear layer")
     shape = (factors.b.shape[0], factors.a.shape[1])
     if shape != shape_of(layer):

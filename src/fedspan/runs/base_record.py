@@ -11,9 +11,6 @@ from fedspan.data.label_names import label_entries
 from fedspan.runs.context import RunContext
 from fedspan.support import standard_json
 
-LABELS_NAME = "labels.json"
-"""File of the labels, in the run folder and beside every adapter."""
-
 
 class EncodingEntry(TypedDict):
     """The way in which texts became tokens and answers."""

@@ -16,7 +16,7 @@ from fedspan.client.setup import Prepared, device_of, notes_of
 from fedspan.config import Config
 from fedspan.data import Encoded
 from fedspan.federation import requirements
-from fedspan.federation.clients import Client, make_clients, site_test_rows
+from fedspan.federation.clients import Client, make_clients, partition_note, site_test_rows
 from fedspan.federation.sampling import ClientSampler, create_sampler
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast
@@ -168,7 +168,9 @@ class RunContext:
     @property
     def notes(self) -> tuple[str, ...]:
         """Lines on how base and data were read where that may surprise."""
-        return notes_of(self.prepared, self.model)
+        # Real sites have their own rows: nothing is divided.
+        divided = () if self.coordinator else partition_note(self.prepared.corpus, self.config.federation)
+        return (*divided, *notes_of(self.prepared, self.model))
 
     def emit(self, kind: str, **data: Any) -> None:
         """Notify the display of an event."""

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fedspan.adapters.peft_folder import LABELS_NAME
 from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.messages import Broadcast, Factors, Request
 from fedspan.methods.readout import received
-from fedspan.runs.base_record import LABELS_NAME, labels_file
+from fedspan.runs.base_record import labels_file
 from fedspan.runs.context import RunContext
 from fedspan.runs.loop import MethodRun
 from fedspan.runs.results import put

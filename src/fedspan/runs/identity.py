@@ -75,14 +75,20 @@ def check_identity(where: object, began: Mapping[str, Any], now: Mapping[str, An
 
 
 def _changes(began: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    yield from _differing(began.get("settings", {}), now["settings"])
+    settings = list(_differing(began.get("settings", {}), now["settings"]))
+    yield from settings
+    if not settings:  # another seed or maximum length gives other heads and other data: consequences
+        yield from _other_contents(began, now)
+    yield from _differing(began.get("libraries", {}), now["libraries"])
+
+
+def _other_contents(began: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     if began.get("base") != now["base"]:
         yield "the base (model.name, model.adapter) has other weights than it began with"
     splits = sorted({*began.get("data", {}), *now["data"]})
     other = [split for split in splits if began.get("data", {}).get(split) != now["data"].get(split)]
     if other:
         yield f"the {' and '.join(other)} data is not what it began with, or its tokenizer or image processor is not"
-    yield from _differing(began.get("libraries", {}), now["libraries"])
 
 
 def _differing(began: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fedspan.adapters.peft_folder import LABELS_NAME
 from fedspan.models import resolve
-from fedspan.runs.base_record import LABELS_NAME
 from fedspan.runs.context import RunContext
 
 _CLASSES = {

@@ -59,6 +59,11 @@ def _long_name(tensors: dict[str, torch.Tensor]) -> None:
 
 
 ADAPTERS = [
+    Case(
+        "adapters",
+        "RUN --set model.name=a",
+        ("is the folder of an adapter: expected its base, 'base', as model.name", "model.adapter = "),
+    ),
     # Folders and files
     _bad(lambda path: path.mkdir(), "bad holds no adapter_config.json"),
     _bad("a file", "bad is no folder"),
@@ -85,7 +90,7 @@ ADAPTERS = [
     _bad(setting(init_lora_weights="pissa"), "init_lora_weights='pissa'", "converted to plain LoRA"),
     _bad(setting(init_lora_weights="loftq"), "init_lora_weights='loftq'"),
     _bad(setting(init_lora_weights="magic"), "init_lora_weights='magic'"),
-    _bad(setting(target_parameters=["experts"]), "target_parameters is set"),
+    _bad(setting(target_parameters=["experts"]), "target_parameters = ['experts']", "no factors of theirs"),
     _bad(setting(layer_replication=[[0, 2]]), "layer_replication is set"),
     _bad(setting(r=0), "rank r = 0", "whole number of at least 1"),
     _bad(setting(r="two"), "rank r = 'two'"),

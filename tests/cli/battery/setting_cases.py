@@ -44,6 +44,7 @@ SETTINGS = [
     _set("numbers", "federation.min_success=3", "min_success = 3"),
     _set("numbers", "seed=-1", "seed = -1"),
     _set("numbers", "seed=0.5", "seed = 0.5"),
+    _set("numbers", "data.max_length=1", "data.max_length = 1", "leaves none of its text: expected at least 2"),
     _set("numbers", "privacy.delta=1", "privacy.delta = 1"),
     _set("numbers", "privacy.threshold=0.5", "privacy.threshold = 0.5"),
     _set("numbers", "privacy.noise_multiplier=-1", "privacy.noise_multiplier = -1"),
@@ -115,7 +116,11 @@ SETTINGS = [
     Case("methods", "RUN --set method.name=fedprox --set method.mu=-1", ("mu",)),
     # The command line
     Case("command line", "rnu", ("unknown command 'rnu'", "did you mean 'run'?")),
-    Case("command line", "run --otu x", ("no such option", "--otu")),
+    Case("command line", "run --otu x", ("no such option", "'--otu'; did you mean '--out'?")),
+    Case(
+        "command line", "resume finished --set federation.rounds=3", ("'--set': a run goes on", "--rounds extends it")
+    ),
+    Case("command line", "merge a b --methd flora --out new", ("'--methd'; did you mean '--method'?",)),
     Case("command line", "run a.toml b.toml", ("unexpected extra argument", "b.toml")),
     Case("command line", "run --set", ("--set", "requires an argument")),
     Case("command line", "run --set federation.rounds", ("expected key=value",)),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fedspan.adapters import peft_folder
+from fedspan.adapters.peft_folder import LABELS_NAME
 from fedspan.client.executors import WorkContext
 from fedspan.client.setup import device_of, notes_of, prepare, work_context
 from fedspan.config import Config
@@ -24,7 +25,6 @@ from fedspan.methods.messages import Broadcast, Recipe, Request
 from fedspan.models.base_facts import read_facts
 from fedspan.models.federated_model import Trains
 from fedspan.runs import checkpoint
-from fedspan.runs.base_record import LABELS_NAME
 from fedspan.support.errors import FedspanError, one_line
 
 _KINDS: dict[str, Kind] = {

@@ -59,7 +59,7 @@ def state_of(out: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("method", "count", "there", "here"),
     [
-        ("flexlora", 2, {}, {}),
+        pytest.param("flexlora", 2, {}, {}, marks=pytest.mark.long),
         # More than half of the sites unmask a sum, and at least two of them: three sites at least.
         ("glora_sums", 3, {"secure_sums": True}, {"fixed_point": True}),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from fedspan.methods.queries import Contribution, Query, Sums, own_contribution
 from fedspan.streaming import aggregate_stream
 
 MANY = 100_000
+LONG = partial(pytest.param, marks=pytest.mark.long)
 SMALL: dict[str, Any] = {"shapes": ((3, 2),), "ranks": (2,), "counts": (7,), "dtype": torch.float32}
 
 
@@ -37,7 +38,7 @@ def tensors(partial: Partial) -> dict[str, torch.Tensor]:
     return means | {f"{name}/{part}": x for name in partial.sums for part, x in partial.mean(name).items()}
 
 
-@pytest.mark.parametrize("name", ["fedit", "glora_sums"])
+@pytest.mark.parametrize("name", ["fedit", LONG("glora_sums")])
 def test_the_mean_of_100_000_identical_clients_is_that_client(name: str) -> None:
     """To the last digit of float32; accumulated in float32 it would be off by 1e-3."""
     fed = build(Case(name, METHODS[name]), 1, **SMALL)
@@ -51,7 +52,7 @@ def test_the_mean_of_100_000_identical_clients_is_that_client(name: str) -> None
         np.testing.assert_allclose(array(found), array(wanted), rtol=2**-23)
 
 
-@pytest.mark.parametrize("name", ["fedit", "glora", "flexlora"])
+@pytest.mark.parametrize("name", ["fedit", LONG("glora"), LONG("flexlora")])
 def test_a_stream_of_100_000_identical_clients_ends_where_one_does(name: str) -> None:
     options = {} if name == "fedit" else {"algebra": "randomized"}
     fed = build(METHODS[name](**options), 1, **SMALL)
@@ -69,7 +70,7 @@ def test_a_stream_of_100_000_identical_clients_ends_where_one_does(name: str) ->
     np.testing.assert_allclose(array(found.dense["head"]), array(wanted.dense["head"]), rtol=2**-23)
 
 
-@pytest.mark.parametrize("kind", ["times", "adjoint", "columns", "rows"])
+@pytest.mark.parametrize("kind", ["times", "columns", LONG("adjoint"), LONG("rows")])
 def test_queries_about_100_000_clients_in_memory_are_as_exact(kind: Any) -> None:
     fed = build(glora(), 1, **SMALL)
     own = own_contribution(fed.updates[0], "layer0")

@@ -328,7 +328,12 @@ def configured(base: Path, data: Path, method: str, form: str, /, **sections: An
 
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize(
-    ("method", "form", "start"), [("glora", "nf4", "fork"), ("flora", "int8", "fork"), ("flora", "nf4", "spawn")]
+    ("method", "form", "start"),
+    [
+        ("glora", "nf4", "fork"),
+        ("flora", "int8", "fork"),
+        pytest.param("flora", "nf4", "spawn", marks=pytest.mark.long),
+    ],
 )
 def test_how_many_work_on_a_quantised_base_changes_no_bit(
     bases: dict[str, Path],

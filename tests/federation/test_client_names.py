@@ -14,6 +14,7 @@ from fedspan.data import Corpus, load
 from fedspan.data.files import names_of
 from fedspan.federation.client_names import names_of_sites
 from fedspan.federation.clients import make_clients, site_test_rows
+from fedspan.runs.application import evaluate
 from fedspan.runs.execution import run
 from fedspan.site.loading import client_of
 from fedspan.site.settings import SiteSettings
@@ -147,3 +148,28 @@ def test_a_summary_has_every_sites_figures(files: list[str], bases: dict[str, Pa
     assert figures["charite"] != figures["Mayo_2"]
     assert summary["data"] == corpus.describe()
     assert summary["data"]["rows"] == {"train": len(corpus.train), "test": len(corpus.test)}
+
+
+def test_personal_models_are_judged_on_the_test_data_of_their_own_sites(
+    files: list[str], bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """The figures of a site are those of its own adapter on its own file, as `fedspan evaluate` reads both."""
+    config = settings(
+        files,
+        bases["bert"],
+        data={"test": files},
+        federation={"ranks": 2, "rounds": 1, "participation": 1.0},
+        local={"steps": 2},
+        evaluation={"local": False, "base": False},
+        method={"name": "fedsa_lora"},
+    )
+    summary = run(config, tmp_path / "run").summary
+    figures = summary["metrics"]["per_client"]
+    assert list(figures) == ["Mayo_2", "charite", "ucl"]
+    assert summary["rows"]["per_client"] == sum(SITES.values())
+    for path in files:
+        name = Path(path).stem
+        alone = evaluate(tmp_path / "run" / "adapters" / name, [path], base=str(bases["bert"]))
+        assert alone.metrics["loss"] == pytest.approx(figures[name]["loss"], rel=1e-4)
+        assert alone.metrics["accuracy"] == figures[name]["accuracy"]
+    assert summary["worst_client"]["data"] == "own"

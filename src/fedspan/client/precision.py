@@ -1,8 +1,9 @@
 """The precision of the base's matrix products in training: `engine.precision`, and the choice that `auto` makes.
 
 Which types a processor multiplies fast depends on its instructions: one with AMX or AVX512-BF16 gains by bfloat16, and
-one without them takes several times as long as in float32. On a CPU `auto` therefore times the products of this base, forward and backward, on rows like the run's own; on a GPU it is TF32 (`client.tensor_cores`).
-The choice changes results, so that it is kept in the run's folder.
+one without them takes several times as long as in float32. On a CPU `auto` therefore times the products of this base,
+forward and backward, on rows like the run's own; on a GPU it is TF32 (`client.tensor_cores`). The choice changes
+results, so that it is kept in the run's folder.
 """
 
 from __future__ import annotations

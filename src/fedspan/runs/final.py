@@ -46,11 +46,17 @@ def _of_personal_models(context: RunContext, run: MethodRun) -> Final:
     common = personal_figures(context, run.method, run.saved, run.clients)
     final: FinalMetrics = {"clients": {**mean_figures(list(common.values()))}}
     rows = {"clients": _rows(next(iter(common.values())))}
-    own: Mapping[str, Evaluated] = {}
-    if any(len(client.holdout) for client in context.clients):
-        own = personal_figures(context, run.method, run.saved, run.clients, own_data=True)
+    own: dict[str, Evaluated] = {}
+    kept = {client.client_id: client.holdout for client in context.clients if len(client.holdout)}
+    if kept:
+        own = personal_figures(context, run.method, run.saved, run.clients, ("train", kept))
         final["own_data"] = {**mean_figures(list(own.values()))}
         rows["own_data"] = sum(map(_rows, own.values()))
+    if context.site_tests:
+        sites = personal_figures(context, run.method, run.saved, run.clients, ("test", context.site_tests))
+        final["per_client"] = {client: {**values} for client, values in sites.items()}
+        rows["per_client"] = sum(map(_rows, sites.values()))
+        own |= sites
     return Final(final, rows, _each_client(own, common))
 
 

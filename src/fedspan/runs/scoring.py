@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from fedspan.client.evaluation import Figures
 from fedspan.client.executors import EvaluationTask
 from fedspan.federation.clients import Client
@@ -23,27 +25,31 @@ def personal_metrics(
 
 
 def personal_figures(
-    context: RunContext, method: Method, saved: Checkpoint, clients: Sequence[Client], own_data: bool = False
+    context: RunContext,
+    method: Method,
+    saved: Checkpoint,
+    clients: Sequence[Client],
+    own: tuple[str, Mapping[str, np.ndarray]] | None = None,
 ) -> dict[str, Figures]:
     """Return for every client how its own model scores on the common test data.
 
     Parameters
     ----------
-    own_data
-        On the client's own held-out data instead, for the clients that have some.
+    own
+        A split, and the clients that are to be judged on rows of their own in it, with these rows.
     """
     received: dict[int, Broadcast] = {}
     figures: dict[str, Figures] = {}
-    scored = [client for client in clients if len(client.holdout) or not own_data]
+    scored = [client for client in clients if own is None or client.client_id in own[1]]
     # A window at a time, as in training: there may be more personal models than memory holds.
     for start in range(0, len(scored), WINDOW):
         tasks: dict[str, EvaluationTask] = {}
         for client in scored[start : start + WINDOW]:
             if client.rank not in received:
                 received[client.rank] = method.broadcast(saved.state, Request(client.rank))
-            own = method.start(received[client.rank], saved.client_states.get(client.client_id))
-            split, rows = ("train", client.holdout) if own_data else ("test", None)
-            tasks[client.client_id] = context.evaluation_task(own, whole=own_data, split=split, rows=rows)
+            model = method.start(received[client.rank], saved.client_states.get(client.client_id))
+            split, rows = ("test", None) if own is None else (own[0], own[1][client.client_id])
+            tasks[client.client_id] = context.evaluation_task(model, whole=own is not None, split=split, rows=rows)
         figures |= zip(tasks, context.evaluate(tasks.values()), strict=True)
     return figures
 

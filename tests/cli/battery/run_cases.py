@@ -87,7 +87,6 @@ RUNS = [
     Case("bases", "RUN --set model.name=none/at/all", ("model.name = 'none/at/all'",)),
     Case("bases", "RUN --set model.name=", ("model.name = ''", "at least 1 character")),
     Case("bases", "RUN --set model.name=texts.jsonl", ("model.name = ", "/texts.jsonl'")),
-    Case("bases", "RUN --set model.name=a", ("model.name = ", "/a'")),
     Case("bases", "RUN --set model.name=builtin:decodr", ("builtin:decodr",)),
     Case("bases", "RUN --set model.name=../../..", ("model.name",)),
     Case("bases", "RUN --set model.name=vit", ("model.name = ", "/vit'")),

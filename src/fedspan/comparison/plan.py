@@ -174,7 +174,7 @@ def sharing_key(config: Config) -> str:
 
 def digest(config: Config) -> str:
     """Return a short digest of the settings that a run's figures depend on; of paths the names alone."""
-    tree = config.model_dump(mode="json", exclude={"device", "threads", "engine", "deployment"})
+    tree = config.model_dump(mode="json", exclude={"device", "threads", "engine", "deployment", "tracking"})
     for part in ("train", "test", "unseen"):
         tree["data"][part] = [Path(name).name for name in tree["data"][part]]
     tree["model"]["name"] = Path(tree["model"]["name"]).name

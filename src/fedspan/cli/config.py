@@ -28,7 +28,7 @@ def config(
       fedspan config > my.toml
       fedspan config my.toml --set federation.rounds=30
       fedspan config --schema > fedspan.schema.json
-      fedspan config my.toml --check           code 0, or 2 and why a run would be refused
+      fedspan config my.toml --check   exit code 2 if a run would be refused
 
     A setting that is unset is commented out. `fedspan methods NAME` lists the options of [method].
     """

@@ -61,7 +61,7 @@ def run(
       fedspan run my.toml --out runs/mine           your own model and data
       fedspan run --engine sequential --workers 1   one client after the other
       fedspan run --engine flower-simulation        as messages over Flower
-      fedspan run my.toml --check                   what it would do, in a few seconds
+      fedspan run my.toml --check                   what it would do
 
     The run folder holds config.toml (every setting), metrics.jsonl (one object per round), summary.json,
     checkpoint/, and adapter/ in PEFT's format (model/ for methods that train full weights).

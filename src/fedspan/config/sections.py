@@ -6,110 +6,44 @@ Schema. A new setting needs its line and its explanation here, and nothing elsew
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    ValidationInfo,
-    WithJsonSchema,
-    create_model,
     field_validator,
     model_validator,
 )
 
+from fedspan.config.system import DeploymentConfig, EngineConfig, WireConfig
+from fedspan.config.tracking import TrackingConfig
+from fedspan.config.values import (
+    Fraction,
+    Indices,
+    Names,
+    NamesOrPattern,
+    Parallel,
+    PartialFraction,
+    Paths,
+    PositiveFloat,
+    PositiveFloatOrNone,
+    PositiveInt,
+    Section,
+    Seed,
+    as_name,
+)
 from fedspan.support.errors import FedspanError
 from fedspan.support.scalars import plain
-
-PositiveInt = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-# A system ends a program that asks for a million threads.
-Parallel = Annotated[int, Field(ge=1, le=1024)]
-Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
-PartialFraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-PATTERN_SIGNS = "\\*+?[](){}|^$"
-"""Characters that regular expressions have and names of layers do not."""
-
-
-def _as_tuple(value: object) -> object:
-    """Return a single name as a list of one, and paths as names."""
-    names = [value] if isinstance(value, str | os.PathLike) else value
-    return [_as_name(name) for name in names] if isinstance(names, list | tuple) else names
-
-
-def _as_pattern(value: object) -> object:
-    """Return a regular expression as it is, and a single name as a list of one."""
-    if isinstance(value, str) and any(sign in value for sign in PATTERN_SIGNS):
-        return value
-    return _as_tuple(value)
-
-
-def _as_name(value: object) -> object:
-    """Return a path as a name."""
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def _none(value: object) -> object:
-    """Return None for the word `none`, since TOML has no null."""
-    return None if value == "none" else value
-
-
-Names = Annotated[
-    tuple[str, ...],
-    BeforeValidator(_as_tuple),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
-]
-Paths = Annotated[
-    tuple[Annotated[str, Field(min_length=1)], ...],
-    BeforeValidator(_as_tuple),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
-]
-Indices = Annotated[
-    tuple[Annotated[int, Field(ge=0)], ...],
-    Field(min_length=1),
-    BeforeValidator(lambda value: [value] if isinstance(value, int) and not isinstance(value, bool) else value),
-    WithJsonSchema(
-        {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "array", "items": {"type": "integer", "minimum": 0}}]}
-    ),
-]
-NamesOrPattern = Annotated[
-    str | tuple[str, ...],
-    BeforeValidator(_as_pattern),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
-]
-PositiveFloatOrNone = Annotated[
-    PositiveFloat | None,
-    BeforeValidator(_none),
-    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "none"}, {"type": "null"}]}),
-]
-
-
-class Section(BaseModel):
-    """Settings that belong together: frozen, and without room for a key that is not one of them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_value_as_number(cls, value: object, info: ValidationInfo) -> object:
-        # Pydantic would take true as 1.
-        kind = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
-            raise ValueError("input should not be true or false")
-        return value
 
 
 class ModelConfig(Section):
     """The base model, which every client holds."""
 
-    name: Annotated[str, Field(min_length=1), BeforeValidator(_as_name)] = "builtin:decoder"
+    name: Annotated[str, Field(min_length=1), BeforeValidator(as_name)] = "builtin:decoder"
     """A local folder, a Hugging Face Hub id, `builtin:decoder` or `builtin:vit`."""
     adapter: Annotated[
-        Annotated[str, Field(min_length=1)] | None, BeforeValidator(_as_name), Field(examples=["earlier/adapter"])
+        Annotated[str, Field(min_length=1)] | None, BeforeValidator(as_name), Field(examples=["earlier/adapter"])
     ] = None
     """A PEFT LoRA folder to start from. It counts as part of the base in every method, and the adapter that is saved
     holds both changes, at the sum of their ranks. Unset: start from the base as it is."""
@@ -419,124 +353,6 @@ class RobustConfig(Section):
     max_norm: Annotated[PositiveFloatOrNone, Field(examples=[10.0])] = None
     """Largest accepted change of the weights, in Frobenius norm; an update above it is rejected. Unset or "none": any
     size."""
-
-
-class WireConfig(Section):
-    """The types in which tensors travel. Everything computed from them is float32."""
-
-    up: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Type from clients to server; `int8` has one scale per row. Secure sums send 64-bit integers instead."""
-    down: Literal["float32", "bfloat16", "int8"] = "float32"
-    """Type from server to clients."""
-
-
-class DeploymentConfig(Section):
-    """A federation of real sites. Without effect where all clients are simulated in one process."""
-
-    wait: PositiveFloat = 300.0
-    """Longest wait for enough sites before a round, in seconds."""
-    deadline: PositiveFloat = 600.0
-    """Time that a site has for one answer, in seconds."""
-    oversample: Annotated[float, Field(ge=0.0, le=4.0)] = 0.0
-    """Extra clients asked in a round, as a share of those that it needs; the round does not wait for the last ones."""
-    order: Literal["sorted", "arrival"] = "sorted"
-    """`sorted`: updates are added in the order of the clients' ids, which gives the same bits every time. `arrival`:
-    as they arrive."""
-    patience: PositiveInt = 2
-    """Consecutive missed answers after which a site is left out for `quarantine` rounds."""
-    quarantine: PositiveInt = 3
-    """Number of rounds for which an unresponsive site is left out."""
-    poll: Annotated[float, Field(gt=0, le=10)] = 0.1
-    """Seconds between two looks for answers."""
-    same_libraries: bool = False
-    """Refuse sites whose torch, transformers, peft or flwr is of another version than the server's, which may change
-    results in the last bits; otherwise the difference is reported. fedspan's own version must be the same anyway."""
-
-
-class EngineConfig(Section):
-    """The way the work is done on this machine. Engines agree up to rounding; the number of workers changes nothing."""
-
-    name: Literal["auto", "cohort", "sequential"] = "auto"
-    """`cohort`: many clients in one batched pass over the shared frozen base. `sequential`: one client after the
-    other. `auto`: the cohort where the method allows it and it is faster: on a GPU, and on a CPU for small models."""
-    cohort_size: PositiveInt | Literal["auto"] = "auto"
-    """Clients in one pass; `auto`: as many as fit into `memory` and are fastest, which on a GPU is measured."""
-    memory: PositiveFloat | Literal["auto"] = "auto"
-    """Memory that one process's passes over a cohort may take in addition to the base, in GiB. `auto`: 2 on a CPU, half
-    of a GPU's."""
-    workers: Parallel | Literal["auto"] = "auto"
-    """Number of processes, of `threads` threads each; `auto`: one for each GPU, or for as many as there are cores."""
-    checkpointing: bool = False
-    """Keep only each block's input for the backward pass and compute the rest again: a third more work, and memory for
-    the activations of one block instead of all. Clients are then trained one after the other."""
-    prefix_cache: Annotated[int, Field(ge=0)] = 512
-    """Memory of one process for the output of the lowest layers, in MiB; 0: none. Where no layer below the first
-    with an adapter (`adapter.layers`) trains or drops anything, they are computed once for each example. On a CPU."""
-    compile: bool = False
-    """Compile the base's forward and backward passes: half a minute at the start, faster steps afterwards."""
-    precision: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Matrix products of a float32 base in training. `float32`: results that compare with those of other machines.
-    `bfloat16`: of its frozen layers in bfloat16, where adapters, gradients, optimizer and loss stay in float32. `auto`:
-    on a GPU that has it TF32 (10 bits of mantissa, sums in float32); on a CPU `bfloat16` where it is measured to be
-    faster. The choice is recorded. Evaluation and the server's algebra are always `float32`."""
-    autocast: Literal["none", "bfloat16"] = "none"
-    """Type of the base's matrix products in training; worthwhile for wide models (hidden size 512 and more)."""
-
-
-Tracker = Literal["tensorboard", "mlflow", "wandb", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"]
-TrackerNames = Annotated[
-    tuple[Tracker, ...],
-    BeforeValidator(_as_tuple),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"enum": list(get_args(Tracker))},
-                {"type": "array", "items": {"enum": list(get_args(Tracker))}},
-            ]
-        }
-    ),
-]
-TrackerLabel = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^\w[\w .-]*$")]
-"""A name that is safe in a path and in a tracker's query."""
-
-if TYPE_CHECKING:
-    _WithTrackers = Section
-else:
-    # `with` is a word of Python, which a class cannot declare.
-    _WithTrackers = create_model(
-        "_WithTrackers",
-        __base__=Section,
-        **{
-            "with": (
-                TrackerNames,
-                Field(
-                    default=(),
-                    description="Trackers that get the figures of every round: `tensorboard`, `mlflow`, `wandb`, "
-                    "`trackio`, `comet_ml`, `aim`, `clearml`, `dvclive` or `swanlab`, each of which has to be "
-                    "installed. Empty: none.",
-                ),
-            )
-        },
-    )
-
-
-class TrackingConfig(_WithTrackers):
-    """Trackers of experiments, which show the figures of many runs. They change no result."""
-
-    project: TrackerLabel = "fedspan"
-    """Project (of MLflow: experiment) that the run is filed under."""
-    group: Annotated[TrackerLabel | None, Field(examples=["ranks"])] = None
-    """Group of runs that belong together, such as those of one comparison. Unset: none."""
-    folder: Annotated[
-        Annotated[str, Field(min_length=1)] | None, BeforeValidator(_as_name), Field(examples=["logs"])
-    ] = None
-    """Folder for what trackers write on this machine, such as one that several runs share. Unset: `tracking` in the run
-    folder."""
-
-    @property
-    def trackers(self) -> tuple[str, ...]:
-        """The names under `with`, each once."""
-        return tuple(dict.fromkeys(getattr(self, "with")))
 
 
 class Config(Section):

@@ -116,9 +116,7 @@ def hold_out(splits: Splits, share: float, seed: int) -> Splits:
         raise FedspanError(
             f"the training data has {num_rows} row: expected 2 or more to hold out test data, or data.test"
         )
-    size = min(max(1, round(share * num_rows)), num_rows - 1)
-    order = np.random.default_rng([seed, _HOLDOUT]).permutation(num_rows)
-    test, train = np.sort(order[:size]), np.sort(order[size:])
+    train, test = _apart(num_rows, share, seed, _HOLDOUT)
     files = splits.files
     return Splits(splits.train.take(train), splits.train.take(test), splits.unseen, files[train], files[test])
 
@@ -132,13 +130,8 @@ def evaluated_on_training(corpus: Corpus, share: float, seed: int) -> Corpus:
         When there are fewer than two training rows.
     """
     num_rows = len(corpus.train)
-    if num_rows < 2:
-        raise FedspanError(
-            f"data.test_from_training = {share}: the training data has {num_rows} row; expected 2 or more"
-        )
-    size = min(max(1, round(share * num_rows)), num_rows - 1)
-    order = np.random.default_rng([seed, _FROM_TRAINING]).permutation(num_rows)
-    test, train = np.sort(order[:size]), np.sort(order[size:])
+    _check_divisible(num_rows, "data.test_from_training", share)
+    train, test = _apart(num_rows, share, seed, _FROM_TRAINING)
     return replace(
         corpus,
         train=corpus.train.take(train),
@@ -177,17 +170,26 @@ def with_validation(corpus: Corpus, share: float, seed: int) -> Corpus:
     num_rows = len(corpus.train)
     if not share:
         return corpus
-    if num_rows < 2:
-        raise FedspanError(f"data.validation = {share}: the training data has {num_rows} row; expected 2 or more")
-    size = min(max(1, round(share * num_rows)), num_rows - 1)
-    order = np.random.default_rng([seed, _VALIDATION]).permutation(num_rows)
-    kept = np.sort(order[size:])
+    _check_divisible(num_rows, "data.validation", share)
+    train, validation = _apart(num_rows, share, seed, _VALIDATION)
     return replace(
         corpus,
-        train=corpus.train.take(kept),
-        validation=corpus.train.take(np.sort(order[:size])),
-        client_files=_moved(corpus.client_files, kept, num_rows),
+        train=corpus.train.take(train),
+        validation=corpus.train.take(validation),
+        client_files=_moved(corpus.client_files, train, num_rows),
     )
+
+
+def _check_divisible(num_rows: int, name: str, share: float) -> None:
+    if num_rows < 2:
+        raise FedspanError(f"{name} = {share}: the training data has {num_rows} row; expected 2 or more")
+
+
+def _apart(num_rows: int, share: float, seed: int, purpose: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sorted indices of the rows that stay, and of a share of them drawn at random; at least one of each."""
+    size = min(max(1, round(share * num_rows)), num_rows - 1)
+    order = np.random.default_rng([seed, purpose]).permutation(num_rows)
+    return np.sort(order[size:]), np.sort(order[:size])
 
 
 def _taken(rows: Rows, kept: np.ndarray) -> Rows:

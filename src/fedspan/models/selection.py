@@ -15,7 +15,7 @@ import regex
 from torch import nn
 
 from fedspan.adapters.state_dict import is_saved
-from fedspan.config.sections import PATTERN_SIGNS
+from fedspan.config.values import PATTERN_SIGNS
 from fedspan.models.layers import is_conv1d, shape_of
 from fedspan.support.errors import FedspanError
 

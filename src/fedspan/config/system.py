@@ -1,0 +1,78 @@
+"""The settings of what carries a run: messages, deployments, engines."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    Field,
+)
+
+from fedspan.config.values import (
+    Parallel,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
+
+
+class WireConfig(Section):
+    """The types in which tensors travel. Everything computed from them is float32."""
+
+    up: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Type from clients to server; `int8` has one scale per row. Secure sums send 64-bit integers instead."""
+    down: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Type from server to clients."""
+
+
+class DeploymentConfig(Section):
+    """A federation of real sites. Without effect where all clients are simulated in one process."""
+
+    wait: PositiveFloat = 300.0
+    """Longest wait for enough sites before a round, in seconds."""
+    deadline: PositiveFloat = 600.0
+    """Time that a site has for one answer, in seconds."""
+    oversample: Annotated[float, Field(ge=0.0, le=4.0)] = 0.0
+    """Extra clients asked in a round, as a share of those that it needs; the round does not wait for the last ones."""
+    order: Literal["sorted", "arrival"] = "sorted"
+    """`sorted`: updates are added in the order of the clients' ids, which gives the same bits every time. `arrival`:
+    as they arrive."""
+    patience: PositiveInt = 2
+    """Consecutive missed answers after which a site is left out for `quarantine` rounds."""
+    quarantine: PositiveInt = 3
+    """Number of rounds for which an unresponsive site is left out."""
+    poll: Annotated[float, Field(gt=0, le=10)] = 0.1
+    """Seconds between two looks for answers."""
+    same_libraries: bool = False
+    """Refuse sites whose torch, transformers, peft or flwr is of another version than the server's, which may change
+    results in the last bits; otherwise the difference is reported. fedspan's own version must be the same anyway."""
+
+
+class EngineConfig(Section):
+    """The way the work is done on this machine. Engines agree up to rounding; the number of workers changes nothing."""
+
+    name: Literal["auto", "cohort", "sequential"] = "auto"
+    """`cohort`: many clients in one batched pass over the shared frozen base. `sequential`: one client after the
+    other. `auto`: the cohort where the method allows it and it is faster: on a GPU, and on a CPU for small models."""
+    cohort_size: PositiveInt | Literal["auto"] = "auto"
+    """Clients in one pass; `auto`: as many as fit into `memory` and are fastest, which on a GPU is measured."""
+    memory: PositiveFloat | Literal["auto"] = "auto"
+    """Memory that one process's passes over a cohort may take in addition to the base, in GiB. `auto`: 2 on a CPU, half
+    of a GPU's."""
+    workers: Parallel | Literal["auto"] = "auto"
+    """Number of processes, of `threads` threads each; `auto`: one for each GPU, or for as many as there are cores."""
+    checkpointing: bool = False
+    """Keep only each block's input for the backward pass and compute the rest again: a third more work, and memory for
+    the activations of one block instead of all. Clients are then trained one after the other."""
+    prefix_cache: Annotated[int, Field(ge=0)] = 512
+    """Memory of one process for the output of the lowest layers, in MiB; 0: none. Where no layer below the first
+    with an adapter (`adapter.layers`) trains or drops anything, they are computed once for each example. On a CPU."""
+    compile: bool = False
+    """Compile the base's forward and backward passes: half a minute at the start, faster steps afterwards."""
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Matrix products of a float32 base in training. `float32`: results that compare with those of other machines.
+    `bfloat16`: of its frozen layers in bfloat16, where adapters, gradients, optimizer and loss stay in float32. `auto`:
+    on a GPU that has it TF32 (10 bits of mantissa, sums in float32); on a CPU `bfloat16` where it is measured to be
+    faster. The choice is recorded. Evaluation and the server's algebra are always `float32`."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Type of the base's matrix products in training; worthwhile for wide models (hidden size 512 and more)."""

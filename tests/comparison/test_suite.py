@@ -58,7 +58,7 @@ def changed(*path: Any, value: Any) -> dict[str, Any]:
         (changed("tuning", value={"seeds": [1]}), "expected none of the final seeds [1]"),
         (changed("tuning", value={"share": 1.0}), "tuning.share = 1.0"),
         (changed("base", value={"seed": 3}), "base sets seed: expected it in the suite's `seeds`"),
-        (changed("arms", 0, "grid", value={"data.metric": ["loss"]}), "the grid of the arm a sets data.metric"),
+        (changed("arms", 0, "grid", value={"data.metric": ["loss"]}), "the grid of the arm a sets data.metrics"),
         (changed("base", "adapter", "alpha", value=4), "are the same setting"),
         (changed("arms", value=SUITE["arms"][:1]), "arms"),
     ],

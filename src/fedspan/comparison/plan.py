@@ -122,7 +122,7 @@ class Planner:
             nested(values),
             changes,
             {"seed": seed},
-            {} if self.suite.metric is None else {"data": {"metric": self.suite.metric}},
+            {} if self.suite.metric is None else {"data": {"metrics": self.suite.metric}},
         )
         tree: dict[str, Any] = {}
         for part in parts:

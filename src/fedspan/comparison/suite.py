@@ -21,7 +21,7 @@ POINT = 0.01
 """A point in the unit of a metric."""
 _RUNNERS = {
     "seed": "the suite's `seeds`",
-    "data.metric": "the suite's `metric`",
+    "data.metrics": "the suite's `metric`",
     "data.test_from_training": "`tuning.share`",
 }
 """Settings that the comparison sets itself -> where to set them."""

@@ -163,18 +163,27 @@ def work_context(
         check_layers(model, data["train"])
     if config.model.adapter is not None:
         start_from(model, config.model.adapter)
-    find_prefix(model, data["train"], config.engine)
+    # Nobody who did not leave the lowest layers out expects anything of them.
+    find_prefix(model, data["train"], config.engine, expected=adapter.layers is not None)
     training = TrainingSettings.of(config)
     return WorkContext(training, config.evaluation, config.threads, model, data, prepared.processor, corpus.metrics)
 
 
-def find_prefix(model: FederatedModel, data: Encoded, engine: EngineConfig) -> None:
-    """Let the lowest layers be computed once for each example, where nothing is trained in them."""
+def find_prefix(model: FederatedModel, data: Encoded, engine: EngineConfig, *, expected: bool = True) -> None:
+    """Let the lowest layers be computed once for each example, where nothing is trained in them.
+
+    Parameters
+    ----------
+    expected
+        Note the reason where they must be computed in every step.
+    """
     if engine.compile or engine.checkpointing:
         return
     try:
         model.prefix = frozen_prefix.find(model, data.batch([0, len(data) - 1]), engine.prefix_cache)
     except frozen_prefix.NotApplicable as reason:
+        if not expected:
+            return
         model.notes = (*model.notes, f"the layers below the adapters are computed in every step: {reason}")
     if model.prefix is not None:
         count = len(model.prefix.below)

@@ -1,6 +1,7 @@
 """The settings of a run: sections with defaults, read from TOML and `--set` overrides, written as commented TOML.
 
-`Config` and its sections are in `sections`, other libraries' names for them in `aliases`.
+`Config` and most of its sections are in `sections`, the others in `system` and `tracking`; other libraries' names for
+settings are in `aliases`.
 """
 
 from fedspan.config.aliases import ALIASES
@@ -9,8 +10,6 @@ from fedspan.config.sections import (
     AdapterConfig,
     Config,
     DataConfig,
-    DeploymentConfig,
-    EngineConfig,
     EvaluationConfig,
     FederationConfig,
     LocalConfig,
@@ -18,9 +17,9 @@ from fedspan.config.sections import (
     PrivacyConfig,
     RobustConfig,
     ServerConfig,
-    WireConfig,
     valid_keys,
 )
+from fedspan.config.system import DeploymentConfig, EngineConfig, WireConfig
 from fedspan.config.writing import json_schema, to_toml
 
 __all__ = [

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from fedspan.config.aliases import ALIASES
-from fedspan.config.sections import Config, Section
+from fedspan.config.sections import Config
+from fedspan.config.values import Section
 
 _WIDTH = 100
 

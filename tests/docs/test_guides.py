@@ -57,7 +57,7 @@ def expanded(word: str) -> list[str]:
 
 def matching(line: str) -> str:
     """Return the pattern of one line of output."""
-    return ".*".join(re.escape(part.strip()) if "…" in line else re.escape(part) for part in line.split("…"))
+    return ".*".join(re.escape(part) for part in re.split(" *… *", line))
 
 
 def steps(page: Path) -> Iterator[tuple[str, str] | Command]:

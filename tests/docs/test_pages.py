@@ -17,7 +17,7 @@ from fedspan.methods import METHODS
 
 ROOT = pages.DOCS.parent
 PACKAGE = ROOT / "src" / "fedspan"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(pages.DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(pages.DOCS.rglob("*.md"))]
 OTHERS = ("data.splitter", "data.splitter_args")
 """FederatedScope's."""
 by_page = pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
@@ -50,7 +50,9 @@ def test_paths_exist(page: Path) -> None:
     """Relative to the repository, to the package, or to the page."""
     example = pages.examples() if page.stem == "extending" else {}
     new = {edit.path for e in example.values() for edit in e.edits if edit.how == "new"}
-    for name in quoted(page.read_text(encoding="utf-8")):
+    text = page.read_text(encoding="utf-8")
+    new |= set(re.findall(r"^`(\S+)`:$", text, flags=re.MULTILINE)) if page.parent.name == "guides" else set()
+    for name in quoted(text):
         if not re.fullmatch(r"[\w.\-/]+/[\w.\-/]*|[\w\-/]+\.(py|md)", name) or PLACEHOLDERS.search(name):
             continue
         if name.startswith(TEMPLATES) or name.startswith("/") or name in new:
@@ -91,10 +93,11 @@ def test_settings_exist(page: Path) -> None:
             assert key in dumped, f"{page.name}: {name}"
             if value is not None:
                 settings.from_mapping(tomllib.loads(f"{section}.{key} = {value}"))
-    words = re.findall(r"--set (?:'([^']+)'|(\S+=[^\s`]+))", text)
+    of_a_run = re.sub(r"^\$ fedspan merge .*", "", text, flags=re.MULTILINE)  # whose options are a method's
+    words = re.findall(r"--set (?:'([^']+)'|(\S+=[^\s`]+))", of_a_run)
     added = ("clipped_flora", "method.bound=0.5", "prefix_match", "cyclic", "zcdp")  # by the examples of extending.md
     settings.load(None, [a or b for a, b in words if not (a or b).endswith(added)])
-    for block in re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL):
+    for block in re.findall(r"(?<!^`suite\.toml`:\n\n)```toml\n(.*?)```", text, flags=re.DOTALL | re.MULTILINE):
         settings.from_mapping(tomllib.loads(block))
 
 

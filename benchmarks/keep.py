@@ -83,8 +83,13 @@ def read(path: Path) -> list[Line]:
 
 
 def final_runs(suite: Path) -> list[Line]:
-    """Return the kept runs of a suite on the test data."""
-    return [line for line in read(suite / FILE) if line["stage"] == "final"]
+    """Return the kept runs of a suite on the test data, each with the figure of its untouched base.
+
+    A comparison measures this once for all runs of one seed, base and data.
+    """
+    lines = [line for line in read(suite / FILE) if line["stage"] == "final"]
+    bases = {(x["seed"], x["base_key"]): x["base"] for x in lines if x["base"] is not None}
+    return [{**x, "base": bases.get((x["seed"], x["base_key"])) if x["base"] is None else x["base"]} for x in lines]
 
 
 if __name__ == "__main__":

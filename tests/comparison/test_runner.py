@@ -172,6 +172,9 @@ def test_its_runs_can_be_kept_as_a_benchmark(
         assert [record["round_num"] for record in kept["rounds"]] == [1, 2]
         accuracies = [record["eval"]["accuracy"] for record in kept["rounds"]]
         assert sum(accuracies) / 2 == line["figures"]["mean_last"]
+    measured = {line["seed"]: line["base"] for line in lines_of(tmp_path) if line["base"] is not None}
+    final = keep.final_runs(tmp_path)
+    assert [line["base"] for line in final] == [measured[line["seed"]] for line in final]
 
 
 def test_a_run_has_the_bits_that_it_has_alone(finished: tuple[Path, list[str]], tmp_path: Path) -> None:

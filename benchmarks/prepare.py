@@ -4,7 +4,8 @@ superni/{train,test,unseen}.jsonl: each row carries its task's instruction; rows
 task of each category in turn. superni50: the same with 50 training tasks. mri/{train,test,official}.npz: a fifth of
 the training images held out as test data, and the official test images that are not copies of training images. The
 official ones differ from the training images (mean brightness 64 against 46), so they give a second figure, under a
-shift, not the main one.
+shift, not the main one. A link `source` beside them leads to the data as it was given, where the suites read SST-2 and
+the base of the text suites.
 """
 
 from __future__ import annotations
@@ -33,6 +34,13 @@ def main() -> None:
     arguments.clients = 50
     superni(arguments.data / "superni", arguments.out / "superni50", arguments)
     mri(arguments.data / "images" / "brain_mri_64.npz", arguments.out / "mri")
+    link(arguments.out.parent / "source", arguments.data)
+
+
+def link(place: Path, data: Path) -> None:
+    if place.is_symlink():
+        place.unlink()
+    place.symlink_to(data.resolve(), target_is_directory=True)
 
 
 def mri(source: Path, out: Path) -> None:

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedspan.comparison.suite import read as read_suite
+from fedspan.comparison.trees import merged
 from fedspan.config import ALIASES, Config, from_mapping, json_schema, load, to_toml, valid_keys
 from fedspan.config.aliases import RENAMED
 
@@ -77,14 +79,9 @@ def test_written_settings_read_back_the_same(
 
 
 def suites() -> list[dict[str, Any]]:
-    """The settings of every benchmark, with each of its conditions."""
-    trees = []
-    for path in sorted(ROOT.glob("benchmarks/*/suite.toml")):
-        suite = tomllib.loads(path.read_text(encoding="utf-8"))
-        for changes in [{}, suite.get("tune", {}), *(c.get("config", {}) for c in suite.get("condition", ()))]:
-            names = {**suite["config"], **changes}
-            trees.append({name: {**suite["config"].get(name, {}), **changes.get(name, {})} for name in names})
-    return trees
+    """The settings of every benchmark under each of its conditions."""
+    read = map(read_suite, sorted(ROOT.glob("benchmarks/*/suite.toml")))
+    return [merged(suite.base, condition.settings) for suite in read for condition in suite.conditions]
 
 
 @pytest.mark.parametrize("tree", [{}, tomllib.loads((ROOT / "examples/own_data/config.toml").read_text()), *suites()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import shutil
@@ -154,6 +155,26 @@ def test_the_intervals_are_those_of_the_lines(finished: tuple[Path, list[str]]) 
     assert f"{found['mean']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]" in table
     assert "Fewer than 5 seeds" in table
     assert content["margin"] == 0.01
+
+
+def test_its_runs_can_be_kept_as_a_benchmark(
+    finished: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(__file__).parents[2] / "benchmarks"
+    if not folder.exists():
+        pytest.skip("installed without the repository")
+    monkeypatch.syspath_prepend(str(folder))
+    keep = importlib.import_module("keep")
+    keep.keep(finished[0], tmp_path)
+    for line, kept in zip(lines_of(finished[0]), lines_of(tmp_path), strict=True):
+        assert {key: kept[key] for key in line} == line
+        assert round(kept["server_seconds"] + kept["client_seconds"], 3) == line["seconds"]
+        assert [record["round_num"] for record in kept["rounds"]] == [1, 2]
+        accuracies = [record["eval"]["accuracy"] for record in kept["rounds"]]
+        assert sum(accuracies) / 2 == line["figures"]["mean_last"]
+    measured = {line["seed"]: line["base"] for line in lines_of(tmp_path) if line["base"] is not None}
+    final = keep.final_runs(tmp_path)
+    assert [line["base"] for line in final] == [measured[line["seed"]] for line in final]
 
 
 def test_a_run_has_the_bits_that_it_has_alone(finished: tuple[Path, list[str]], tmp_path: Path) -> None:

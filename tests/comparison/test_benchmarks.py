@@ -1,0 +1,118 @@
+"""The benchmarks' suites are comparisons that can run, and their pages are those of the committed runs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fedspan.comparison import dry_run
+from fedspan.comparison.results import comparison
+from fedspan.comparison.suite import Suite, read
+from fedspan.comparison.tuning import Choice
+from fedspan.config.paths import reads_files
+from fedspan.config.sections import DataConfig
+
+ROOT = Path(__file__).parents[2]
+SUITES = sorted(ROOT.glob("benchmarks/*/suite.toml"))
+WITH_RUNS = [path for path in SUITES if (path.parent / "runs.jsonl").exists()]
+pytestmark = pytest.mark.skipif(not SUITES, reason="installed without the repository")
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return {name: importlib.import_module(name) for name in ("keep", "claims", "table")}
+
+
+def data_files(suite: Suite) -> set[str]:
+    """The files that any of the runs reads."""
+    trees = [suite.base.get("data", {}), *(one.settings.get("data", {}) for one in suite.conditions)]
+    data = [DataConfig.model_validate({**trees[0], **tree}) for tree in trees]
+    return {name for one in data if reads_files(one) for name in (*one.train, *one.test, *one.unseen)}
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.parent.name)
+def test_every_suite_is_accepted(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With empty files in place of the data, which a dry run does not open."""
+    monkeypatch.chdir(tmp_path)
+    copied = tmp_path / "benchmarks" / path.parent.name / "suite.toml"
+    copied.parent.mkdir(parents=True)
+    shutil.copy(path, copied)
+    suite = read(copied)
+    for name in data_files(suite):
+        file = copied.parent / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    shown = dry_run(copied)
+    num_runs = sum(len(suite.conditions_of(arm)) for arm in suite.arm_names) * len(suite.seeds)
+    assert any(line.startswith(f"final: {num_runs} runs") for line in shown), shown
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_suite_with_runs_is_covered() -> None:
+    assert {path.parent.name for path in WITH_RUNS} >= {"claims-digits", "claims-tasks", "mri", "sst2", "superni"}
+
+
+@pytest.mark.parametrize("path", WITH_RUNS, ids=lambda path: path.parent.name)
+def test_the_committed_runs_can_be_judged(path: Path) -> None:
+    """Their lines are in the form of a comparison's own."""
+    suite, cells = read(path), {}
+    for line in lines_of(path.parent / "runs.jsonl"):
+        if line["stage"] == "final":
+            cells.setdefault((line["condition"], line["arm"]), []).append(line)
+    found = comparison(suite, cells, {cell: Choice(own[0]["settings"]) for cell, own in cells.items()})
+    assert found["base"][0]["mean"] is not None or not any(c == found["conditions"][0] for c, _ in cells)
+    assert len(found["differences"]) == sum(arm != suite.baseline for _, arm in cells)
+    for (_, arm), own in cells.items():
+        assert all(line["figures"]["last"] == line["summary"]["federated"] for line in own), arm
+        assert len({json.dumps(line["settings"]) for line in own}) == 1, arm
+
+
+def test_the_pages_are_those_of_the_committed_runs(scripts: dict[str, ModuleType]) -> None:
+    """`python benchmarks/table.py` changes nothing."""
+    for path, text in scripts["table"].pages().items():
+        assert path.read_text(encoding="utf-8") == text, path.name
+
+
+def finished(folder: Path, arms: tuple[str, ...]) -> Path:
+    """A comparison's folder with one finished run of each arm."""
+    lines = []
+    for arm in arms:
+        run = folder / "runs" / "base" / arm / "seed-0"
+        run.mkdir(parents=True)
+        totals = {"server_seconds": 1.5, "client_seconds": 2.5}
+        (run / "summary.json").write_text(json.dumps({"data": {"rows": {"test": 9, "unseen": 4}}, "totals": totals}))
+        record = {
+            "round_num": 1,
+            "train_loss": 0.5,
+            "eval": None,
+            "diagnostics": {"drift": 0.123456, "worst": {"x": 1}},
+        }
+        (run / "metrics.jsonl").write_text(json.dumps(record | {"ranks": [1, 2]}) + "\n")
+        line = {"stage": "final", "condition": "base", "arm": arm, "seed": 0, "settings": {}, "config_digest": "d"}
+        lines.append(line | {"folder": f"runs/base/{arm}/seed-0"})
+    (folder / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_kept_lines_hold_what_the_pages_need(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    suite = tmp_path / "suite"
+    suite.mkdir()
+    assert scripts["keep"].keep(finished(tmp_path / "one", ("a",)), suite) == 1
+    (line,) = lines_of(suite / "runs.jsonl")
+    assert (line["unseen_rows"], line["server_seconds"], line["client_seconds"]) == (4, 1.5, 2.5)
+    assert line["rounds"] == [{"round_num": 1, "train_loss": 0.5, "eval": None, "diagnostics": {"drift": 0.1235}}]
+    assert scripts["keep"].keep(finished(tmp_path / "grown", ("a", "b")), suite) == 2
+    with pytest.raises(SystemExit, match="holds 1 runs that"):
+        scripts["keep"].keep(finished(tmp_path / "other", ("b",)), suite)
+    assert len(lines_of(suite / "runs.jsonl")) == 2

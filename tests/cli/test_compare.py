@@ -19,7 +19,7 @@ def test_a_dry_run_checks_and_counts(tmp_path: Path, capsys: pytest.CaptureFixtu
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "rules: 4 arms, 2 conditions, 5 seeds",
-        "tuning: 24 runs of 6 rounds, 0 done",
+        "tuning: at least 24 runs of 6 rounds, 0 done",
         "final: 40 runs of 8 rounds, 0 done",
         f"folder: {out}",
     ]

@@ -329,3 +329,10 @@ def test_a_full_disk_is_no_bug_and_leaves_nothing(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_examples_are_no_factors() -> None:
+    """Every other rule takes them; here the changes would be multiplied by hundreds."""
+    with pytest.raises(FedspanError, match=r"weights = 300 100: ties multiplies .* such as the shares 0\.75 0\.25"):
+        TaskRule("ties").weights([300, 100], 2)
+    assert TaskRule("ties").weights([0.75, 10], 2) == [0.75, 10.0]

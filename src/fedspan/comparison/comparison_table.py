@@ -86,9 +86,10 @@ def _legend(found: Content) -> Iterator[str]:
     """Yield what the columns mean, in paragraphs."""
     percent, margin = f"{100 * found['confidence']:g} %", f"±{found['margin'] / POINT:g} points"
     count, level = len(found["differences"]), f"{1 - found['confidence']:.2g}"
+    family = "one difference" if count == 1 else f"all {count} differences"
     yield from _wrapped(
         f"± is the standard deviation over the seeds. Differences are paired by seed, with {percent} intervals "
-        f"(Student's t). p is of the paired t-test, by Holm's correction for all {count} differences. *better* and "
+        f"(Student's t). p is of the paired t-test, by Holm's correction for {family}. *better* and "
         f"*worse*: p below {level}; *beyond the margin* where the corrected interval lies outside {margin}, *within "
         f"the margin* where it lies inside, *about the margin* otherwise. *equivalent*: within {margin} at {percent} "
         "confidence (two one-sided tests, corrected likewise). *open*: more seeds are needed. *Seeds for a point*: "

@@ -103,11 +103,17 @@ def dry_run(suite: StrPath, out: StrPath | None = None) -> list[str]:
     tuned = [run for cell in work.cells() for run in work.tuning_runs(cell, work.grid(cell))]
     final = [planner.final(*cell, seed, {}) for cell in work.cells() for seed in wanted.seeds]
     done = sum(work.lines.of(run) is not None for run in tuned)
-    lines = [f"{wanted.name}: {len(wanted.arms)} arms, {len(wanted.conditions)} conditions, {len(wanted.seeds)} seeds"]
+    extent = ("arm", wanted.arms), ("condition", wanted.conditions), ("seed", wanted.seeds)
+    lines = [f"{wanted.name}: {', '.join(_counted(len(parts), word) for word, parts in extent)}"]
     if tuned:
-        lines.append(f"tuning: {len(tuned)} runs of {_size(tuned)}, {done} done")
-    lines.append(f"final: {len(final)} runs of {_size(final)}, {work.lines.num_final()} done")
+        # A best value at the edge of its grid has the grid widened.
+        lines.append(f"tuning: at least {_counted(len(tuned), 'run')} of {_size(tuned)}, {done} done")
+    lines.append(f"final: {_counted(len(final), 'run')} of {_size(final)}, {work.lines.num_final()} done")
     return [*lines, f"folder: {folder}"]
+
+
+def _counted(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def _size(runs: Sequence[Planned]) -> str:

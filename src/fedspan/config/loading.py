@@ -184,7 +184,10 @@ def _one_line(error: ValidationError) -> str:
     first = problems[0]
     if first["type"] == "extra_forbidden":
         key = ".".join(map(str, first["loc"]))
-        return f"unknown key {key!r}{nearest(key, [*valid_keys(), *ALIASES])}"
+        hint = nearest(key, valid_keys())
+        if "did you mean" not in hint:
+            hint = nearest(key, [*valid_keys(), *ALIASES])
+        return f"unknown key {key!r}{hint if 'did you mean' in hint else '; `fedspan config` prints all of them'}"
     key = _setting_of(first["loc"])
     if first["type"] in ("model_type", "dict_type"):
         return f"{key} = {first['input']!r}: expected a section, [{key}]"

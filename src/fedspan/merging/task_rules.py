@@ -31,6 +31,8 @@ from fedspan.support.suggest import nearest
 TASK_RULES: Mapping[str, bool] = {"ties": True, "dare_linear": False, "dare_ties": True, "magnitude_prune": False}
 """Rule -> whether it is a mean over the adapters that agree in sign; the others are sums."""
 Sign = Literal["total", "frequency"]
+_LARGEST = 10.0
+"""Of a factor. Numbers of examples, which every other rule takes, would multiply the changes by hundreds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +51,21 @@ class TaskRule:
         """Return PEFT's weights: factors of the changes, not shares.
 
         Where none are given they are 1 for the means, and 1/N for the sums, which makes means of them.
+
+        Raises
+        ------
+        FedspanError
+            For a factor above 10, which is a number of examples.
         """
         if given is not None:
-            return [float(weight) for weight in given]
+            factors = [float(weight) for weight in given]
+            if max(factors) > _LARGEST:
+                shares = " ".join(f"{weight / sum(factors):.3g}" for weight in factors)
+                raise FedspanError(
+                    f"weights = {' '.join(f'{weight:g}' for weight in factors)}: {self.name} multiplies the changes by "
+                    f"them; expected factors of at most {_LARGEST:g}, such as the shares {shares}"
+                )
+            return factors
         return [1.0 if TASK_RULES[self.name] else 1.0 / number] * number
 
     def apply(self, module: str, changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

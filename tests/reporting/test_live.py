@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from interrupts import interruptible_children
 
 from fedspan import reporting
 from fedspan.cli.main import main
@@ -99,10 +100,16 @@ def test_bad_ports_and_folders_are_refused_in_one_line(
 def test_ctrl_c_is_the_usual_end(suite: Path) -> None:
     folder = suite / "runs" / "all clients" / "glora" / "seed-0"
     command = [sys.executable, "-m", "fedspan", "watch", str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with (
+        interruptible_children(),
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process,
+    ):
         assert process.stdout is not None
         assert process.stderr is not None
-        assert process.stdout.readline().startswith("http://127.0.0.1:")
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        try:
+            assert process.stdout.readline().startswith("http://127.0.0.1:")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()  # or the end of the block would wait for it for ever
         assert process.stderr.read() == ""

@@ -31,6 +31,9 @@ def check_out(out: Path, inputs: Sequence[str], force: bool) -> None:
         raise FedspanError(f"--out {out}: expected a file that ends in {' or '.join(SUFFIXES)}")
     if any(Path(name).expanduser().resolve() == out.resolve() for name in inputs):
         raise FedspanError(f"--out {out} is one of the files of --data: expected another one")
+    around = [name for name in inputs if Path(name).expanduser().resolve() in out.resolve().parents]
+    if around:  # with --force it would replace a file of the data, and a second command would read it as rows
+        raise FedspanError(f"--out {out} is in {around[0]}, a folder of --data: expected a file outside it")
     if out.is_dir() or (out.exists() and not force):
         raise FedspanError(f"--out {out} exists: expected a new file, or --force to replace it")
 
@@ -110,9 +113,6 @@ def _write_csv(file: IO[str], names: Sequence[str], rows: Iterable[Mapping[str, 
             header = [*names, "prediction", *(["probability"] if "probability" in row else [])]
             writer = csv.DictWriter(file, header, restval="", extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
-        cells = {
-            name: json.dumps(v, ensure_ascii=False) if isinstance(v, list | dict) else v for name, v in row.items()
-        }
-        writer.writerow(cells)
+        writer.writerow({name: _cell(value) for name, value in row.items()})
         count += 1
     return count

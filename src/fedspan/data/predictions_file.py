@@ -14,6 +14,7 @@ from fedspan.data.json_rows import ABSENT
 from fedspan.data.tables import Table
 from fedspan.support.errors import FedspanError
 from fedspan.support.files import make_folder
+from fedspan.support.standard_json import standard
 
 SUFFIXES = (".jsonl", ".csv")
 COLUMNS = ("prediction", "probability", "probabilities")
@@ -96,13 +97,18 @@ def _write_jsonl(file: IO[str], names: Sequence[str], rows: Iterable[Mapping[str
     count = 0
     for row in rows:
         kept = {name: value for name, value in row.items() if name != "probability"}
-        file.write(json.dumps(kept, ensure_ascii=False) + "\n")
+        file.write(_json(kept) + "\n")
         count += 1
     return count
 
 
 def _cell(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+    return _json(value) if isinstance(value, list | dict) else value
+
+
+def _json(value: Any) -> str:
+    # A Parquet file has NaN for a number that is missing, which no reader of standard JSON takes.
+    return json.dumps(standard(value), ensure_ascii=False)
 
 
 def _write_csv(file: IO[str], names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> int:

@@ -109,6 +109,14 @@ def test_predictions_of_csv_are_csv(classified: fedspan.Result, tmp_path: Path) 
     assert all(row["prediction"] in NAMED.values() and 1 / 3 <= float(row["probability"]) <= 1 for row in rows)
 
 
+@pytest.mark.parametrize("damage", ["{}", '{"metric": "accuracy", "data": []}', '{"metrics": {"server": null}}'])
+def test_a_damaged_summary_is_named(classified: fedspan.Result, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(classified.out, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text(damage)
+    with pytest.raises(FedspanError, match=r"summary\.json is damaged, or of another version"):
+        fedspan.evaluate(tmp_path / "run", [classified.out.parent / "b.jsonl"])
+
+
 def test_a_number_that_is_missing_is_null_in_jsonl(classified: fedspan.Result, tmp_path: Path) -> None:
     """Parquet has NaN there, which standard JSON has not."""
     data = tmp_path / "new.parquet"

@@ -266,3 +266,26 @@ def without_times(path: Path) -> dict[str, Any]:
     for cell in content["cells"]:
         del cell["seconds"]
     return content
+
+
+def test_training_that_diverges_is_a_result_of_its_arm(suite: Path, tmp_path: Path) -> None:
+    """In tuning another value is chosen, and in a final run the seeds count as diverged; nothing is run again."""
+    text = suite.read_text().replace("seeds = [0, 1, 2]", "seeds = [0]").replace("[1e-2, 3e-2]", "[1e-2, 1e30]")
+    own = tmp_path / "suite.toml"
+    own.write_text(
+        text.replace(
+            "[[conditions]]",
+            '[[arms]]\nname = "wild"\nsettings.method.name = "flexlora"\n'
+            "settings.local = { learning_rate = 1e30 }\n\n[[conditions]]",
+        )
+    )
+    found = compare(own, tmp_path / "out")
+    cells = {cell["arm"]: cell for cell in found.content["cells"]}
+    assert cells["glora"]["settings"] == {"local.learning_rate": 1e-2}
+    assert (cells["wild"]["n"], cells["wild"]["diverged"], cells["wild"]["mean"]) == (0, 1, None)
+    assert {one["arm"]: one["verdict"] for one in found.content["differences"]}["wild"] == "open"
+    assert "– (1 diverged)" in found.table
+    assert found.content["base"][0]["mean"] is not None
+    lines: list[str] = []
+    assert compare(own, tmp_path / "out", lines.append).table == found.table
+    assert not lines

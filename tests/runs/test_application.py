@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 
@@ -105,6 +107,24 @@ def test_predictions_of_csv_are_csv(classified: fedspan.Result, tmp_path: Path) 
     assert list(rows[0]) == ["text", "note", "prediction", "probability"]
     assert [(row["text"], row["note"]) for row in rows] == [("xx, x", 'a "quoted" note'), ("yy", "")]
     assert all(row["prediction"] in NAMED.values() and 1 / 3 <= float(row["probability"]) <= 1 for row in rows)
+
+
+@pytest.mark.parametrize("damage", ["{}", '{"metric": "accuracy", "data": []}', '{"metrics": {"server": null}}'])
+def test_a_damaged_summary_is_named(classified: fedspan.Result, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(classified.out, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text(damage)
+    with pytest.raises(FedspanError, match=r"summary\.json is damaged, or of another version"):
+        fedspan.evaluate(tmp_path / "run", [classified.out.parent / "b.jsonl"])
+
+
+def test_a_number_that_is_missing_is_null_in_jsonl(classified: fedspan.Result, tmp_path: Path) -> None:
+    """Parquet has NaN there, which standard JSON has not."""
+    data = tmp_path / "new.parquet"
+    pq.write_table(pa.table({"text": ["xx", "yy"], "age": [61.0, float("nan")], "at": [{"x": float("inf")}] * 2}), data)
+    done = fedspan.predict(classified.out, [data], tmp_path / "p.jsonl")
+    assert "NaN" not in done.out.read_text()
+    rows = [json.loads(line) for line in done.out.read_text().splitlines()]
+    assert [(row["age"], row["at"]) for row in rows] == [(61.0, {"x": None}), (None, {"x": None})]
 
 
 def test_answers_are_those_that_the_run_was_scored_on(answered: fedspan.Result, tmp_path: Path) -> None:

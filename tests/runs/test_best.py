@@ -138,3 +138,18 @@ def test_patience_without_what_it_needs_is_refused(bases: dict[str, Path], texts
     config = tiny.config(bases["bert"], texts, "fedsa_lora", data={"validation": 0.2}, evaluation={"patience": 1})
     with pytest.raises(FedspanError, match=r"evaluation.patience = 1: the clients of fedsa_lora"):
         fedspan.run(config, tmp_path / "run")
+
+
+def test_a_personalised_run_says_that_validation_rows_are_not_used(
+    bases: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    """They are no training rows either, so the same rows train every method of a comparison."""
+    config = tiny.config(
+        bases["bert"], texts, "fedsa_lora", data={"validation": 0.25}, federation={"rounds": 1},
+        evaluation={"base": False},
+    )  # fmt: skip
+    result = fedspan.run(config, tmp_path / "run")
+    (line,) = [note for note in result.summary["notes"] if "data.validation" in note]
+    rows = result.summary["data"]["rows"]["validation"]
+    assert line.startswith(f"the {rows} rows of data.validation are not used: each client of fedsa_lora")
+    assert result.summary["best"] is None

@@ -15,6 +15,7 @@ from fedspan.cli.main import main
 from fedspan.config import Config, from_mapping, load, to_toml
 from fedspan.config.loading import with_absolute_paths
 from fedspan.runs import tracking
+from fedspan.runs.check import check
 from fedspan.runs.events import Event
 from fedspan.runs.execution import Result, resume, run
 from fedspan.runs.tracking import public_settings, without_secrets
@@ -176,14 +177,15 @@ def test_settings_are_read_written_and_refused(tmp_path: Path, capsys: pytest.Ca
         assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize("attempt", [run, check])
 def test_a_tracker_that_is_not_installed_is_refused_before_anything(
-    settings: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    attempt: Callable[..., object], settings: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "_is_installed", lambda distribution: False)
     with pytest.raises(
         FedspanError, match=r"tracking\.with names 'mlflow', which is not installed: pip install mlflow"
     ):
-        run(settings(**{"with": "mlflow"}), tmp_path / "run")
+        attempt(settings(**{"with": "mlflow"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

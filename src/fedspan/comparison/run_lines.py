@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fedspan.comparison.plan import Planned, digest
+from fedspan.data.metrics import METRICS
+from fedspan.runs import checkpoint
+from fedspan.runs.summary import versions
 from fedspan.support import standard_json
 from fedspan.support.errors import FedspanError
 from fedspan.support.files import flush, write_bytes
@@ -91,8 +94,9 @@ class RunLines:
 
 
 def line_of(run: Planned, folder: Path, summary: Mapping[str, Any], last_rounds: int) -> dict[str, Any]:
-    """Return the line of a run that has just finished in `folder` (the comparison's)."""
-    records = [json.loads(line) for line in (folder / run.folder / "metrics.jsonl").read_text().splitlines()]
+    """Return the line of a run that has just finished, or diverged, in `folder` (the comparison's)."""
+    # The rounds before one that failed would stand for a model that the run does not end with.
+    records = _records(folder / run.folder) if summary.get("ended", True) else []
     metric, totals = summary["metric"], summary["totals"]
     return {
         "stage": run.stage,
@@ -115,6 +119,38 @@ def line_of(run: Planned, folder: Path, summary: Mapping[str, Any], last_rounds:
         "bytes_up": totals["bytes_up"],
         "bytes_down": totals["bytes_down"],
     }
+
+
+def summary_of_diverged(folder: Path, start: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what there is of the summary of a run whose training diverged in some round.
+
+    Parameters
+    ----------
+    folder
+        The run's.
+    start
+        The data of its `start` event.
+    """
+    kept = folder / "checkpoint" / "federation.safetensors"
+    base = checkpoint.read(kept).notes.get("base") if kept.exists() else None
+    metric, records = start["metric"], _records(folder)
+    totals = ("client_seconds", "server_seconds", "bytes_up", "bytes_down")
+    return {
+        "ended": False,
+        "metric": metric,
+        "higher_is_better": METRICS[metric].higher_is_better,
+        "federated": None,
+        "unseen": None,
+        "base": None if base is None else base[metric],
+        "data": start["data"],
+        "totals": {key: sum(record[key] for record in records) for key in totals},
+        "versions": versions(),
+    }
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def figures(

@@ -14,10 +14,11 @@ from fedspan.comparison import tuning
 from fedspan.comparison.comparison_table import page
 from fedspan.comparison.plan import Planned, Planner, combinations, sharing_key
 from fedspan.comparison.results import Cell, comparison
-from fedspan.comparison.run_lines import RunLines, base_key, line_of
+from fedspan.comparison.run_lines import RunLines, base_key, line_of, summary_of_diverged
 from fedspan.comparison.suite import Suite, check_extension, from_mapping, read
 from fedspan.comparison.tuning import Choice, Values
 from fedspan.config import Config, load
+from fedspan.federation.rounds import TrainingDiverged
 from fedspan.runs.events import Event
 from fedspan.runs.folder_lock import is_free, locked
 from fedspan.runs.many import RunFailed, run_many
@@ -227,8 +228,12 @@ class _Work:
     def _run(self, runs: Sequence[Planned]) -> None:
         """Run some federations at once, and note each when it has ended."""
 
+        started: dict[int, Mapping[str, Any]] = {}
+
         def on_event(number: int, event: Event) -> None:
-            if event.kind == "end":
+            if event.kind == "start":
+                started[number] = event.data
+            elif event.kind == "end":
                 self._note(runs[number], event.data["summary"])
 
         folders = [self.folder / run.folder for run in runs]
@@ -240,7 +245,12 @@ class _Work:
         try:
             run_many(configs, folders, on_event, apart=apart)
         except RunFailed as failed:
-            raise FedspanError(f"{runs[failed.number].label}: {failed.error}") from failed
+            # Training that diverges would do so again: it is a result of the arm, as in a run that ends with NaN.
+            diverged = {n for n, error in failed.errors.items() if isinstance(error, TrainingDiverged)}
+            for number in sorted(diverged):
+                self._note(runs[number], summary_of_diverged(folders[number], started[number]))
+            for number in sorted(failed.errors.keys() - diverged):
+                raise FedspanError(f"{runs[number].label}: {failed.errors[number]}") from failed
 
     def _with_base(self, run: Planned, folder: Path) -> Config:
         """Return the settings of a run, which evaluates the untouched base unless another one does."""

@@ -14,6 +14,7 @@ from fedspan.data.json_rows import ABSENT
 from fedspan.data.tables import Table
 from fedspan.support.errors import FedspanError
 from fedspan.support.files import make_folder
+from fedspan.support.standard_json import standard
 
 SUFFIXES = (".jsonl", ".csv")
 COLUMNS = ("prediction", "probability", "probabilities")
@@ -31,6 +32,9 @@ def check_out(out: Path, inputs: Sequence[str], force: bool) -> None:
         raise FedspanError(f"--out {out}: expected a file that ends in {' or '.join(SUFFIXES)}")
     if any(Path(name).expanduser().resolve() == out.resolve() for name in inputs):
         raise FedspanError(f"--out {out} is one of the files of --data: expected another one")
+    around = [name for name in inputs if Path(name).expanduser().resolve() in out.resolve().parents]
+    if around:  # with --force it would replace a file of the data, and a second command would read it as rows
+        raise FedspanError(f"--out {out} is in {around[0]}, a folder of --data: expected a file outside it")
     if out.is_dir() or (out.exists() and not force):
         raise FedspanError(f"--out {out} exists: expected a new file, or --force to replace it")
 
@@ -93,13 +97,18 @@ def _write_jsonl(file: IO[str], names: Sequence[str], rows: Iterable[Mapping[str
     count = 0
     for row in rows:
         kept = {name: value for name, value in row.items() if name != "probability"}
-        file.write(json.dumps(kept, ensure_ascii=False) + "\n")
+        file.write(_json(kept) + "\n")
         count += 1
     return count
 
 
 def _cell(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+    return _json(value) if isinstance(value, list | dict) else value
+
+
+def _json(value: Any) -> str:
+    # A Parquet file has NaN for a number that is missing, which no reader of standard JSON takes.
+    return json.dumps(standard(value), ensure_ascii=False)
 
 
 def _write_csv(file: IO[str], names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> int:
@@ -110,9 +119,6 @@ def _write_csv(file: IO[str], names: Sequence[str], rows: Iterable[Mapping[str, 
             header = [*names, "prediction", *(["probability"] if "probability" in row else [])]
             writer = csv.DictWriter(file, header, restval="", extrasaction="ignore", lineterminator="\n")
             writer.writeheader()
-        cells = {
-            name: json.dumps(v, ensure_ascii=False) if isinstance(v, list | dict) else v for name, v in row.items()
-        }
-        writer.writerow(cells)
+        writer.writerow({name: _cell(value) for name, value in row.items()})
         count += 1
     return count

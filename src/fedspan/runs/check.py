@@ -37,6 +37,7 @@ from fedspan.runs.context import RunContext
 from fedspan.runs.execution import new_folder
 from fedspan.runs.loop import FEDERATION, MethodRun
 from fedspan.runs.simulated_work import SimulatedWork, steps_of
+from fedspan.runs.tracking import check_trackers
 from fedspan.support.activity import report
 from fedspan.support.files import StrPath
 from fedspan.support.peak_memory import peak_memory, reset_peak_memory
@@ -111,6 +112,7 @@ def check(config: Config, out: StrPath | None = None) -> RunCheck:
         For everything that `fedspan.run` would refuse before any training, and for a first step that fails.
     """
     new_folder(config, out)
+    check_trackers(config)
     config = with_absolute_paths(config)
     # Here the work is done in this process, which can be timed and measured.
     here = config.model_copy(update={"engine": config.engine.model_copy(update={"workers": 1})})

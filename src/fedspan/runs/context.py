@@ -170,7 +170,15 @@ class RunContext:
         """Lines on how base and data were read where that may surprise."""
         # Real sites have their own rows: nothing is divided.
         divided = () if self.coordinator else partition_note(self.prepared.corpus, self.config.federation)
-        return (*divided, *notes_of(self.prepared, self.model))
+        return (*divided, *self._unused_validation(), *notes_of(self.prepared, self.model))
+
+    def _unused_validation(self) -> tuple[str, ...]:
+        """Return a line about validation rows that are kept from the training and not used otherwise."""
+        num_rows = len(self.data.get("validation", ()))
+        if not (num_rows and self.method.info.personalised):
+            return ()
+        own = f"each client of {self.method.info.name} has a model of its own, so there is no best round"
+        return (f"the {num_rows:,} rows of data.validation are not used: {own}",)
 
     def emit(self, kind: str, **data: Any) -> None:
         """Notify the display of an event."""

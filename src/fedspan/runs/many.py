@@ -51,10 +51,11 @@ def ignore(number: int, event: Event) -> None:
 class RunFailed(FedspanError):
     """The first error of a run among several."""
 
-    def __init__(self, number: int, num_runs: int, others: int, error: FedspanError) -> None:
-        more = f" (and {others} more)" if others else ""
+    def __init__(self, num_runs: int, errors: Mapping[int, FedspanError]) -> None:
+        (number, error), *others = errors.items()
+        more = f" (and {len(others)} more)" if others else ""
         super().__init__(f"run {number + 1} of {num_runs}{more}: {error}")
-        self.number, self.others, self.error = number, others, error
+        self.number, self.others, self.error, self.errors = number, len(others), error, errors
 
 
 def run_many(
@@ -101,11 +102,12 @@ def run_many(
 
 def _raise_first(turns: Sequence[Turn]) -> None:
     """Raise the first error of a run, naming the run."""
-    failed = [(number, turn.error) for number, turn in enumerate(turns) if isinstance(turn.error, Exception)]
-    for number, error in failed:
+    failed = {number: turn.error for number, turn in enumerate(turns) if isinstance(turn.error, Exception)}
+    known = {number: error for number, error in failed.items() if isinstance(error, FedspanError)}
+    for error in failed.values():
         if not isinstance(error, FedspanError):
             raise error
-        raise RunFailed(number, len(turns), len(failed) - 1, error) from error
+        raise RunFailed(len(turns), known) from error
 
 
 class _NotAll(Exception):

@@ -213,7 +213,7 @@ def summarise(
         "notes": list(context.notes),
         "seed": context.config.seed,
         "epsilon": spent.get("epsilon"),
-        "versions": _versions(),
+        "versions": versions(),
     }
     # As the file gives it back, so that a program sees the same in both.
     return cast(Summary, standard_json.standard(summary))
@@ -258,6 +258,6 @@ def _entry(client: Client, own: ClientFigures | None) -> ClientEntry:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     packages = ("fedspan", "torch", "transformers", "peft", "safetensors", "numpy")
     return {"python": platform.python_version(), **{name: installed_version(name) for name in packages}}

@@ -128,20 +128,26 @@ def _of_run(where: Path, settings: Sequence[str]) -> Trained:
     if summary is None:
         raise FedspanError(f"{where} is not finished (no summary.json): expected a finished run, or `fedspan resume`")
     method = requirements.chosen(config)
-    if method.info.personalised:
+    try:
+        if method.info.personalised:
+            own = where / "adapters" / str(summary["clients"][0]["client_id"])
+            raise FedspanError(
+                f"each client of {where} has a model of its own: expected one client's adapter, such as {own}"
+            )
+        kind, names = summary["data"]["kind"], summary["data"]["label_names"]
+        shown = [name for name in (summary["metric"], *summary["metrics"]["server"]) if name != "loss"]
+    except (KeyError, IndexError, TypeError):
         raise FedspanError(
-            f"each client of {where} has a model of its own: expected one client's adapter, such as "
-            f"{where / 'adapters' / str(summary['clients'][0]['client_id'])}"
-        )
+            f"{where / 'summary.json'} is damaged, or of another version of fedspan: expected the summary that this "
+            "version writes, as `fedspan resume` does"
+        ) from None
     saved = checkpoint.read(where / "checkpoint" / "federation.safetensors")
     broadcast = method.broadcast(saved.state, Request(None))
-    names = summary["data"]["label_names"]
-    shown = [name for name in (summary["metric"], *summary["metrics"]["server"]) if name != "loss"]
     left_out = sorted({name for name in shown if is_own(name)})
     notes = [f"{name} is left out: give data.metrics={name} to have its module imported" for name in left_out]
     return Trained(
         config,
-        summary["data"]["kind"],
+        kind,
         KnownLabels(labels.num_labels, None if names is None else tuple(names)),
         tuple(dict.fromkeys(name for name in shown if not is_own(name))),
         method.info.trains,

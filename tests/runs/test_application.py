@@ -15,6 +15,7 @@ import tiny
 
 import fedspan
 from fedspan.cli.main import main
+from fedspan.models.loading import seeded
 from fedspan.support.errors import FedspanError
 
 NAMED = {"x": "benign", "y": "malign", "z": "unclear"}
@@ -217,3 +218,23 @@ def test_the_commands(classified: fedspan.Result, tmp_path: Path, capsys: pytest
     assert main(command) == 2
     assert "--force" in capsys.readouterr().err
     assert main([*command, "--force"]) == 0
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_base_whose_head_has_no_names_is_known_again(bases: dict[str, Path], tmp_path: Path, named: bool) -> None:
+    """A run draws a new head for labels with names, and keeps the base's for label ids."""
+    from transformers import AutoModelForSequenceClassification
+
+    base = tmp_path / "base"
+    shutil.copytree(bases["bert"], base)
+    with seeded("head", 0):
+        AutoModelForSequenceClassification.from_pretrained(bases["bert"], num_labels=3).save_pretrained(base)
+    label = NAMED.get if named else list(NAMED).index
+    rows = [row | {"label": label(row["label"])} for row in tiny.words(48)]
+    train, test = (
+        tiny.write_jsonl(tmp_path / f"{name}.jsonl", part) for name, part in (("a", rows[:32]), ("b", rows[32:]))
+    )
+    result = run(base, train, test, tmp_path / "run")
+    assert any("a new head is drawn" in note for note in result.summary["notes"]) == named
+    found = fedspan.evaluate(result.out, [test])
+    assert found.metrics == result.summary["metrics"]["server"]

@@ -51,11 +51,19 @@ class NewRows:
     tables: tuple[Table, ...]
     """The tables that they are from, in their order, as they were read."""
 
-    def corpus(self, labels: KnownLabels, metrics: tuple[str, ...]) -> Corpus:
-        """Return them as test data; of the training data, which nothing is trained on, there is one row."""
+    def corpus(self, labels: KnownLabels, metrics: tuple[str, ...], ids_in_data: bool = True) -> Corpus:
+        """Return them as test data; of the training data, which nothing is trained on, there is one row.
+
+        Parameters
+        ----------
+        ids_in_data
+            The training data had label ids, so that a head without names was kept.
+        """
         first = self.rows.take([0])
         names = labels.names if labels.num_labels > 1 else None
-        return Corpus(self.rows.kind, first, self.rows, None, None, names, labels.num_labels, metrics, ids_in_data=True)
+        return Corpus(
+            self.rows.kind, first, self.rows, None, None, names, labels.num_labels, metrics, ids_in_data=ids_in_data
+        )
 
 
 def read_new_rows(

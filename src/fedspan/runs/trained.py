@@ -13,13 +13,13 @@ import torch
 from fedspan.adapters import peft_folder
 from fedspan.adapters.peft_folder import LABELS_NAME
 from fedspan.client.executors import WorkContext
-from fedspan.client.setup import device_of, notes_of, prepare, work_context
+from fedspan.client.setup import Prepared, device_of, notes_of, prepare, work_context
 from fedspan.config import Config
 from fedspan.config import load as load_config
 from fedspan.data.metrics import check_metric, default_metrics, register_own
 from fedspan.data.new_rows import KnownLabels, NewRows, read_new_rows
 from fedspan.data.own_metrics import is_own
-from fedspan.data.rows import Kind
+from fedspan.data.rows import Corpus, Kind
 from fedspan.federation import requirements
 from fedspan.methods.messages import Broadcast, Recipe, Request
 from fedspan.models.base_facts import read_facts
@@ -79,9 +79,10 @@ class Trained:
         """
         config = self.config
         torch.set_num_threads(config.threads)
-        prepared = prepare(config.model.name, config.data, rows.corpus(self.labels, metrics))
-        device = device_of(config.device)
-        context = work_context(config, prepared, trains=self.trains, max_rank=self.max_rank, device=device)
+        prepared, context = self._loaded(rows.corpus(self.labels, metrics))
+        if self.base is not None and context.model.digest() != self.base:
+            # A head without names was kept or drawn anew by what the training data had, which the base's digest tells.
+            prepared, context = self._loaded(rows.corpus(self.labels, metrics, ids_in_data=False))
         model = context.model
         if self.base is not None and model.digest() != self.base:
             raise FedspanError(
@@ -89,6 +90,11 @@ class Trained:
             )
         broadcast = self.broadcast or Broadcast(model.adapter(), model.dense(), Recipe())
         return context, broadcast, (*self.notes, *notes_of(prepared, model))
+
+    def _loaded(self, corpus: Corpus) -> tuple[Prepared, WorkContext]:
+        config, device = self.config, device_of(self.config.device)
+        prepared = prepare(config.model.name, config.data, corpus)
+        return prepared, work_context(config, prepared, trains=self.trains, max_rank=self.max_rank, device=device)
 
 
 def find_trained(where: Path, settings: Sequence[str] = (), base: str | None = None) -> Trained:

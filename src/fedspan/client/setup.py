@@ -187,7 +187,8 @@ def find_prefix(model: FederatedModel, data: Encoded, engine: EngineConfig, *, e
         model.notes = (*model.notes, f"the layers below the adapters are computed in every step: {reason}")
     if model.prefix is not None:
         count = len(model.prefix.below)
-        model.notes = (*model.notes, f"the {count} lowest layers are computed once for each example")
+        lowest = "lowest layer is" if count == 1 else f"{count} lowest layers are"
+        model.notes = (*model.notes, f"the {lowest} computed once for each example")
 
 
 def _check_data(name: str, data: Mapping[str, Encoded], device: torch.device, base: nn.Module) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -64,7 +64,13 @@ def _expanded(value: Any) -> Any:
     """Return a path, or several, with the home folder in place of `~`; a user's that there is none of stays."""
     if isinstance(value, list | tuple):
         return type(value)(map(_expanded, value))
-    return os.path.expanduser(value) if isinstance(value, str | os.PathLike) else value
+    # Older versions of typer make paths of strings later.
+    return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value
+
+
+def _holds_path(hint: Any) -> bool:
+    """Return whether an annotation is of a path, of several, or of one that may be missing."""
+    return hint is Path or any(_holds_path(part) for part in get_args(hint))
 
 
 class PlainCommand(TyperCommand):
@@ -74,6 +80,8 @@ class PlainCommand(TyperCommand):
         super().__init__(*args, **options)
         # Typer before 0.26 loses an argument's help to click 8.5's own.
         hints = get_type_hints(inspect.unwrap(self.callback), include_extras=True) if self.callback else {}
+        # From the annotations, since not every version's parameters know their type.
+        self.paths = {name for name, hint in hints.items() if _holds_path(hint)}
         for parameter in self.params:
             for note in getattr(hints.get(parameter.name), "__metadata__", ()):
                 if getattr(parameter, "help", None) is None and hasattr(note, "help"):
@@ -82,9 +90,8 @@ class PlainCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments, with `~` in paths for the home folder: no shell expands it behind an equals sign."""
         rest = super().parse_args(ctx, args)
-        for parameter in self.params:
-            if type(parameter.type).__name__.endswith("Path") and parameter.name in ctx.params:
-                ctx.params[parameter.name] = _expanded(ctx.params[parameter.name])
+        for name in self.paths & ctx.params.keys():
+            ctx.params[name] = _expanded(ctx.params[name])
         return rest
 
     def format_arguments(self, ctx: Any, formatter: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import tiny
@@ -60,14 +61,21 @@ def test_a_step_takes_what_is_computed(checkpointing: bool) -> None:
     assert measured == pytest.approx(computed.total - computed.base - 3 * 4 * numbers, rel=1 / 6)
 
 
-def seven_billion(**changes: object) -> StepMemory:
+def seven_billion(**changes: Any) -> StepMemory:
     from transformers import LlamaConfig
 
     config = LlamaConfig(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
     )
-    options = {"rank": 16, "batch_size": 1, "tokens": 2048, "dtype": "bfloat16", "quantise": "nf4", **changes}
-    return step_memory(config, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {
+        "rank": 16,
+        "batch_size": 1,
+        "tokens": 2048,
+        "dtype": "bfloat16",
+        "quantise": "nf4",
+        **changes,
+    }
+    return step_memory(config, **options)
 
 
 def test_seven_billion_parameters_in_four_bits_fit_24_gb_with_checkpointing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,9 +75,15 @@ def test_the_corrected_interval_says_what_the_corrected_p_says(family: list[list
         ([], {}, "open"),
     ],
 )
-def test_verdicts(values: list[float], options: dict[str, object], verdict: str) -> None:
-    given_options = {"margin": 0.01, "confidence": 0.95, "higher_is_better": True, "point": 0.01, **options}
-    (one,) = judge([pairs(values)], **given_options)  # type: ignore[arg-type]
+def test_verdicts(values: list[float], options: dict[str, Any], verdict: str) -> None:
+    given_options: dict[str, Any] = {
+        "margin": 0.01,
+        "confidence": 0.95,
+        "higher_is_better": True,
+        "point": 0.01,
+        **options,
+    }
+    (one,) = judge([pairs(values)], **given_options)
     assert one.verdict == verdict
 
 

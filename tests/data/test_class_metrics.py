@@ -77,7 +77,7 @@ def test_scores_of_predicted_classes_are_scikit_learns(case: tuple[np.ndarray, n
             )
             names = [str(k) for k in range(shares.shape[1])]
             report = class_report(given.tolist(), labels.tolist(), names)
-            found = [math.nan if x is None else x for x in report[name]]  # type: ignore[literal-required]
+            found = [math.nan if x is None else x for x in dict(report)[name]]
             np.testing.assert_allclose(found, per_class)
     assert report["confusion"] == reference.confusion_matrix(labels, given, labels=range(len(names))).tolist()
     assert report["rows"] == np.bincount(labels, minlength=len(names)).tolist()
@@ -157,8 +157,8 @@ def test_a_function_of_ones_own_is_a_metric(own: ModuleType) -> None:
     def missed(probabilities: list[list[float]], references: list[int]) -> float:
         return sum(p[r] < 0.5 for p, r in zip(probabilities, references, strict=True))
 
-    missed.needs, missed.higher_is_better = "probabilities", False  # type: ignore[attr-defined]
-    own.missed = missed  # type: ignore[attr-defined]
+    vars(missed).update(needs="probabilities", higher_is_better=False)
+    vars(own)["missed"] = missed
     register_own(["ward_metrics:missed"], "classification")
     metric = METRICS["ward_metrics:missed"]
     assert (metric.needs, metric.higher_is_better) == ("probabilities", False)
@@ -166,8 +166,7 @@ def test_a_function_of_ones_own_is_a_metric(own: ModuleType) -> None:
 
 
 def test_its_failures_are_one_line(own: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own.broken = lambda predictions, references: 1 / 0  # type: ignore[attr-defined]
-    own.odd = lambda predictions, references: "much"  # type: ignore[attr-defined]
+    vars(own).update(broken=lambda predictions, references: 1 / 0, odd=lambda predictions, references: "much")
     register_own(["ward_metrics:broken", "ward_metrics:odd"], "instruction")
     with pytest.raises(FedspanError, match=r"'ward_metrics:broken' failed: ZeroDivisionError: division by zero$"):
         METRICS["ward_metrics:broken"].value(["a"], ["b"])

@@ -252,3 +252,12 @@ def test_a_base_states_its_end_tokens(tmp_path: Path) -> None:
     t.T5Config().save_pretrained(str(tmp_path / "t5"))
     facts = read_facts(str(tmp_path / "t5"))
     assert (facts.num_positions, facts.classifies_at) == (None, 1)
+
+
+def test_a_base_that_hashes_its_token_ids_takes_any() -> None:
+    """CANINE reads characters by their code points, for which it has no table of embeddings."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    canine = t.CanineForSequenceClassification(t.CanineConfig(**sizes, max_position_embeddings=64))
+    check_tokens(canine, "x", 0x10FFFF, 32, None)
+    with pytest.raises(ValueError, match="64 positions"):
+        check_tokens(canine, "x", 0x10FFFF, 65, None)

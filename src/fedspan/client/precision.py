@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +122,7 @@ def _seconds(m: int, n: int, rows: int) -> dict[torch.dtype, float]:
     taken: dict[torch.dtype, list[float]] = {dtype: [] for dtype in weights}
     for _ in range(_REPEATS + 1):
         for dtype, weight in weights.items():
-            taken[dtype].append(_timed(lambda weight=weight: both(weight)))  # type: ignore[misc]
+            taken[dtype].append(_timed(partial(both, weight)))
     return {dtype: min(times[1:]) for dtype, times in taken.items()}
 
 

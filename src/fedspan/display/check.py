@@ -1,4 +1,4 @@
-"""What a run would be, as lines and a small chart."""
+"""The page that `fedspan run --check` prints: facts, and the clients' sizes as bars."""
 
 from __future__ import annotations
 

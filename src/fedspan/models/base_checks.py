@@ -91,6 +91,14 @@ def _effects(model: Any, name: str) -> tuple[float, float]:
     return float(change[-1].max()), float(change[:-1].max())
 
 
+def _embedding_rows(model: Any) -> int | None:
+    """Return the number of token ids that a base's embedding has rows for; None where ids are hashed (CANINE)."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except NotImplementedError:  # of transformers, for models without such a table
+        return None
+
+
 def _probes(model: Any) -> tuple[Tensor, Tensor]:
     """Return two sequences (1, t) that differ in their last token."""
     size = model.get_input_embeddings().weight.shape[0]
@@ -148,8 +156,11 @@ def check_tokens(model: Any, name: str, largest_id: int, longest: int, largest_t
     FedspanError
         Naming the setting and the limit.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
-    if largest_id >= rows:
+    rows = _embedding_rows(model)
+    if rows is None:
+        # Its positions are hashed too, so that no table tells their number.
+        _check_positions(name, longest, model.config.max_position_embeddings)
+    elif largest_id >= rows:
         raise FedspanError(
             f"model.name = {name!r}: its tokenizer gives the token id {largest_id}, and its embedding has {rows} rows; "
             f"expected the tokenizer that belongs to the base"

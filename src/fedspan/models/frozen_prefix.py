@@ -57,7 +57,7 @@ class FrozenPrefix:
     returns: Sequence[Callable[[Tensor], Any]] = ()
     """For each layer below, the form in which it returns hidden states."""
     held: dict[Any, Tensor] = field(default_factory=dict)
-    """What identifies a row -> its states (t_i, h)."""
+    """Precision and digest of a row -> its states (t_i, h)."""
     used: int = 0
     on: bool = False
     """A training pass is under way."""

@@ -123,7 +123,7 @@ def serve(folders: Sequence[Path], words: Words, port: int = 0) -> Live:
         why = getattr(error, "strerror", None) or one_line(error)
         raise FedspanError(f"--port {port} of {_HOST} cannot be served ({why}): expected a free port, or 0") from None
     live = Live(folders, words, server, secrets.token_urlsafe(16))
-    server.live = live  # type: ignore[attr-defined]
+    server.live = live
     return live
 
 
@@ -140,6 +140,8 @@ class _Server(ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False
+    live: Live
+    """The pages that it serves, set when both are there."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Report a defect of ours; a connection that the other side has cut is none."""
@@ -153,10 +155,11 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "fedspan", ""
     timeout = 30  # seconds for a request to arrive
+    server: _Server
 
     def do_GET(self) -> None:
         """Answer with the page or the stream; any other path, and any other host, is refused."""
-        live: Live = self.server.live  # type: ignore[attr-defined]
+        live = self.server.live
         if not live.is_here(self.headers.get("Host")):
             self._answer(HTTPStatus.MISDIRECTED_REQUEST, "this is not the host of the request\n", "text/plain")
             return

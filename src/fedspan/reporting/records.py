@@ -22,8 +22,9 @@ Words = Callable[[Path], Sequence[str]]
 
 def finite(value: object) -> float | None:
     """Return a figure of a file as a number; None where it is none, or not finite."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if number and math.isfinite(value) else None  # type: ignore[arg-type]
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value) if math.isfinite(value) else None
 
 
 def object_of(value: object) -> Mapping[str, Any]:
@@ -100,7 +101,7 @@ class Run:
 
     @property
     def has_diagnostics(self) -> bool:
-        """Whether some round has them."""
+        """True where some round has them."""
         return any(record.get("diagnostics") for record in self.rounds)
 
 
@@ -124,14 +125,14 @@ class Study:
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether a larger figure of that metric is a better one."""
+        """True where a larger figure of that metric is a better one."""
         if self.comparison is not None:
             return self.comparison.higher_is_better
         return all(run.summary.get("higher_is_better", True) is not False for run in self.runs)
 
     @property
     def at_work(self) -> bool:
-        """Whether some run of it is going on."""
+        """True while some run of it is going on."""
         return any(run.status == "running" for run in self.runs)
 
 

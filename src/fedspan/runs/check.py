@@ -1,4 +1,4 @@
-"""What can be known of a run before it trains: data, clients, model, traffic, memory, and a time from timed steps.
+"""Facts about a run before it trains: data, clients, model, traffic, memory, and a time from timed steps.
 
 Everything that a run refuses from settings, data and base is refused here by the same code. Then one round is conducted
 with the first client of every rank, a single step each, in a folder that is removed again: its messages are as large as

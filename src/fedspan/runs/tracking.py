@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ class _Tracking:
         self.on_event(event)
         if event.kind == "start":
             for name in self.config.tracking.trackers:
-                self._try(name, lambda name=name: self._start(name))  # type: ignore[misc]
+                self._try(name, partial(self._start, name))
         elif event.kind == "round" and event.data["phase"] == _FEDERATION:
             record = event.data["record"]
             self._log(figures(record), record["round_num"])
@@ -108,7 +109,7 @@ class _Tracking:
 
     def _log(self, values: Mapping[str, float], step: int) -> None:
         for name, tracker in list(self._open.items()):
-            self._try(name, lambda tracker=tracker: tracker.log(dict(values), step=step))  # type: ignore[misc]
+            self._try(name, partial(tracker.log, dict(values), step=step))
 
     def _try(self, name: str, work: Callable[[], None]) -> None:
         try:

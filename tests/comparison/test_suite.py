@@ -113,6 +113,21 @@ def test_a_named_method_replaces_the_other_with_its_options() -> None:
     assert base["local"] == {"steps": 2}
 
 
+def test_every_run_has_a_name_of_its_own_in_trackers() -> None:
+    """Their folders are called after the seeds alone, so that all arms would be one run of a tracker."""
+    tree = changed("conditions", value=[{"name": "x" * 60}, {"name": "x" * 59 + "y"}])
+    suite = from_mapping(tree | {"name": "rules", "base": {**tree["base"], "tracking": {"folder": "logs"}}}, "suite")
+    planner = Planner(suite, None)
+    runs = [planner.final(c, a, seed, {}) for c in suite.condition_names for a in suite.arm_names for seed in (1, 2)]
+    runs += [
+        planner.tuning(c, "b", 100, {"local.learning_rate": x}) for c in suite.condition_names for x in (1e-3, 3e-3)
+    ]
+    names = [run.config.tracking.name for run in runs]
+    assert len(set(names)) == len(names) == 12
+    assert {run.config.tracking.group for run in runs} == {"rules"}
+    assert Planner(from_mapping(SUITE, "suite"), None).final("x", "b", 1, {}).config.tracking.name == "x b seed-1"
+
+
 def test_only_added_parts_extend_a_comparison() -> None:
     began, more = from_mapping(SUITE), copy.deepcopy(SUITE)
     more["seeds"] = [2, 1, 0]

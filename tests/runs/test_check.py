@@ -72,6 +72,18 @@ def test_partly_sampled_rounds_are_expected_rounds(bases: dict[str, Path], texts
     assert some.client_steps == every.client_steps / 2
 
 
+def test_validation_rows_are_evaluated_too(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a second for all test rows: those of the end, and in each of 4 rounds these and the validation rows."""
+    monkeypatch.setattr("fedspan.runs.check._Trial._evaluation_seconds", lambda trial: 1.0)
+    more = {"federation": {"rounds": 4}, "data": {"validation": 0.5}, "evaluation": {"base": False}}
+    found = check(settings(bases, texts, "glora", more), tmp_path / "a")
+    rows = found.data["rows"]
+    assert rows["validation"] > 0
+    assert found.evaluation_seconds == pytest.approx(1 + 4 * (1 + rows["validation"] / rows["test"]))
+
+
 def test_the_command_prints_it_and_leaves_nothing(
     bases: dict[str, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -66,8 +66,9 @@ class Planner:
 
     def final(self, condition: str, arm: str, seed: int, chosen: Mapping[str, Any]) -> Planned:
         """Return a run on the test data, with the chosen values."""
-        config = self._config(condition, arm, seed, chosen, {})
-        return Planned("final", condition, arm, seed, chosen, config, f"runs/{condition}/{arm}/seed-{seed}")
+        place = f"runs/{condition}/{arm}/seed-{seed}"
+        config = self._config(condition, arm, seed, chosen, place, {})
+        return Planned("final", condition, arm, seed, chosen, config, place)
 
     def tuning(self, condition: str, arm: str, seed: int, tried: Mapping[str, Any]) -> Planned:
         """Return a run that tries values on held-out training data."""
@@ -75,8 +76,8 @@ class Planner:
         changes: dict[str, Any] = {"data": {"test_from_training": tuning.share}, "evaluation": {"diagnostics": False}}
         if tuning.rounds is not None:
             changes["federation"] = {"rounds": tuning.rounds}
-        config = self._config(condition, arm, seed, tried, changes)
         place = f"tuning/{condition}/{arm}/{folder_name(tried)}/seed-{seed}"
+        config = self._config(condition, arm, seed, tried, place, changes)
         return Planned("tune", condition, arm, seed, tried, config, place)
 
     def check(self) -> None:
@@ -112,10 +113,12 @@ class Planner:
             raise FedspanError(f"{where}: last_rounds = {last}, but a run evaluates {count} rounds")
 
     def _config(
-        self, condition: str, arm: str, seed: int, values: Mapping[str, Any], changes: Mapping[str, Any]
+        self, condition: str, arm: str, seed: int, values: Mapping[str, Any], place: str, changes: Mapping[str, Any]
     ) -> Config:
         parts: Sequence[Mapping[str, Any]] = (
             {"data": {"seed": DATA_SEED}, "evaluation": {"base": False, "local": False}},
+            # Runs of one name would be one run in a tracker, and the names of their folders are their seeds alone.
+            {"tracking": {"group": self.suite.name, "name": _tracked_name(place)}},
             self.suite.base,
             self._conditions[condition].settings,
             self._arms[arm].settings,
@@ -154,6 +157,15 @@ def folder_name(values: Mapping[str, Any]) -> str:
     if plain == name and len(plain) <= 100:
         return plain
     return f"{plain[:80]}-{hashlib.sha256(json.dumps(dict(values)).encode()).hexdigest()[:8]}"
+
+
+def _tracked_name(place: str) -> str:
+    """Return the name of a run in trackers, which is another one for another place: at most 100 plain characters."""
+    _, *parts = place.split("/")
+    name = re.sub(r"[^\w .-]", "_", " ".join(parts))
+    if name == " ".join(parts) and len(name) <= 100:
+        return name
+    return f"{name[:91]}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
 
 
 def sharing_key(config: Config) -> str:

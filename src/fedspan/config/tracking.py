@@ -61,6 +61,8 @@ class TrackingConfig(_WithTrackers):
     """Project (of MLflow: experiment) that the run is filed under."""
     group: Annotated[TrackerLabel | None, Field(examples=["ranks"])] = None
     """Group of runs that belong together, such as those of one comparison. Unset: none."""
+    name: Annotated[TrackerLabel | None, Field(examples=["glora rank 8"])] = None
+    """Name of the run. Unset: that of its folder; in a comparison, its condition, arm and seed."""
     folder: Annotated[
         Annotated[str, Field(min_length=1)] | None, BeforeValidator(as_name), Field(examples=["logs"])
     ] = None

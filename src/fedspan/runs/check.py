@@ -238,13 +238,15 @@ class _Trial:
         return max(many - few, 0.0) / _MORE_STEPS / len(chosen)
 
     def _evaluations(self) -> float:
-        """Return how many times all test rows are evaluated: base, rounds, and the clients that trained alone."""
+        """Return how many times as many rows as in the test data are evaluated: for the base, after rounds (with all
+        validation rows), at the end, and for the clients that trained alone."""
         config, context = self.config, self.context
         most = config.evaluation.max_examples
         num_rows = len(context.data["test"])
         part = 1.0 if most is None else min(1.0, most / num_rows)
         alone = len(context.clients) if config.evaluation.local and not context.method.info.alone else 0
-        between = config.federation.rounds // config.evaluation.every * part
+        validation = 0 if context.method.info.personalised else len(context.data.get("validation", ()))
+        between = config.federation.rounds // config.evaluation.every * (part + validation / num_rows)
         return float(config.evaluation.base) + between + 1 + alone
 
     def _evaluation_seconds(self) -> float:

@@ -149,7 +149,7 @@ class _Tracking:
 
     def _arguments(self, name: str, kept: str | None) -> dict[str, Any]:
         """Return what accelerate's class of a tracker takes: each has other words for project, group and run."""
-        tracking, run = self.config.tracking, self.out.name
+        tracking, run = self.config.tracking, self._name
         project, place = tracking.project, self._folder()
         group = {} if tracking.group is None else {"group": tracking.group}
         again = {} if kept is None else {"id": kept, "resume": "allow"}
@@ -166,12 +166,16 @@ class _Tracking:
         }
         return dict(arguments[name])
 
+    @property
+    def _name(self) -> str:
+        return self.config.tracking.name or self.out.name
+
     def _folder(self) -> Path:
         """Return the folder of this run's files: in the run folder, or by project and group in one of several runs."""
         tracking = self.config.tracking
         if tracking.folder is None:
             return self.out / "tracking"
-        return Path(tracking.folder, tracking.project, tracking.group or "", self.out.name)
+        return Path(tracking.folder, tracking.project, tracking.group or "", self._name)
 
     def _place_mlflow(self) -> None:
         """Keep MLflow's records in the folder of this run, or of several, unless a server is named elsewhere.

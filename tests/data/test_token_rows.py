@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fedspan.config import DataConfig
 from fedspan.data import Rows, encode
+from fedspan.data.rows import Kind
 from fedspan.data.strings import Strings, Tuples
 from fedspan.data.token_rows import TokenRows
 
@@ -49,14 +50,14 @@ def words() -> Any:
 
 
 @pytest.mark.parametrize("kind", ["classification", "instruction"])
-def test_encoding_takes_memory_of_the_texts_own_order(kind: str) -> None:
+def test_encoding_takes_memory_of_the_texts_own_order(kind: Kind) -> None:
     """Rows of forty bytes. A list of their strings and an array for each row took 21 times the texts; most of what is
     left is a part of the rows as Python objects."""
     numbers = np.random.default_rng(0).integers(0, 100, (4000, 10))
     texts = Strings.of(" ".join(f"w{i:02d}" for i in row) for row in numbers)
     answers: Any = Strings.of(["w01"] * len(texts)) if kind == "instruction" else [0, 1] * (len(texts) // 2)
     inputs = Tuples([texts, Strings.of([""] * len(texts))] if kind == "instruction" else [texts])
-    rows = Rows(kind, inputs, answers, Strings.of([""] * len(texts)))  # type: ignore[arg-type]
+    rows = Rows(kind, inputs, answers, Strings.of([""] * len(texts)))
     tokenizer, config = words(), DataConfig(template="{instruction}{input}")
     encode(rows.take(np.arange(600)), tokenizer, config)  # whatever is imported or cached at the first use
     tracemalloc.start()

@@ -81,7 +81,7 @@ def test_many_remarks_are_the_last_ones() -> None:
 
 def test_a_kernel_is_known_by_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
     shell = ModuleType("IPython")
-    shell.get_ipython = object  # type: ignore[attr-defined]
+    vars(shell)["get_ipython"] = object
     monkeypatch.setitem(sys.modules, "IPython", shell)
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     assert not in_kernel()

@@ -109,7 +109,7 @@ def test_a_small_share_is_not_lost_in_any_gauge(passes: int, condition: float) -
 
 
 def test_the_certificate_says_without_bias_what_one_pass_loses() -> None:
-    """Where R leaves out directions of the small share; over 80 draws of Ω and of the probes."""
+    """At an R that leaves out directions of the small share; over 80 draws of Ω and of the probes."""
     said, was = np.array([lost(edge(1, seed, rank=12)) for seed in range(80)]).T
     assert min(was) > 1e-4
     assert abs(np.mean(said - was)) < 5 * np.std(said - was) / len(was) ** 0.5

@@ -115,7 +115,7 @@ def test_training_is_the_same_and_every_row_is_computed_once(
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_rows_by_themselves_have_the_same_bits(folders: dict[str, Path], data: dict[str, Encoded], name: str) -> None:
-    """Where a batch is one row, nothing is computed in another company: bit for bit the training without."""
+    """In batches of one row nothing is computed in another company: bit for bit the training without."""
     kind = KINDS[name]
     model, plain = (tiny.load(folders[name], kind, selection=UPPER) for _ in range(2))
     find_prefix(model, data[kind], EngineConfig())

@@ -262,8 +262,8 @@ def test_all_that_a_noise_hides_is_in_its_key() -> None:
     ]
 
     def noise(z: float, clip: float, total: Tensor, start: Tensor, mark: str, expected: float) -> Tensor:
-        site = SimpleNamespace(privacy=setting(clip, z).privacy, secret=SECRET)
-        return PrivateGradients.noised(site, total, start, mark, expected) * expected - total  # type: ignore[arg-type]
+        site: Any = SimpleNamespace(privacy=setting(clip, z).privacy, secret=SECRET)
+        return PrivateGradients.noised(site, total, start, mark, expected) * expected - total
 
     drawn = torch.stack([noise(*question) for question in asked])
     assert torch.equal(noise(*asked[0]), drawn[0])

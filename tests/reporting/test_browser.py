@@ -79,28 +79,77 @@ def test_a_click_on_a_head_sorts_by_number(window: Any, page: Path) -> None:
     assert complaints(window) == []
 
 
-def test_the_live_page_follows_a_run(window: Any, suite: Path, tmp_path: Path) -> None:
+ROUNDS = "return document.querySelector('.tiles').textContent.replace(/\\s+/g, ' ')"
+
+
+@pytest.fixture
+def growing(suite: Path, tmp_path: Path) -> Iterator[tuple[Any, Path, str]]:
+    """A served page of a run after one of its three rounds, its metrics file, and what this file is to hold."""
     folder = tmp_path / "run"
     shutil.copytree(suite / "runs" / "all clients" / "glora" / "seed-0", folder)
-    whole = (folder / "metrics.jsonl").read_text()
+    file = folder / "metrics.jsonl"
+    whole = file.read_text()
     (folder / "summary.json").unlink()
-    (folder / "metrics.jsonl").write_text("".join(whole.splitlines(keepends=True)[:1]))
+    file.write_text("".join(whole.splitlines(keepends=True)[:1]))
     live = reporting.serve([folder], diagnostics_in_words)
     thread = threading.Thread(target=live.run)
     thread.start()
     try:
+        yield live, file, whole
+    finally:
+        live.stop()
+        thread.join(10)
+    assert not thread.is_alive()
+
+
+def comes(window: Any, text: str) -> bool:
+    until = time.monotonic() + 60
+    while text not in window.execute_script(ROUNDS) and time.monotonic() < until:
+        time.sleep(0.2)
+    return text in window.execute_script(ROUNDS)
+
+
+def test_the_live_page_follows_a_run(window: Any, growing: tuple[Any, Path, str]) -> None:
+    live, file, whole = growing
+    try:
         window.get(live.url)
-        rounds = "return document.querySelector('.tiles').textContent.replace(/\\s+/g, ' ')"
-        assert "rounds1of 3" in window.execute_script(rounds)
-        (folder / "metrics.jsonl").write_text(whole)
-        until = time.monotonic() + 20
-        while "rounds3of 3" not in window.execute_script(rounds) and time.monotonic() < until:
-            time.sleep(0.2)
-        assert "rounds3of 3" in window.execute_script(rounds)
+        assert "rounds1of 3" in window.execute_script(ROUNDS)
+        file.write_text(whole)
+        assert comes(window, "rounds3of 3")
         assert window.find_element("id", "live").text.endswith("live")
         assert complaints(window) == []
     finally:
         window.get("about:blank")
-        live.stop()
-        thread.join(10)
-    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("wrong", ["late", "refused"])
+def test_the_live_page_ends_with_the_newest_state(window: Any, growing: tuple[Any, Path, str], wrong: str) -> None:
+    """An answer that comes late is not shown over a newer one, and one that is refused is asked for again."""
+    live, file, whole = growing
+    try:
+        window.get(live.url)
+        time.sleep(2)  # the first event has been answered
+        window.execute_script(
+            """
+            const [wrong] = arguments, real = window.fetch;
+            window.asked = 0;
+            window.fetch = async (...given) => {
+              const answer = await real(...given), first = ++window.asked === 1;
+              if (first && wrong === "late") await new Promise((resolve) => setTimeout(resolve, 4000));
+              return first && wrong === "refused" ? new Response("", { status: 503 }) : answer;
+            };
+            """,
+            wrong,
+        )
+        lines = whole.splitlines(keepends=True)
+        if wrong == "late":
+            file.write_text("".join(lines[:2]))
+            until = time.monotonic() + 60
+            while window.execute_script("return window.asked") < 1 and time.monotonic() < until:
+                time.sleep(0.05)
+        file.write_text(whole)
+        time.sleep(6)
+        assert comes(window, "rounds3of 3")
+        assert window.execute_script("return window.asked") > 1
+    finally:
+        window.get("about:blank")

@@ -47,7 +47,7 @@
   const say = (text, good) => { state.textContent = text; state.classList.toggle("off", !good); };
   const refresh = async () => {
     const answer = await fetch(location.href, { cache: "no-store" });
-    if (!answer.ok) return;
+    if (!answer.ok) throw new Error(answer.statusText);
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     const open = [...document.querySelectorAll("details[open]")].map((part) => part.id);
     const sorted = [...document.querySelectorAll("table.sortable")].map((table) => {
@@ -70,6 +70,25 @@
   };
   const events = new EventSource("events");
   events.addEventListener("open", () => say("live", true));
-  events.addEventListener("change", () => { refresh().catch(() => say("not reached", false)); });
+  // One refresh at a time: of two at once the older page could arrive last, and stay.
+  let running = false, behind = false;
+  const follow = async () => {
+    behind = true;
+    if (running) return;
+    running = true;
+    while (behind) {
+      behind = false;
+      try {
+        await refresh();
+        say("live", true);
+      } catch {
+        say("not reached", false);
+        behind = true;
+        await new Promise((resolve) => setTimeout(resolve, 1000));
+      }
+    }
+    running = false;
+  };
+  events.addEventListener("change", follow);
   events.addEventListener("error", () => say("not reached", false));
 })();

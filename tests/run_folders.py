@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 from safetensors.torch import load_file
 
@@ -20,8 +21,13 @@ from fedspan.runs.events import Event
 from fedspan.runs.execution import Result
 
 NAMES = sorted(METHODS)
-
-
+ONE_OF_EACH_KIND = {
+    *("centralised", "local", "fedavg", "fedftg", "scaffold", "shared_galore"),
+    *("fedit", "ffa_lora", "fedsa_lora", "hetlora", "flora", "fedex_lora", "fed_sb", "ravan", "fedadamw"),
+    *("glora", "glora_plus", "glora_sums"),
+}
+"""Methods that between them send, keep and broadcast everything that any method does. In tests of whole runs the
+others, whose server rules the laws check, have the mark `long`."""
 TIMINGS = ("server_seconds", "client_seconds", "train_wall_seconds", "peak_server_bytes")
 
 
@@ -160,3 +166,8 @@ def outcome(folder: Path) -> dict[str, Any]:
         saved = checkpoint.read(file)
         found[f"{file.name}/seen"] = saved.seen
     return found
+
+
+def of_each_kind(names: Iterable[str]) -> list[Any]:
+    """The names as parameters, all but one of each kind with the mark `long`."""
+    return [name if name in ONE_OF_EACH_KIND else pytest.param(name, marks=pytest.mark.long) for name in names]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from run_folders import NAMES, Stop, StopAt, check_folder, same_outcome, strict, trains
+from run_folders import NAMES, Stop, StopAt, check_folder, of_each_kind, same_outcome, strict, trains
 from safetensors.torch import load_file
 
 from fedspan.algebra.galore import state_numel_of
@@ -49,7 +49,7 @@ def back_after_absence(config: Config) -> list[tuple[int, int, str]]:
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", of_each_kind(NAMES))
 def test_equal_ranks_partial_participation_and_coming_back(
     bases: dict[str, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -97,7 +97,7 @@ def same_start(x: Broadcast, y: Broadcast) -> None:
     tiny.same({n: s.basis for n, s in x.subspaces.items()}, {n: s.basis for n, s in y.subspaces.items()})
 
 
-@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("name", of_each_kind(MIXED))
 def test_mixed_ranks(bases: dict[str, Path], instructions: Path, tmp_path: Path, name: str) -> None:
     """And says what unseen tasks, each rank and the clients' own data get out of it."""
     config = tiny.config(
@@ -127,7 +127,7 @@ def test_mixed_ranks(bases: dict[str, Path], instructions: Path, tmp_path: Path,
         assert summary["metrics"]["clients"] == summary["metrics"]["server"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", of_each_kind(NAMES))
 def test_interrupted_and_resumed_is_uninterrupted(
     bases: dict[str, Path], texts: Path, tmp_path: Path, name: str
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from memory_transport import MemoryTransport, make_sites
-from run_folders import NAMES, Stop
+from run_folders import NAMES, Stop, of_each_kind
 
 from fedspan.config import Config
 from fedspan.federation.rounds import RoundFailed
@@ -98,7 +98,7 @@ def spoiled(change: Callable[[dict[str, Any], list[torch.Tensor]], None]) -> Cal
 # The same bits
 
 
-@pytest.mark.parametrize("name", REMOTE)
+@pytest.mark.parametrize("name", of_each_kind(REMOTE))
 def test_sites_come_to_the_bits_of_one_process(bases: dict[str, Path], texts: Path, tmp_path: Path, name: str) -> None:
     """Partial participation, so that clients come back to states and patches that they left rounds ago."""
     config = settings(bases["bert"], texts, name)
@@ -133,7 +133,7 @@ def test_small_types_are_rounded_alike_and_are_smaller(
     assert here[1]["bytes_up"] == there[1]["bytes_up"] < wide[1]["bytes_up"] * (0.75 if up == "bfloat16" else 0.6)
 
 
-@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("name", of_each_kind(SUMS))
 def test_secure_sums_come_to_the_bits_of_fixed_point_in_one_process(
     bases: dict[str, Path], texts: Path, tmp_path: Path, name: str
 ) -> None:

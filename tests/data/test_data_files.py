@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from data_helpers import (
 )
 from PIL import Image
 
+from fedspan.config import DataConfig
 from fedspan.data import Corpus
+from fedspan.data.new_rows import KnownLabels, read_new_rows
+from fedspan.support.errors import FedspanError
 
 # formats
 
@@ -293,3 +297,27 @@ def test_unusable_image_folders_are_named(tmp_path: Path) -> None:
     fails(r"a.txt is not an image: expected .png", train=str(folder))
     (folder / "b.png").write_bytes(b"")
     fails("b.png lies beside the classes", train=str(folder))
+
+
+def test_images_without_classes_are_rows_to_predict(tmp_path: Path) -> None:
+    """A folder of them, one file, and classes as in training; a folder that mixes both is refused."""
+    labels = KnownLabels(2, ("cat", "dog"))
+    config = DataConfig(kind="image", task="files", train=("unused",))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for k in range(3):
+        Image.fromarray(np.full((6, 6, 3), 40 * k, np.uint8)).save(photos / f"{k}.png")
+    for given, count in ((photos, 3), (photos / "1.png", 1)):
+        found = read_new_rows([str(given)], config, "image", labels, unlabelled=True)
+        assert (len(found.rows), found.labelled.tolist()) == (count, [False] * count)
+        assert list(found.tables[0].columns["file"]) == [f"{k}.png" for k in ((0, 1, 2) if count == 3 else (1,))]
+    with pytest.raises(FedspanError, match="lies beside the classes"):
+        read_new_rows([str(photos)], config, "image", labels, unlabelled=False)
+    (photos / "cat").mkdir()
+    with pytest.raises(FedspanError, match="cat is not an image"):
+        read_new_rows([str(photos)], config, "image", labels, unlabelled=True)
+    classes = tmp_path / "classes"
+    (classes / "dog").mkdir(parents=True)
+    shutil.copy(photos / "0.png", classes / "dog")
+    found = read_new_rows([str(classes)], config, "image", labels, unlabelled=True)
+    assert (found.labelled.tolist(), list(found.rows.targets)) == ([True], [1])

@@ -140,3 +140,9 @@ def test_seeds_without_a_common_round_are_refused(tmp_path: Path, capsys: pytest
     capsys.readouterr()
     assert main(["plot", str(folders[0]), "--x", "time", "--out", str(tmp_path / "c.png")]) == 2
     assert "--x 'time': expected both, round or megabytes" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_comparison_is_named(tmp_path: Path) -> None:
+    (tmp_path / "comparison.json").write_text("{}")
+    with pytest.raises(FedspanError, match=r"is a comparison: `fedspan report .*` draws it"):
+        plot([tmp_path], tmp_path / "x.png")

@@ -31,7 +31,8 @@ def _head(found: Content) -> Iterator[str]:
     rows = sorted({cell["rows"] for cell in found["cells"]})
     figure = _FIGURES[found["figure"]].format(last_rounds=found["last_rounds"])
     yield f"{found['metric']} ({direction} is better): {figure}."
-    yield f"{len(found['seeds'])} seeds; {' or '.join(map(str, rows))} test rows, the same for every seed."
+    seeds = "1 seed" if len(found["seeds"]) == 1 else f"{len(found['seeds'])} seeds"
+    yield f"{seeds}; {' or '.join(map(str, rows))} test rows, the same for every seed."
 
 
 def _table(found: Content, condition: str) -> Iterator[str]:

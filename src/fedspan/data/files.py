@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedspan.config import DataConfig
-from fedspan.data.images import folder_table, npz_table
+from fedspan.data.images import folder_table, is_loose, loose_table, npz_table
 from fedspan.data.sources import check_encoding
 from fedspan.data.tables import READERS, Table, read_table
 from fedspan.support.activity import report
@@ -14,11 +14,16 @@ from fedspan.support.errors import FedspanError
 from fedspan.support.paths import exists
 
 
-def read_files(names: Sequence[str], split: str, config: DataConfig) -> Iterator[Table]:
+def read_files(names: Sequence[str], split: str, config: DataConfig, *, loose: bool = False) -> Iterator[Table]:
     """Return the tables in the files and folders that ``data.train``, ``data.test`` or ``data.unseen`` lists.
 
     That all are there is checked at once; each is read when it is asked for, so that the columns of one that nothing
     needs are not in memory beside the next one.
+
+    Parameters
+    ----------
+    loose
+        Take an image by itself, and a folder of images without classes, as rows without labels.
 
     Raises
     ------
@@ -33,10 +38,12 @@ def read_files(names: Sequence[str], split: str, config: DataConfig) -> Iterator
             raise FedspanError(f"data.{split}: {path} does not exist{where}")
         if paths.count(path) > 1:
             raise FedspanError(f"data.{split} lists {path} twice: expected each file once")
-    return (_read(path, split, config) for path in paths)
+    return (_read(path, split, config, loose) for path in paths)
 
 
-def _read(path: Path, split: str, config: DataConfig) -> Table:
+def _read(path: Path, split: str, config: DataConfig, loose: bool) -> Table:
+    if loose and is_loose(path):
+        return loose_table(path, config.image_range)
     if path.is_dir():
         return folder_table(path, config.image_range)
     if path.name.lower().endswith(".npz"):

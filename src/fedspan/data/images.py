@@ -99,13 +99,45 @@ def folder_table(path: Path, limits: Range = None) -> Table:
     files = [file for folder in _entries(path) for file in _images_of_class(folder, path)]
     if not files:
         raise FedspanError(f"{path} holds no images: expected one sub-folder of PNG or JPEG files per class")
+    images = _decoded(files, path, limits)
+    return Table(str(path), {"image": images, "label": [file.parent.name for file in files]}, path)
+
+
+def loose_table(path: Path, limits: Range = None) -> Table:
+    """Read one image, or a folder of images without classes, as rows without labels; the column `file` names each.
+
+    Parameters
+    ----------
+    limits
+        As of `as_images`.
+
+    Raises
+    ------
+    FedspanError
+        If the folder holds anything but images, or none.
+    """
+    files = _only_images(path, _entries(path)) if path.is_dir() else [path]
+    if not files:
+        raise FedspanError(f"{path} holds no images: expected {', '.join(_SUFFIXES)} files")
+    return Table(str(path), {"image": _decoded(files, path, limits), "file": [file.name for file in files]}, path)
+
+
+def is_loose(path: Path) -> bool:
+    """Return whether a path is one image, or a folder that begins with a file where classes would be folders."""
+    if path.is_dir():
+        entries = _entries(path)
+        return bool(entries) and not entries[0].is_dir()
+    return path.suffix.lower() in _SUFFIXES
+
+
+def _decoded(files: Sequence[Path], path: Path, limits: Range) -> list[np.ndarray]:
     report(f"reading {path.name}", 0, len(files))
     images = []
     for done, file in enumerate(files, 1):
         images.append(decode(str(file), str(file), None, limits))
         if done % _SAY_EVERY == 0:
             report(f"reading {path.name}", done, len(files))
-    return Table(str(path), {"image": images, "label": [file.parent.name for file in files]}, path)
+    return images
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -121,10 +153,13 @@ def _images_of_class(folder: Path, path: Path) -> list[Path]:
             f"{folder} lies beside the classes of {path}: expected one sub-folder per class; "
             "tables are listed one by one"
         )
-    files = _entries(folder)
+    return _only_images(folder, _entries(folder))
+
+
+def _only_images(folder: Path, files: list[Path]) -> list[Path]:
     for file in files:
         if file.suffix.lower() not in _SUFFIXES:
-            raise FedspanError(f"{file} is not an image: expected {', '.join(_SUFFIXES)} files in a class's folder")
+            raise FedspanError(f"{file} is not an image: expected {', '.join(_SUFFIXES)} files alone in {folder}")
     return files
 
 

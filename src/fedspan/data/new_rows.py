@@ -86,7 +86,7 @@ def read_new_rows(
     parts: list[Rows] = []
     known: list[np.ndarray] = []
     tables: list[Table] = []
-    for table in read_files(files, "test", config):
+    for table in read_files(files, "test", config, loose=unlabelled):
         kind = kind or infer_kind(table, config)
         filled, labelled = (
             _filled(table, config, kind, labels) if unlabelled else (table, np.ones(table.num_rows, bool))

@@ -120,6 +120,8 @@ def plot(
         raise FedspanError("plots need matplotlib: pip install 'fedspan[plots]'") from None
     if x not in AXES:
         raise FedspanError(f"--x {x!r}: expected {', '.join(AXES[:-1])} or {AXES[-1]}")
+    if suite := next((folder for folder in folders if (folder / "comparison.json").exists()), None):
+        raise FedspanError(f"{suite} is a comparison: `fedspan report {suite}` draws it; plot takes run folders")
     runs = [_Run(folder, *read_run(folder), run_groups.config_of(folder)) for folder in folders]
     name = metric or _metric_of(runs)
     groups = run_groups.grouped([(_key(run, band), run) for run in runs])

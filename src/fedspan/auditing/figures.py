@@ -60,11 +60,8 @@ def roc(attacks: Sequence[Attack], guarantee: Guarantee | None) -> Markup:
     ]
     if guarantee is not None:
         grid = [i / 200 for i in range(201)]
-        parts.append(
-            _path(
-                [(x, guarantee.best_tpr(x)) for x in grid], "stroke:var(--worse);stroke-dasharray:6 3;stroke-width:1.6"
-            )
-        )
+        bound = [(x, guarantee.best_tpr(x)) for x in grid]
+        parts.append(_path(bound, "stroke:var(--worse);stroke-dasharray:6 3;stroke-width:1.6"))
     for number, attack in enumerate(attacks):
         parts.append(_path(_thinned(attack.roc), f"stroke:var(--s{number});stroke-width:1.8"))
     for share in (0.0, 0.5, 1.0):

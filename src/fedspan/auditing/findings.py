@@ -129,33 +129,36 @@ def inversion_finding(found: Inversion | None) -> Finding:
         return Finding(
             question, "not tried", f"Not tried: {reason}.", "Audit a simulated run on comparable data to find out."
         )
-    parts, leaks = [], False
+    leaks = found.leaks
+    verdict: Verdict = "found" if leaks else "not found"
+    answer = ("Yes: " if leaks else "No attack that was tried did so: ") + "; ".join(_message_parts(found)) + "."
+    return Finding(question, verdict, answer, _next_for_messages(leaks, found.of(MASKED) is not None))
+
+
+def _message_parts(found: Inversion) -> list[str]:
+    """Return what each attack on what the server sees came to."""
+    parts, one = [], found.one_row
+    raw, masked, total = (found.of(view) for view in (RAW, MASKED, SUM))
     if raw is not None:
-        leaks = raw.auc.low > 0.5
+        told = f"its rows are told from others with an AUC of {interval(raw.auc)}"
+        parts.append(f"from {found.site}'s message as it is, {told}")
+    if one is not None:
+        named = f"named among {one.candidates} in {percent(one.hits)} of trials"
         parts.append(
-            f"from {found.site}'s message as it is, its rows are told from others with an AUC of {interval(raw.auc)}"
-        )
-    if found.one_row is not None:
-        one = found.one_row
-        leaks = leaks or one.hits.low > 1 / one.candidates
-        parts.append(
-            f"of sites with a single row, the row is named among {one.candidates} in {percent(one.hits)} of trials"
+            f"of sites with a single row, the row is {named}, where guessing gives {100 / one.candidates:.1f} %"
         )
     parts += [
-        f"from {view}, the classes' shares are read with a correlation of {x.correlation:.2f} (p = {x.p_value:.2g})"
-        for view in (RAW,)
+        f"the classes' shares are read with a correlation of {x.correlation:.2f} (p = {x.p_value:.2g})"
         for x in found.labels
-        if x.view == view
+        if x.view == RAW
     ]
-    leaks = leaks or any(x.view == RAW and x.p_value < 0.05 for x in found.labels)
-    masked, total = found.of(MASKED), found.of(SUM)
     if masked is not None:
-        parts.append(f"from the masked message, with an AUC of {interval(masked.auc)}: guessing is 0.5")
+        parts.append(
+            f"from the masked message, rows are told with an AUC of {interval(masked.auc)}, where guessing is 0.5"
+        )
     if total is not None:
         parts.append(f"from the sum of all messages, which masks do not hide, with an AUC of {interval(total.auc)}")
-    verdict: Verdict = "found" if leaks else "not found"
-    answer = ("Yes: " if leaks else "No attack that was tried did so: ") + "; ".join(parts) + "."
-    return Finding(question, verdict, answer, _next_for_messages(leaks, masked is not None))
+    return parts
 
 
 def _next_for_messages(leaks: bool, maskable: bool) -> str:

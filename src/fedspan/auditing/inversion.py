@@ -20,22 +20,28 @@ import torch
 from torch import Tensor
 
 from fedspan.auditing.messages import MOST_NUMBERS, FirstRound, Message, largest, num_numbers
-from fedspan.auditing.rows import FEWEST
+from fedspan.auditing.rows import FEWEST, drawn
 from fedspan.auditing.sources import Source
-from fedspan.auditing.statistics import Interval, Scores, auc, share
+from fedspan.auditing.statistics import CONFIDENCE, Interval, Scores, auc, share
+from fedspan.data import Rows
 from fedspan.federation.clients import Client
 from fedspan.methods.messages import Update
 from fedspan.support.activity import report
 from fedspan.support.errors import FedspanError
 
+RAW, MASKED, SUM = "its message as it is", "its message under masks", "the sum of all messages"
+"""The views of a server."""
 _MOST_ROWS = 96
 """Rows of each sort whose directions are computed."""
+_CANDIDATES = 48
 _TRIALS = 16
 """Sites of one row that are tried."""
 _MOST_HELD = 120_000_000
 """Numbers of all directions that are held at once."""
 _MOST_SITES = 8
 _PERMUTATIONS = 4999
+_CORRECTED = 1 - (1 - CONFIDENCE) / 3
+"""Confidence at which each of three attacks is judged, so that all of them together err as seldom as one would."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,8 @@ class RowAttack:
     auc: Interval
     num_members: int
     num_others: int
+    succeeds: bool
+    """Rows are told better than chance explains, with three attacks tried (Bonferroni)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,11 @@ class LabelAttack:
     p_value: float
     """Share of the assignments of changes to classes that correlate as well: of all that chance could give."""
 
+    @property
+    def succeeds(self) -> bool:
+        """True where chance does not explain the correlation, with three attacks tried."""
+        return self.p_value <= 1 - _CORRECTED
+
 
 @dataclass(frozen=True, slots=True)
 class OneRow:
@@ -66,6 +79,8 @@ class OneRow:
     hits: Interval
     trials: int
     candidates: int
+    succeeds: bool
+    """The row is named more often than guessing explains, with three attacks tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +96,16 @@ class Inversion:
     not_tried: tuple[str, ...] = ()
     """Sentences on what was left out, and why."""
 
+    @property
+    def leaks(self) -> bool:
+        """True where some attack on the message as it is succeeds."""
+        raw = [attack for attack in (*self.rows, *self.labels) if attack.view == RAW]
+        one = self.one_row is not None and self.one_row.succeeds
+        return one or any(attack.succeeds for attack in raw)
+
     def of(self, view: str) -> RowAttack | None:
         """Return the attack on the rows by one view."""
         return next((attack for attack in self.rows if attack.view == view), None)
-
-
-RAW, MASKED, SUM = "its message as it is", "its message under masks", "the sum of all messages"
 
 
 def invert(source: Source, seed: int) -> Inversion | None:
@@ -112,15 +131,13 @@ def invert(source: Source, seed: int) -> Inversion | None:
 
 def _attacked(first: FirstRound, source: Source, client: Client, update: Update, rng: np.random.Generator) -> Inversion:
     views, missing = _views(first, client, update)
-    most = max(FEWEST, min(_MOST_ROWS, _MOST_HELD // (2 * num_numbers(update))))
-    places = np.sort(rng.choice(client.indices, min(most, len(client.indices)), replace=False))
-    own = first.gradients(client, first.loaded.context.data["train"].subset(places))
+    most = max(FEWEST, min(_MOST_ROWS, _MOST_HELD // (3 * num_numbers(update))))
     attacks: list[RowAttack] = []
-    others = _others(source, client, most, rng)
-    if others is None:
-        missing.append("there are too few comparable rows from elsewhere to attack the rows of this site")
+    pair = _rows_to_tell(source, client, most, rng)
+    if pair is None:
+        missing.append("telling the site's rows from others: there are too few comparable ones")
     else:
-        theirs = first.gradients(client, first.loaded.encode(source.rows.others.take(others)))
+        own, theirs = (first.gradients(client, first.loaded.encode(rows)) for rows in pair)
         attacks = [_row_attack(view, message, own, theirs) for view, message in views.items()]
     labels = _label_attacks(first, client, views, rng)
     if not labels:
@@ -135,19 +152,19 @@ def _attacked(first: FirstRound, source: Source, client: Client, update: Update,
         len(client.indices),
         num_numbers(update),
         tuple(attacks),
-        _one_row(first, client, places, own),
+        _one_row(first, client, most, rng),
         tuple(labels),
         tuple(missing),
     )
 
 
-def _others(source: Source, client: Client, most: int, rng: np.random.Generator) -> np.ndarray | None:
-    """Return rows like the site's that it did not train on, as positions in the audit's non-members."""
-    site = next((one for one in source.rows.sites if one.name == client.client_id), None)
-    places = np.arange(len(source.rows.others)) if site is None else site.others
-    if len(places) < FEWEST:
+def _rows_to_tell(source: Source, client: Client, most: int, rng: np.random.Generator) -> tuple[Rows, Rows] | None:
+    """Return rows of a site and rows like them that it did not train on; None where there are too few."""
+    site = next(one for one in source.rows.sites if one.name == client.client_id)
+    if min(len(site.members), len(site.others)) < FEWEST:
         return None
-    return np.sort(rng.choice(places, min(most, len(places)), replace=False))
+    ours, theirs = drawn(site.members, most, rng), drawn(site.others, most, rng)
+    return source.rows.members.take(ours), source.rows.others.take(theirs)
 
 
 def _views(first: FirstRound, client: Client, update: Update) -> tuple[dict[str, Message], list[str]]:
@@ -176,7 +193,7 @@ def _cosines(values: Tensor, directions: Tensor) -> Tensor:
 
 def _row_attack(view: str, message: Message, own: Tensor, theirs: Tensor) -> RowAttack:
     x, y = (_scores(message, directions) for directions in (own, theirs))
-    return RowAttack(view, auc(x, y), len(x), len(y))
+    return RowAttack(view, auc(x, y), len(x), len(y), auc(x, y, _CORRECTED).low > 0.5)
 
 
 def _scores(message: Message, directions: Tensor) -> Scores:
@@ -184,8 +201,10 @@ def _scores(message: Message, directions: Tensor) -> Scores:
     return found
 
 
-def _one_row(first: FirstRound, client: Client, places: np.ndarray, directions: Tensor) -> OneRow:
+def _one_row(first: FirstRound, client: Client, most: int, rng: np.random.Generator) -> OneRow:
     """Let sites of one row each send a message, and name the row by the direction that is most like it."""
+    places = drawn(client.indices, min(most, _CANDIDATES), rng)
+    directions = first.gradients(client, first.loaded.context.data["train"].subset(places))
     trials = np.linspace(0, len(places) - 1, min(_TRIALS, len(places))).astype(int)
     hits = 0
     for number, i in enumerate(trials.tolist()):
@@ -194,7 +213,8 @@ def _one_row(first: FirstRound, client: Client, places: np.ndarray, directions: 
         best = int(_cosines(message.values, directions).nan_to_num(-2.0).argmax())
         # Equal rows have equal directions: either is right.
         hits += bool(torch.equal(directions[best], directions[i]))
-    return OneRow(share(hits, len(trials)), len(trials), len(places))
+    surely = share(hits, len(trials), _CORRECTED).low > 1 / len(places)
+    return OneRow(share(hits, len(trials)), len(trials), len(places), surely)
 
 
 def _label_attacks(

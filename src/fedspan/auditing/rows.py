@@ -130,9 +130,7 @@ def of_sites(
     sites, start = [], 0
     for name, rows in of_site.items():
         own = np.flatnonzero(np.isin(chosen, own_tests[name])) if name in own_tests else np.zeros(0, np.int64)
-        site_fields = {train.fields[i] for i in trained[name].tolist()}
-        places, how = _matched(own, site_fields, others)
-        sites.append(Site(name, np.arange(start, start + len(rows)), places, how))
+        sites.append(_site(name, np.arange(start, start + len(rows)), own, members, others, rng))
         start += len(rows)
     return AuditRows(
         members, others, tuple(sites), len(used), len(kept), duplicates, "the sites' training rows", others_from,
@@ -140,17 +138,69 @@ def of_sites(
     )  # fmt: skip
 
 
-def _matched(own: np.ndarray, site_fields: set[str], others: Rows) -> tuple[np.ndarray, str]:
-    """Return the non-members that are most like a site's rows.
+def _site(name: str, ours: np.ndarray, own: np.ndarray, members: Rows, others: Rows, rng: np.random.Generator) -> Site:
+    """Return a site with non-members that are most like its rows.
 
-    A site's task or hospital would otherwise be told from the others', which is no knowledge about a row.
+    A site's task, hospital or mixture of classes would otherwise be told from the others', and what shows that says
+    nothing about a row.
+
+    Parameters
+    ----------
+    own
+        The non-members that are its own held-out rows.
     """
+    pool, how = np.arange(len(others)), "held-out rows"
     if len(own) >= FEWEST:
-        return own, "its own held-out rows"
-    of_fields = np.asarray([i for i, name in enumerate(others.fields) if name in site_fields], dtype=np.int64)
-    if len(of_fields) < len(others) and len(of_fields) >= FEWEST:
-        return of_fields, "held-out rows of the same fields"
-    return np.arange(len(others)), "all held-out rows"
+        pool, how = own, "its own held-out rows"
+    by_field = _share_known({members.fields[i] for i in ours.tolist()}, {others.fields[i] for i in pool.tolist()})
+    by_class = _has_classes(members)
+    kept, compared = _matched(
+        _strata(members, ours, by_field, by_class), _strata(others, pool, by_field, by_class), rng
+    )
+    same = [word for word, on in (("fields", by_field), ("classes", by_class)) if on]
+    return Site(name, kept, compared, how + (f", with the same shares of {' and '.join(same)}" if same else ""))
+
+
+def _share_known(ours: set[str], theirs: set[str]) -> bool:
+    """Return whether fields divide the non-members too: at least half of the site's are among theirs, and others."""
+    return len(ours & theirs) * 2 >= len(ours) and len(theirs) > 1
+
+
+def _has_classes(rows: Rows) -> bool:
+    return rows.kind != "instruction" and all(isinstance(x, int | np.integer) for x in rows.targets)
+
+
+def _strata(rows: Rows, places: np.ndarray, by_field: bool, by_class: bool) -> dict[tuple[Any, ...], list[int]]:
+    """Return the places of rows of each field and class."""
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for i in places.tolist():
+        key = (rows.fields[i] if by_field else "", int(rows.targets[i]) if by_class else 0)
+        found.setdefault(key, []).append(i)
+    return found
+
+
+def _matched(
+    ours: Mapping[tuple[Any, ...], list[int]], theirs: Mapping[tuple[Any, ...], list[int]], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return members and non-members with the same shares of all strata: k non-members for every member, k ≥ 1.
+
+    k is as large as the strata allow that hold most of the members; members without a counterpart are left out.
+    """
+    sizes = sorted((len(theirs.get(key, ())) / len(rows), len(rows)) for key, rows in ours.items())
+    total, passed, ratio = sum(size for _, size in sizes), 0, 0.0
+    for quotient, size in sizes:
+        ratio, passed = quotient, passed + size
+        if passed > 0.1 * total:
+            break
+    k = max(1, int(ratio))
+    members: list[int] = []
+    others: list[int] = []
+    for key, rows in sorted(ours.items(), key=repr):
+        pool = theirs.get(key, [])
+        count = min(len(rows), len(pool) // k)
+        members += rng.choice(rows, count, replace=False).tolist() if count else []
+        others += rng.choice(pool, k * count, replace=False).tolist() if count else []
+    return np.sort(np.asarray(members, np.int64)), np.sort(np.asarray(others, np.int64))
 
 
 def _check_enough(members: int, others: int, duplicates: int, members_from: str, others_from: str) -> None:

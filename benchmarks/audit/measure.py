@@ -42,6 +42,7 @@ def measure(arm: dict[str, Any]) -> dict[str, Any]:
         "method": {"name": arm["method"]},
         "federation": {"num_clients": 4, "participation": 1.0, "rounds": 12},
         "evaluation": {"local": False, "per_rank": False, "every": 12, "diagnostics": False},
+        "engine": {"workers": 1},
     }
     if arm["example_dp"]:
         config["privacy"] = {"dp": "example", "noise_multiplier": 1.0, "clip": 1.0}

@@ -128,7 +128,9 @@ def _check_base(trained: Trained, loaded: Loaded) -> None:
 
 
 def _of_run(where: Path, trained: Trained, most: int) -> Source:
-    config = trained.config
+    # Which labels are numbers depends on the metrics.
+    data = trained.config.data.model_copy(update={"metrics": trained.metrics})
+    config = trained.config.model_copy(update={"data": data})
     method = requirements.chosen(config)
     saved = checkpoint.read(where / "checkpoint" / "federation.safetensors")
     corpus = load_data(config.data, config.data_seed)
@@ -138,24 +140,38 @@ def _of_run(where: Path, trained: Trained, most: int) -> Source:
     )
     _check_base(trained, loaded)
     _check_data(where, config, saved.identity, loaded)
-    took_part = [c for c in clients if c.client_id in saved.counted] if not method.info.pooled else pooled(clients)
-    took_part = took_part or clients
-    idle = len(clients) - len(took_part) if not method.info.pooled else 0
-    notes = (
-        [f"{idle} of {len(clients)} sites were never drawn for a round, and their rows are left out"] if idle else []
-    )
-    kept = {c.client_id: c.holdout for c in took_part if len(c.holdout)}
+    sites, notes = _participants(clients, method, saved.counted)
+    kept = {c.client_id: c.holdout for c in sites if len(c.holdout)}
     read = loaded.prepared.corpus
     held_out, own_tests, source = _held_out(read, config, kept)
-    rows = audit_rows.of_sites(
-        read.train, held_out, {c.client_id: c.indices for c in took_part}, own_tests, most,
-        config.seed, source, notes,
-    )  # fmt: skip
+    trained_on = {c.client_id: c.indices for c in sites}
+    rows = audit_rows.of_sites(read.train, held_out, trained_on, own_tests, most, config.seed, source, notes)
     assert trained.broadcast is not None  # a run's final model, since it was found in its checkpoint
     guarantee, said = _privacy(where, config)
-    work = SiteWork(config, method, tuple(took_part), len(clients), read.train)
+    # A control has no server to send messages to.
+    work = SiteWork(config, method, tuple(sites), len(clients), read.train)
+    with_messages = not (method.info.pooled or method.info.alone)
     subject = Subject(loaded, trained.broadcast, None, trained.notes)
-    return Source(subject, rows, _facts(where, config, len(took_part)), guarantee, said, work)
+    facts = _facts(where, config, len(sites))
+    return Source(subject, rows, facts, guarantee, said, work if with_messages else None)
+
+
+def _participants(
+    clients: list[Client], method: Method, counted: Mapping[str, int]
+) -> tuple[list[Client], tuple[str, ...]]:
+    """Return the sites whose rows the model was trained on, and notes.
+
+    Parameters
+    ----------
+    counted
+        Client -> when its answer last counted, without those that never took part.
+    """
+    if method.info.pooled:
+        return pooled(clients), ()
+    sites = [client for client in clients if client.client_id in counted] or clients
+    idle = len(clients) - len(sites)
+    line = f"{idle} of {len(clients)} sites were never drawn for a round, and their rows are left out"
+    return sites, (line,) if idle else ()
 
 
 def _held_out(read: Corpus, config: Config, kept: Mapping[str, np.ndarray]) -> tuple[Rows, dict[str, np.ndarray], str]:

@@ -38,13 +38,13 @@ class Audited:
     dossier: Dossier
 
 
-def _run(base: Path, folder: Path, method: str, **sections: Any) -> Audited:
+def _run(base: Path, folder: Path, method: str, repeats: tuple[int, ...], **sections: Any) -> Audited:
     rows = secrets(160)
     members, others = (
         tiny.write_jsonl(folder / f"{name}.jsonl", part) for name, part in (("in", rows[:60]), ("out", rows[60:]))
     )
     planted, key = folder / "planted.jsonl", folder / "key.json"
-    fedspan.plant_canaries([members], planted, key, count=2, repeats=(30, 1), seed=4)
+    fedspan.plant_canaries([members], planted, key, count=2, repeats=repeats, seed=4)
     config = tiny.config(
         base,
         planted,
@@ -61,8 +61,8 @@ def _run(base: Path, folder: Path, method: str, **sections: Any) -> Audited:
 @pytest.fixture(scope="session")
 def overfitted(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Audited:
     """All weights trained for long on few rows."""
-    local = {"steps": 110, "batch_size": 16, "learning_rate": 6e-3}
-    return _run(bases["llama"], tmp_path_factory.mktemp("overfitted"), "fedavg", local=local)
+    local = {"steps": 80, "batch_size": 16, "learning_rate": 6e-3}
+    return _run(bases["llama"], tmp_path_factory.mktemp("overfitted"), "fedavg", (30, 1), local=local)
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +72,7 @@ def private(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         bases["llama"],
         tmp_path_factory.mktemp("private"),
         "ffa_lora",
+        (1,),
         local={"steps": 5, "batch_size": 8, "learning_rate": 1e-2},
         privacy={"dp": "example", "noise_multiplier": 1.0, "clip": 1.0},
     )

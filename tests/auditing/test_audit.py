@@ -13,6 +13,8 @@ import torch
 from conftest import Audited
 
 import fedspan
+from fedspan.auditing.exposure import Exposure, Extraction
+from fedspan.auditing.findings import extraction_finding
 from fedspan.auditing.inversion import MASKED, RAW, invert
 from fedspan.auditing.messages import FirstRound
 from fedspan.auditing.sources import find_source
@@ -72,7 +74,27 @@ def test_a_canary_that_was_planted_often_is_extracted_and_others_are_not(overfit
         assert control.rank > 5
         assert not control.extracted
     assert private.dossier.extraction is not None
-    assert not private.dossier.extraction.found
+    assert not private.dossier.extraction.succeeds
+    assert [x.repeats for x in private.dossier.extraction.planted] == [1, 1]
+
+
+def test_secrets_that_are_noticed_only_together_count() -> None:
+    """Ranks that chance gives singly, and not all at once."""
+    ranks, chance = (16, 19, 26, 66, 17, 22), (319, 106, 199, 12, 80, 319)
+    found, none = (Extraction(tuple(Exposure(1, r, r, 499, None) for r in own)) for own in (ranks, chance))
+    assert not found.found
+    assert found.succeeds
+    assert found.p_value < 1e-4
+    assert not none.succeeds
+    assert extraction_finding(found).verdict == "found"
+    assert extraction_finding(none).verdict == "not found"
+
+
+def test_planted_rows_and_repeated_ones_are_no_members(overfitted: Audited) -> None:
+    """A row that was planted thirty times would be found thirty times."""
+    rows = overfitted.dossier.rows
+    assert rows.num_members == len(rows.members) == 60
+    assert len(fedspan.audit(overfitted.run, messages=False).rows.members) == 62, "without the key, once each"
 
 
 def test_a_message_as_it_is_gives_rows_away_and_a_masked_one_does_not(overfitted: Audited) -> None:
@@ -137,7 +159,7 @@ def test_an_adapter_is_audited_with_files_as_the_run_that_it_is_from(private: Au
     ours = fedspan.audit(private.run / "adapter", members=[private.members], nonmembers=[private.others])
     theirs = fedspan.audit(private.run, members=[private.members], nonmembers=[private.others])
     for x, y in zip(ours.membership.whole, theirs.membership.whole, strict=True):
-        assert x.auc.value == pytest.approx(y.auc.value, abs=2e-3)
+        assert x.auc.value == pytest.approx(y.auc.value, abs=1e-2)
     assert ours.guarantee is None
     assert ours.inversion is None
     assert ours.findings[2].verdict == "not tried"

@@ -212,6 +212,24 @@ def _columns(canary: Canary, kind: str, config: DataConfig, names: Sequence[str]
     return row | {config.output_column: canary.secret}
 
 
+def label_id(canary: Canary, names: Sequence[str] | None) -> int:
+    """Return the id of a canary's label; 0 for instruction data.
+
+    Raises
+    ------
+    FedspanError
+        For a label that the model does not know.
+    """
+    text = str(canary.label)
+    if canary.label is None:
+        return 0
+    if names is not None and text in names:
+        return list(names).index(text)
+    if text.isdecimal() and (names is None or int(text) < len(names)):
+        return int(text)
+    raise FedspanError(f"the key has the label {text!r}: expected one of {', '.join(names or ())}")
+
+
 def read_key(path: Path) -> CanaryKey:
     """Read a key file.
 

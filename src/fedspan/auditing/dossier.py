@@ -86,6 +86,7 @@ class Dossier:
             "guarantee": None if self.guarantee is None else _guarantee(self.guarantee),
             "privacy": self.privacy,
             "canaries": None if self.extraction is None else _canaries(self.extraction),
+            "canaries_p_value": None if self.extraction is None else self.extraction.p_value,
             "messages": None if self.inversion is None else asdict(self.inversion),
             "notes": list(self.notes),
             "limits": list(findings.LIMITS_OF_AN_AUDIT),
@@ -167,7 +168,7 @@ def audit(
         raise FedspanError(f"max_rows = {max_rows}, candidates = {candidates}: expected at least {FEWEST} and 1")
     key = None if canaries is None else read_key(Path(canaries))
     ours, theirs = ([str(name) for name in given] for given in (members, nonmembers))
-    source = find_source(Path(where), ours, theirs, settings, base, max_rows)
+    source = find_source(Path(where), ours, theirs, settings, base, max_rows, key)
     rows, seed = source.rows, source.subject.trained.config.seed
     own, others = source.subject.losses([rows.members, rows.others])
     return Dossier(

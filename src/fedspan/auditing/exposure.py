@@ -2,7 +2,8 @@
 
 With c candidates drawn as the secret was, its rank is 1 + the number of candidates whose loss is not larger. Exposure
 is log₂(c + 1) − log₂(rank): 1 bit for an average secret, log₂(c + 1) for the one that the model finds likeliest. For a
-model that has not seen it every rank is as likely, so rank/(c + 1) is an exact p-value. A secret of instruction data
+model that has not seen it every rank is as likely, so rank/(c + 1) is an exact p-value, and those of all planted
+secrets are combined by Fisher's method. A secret of instruction data
 is *extracted* where the model, given the prompt, writes it out word for word.
 
 Source: Carlini et al. 2019 (1802.08232), with exposure estimated by sampling (section 4.4 there).
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedspan.auditing.canaries import Canary, CanaryKey
+from fedspan.auditing.canaries import CanaryKey, label_id
 from fedspan.auditing.statistics import CONFIDENCE
 from fedspan.auditing.subject import Subject
 from fedspan.data import Rows
@@ -68,8 +69,21 @@ class Extraction:
     @property
     def found(self) -> tuple[Exposure, ...]:
         """Planted canaries that were written out, or rank higher than chance explains with so many of them."""
-        limit = (1 - CONFIDENCE) / max(1, len(self.planted))
+        limit = (1 - CONFIDENCE) / 2 / max(1, len(self.planted))
         return tuple(x for x in self.planted if x.extracted or x.p_value <= limit)
+
+    @property
+    def p_value(self) -> float:
+        """The probability of ranks as small in all, by Fisher's combination of the planted secrets' p-values."""
+        from scipy.special import chdtrc
+
+        planted = self.planted
+        return float(chdtrc(2 * len(planted), -2 * sum(math.log(x.p_value) for x in planted))) if planted else 1.0
+
+    @property
+    def succeeds(self) -> bool:
+        """True where one of the secrets is found, or all together are (each at half of the error that is allowed)."""
+        return bool(self.found) or self.p_value <= (1 - CONFIDENCE) / 2
 
 
 def extract(subject: Subject, key: CanaryKey, candidates: int, seed: int) -> Extraction:
@@ -86,8 +100,8 @@ def extract(subject: Subject, key: CanaryKey, candidates: int, seed: int) -> Ext
     rng = np.random.default_rng([seed, 23])
     groups: list[Rows] = []
     for canary in key.canaries:
-        label = _label_id(canary, corpus.label_names, corpus.num_labels)
-        groups.append(key.rows(canary, [canary.secret, *key.candidates(canary, candidates, rng)], label))
+        secrets = [canary.secret, *key.candidates(canary, candidates, rng)]
+        groups.append(key.rows(canary, secrets, label_id(canary, corpus.label_names)))
     (losses,) = subject.losses([concatenate(groups)])
     written = _written(subject, key, [group.take([0]) for group in groups])
     width, found = candidates + 1, []
@@ -96,17 +110,6 @@ def extract(subject: Subject, key: CanaryKey, candidates: int, seed: int) -> Ext
         ranks = [1 + int((x[1:] <= x[0]).sum()) for x in (own, before)]  # a tie counts for the candidate
         found.append(Exposure(canary.repeats, ranks[0], ranks[1], candidates, written[i]))
     return Extraction(tuple(found))
-
-
-def _label_id(canary: Canary, names: Sequence[str] | None, count: int) -> int:
-    if canary.label is None:
-        return 0
-    if names is not None and str(canary.label) in names:
-        return list(names).index(str(canary.label))
-    text = str(canary.label)
-    if text.isdecimal() and int(text) < count:
-        return int(text)
-    raise FedspanError(f"the key has the label {canary.label!r}: expected one of {', '.join(names or ()) or count}")
 
 
 def _written(subject: Subject, key: CanaryKey, rows: Sequence[Rows]) -> list[bool | None]:

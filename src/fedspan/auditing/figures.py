@@ -10,7 +10,7 @@ from markupsafe import Markup
 from fedspan.auditing.bounds import Guarantee
 from fedspan.auditing.membership import Attack
 
-_SIDE, _EDGE = 250, 34  # of the ROC chart in pixels: the side of its square, and the room for its axes
+_SIDE, _EDGE = 250, 42  # of the ROC chart in pixels: the side of its square, and the room for its axes
 _MOST_POINTS = 400
 _LOWEST = 0.4  # the scale of the AUCs begins here, or lower where an interval does
 

@@ -16,7 +16,7 @@ from fedspan.support.files import write_bytes
 
 PAGE, RECORD = "dossier.html", "dossier.json"
 _BEGIN, _END = "<!-- begin of fedspan audit -->", "<!-- end of fedspan audit -->"
-_WORDS = {"found": "**found**", "not found": "not found", "not tried": "not tried"}
+_WORDS = {"found": "**Found.**", "not found": "Not found.", "not tried": "Not tried."}
 
 
 def write(dossier: Dossier, folder: Path) -> tuple[Path, Path]:
@@ -82,7 +82,7 @@ def section(dossier: Dossier) -> str:
         f"{best.num_others} "
         "others. “Not found” means that the attacks that were tried failed, not that the model is safe.",
         "",
-        *(f"- {one.question} {_WORDS[one.verdict].capitalize()}. {one.answer}" for one in dossier.findings),
+        *(f"- {one.question} {_WORDS[one.verdict]} {one.answer}" for one in dossier.findings),
         "",
         f"Strongest membership attack: {best.name}, AUC {interval(best.auc)} (0.5 is guessing).",
         _END,

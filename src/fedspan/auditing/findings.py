@@ -49,7 +49,7 @@ def membership_finding(found: Membership, guarantee: Guarantee | None) -> Findin
         answer = (
             f"Yes: by the {first.name} the rows{whose} are told from others with an AUC of {interval(first.auc)}, "
             f"where "
-            f"0.5 is guessing and 1 is certainty.{_rate(first)}{_worst_site(found, first)}{controlled}"
+            f"0.5 is guessing and 1 is certainty.{_rate(found)}{_worst_site(found, first)}{controlled}"
         )
         step = (
             "Train for fewer steps or with more rows, or with privacy.dp = 'example' and enough noise, and audit "
@@ -79,11 +79,14 @@ def _worst_site(found: Membership, first: Attack) -> str:
     return f" Of single sites, {worst.site} is told most easily: {interval(worst.auc)} by the {worst.name}."
 
 
-def _rate(attack: Attack) -> str:
-    point = attack.points[0]
-    if point is None:
-        return f" With {attack.num_others} non-members a rate at 1 % false positives cannot be measured."
-    return f" At 1 % false positives {percent(point.tpr)} of the members are found."
+def _rate(found: Membership) -> str:
+    """Return the largest share of members that an attack finds at 1 % false positives."""
+    points = [(x.points[0], x.name) for x in found.whole if x.points[0] is not None]
+    if not points:
+        return f" With {found.control.num_others} non-members a rate at 1 % false positives cannot be measured."
+    point, name = max(points, key=lambda pair: pair[0].tpr.value if pair[0] else 0.0)
+    assert point is not None
+    return f" At 1 % false positives at most {percent(point.tpr)} of the members are found (by the {name})."
 
 
 def extraction_finding(found: Extraction | None) -> Finding:
@@ -99,6 +102,15 @@ def extraction_finding(found: Extraction | None) -> Finding:
     planted, hits = found.planted, found.found
     written = sum(bool(x.extracted) for x in hits)
     most = max((x.repeats for x in planted), default=0)
+    if found.succeeds and not hits:
+        return Finding(
+            question,
+            "found",
+            f"In part: none of {len(planted)} planted secrets by itself, but together they rank higher than chance "
+            f"explains (p = {found.p_value:.2g}): the model has noticed them.",
+            "Plant some more often to learn from how many repetitions on a secret is kept; train for fewer steps, or "
+            "use privacy.dp = 'example', and audit again.",
+        )
     if hits:
         least = min(x.repeats for x in hits)
         out = f", {written} of them written out word for word when asked" if written else ""
@@ -115,7 +127,8 @@ def extraction_finding(found: Extraction | None) -> Finding:
     return Finding(
         question,
         "not found",
-        f"None of {len(planted)} planted secrets, there up to {most} times, ranks higher than chance explains.",
+        f"{len(planted)} planted secrets, there up to {most} times, rank no higher than chance explains, each by "
+        f"itself and together (p = {found.p_value:.2g}).",
         "Secrets that occur more often, or another way of asking, may still be found.",
     )
 

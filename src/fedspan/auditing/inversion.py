@@ -23,6 +23,7 @@ from fedspan.auditing.messages import MOST_NUMBERS, FirstRound, Message, largest
 from fedspan.auditing.rows import FEWEST, drawn
 from fedspan.auditing.sources import Source
 from fedspan.auditing.statistics import CONFIDENCE, Interval, Scores, auc, share
+from fedspan.client.training import num_steps
 from fedspan.data import Rows
 from fedspan.federation.clients import Client
 from fedspan.methods.messages import Update
@@ -34,8 +35,9 @@ RAW, MASKED, SUM = "its message as it is", "its message under masks", "the sum o
 _MOST_ROWS = 96
 """Rows of each sort whose directions are computed."""
 _CANDIDATES = 48
-_TRIALS = 16
-"""Sites of one row that are tried."""
+_FEWEST_TRIALS, _TRIALS = 5, 16
+"""Sites of one row that are tried: as many as keep their training within `_MOST_STEPS`."""
+_MOST_STEPS = 480
 _MOST_HELD = 120_000_000
 """Numbers of all directions that are held at once."""
 _MOST_SITES = 8
@@ -141,7 +143,10 @@ def _attacked(first: FirstRound, source: Source, client: Client, update: Update,
         attacks = [_row_attack(view, message, own, theirs) for view, message in views.items()]
     labels = _label_attacks(first, client, views, rng)
     if not labels:
-        missing.append("the classes' shares: no bias of a classifier with shares that differ is in the message")
+        missing.append(
+            "the classes' shares: that takes three classes or more, of different shares at the site, and a classifier "
+            "whose bias is in the message"
+        )
     missing.append(
         "free reconstruction of texts or pictures from a gradient (such as DLG and its successors): matching known "
         "rows, "
@@ -205,7 +210,9 @@ def _one_row(first: FirstRound, client: Client, most: int, rng: np.random.Genera
     """Let sites of one row each send a message, and name the row by the direction that is most like it."""
     places = drawn(client.indices, min(most, _CANDIDATES), rng)
     directions = first.gradients(client, first.loaded.context.data["train"].subset(places))
-    trials = np.linspace(0, len(places) - 1, min(_TRIALS, len(places))).astype(int)
+    steps = num_steps(first.work.config.local, 1)
+    count = min(len(places), max(_FEWEST_TRIALS, min(_TRIALS, _MOST_STEPS // steps)))
+    trials = np.linspace(0, len(places) - 1, count).astype(int)
     hits = 0
     for number, i in enumerate(trials.tolist()):
         report("naming the row of a site with one", number, len(trials))

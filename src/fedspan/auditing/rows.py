@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,16 @@ def without(others: Rows, trained: Iterable[bytes]) -> tuple[np.ndarray, int]:
     return np.asarray(kept, dtype=np.int64), len(others) - len(kept)
 
 
+def once(rows: Rows, places: np.ndarray, left_out: Collection[bytes]) -> np.ndarray:
+    """Return the places of rows, each content once, without those that are left out."""
+    seen, kept = set(left_out), []
+    for place, key in zip(places.tolist(), keys_of(rows.take(places)), strict=True):
+        if key not in seen:
+            seen.add(key)
+            kept.append(place)
+    return np.asarray(kept, dtype=np.int64)
+
+
 def drawn(places: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray:
     """Return at most that many of the places, drawn without replacement, in their order."""
     if len(places) <= most:
@@ -77,8 +87,15 @@ def drawn(places: np.ndarray, most: int, rng: np.random.Generator) -> np.ndarray
     return np.sort(rng.choice(places, most, replace=False))
 
 
-def from_files(members: Rows, others: Rows, names: tuple[str, str], most: int, seed: int) -> AuditRows:
+def from_files(
+    members: Rows, others: Rows, names: tuple[str, str], most: int, seed: int, planted: Collection[bytes] = ()
+) -> AuditRows:
     """Return the rows of two sets of files; there is then one site at most, which is not named.
+
+    Parameters
+    ----------
+    planted
+        Digests of canaries, which count as neither: they were made to be remembered.
 
     Raises
     ------
@@ -87,9 +104,10 @@ def from_files(members: Rows, others: Rows, names: tuple[str, str], most: int, s
     """
     kept, duplicates = without(others, keys_of(members))
     rng = np.random.default_rng([seed, 17])
-    of_members, of_others = drawn(np.arange(len(members)), most, rng), drawn(kept, most, rng)
+    ours = once(members, np.arange(len(members)), planted)
+    of_members, of_others = drawn(ours, most, rng), drawn(kept, most, rng)
     _check_enough(len(of_members), len(of_others), duplicates, *names)
-    return AuditRows(members.take(of_members), others.take(of_others), (), len(members), len(kept), duplicates, *names)
+    return AuditRows(members.take(of_members), others.take(of_others), (), len(ours), len(kept), duplicates, *names)
 
 
 def of_sites(
@@ -101,6 +119,7 @@ def of_sites(
     seed: int,
     others_from: str,
     notes: Sequence[str] = (),
+    planted: Collection[bytes] = (),
 ) -> AuditRows:
     """Return the rows of a run.
 
@@ -112,6 +131,8 @@ def of_sites(
         Site -> the rows of `held_out` that are its own, for sites that have some.
     most
         Members that are drawn in all, and non-members.
+    planted
+        As of `from_files`.
 
     Raises
     ------
@@ -120,10 +141,11 @@ def of_sites(
     """
     rng = np.random.default_rng([seed, 17])
     used = np.concatenate(list(trained.values()))
+    single = {name: once(train, rows, planted) for name, rows in trained.items()}
     kept, duplicates = without(held_out, keys_of(train.take(np.unique(used))))
     chosen = drawn(kept, most, rng)
     share = max(FEWEST, most // len(trained))
-    of_site = {name: drawn(rows, share, rng) for name, rows in trained.items()}
+    of_site = {name: drawn(rows, share, rng) for name, rows in single.items()}
     _check_enough(sum(map(len, of_site.values())), len(chosen), duplicates, "the sites' training rows", others_from)
     members = concatenate([train.take(rows) for rows in of_site.values()])
     others = held_out.take(chosen)
@@ -132,10 +154,8 @@ def of_sites(
         own = np.flatnonzero(np.isin(chosen, own_tests[name])) if name in own_tests else np.zeros(0, np.int64)
         sites.append(_site(name, np.arange(start, start + len(rows)), own, members, others, rng))
         start += len(rows)
-    return AuditRows(
-        members, others, tuple(sites), len(used), len(kept), duplicates, "the sites' training rows", others_from,
-        tuple(notes),
-    )  # fmt: skip
+    count, source = sum(map(len, single.values())), "the sites' training rows"
+    return AuditRows(members, others, tuple(sites), count, len(kept), duplicates, source, others_from, tuple(notes))
 
 
 def _site(name: str, ours: np.ndarray, own: np.ndarray, members: Rows, others: Rows, rng: np.random.Generator) -> Site:

@@ -12,6 +12,7 @@ import numpy as np
 
 from fedspan.auditing import rows as audit_rows
 from fedspan.auditing.bounds import Guarantee
+from fedspan.auditing.canaries import CanaryKey, label_id
 from fedspan.auditing.rows import AuditRows
 from fedspan.auditing.subject import Loaded, Subject
 from fedspan.config import Config
@@ -62,6 +63,7 @@ def find_source(
     settings: Sequence[str],
     base: str | None,
     most: int,
+    key: CanaryKey | None = None,
 ) -> Source:
     """Return the model in a folder and the rows to attack it with.
 
@@ -77,7 +79,7 @@ def find_source(
         )
     trained = find_trained(where, settings, base)
     if members:
-        return _with_files(where, trained, members, others, most)
+        return _with_files(where, trained, members, others, most, key)
     if not (where / "config.toml").is_file():
         raise FedspanError(
             f"{where} is an adapter, which does not say what it was trained on: expected --members and --nonmembers"
@@ -87,14 +89,18 @@ def find_source(
             f"{where} is a federation of real sites, whose training rows are there: expected --members and "
             "--nonmembers, at a site with its own rows"
         )
-    return _of_run(where, trained, most)
+    return _of_run(where, trained, most, key)
 
 
-def _with_files(where: Path, trained: Trained, members: Sequence[str], others: Sequence[str], most: int) -> Source:
+def _with_files(
+    where: Path, trained: Trained, members: Sequence[str], others: Sequence[str], most: int, key: CanaryKey | None
+) -> Source:
     ours, theirs = (trained.read(list(names), unlabelled=False) for names in (members, others))
     names = tuple(", ".join(Path(name).name for name in given) for given in (members, others))
     seed = trained.config.seed
-    rows = audit_rows.from_files(ours.rows, theirs.rows, (names[0], names[1]), most, seed)
+    rows = audit_rows.from_files(
+        ours.rows, theirs.rows, (names[0], names[1]), most, seed, _planted(key, trained.labels.names)
+    )
     corpus = replace(ours, rows=concatenate([rows.members, rows.others])).corpus(trained.labels, ())
     run = (where / "config.toml").is_file()
     subject = _subject(trained, corpus)
@@ -127,7 +133,7 @@ def _check_base(trained: Trained, loaded: Loaded) -> None:
         raise FedspanError(f"model.name = {name!r} has other weights than the base of the run: expected that base")
 
 
-def _of_run(where: Path, trained: Trained, most: int) -> Source:
+def _of_run(where: Path, trained: Trained, most: int, key: CanaryKey | None) -> Source:
     # Which labels are numbers depends on the metrics.
     data = trained.config.data.model_copy(update={"metrics": trained.metrics})
     config = trained.config.model_copy(update={"data": data})
@@ -144,8 +150,9 @@ def _of_run(where: Path, trained: Trained, most: int) -> Source:
     kept = {c.client_id: c.holdout for c in sites if len(c.holdout)}
     read = loaded.prepared.corpus
     held_out, own_tests, source = _held_out(read, config, kept)
+    planted = _planted(key, read.label_names)
     trained_on = {c.client_id: c.indices for c in sites}
-    rows = audit_rows.of_sites(read.train, held_out, trained_on, own_tests, most, config.seed, source, notes)
+    rows = audit_rows.of_sites(read.train, held_out, trained_on, own_tests, most, config.seed, source, notes, planted)
     assert trained.broadcast is not None  # a run's final model, since it was found in its checkpoint
     guarantee, said = _privacy(where, config)
     # A control has no server to send messages to.
@@ -154,6 +161,14 @@ def _of_run(where: Path, trained: Trained, most: int) -> Source:
     subject = Subject(loaded, trained.broadcast, None, trained.notes)
     facts = _facts(where, config, len(sites))
     return Source(subject, rows, facts, guarantee, said, work if with_messages else None)
+
+
+def _planted(key: CanaryKey | None, names: Sequence[str] | None) -> set[bytes]:
+    """Return the digests of the rows that were planted."""
+    if key is None:
+        return set()
+    rows = (key.rows(c, [c.secret], label_id(c, names)) for c in key.canaries if c.repeats)
+    return {digest for row in rows for digest in audit_rows.keys_of(row)}
 
 
 def _participants(
@@ -247,6 +262,6 @@ def _facts(where: Path, config: Config, sites: int | None) -> dict[str, Any]:
         "clients": len(summary.get("clients") or ()) or config.federation.num_clients,
         **({"clients that took part": sites} if sites is not None else {}),
         "seed": config.seed,
-        "privacy": config.privacy.dp,
-        "secure sums": config.privacy.secure_sums,
+        "differential privacy": config.privacy.dp,
+        "secure sums": "yes" if config.privacy.secure_sums else "no",
     }

@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+from audited import Audited, secrets, words
 
 import fedspan
 from fedspan.auditing.canaries import CanaryKey
-from fedspan.auditing.dossier import Dossier
-
-_LETTERS = "bdfgklmnprst"
-
-
-def _words(rng: np.random.Generator, count: int) -> str:
-    return " ".join("".join(rng.choice(list(_LETTERS), 2)) for _ in range(count))
-
-
-def secrets(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Instructions whose answers nothing explains, so that a model can only know them by heart."""
-    rng = np.random.default_rng(seed)
-    return [{"instruction": _words(rng, 3), "input": "", "output": _words(rng, 3)} for _ in range(count)]
-
-
-@dataclass(frozen=True)
-class Audited:
-    """A run, its rows in files, and its dossier."""
-
-    run: Path
-    members: Path
-    others: Path
-    key: Path
-    dossier: Dossier
 
 
 def _run(base: Path, folder: Path, method: str, repeats: tuple[int, ...], **sections: Any) -> Audited:
@@ -86,9 +62,9 @@ def skewed(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     files = []
     for name, own in (("a", shares), ("b", shares[::-1])):
         labels = rng.choice(10, 70, p=own).tolist() + list(range(10))
-        rows = [{"text": f"{'ABCDEFGHIJ'[x] * 3} {_words(rng, 2)}", "label": x} for x in labels]
+        rows = [{"text": f"{'ABCDEFGHIJ'[x] * 3} {words(rng, 2)}", "label": x} for x in labels]
         files.append(tiny.write_jsonl(folder / f"{name}.jsonl", rows))
-    test = [{"text": f"{'ABCDEFGHIJ'[i % 10] * 3} {_words(rng, 2)}", "label": i % 10} for i in range(300)]
+    test = [{"text": f"{'ABCDEFGHIJ'[i % 10] * 3} {words(rng, 2)}", "label": i % 10} for i in range(300)]
     config = tiny.config(
         bases["bert"],
         files[0],

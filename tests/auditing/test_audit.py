@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import Audited
+from audited import Audited
 
 import fedspan
 from fedspan.auditing.exposure import Exposure, Extraction

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from conftest import Audited, secrets
+from audited import Audited, secrets
 
 import fedspan
 from fedspan.auditing import files

@@ -101,9 +101,9 @@ class Inversion:
     @property
     def leaks(self) -> bool:
         """True where some attack on the message as it is succeeds."""
-        raw = [attack for attack in (*self.rows, *self.labels) if attack.view == RAW]
-        one = self.one_row is not None and self.one_row.succeeds
-        return one or any(attack.succeeds for attack in raw)
+        by_rows = any(attack.succeeds for attack in self.rows if attack.view == RAW)
+        by_labels = any(attack.succeeds for attack in self.labels if attack.view == RAW)
+        return by_rows or by_labels or (self.one_row is not None and self.one_row.succeeds)
 
     def of(self, view: str) -> RowAttack | None:
         """Return the attack on the rows by one view."""

@@ -238,7 +238,8 @@ def _privacy(where: Path, config: Config) -> tuple[Guarantee | None, str]:
     given = f"ε = {epsilon:.3g} at δ = {privacy.delta:g}"
     if privacy.dp == "example":
         found = Guarantee(float(epsilon), privacy.delta, f"{given} for every training row, by the sites' ledgers")
-        return found, f"Every training row is protected with {given}, by the ledgers of the run."
+        once = "a row that is there k times with kε"
+        return found, f"Every training row is protected with {given}, by the ledgers of the run ({once})."
     whole = Guarantee(float(epsilon), privacy.delta, f"{given} for every site as a whole, by the run's ledger")
     row = whole.for_one_row()
     return row, (

@@ -27,6 +27,7 @@ LAYERS = (
     {"runs"},
     {"display", "comparison"},
     {"api", "inspection", "reporting", "bench", "flower"},
+    {"auditing"},
     {"cli"},
     {"__main__"},
 )
@@ -36,7 +37,7 @@ DOORS = {
     "peft": {"models.build", "merging.task_rules", "bench.peers"},
     "datasets": {"data.hub"},
     "matplotlib": {"display.curves", "bench.plot", "inspection.picture", "reporting.charts"},
-    "jinja2": {"reporting.page"},
+    "jinja2": {"reporting.page", "auditing.page"},
     "accelerate": {"runs.tracking"},
     "bitsandbytes": {"models.quantised"},
     "triton": {"models.dropout_kernel", "models.attention_kernel"},

@@ -19,6 +19,9 @@ if _typing.TYPE_CHECKING:
     from fedspan.api import resume as resume
     from fedspan.api import run as run
     from fedspan.api import run_many as run_many
+    from fedspan.auditing.canaries import plant as plant_canaries
+    from fedspan.auditing.dossier import Dossier as Dossier
+    from fedspan.auditing.dossier import audit as audit
     from fedspan.comparison.runner import Comparison as Comparison
     from fedspan.config import Config as Config
     from fedspan.config import load as load_config
@@ -54,6 +57,7 @@ __all__ = [
     "Broadcast",
     "Comparison",
     "Config",
+    "Dossier",
     "Evaluation",
     "Event",
     "Factors",
@@ -73,12 +77,14 @@ __all__ = [
     "Update",
     "Vector",
     "aggregate",
+    "audit",
     "check",
     "compare",
     "create_method",
     "evaluate",
     "load_config",
     "merge",
+    "plant_canaries",
     "predict",
     "resume",
     "run",
@@ -90,6 +96,7 @@ _HOME = {
     "Broadcast": ("fedspan.methods.messages", "Broadcast"),
     "Comparison": ("fedspan.comparison.runner", "Comparison"),
     "Config": ("fedspan.config", "Config"),
+    "Dossier": ("fedspan.auditing.dossier", "Dossier"),
     "Evaluation": ("fedspan.runs.application", "Evaluation"),
     "Event": ("fedspan.runs.events", "Event"),
     "Factors": ("fedspan.methods.messages", "Factors"),
@@ -109,9 +116,11 @@ _HOME = {
     "Update": ("fedspan.methods.messages", "Update"),
     "Vector": ("fedspan.methods.messages", "Vector"),
     "aggregate": ("fedspan.methods.base", "aggregate"),
+    "audit": ("fedspan.auditing.dossier", "audit"),
     "check": ("fedspan.api", "check"),
     "compare": ("fedspan.api", "compare"),
     "evaluate": ("fedspan.runs.application", "evaluate"),
+    "plant_canaries": ("fedspan.auditing.canaries", "plant"),
     "predict": ("fedspan.runs.application", "predict_rows"),
     "create_method": ("fedspan.methods", "create"),
     "load_config": ("fedspan.config", "load"),

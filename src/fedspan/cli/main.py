@@ -16,6 +16,7 @@ import typer
 
 from fedspan.cli import flower
 from fedspan.cli.arguments import PlainCommand, WithWeights, new_app
+from fedspan.cli.audit import audit, canaries
 from fedspan.cli.bench import bench
 from fedspan.cli.compare import compare
 from fedspan.cli.config import config
@@ -67,6 +68,8 @@ app.command(cls=PlainCommand, short_help="Draw learning curves of runs.")(plot)
 app.command("report", cls=PlainCommand, short_help="Write an HTML page on runs or a comparison.")(write_report)
 app.command(cls=PlainCommand, short_help="Show the report of a run that goes on in a browser.")(watch)
 app.command(cls=PlainCommand, short_help="Show what a run's server steps did to the updates.")(inspect)
+app.command(cls=PlainCommand, short_help="Attack a run or an adapter, and say what was found.")(audit)
+app.command(cls=PlainCommand, short_help="Plant made-up rows for an audit to look for.")(canaries)
 app.command(cls=PlainCommand, short_help="Time every part against its alternatives.")(bench)
 app.add_typer(flower.app, name="flower", short_help="Deploy a federation of real sites over Flower.")
 

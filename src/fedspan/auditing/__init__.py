@@ -1,0 +1,1 @@
+"""Attacks on a finished run or an adapter, and the dossier that says what they found."""

@@ -1,0 +1,101 @@
+"""The dossier as one HTML page, which opens without a network and can be printed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from jinja2 import DictLoader, Environment, StrictUndefined
+from markupsafe import Markup
+
+from fedspan.auditing import findings
+from fedspan.auditing.bounds import Guarantee, empirical_epsilon
+from fedspan.auditing.dossier import Dossier
+from fedspan.auditing.figures import forest, roc
+from fedspan.auditing.findings import interval, percent
+from fedspan.auditing.membership import LIMITS, Attack
+from fedspan.support.errors import one_line
+
+MARKER = b'<meta name="generator" content="fedspan audit">'
+"""Stands in every dossier, by which one is known that may be replaced."""
+_LONGEST = 2000  # characters of one text
+
+
+def render(dossier: Dossier) -> str:
+    """Return the whole page, which loads nothing from elsewhere."""
+    found = dossier.membership
+    shown = [*found.attacks, found.control]
+    return (
+        _environment()
+        .get_template("dossier.html")
+        .render(
+            d=dossier,
+            findings=dossier.findings,
+            forest=forest(shown, dossier.guarantee),
+            roc=roc(found.whole, dossier.guarantee),
+            attacks=[_row(attack, dossier.guarantee) for attack in found.attacks],
+            heads=_heads(dossier.guarantee),
+            whole=found.whole,
+            interval=interval,
+            percent=percent,
+            limits=findings.LIMITS_OF_AN_AUDIT,
+            signs={"found": "!", "not found": "–", "not tried": "?"},
+            style=Markup(_style()),
+            marker=Markup(MARKER.decode()),
+        )
+    )
+
+
+@cache
+def _environment() -> Environment:
+    source = resources.files("fedspan.auditing") / "templates" / "dossier.html"
+    return Environment(
+        loader=DictLoader({"dossier.html": source.read_text(encoding="utf-8")}),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_printable,
+    )
+
+
+def _printable(value: Any) -> Any:
+    """Return a text in one line of printable characters: names of sites and labels come from outside."""
+    return one_line(value, _LONGEST) if type(value) is str and value else value
+
+
+@cache
+def _style() -> str:
+    """Return the style sheet of the reports with a dossier's own."""
+    common = resources.files("fedspan.reporting") / "templates" / "report.css"
+    own = resources.files("fedspan.auditing") / "templates" / "dossier.css"
+    return common.read_text(encoding="utf-8") + own.read_text(encoding="utf-8")
+
+
+def _heads(guarantee: Guarantee | None) -> list[str]:
+    found = ["rows", "attack", "members / others", "AUC"]
+    for limit in LIMITS:
+        found.append(f"found at {100 * limit:.0f} % false")
+        if guarantee is not None:
+            found.append("ε allows")
+    return [*found, *([] if guarantee is None else ["ε at least"])]
+
+
+def _row(attack: Attack, guarantee: Guarantee | None) -> Sequence[str]:
+    """Return one attack as the cells of a table."""
+    cells = [
+        attack.site or "all",
+        attack.name,
+        f"{attack.num_members:,} / {attack.num_others:,}",
+        interval(attack.auc, 3),
+    ]
+    for limit, point in zip(LIMITS, attack.points, strict=True):
+        cells.append(f"needs {round(1 / limit)} non-members" if point is None else percent(point.tpr))
+        if guarantee is not None:
+            cells.append(f"{100 * guarantee.best_tpr(limit):.1f} %")
+    if guarantee is not None:
+        least = [empirical_epsilon(p, guarantee.delta) for p in attack.points if p is not None]
+        cells.append(f"{max(least, default=0.0):.2f}")
+    return cells

@@ -1,0 +1,226 @@
+"""The attacks find what is there, and nothing where there is nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from audited import Audited
+
+import fedspan
+from fedspan.auditing.exposure import Exposure, Extraction
+from fedspan.auditing.findings import extraction_finding
+from fedspan.auditing.inversion import MASKED, RAW, invert
+from fedspan.auditing.messages import FirstRound
+from fedspan.auditing.sources import find_source
+from fedspan.auditing.subject import Loaded
+from fedspan.support.errors import FedspanError
+
+
+def test_a_model_that_knows_its_rows_by_heart_is_found_out(overfitted: Audited) -> None:
+    found = overfitted.dossier.membership
+    for attack in found.whole:
+        assert attack.auc.low > 0.75, attack.name
+    assert found.strongest.succeeds
+    point = found.strongest.points[0]
+    assert point is not None
+    assert point.tpr.low > 0.2
+    assert overfitted.dossier.findings[0].verdict == "found"
+
+
+def test_the_untouched_base_tells_nothing(overfitted: Audited) -> None:
+    control = overfitted.dossier.membership.control
+    assert control.auc.low < 0.5 < control.auc.high
+    assert not overfitted.dossier.membership.differs_before
+
+
+def test_a_private_model_is_not_found_out_and_stays_within_its_bound(private: Audited) -> None:
+    dossier = private.dossier
+    assert not dossier.membership.succeeded
+    assert dossier.guarantee is not None
+    assert dossier.guarantee.epsilon == pytest.approx(json.loads((private.run / "summary.json").read_text())["epsilon"])
+    assert [one.verdict for one in dossier.findings[:2]] == ["not found", "not found"]
+    assert dossier.findings[3].verdict == "not found"
+
+
+def test_a_false_epsilon_is_noticed(overfitted: Audited, tmp_path: Path) -> None:
+    """A run that says it was private although it was not."""
+    claimed = Path(shutil.copytree(overfitted.run, tmp_path / "run"))
+    summary = json.loads((claimed / "summary.json").read_text()) | {"epsilon": 0.5}
+    (claimed / "summary.json").write_text(json.dumps(summary))
+    from fedspan.auditing import findings, sources
+    from fedspan.config import from_mapping
+
+    privacy = {"privacy": {"dp": "example", "noise_multiplier": 1.0}}
+    guarantee, said = sources._privacy(claimed, from_mapping(privacy))
+    answer = findings.guarantee_finding(guarantee, said, overfitted.dossier.membership)
+    assert answer.verdict == "found"
+    assert answer.answer.startswith("NO.")
+
+
+def test_a_canary_that_was_planted_often_is_extracted_and_others_are_not(overfitted: Audited, private: Audited) -> None:
+    found = overfitted.dossier.extraction
+    assert found is not None
+    often = found.planted[0]
+    assert (often.repeats, often.rank, often.extracted) == (30, 1, True)
+    assert often.base_rank > 1
+    assert often in found.found
+    for control in found.controls:
+        assert control.rank > 5
+        assert not control.extracted
+    assert private.dossier.extraction is not None
+    assert not private.dossier.extraction.succeeds
+    assert [x.repeats for x in private.dossier.extraction.planted] == [1, 1]
+
+
+def test_secrets_that_are_noticed_only_together_count() -> None:
+    """Ranks that chance gives singly, and not all at once."""
+    ranks, chance = (16, 19, 26, 66, 17, 22), (319, 106, 199, 12, 80, 319)
+    found, none = (Extraction(tuple(Exposure(1, r, r, 499, None) for r in own)) for own in (ranks, chance))
+    assert not found.found
+    assert found.succeeds
+    assert found.p_value < 1e-3
+    assert not none.succeeds
+    assert extraction_finding(found).verdict == "found"
+    assert extraction_finding(none).verdict == "not found"
+
+
+def test_planted_rows_and_repeated_ones_are_no_members(overfitted: Audited) -> None:
+    """A row that was planted thirty times would be found thirty times."""
+    rows = overfitted.dossier.rows
+    assert rows.num_members == len(rows.members) == 60
+    assert len(fedspan.audit(overfitted.run, messages=False).rows.members) == 63, "once for each site"
+
+
+def test_a_message_as_it_is_gives_rows_away_and_a_masked_one_does_not(overfitted: Audited) -> None:
+    found = overfitted.dossier.inversion
+    assert found is not None
+    raw, masked = found.of(RAW), found.of(MASKED)
+    assert raw is not None
+    assert masked is not None
+    assert raw.auc.low > 0.6
+    assert raw.succeeds
+    assert masked.auc.low < 0.5 < masked.auc.high
+    assert found.one_row is not None
+    assert found.one_row.hits.value > 0.9
+
+
+def test_class_shares_are_read_from_a_message_but_not_through_masks(skewed: Path) -> None:
+    found = fedspan.audit(skewed).inversion
+    assert found is not None
+    labels = {attack.view: attack for attack in found.labels}
+    assert labels[RAW].correlation > 0.7
+    assert labels[RAW].succeeds
+    assert not labels[MASKED].succeeds
+    assert found.leaks
+
+
+def test_a_mixture_of_classes_is_not_mistaken_for_knowledge_of_rows(skewed: Path) -> None:
+    """A message of pure noise tells the rows of a site no better than chance, whatever classes it has most of."""
+    source = find_source(skewed, [], [], [], None, 2000)
+    site = source.rows.sites[0]
+    kept = [np.bincount([rows.targets[i] for i in places], minlength=10) for rows, places in (
+        (source.rows.members, site.members), (source.rows.others, site.others))]  # fmt: skip
+    assert (kept[1] == kept[0] * (kept[1].sum() // kept[0].sum())).all()
+    assert source.work is not None
+    first = FirstRound.of(source.subject.trained, source.work)
+    client = source.work.clients[0]
+    own, theirs = (
+        first.gradients(client, first.loaded.encode(rows.take(places)))
+        for rows, places in ((source.rows.members, site.members), (source.rows.others, site.others))
+    )
+    rng, values = torch.Generator().manual_seed(0), []
+    for _ in range(60):
+        v = torch.randn(own.shape[1], generator=rng)
+        x, y = ((d @ v / d.norm(dim=1)).numpy() for d in (own, theirs))
+        values.append(np.mean(x[:, None] > y[None]))
+    assert abs(np.mean(values) - 0.5) < 0.05
+    assert np.std(values) < 0.1, "with all held-out rows it is twice that"
+
+
+def test_row_losses_are_those_of_an_evaluation(overfitted: Audited, skewed: Path) -> None:
+    for run, test in ((overfitted.run, overfitted.others), (skewed, skewed.parent / "test.jsonl")):
+        source = find_source(run, [], [], [], None, 2000)
+        (losses,) = source.subject.losses([source.rows.others])
+        expected = fedspan.evaluate(run, [test], settings=["evaluation.max_new_tokens=1"]).metrics["loss"]
+        weights = np.ones(len(losses.trained))
+        if source.rows.others.kind == "instruction":
+            weights = np.asarray([len(str(x)) + 1.0 for x in source.rows.others.targets])
+        assert np.average(losses.trained, weights=weights) == pytest.approx(expected, rel=1e-4)
+        assert not np.allclose(losses.trained, losses.base)
+
+
+def test_an_adapter_is_audited_with_files_as_the_run_that_it_is_from(private: Audited) -> None:
+    ours = fedspan.audit(private.run / "adapter", members=[private.members], nonmembers=[private.others])
+    theirs = fedspan.audit(private.run, members=[private.members], nonmembers=[private.others])
+    for x, y in zip(ours.membership.whole, theirs.membership.whole, strict=True):
+        assert x.auc.value == pytest.approx(y.auc.value, abs=1e-2)
+    assert ours.guarantee is None
+    assert ours.inversion is None
+    assert ours.findings[2].verdict == "not tried"
+
+
+def test_rows_of_the_training_are_never_called_non_members(overfitted: Audited, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text(overfitted.members.read_text() + overfitted.others.read_text() + overfitted.others.read_text())
+    found = fedspan.audit(overfitted.run, members=[overfitted.members], nonmembers=[mixed])
+    assert found.rows.num_duplicates == 60 + 100
+    assert len(found.rows.others) == 100
+
+
+def test_what_cannot_be_audited_is_refused(overfitted: Audited, skewed: Path, tmp_path: Path) -> None:
+    run, members, others = overfitted.run, overfitted.members, overfitted.others
+    few = tiny.write_jsonl(tmp_path / "few.jsonl", [json.loads(others.read_text().splitlines()[0])] * 30)
+    sites = Path(shutil.copytree(run, tmp_path / "sites"))
+    (sites / "sites.json").write_text("{}")
+    moved = Path(shutil.copytree(run, tmp_path / "moved"))
+    text = (moved / "config.toml").read_text()
+    (moved / "config.toml").write_text(text.replace(str(run.parent / "planted.jsonl"), str(others)))
+    adapter = skewed / "adapter"
+    nameless = Path(shutil.copytree(adapter, tmp_path / "nameless"))
+    settings = json.loads((nameless / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    (nameless / "adapter_config.json").write_text(json.dumps(settings))
+    cases = [
+        (tmp_path / "nothing", {}, "neither a run"),
+        (run, {"members": [members]}, "--nonmembers is not given"),
+        (run, {"nonmembers": [members]}, "--members is not given"),
+        (run, {"members": [members], "nonmembers": [members]}, "0 non-members"),
+        (run, {"members": [members], "nonmembers": [few]}, "1 non-members"),
+        (run, {"canaries": members}, "no key of canaries"),
+        (run, {"max_rows": 3}, "max_rows = 3"),
+        (adapter, {}, "does not say what it was trained on"),
+        (nameless, {"members": [members], "nonmembers": [others]}, "names no base"),
+        (sites, {}, "federation of real sites"),
+        (moved, {}, "train data of"),
+        (skewed, {"canaries": overfitted.key}, "the key is of instruction data"),
+    ]
+    for where, arguments, message in cases:
+        with pytest.raises(FedspanError, match=message):
+            fedspan.audit(where, **arguments)
+
+
+def test_noise_of_a_repeated_first_round_is_drawn_anew_and_charged_to_nobody(private: Audited) -> None:
+    ledgers = {path: path.read_bytes() for path in (private.run / "privacy").iterdir()}
+    source = find_source(private.run, [], [], [], None, 2000)
+    found = invert(source, 0)
+    assert found is not None
+    assert found.rows
+    assert source.work is not None
+    first = FirstRound.of(source.subject.trained, source.work)
+    client = source.work.clients[0]
+    x, y = (first.message(client, first.update(client)).values for _ in range(2))
+    assert not torch.equal(x, y)
+    assert {path: path.read_bytes() for path in (private.run / "privacy").iterdir()} == ledgers
+
+
+def test_a_base_without_training_is_its_own_reference(overfitted: Audited) -> None:
+    source = find_source(overfitted.run, [], [], [], None, 2000)
+    assert isinstance(source.subject.trained, Loaded)
+    source.subject.final = source.subject.trained.untouched
+    (losses,) = source.subject.losses([source.rows.members])
+    assert np.array_equal(losses.trained, losses.base)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fedspan.algebra import lowrank, scales
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
+from fedspan.methods.distances import Total, measurable
 from fedspan.methods.fedit import check_rank, factors_of, init_factors
 from fedspan.methods.folds import Partial, weighted_mean
 from fedspan.methods.messages import Broadcast, Diagnostics, Request, Template, Tensors
@@ -72,6 +75,32 @@ def flora() -> Method:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Means:
+    """FedIT's means of one module, and what their product lacks."""
+
+    mean: Tensors
+    residual: Patch | None
+    size: float
+    """The residual's norm."""
+    estimated: bool = False
+
+
+def _means(pairs: Sequence[LowRank], shares: Sequence[float], s: float, key: tuple[object, ...]) -> _Means:
+    """Return the means of s_k B_k A_k at scaling s, and the residual T − s B̄ Ā."""
+    mean = LowRank(weighted_mean([x.b for x in pairs], shares), weighted_mean([x.a for x in pairs], shares))
+    tensors = {"a": mean.a, "b": mean.b / s}
+    if len(pairs) == 1:
+        return _Means(tensors, None, 0.0)
+    terms = [LowRank(x.b - mean.b, x.a - pairs[-1].a) for x in pairs[:-1]]
+    residual = patch_sum(None, lowrank.stack(terms, shares[:-1]))
+    if not isinstance(residual, LowRank):
+        return _Means(tensors, residual, float(scales.norms(residual)))
+    if measurable(terms):
+        return _Means(tensors, residual, lowrank.norm(residual))
+    return _Means(tensors, residual, Total(pairs, shares, [mean.a], *key).distance(mean), estimated=True)
+
+
 def fedex_lora() -> Method:
     """FedEx-LoRA: FedIT's means, and the residual T − s B̄Ā added to every client's base.
 
@@ -81,7 +110,8 @@ def fedex_lora() -> Method:
     Source: Singhal et al. 2025, "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation
     Models" (2410.09432).
     Differences: the residual stays low-rank while that is smaller than the matrix. The clients receive T in
-    every gauge, but its split between adapter and patch, and so their further training, is not invariant.
+    every gauge, but its split between adapter and patch, and so their further training, is not invariant. The residual's
+    norm, a diagnostic, is an estimate for many clients of a large layer (`fedspan.methods.distances`).
     """
 
     def broadcast(state: ServerState, request: Request) -> Broadcast:
@@ -93,26 +123,17 @@ def fedex_lora() -> Method:
         s = state.template.scaling(state.template.rank)
         shares = partial.shares()
 
-        def means(name: str) -> tuple[Tensors, Patch | None, float]:
+        def means(name: str) -> _Means:
             # s_k B_k, not B_k: the clients' scalings may differ even where their ranks do not.
-            pairs = partial.deltas(name)
-            mean_b = weighted_mean([x.b for x in pairs], shares)
-            mean = {"a": weighted_mean([x.a for x in pairs], shares), "b": mean_b / s}
-            terms = [LowRank(x.b - mean_b, x.a - pairs[-1].a) for x in pairs[:-1]]
-            if not terms:
-                return mean, None, 0.0
-            residual = patch_sum(None, lowrank.stack(terms, shares[:-1]))
-            return (
-                mean,
-                residual,
-                lowrank.norm(residual) if isinstance(residual, LowRank) else float(scales.norms(residual)),
-            )
+            return _means(partial.deltas(name), shares, s, (state.template.seed, state.round_num, name))
 
         by_module = dict(zip(state.modules, parallel.ordered_map(means, state.modules), strict=True))
-        residuals = {name: residual for name, (_, residual, _) in by_module.items() if residual is not None}
+        residuals = {name: x.residual for name, x in by_module.items() if x.residual is not None}
         log = patches_of(state).append(residuals) if residuals else patches_of(state)
-        diagnostics = {"residual_norm": math.hypot(*(norm for _, _, norm in by_module.values()))}
-        modules = {name: mean for name, (mean, _, _) in by_module.items()}
+        diagnostics = {"residual_norm": math.hypot(*(x.size for x in by_module.values()))}
+        if any(x.estimated for x in by_module.values()):
+            diagnostics["residual_norm_estimated"] = 1.0
+        modules = {name: x.mean for name, x in by_module.items()}
         return advance(state, modules=modules, patches=log, dense=partial.mean_dense()), diagnostics
 
     return Method(

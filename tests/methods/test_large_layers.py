@@ -70,7 +70,7 @@ def test_estimated_distances_scale_by_powers_of_two(pairs: list[LowRank], by: in
 
 @pytest.mark.parametrize("method", ["lora_fair", "lora_fair_ridge", "flora_na", "fedex_lora"])
 def test_large_layers_report_estimates_as_such(pairs: list[LowRank], method: str) -> None:
-    """The record says so, and the figures are within a few hundredths of the measured ones; those of few clients exact."""
+    """The record says so, and they are within a few hundredths of what is measured; those of few clients are exact."""
     state, diagnostics = served(method, pairs)
     whole = lowrank.stack(pairs, SHARES)
     if method == "fedex_lora":

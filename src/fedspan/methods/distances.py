@@ -2,9 +2,9 @@
 
 Shapes: B_k (m, r), A_k (r, n); c = Σ r_k; approximations B̂ Â of rank r.
 
-‖T − X‖_F takes the triangular factor of a QR of c columns, O(c²(m+n)), as much as all the rest of a rule that needs r of
-them. Above the bound of `spectral.prefers_exact` it is read off three products of T with a few columns instead: on an
-orthonormal V (n, q) that holds the rows of every Â, and those that one power step from them finds in T,
+‖T − X‖_F takes the triangular factor of a QR of c columns, O(c²(m+n)), as much as all the rest of a rule that needs
+r of them. Above the bound of `spectral.prefers_exact` it is read off three products of T with a few columns instead: on
+an orthonormal V (n, q) that holds the rows of every Â, and those that one power step from them finds in T,
 
     ‖T − X‖² = ‖(T − X) V‖² + ‖T (I − V Vᵀ)‖²,
 

@@ -110,8 +110,8 @@ def fedex_lora() -> Method:
     Source: Singhal et al. 2025, "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Foundation
     Models" (2410.09432).
     Differences: the residual stays low-rank while that is smaller than the matrix. The clients receive T in
-    every gauge, but its split between adapter and patch, and so their further training, is not invariant. The residual's
-    norm, a diagnostic, is an estimate for many clients of a large layer (`fedspan.methods.distances`).
+    every gauge, but its split between adapter and patch, and so their further training, is not invariant. For many
+    clients of a large layer the residual's norm, a diagnostic, is an estimate (`fedspan.methods.distances`).
     """
 
     def broadcast(state: ServerState, request: Request) -> Broadcast:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
-from fedspan.methods import spectral
+from fedspan.methods import spectral, tall
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, Diagnostics, Factors, Request, Template, Tensors, Update
@@ -314,8 +314,17 @@ def _solve_alike(state: ServerState, modules: Mapping[str, Sums], options: _Glor
     if options.algebra == "exact" or (
         options.algebra == "auto" and (spec.tolerance or spectral.prefers_exact(shape, first.total_rank, spec.rank))
     ):
-        return spectral.solve_exactly(list(modules.values()), spec)
+        return _solve_exactly(list(modules.values()), shape, spec)
     return [spectral.run_procedure(_procedure(state, name, options), sums) for name, sums in modules.items()]
+
+
+def _solve_exactly(modules: Sequence[Sums], shape: tuple[int, int], spec: ApproximationSpec) -> list[Approximation]:
+    found: list[Approximation | None] = [None] * len(modules)
+    if tall.applies(modules[0], shape, spec):
+        found = tall.solve(modules, spec)
+    rest = [sums for sums, x in zip(modules, found, strict=True) if x is None]
+    others = iter(spectral.solve_exactly(rest, spec) if rest else [])
+    return [next(others) if x is None else x for x in found]
 
 
 _BATCH = 2**20

@@ -68,8 +68,8 @@ def lora_fair(penalty: float = 0.01) -> Method:
     Source: Bian et al. 2025, "LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement"
     (2411.14961).
     Differences: the paper's objective is minimised as it stands, where the paper takes gradient steps on it; the
-    reduction to one unknown is ours. For many clients of a large layer (`fedspan.methods.distances`) ‖T‖ is an estimate,
-    usually to a hundredth; it occurs beside λ alone, so that this is a λ that is off by as much.
+    reduction to one unknown is ours. For many clients of a large layer (`fedspan.methods.distances`) ‖T‖ is an
+    estimate, usually to a hundredth; it occurs beside λ alone, so that this is a λ that is off by as much.
 
     Parameters
     ----------

@@ -16,6 +16,7 @@ from torch import Tensor
 from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.messages import Tensors, Update
+from fedspan.methods.products import add_products
 from fedspan.support.errors import FedspanError
 
 Place = tuple[str, str]
@@ -34,6 +35,8 @@ class Partial:
     """Σ n_k · payload_k, for a sum."""
     collected: tuple[Update, ...] = ()
     """The updates themselves, for a method that needs each."""
+    product_sums: Mapping[str, Tensors] = field(default_factory=dict)
+    """Σ n_k s_k B_k A_k by module, for a stream of a method whose result it is; see `fedspan.methods.products`."""
     kinds: Mapping[Place, torch.dtype] = field(default_factory=dict)
     """The types of the means, where they are not those of the sums."""
     joined: Tensor | None = None
@@ -163,7 +166,7 @@ def _single(update: Update, summed: bool) -> Partial:
     sums = {name: {part: values[name, part] for part in p.tensors()} for name, p in modules.items()}
     dense = {name: values["", name] for name in update.dense}
     collected = () if summed else (replace(update, dense={}),)
-    return Partial(1, w, dense, sums, collected, kinds)
+    return Partial(1, w, dense, sums, collected, kinds=kinds)
 
 
 def _add_to_sum(partial: Partial, update: Update) -> Partial:
@@ -179,12 +182,14 @@ def _merge(x: Partial, y: Partial) -> Partial:
     if x.num_clients == 0 or y.num_clients == 0:
         return y if x.num_clients == 0 else x
     dense, sums = _plus(x.dense, y.dense), _plus_modules(x.sums, y.sums)
+    _same_names("modules", x.product_sums, y.product_sums)
     return Partial(
         x.num_clients + y.num_clients,
         x.weight + y.weight,
         dense,
         sums,
         (*x.collected, *y.collected),
+        {name: add_products(held, y.product_sums[name]) for name, held in x.product_sums.items()},
         _kinds(x, y),
     )
 

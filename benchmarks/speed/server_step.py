@@ -3,9 +3,10 @@
     python benchmarks/speed/server_step.py > server_step.jsonl
     python benchmarks/speed/server_step.py --before OLD/src >> server_step.jsonl     # another version, turn by turn
 
-Floors: `read`, every factor once (a sum over them); `core_svd`, the bare SVD of T by thin QRs of the stacked factors and
-their core. The arms take turns, one process each, so that a disturbance affects them all; CPU time, because a machine is
-rarely idle. One thread. With --modules L a step is over L layers, which shows what layers of one shape share.
+Floors: `read`, every factor once (a sum over them); `core_svd`, the bare SVD of T by thin QRs of the stacked factors
+and their core. The versions take turns, one process for each case, so that a disturbance affects
+both; CPU time, because a machine is rarely idle. One thread. With --modules L a step is over L layers, which shows what
+layers of one shape share.
 """
 
 from __future__ import annotations

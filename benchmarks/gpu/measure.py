@@ -37,6 +37,9 @@ from fedspan.client import calibration, cohort, grouping
 from fedspan.client.training import Assignment, TrainingSettings
 from fedspan.config import from_mapping
 from fedspan.data import Encoded
+from fedspan.methods import METHODS
+from fedspan.methods.base import aggregate
+from fedspan.methods.messages import Factors, Template, Update
 from fedspan.models import FederatedModel, attention_kernel
 from fedspan.models.counted_dropout import CountedDropout, mask, masked, step_seeds
 from fedspan.runs import checkpoint
@@ -319,7 +322,43 @@ def attention(device: torch.device) -> dict[str, Any]:
     return {"distances": distances}
 
 
-PARTS = {"passes": passes, "run": runs, "parity": parities, "profile": profiles}
+SEVEN_B = {
+    **{f"layer{i}.{name}": (4096, 4096) for i in range(32) for name in "qkvo"},
+    **{f"layer{i}.{name}": (11008, 4096) for i in range(32) for name in ("gate", "up")},
+    **{f"layer{i}.down": (4096, 11008) for i in range(32)},
+}
+"""The 224 linear layers of a model of 7B."""
+
+
+def server_step(device: torch.device, name: str, num_clients: int, rank: int = 16) -> dict[str, Any]:
+    """Time a server's step over the factors of all clients, which are on the device, and reading them once."""
+    random_numbers = torch.Generator(device).manual_seed(0)
+
+    def factors(m: int, n: int) -> Factors:
+        b = torch.randn((m, rank), device=device, generator=random_numbers)
+        return Factors(b, torch.randn((rank, n), device=device, generator=random_numbers), 1.0)
+
+    method = METHODS[name]()
+    state = method.init(Template(SEVEN_B, rank), {})
+    updates = [
+        Update(f"client-{i:04d}", 1.0, {layer: factors(*shape) for layer, shape in SEVEN_B.items()}, {})
+        for i in range(num_clients)
+    ]
+    tensors = [t for update in updates for f in update.modules.values() for t in f.tensors().values()]
+    whole = seconds(device, lambda: aggregate(method, state, updates), 3)
+    reading = seconds(device, lambda: torch._foreach_norm(tensors), 3)["seconds"]
+    return whole | {"reading_seconds": reading, "bytes": sum(t.numel() for t in tensors) * 4}
+
+
+def servers(lines: Lines, device: torch.device, folder: Path) -> None:
+    """Measure server steps over all layers of a model of 7B: few clients, whose layers share calls, and many."""
+    for name in ("glora", "flexlora", "fedit"):
+        for count in (3, 10, 100):
+            case = f"{name}, 224 layers, {count} clients"
+            lines.measure("server", case, lambda n=name, k=count: server_step(device, n, k))
+
+
+PARTS = {"server": servers, "passes": passes, "run": runs, "parity": parities, "profile": profiles}
 
 
 def main() -> None:

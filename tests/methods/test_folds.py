@@ -11,10 +11,10 @@ import pytest
 import torch
 from federations import Case, array, build, encoded, served
 
-from fedspan.methods import METHODS, glora
+from fedspan.methods import METHODS, folds, glora
 from fedspan.methods.base import aggregate
 from fedspan.methods.folds import COLLECT, SUM, Fold, Partial, weighted_mean
-from fedspan.methods.messages import Update, Vector
+from fedspan.methods.messages import Factors, Update, Vector
 from fedspan.methods.queries import Contribution, Query, Sums, own_contribution
 from fedspan.streaming import aggregate_stream
 
@@ -124,3 +124,39 @@ def test_in_place_is_the_same_to_the_bit(fold: Fold) -> None:
         assert all(torch.equal(value, owned.places()[key]) for key, value in pure.places().items())
     assert all(value.dtype == torch.float32 for value in tensors(owned).values())
     assert len(owned.collected) == (0 if fold is SUM else 4)
+
+
+def test_small_sums_are_joined_without_a_change_of_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Σ n_k x_k of many small tensors is one vector, added to in few calls: the bits are those of tensor by tensor."""
+    rng = torch.Generator().manual_seed(0)
+
+    def update(i: int) -> Update:
+        drawn = [(torch.randn(9, 2, generator=rng), torch.randn(2, 7 + j, generator=rng)) for j in range(5)]
+        modules = {f"m{j}": Factors(b, a, 1.0) for j, (b, a) in enumerate(drawn)}
+        head = torch.randn(3, 4, generator=rng).to(torch.bfloat16)
+        return Update(f"c{i}", 1.5 + i, modules, {"head": head})
+
+    updates = [update(i) for i in range(4)]
+
+    def folded() -> Partial:
+        partial = Partial()
+        for one in updates:
+            partial = SUM.add_in_place(partial, one)
+        return partial
+
+    joined = folded()
+    assert joined.joined is not None
+    monkeypatch.setattr(folds, "_RUN", {"cpu": 30})  # some tensors a call, some alone
+    pieces = folded()
+    monkeypatch.setattr(folds, "_JOINED_BELOW", 0)
+    plain = folded()
+    assert plain.joined is None
+    for other in (joined, pieces):
+        assert other.kinds == plain.kinds
+        assert all(torch.equal(x, plain.places()[place]) for place, x in other.places().items())
+    # The sum of two servers belongs to neither of them.
+    both = SUM.merge(joined, pieces)
+    assert both.joined is None
+    before = joined.places()[("", "head")].clone()
+    SUM.add_in_place(both, updates[0])
+    assert torch.equal(joined.places()[("", "head")], before)

@@ -6,6 +6,34 @@ from mutant import Mutant
 
 ALGEBRA = [
     Mutant(
+        "a tall layer's votes that tie are decided by rounding",
+        "methods/tall.py",
+        "safe = safe & ~close[:, first : spec.rank].any(dim=1)",
+        "safe = safe & ~close[:, first : spec.rank].all(dim=1)",
+        "tests/methods/test_tall.py::test_the_undecided_and_inaccurate_are_given_back",
+    ),
+    Mutant(
+        "the probes of an estimated distance see what is measured exactly",
+        "methods/distances.py",
+        "probes = probes - v @ (v.mT @ probes)",
+        "probes = probes - 0 * v @ (v.mT @ probes)",
+        "tests/methods/test_large_layers.py::test_estimated_distances_are_unbiased_and_their_differences_exact",
+    ),
+    Mutant(
+        "weights from inner products fit T and not what the shares leave of it",
+        "methods/factor_weights.py",
+        "lacking = (seen - m[..., None]) * shares",
+        "lacking = seen * shares",
+        "tests/methods/test_large_layers.py::test_weights_from_inner_products_are_those_from_bases",
+    ),
+    Mutant(
+        "a stream's sum of products holds the factors of all clients",
+        "methods/products.py",
+        "if c * (m + n) < math.prod((m, n)):",
+        "if c * (m + n) >= 0:",
+        "tests/streaming/test_product_streams.py::test_a_large_stream_holds_the_matrix_and_no_more",
+    ),
+    Mutant(
         "a column space is taken for full where rounding may have made it so",
         "algebra/subspace.py",
         "safe = (worst_b < limit) & (worst_a < limit) & (certain > rounding)",
@@ -22,7 +50,7 @@ ALGEBRA = [
     Mutant(
         "near-ties are taken for decided",
         "algebra/ties.py",
-        "(gaps < _REACH * tie_width(eps)).any()",
+        "(gaps < reach(eps)).any()",
         "(gaps < 1e-3 * tie_width(eps)).any()",
         "tests/methods/test_ties.py::test_tied_votes_see_no_gauge "
         "tests/methods/test_ties.py::test_the_choice_is_smooth_in_the_votes",

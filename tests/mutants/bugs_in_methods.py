@@ -92,8 +92,8 @@ METHODS = [
     Mutant(
         "LoRA-FAIR: what is lacking is taken from zero, not from the mean",
         "methods/lora_fair.py",
-        "x.b @ ((x.a - mean.a) @ mean.a.mT)",
-        "x.b @ (x.a @ mean.a.mT)",
+        "pair.b @ ((pair.a - x.mean.a) @ x.mean.a.mT)",
+        "pair.b @ (pair.a @ x.mean.a.mT)",
         "tests/methods/test_field.py::test_the_ridge_form_is_its_closed_form",
     ),
     Mutant(
@@ -107,8 +107,8 @@ METHODS = [
     Mutant(
         "FLoRA-NA solves for p alone",
         "methods/flora_na.py",
-        'q = _best(a.mT, b.mT, torch.einsum("k,kij->ji", p, b), weights)',
-        "q = weights",
+        'q = _best(a.mT, b.mT, torch.einsum("k,kij->ji", p, b), shares)',
+        "q = shares",
         "tests/methods/test_field.py::test_flora_na_solves_each_half_exactly "
         "tests/methods/test_field.py::test_flora_na_is_never_farther_than_fedit_and_each_sweep_helps",
     ),

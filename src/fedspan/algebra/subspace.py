@@ -95,26 +95,52 @@ def _whitened(
 ) -> dict[int, Span]:
     """Return the spans of those members, all of one rank and type, for which Grams in that precision are accurate."""
     kind = torch.promote_types(terms[members[0]].b.dtype, torch.float32)
-    left, z, worst_b, size_b = _triangle(_grams([terms[i].b for i in members], dtype or kind))
-    right, _, worst_a, size_a = _triangle(_grams([terms[i].a.mT for i in members], dtype or kind))
-    sizes = size_b * size_a  # (k, r)
-    # σ_min(B A) ≥ σ_min of the scaled B × the smallest term × σ_min of the scaled A; σ_1 and term_size ≤ Σ sizes.
-    certain = sizes.min(dim=1).values / (worst_b * worst_a).sqrt()
-    rounding = 4 * sizes.shape[1] * torch.finfo(kind).eps * sizes.sum(dim=1)
+    grams_b = _grams([terms[i].b for i in members], dtype or kind)
+    grams_a = _grams([terms[i].a.mT for i in members], dtype or kind)
     limit = _WORST if dtype is None else _WORST_WIDER
-    # Not >=, or a product of zeros would pass; a NaN fails.
-    safe = (worst_b < limit) & (worst_a < limit) & (certain > rounding)
+    z, safe, worst_b, size_b, size_a = whitened(grams_b, grams_a, torch.finfo(kind).eps, limit, max_rank)
     if dtype is None:
         safe &= _ordinary(size_b) & _ordinary(size_a)
-    if max_rank is not None and max_rank < z.shape[2]:
-        z[safe] @= torch.linalg.svd(left[safe] @ right[safe].mT)[0]
-        z = z[:, :, :max_rank]
     plain = _ordinary(size_b) & (worst_b < _WORST_FACTORED)
     return {
         i: Span(terms[i].b, basis.to(kind)) if factored else _spanned((terms[i].b.double() @ basis).to(kind))
         for i, basis, ok, factored in zip(members, z, safe.tolist(), plain.tolist(), strict=True)
         if ok
     }
+
+
+def whitened(
+    grams_b: Tensor, grams_a: Tensor, eps: float, limit: float = _WORST_WIDER, max_rank: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return Z (k, r, q) with B·Z an orthonormal basis of col(B·A), where it is safe, by Gram matrices (k, r, r).
+
+    Parameters
+    ----------
+    grams_b, grams_a
+        BᵀB and A Aᵀ of k products, in float64.
+    eps
+        The rounding of the factors.
+    limit
+        The largest ‖G⁻¹‖ of a Gram matrix with unit diagonal that is whitened.
+
+    Returns
+    -------
+    tuple[Tensor, ...]
+        Z; the mask (k,) of the products of full rank for which it is accurate; ‖G⁻¹‖ of B; the lengths (k, r) of the
+        columns of B and of the rows of A.
+    """
+    left, z, worst_b, size_b = _triangle(grams_b)
+    right, _, worst_a, size_a = _triangle(grams_a)
+    sizes = size_b * size_a  # (k, r)
+    # σ_min(B A) ≥ σ_min of the scaled B × the smallest term × σ_min of the scaled A; σ_1 and term_size ≤ Σ sizes.
+    certain = sizes.min(dim=1).values / (worst_b * worst_a).sqrt()
+    rounding = 4 * sizes.shape[1] * eps * sizes.sum(dim=1)
+    # Not >=, or a product of zeros would pass; a NaN fails.
+    safe = (worst_b < limit) & (worst_a < limit) & (certain > rounding)
+    if max_rank is not None and max_rank < z.shape[2]:
+        cores = torch.where(safe[:, None, None], left @ right.mT, torch.zeros_like(left))
+        z = (z @ torch.linalg.svd(cores)[0])[:, :, :max_rank]
+    return z, safe, worst_b, size_b, size_a
 
 
 def _spanned(q: Tensor) -> Span:

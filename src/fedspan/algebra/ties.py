@@ -29,12 +29,17 @@ def tie_width(eps: float) -> float:
     return float(eps**0.4)
 
 
+def reach(eps: float) -> float:
+    """Return the distance of two eigenvalues below which their directions mix."""
+    return _REACH * tie_width(eps)
+
+
 def undecided(values: Tensor, rank: int, in_order: bool, eps: float) -> bool:
     """Return whether ties decide which directions are the first `rank`, or with `in_order` what their order is."""
     gaps = (values[:-1] - values[1:])[:rank]
     if not in_order:
         gaps = gaps[rank - 1 :]
-    return bool((gaps < _REACH * tie_width(eps)).any())
+    return bool((gaps < reach(eps)).any())
 
 
 def settled(values: Tensor, g: Tensor, rank: int, eps: float) -> Tensor:

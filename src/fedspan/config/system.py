@@ -67,6 +67,9 @@ class EngineConfig(Section):
     prefix_cache: Annotated[int, Field(ge=0)] = 512
     """Memory of one process for the output of the lowest layers, in MiB; 0: none. Where no layer below the first
     with an adapter (`adapter.layers`) trains or drops anything, they are computed once for each example. On a CPU."""
+    round_memory: PositiveFloat | Literal["auto"] = "auto"
+    """Memory for the updates of a round, where the method needs all of them at once, in GiB; those beyond it wait in
+    files in the run's folder, and the results have the same bits. `auto`: half of the memory that is free."""
     compile: bool = False
     """Compile the base's forward and backward passes: half a minute at the start, faster steps afterwards."""
     precision: Literal["float32", "bfloat16", "auto"] = "float32"

@@ -11,6 +11,7 @@ from typing import Any
 from fedspan.client.training import LocalResult
 from fedspan.federation.clients import Client
 from fedspan.federation.exchange import DIVERGED, Answer, Question, Sites, Work, begin, sum_layout
+from fedspan.federation.round_spool import RoundSpool
 from fedspan.federation.server_step import StepFailed, take_step
 from fedspan.federation.simulated import SimulatedClients
 from fedspan.federation.tally import RoundTally
@@ -77,6 +78,7 @@ def run_round(
     min_success: int = 1,
     on_client: Callable[[Client, LocalResult, int], None] | None = None,
     observe: Observe | None = None,
+    spool: RoundSpool | None = None,
 ) -> tuple[RunState, dict[str, Any]]:
     """Conduct a round with clients that live in this process and whose local work is `work`; see `conduct`."""
 
@@ -85,7 +87,16 @@ def run_round(
             on_client(answer.client, answer.result, done)
 
     simulated = SimulatedClients(method, work, run_state.client_states, weighting=weighting)
-    return conduct(method, run_state, cohort, simulated, min_success=min_success, on_answer=on_answer, observe=observe)
+    return conduct(
+        method,
+        run_state,
+        cohort,
+        simulated,
+        min_success=min_success,
+        on_answer=on_answer,
+        observe=observe,
+        spool=spool,
+    )
 
 
 def conduct(
@@ -99,6 +110,7 @@ def conduct(
     screen: Screen | None = None,
     on_answer: OnAnswer | None = None,
     observe: Observe | None = None,
+    spool: RoundSpool | None = None,
 ) -> tuple[RunState, dict[str, Any]]:
     """Broadcast, train, fold and finish, for every exchange of the round.
 
@@ -112,6 +124,8 @@ def conduct(
         Learn nothing but the sum of an exchange's answers.
     screen
         Filters the answers before they are folded.
+    spool
+        Holds the updates that memory does not, where the method needs all of them at once; none: memory does.
 
     Returns
     -------
@@ -124,7 +138,7 @@ def conduct(
         When fewer than `min_success` updates were valid. With 0, which few methods can take, a round may be empty.
     """
     # Everything that a round changes is held in `_Round`: where it fails, the caller's state is as before.
-    run = _Round(method, sites, sums, screen, on_answer, observe is not None, run_state)
+    run = _Round(method, sites, sums, screen, on_answer, observe is not None, run_state, spool)
     active = sorted(cohort, key=lambda c: c.client_id)
     due = [number for number, exchange in enumerate(method.exchanges) if exchange.due(run.round_num)]
     for place, (number, following) in enumerate(zip(due, (*due[1:], None), strict=True)):
@@ -154,9 +168,10 @@ class _Round:
         on_answer: OnAnswer | None,
         observed: bool,
         run_state: RunState,
+        spool: RoundSpool | None,
     ) -> None:
         self.method, self.sites, self.sums, self.screen = method, sites, sums, screen
-        self.on_answer, self.observed = on_answer, observed
+        self.on_answer, self.observed, self.spool = on_answer, observed, spool
         self.state = self.before = run_state.state
         self.run_state = run_state
         self.round_num = run_state.state.round_num
@@ -293,6 +308,8 @@ class _Round:
             with self.tally.server():
                 # The partial was begun by this exchange, and nothing else holds it.
                 self.partial = question.exchange.fold.add_in_place(self.partial, update)
+                if self.spool is not None:
+                    self.partial = self.spool.shed(self.partial)
 
     def _screened(
         self, question: Question, screen: Screen, answers: list[Answer], broadcasts: _Broadcasts

@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.folds import Exchange, Partial
 from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Request, Template, Tensors, Update
 from fedspan.methods.patches import PatchLog
@@ -82,6 +83,20 @@ class Direct:
     """Return the state with these values; the names and shapes are those of `read`."""
 
 
+@dataclass(frozen=True, slots=True)
+class ProductSums:
+    """A second form of a `finish` whose result is made of Σ p_k s_k B_k A_k itself, for a stream of updates."""
+
+    finish: Callable[[ServerState, Partial], tuple[ServerState, Diagnostics]]
+    """Runs on the `product_sums` of all updates."""
+    of: Callable[[ServerState, Partial], tuple[ServerState, Diagnostics]]
+    """The method's own `finish`: where a wrapper has put another in its place, this is no second form of that."""
+    term: Callable[[Update, str], LowRank]
+    """s_k B_k A_k by update and module."""
+    factors: bool = False
+    """Σ n_k s_k B_k and Σ n_k A_k are asked for too, as the sums "b" and "a"."""
+
+
 def _as_sent(broadcast: Broadcast, client_state: ClientState | None) -> Broadcast:
     return broadcast
 
@@ -112,6 +127,9 @@ class Method:
     finish_by_queries: Callable[[ServerState], QueryProcedure] | None = None
     """The same rule as `finish` through sums alone, for updates that are not held at once; none: a method whose fold
     is a sum needs no second form, and one whose result grows with the clients cannot have it."""
+    product_sums: ProductSums | None = None
+    """The same rule as `finish` in one pass of running sums, where the result itself grows with the clients, up to the
+    size of the matrix."""
     contributions: Callable[[ServerState], ContributionOf] = _own_contributions
     """The X_k that these queries are about, by update and module, for `queries.partial_sums`."""
     lasting: bool = False
@@ -121,6 +139,11 @@ class Method:
     """A client may give up the last components of its adapter and answer with the leading ones alone."""
     vector: Direct | None = None
     """None where a server optimizer would act on factor pairs, so that its result would depend on their gauge."""
+
+    @property
+    def sums_products(self) -> bool:
+        """True where a stream of updates is aggregated by running sums of their products."""
+        return self.product_sums is not None and self.product_sums.of is self.finish
 
     @property
     def secure_sum(self) -> bool:

@@ -15,10 +15,14 @@ from torch import Tensor
 from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import Method
+from fedspan.methods.factor_weights import chosen_by_grams
 from fedspan.methods.fedit import fedit
 from fedspan.methods.folds import weighted_mean
-from fedspan.methods.lora_fair import nearer
+from fedspan.methods.lora_fair import Round, nearer
 from fedspan.support.errors import FedspanError
+
+_GRAMS_FROM = 192
+"""Σ r_k above which inner products of the factors replace bases of them: a QR of every sweep costs K times as much."""
 
 
 def flora_na(sweeps: int = 10) -> Method:
@@ -41,17 +45,28 @@ def flora_na(sweeps: int = 10) -> Method:
     if sweeps < 1:
         raise FedspanError(f"method.sweeps = {sweeps}: expected at least 1")
 
-    def refine(pairs: Sequence[LowRank], shares: Sequence[float], mean: LowRank) -> LowRank:
-        weights = torch.tensor(shares, dtype=torch.float64, device=mean.b.device)
-        # On bases of all the clients' columns and rows the same problem has at most Σ r_k of each.
-        b, a = _on_a_basis([x.b for x in pairs]), _on_a_basis([x.a.mT for x in pairs]).mT  # (K, ·, r), (K, r, ·)
-        p = q = weights
-        for _ in range(sweeps):
-            p = _best(b, a, torch.einsum("k,kij->ij", q, a), weights)
-            q = _best(a.mT, b.mT, torch.einsum("k,kij->ji", p, b), weights)
-        return LowRank(weighted_mean([x.b for x in pairs], p.tolist()), weighted_mean([x.a for x in pairs], q.tolist()))
+    def refine(x: Round) -> LowRank:
+        shares = torch.tensor(x.shares, dtype=torch.float64, device=x.mean.b.device)
+        p, q = _chosen(x.pairs, shares, sweeps)
+        means = [weighted_mean([pair.b for pair in x.pairs], p.tolist())]
+        means.append(weighted_mean([pair.a for pair in x.pairs], q.tolist()))
+        return LowRank(*means)
 
     return nearer(replace(fedit().info, name="flora_na", title="FLoRA-NA", paper="2509.26399"), refine)
+
+
+def _chosen(pairs: Sequence[LowRank], shares: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
+    """Return p and q (K,)."""
+    columns = sum(x.rank for x in pairs)
+    if _GRAMS_FROM < columns < min(pairs[0].shape):
+        return chosen_by_grams([x.b for x in pairs], [x.a.mT for x in pairs], shares, sweeps)
+    # On bases of all the clients' columns and rows the same problem has at most Σ r_k of each.
+    b, a = _on_a_basis([x.b for x in pairs]), _on_a_basis([x.a.mT for x in pairs]).mT  # (K, ·, r), (K, r, ·)
+    p = q = shares
+    for _ in range(sweeps):
+        p = _best(b, a, torch.einsum("k,kij->ij", q, a), shares)
+        q = _best(a.mT, b.mT, torch.einsum("k,kij->ji", p, b), shares)
+    return p, q
 
 
 def _on_a_basis(factors: Sequence[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ added to in place where the caller owns them, in pieces that stay in the cache, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.messages import Tensors, Update
+from fedspan.methods.products import add_products
 from fedspan.support.errors import FedspanError
 
 Place = tuple[str, str]
@@ -34,8 +35,13 @@ class Partial:
     """Σ n_k · payload_k, for a sum."""
     collected: tuple[Update, ...] = ()
     """The updates themselves, for a method that needs each."""
+    product_sums: Mapping[str, Tensors] = field(default_factory=dict)
+    """Σ n_k s_k B_k A_k by module, for a stream of a method whose result it is; see `fedspan.methods.products`."""
     kinds: Mapping[Place, torch.dtype] = field(default_factory=dict)
     """The types of the means, where they are not those of the sums."""
+    joined: Tensor | None = None
+    """All running sums one after the other, where they are views of one tensor, so that they are added to in few calls;
+    in the order of `places`. Only a partial's one owner has it."""
 
     def mean_dense(self) -> Tensors:
         """Return Σ p_k x_k over the participants."""
@@ -105,8 +111,8 @@ _PIECE = 2**15
 
 
 def _add(total: Tensor, x: Tensor, weight: float) -> Tensor:
-    """Add w·x to a sum in place, in pieces: a whole x would be copied to float64 first."""
-    if x.numel() <= _PIECE:
+    """Add w·x to a sum in place, in pieces on a CPU: a whole x would be copied to float64 first."""
+    if x.numel() <= _PIECE or x.device.type != "cpu":
         return total.add_(_times(x, weight))
     flat, values = total.view(-1), x.reshape(-1)
     for start in range(0, len(flat), _PIECE):
@@ -160,7 +166,7 @@ def _single(update: Update, summed: bool) -> Partial:
     sums = {name: {part: values[name, part] for part in p.tensors()} for name, p in modules.items()}
     dense = {name: values["", name] for name in update.dense}
     collected = () if summed else (replace(update, dense={}),)
-    return Partial(1, w, dense, sums, collected, kinds)
+    return Partial(1, w, dense, sums, collected, kinds=kinds)
 
 
 def _add_to_sum(partial: Partial, update: Update) -> Partial:
@@ -176,12 +182,14 @@ def _merge(x: Partial, y: Partial) -> Partial:
     if x.num_clients == 0 or y.num_clients == 0:
         return y if x.num_clients == 0 else x
     dense, sums = _plus(x.dense, y.dense), _plus_modules(x.sums, y.sums)
+    _same_names("modules", x.product_sums, y.product_sums)
     return Partial(
         x.num_clients + y.num_clients,
         x.weight + y.weight,
         dense,
         sums,
         (*x.collected, *y.collected),
+        {name: add_products(held, y.product_sums[name]) for name, held in x.product_sums.items()},
         _kinds(x, y),
     )
 
@@ -207,12 +215,53 @@ def _in_place(partial: Partial, update: Update, summed: bool) -> Partial:
     values = {place: x for place, x in update.named_tensors().items() if summed or not place[0]}
     if partial.num_clients == 0 or not _fits(totals, values, partial.kinds):
         # Makes new tensors, which belong to the partial and may be added to; or says why the update does not fit.
-        return _merge(partial, _single(update, summed))
+        return _joined(_merge(replace(partial, joined=None), _single(update, summed)))
     w = update.num_examples
-    for place, x in values.items():
-        _add(totals[place], x, w)
+    if partial.joined is None:
+        for place, x in values.items():
+            _add(totals[place], x, w)
+    else:
+        _add_joined(partial.joined, [values[place] for place in totals], w)
     collected = partial.collected if summed else (*partial.collected, replace(update, dense={}))
     return replace(partial, num_clients=partial.num_clients + 1, weight=partial.weight + w, collected=collected)
+
+
+_JOINED_BELOW = 3 * 2**10
+"""The mean number of entries below which the sums of a CPU are joined: the calls then cost more than a copy."""
+_RUN = {"cpu": _PIECE}
+_LONGEST_RUN = 2**27
+"""Numbers that are added at once on other devices, which have no cache to stay in and wait for every call."""
+
+
+def _joined(partial: Partial) -> Partial:
+    """Return the partial with its sums as views of one tensor, where that saves time."""
+    totals = partial.places()
+    devices = {(x.device, x.dtype) for x in totals.values()}
+    numbers = sum(x.numel() for x in totals.values())
+    if len(devices) != 1 or len(totals) < 2 or {x.dtype for x in totals.values()} != {torch.float64}:
+        return partial
+    if next(iter(devices))[0].type == "cpu" and numbers >= _JOINED_BELOW * len(totals):
+        return partial
+    whole = torch.cat([x.reshape(-1) for x in totals.values()])
+    parts = torch.split(whole, [x.numel() for x in totals.values()])
+    views = {place: part.view(x.shape) for (place, x), part in zip(totals.items(), parts, strict=True)}
+    dense = {name: views["", name] for name in partial.dense}
+    sums = {name: {part: views[name, part] for part in held} for name, held in partial.sums.items()}
+    return replace(partial, dense=dense, sums=sums, joined=whole)
+
+
+def _add_joined(whole: Tensor, values: Sequence[Tensor], weight: float) -> None:
+    """Add w·x to all sums, as many of them in one call as are added at once."""
+    longest = _RUN.get(whole.device.type, _LONGEST_RUN)
+    run: list[Tensor] = []
+    start = length = 0
+    for x in values:
+        if run and length + x.numel() > longest:
+            _add(whole[start : start + length], torch.cat(run), weight)
+            start, run, length = start + length, [], 0
+        run.append(x.reshape(-1))
+        length += x.numel()
+    _add(whole[start : start + length], torch.cat(run), weight)
 
 
 def _fits(totals: Mapping[Place, Tensor], values: Mapping[Place, Tensor], kinds: Mapping[Place, torch.dtype]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
-from fedspan.methods import spectral
+from fedspan.methods import spectral, tall
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, Diagnostics, Factors, Request, Template, Tensors, Update
@@ -193,7 +193,7 @@ def _product_server(info: MethodInfo, options: _GloraOptions) -> Method:
         def sums(name: str) -> Sums:
             return Sums([contribution_of(u, name) for u in partial.collected], weights)
 
-        approximations = _solve(state, sums, len(weights), options)
+        approximations = _solve(state, sums, len(weights), options, _device_type(partial))
         step = _with_momentum(state, step_of(approximations, options.server_rank == "auto"), options)
         return advance(state, modules=step.modules, dense=partial.mean_dense()), step.diagnostics
 
@@ -287,7 +287,7 @@ def _with_momentum(state: ServerState, step: ServerStep, options: _GloraOptions)
 
 
 def _solve(
-    state: ServerState, sums: Callable[[str], Sums], num_clients: int, options: _GloraOptions
+    state: ServerState, sums: Callable[[str], Sums], num_clients: int, options: _GloraOptions, device: str
 ) -> dict[str, Approximation]:
     """Return U·C of every module by the algebra of its shape; one batch of modules is held at a time."""
 
@@ -301,7 +301,7 @@ def _solve(
             solved |= zip(modules, _solve_alike(state, modules, options), strict=True)
         return solved
 
-    batches = _batches(state.template, num_clients)
+    batches = _batches(state.template, num_clients, _BATCH.get(device, _LARGE_BATCH))
     by_name = {name: x for solved in parallel.ordered_map(solve, batches) for name, x in solved.items()}
     return {name: by_name[name] for name in state.modules}
 
@@ -314,21 +314,39 @@ def _solve_alike(state: ServerState, modules: Mapping[str, Sums], options: _Glor
     if options.algebra == "exact" or (
         options.algebra == "auto" and (spec.tolerance or spectral.prefers_exact(shape, first.total_rank, spec.rank))
     ):
-        return spectral.solve_exactly(list(modules.values()), spec)
+        return _solve_exactly(list(modules.values()), shape, spec)
     return [spectral.run_procedure(_procedure(state, name, options), sums) for name, sums in modules.items()]
 
 
-_BATCH = 2**20
+def _solve_exactly(modules: Sequence[Sums], shape: tuple[int, int], spec: ApproximationSpec) -> list[Approximation]:
+    found: list[Approximation | None] = [None] * len(modules)
+    if tall.applies(modules[0], shape, spec):
+        found = tall.solve(modules, spec)
+    rest = [sums for sums, x in zip(modules, found, strict=True) if x is None]
+    others = iter(spectral.solve_exactly(rest, spec) if rest else [])
+    return [next(others) if x is None else x for x in found]
+
+
+_BATCH = {"cpu": 2**20}
 """Numbers in the stacked factors of a batch: small layers share calls, large ones fill the caches alone."""
+_LARGE_BATCH = 2**28
+"""The same on other devices, which have no cache to stay in: 1 GiB of float32 factors, and twice that in float64."""
 
 
-def _batches(template: Template, num_clients: int) -> Iterable[list[str]]:
-    """Yield modules of one shape, as many at a time as fit `_BATCH` if every client has the largest rank."""
+def _device_type(partial: Partial) -> str:
+    """Return the type of the device that the updates are on."""
+    payloads = (payload for update in partial.collected for payload in update.modules.values())
+    first = next(payloads, None)
+    return "cpu" if first is None else next(iter(first.tensors().values())).device.type
+
+
+def _batches(template: Template, num_clients: int, room: int) -> Iterable[list[str]]:
+    """Yield modules of one shape, as many at a time as fit `room` if every client has the largest rank."""
     groups: dict[tuple[int, int], list[str]] = {}
     for name, shape in template.modules.items():
         groups.setdefault(shape, []).append(name)
     for shape, names in groups.items():
-        size = max(1, _BATCH // max(num_clients * template.rank * sum(shape), 1))
+        size = max(1, room // max(num_clients * template.rank * sum(shape), 1))
         yield from (names[i : i + size] for i in range(0, len(names), size))
 
 

@@ -98,8 +98,8 @@ def solve_exactly(modules: Sequence[Sums], spec: ApproximationSpec) -> list[Appr
         u, c = _ordered(u, c)
     ranks = u.any(dim=-2).sum(dim=-1).tolist()
     results = zip(u, c, ranks, lost.tolist(), _squares(y).tolist(), strict=True)
-    found = [_within(spec, Approximation(_first(u, c, rank), out, size)) for u, c, rank, out, size in results]
-    return [_shifted(x, e) for x, e in zip(found, shifts, strict=True)]
+    found = [within(spec, Approximation(_first(u, c, rank), out, size)) for u, c, rank, out, size in results]
+    return [shifted(x, e) for x, e in zip(found, shifts, strict=True)]
 
 
 def _stacked(sums: Sums) -> tuple[LowRank, int]:
@@ -109,7 +109,7 @@ def _stacked(sums: Sums) -> tuple[LowRank, int]:
     return lowrank.stack([x for x, _ in pairs], [math.ldexp(w, -e) for _, w in pairs]), e
 
 
-def _shifted(x: Approximation, e: int) -> Approximation:
+def shifted(x: Approximation, e: int) -> Approximation:
     """Return 2^e times an approximation; a FedspanError where its type cannot hold that."""
     if e == 0:
         return x
@@ -164,7 +164,7 @@ def _consensus(
         own = [q if q.shape[1] == widest else torch.nn.functional.pad(q, (0, widest - q.shape[1])) for q in own]
         stacked.append(_batch(own) * root)
     u, s = lowrank.left_singular(torch.cat(stacked, dim=-1), spec.rank)
-    u, eps = _cut(u, s), _votes_eps(s.dtype)
+    u, eps = _cut(u, s), votes_eps(s.dtype)
     for i, votes in enumerate(s):
         named = votes[lowrank.above_rounding(votes)]
         if ties.undecided(named.square(), spec.rank, not spec.ordered, eps):
@@ -184,10 +184,10 @@ def _by_energy(pairs: Sequence[LowRank], roots: Sequence[float], spec: Approxima
     kind = total.b.dtype
     named = lowrank.above_rounding(s, eps=torch.finfo(kind).eps)
     w, votes = w[:, named[: w.shape[1]]], s[named].square()
-    return w @ ties.settled(votes, (w.mT @ total.b.double()) @ total.a.double(), spec.rank, _votes_eps(kind))
+    return w @ ties.settled(votes, (w.mT @ total.b.double()) @ total.a.double(), spec.rank, votes_eps(kind))
 
 
-def _votes_eps(kind: torch.dtype) -> float:
+def votes_eps(kind: torch.dtype) -> float:
     """Return the rounding of votes that tie, computed from factors of that type in float64: of second order in theirs.
 
     One client's are 1 however its factors were rounded, and those of clients that share a space differ by the square of
@@ -209,7 +209,7 @@ def arranged(u: Tensor, c: Tensor) -> LowRank:
     return _first(turned, rows, int(turned.any(dim=0).sum()))
 
 
-def _within(spec: ApproximationSpec, x: Approximation) -> Approximation:
+def within(spec: ApproximationSpec, x: Approximation) -> Approximation:
     """Return the fewest leading directions that leave out at most the tolerance's share of T (or all of them)."""
     if spec.tolerance is None:
         return x

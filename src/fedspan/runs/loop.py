@@ -14,6 +14,7 @@ from fedspan.client.learning_rates import check_groups
 from fedspan.diagnostics.measure import measure
 from fedspan.federation.clients import Client, pooled
 from fedspan.federation.exchange import WINDOW, Answer
+from fedspan.federation.round_spool import round_spool
 from fedspan.federation.rounds import Observe, OnAnswer, RunState, conduct
 from fedspan.federation.simulated import SimulatedClients
 from fedspan.methods.base import Method
@@ -172,7 +173,12 @@ class MethodRun:
     def _one_round(self, round_num: int, cohort: list[Client], last: bool) -> None:
         context, saved = self.context, self.saved
         # The worker processes are idle while the server works, so it may use as many threads as all of them.
-        with parallel.threads(context.num_workers * context.config.threads):
+        room = context.config.engine.round_memory
+        limit = None if room == "auto" else int(room * 2**30)
+        with (
+            parallel.threads(context.num_workers * context.config.threads),
+            round_spool(context.out / ".round", limit) as spool,
+        ):
             run_state, record = conduct(
                 self.method,
                 RunState(saved.state, saved.client_states, saved.seen, saved.counted),
@@ -183,6 +189,7 @@ class MethodRun:
                 screen=screen(context.config.robust, self.method),
                 on_answer=self._on_answer(round_num, len(cohort)),
                 observe=self._observer(len(cohort)),
+                spool=spool,
             )
         self.saved = replace(
             saved,

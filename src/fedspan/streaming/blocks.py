@@ -8,8 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from fedspan.methods.folds import SUM, Partial
-from fedspan.methods.messages import Factors, Update
+import torch
+from torch import Tensor
+
+from fedspan.algebra import lowrank
+from fedspan.algebra.lowrank import LowRank
+from fedspan.methods.base import ProductSums
+from fedspan.methods.folds import SUM, Partial, Place
+from fedspan.methods.messages import Factors, Tensors, Update
+from fedspan.methods.products import add_products, product_of
 from fedspan.methods.queries import Contribution, ContributionOf, Queries, partial_sums
 from fedspan.streaming.spool import is_finite
 from fedspan.support.errors import FedspanError
@@ -28,6 +35,34 @@ def sum_of(updates: Sequence[Update], dense: bool) -> Partial:
                 raise FedspanError(f"{where} of {update.client_id} holds NaN or infinity")
         total = SUM.add_in_place(total, read)
     return total
+
+
+def products_of(
+    products: ProductSums, updates: Sequence[Update], shapes: Mapping[str, tuple[int, int]], dense: bool
+) -> Partial:
+    """Return Σ n_k s_k B_k A_k over the block, with the sums of the factors where the method asks for them."""
+    held: dict[str, Tensors] = {}
+    sums: dict[str, dict[str, Tensor]] = {}
+    kinds: dict[Place, torch.dtype] = {}
+    for name, shape in shapes.items():
+        for update in updates:
+            # Every access may read a file again, so the factors are read here, once.
+            x = products.term(replace(update, modules={name: _checked(update, name, shape)}), name)
+            term = product_of(x, update.num_examples)
+            held[name] = add_products(held[name], term) if name in held else term
+            if products.factors:
+                _add_factors(sums.setdefault(name, {}), x, update.num_examples)
+                kinds |= {(name, part): lowrank.promote(x.b).dtype for part in "ab"}
+    heads = sum_of([replace(update, modules={}) for update in updates], dense)
+    return replace(heads, sums=sums, product_sums=held, kinds={**heads.kinds, **kinds}, joined=None)
+
+
+def _add_factors(total: dict[str, Tensor], x: LowRank, count: float) -> None:
+    for part, value in (("b", x.b), ("a", x.a)):
+        term = value.double() * count
+        if part in total and total[part].shape != term.shape:
+            raise FedspanError(f"factors of ranks {total[part].shape} and {tuple(term.shape)}: expected one rank")
+        total[part] = total[part] + term if part in total else term
 
 
 def results_of(
@@ -53,7 +88,7 @@ def results_of(
     # Contiguous, as a checkpoint restores them: products of another memory layout differ in the last bits.
     sums = {name: {str(i): x.contiguous() for i, x in enumerate(values)} for name, values in results.items()}
     heads = sum_of([replace(update, modules={}) for update in updates], dense)
-    return replace(heads, sums=sums)
+    return replace(heads, sums=sums, joined=None)
 
 
 def _checked(update: Update, name: str, shape: tuple[int, int]) -> Factors:

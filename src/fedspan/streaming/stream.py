@@ -13,7 +13,7 @@ from fedspan.methods.folds import SUM, Partial
 from fedspan.methods.messages import Diagnostics, Update
 from fedspan.methods.queries import Queries, QueryProcedure, QueryResults, ServerStep
 from fedspan.streaming import stream_checkpoint
-from fedspan.streaming.blocks import results_of, sum_of
+from fedspan.streaming.blocks import products_of, results_of, sum_of
 from fedspan.streaming.source import Boundary, ClientSequence, Source, walk
 from fedspan.streaming.stream_checkpoint import PassSums, StreamCheckpoint
 from fedspan.support.errors import FedspanError
@@ -109,9 +109,12 @@ def aggregate_passes(method: Method, state: ServerState, run_pass: RunPass) -> t
     """
     if method.exchanges[state.exchange].fold.kind == "sum":
         return method.finish(state, run_pass(None, True))
+    if method.product_sums is not None and method.sums_products:
+        return method.product_sums.finish(state, run_pass(None, True))
     if method.finish_by_queries is None:
         candidates = [make() for make in METHODS.values()]
-        able = [m.info.name for m in candidates if (m.secure_sum or m.finish_by_queries) and not m.info.personalised]
+        streams = [m for m in candidates if m.secure_sum or m.finish_by_queries or m.sums_products]
+        able = [m.info.name for m in streams if not m.info.personalised]
         raise FedspanError(f"{method.info.name} needs all updates at once; these stream: {', '.join(sorted(able))}")
     procedure = method.finish_by_queries(state)
     queries, step = _next(procedure, None)
@@ -149,6 +152,7 @@ class _PassRunner:
         self.source = source
         self.block = block
         self._contribution_of = method.contributions(state)
+        self._products = method.product_sums if method.sums_products else None
         self.on_progress: Callable[[Progress], None] | None = None
         self._path: Path | None = None
         self._seconds = 0.0
@@ -215,6 +219,8 @@ class _PassRunner:
         return self._pass_done(PassSums(start.queries_digest, tuple(stack), clients.num_clients, clients.digest))
 
     def _sum(self, updates: list[Update], queries: Queries | None, dense: bool) -> Partial:
+        if queries is None and self._products is not None:
+            return products_of(self._products, updates, self.state.template.modules, dense)
         if queries is None:
             return sum_of(updates, dense)
         return results_of(queries, updates, self._contribution_of, self.state.template.modules, dense)

@@ -24,7 +24,7 @@ from fedspan.methods.queries import Queries
 from fedspan.support.errors import FedspanError
 from fedspan.support.files import read_tensors, write_bytes
 
-_FORMAT = 2
+_FORMAT = 3
 _KINDS = {torch.float32: "float32", torch.float64: "float64"}
 _DTYPES = {name: kind for kind, name in _KINDS.items()}
 
@@ -137,6 +137,9 @@ def _pack(x: Partial, tensors: dict[str, Tensor]) -> dict[str, Any]:
         "weight": x.weight,
         "dense": {name: keep(value) for name, value in x.dense.items()},
         "sums": {module: {name: keep(value) for name, value in held.items()} for module, held in x.sums.items()},
+        "products": {
+            module: {name: keep(value) for name, value in held.items()} for module, held in x.product_sums.items()
+        },
         "kinds": [[*place, _KINDS[kind]] for place, kind in x.kinds.items()],
     }
 
@@ -147,5 +150,8 @@ def _unpack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Partial:
         meta["weight"],
         {name: tensors[key] for name, key in meta["dense"].items()},
         {module: {name: tensors[key] for name, key in held.items()} for module, held in meta["sums"].items()},
+        product_sums={
+            module: {name: tensors[key] for name, key in held.items()} for module, held in meta["products"].items()
+        },
         kinds={(module, part): _DTYPES[kind] for module, part, kind in meta["kinds"]},
     )

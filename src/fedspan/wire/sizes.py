@@ -54,6 +54,8 @@ def state_bytes(state: ServerState) -> int:
 
 
 def partial_bytes(partial: Partial) -> int:
-    """Return the bytes that a fold holds: its running sums, and the updates that it had to collect."""
+    """Return the bytes that a fold holds in memory: its running sums, and the updates that it had to collect."""
     total = _bytes(partial.dense.values()) + sum(_bytes(tensors.values()) for tensors in partial.sums.values())
-    return total + sum(payload_bytes(update) for update in partial.collected)
+    # A mapping of another type reads its tensors from a file at every access.
+    held = [update for update in partial.collected if isinstance(update.modules, dict)]
+    return total + sum(payload_bytes(update) for update in held)

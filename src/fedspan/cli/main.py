@@ -89,7 +89,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _one_of_several(where: Place, given: Sequence[str]) -> int:
     """Do this process's part of a run that torchrun has started several processes for."""
-    from fedspan.distributed.leader import exit_now, leader_of
+    from fedspan.distributed.leader import Ended, exit_now, leader_of
 
     try:
         if where.rank > 0:
@@ -100,6 +100,8 @@ def _one_of_several(where: Place, given: Sequence[str]) -> int:
             code = _command(given)
         if where.rank == 0:
             leader_of(where).leave()
+    except Ended as error:  # after the run's own end
+        code = _fail(str(error), 2)
     except Exception as error:
         code = _failed(error)
     for stream in (sys.stdout, sys.stderr):

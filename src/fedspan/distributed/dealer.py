@@ -113,8 +113,8 @@ class Dealer:
         while (number := _next(waiting)) is not None:
             try:
                 reply, tensors = self._asked(rank, *tasks[number](self._notes[rank]))
-            except (EOFError, OSError) as error:
-                answers.put((number, self._lost(rank, str(error)), []))
+            except (EOFError, OSError):
+                answers.put((number, self._lost(rank, "its connection is closed"), []))
                 return
             except Exception as error:  # raised where the answer is taken
                 answers.put((number, error, []))

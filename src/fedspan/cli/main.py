@@ -92,23 +92,25 @@ def _one_of_several(where: Place, given: Sequence[str]) -> int:
     from fedspan.distributed.leader import Ended, exit_now, leader_of
 
     try:
-        if where.rank > 0:
-            code = _follow(where)
-        elif given[:1] not in (["run"], ["resume"]):
-            code = _fail(f"{' '.join(given[:1]) or 'no command'} in processes of torchrun: expected run or resume", 2)
-        else:
-            code = _command(given)
-        if where.rank == 0:
-            leader_of(where).leave()
+        code = _follow(where) if where.rank > 0 else _lead(given)
     except Ended as error:  # after the run's own end
         code = _fail(str(error), 2)
     except Exception as error:
         code = _failed(error)
+    finally:
+        if where.rank == 0:
+            leader_of(where).leave()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
     exit_now(code)
     return code
+
+
+def _lead(given: Sequence[str]) -> int:
+    if given[:1] not in (["run"], ["resume"]):
+        return _fail(f"{' '.join(given[:1]) or 'no command'} in processes of torchrun: expected run or resume", 2)
+    return _command(given)
 
 
 def _follow(where: Place) -> int:

@@ -86,7 +86,8 @@ class Leader:
         try:
             store.set(ENDED, "")
             until = time.monotonic() + wait
-            while store.add(BYE, 0) < self.place.size - 1 and time.monotonic() < until:
+            others = self.place.size - 1 - (self._lost is not None)
+            while store.add(BYE, 0) < others and time.monotonic() < until:
                 time.sleep(0.05)
         except RuntimeError:
             return  # torchrun is gone, and its store with it: the others see that too

@@ -52,7 +52,7 @@ class DistributedProvision(Provision):
         assert self._dealer is not None  # the corpus comes first
         parts = {"trains": wanted.trains, "max_rank": wanted.max_rank, "galore_rank": wanted.galore_rank}
         self._dealer.tell({"work": "base", **parts})
-        device = place_of(wanted.device, self._leader.place.local_rank)
+        device = _own_device(wanted.device, self._leader.place)
         context = wanted.context(device)
         self._dealer.own = Worker(context, device, False)
         executor = ProcessExecutor(context, self._dealer, device)
@@ -77,6 +77,14 @@ class DistributedProvision(Provision):
                     "the same on every machine"
                 )
         self._leader.watch({rank: own["host"] for rank, own in answers.items()})
+
+
+def _own_device(device: torch.device, place: Place) -> torch.device:
+    """Return the device of this process, which is then the current one: GPUs in turn on every machine."""
+    own = place_of(device, place.local_rank)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)  # otherwise every process would hold some of the first GPU's memory
+    return own
 
 
 def _check(config: Config, place: Place) -> None:
@@ -128,7 +136,7 @@ class FollowerWork:
         if self._loaded is None:
             return {}  # the error of loading was the answer before
         config, prepared = self._loaded
-        device = place_of(device_of(config.device), self._place.local_rank)
+        device = _own_device(device_of(config.device), self._place)
         trains, max_rank, galore_rank = (message[name] for name in ("trains", "max_rank", "galore_rank"))
         context = Wanted(config, prepared, trains, max_rank, galore_rank, device, 0).context(device)
         described = identity(config, context.model.digest(), prepared.data)

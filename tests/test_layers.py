@@ -22,7 +22,7 @@ LAYERS = (
     {"models"},
     {"privacy", "merging"},
     {"client"},
-    {"federation"},
+    {"federation", "distributed"},
     {"server", "site", "diagnostics"},
     {"runs"},
     {"display", "comparison"},

@@ -30,6 +30,8 @@ from fedspan.cli.predict import predict
 from fedspan.cli.report import report as write_report
 from fedspan.cli.run import resume, run
 from fedspan.cli.watch import watch
+from fedspan.distributed.environment import Place, place
+from fedspan.support.errors import FedspanError
 
 
 def _version(wanted: bool) -> None:
@@ -82,8 +84,50 @@ def main(args: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if args is None else args)
     _prepare()
     try:
+        where = place()
+    except FedspanError as error:
+        return _fail(message(error), 2)
+    return _command(given) if where is None else _one_of_several(where, given)
+
+
+def _one_of_several(where: Place, given: Sequence[str]) -> int:
+    """Do this process's part of a run that torchrun has started several processes for."""
+    from fedspan.distributed.leader import Ended, exit_now, leader_of
+
+    try:
+        code = _follow(where) if where.rank > 0 else _lead(given)
+    except Ended as error:  # after the run's own end
+        code = _fail(str(error), 2)
+    except Exception as error:
+        code = _failed(error)
+    finally:
+        if where.rank == 0:
+            leader_of(where).leave()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    exit_now(code)
+    return code
+
+
+def _lead(given: Sequence[str]) -> int:
+    if given[:1] not in (["run"], ["resume"]):
+        return _fail(f"{' '.join(given[:1]) or 'no command'} in processes of torchrun: expected run or resume", 2)
+    return _command(given)
+
+
+def _follow(where: Place) -> int:
+    """Work for the process that leads the run, which alone reads the command's arguments and says something."""
+    from fedspan.distributed.follower import follow
+    from fedspan.runs.distributed import FollowerWork
+
+    return follow(where, FollowerWork(where), lambda line: print(f"fedspan: {line}", file=sys.stderr))
+
+
+def _command(given: Sequence[str]) -> int:
+    try:
         command = typer.main.get_command(app)
-        code = command.main(given, prog_name="fedspan", standalone_mode=False)
+        code = command.main(list(given), prog_name="fedspan", standalone_mode=False)
         if sys.stdout is not None:  # it was closed before the start
             sys.stdout.flush()
         return code if isinstance(code, int) else 0

@@ -10,12 +10,14 @@ import typer
 
 from fedspan.cli.arguments import ConfigFile, Settings, parse_count
 from fedspan.cli.failures import Bug, Interrupted, is_out_of_memory, is_users, message
+from fedspan.distributed.environment import place
 from fedspan.support.errors import FedspanError, NotResumable
 
 if TYPE_CHECKING:
     from fedspan.config import Config
     from fedspan.runs.events import Event, OnEvent
     from fedspan.runs.execution import Result
+    from fedspan.runs.provision import Provision
 
 
 def run(
@@ -74,6 +76,10 @@ def run(
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
     # Before the slow imports, so that a typing mistake is answered at once.
     loaded = load(config, [*(settings or ()), *overrides], must_exist=True)
+    if simulated and place() is not None:
+        raise FedspanError(
+            "--engine flower-simulation in processes of torchrun: expected one process, or another engine"
+        )
     if check:
         _check(loaded, out)
         return
@@ -85,7 +91,7 @@ def run(
             from fedspan.flower import simulation
 
             return simulation.run(loaded, execution.new_folder(loaded, out), on_event)
-        return execution.run(loaded, out, on_event)
+        return execution.run(loaded, out, on_event, provision=_provision())
 
     _federate(work, None)
 
@@ -138,9 +144,20 @@ def resume(
     def work(on_event: OnEvent) -> Result:
         from fedspan.runs import execution
 
-        return execution.resume(folder, on_event, num_workers, rounds=num_rounds)
+        return execution.resume(folder, on_event, num_workers, provision=_provision(), rounds=num_rounds)
 
     _federate(work, folder)
+
+
+def _provision() -> Provision | None:
+    """Return what makes the costly parts of a run where torchrun has started several processes for it."""
+    where = place()
+    if where is None:
+        return None
+    from fedspan.distributed.leader import leader_of
+    from fedspan.runs.distributed import DistributedProvision
+
+    return DistributedProvision(leader_of(where))
 
 
 def _federate(work: Callable[[OnEvent], Result], folder: Path | None) -> None:
@@ -164,18 +181,28 @@ def _federate(work: Callable[[OnEvent], Result], folder: Path | None) -> None:
 
     try:
         result = watch(observed, console)
-    except KeyboardInterrupt:
-        # A resumed run can be resumed even where it had not started to work.
-        raise Interrupted("interrupted" + _how_to_resume(started or ([] if folder is None else [folder]))) from None
-    except Exception as error:
-        if is_users(error):
-            advice = "" if isinstance(error, NotResumable) else _how_to_resume(started)
-            raise FedspanError(message(error) + advice) from error
-        if is_out_of_memory(error):
+    except BaseException as error:
+        explained = _explained(error, started, folder)
+        if explained is error:
             raise
-        raise Bug(started[0] if started else folder) from error
+        raise explained from error
     for line in _next_steps(result):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _explained(error: BaseException, started: list[Path], folder: Path | None) -> BaseException:
+    """Return the error to show for one that ended a run: what happened, and how to go on."""
+    if isinstance(error, KeyboardInterrupt):
+        # A resumed run can be resumed even where it had not started to work.
+        return Interrupted("interrupted" + _how_to_resume(started or ([] if folder is None else [folder])))
+    if type(error).__name__ == "Ended":  # of `fedspan.distributed`, recognised by its name as torch is not imported
+        return FedspanError(f"{error}{_how_to_resume(started or ([] if folder is None else [folder]))}")
+    if not isinstance(error, Exception) or is_out_of_memory(error):
+        return error
+    if is_users(error):
+        advice = "" if isinstance(error, NotResumable) else _how_to_resume(started)
+        return FedspanError(message(error) + advice)
+    return Bug(started[0] if started else folder)
 
 
 def _next_steps(result: Result) -> Iterator[str]:

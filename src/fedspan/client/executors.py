@@ -100,7 +100,12 @@ def create_executor(context: WorkContext, num_workers: int, device: torch.device
         The device of the work. With several workers the model of `context` stays on the CPU, and each worker's own
         goes to a device of this kind.
     """
-    return InlineExecutor(context) if num_workers == 1 else ProcessExecutor(context, num_workers, device)
+    if num_workers == 1:
+        return InlineExecutor(context)
+    method = start_method(device, context.threads)
+    places = [place_of(device, number) for number in range(num_workers)]
+    processes = Processes(Worker, [(context, place, method == "spawn") for place in places], method)
+    return ProcessExecutor(context, processes, device)
 
 
 def num_worker_processes(workers: int | Literal["auto"], threads: int, device: torch.device, most: int) -> int:
@@ -174,6 +179,19 @@ class _Order:
             self.next += 1
 
 
+class Pool(Protocol):
+    """Processes that answer messages, each with a `Worker` in it."""
+
+    def start(self) -> None:
+        """Start the processes, unless they run already."""
+
+    def run(self, tasks: Sequence[MakeMessage]) -> Iterator[tuple[int, Any, list[Tensor]]]:
+        """Yield the answers to all tasks, with the tasks' numbers, as they come in. Tasks begin in their order."""
+
+    def close(self) -> None:
+        """End the processes, if this started them."""
+
+
 class ProcessExecutor:
     """Plans the work in this process, has others do it, and puts their results together.
 
@@ -181,13 +199,11 @@ class ProcessExecutor:
     registered in `METRICS` works however the workers were started.
     """
 
-    def __init__(self, context: WorkContext, num_workers: int, device: torch.device) -> None:
+    def __init__(self, context: WorkContext, processes: Pool, device: torch.device) -> None:
         self.context = context
         # The model on the workers' device, for a plan that depends on the device.
         self._planned = replace(context.model, device=device)
-        method = start_method(device, context.threads)
-        places = [_place(device, number) for number in range(num_workers)]
-        self.processes = Processes(_Worker, [(context, place, method == "spawn") for place in places], method)
+        self.processes = processes
         self._shared_payloads = SharedPayloads()
         self._warm = False
 
@@ -263,8 +279,8 @@ class ProcessExecutor:
         self.processes.close()
 
 
-def _place(device: torch.device, number: int) -> torch.device:
-    """Return the device of a worker: GPUs in turn."""
+def place_of(device: torch.device, number: int) -> torch.device:
+    """Return the device of the worker of this number on a machine: GPUs in turn."""
     if device.type != "cuda" or device.index is not None:
         return device
     return torch.device("cuda", number % torch.cuda.device_count())
@@ -279,7 +295,7 @@ def _try_metrics(metrics: Sequence[str], sample: Sequence[Any]) -> None:
             METRICS[name].score(given, sample)
 
 
-class _Worker:
+class Worker:
     """The work of a worker process: answers tasks of training and of evaluation."""
 
     def __init__(self, context: WorkContext, device: torch.device, shared: bool) -> None:

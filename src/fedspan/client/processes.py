@@ -154,7 +154,7 @@ class Processes:
         except (EOFError, OSError):
             raise self._lost(handle) from None
         if "error" in reply:
-            raise _rebuilt(reply["error"])
+            raise rebuild_error(reply["error"])
         return handle.task, reply["answer"], tensors
 
     def _lost(self, handle: _Handle) -> ProcessLost:
@@ -194,19 +194,29 @@ def _serve(channel: Any, inherited: Sequence[Any], make: Callable[..., Answer], 
     for other in inherited:
         other.close()  # a channel closes for its child only when no other process holds its other end
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    made: list[Answer] = []
+
+    def answer(message: Any, tensors: list[Tensor]) -> Message:
+        if not made:
+            made.append(make(*arguments))  # here, so that its errors are answers
+        return made[0](message, tensors)
+
+    answer_messages(channel, answer)
+
+
+def answer_messages(channel: packing.Channel, answer: Answer) -> None:
+    """Answer messages until the channel closes; an error is an answer too, which `rebuild_error` reads."""
     try:
-        answer: Answer | None = None
         while True:
             message, tensors = packing.receive(channel)
             try:
-                answer = answer or make(*arguments)
                 description, out = answer(message, tensors)
                 reply: dict[str, Any] = {"answer": description}
             except Exception as error:
-                reply, out = {"error": _described(error)}, ()
+                reply, out = {"error": describe_error(error)}, ()
             packing.send(channel, reply, out)
     except (EOFError, OSError):
-        return  # the channel is closed, or the parent is gone
+        return  # the channel is closed, or the other side is gone
 
 
 def _die_with_parent() -> None:
@@ -217,7 +227,8 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _described(error: Exception) -> dict[str, Any]:
+def describe_error(error: Exception) -> dict[str, Any]:
+    """Return an error as JSON, for another process."""
     parts = [error.errno, error.strerror, error.filename] if isinstance(error, OSError) else None
     names = [kind.__name__ for kind in type(error).__mro__]
     return {
@@ -228,7 +239,7 @@ def _described(error: Exception) -> dict[str, Any]:
     }
 
 
-def _rebuilt(header: Mapping[str, Any]) -> Exception:
+def rebuild_error(header: Mapping[str, Any]) -> Exception:
     """Return the error of another process, as if it had been raised here."""
     name, text = header["class"], header["text"]
     error: Exception

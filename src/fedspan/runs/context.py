@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,7 @@ class RunContext:
             read = prepared.corpus
             labels = agreement.labels(read.kind, read.num_labels, read.label_names)
             clients = coordinator.agree(base, labels, shapes, initial_dense, clients)
+        described = identity(config, base, data)
         return cls(
             config=config,
             method=method,
@@ -148,10 +150,10 @@ class RunContext:
             described=prepared.corpus.describe(),
             site_tests=site_test_rows(corpus, config.federation),
             shared=provided.shared,
-            ready=provision.ready,
+            ready=partial(provision.ready, described),
             coordinator=coordinator,
             total=_total(config),
-            identity=identity(config, base, data),
+            identity=described,
             examples=_ledgers(config, base, out) if coordinator is None else None,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -172,13 +173,12 @@ class MethodRun:
 
     def _one_round(self, round_num: int, cohort: list[Client], last: bool) -> None:
         context, saved = self.context, self.saved
-        # The worker processes are idle while the server works, so it may use as many threads as all of them.
+        # The worker processes are idle while the server works, so it may use as many threads as all of them that are on
+        # this machine.
         room = context.config.engine.round_memory
         limit = None if room == "auto" else int(room * 2**30)
-        with (
-            parallel.threads(context.num_workers * context.config.threads),
-            round_spool(context.out / ".round", limit) as spool,
-        ):
+        threads = min(context.num_workers * context.config.threads, os.cpu_count() or 1)
+        with parallel.threads(threads), round_spool(context.out / ".round", limit) as spool:
             run_state, record = conduct(
                 self.method,
                 RunState(saved.state, saved.client_states, saved.seen, saved.counted),

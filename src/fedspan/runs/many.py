@@ -140,7 +140,7 @@ class _SharedProvision(Provision):
         executor = RunExecutor(self._turn, base.view)
         return Provided(base.view.model, base.dense, base.digest, executor, base.num_workers, shared=True)
 
-    def ready(self) -> None:
+    def ready(self, described: Mapping[str, Any]) -> None:
         """Return when all runs may begin."""
         self._turn.ask(Ready())
 

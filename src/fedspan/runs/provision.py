@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -82,5 +83,11 @@ class Provision:
         model = context.model
         return Provided(model, model.dense(), model.digest(), executor, num_workers)
 
-    def ready(self) -> None:
-        """Return when the run may begin: everything that can be refused has been."""
+    def ready(self, described: Mapping[str, Any]) -> None:
+        """Return when the run may begin: everything that can be refused has been.
+
+        Parameters
+        ----------
+        described
+            The run's settings, data, base and libraries (`runs.identity`).
+        """

@@ -150,7 +150,7 @@ class DataConfig(Section):
     """Share of the training data that takes the place of the test and unseen data, whose rows are then not used: for
     choosing settings without seeing those rows. 0: evaluate on the test data."""
     client_holdout: PartialFraction = 0.0
-    """Share of each client's data held out for evaluation on that client's own data."""
+    """Share of each client's data held out for evaluation on that client's own data (see `evaluation.where`)."""
     seed: Annotated[Seed | None, Field(examples=[0])] = None
     """Seed of the rows: those that are held out, kept by `max_train` and `max_test`, or generated. Unset: `seed`."""
 
@@ -283,13 +283,17 @@ class ServerConfig(Section):
 class EvaluationConfig(Section):
     """Evaluation: the figures that are measured, and when."""
 
+    where: Literal["server", "clients", "both"] = "server"
+    """The rows that models are judged on: the server's test data, each client's own held-out rows (by
+    `data.client_holdout`, or test data of its own), of which the server is sent the metrics' statistics alone, or
+    both."""
     every: PositiveInt = 1
     """Rounds between two evaluations of the server's state. The last round is always evaluated."""
     every_seconds: Annotated[PositiveFloat | None, Field(examples=[600.0])] = None
     """Seconds between two evaluations, instead of `every`: a round that ends earlier is not evaluated."""
     patience: Annotated[PositiveInt | None, Field(examples=[5])] = None
-    """Evaluations without a better figure on the validation data (`data.validation`) after which the run ends. Unset:
-    it has all its rounds."""
+    """Evaluations without a better figure on the validation data (`data.validation`; without it, on the clients'
+    held-out rows, where `where` has them judge) after which the run ends. Unset: it has all its rounds."""
     batch_size: PositiveInt = 64
     """Examples per forward pass."""
     max_examples: Annotated[PositiveInt | None, Field(examples=[200])] = None

@@ -106,6 +106,9 @@ class DataConfig(Section):
     """One or two text columns for classification. Empty: `text`, `sentence`, or `sentence1` and `sentence2`."""
     label_column: str = "label"
     """Column of the labels in classification and image data."""
+    label_names: Annotated[Names, Field(examples=[["benign", "malignant"]])] = ()
+    """Names of the classes in the order of their ids, whether or not all of them are among the rows. Empty: learnt from
+    the training data. A server without data needs them."""
     instruction_column: str = "instruction"
     """Column of the instructions in instruction data; an empty name means that there is no such column."""
     input_column: str = "input"

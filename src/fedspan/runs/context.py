@@ -14,7 +14,8 @@ from fedspan.client.evaluation import Figures, spread_rows
 from fedspan.client.executors import EvaluationTask, Executor
 from fedspan.client.setup import Prepared, device_of, notes_of
 from fedspan.config import Config
-from fedspan.data import Corpus, Encoded
+from fedspan.data import Corpus, Encoded, no_rows
+from fedspan.data.load import load_no_rows
 from fedspan.federation import requirements
 from fedspan.federation.clients import Client, make_clients, partition_note, site_test_rows
 from fedspan.federation.held_out import HeldOutTerms
@@ -106,7 +107,7 @@ class RunContext:
         """
         torch.set_num_threads(config.threads)
         provision = provision or Provision()
-        corpus = provision.corpus(config)
+        corpus = provision.corpus(config) if transport is None else _corpus_of_server(config, provision)
         coordinator = None
         if transport is None:
             clients = make_clients(corpus, config.federation, config.federation_seed, config.data.client_holdout)
@@ -224,6 +225,18 @@ class RunContext:
     def close(self) -> None:
         """End every process that was started."""
         self.executor.close()
+
+
+def _corpus_of_server(config: Config, provision: Provision) -> Corpus:
+    """Return the server's rows, or what the settings say of the sites' where it has none."""
+    if not no_rows.has_none(config.data):
+        return provision.corpus(config)
+    if config.evaluation.where != "clients":
+        raise FedspanError(
+            f"evaluation.where = {config.evaluation.where!r} and no data.train: a server without data judges nothing; "
+            "expected 'clients'"
+        )
+    return load_no_rows(config.data)
 
 
 def _held_out(config: Config, corpus: Corpus) -> HeldOutTerms | None:

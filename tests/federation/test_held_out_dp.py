@@ -18,6 +18,7 @@ from fedspan.privacy.accountant import DPEvent
 from fedspan.privacy.accounting import total_epsilon
 from fedspan.privacy.held_out_dp import mean_of_client, noised_mean, noised_rows
 from fedspan.privacy.pld import PLDAccountant
+from fedspan.privacy.secret_file import FOLDER
 from fedspan.runs.execution import run
 
 pytestmark = pytest.mark.usefixtures("bases")
@@ -98,7 +99,7 @@ def test_client_level_privacy_counts_every_evaluation(bases: dict[str, Path], te
     found = result.summary["client_evaluation"]
     assert found is not None
     assert (found["rows"], found["per_client"], found["unweighted"], found["worst"]) == (None, None, None, None)
-    ledger = json.loads((tmp_path / "run" / "private" / "ledger.json").read_text())
+    ledger = json.loads((tmp_path / "run" / FOLDER / "ledger.json").read_text())
     assert sum(name.startswith("held-out/") for name in ledger["samples"]) == 2
 
 
@@ -119,7 +120,7 @@ def test_example_level_privacy_counts_held_out_rows_in_a_ledger_of_their_own(
     """Nobody's row is in both, so that what is spent is the larger of the two."""
     config = private(bases["bert"], texts, dp="example")
     result = run(config, tmp_path / "run")
-    folder = tmp_path / "run" / "private"
+    folder = tmp_path / "run" / FOLDER
     held = sorted(path.name for path in folder.glob("ledger-*.held-out.json"))
     assert held == [f"ledger-client-{k}.held-out.json" for k in range(4)]
     two = total_epsilon([DPEvent(2.0, 1.0, 2)], 1e-3, PLDAccountant)

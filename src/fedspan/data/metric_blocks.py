@@ -208,7 +208,8 @@ def pearson(sums: Vector, rows: float) -> float:
     # Constant values leave rounding alone, of this size.
     if spread_x <= 1e-13 * xx or spread_y <= 1e-13 * yy:
         return 0.0
-    return max(-1.0, min(1.0, (xy - x * y / rows) / math.sqrt(spread_x * spread_y)))
+    correlation: float = (xy - x * y / rows) / math.sqrt(spread_x * spread_y)
+    return max(-1.0, min(1.0, correlation))
 
 
 def calibration_error(sums: Vector, rows: float) -> float:

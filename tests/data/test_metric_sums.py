@@ -64,7 +64,7 @@ def same(found: float, expected: float) -> None:
         assert found == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     seed=st.integers(0, 10**6),
     num_rows=st.integers(1, 40),
@@ -88,7 +88,7 @@ def test_the_sums_give_the_figures_of_the_pooled_rows(
     assert report == class_report(rows.predicted, rows.references, [str(k) for k in range(num_labels)])
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(seed=st.integers(0, 10**6), num_rows=st.integers(2, 200), num_labels=st.integers(2, 4))
 def test_scores_in_bins_give_the_metrics_of_binned_scores(seed: int, num_rows: int, num_labels: int) -> None:
     """Exactly those of the bins' numbers as scores, and the area within the bound that its docstring states."""
@@ -113,7 +113,7 @@ def test_bins_keep_the_order_of_scores_and_take_certain_ones() -> None:
     assert (places[0], places[-1], len(set(places.tolist()))) == (0, SCORE_BINS - 1, 5)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     numbers=st.lists(st.tuples(st.floats(-100, 100), st.floats(-100, 100)), min_size=2, max_size=30),
     stop=st.integers(0, 30),
@@ -135,7 +135,7 @@ def test_a_constant_side_has_no_correlation() -> None:
     assert layout.figures(summed(layout, cut(rows, 2)))["pearson"] == 0.0
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     pairs=st.lists(st.tuples(st.sampled_from(WORDS), st.sampled_from(WORDS[:3] + WORDS[4:])), min_size=1, max_size=8),
     stop=st.integers(0, 8),

@@ -55,6 +55,8 @@ def _by_clients(context: RunContext, found: ClientEvaluation | None) -> Final:
     if found["unweighted"] is not None:
         final["own_data"], counted["own_data"] = {**found["unweighted"]}, rows
     each = found["per_client"] or {}
+    if each:
+        final["per_client"], counted["per_client"] = {name: {**own["figures"]} for name, own in each.items()}, rows
     named = {name: ClientFigures(own["figures"], own["rows"], "own") for name, own in each.items()}
     return Final(final, counted, named, found["classes"], found)
 

@@ -31,14 +31,16 @@ class FinalMetrics(TypedDict):
     unseen: NotRequired[Figures]
     """The server's full state, on unseen data."""
     clients: NotRequired[Figures]
-    """The clients' final models on the whole test data: the mean over the clients."""
+    """The clients' final models on the whole test data: the mean over the clients. Where the clients judge alone: on all
+    of their held-out rows together."""
     per_rank: NotRequired[dict[str, Figures]]
     """Rank -> the model that a client of that rank receives, on the whole test data."""
     own_data: NotRequired[Figures]
     """The clients' final models on their own held-out data: the mean over the clients that have some."""
     per_client: NotRequired[dict[str, Figures]]
     """Client -> its final model on its own part of the test data: rows that were held out of its file, or are in the
-    test file of the same name. Of clients that are named after their files."""
+    test file of the same name. Of clients that are named after their files; where the clients judge alone
+    (`evaluation.where`), of all clients, on their held-out rows."""
 
 
 class Metrics(FinalMetrics):

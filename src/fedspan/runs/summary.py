@@ -31,8 +31,8 @@ class FinalMetrics(TypedDict):
     unseen: NotRequired[Figures]
     """The server's full state, on unseen data."""
     clients: NotRequired[Figures]
-    """The clients' final models on the whole test data: the mean over the clients. Where the clients judge alone: on all
-    of their held-out rows together."""
+    """The clients' final models on the whole test data: the mean over the clients. Where the clients judge alone
+    (`evaluation.where`): on all of their held-out rows together."""
     per_rank: NotRequired[dict[str, Figures]]
     """Rank -> the model that a client of that rank receives, on the whole test data."""
     own_data: NotRequired[Figures]

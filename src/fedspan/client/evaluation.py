@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fedspan.client.generation import generate
 from fedspan.data import Encoded
+from fedspan.data.metric_blocks import RowResults
 from fedspan.data.metrics import METRICS
 from fedspan.models import FederatedModel
 from fedspan.models.losses import client_losses, num_answer_tokens
@@ -41,11 +43,12 @@ class Predictions:
 class Figures(dict[str, float]):
     """The loss and the metrics of one evaluation by their names, and the predictions that they were computed from."""
 
-    def __init__(self, figures: Mapping[str, float], values: Sequence[Any], references: Sequence[Any]) -> None:
+    def __init__(self, figures: Mapping[str, float], rows: RowResults) -> None:
         super().__init__(figures)
-        self.predicted = values
+        self.rows = rows
+        self.predicted = rows.predicted
         """One for every example, in the examples' order, as in `Predictions`."""
-        self.references = references
+        self.references = rows.references
 
 
 def evaluate(
@@ -73,6 +76,14 @@ def batches(examples: Encoded, batch_size: int) -> list[list[int]]:
     lengths = examples.lengths.tolist()
     order = sorted(range(len(examples)), key=lambda i: (-lengths[i], i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def spread_rows(rows: np.ndarray, most: int | None) -> np.ndarray:
+    """Return at most that many of the rows, spread over all of them, which may be sorted by task."""
+    if most is None or most >= len(rows):
+        return rows
+    chosen: np.ndarray = rows[[int(i * len(rows) / most) for i in range(most)]]
+    return chosen
 
 
 def needs_text(examples: Encoded, metrics: Sequence[str]) -> bool:
@@ -148,14 +159,15 @@ def figures(
     losses, counts = [p.loss for p in predictions], [p.count for p in predictions]
     values = in_order(cut, [p.values for p in predictions])
     references = examples.references
+    shares = in_order(cut, [p.probabilities for p in predictions])
     pairs: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
         "losses": (losses, counts),
-        "probabilities": (in_order(cut, [p.probabilities for p in predictions]), references),
+        "probabilities": (shares, references),
     }
     result = {"loss": sum(losses) / max(sum(counts), 1)}
     for name in metrics:
         result[name] = METRICS[name].value(*pairs.get(METRICS[name].needs, (values, references)))
-    return Figures(result, values, references)
+    return Figures(result, RowResults(losses, counts, values, references, shares))
 
 
 def in_order(cut: Sequence[Sequence[int]], by_batch: Sequence[Sequence[Any]]) -> list[Any]:

@@ -106,6 +106,9 @@ class DataConfig(Section):
     """One or two text columns for classification. Empty: `text`, `sentence`, or `sentence1` and `sentence2`."""
     label_column: str = "label"
     """Column of the labels in classification and image data."""
+    label_names: Annotated[Names, Field(examples=[["benign", "malignant"]])] = ()
+    """Names of the classes in the order of their ids, whether or not all of them are among the rows. Empty: learnt from
+    the training data. A server without data needs them."""
     instruction_column: str = "instruction"
     """Column of the instructions in instruction data; an empty name means that there is no such column."""
     input_column: str = "input"
@@ -150,7 +153,7 @@ class DataConfig(Section):
     """Share of the training data that takes the place of the test and unseen data, whose rows are then not used: for
     choosing settings without seeing those rows. 0: evaluate on the test data."""
     client_holdout: PartialFraction = 0.0
-    """Share of each client's data held out for evaluation on that client's own data."""
+    """Share of each client's data held out for evaluation on that client's own data (see `evaluation.where`)."""
     seed: Annotated[Seed | None, Field(examples=[0])] = None
     """Seed of the rows: those that are held out, kept by `max_train` and `max_test`, or generated. Unset: `seed`."""
 
@@ -283,13 +286,17 @@ class ServerConfig(Section):
 class EvaluationConfig(Section):
     """Evaluation: the figures that are measured, and when."""
 
+    where: Literal["server", "clients", "both"] = "server"
+    """The rows that models are judged on: the server's test data, each client's own held-out rows (by
+    `data.client_holdout`, or test data of its own), of which the server is sent the metrics' statistics alone, or
+    both."""
     every: PositiveInt = 1
     """Rounds between two evaluations of the server's state. The last round is always evaluated."""
     every_seconds: Annotated[PositiveFloat | None, Field(examples=[600.0])] = None
     """Seconds between two evaluations, instead of `every`: a round that ends earlier is not evaluated."""
     patience: Annotated[PositiveInt | None, Field(examples=[5])] = None
-    """Evaluations without a better figure on the validation data (`data.validation`) after which the run ends. Unset:
-    it has all its rounds."""
+    """Evaluations without a better figure on the validation data (`data.validation`; without it, on the clients'
+    held-out rows, where `where` has them judge) after which the run ends. Unset: it has all its rounds."""
     batch_size: PositiveInt = 64
     """Examples per forward pass."""
     max_examples: Annotated[PositiveInt | None, Field(examples=[200])] = None

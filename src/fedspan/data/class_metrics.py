@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 
 from fedspan.data.score_inputs import check_pairs
 
@@ -132,6 +133,11 @@ def class_report(predictions: Sequence[int], references: Sequence[int], names: S
     check_pairs(predictions, references)
     counts = np.zeros((len(names), len(names)), dtype=np.int64)
     np.add.at(counts, (np.asarray(references), np.asarray(predictions)), 1)
+    return report_of_counts(counts, names)
+
+
+def report_of_counts(counts: npt.NDArray[np.int64], names: Sequence[str]) -> ClassReport:
+    """Return precision and recall of each class beside the confusion matrix, (C, C), that they follow from."""
     right, predicted, true = counts.diagonal().tolist(), counts.sum(axis=0).tolist(), counts.sum(axis=1).tolist()
     return {
         "classes": list(names),

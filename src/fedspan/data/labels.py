@@ -105,6 +105,42 @@ def learn_labels(raw: Sequence[Any], source: str, regression: bool, names: tuple
     raise FedspanError(_misfit(values, ids, source))
 
 
+def check_label_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the classes that the settings give, `data.label_names`, in the order of their ids.
+
+    Raises
+    ------
+    FedspanError
+        For fewer than two, one that is given twice, or two that a reader would take for one.
+    """
+    if len(set(names)) != len(names) or len(names) < 2:
+        raise FedspanError(f"data.label_names = {list(names)}: expected two or more different names")
+    _check_names(names, "data.label_names")
+    return tuple(names)
+
+
+def given_labels(raw: Sequence[Any], source: str, names: Sequence[str]) -> Labels:
+    """Return labels whose classes the settings name, whichever of them the rows have.
+
+    The rows have these names, or whole numbers that are their places.
+
+    Raises
+    ------
+    FedspanError
+        Naming a label that is neither.
+    """
+    known = check_label_names(names)
+    _check_present(raw, source)
+    values = set(raw)
+    if all(isinstance(value, str) and value in known for value in values):
+        return Labels("name", len(known), known)
+    ids = _whole_numbers(values)
+    if ids is not None and ids <= set(range(len(known))):
+        return Labels("id", len(known), known)
+    wrong = sorted((value for value in values if value not in known), key=str)
+    raise FedspanError(f"{source} has the label {wrong[0]!r}: expected those of data.label_names, {_some(known)}")
+
+
 def _check_type(value: Any, row: int, source: str) -> None:
     if not isinstance(value, str | int | float | None):
         form = type(value).__name__

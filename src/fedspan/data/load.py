@@ -10,10 +10,11 @@ import numpy as np
 
 from fedspan.config import DataConfig
 from fedspan.data import hub
+from fedspan.data.builtin import USUAL_METRICS
 from fedspan.data.columns import infer_kind, to_rows
 from fedspan.data.files import names_of, read_files
 from fedspan.data.images import has_split
-from fedspan.data.labels import Labels, learn_labels
+from fedspan.data.labels import Labels, given_labels, learn_labels
 from fedspan.data.metrics import (
     GLUE_COLUMNS,
     GLUE_METRICS,
@@ -23,6 +24,7 @@ from fedspan.data.metrics import (
     is_regression,
     register_own,
 )
+from fedspan.data.no_rows import without_rows
 from fedspan.data.rows import Corpus, Kind, Rows, concatenate
 from fedspan.data.splits import evaluated_on_training, hold_out, keep_apart, limited, undivided, with_validation
 from fedspan.data.strings import joined
@@ -87,6 +89,20 @@ def load(config: DataConfig, seed: int) -> Corpus:
     return with_validation(limited(corpus, config.max_train, config.max_test, seed), config.validation, seed)
 
 
+def load_no_rows(config: DataConfig) -> Corpus:
+    """Return what the settings say of data that is elsewhere: see `fedspan.data.no_rows`.
+
+    Raises
+    ------
+    FedspanError
+        Where they leave its kind or its labels open, or name a metric that does not fit.
+    """
+    register_own(config.metrics, config.kind or "classification")
+    corpus = without_rows(config)
+    corpus = replace(corpus, metrics=default_metrics(corpus.kind, corpus.num_labels))
+    return _with_metrics(corpus, config.metrics)
+
+
 def _check_builtin(config: DataConfig) -> None:
     for key in ("train", "test", "unseen"):
         if getattr(config, key):
@@ -110,7 +126,9 @@ def _builtin_tasks(config: DataConfig, seed: int) -> Corpus:
     unseen = rows([name for name in TASKS if name not in seen], "test")
     splits = keep_apart(undivided(rows(seen, "train"), rows(seen, "test"), unseen), config.unseen_values)
     assert splits.test is not None
-    return Corpus("instruction", splits.train, splits.test, splits.unseen, None, None, 0, ("exact_match", "rouge_l"))
+    return Corpus(
+        "instruction", splits.train, splits.test, splits.unseen, None, None, 0, USUAL_METRICS["builtin:tasks"]
+    )
 
 
 def _builtin_digits(config: DataConfig, seed: int) -> Corpus:
@@ -126,7 +144,9 @@ def _builtin_digits(config: DataConfig, seed: int) -> Corpus:
     )
     splits, names = keep_apart(undivided(train, test, None), config.unseen_values), loaded.class_names
     assert splits.test is not None
-    return Corpus("image", splits.train, splits.test, splits.unseen, None, names, len(names), ("accuracy",))
+    return Corpus(
+        "image", splits.train, splits.test, splits.unseen, None, names, len(names), USUAL_METRICS["builtin:digits"]
+    )
 
 
 def _glue(config: DataConfig, name: str, seed: int) -> Corpus:
@@ -212,8 +232,10 @@ def _from_tables(
     register_own(config.metrics, kind)
     num_labels, names, ids = 0, None, False
     if kind != "instruction":
-        labels = _labels_of(parts[0], config.metrics)
-        num_labels, names, ids = labels.num_labels, labels.names, labels.form == "id"
+        labels = _labels_of(parts[0], config)
+        num_labels, names = labels.num_labels, labels.names
+        # The order of names that the settings give is no accident either.
+        ids = labels.form == "id" or bool(config.label_names)
         parts = [[_labelled(part, labels) for part in split] for split in parts]
     rows = [[part.rows for part in split] for split in parts]
     origin, tested = _numbers(rows[0], None), None if test_files is None else _numbers(rows[1], test_files)
@@ -264,11 +286,14 @@ def _labelled(part: _Part, labels: Labels) -> _Part:
     return replace(part, rows=replace(part.rows, targets=labels.ids(part.rows.targets, part.source)))
 
 
-def _labels_of(parts: Sequence[_Part], metrics: Sequence[str]) -> Labels:
+def _labels_of(parts: Sequence[_Part], config: DataConfig) -> Labels:
     """Return the meaning of the training data's labels; test and unseen data may not add any."""
     source = ", ".join(part.source for part in parts[:2]) + (", …" if len(parts) > 2 else "")
     raw = joined([part.rows.targets for part in parts])
-    return learn_labels(raw, source, is_regression(metrics, parts[0].rows.kind), parts[0].label_names)
+    regression = is_regression(config.metrics, parts[0].rows.kind)
+    if config.label_names and not regression:
+        return given_labels(raw, source, config.label_names)
+    return learn_labels(raw, source, regression, parts[0].label_names)
 
 
 def _with_metrics(corpus: Corpus, metrics: Sequence[str]) -> Corpus:

@@ -104,6 +104,8 @@ class Corpus:
         The label ids are the data's own; otherwise names were given ids in their sorted order.
     validation
         Rows kept back from the training data to compare rounds by, if any.
+    made_up
+        There is no data here: the one row is made up, to try a base on.
     """
 
     kind: Kind
@@ -118,10 +120,11 @@ class Corpus:
     client_tests: tuple[np.ndarray, ...] | None = None
     ids_in_data: bool = False
     validation: Rows | None = None
+    made_up: bool = False
 
     def describe(self) -> dict[str, Any]:
         """Return the kind, the rows of each split, the number of classes and their names, as plain values."""
-        rows = {"train": len(self.train), "test": len(self.test)}
+        rows = {} if self.made_up else {"train": len(self.train), "test": len(self.test)}
         if self.unseen is not None:
             rows["unseen"] = len(self.unseen)
         if self.validation is not None:

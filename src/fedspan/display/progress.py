@@ -121,7 +121,7 @@ def data_line(data: Mapping[str, Any] | None) -> str:
     if data is None:
         return ""
     rows = ", ".join(f"{count:,} {split}" for split, count in data["rows"].items())
-    line = f"rows: {rows}"
+    line = f"rows: {rows or 'none here'}"
     if data["num_classes"] is not None:
         names = [one_line(repr(name), 40) for name in (data["label_names"] or ())[:_NAMES_SHOWN]]
         more = ", …" if len(data["label_names"] or ()) > _NAMES_SHOWN else ""

@@ -11,6 +11,9 @@ from fedspan import methods
 from fedspan.data.metrics import METRICS
 from fedspan.display.progress import number, size
 
+_MOST_NAMED = 12
+"""Clients, above which a table does not show how each judges its model."""
+
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """Return the untouched base, the average client alone and the federation, side by side.
@@ -41,20 +44,40 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     traffic = (size(totals["bytes_up"]), size(totals["bytes_down"]))
     row("untouched base", measured.get("base"), counts.get("base"), "0 B", "0 B")
     row("average client alone", measured.get("local"), counts.get("local"), "0 B", "0 B")
-    row(_headline(summary), measured["clients"], counts.get("clients"), *traffic, style="bold")
+    row(_headline(summary), measured.get("clients"), counts.get("clients"), *traffic, style="bold")
     ranks = measured.get("per_rank", {})
     if len(ranks) > 1:
         for rank, values in ranks.items():
             row(f"  a client of rank {rank}", values, counts.get("per_rank"))
-    if measured.get("server") != measured["clients"]:
+    if measured.get("server") != measured.get("clients"):
         row("  the server's full state", measured.get("server"), counts.get("server"))
+    judged = summary.get("client_evaluation") is not None
     of_client = {client["client_id"]: client for client in summary.get("clients", ())}
-    for client, values in measured.get("per_client", {}).items():
-        row(f"  on the test data of {client}", values, of_client.get(client, {}).get("rows"))
-    row("  on the clients' own data", measured.get("own_data"), counts.get("own_data"))
+    per_client = measured.get("per_client", {})
+    named = {} if judged and len(per_client) > _MOST_NAMED else per_client
+    for client, values in named.items():
+        row(f"  on the {'rows' if judged else 'test data'} of {client}", values, of_client.get(client, {}).get("rows"))
+    if summary.get("client_evaluation") is None:
+        row("  on the clients' own data", measured.get("own_data"), counts.get("own_data"))
+    for label, values, count in client_rows(summary):
+        row(f"  {label}", values, count)
     row(*_worst(summary, of_client))
     row("  on unseen data", measured.get("unseen"), counts.get("unseen"))
     return table
+
+
+def client_rows(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, float] | None, int | None]]:
+    """Return the figures that the clients' own evaluation adds to a table, with the rows behind them."""
+    found = summary.get("client_evaluation")
+    if not isinstance(found, Mapping):
+        return []
+    rows = [
+        ("mean over the clients, unweighted", found.get("unweighted"), found.get("rows")),
+        ("standard deviation over the clients", found.get("spread"), None),
+    ]
+    if dict(summary.get("metrics") or {}).get("clients") == found.get("figures"):
+        return rows  # they are the federation's
+    return [("on the clients' held-out rows", found.get("figures"), found.get("rows")), *rows]
 
 
 def _worst(
@@ -81,7 +104,7 @@ def _headline(summary: Mapping[str, Any]) -> str:
 def _metric_names(summary: Mapping[str, Any]) -> list[str]:
     """Return the metrics in the order of the columns: the run's own first, the loss last."""
     first = summary["metric"]
-    others = [name for name in summary["metrics"]["clients"] if name not in (first, "loss")]
+    others = [name for name in summary["metrics"].get("clients", ()) if name not in (first, "loss")]
     return [first, *others, *(["loss"] if first != "loss" else [])]
 
 

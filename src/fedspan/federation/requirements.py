@@ -210,7 +210,7 @@ def _check_patience(method: Method, config: Config) -> None:
     if patience is None:
         return
     given = f"evaluation.patience = {patience}"
-    if not config.data.validation:
+    if not config.data.validation and config.evaluation.where == "server":
         raise FedspanError(f"{given} needs data.validation, the share of the training data to judge rounds by")
     if config.evaluation.every_seconds is not None:
         raise FedspanError(f"{given} with evaluation.every_seconds: a clock would decide where the run ends")

@@ -19,6 +19,7 @@ from fedspan.config import Config, to_toml
 from fedspan.data.files import names_of
 from fedspan.federation.client_names import names_of_sites, numbered_ids
 from fedspan.flower import certificates
+from fedspan.flower.server_data import with_stated_metrics, without_data
 from fedspan.support.errors import FedspanError
 from fedspan.wire.names import is_name
 
@@ -325,6 +326,7 @@ def _files(deployment: Deployment, config: Config) -> Iterator[_File]:
     server = certificates.server_certificate(authority, hosts)
     nodes = {site.name: certificates.node_key(site.name) for site in deployment.sites}
     identities = {site.name: certificates.identity_key() for site in deployment.sites}
+    config = with_stated_metrics(config)
     settings = to_toml(config).encode()
     known = {site.client_id: identities[site.name].public.decode() for site in deployment.sites}
     peers = _json(known)
@@ -336,7 +338,7 @@ def _files(deployment: Deployment, config: Config) -> Iterator[_File]:
     yield "docker-compose.yml", _fill("compose.yml", _values(deployment)), _OPEN
     for path, content, mode in _server(deployment):
         yield f"server/{path}", content, mode
-    yield "server/config.toml", settings, _OPEN
+    yield "server/config.toml", to_toml(without_data(config)).encode(), _OPEN
     yield "server/sites.json", peers, _OPEN
     # Beside nodes/, which has the key of each site: no site can take another one's place.
     yield "server/clients.json", _json({site.name: site.client_id for site in deployment.sites}), _OPEN

@@ -190,6 +190,28 @@ class ExampleLedgers:
         """
         self._ledger(ask.client_id).charge(self._release(ask, update_digest(update)))
 
+    def charge_held_out(self, client_id: str, place: str, name: str) -> None:
+        """Count noised statistics of a client's held-out rows, which are in a ledger of their own.
+
+        Parameters
+        ----------
+        place
+            Names the evaluation: the run and the round.
+        name
+            Digest of everything that the noise is keyed by.
+
+        Raises
+        ------
+        BudgetSpent
+            When it would exceed the budget: they must not leave.
+        """
+        event = DPEvent(self.privacy.noise_multiplier, 1.0)
+        self._ledger(f"{client_id}.held-out").charge(Release(f"held-out/{place}", name, event))
+
+    def held_out_secret(self) -> int:
+        """Return the secret that the noise of these statistics is drawn from."""
+        return self._secret()
+
     def spent(self) -> float:
         """Return the largest ε of any client that has worked, in this process or in an earlier one."""
         paths = (self.folder / FOLDER).glob("ledger-*.json")
@@ -245,6 +267,19 @@ class ClientLedger:
             When it would exceed the budget: there must be no such sum.
         """
         self._ledger().charge(self._release(round_num, name))
+
+    def charge_held_out(self, round_num: int, name: str) -> None:
+        """Count the noised statistics of all clients' held-out rows after that many rounds, before noise is drawn.
+
+        Every client is asked, so that no coins amplify it.
+
+        Raises
+        ------
+        BudgetSpent
+            When it would exceed the budget.
+        """
+        event = DPEvent(self._privacy.noise_multiplier, 1.0)
+        self._ledger().charge(Release(f"held-out/{round_num}", name, event))
 
     def num_released(self, round_num: int) -> int:
         """Return the number of different sums that were released in a round, counted from 0."""

@@ -10,6 +10,7 @@ from typing import Any
 from fedspan.config import Config
 from fedspan.data.metrics import METRICS
 from fedspan.display.progress import duration, number, size
+from fedspan.display.report import client_rows
 from fedspan.display.run_groups import flat
 from fedspan.reporting.records import Run, finite, object_of
 
@@ -157,10 +158,18 @@ def results_table(run: Run) -> Table:
     row(f"federation ({run.title})", metrics.get("clients"), strong=True)
     if metrics.get("server") != metrics.get("clients"):
         row("the server's full state", metrics.get("server"))
-    row("on the clients' own data", metrics.get("own_data"))
+    by_clients = client_rows(run.summary)
+    if not by_clients:
+        row("on the clients' own data", metrics.get("own_data"))
+    for label, values, _ in by_clients:
+        row(label, values)
     row("on unseen data", metrics.get("unseen"))
+    # What the clients judge alone is no test data of the server's.
+    own = by_clients and "server" not in metrics
     return Table(
-        "Results on the test data", [Column("", numeric=False), *(Column(arrow(name)) for name in names)], rows
+        "Results on the clients' held-out rows" if own else "Results on the test data",
+        [Column("", numeric=False), *(Column(arrow(name)) for name in names)],
+        rows,
     )
 
 
@@ -182,7 +191,7 @@ def spread_tables(run: Run) -> list[Table]:
     if len(per_rank) > 1:
         found.append(Table("By the client's rank", [Column("rank"), *columns], per_rank))
     if per_client:
-        caption = "By client, on its own part of the test data"
+        caption = "By client, on rows of its own"
         found.append(Table(caption, [Column("client", numeric=False), *columns], per_client))
     return found
 

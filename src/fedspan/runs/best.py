@@ -10,13 +10,14 @@ from fedspan.data.metrics import METRICS
 
 
 class BestRound(TypedDict):
-    """The round with the best headline metric on the validation data; of equal ones the first."""
+    """The round with the best headline metric on the validation data, or without it on the clients' held-out rows; of
+    equal ones the first."""
 
     round_num: int
     validation: dict[str, float | None]
-    """Its figures on the validation data."""
+    """Its figures on these rows."""
     rows: int
-    """Validation rows."""
+    """Number of them; 0 where it is not known, under client-level privacy."""
     test: dict[str, float | None] | None
     """Its figures on the test data, as in its record."""
 
@@ -58,9 +59,10 @@ def best_round(history: Sequence[Mapping[str, Any]], metric: str, rows: int) -> 
     best = best_record(history, metric)
     if best is None:
         return None
+    by_clients = best.get("client_evaluation") or {}
     return {
         "round_num": best["round_num"],
         "validation": dict(best["validation"]),
-        "rows": rows,
+        "rows": rows or by_clients.get("rows") or 0,
         "test": None if best["eval"] is None else dict(best["eval"]),
     }

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedspan.client.evaluation import Figures
+from fedspan.client.evaluation import Figures, spread_rows
 from fedspan.client.executors import EvaluationTask, Executor
 from fedspan.client.setup import Prepared, device_of, notes_of
 from fedspan.config import Config
-from fedspan.data import Encoded
+from fedspan.data import Corpus, Encoded, no_rows
+from fedspan.data.load import load_no_rows
 from fedspan.federation import requirements
 from fedspan.federation.clients import Client, make_clients, partition_note, site_test_rows
+from fedspan.federation.held_out import HeldOutTerms
 from fedspan.federation.sampling import ClientSampler, create_sampler
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast
@@ -74,6 +76,8 @@ class RunContext:
     """Takes the sums of simulated clients' updates in fixed point; none: updates are folded as they are."""
     examples: ExampleLedgers | None = None
     """Ledgers of simulated clients that train by DP-SGD."""
+    held_out: HeldOutTerms | None = None
+    """The form in which the clients judge what they receive on rows of their own; none: they do not."""
 
     @classmethod
     def prepare(
@@ -104,7 +108,7 @@ class RunContext:
         """
         torch.set_num_threads(config.threads)
         provision = provision or Provision()
-        corpus = provision.corpus(config)
+        corpus = provision.corpus(config) if transport is None else _corpus_of_server(config, provision)
         coordinator = None
         if transport is None:
             clients = make_clients(corpus, config.federation, config.federation_seed, config.data.client_holdout)
@@ -133,6 +137,17 @@ class RunContext:
             labels = agreement.labels(read.kind, read.num_labels, read.label_names)
             clients = coordinator.agree(base, labels, shapes, initial_dense, clients)
         described = identity(config, base, data)
+        held_out = _held_out(config, prepared.corpus)
+        site_tests = site_test_rows(corpus, config.federation)
+        if (
+            held_out is not None
+            and coordinator is None
+            and not any(c.client_id in site_tests or len(c.holdout) for c in clients)
+        ):
+            raise FedspanError(
+                f"evaluation.where = {config.evaluation.where!r}: no client has held-out rows of its own; expected "
+                "data.client_holdout above 0, or a file of each client in data.test"
+            )
         return cls(
             config=config,
             method=method,
@@ -148,13 +163,14 @@ class RunContext:
             device=device,
             num_workers=provided.num_workers,
             described=prepared.corpus.describe(),
-            site_tests=site_test_rows(corpus, config.federation),
+            site_tests=site_tests,
             shared=provided.shared,
             ready=partial(provision.ready, described),
             coordinator=coordinator,
             total=_total(config),
             identity=described,
             examples=_ledgers(config, base, out) if coordinator is None else None,
+            held_out=held_out,
         )
 
     @property
@@ -201,9 +217,7 @@ class RunContext:
         most = self.config.evaluation.max_examples
         if not whole and most is not None:
             given = np.arange(len(self.data[split])) if rows is None else rows
-            if most < len(given):
-                # Spread over the data, which may be sorted by task.
-                rows = given[[int(i * len(given) / most) for i in range(most)]]
+            rows = spread_rows(given, most) if most < len(given) else rows
         return EvaluationTask(broadcast, split, rows)
 
     def evaluate(self, tasks: Iterable[EvaluationTask]) -> list[Figures]:
@@ -213,6 +227,24 @@ class RunContext:
     def close(self) -> None:
         """End every process that was started."""
         self.executor.close()
+
+
+def _corpus_of_server(config: Config, provision: Provision) -> Corpus:
+    """Return the server's rows, or what the settings say of the sites' where it has none."""
+    if not no_rows.has_none(config.data):
+        return provision.corpus(config)
+    if config.evaluation.where != "clients":
+        raise FedspanError(
+            f"evaluation.where = {config.evaluation.where!r} and no data.train: a server without data judges nothing; "
+            "expected 'clients'"
+        )
+    return load_no_rows(config.data)
+
+
+def _held_out(config: Config, corpus: Corpus) -> HeldOutTerms | None:
+    if config.evaluation.where == "server":
+        return None
+    return HeldOutTerms.of(config, corpus.metrics, corpus.num_labels)
 
 
 def _site_lines(on_event: OnEvent) -> Callable[[str], None]:

@@ -221,11 +221,13 @@ def _execute(context: RunContext, main: MethodRun) -> Result:
             context,
             history,
             base=base,
+            base_rows=main.saved.notes.get("base_rows") or 0,
             local=local,
             final=final.metrics,
             rows=final.rows,
             each=final.clients,
             classes=final.classes,
+            by_clients=final.by_clients,
             stopped_early=main.saved.state.round_num < context.config.federation.rounds and main.stopped_early(),
             wall_seconds=wall_seconds,
             spent=spent,
@@ -267,9 +269,10 @@ def _base(context: RunContext, main: MethodRun) -> dict[str, float] | None:
     """Return the figures of the untouched base; measured once, then kept in the checkpoint."""
     context.emit("phase", phase="base", total=1, done=0)
     if "base" not in main.saved.notes and context.config.evaluation.base:
-        main.note({**main.saved.notes, "base": context.evaluate([context.evaluation_task(main.initial())])[0]})
+        main.note({**main.saved.notes, **_measured_base(context, main)})
     base: dict[str, float] | None = main.saved.notes.get("base")
-    if base is not None and not math.isfinite(base["loss"]):
+    bounded = context.held_out is not None and not context.held_out.layout.with_loss
+    if base is not None and not bounded and not math.isfinite(base["loss"]):
         raise NotResumable(
             f"model.name = {context.config.model.name!r}: the loss of the untouched base is {base['loss']} with "
             f"model.dtype = {context.config.model.dtype!r}; expected a base and a type whose loss is finite"
@@ -277,13 +280,27 @@ def _base(context: RunContext, main: MethodRun) -> dict[str, float] | None:
     return base
 
 
+def _measured_base(context: RunContext, main: MethodRun) -> dict[str, Any]:
+    """Return the untouched base's figures and the rows that they are of, as notes for the checkpoint."""
+    if context.config.evaluation.where != "clients":
+        return {"base": context.evaluate([context.evaluation_task(main.initial())])[0]}
+    found = main.evaluated_by_clients(saved=main.start) if main.saved.state.round_num == 0 else None
+    return {"base": None, "base_rows": 0} if found is None else {"base": found["figures"], "base_rows": found["rows"]}
+
+
 def _local_control(context: RunContext, main: MethodRun) -> dict[str, float] | None:
     """Train every client alone, on the same schedule, and return the mean of the clients' figures."""
     if not context.config.evaluation.local or context.method.info.alone or context.coordinator is not None:
         return None
+    by_clients = context.config.evaluation.where == "clients"
+    if by_clients and context.config.privacy.dp != "none":
+        return None  # its models are under no noise, and neither would their figures on the clients' rows be
     control = methods.create("local", trains=context.method.info.trains)
     if context.config.local.keep_optimizer:
         control = with_kept_optimizer(control)
     alone = MethodRun.open(context, "local", control, context.clients)
     alone.advance(main.saved.state.round_num if main.stopped_early() else context.config.federation.rounds)
+    if by_clients:
+        found = alone.evaluated_by_clients()
+        return None if found is None else found["figures"]
     return personal_metrics(context, control, alone.saved, alone.clients)

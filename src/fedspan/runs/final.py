@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from fedspan.client.evaluation import Figures as Evaluated
 from fedspan.client.executors import EvaluationTask
 from fedspan.data.class_metrics import ClassReport, class_report
+from fedspan.federation.held_out import ClientEvaluation
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, Request
 from fedspan.runs.base_record import label_names
@@ -30,11 +31,37 @@ class Final:
     clients: Mapping[str, ClientFigures] = field(default_factory=dict)
     """Client -> the figures of its final model; empty where the models are at real sites."""
     classes: ClassReport | None = None
-    """Of the server's full state on the whole test data; None where there is no such state, or are no classes."""
+    """Of the server's full state on the whole test data, or of what the clients received on all of their rows; None
+    where there is no such state, or are no classes."""
+    by_clients: ClientEvaluation | None = None
+    """The clients' own evaluation of it; None where they do not judge."""
 
 
 def final_metrics(context: RunContext, run: MethodRun) -> Final:
     """Evaluate what the clients end with and the server's full state, on the whole test data and on unseen data."""
+    by_clients = None if context.held_out is None else run.final_by_clients()
+    if context.config.evaluation.where == "clients":
+        return _by_clients(context, by_clients)
+    return replace(_by_server(context, run), by_clients=by_clients)
+
+
+def _by_clients(context: RunContext, found: ClientEvaluation | None) -> Final:
+    """Return the figures of an evaluation by the clients as the run's."""
+    if found is None:
+        return Final({}, {})
+    rows = found["rows"] or 0
+    final: FinalMetrics = {"clients": {**found["figures"]}}
+    counted = {"clients": rows}
+    if found["unweighted"] is not None:
+        final["own_data"], counted["own_data"] = {**found["unweighted"]}, rows
+    each = found["per_client"] or {}
+    if each:
+        final["per_client"], counted["per_client"] = {name: {**own["figures"]} for name, own in each.items()}, rows
+    named = {name: ClientFigures(own["figures"], own["rows"], "own") for name, own in each.items()}
+    return Final(final, counted, named, found["classes"], found)
+
+
+def _by_server(context: RunContext, run: MethodRun) -> Final:
     if not context.method.info.personalised:
         return _of_one_model(context, run)
     if context.coordinator is not None:

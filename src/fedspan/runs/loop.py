@@ -15,6 +15,7 @@ from fedspan.client.learning_rates import check_groups
 from fedspan.diagnostics.measure import measure
 from fedspan.federation.clients import Client, pooled
 from fedspan.federation.exchange import WINDOW, Answer
+from fedspan.federation.held_out import ClientEvaluation, record_of
 from fedspan.federation.round_spool import round_spool
 from fedspan.federation.rounds import Observe, OnAnswer, RunState, conduct
 from fedspan.federation.simulated import SimulatedClients
@@ -25,12 +26,13 @@ from fedspan.robust import screen
 from fedspan.runs import checkpoint
 from fedspan.runs.best import best_record, is_spent
 from fedspan.runs.checkpoint import Checkpoint
+from fedspan.runs.client_evaluation import evaluated_by_clients
 from fedspan.runs.context import RunContext
 from fedspan.runs.engine_choice import EngineChoice, choose_engine, engine_used, measured_cohort_size
 from fedspan.runs.history import write_history
 from fedspan.runs.identity import check_identity
 from fedspan.runs.precision_choice import chosen_precision, use_precision
-from fedspan.runs.privacy_budget import PrivacyBudget, create_budget
+from fedspan.runs.privacy_budget import ClientBudget, PrivacyBudget, create_budget
 from fedspan.runs.results import set_aside
 from fedspan.runs.scoring import mean_figures, personal_figures
 from fedspan.runs.simulated_work import SimulatedWork, steps_of
@@ -60,6 +62,8 @@ class MethodRun:
     budget: PrivacyBudget
     on_best: Callable[[MethodRun], None] = lambda run: None
     """Called after a round that is the best so far, before its checkpoint is written."""
+    by_clients: tuple[int, ClientEvaluation | None] | None = None
+    """The clients' last evaluation of all their rows, after so many rounds."""
     evaluated_at: float = field(default_factory=time.monotonic)
     """The time of the last evaluation by `evaluation.every_seconds`, in seconds."""
 
@@ -199,8 +203,9 @@ class MethodRun:
             counted=run_state.counted,
         )
         record |= self.budget.spent()
-        record["eval"], record["eval_rows"] = self._evaluated(round_num, last)
-        record["validation"] = self._validated(record["eval"] is not None)
+        record |= self._evaluations(round_num, last)
+        costs = {} if context.coordinator is None else context.coordinator.costs()
+        record |= {name: record[name] + cost for name, cost in costs.items()}  # of an evaluation by the clients
         if best_record((*saved.history, record), self.context.metrics[0]) is record:
             # Before the checkpoint: a run that is killed in between does the round again, and writes the same.
             self.on_best(self)
@@ -297,11 +302,52 @@ class MethodRun:
             return None
         return partial(measure, base=context.initial_dense)
 
-    def _evaluated(self, round_num: int, last: bool) -> tuple[dict[str, float] | None, int]:
-        """Return the figures after a round and the examples that they are of; none where it is not evaluated."""
+    def _evaluations(self, round_num: int, last: bool) -> dict[str, Any]:
+        """Return what a round's record says of the models after it."""
+        where = self.context.config.evaluation.where
+        due = self.phase == FEDERATION and (last or self._is_due(round_num))
+        by_clients = self.evaluated_by_clients(whole=last) if due and where != "server" else None
+        if due and last:
+            self.by_clients = (self.saved.state.round_num, by_clients)
+        if where != "clients":
+            figures, rows = self._evaluated(last) if due else (None, 0)
+        else:
+            figures = None if by_clients is None else by_clients["figures"]
+            rows = 0 if by_clients is None else by_clients["rows"] or 0
+        validation = self._validated(figures is not None)
+        if validation is None and by_clients is not None and not self.method.info.personalised:
+            # Where the server has no validation data, the clients' rows find the best round.
+            validation = by_clients["figures"] if "validation" not in self.context.data else None
+        found: dict[str, Any] = {"eval": figures, "eval_rows": rows, "validation": validation}
+        if where != "server":
+            found["client_evaluation"] = None if by_clients is None else record_of(by_clients)
+        return {**found, **self.budget.spent()}
+
+    def evaluated_by_clients(self, whole: bool = True, saved: Checkpoint | None = None) -> ClientEvaluation | None:
+        """Return the figures of this method's models on the clients' own rows.
+
+        Parameters
+        ----------
+        saved
+            The state to judge; none: that after the last finished round.
+        """
+        ledger = self.budget.ledger if isinstance(self.budget, ClientBudget) else None
+        judged, released = saved or self.saved, self.phase == FEDERATION
+        return evaluated_by_clients(
+            self.context, self.method, judged, self.context.clients, whole=whole, ledger=ledger, released=released
+        )
+
+    def final_by_clients(self) -> ClientEvaluation | None:
+        """Return the figures of the final models on the clients' own rows: as the last round's, where it has some."""
+        if self.by_clients is None or self.by_clients[0] != self.saved.state.round_num:
+            # A run that ended before its last round, or was resumed after it.
+            self.by_clients = (self.saved.state.round_num, self.evaluated_by_clients())
+        return self.by_clients[1]
+
+    def _evaluated(self, last: bool) -> tuple[dict[str, float] | None, int]:
+        """Return the figures on the server's test data and the examples that they are of; none for models that are not
+        here."""
         context = self.context
-        if self.phase != FEDERATION or not (last or self._is_due(round_num)):
-            return None, 0
         if self.method.info.personalised:
             # One model for each client is too much to evaluate between rounds, and those of real sites are not here.
             if not last or context.coordinator is not None:

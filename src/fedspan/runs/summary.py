@@ -9,8 +9,10 @@ from typing import Any, NotRequired, TypedDict, cast
 from fedspan.data.class_metrics import ClassReport
 from fedspan.data.metrics import METRICS
 from fedspan.federation.clients import Client
+from fedspan.federation.held_out import ClientEvaluation
 from fedspan.runs.base_record import EncodingEntry, encoding_entry, label_names
 from fedspan.runs.best import BestRound, best_round
+from fedspan.runs.client_evaluation import held_out_rows
 from fedspan.runs.client_figures import ClientData, ClientFigures, WorstClient, worst_client
 from fedspan.runs.context import RunContext
 from fedspan.runs.precision_choice import used_precision
@@ -29,14 +31,16 @@ class FinalMetrics(TypedDict):
     unseen: NotRequired[Figures]
     """The server's full state, on unseen data."""
     clients: NotRequired[Figures]
-    """The clients' final models on the whole test data: the mean over the clients."""
+    """The clients' final models on the whole test data: the mean over the clients. Where the clients judge alone
+    (`evaluation.where`): on all of their held-out rows together."""
     per_rank: NotRequired[dict[str, Figures]]
     """Rank -> the model that a client of that rank receives, on the whole test data."""
     own_data: NotRequired[Figures]
     """The clients' final models on their own held-out data: the mean over the clients that have some."""
     per_client: NotRequired[dict[str, Figures]]
     """Client -> its final model on its own part of the test data: rows that were held out of its file, or are in the
-    test file of the same name. Of clients that are named after their files."""
+    test file of the same name. Of clients that are named after their files; where the clients judge alone
+    (`evaluation.where`), of all clients, on their held-out rows."""
 
 
 class Metrics(FinalMetrics):
@@ -130,6 +134,9 @@ class Summary(TypedDict):
     """The client with the worst headline figure; None where no client's model was evaluated."""
     classes: ClassReport | None
     """Confusion matrix, precision and recall of the server's full state; None without such a state or classes."""
+    client_evaluation: ClientEvaluation | None
+    """The clients' evaluation of the final models on their own held-out rows; None where they do not judge
+    (`evaluation.where`)."""
     best: BestRound | None
     """The best round by the validation data, whose model is `adapter-best` or `model-best`; None without such data."""
     stopped_early: bool
@@ -158,11 +165,13 @@ def summarise(
     history: Sequence[Mapping[str, Any]],
     *,
     base: Mapping[str, float] | None,
+    base_rows: int,
     local: Mapping[str, float] | None,
     final: FinalMetrics,
     rows: Mapping[str, int],
     each: Mapping[str, ClientFigures],
     classes: ClassReport | None,
+    by_clients: ClientEvaluation | None,
     stopped_early: bool,
     wall_seconds: float,
     spent: Mapping[str, float],
@@ -175,7 +184,9 @@ def summarise(
         The records of its rounds.
     base, local
         Figures of the untouched base and of the clients that train alone.
-    rows, each, classes
+    base_rows
+        Clients' rows that the figures of the base are of, where the clients judge alone.
+    rows, each, classes, by_clients
         As in `runs.final.Final`.
     stopped_early
         The run ended before its last round (`evaluation.patience`).
@@ -199,9 +210,10 @@ def summarise(
         "unseen": headline(final.get("unseen")),
         "per_rank": {rank: headline(figures) for rank, figures in final.get("per_rank", {}).items()},
         "metrics": {"base": base, "local": local, **final},
-        "rows": {**_test_rows(context, base, local), **rows},
+        "rows": {**_test_rows(context, base, local, base_rows), **rows},
         "worst_client": worst_client(each, metric),
         "classes": classes,
+        "client_evaluation": by_clients,
         "best": best_round(history, metric, len(context.data.get("validation", ()))),
         "stopped_early": stopped_early,
         "totals": _totals(history, wall_seconds),
@@ -240,8 +252,11 @@ def _totals(history: Sequence[Mapping[str, Any]], wall_seconds: float) -> Totals
     }
 
 
-def _test_rows(context: RunContext, base: object, local: object) -> dict[str, int]:
+def _test_rows(context: RunContext, base: object, local: object, base_rows: int) -> dict[str, int]:
     whole, most = len(context.data["test"]), context.config.evaluation.max_examples
+    if context.config.evaluation.where == "clients":
+        mine = sum(len(rows) for _, rows in held_out_rows(context).values())
+        return {**({} if base is None else {"base": base_rows}), **({} if local is None else {"local": mine})}
     rows = {} if base is None else {"base": whole}
     # The controls are personal models, which are evaluated on as many examples as the rounds.
     return rows if local is None else {**rows, "local": min(whole, most or whole)}

@@ -18,12 +18,14 @@ from fedspan.config import Config
 from fedspan.federation import requirements
 from fedspan.federation.clients import Client
 from fedspan.federation.exchange import Answer, BroadcastFor, Question, Summed
+from fedspan.federation.held_out import Collected, HeldOutTerms
 from fedspan.methods.base import Method
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, ClientState, Tensors, Update
 from fedspan.privacy.fixed_point import FixedPoint
 from fedspan.privacy.sum_layout import SumLayout
 from fedspan.server.checks import AnswerChecks, unusable
+from fedspan.server.evaluations import Evaluation
 from fedspan.server.key_exchange import RunTerms
 from fedspan.server.masked_sums import MaskedSums
 from fedspan.server.registry import SiteRegistry
@@ -73,6 +75,8 @@ class Coordinator:
         least = requirements.least_in_sums(config.federation, config.privacy) if config.privacy.secure_sums else 2
         run_terms = RunTerms(config.privacy, config.federation.rounds, least, trusted)
         self._masked_sums = MaskedSums(self._requests, run_terms, self.registry.notify)
+        # Apart from those of training: an evaluation asks every client, whoever is in the round.
+        self._evaluation_sums = MaskedSums(self._requests, run_terms, self.registry.notify)
         self._initial: Tensors = {}
         # Here and not in the checks of one exchange: a later exchange of a round asks about the same training result.
         self._results: dict[int, Update] = {}
@@ -180,6 +184,26 @@ class Coordinator:
         check_weights(numbers, count, sum(known.values()) if len(known) == count else None)
         partial, loss = layout.partial(numbers, count)
         return Summed(partial, loss, ordered)
+
+    def evaluate(
+        self,
+        question: Question,
+        clients: Sequence[Client],
+        broadcast_for: BroadcastFor,
+        terms: HeldOutTerms,
+        whole: bool,
+    ) -> Collected:
+        """Return the statistics of what these clients receive, on rows of their own; see `server.evaluations`.
+
+        Raises
+        ------
+        FedspanError
+            When fewer clients stayed than can unmask a sum of them.
+        """
+        sums = self._evaluation_sums if self._privacy.secure_sums else None
+        asking = Evaluation(self._requests, question, self._heading(question), terms, whole, self._privacy, sums)
+        checks = self._checks(question)
+        return asking.collect(clients, broadcast_for, checks.derived, self._wire.down)
 
     def _collector(self, question: Question, ready: Sequence[Client], layout: SumLayout, rank: int) -> SumCollector:
         """Return what adds up the clients' parts, under masks or in the open."""

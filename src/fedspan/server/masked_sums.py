@@ -62,7 +62,8 @@ class MaskedSums:
         clients = [client for client in clients if client.client_id not in self._excluded]
         # Only a round's first exchange may change the set-up: all sums of a round are over the same roster.
         if self._setup is None or (place == 0 and not self._setup.serves(clients, num_exchanges)):
-            ahead = min(self._terms.privacy.rounds_ahead, self._terms.num_rounds - question.round_num)
+            # An evaluation comes after the last round, too.
+            ahead = max(1, min(self._terms.privacy.rounds_ahead, self._terms.num_rounds - question.round_num))
             exchange = KeyExchange(self._requests, self._terms, question, heading, self._notify)
             self._setup = exchange.run(clients, ahead * num_exchanges)
             self._excluded |= exchange.excluded

@@ -16,7 +16,7 @@ from fedspan.config import Config
 from fedspan.federation.clients import Client
 from fedspan.federation.exchange import Question, begin, respond, sum_layout, unlearnt, widened
 from fedspan.methods.base import Method
-from fedspan.methods.messages import Broadcast, ClientState, Recipe, Request, Update
+from fedspan.methods.messages import Broadcast, ClientState, Recipe, Request, Template, Update
 from fedspan.privacy.ledgers import ExampleLedgers
 from fedspan.privacy.sum_layout import SumLayout
 from fedspan.site.errors import Refused
@@ -91,6 +91,29 @@ class LocalWork:
         # Here, so that an engine that cannot do this method's work is refused before the first round.
         self._engine(method.broadcast(method.init(template, self._initial), Request(client.rank)).recipe)
 
+    def evaluation(self, message: Mapping[str, Any], header: RoundHeader) -> Question:
+        """Return the question that a message about the client's held-out rows asks.
+
+        Raises
+        ------
+        Refused
+            When its number is that of an exchange.
+        """
+        exchanges = self._method.exchanges
+        if header.number != len(exchanges) or message["keep"] or tuple(message["place"]) != (0, 1):
+            raise Refused(f"an evaluation as exchange {header.number}: expected {len(exchanges)}, by itself")
+        return Question(self._template(header), header.round_num, header.number, exchanges[0], (0, 1), keep=False)
+
+    def received_model(
+        self, message: Mapping[str, Any], header: RoundHeader, tensors: Sequence[Tensor], question: Question
+    ) -> Broadcast:
+        """Return the model that the client has after a broadcast: with its own state, where the method keeps one."""
+        sent = self._received(message, header, tensors, question)
+        started = self._method.start(sent, self._state_after(header, question))
+        self._derived = None  # of another round than the one that may be going on
+        self._model.check_fits(started)
+        return started
+
     def question(self, message: Mapping[str, Any], header: RoundHeader) -> Question:
         """Return the question that a message asks.
 
@@ -111,11 +134,8 @@ class LocalWork:
                 f"exchange {header.number} as number {place} of {num_places} in round {header.round_num}: expected one "
                 f"of {due} in this order"
             )
-        template = self._model.template(
-            header.rank, self._adapter.alpha, self._adapter.rslora, self._seed, header.num_clients
-        )
         exchange, keep = exchanges[header.number], bool(message["keep"])
-        return Question(template, header.round_num, header.number, exchange, (place, num_places), keep)
+        return Question(self._template(header), header.round_num, header.number, exchange, (place, num_places), keep)
 
     def answer(
         self, question: Question, message: Mapping[str, Any], header: RoundHeader, tensors: Sequence[Tensor]
@@ -156,6 +176,10 @@ class LocalWork:
         if not question.keep and not self._secure:
             self._result = None
         return LocalAnswer(response.update, result.train_loss, result.optimizer_bytes, seconds, layout)
+
+    def _template(self, header: RoundHeader) -> Template:
+        adapter = self._adapter
+        return self._model.template(header.rank, adapter.alpha, adapter.rslora, self._seed, header.num_clients)
 
     def _layout(self, question: Question, header: RoundHeader, sent: Broadcast, rank: int) -> SumLayout:
         """Return the layout of a sum, that of a client of this rank, as the server must derive it too."""

@@ -8,6 +8,7 @@ between rounds never leaves it.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ import torch
 from torch import Tensor
 
 from fedspan.data import load as load_data
+from fedspan.data.metric_blocks import Vector
 from fedspan.federation import requirements
+from fedspan.federation.held_out import HeldOutTerms
 from fedspan.methods.base import Method
 from fedspan.privacy.fixed_point import FixedPoint, Words
 from fedspan.privacy.ledgers import ExampleLedgers
 from fedspan.privacy.sum_layout import SumLayout, SumTerms
 from fedspan.site import precision
 from fedspan.site.errors import Refused, code_of
+from fedspan.site.held_out import held_out_of
 from fedspan.site.incidents import refusal
 from fedspan.site.loading import Loaded, client_of
 from fedspan.site.local_work import LocalAnswer, LocalWork
@@ -89,9 +93,14 @@ class Site:
         self.work = LocalWork(config, method, self.client, self.loaded, storage, examples)
         max_sums = privacy.rounds_ahead * len(method.exchanges)
         self._sums = SumParticipant(settings, self.client.client_id, storage, max_sums)
+        # With keys of its own: an evaluation asks every client, whoever is in the rounds.
+        self._evaluation_sums = SumParticipant(settings, self.client.client_id, storage, privacy.rounds_ahead)
+        self._evaluation_number = len(method.exchanges)
+        self._held_out = held_out_of(settings, method, self.client, corpus, self.loaded, examples)
         self._handlers: Mapping[str, _Handler] = {
             "hello": self._hello,
             "ask": self._ask,
+            "evaluate": self._evaluate,
             "advertise": self._advertise,
             "share": self._share,
             "receive": self._receive,
@@ -148,6 +157,51 @@ class Site:
             fields["update"] = protocol.put_update(outgoing, answer.update, self._precision)
         return fields
 
+    def _evaluate(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:
+        header = self._checks.check(message, self.loaded.base)
+        if self._held_out is None:
+            raise Refused("a question about held-out rows, which evaluation.where keeps here", Code.OTHER_SETTINGS)
+        if (self.privacy.secure_sums or self.privacy.fixed_point) != ("sum" in message):
+            raise Refused("a question for this site's own statistics, where only sums may be known", Code.OWN_UPDATE)
+        began = time.perf_counter()
+        model = self.work.received_model(message, header, tensors, self.work.evaluation(message, header))
+        vector = self._held_out.statistics(model, header, whole=message["whole"])
+        fields: Fields = {"seconds": time.perf_counter() - began}
+        if "sum" not in message:
+            return {**fields, "statistics": outgoing.put(torch.from_numpy(vector.view(np.int64)))}
+        words = self._summed_statistics(header, message["sum"], self._held_out.terms, vector)
+        return {**fields, "words": outgoing.put(torch.from_numpy(words.view(np.int64)))}
+
+    def _summed_statistics(
+        self, header: RoundHeader, requested: Mapping[str, Any], held_out: HeldOutTerms, vector: Vector
+    ) -> Words:
+        """Return statistics as the words of a sum, masked where the settings say so."""
+        point = FixedPoint(self.privacy.fraction_bits)
+        if not self.privacy.secure_sums:
+            return held_out.encoded(vector, point, requested["num_clients"])
+        session, index = requested["session"], requested["index"]
+        num_clients = self._evaluation_sums.settle(header.run, session, requested["members"])
+        words = held_out.encoded(vector, point, num_clients)
+        terms = self._sum_terms(header, requested["rank"], held_out.sum_layout())
+        return self._evaluation_sums.mask(header, session, index, words, terms.digest())
+
+    def _sum_terms(self, header: RoundHeader, rank: int, layout: SumLayout) -> SumTerms:
+        return SumTerms(
+            header.run,
+            header.round_num,
+            header.number,
+            agreement.digest(self.terms),
+            self.loaded.base,
+            header.rank,
+            header.num_clients,
+            rank,
+            layout,
+        )
+
+    def _sums_of(self, message: Mapping[str, Any]) -> SumParticipant:
+        """Return the keys that a message is about: those of evaluations, or of training."""
+        return self._evaluation_sums if message["number"] == self._evaluation_number else self._sums
+
     def _words(self, header: RoundHeader, requested: Mapping[str, Any], answer: LocalAnswer) -> Words:
         """Return the answer as the words of a sum, masked where the settings say so."""
         layout, fixed_point = answer.layout, FixedPoint(self.privacy.fraction_bits)
@@ -157,17 +211,7 @@ class Site:
         session, index = requested["session"], requested["index"]
         num_clients = self._sums.settle(header.run, session, requested["members"])
         words = self._encoded(layout, fixed_point, answer, num_clients)
-        terms = SumTerms(
-            header.run,
-            header.round_num,
-            header.number,
-            agreement.digest(self.terms),
-            self.loaded.base,
-            header.rank,
-            header.num_clients,
-            requested["rank"],
-            layout,
-        )
+        terms = self._sum_terms(header, requested["rank"], layout)
         return self._sums.mask(header, session, index, words, terms.digest())
 
     def _encoded(self, layout: SumLayout, point: FixedPoint, answer: LocalAnswer, num_clients: int) -> Words:
@@ -178,22 +222,22 @@ class Site:
 
     def _advertise(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:
         header = self._checks.check(message, self.loaded.base)
-        keys = self._sums.advertise(header, message["session"], message["num_sums"])
+        keys = self._sums_of(message).advertise(header, message["session"], message["num_sums"])
         return {"keys": protocol.put_bytes(outgoing, keys)}
 
     def _share(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:
         keys = _bytes_by_name(message["keys"], tensors)
-        sealed = self._sums.share(message["run"], message["session"], keys, message["threshold"])
+        sealed = self._sums_of(message).share(message["run"], message["session"], keys, message["threshold"])
         return {"shares": {other: protocol.put_bytes(outgoing, content) for other, content in sealed.items()}}
 
     def _receive(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:
         shares = _bytes_by_name(message["shares"], tensors)
-        return {"false": self._sums.receive(message["run"], message["session"], shares)}
+        return {"false": self._sums_of(message).receive(message["run"], message["session"], shares)}
 
     def _unmask(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:
         run, session, survivors = message["run"], message["session"], message["survivors"]
         labels = message["round"], message["number"]
-        shares = self._sums.unmask(run, session, message["index"], labels, survivors)
+        shares = self._sums_of(message).unmask(run, session, message["index"], labels, survivors)
         return {"unmask": protocol.put_bytes(outgoing, shares)}
 
     def _convict(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:
@@ -201,7 +245,7 @@ class Site:
             commitments, shares = (_bytes_by_name(proof[key], tensors) for key in ("commitments", "shares"))
             signature = protocol.get_bytes(tensors, proof["signature"])
             run, session = message["run"], message["session"]
-            self._sums.convict(run, session, message["index"], dealer, commitments, signature, shares)
+            self._sums_of(message).convict(run, session, message["index"], dealer, commitments, signature, shares)
             self.notify(f"{dealer} was proved to have dealt false shares: sums go on without it")
         return {}
 

@@ -35,6 +35,11 @@ def terms(config: Config) -> dict[str, Any]:
     shared["engine.autocast"] = settings["engine"]["autocast"]
     for section in _SHARED_SECTIONS:
         shared |= {f"{section}.{key}": value for key, value in settings[section].items()}
+    # Sites that read their rows by other prompts, or score them by other metrics, would train and judge another task.
+    shared |= {f"data.{key}": settings["data"][key] for key in ("metrics", "template", "system")}
+    shared["evaluation.where"] = config.evaluation.where
+    if config.evaluation.where != "server":
+        shared |= {f"evaluation.{key}": settings["evaluation"][key] for key in ("max_examples", "max_new_tokens")}
     if config.privacy.secure_sums:
         # Each site derives from them the fewest clients that it takes part in a sum with.
         shared |= {f"federation.{key}": settings["federation"][key] for key in _OF_THE_SAMPLE}

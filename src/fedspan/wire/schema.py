@@ -127,6 +127,8 @@ class SiteAnswer(TypedDict):
     false: NotRequired[Names]
     """The clients whose shares for this site are false."""
     unmask: NotRequired[Index]
+    statistics: NotRequired[Index]
+    """Of the client's held-out rows: float64 numbers as the whole numbers of their bits."""
 
 
 @with_config(_STRICT)
@@ -232,6 +234,21 @@ class Ask(_Placed):
 
 
 @with_config(_STRICT)
+class Evaluate(_Placed):
+    """A question for the statistics of a model on a client's held-out rows, or for a part of their sum.
+
+    Its round is the number of finished rounds, and its number that after the last of the method's exchanges."""
+
+    kind: Literal["evaluate"]
+    counted: Count
+    broadcast: BroadcastHead
+    patch: PatchHead
+    whole: Flag
+    """On all of them, not only as many as `evaluation.max_examples` says."""
+    sum: NotRequired[SumHead]
+
+
+@with_config(_STRICT)
 class Advertise(_Placed):
     """A question for the keys of several sums."""
 
@@ -294,6 +311,7 @@ class Unmask(_Placed):
 _QUESTIONS: Mapping[str, TypeAdapter[Any]] = {
     "hello": TypeAdapter(Hello),
     "ask": TypeAdapter(Ask),
+    "evaluate": TypeAdapter(Evaluate),
     "advertise": TypeAdapter(Advertise),
     "share": TypeAdapter(Share),
     "receive": TypeAdapter(Receive),

@@ -1,0 +1,184 @@
+"""One evaluation by a federation's sites: every site is sent what it would train from, and answers with statistics.
+
+Where only sums may be known, a site's statistics are its part of a sum of their own, under masks where the settings say
+so. The keys of these sums are apart from those of training, since other sites take part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedspan.config import PrivacyConfig
+from fedspan.data.metric_blocks import Vector
+from fedspan.federation.clients import Client
+from fedspan.federation.exchange import BroadcastFor, Question
+from fedspan.federation.held_out import Collected, HeldOutTerms
+from fedspan.methods.messages import Broadcast
+from fedspan.privacy.fixed_point import FixedPoint, Words
+from fedspan.server.key_exchange import Heading
+from fedspan.server.masked_sums import MaskedSums
+from fedspan.server.requests import NOT_CONNECTED, Problem, Reply, Requests
+from fedspan.server.sums import PlainSum, SumCollector, check_weights
+from fedspan.support.errors import FedspanError
+from fedspan.wire import protocol
+from fedspan.wire.precision import Kind
+from fedspan.wire.protocol import DAMAGED, MessageTensors
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """One evaluation, from its messages to what came back."""
+
+    requests: Requests
+    question: Question
+    heading: Heading
+    terms: HeldOutTerms
+    whole: bool
+    """On all held-out rows."""
+    privacy: PrivacyConfig
+    masked: MaskedSums | None
+    """Makes the sums of evaluations, where they are under masks."""
+    problems: dict[str, Problem] = field(default_factory=dict)
+    """Client -> the reason why it is not in the figures."""
+
+    def collect(
+        self, clients: Sequence[Client], broadcast_for: BroadcastFor, derived: Callable[[int], Broadcast], kind: Kind
+    ) -> Collected:
+        """Ask those of the clients that can be reached; nobody is waited for who is not there.
+
+        Parameters
+        ----------
+        derived
+            Rank -> the broadcast that a site works out by itself.
+        kind
+            The type in which broadcasts travel.
+
+        Raises
+        ------
+        FedspanError
+            When fewer clients stayed than can unmask the sum, or the sum is not one of statistics.
+        """
+        registry = self.requests.registry
+        registry.greet()
+        away = registry.quarantined(self.question.round_num)
+        ready = [client for client in registry.reachable(clients) if client.client_id not in away]
+        self.problems = {client.client_id: NOT_CONNECTED for client in clients if client not in ready}
+
+        def message(client: Client, fields: Callable[[str, MessageTensors], dict[str, Any]] | None = None) -> bytes:
+            return self._message(client, broadcast_for(client), derived(client.rank), kind, fields)
+
+        found = self._sum(ready, message) if self.terms.sums else self._open(ready, message)
+        reasons = {name: problem.reason for name, problem in sorted(self.problems.items())}
+        return Collected(found.by_client, found.total, found.num_clients, reasons)
+
+    def _open(self, ready: Sequence[Client], message: Callable[[Client], bytes]) -> Collected:
+        by_client: dict[str, Vector] = {}
+        for client_id, reply in self.requests.exchange(self.question, {c.client_id: message(c) for c in ready}):
+            vector = self._vector(reply) if isinstance(reply, Reply) else reply
+            if isinstance(vector, Problem):
+                self.problems[client_id] = vector
+            else:
+                by_client[client_id] = vector
+        return Collected(by_client, None, len(by_client))
+
+    def _vector(self, reply: Reply) -> Vector | Problem:
+        """Return one client's statistics, or the problem with them."""
+        try:
+            words = _words(reply, "statistics", self.terms.size)
+        except DAMAGED as error:
+            return Problem(f"sent damaged statistics ({type(error).__name__}: {error})")
+        vector = words.view(np.float64)
+        problem = self.terms.problem(vector)
+        return vector if problem is None else Problem(problem)
+
+    def _sum(
+        self,
+        ready: Sequence[Client],
+        message: Callable[[Client, Callable[[str, MessageTensors], dict[str, Any]]], bytes],
+    ) -> Collected:
+        if not ready:
+            return Collected()
+        rank = max(client.rank for client in ready)
+        total: Words | None = None
+        answered: list[str] = []
+        while total is None:  # without the clients that were proved to lie, every time
+            collector = self._collector(ready, rank)
+
+            def fields(client_id: str, outgoing: MessageTensors, collector: SumCollector = collector) -> dict[str, Any]:
+                return {"rank": rank, **collector.message_fields(client_id, outgoing)}
+
+            asked = {c.client_id: message(c, fields) for c in ready if c.client_id not in collector.problems}
+            answered = self._added(asked, collector)
+            total = collector.total()
+        self.problems |= {name: problem for name, problem in collector.problems.items() if name not in answered}
+        if not answered:
+            return Collected()
+        numbers = FixedPoint(self.privacy.fraction_bits).decode(total)
+        check_weights(numbers, len(answered), float(len(answered)))
+        vector = self.terms.of_sum(numbers)
+        if (problem := self.terms.problem_of_sum(vector)) is not None:
+            raise FedspanError(f"the sum of {len(answered)} clients is not one of statistics: it {problem}")
+        return Collected({}, vector, len(answered))
+
+    def _collector(self, ready: Sequence[Client], rank: int) -> SumCollector:
+        layout = self.terms.sum_layout()
+        if self.masked is not None:
+            return self.masked.begin(self.question, self.heading, ready, layout, rank)
+        point = FixedPoint(self.privacy.fraction_bits)
+        return PlainSum(layout.num_words, point, len(ready), {client.client_id: 1.0 for client in ready})
+
+    def _added(self, asked: dict[str, bytes], collector: SumCollector) -> list[str]:
+        """Ask for the parts of a sum and add those that are right; return the clients in it."""
+        answered: list[str] = []
+        for client_id, reply in self.requests.exchange(self.question, asked):
+            if isinstance(reply, Problem):
+                collector.leave_out(client_id, reply)
+                continue
+            try:
+                collector.add(client_id, _words(reply, "words", self.terms.sum_layout().num_words))
+            except DAMAGED as error:
+                collector.leave_out(client_id, Problem(f"sent a damaged vector ({type(error).__name__}: {error})"))
+            else:
+                answered.append(client_id)
+        return answered
+
+    def _message(
+        self,
+        client: Client,
+        sent: Broadcast,
+        derived: Broadcast,
+        kind: Kind,
+        fields: Callable[[str, MessageTensors], dict[str, Any]] | None,
+    ) -> bytes:
+        outgoing, question, client_id = MessageTensors(), self.question, client.client_id
+        head = {
+            **self.heading,
+            "kind": "evaluate",
+            "counted": question.counted.get(client_id, 0),
+            "whole": self.whole,
+            "broadcast": protocol.put_broadcast(outgoing, sent, derived, kind),
+            "patch": protocol.put_patch(outgoing, sent, question.seen.get(client_id, 0), question.version),
+        }
+        if fields is not None:
+            head["sum"] = fields(client_id, outgoing)
+        return protocol.encode(head, outgoing)
+
+
+def _words(reply: Reply, name: str, size: int) -> Words:
+    """Return the numbers of an answer, as the 64-bit words in which they travel.
+
+    Raises
+    ------
+    FedspanError
+        When they are of another type or number.
+    """
+    header: dict[str, Any] = dict(reply.header)
+    vector = reply.tensors[header[name]]
+    if str(vector.dtype) != "torch.int64" or tuple(vector.shape) != (size,):
+        raise FedspanError(f"{vector.dtype} in shape {tuple(vector.shape)}: expected {size} words")
+    words: Words = vector.contiguous().numpy().view(np.uint64)
+    return words

@@ -324,6 +324,10 @@ class PrivacyConfig(Section):
     min_clients: Annotated[int | None, Field(ge=2, examples=[3])] = None
     """Fewest clients in a secure sum, at its start and at its end. Every site refuses to help with a sum of fewer.
     Unset: `threshold` times the number of clients that `[federation]` samples in a round, rounded up; at least 2."""
+    server: Literal["curious", "malicious"] = "curious"
+    """What secure sums protect against. `curious`: a server that follows the protocol and analyses what it sees.
+    `malicious`: one that shows sites different lists; it needs signed identities, a `threshold` above 2/3, and one more
+    message per sum."""
     rounds_ahead: PositiveInt = 8
     """Rounds for which real sites exchange keys and shares at once, as long as the same sites take part."""
     dp: Literal["none", "client", "example"] = "none"

@@ -62,6 +62,12 @@ class Coordinator:
     ) -> None:
         if method.info.pooled or method.info.alone:
             raise FedspanError(f"method.name = '{method.info.name}' is a control for one process: sites share no data")
+        if config.privacy.server == "malicious" and not trusted:
+            # It could not tell whose signature is false, and the other sites would refuse the whole sum.
+            raise FedspanError(
+                "privacy.server = 'malicious': the server has no public keys of the sites; expected sites.json in its "
+                "folder (in Python: `trusted`)"
+            )
         self.transport, self.method = transport, method
         self._seed, self._weighting, self._wire = config.seed, config.federation.weighting, config.wire
         self._deployment, self._privacy = config.deployment, config.privacy

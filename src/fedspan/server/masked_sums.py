@@ -2,7 +2,8 @@
 
 A secure sum takes five round trips: the clients' keys, the shares of their secrets, their delivery, the masked vectors,
 and the unmasking. The first three do not depend on the vectors, so they are made for several rounds at once
-(`fedspan.server.key_exchange`), with fresh keys for every sum: each of the rounds that follow takes three less.
+(`fedspan.server.key_exchange`), with fresh keys for every sum: each of the rounds that follow takes three less. Where
+the server may be malicious, the sites sign the list of survivors before they unmask: one round trip more.
 """
 
 from __future__ import annotations
@@ -80,6 +81,11 @@ class MaskedSums:
         )
         aggregator = self._setup.take(layout.num_words, terms.digest())
         return MaskedSum(self, self._requests, question, heading, self._setup, aggregator, problems)
+
+    @property
+    def signed_survivors(self) -> bool:
+        """Whether the sites sign the list of survivors."""
+        return self._terms.signed_survivors
 
     @property
     def excluded(self) -> Mapping[str, Problem]:
@@ -183,17 +189,47 @@ class MaskedSum:
 
     def _unmasking(self, survivors: Sequence[str]) -> dict[str, bytes]:
         """Return the survivors' answers; its vector stays in the sum where one does not help."""
-        fields = {"kind": "unmask", "session": self._setup.session, "index": self._index, "survivors": survivors}
-        content = protocol.encode({**self._heading, **fields}, MessageTensors())
+        fields: dict[str, Any] = {"survivors": list(survivors)}
+        outgoing, asked = MessageTensors(), survivors
+        if self._sums.signed_survivors:
+            signatures = self._ask("sign", fields, MessageTensors(), survivors, self._read_signature)
+            self._check_signed(len(signatures))
+            placed = {who: protocol.put_bytes(outgoing, signature) for who, signature in signatures.items()}
+            # A site that has not signed reveals nothing.
+            fields, asked = {**fields, "signatures": placed}, list(signatures)
+        return self._ask("unmask", fields, outgoing, asked, self._read_unmasking)
+
+    def _check_signed(self, count: int) -> None:
+        from fedspan.privacy.roster import too_few  # which needs the extra `secure`
+
+        if count < self._aggregator.threshold:
+            raise too_few(count, self._aggregator.threshold, "signed the list of survivors")
+
+    def _ask(
+        self,
+        kind: str,
+        fields: Mapping[str, Any],
+        outgoing: MessageTensors,
+        clients: Sequence[str],
+        read: Callable[[str, Reply], bytes],
+    ) -> dict[str, bytes]:
+        """Send the clients one message about this sum; return what `read` makes of the answers that came."""
+        fields = {"kind": kind, "session": self._setup.session, "index": self._index, **fields}
+        content = protocol.encode({**self._heading, **fields}, outgoing)
         answers: dict[str, bytes] = {}
-        replies = self._requests.exchange(self._question, dict.fromkeys(survivors, content))
-        for client_id, answer in read_all(replies, self._read_unmasking):
+        replies = self._requests.exchange(self._question, dict.fromkeys(clients, content))
+        for client_id, answer in read_all(replies, read):
             if isinstance(answer, Problem):
                 self._setup.stale = True
                 self._sums.notify(f"{client_id} does not help to unmask the sum: {answer.reason}")
             else:
                 answers[client_id] = answer
         return answers
+
+    def _read_signature(self, client_id: str, reply: Reply) -> bytes:
+        signature = protocol.get_bytes(reply.tensors, reply.header["signature"])
+        self._aggregator.check_signature(client_id, signature)
+        return signature
 
     def _read_unmasking(self, client_id: str, reply: Reply) -> bytes:
         shares = protocol.get_bytes(reply.tensors, reply.header["unmask"])

@@ -95,6 +95,7 @@ class Site:
             "advertise": self._advertise,
             "share": self._share,
             "receive": self._receive,
+            "sign": self._sign,
             "unmask": self._unmask,
             "convict": self._convict,
         }
@@ -190,10 +191,17 @@ class Site:
         shares = _bytes_by_name(message["shares"], tensors)
         return {"false": self._sums.receive(message["run"], message["session"], shares)}
 
+    def _sign(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:
+        run, session, survivors = message["run"], message["session"], message["survivors"]
+        labels = message["round"], message["number"]
+        signature = self._sums.sign(run, session, message["index"], labels, survivors)
+        return {"signature": protocol.put_bytes(outgoing, signature)}
+
     def _unmask(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:
         run, session, survivors = message["run"], message["session"], message["survivors"]
         labels = message["round"], message["number"]
-        shares = self._sums.unmask(run, session, message["index"], labels, survivors)
+        signatures = _bytes_by_name(message.get("signatures", {}), tensors)
+        shares = self._sums.unmask(run, session, message["index"], labels, survivors, signatures)
         return {"unmask": protocol.put_bytes(outgoing, shares)}
 
     def _convict(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:

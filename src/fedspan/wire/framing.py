@@ -23,7 +23,7 @@ from fedspan.support.errors import FedspanError, one_line
 from fedspan.wire import packing
 from fedspan.wire.precision import Kind, pack, unpack
 
-SCHEMA = 2
+SCHEMA = 3
 MAGIC = b"FSPN"
 _LENGTH = struct.Struct(">I")
 _MAX_HEAD_BYTES = 2**25

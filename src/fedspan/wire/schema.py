@@ -126,6 +126,8 @@ class SiteAnswer(TypedDict):
     shares: NotRequired[dict[Name, Index]]
     false: NotRequired[Names]
     """The clients whose shares for this site are false."""
+    signature: NotRequired[Index]
+    """Of the list of survivors."""
     unmask: NotRequired[Index]
 
 
@@ -282,6 +284,16 @@ class Convict(_Placed):
 
 
 @with_config(_STRICT)
+class Sign(_Placed):
+    """The clients whose vectors are in a sum, and a question for a signature of their list."""
+
+    kind: Literal["sign"]
+    session: Name
+    index: Count
+    survivors: Names
+
+
+@with_config(_STRICT)
 class Unmask(_Placed):
     """The clients whose vectors are in a sum, and a question for the shares that unmask it."""
 
@@ -289,6 +301,8 @@ class Unmask(_Placed):
     session: Name
     index: Count
     survivors: Names
+    signatures: NotRequired[dict[Name, Index]]
+    """Of the list, by survivor; where the server may be malicious."""
 
 
 _QUESTIONS: Mapping[str, TypeAdapter[Any]] = {
@@ -298,6 +312,7 @@ _QUESTIONS: Mapping[str, TypeAdapter[Any]] = {
     "share": TypeAdapter(Share),
     "receive": TypeAdapter(Receive),
     "convict": TypeAdapter(Convict),
+    "sign": TypeAdapter(Sign),
     "unmask": TypeAdapter(Unmask),
 }
 _INTRODUCTION: TypeAdapter[Introduction] = TypeAdapter(Introduction)

@@ -24,6 +24,7 @@ from fedspan.methods.messages import Broadcast, ClientState, Tensors, Update
 from fedspan.privacy.fixed_point import FixedPoint
 from fedspan.privacy.sum_layout import SumLayout
 from fedspan.server.checks import AnswerChecks, unusable
+from fedspan.server.contents import SiteContents
 from fedspan.server.key_exchange import RunTerms
 from fedspan.server.masked_sums import MaskedSums
 from fedspan.server.registry import SiteRegistry
@@ -76,6 +77,9 @@ class Coordinator:
         path = out / "sites.json"
         self.registry = SiteRegistry(transport, config.federation, config.deployment, terms, method, path, notify)
         self._requests = Requests(self.registry, config.wire.up)
+        self._contents = SiteContents(self.registry, method)
+        self._payload_down = 0
+        """Bytes of tensors in the messages since the costs were last read."""
         least = requirements.least_in_sums(config.federation, config.privacy) if config.privacy.secure_sums else 2
         run_terms = RunTerms(config.privacy, config.federation.rounds, least, trusted)
         self._masked_sums = MaskedSums(self._requests, run_terms, self.registry.notify)
@@ -143,13 +147,11 @@ class Coordinator:
         """Yield the answers in the order of the clients' ids, or as they come where the settings allow it."""
         checks = self._checks(question)
         by_id = {c.client_id: c for c in clients}
-        messages = {
-            c.client_id: self._message(question, c, broadcast_for(c), checks) for c in self._ready(question, clients)
-        }
-        absent = {who: unusable(by_id[who], NOT_CONNECTED) for who in sorted(by_id.keys() - messages.keys())}
+        messages = _Messages(self, question, checks, self._ready(question, clients), broadcast_for)
+        absent = {who: unusable(by_id[who], NOT_CONNECTED) for who in sorted(by_id.keys() - messages.sent.keys())}
         answers = (
             checks.update(by_id[who], reply) if isinstance(reply, Reply) else unusable(by_id[who], reply)
-            for who, reply in self._requests.exchange(question, messages, self._enough(question))
+            for who, reply in self._replies(question, messages)
         )
         if self._deployment.order == "sorted":
             yield from _in_order(answers, absent, sorted(by_id))
@@ -206,7 +208,8 @@ class Coordinator:
 
     def costs(self) -> Mapping[str, Any]:
         """Return the bytes sent and the time waited since the last call."""
-        return self._requests.costs()
+        payload, self._payload_down = self._payload_down, 0
+        return {**self._requests.costs(), "payload_down": payload}
 
     def _collect(
         self,
@@ -228,13 +231,10 @@ class Coordinator:
         def sum_fields(client_id: str, outgoing: MessageTensors) -> dict[str, Any]:
             return {"rank": rank, **collector.message_fields(client_id, outgoing)}
 
-        messages = {
-            c.client_id: self._message(question, c, broadcast_for(c), checks, sum_fields)
-            for c in ready
-            if c.client_id not in collector.problems
-        }
+        asked = [c for c in ready if c.client_id not in collector.problems]
+        messages = _Messages(self, question, checks, asked, broadcast_for, sum_fields)
         answers: dict[str, Answer] = {}
-        for client_id, reply in self._requests.exchange(question, messages, self._enough(question)):
+        for client_id, reply in self._replies(question, messages):
             part = checks.words(by_id[client_id], num_words, reply) if isinstance(reply, Reply) else reply
             if isinstance(part, Problem):
                 collector.leave_out(client_id, part)
@@ -248,6 +248,14 @@ class Coordinator:
             else:
                 answers[client_id] = answer
         return answers
+
+    def _replies(self, question: Question, messages: _Messages) -> Iterator[tuple[str, Reply | Problem]]:
+        """Send the messages and yield the replies, after noting what the sites hold now."""
+        encoded = {client_id: messages.message(client_id) for client_id in messages.sent}
+        for client_id, reply in self._requests.exchange(question, encoded, self._enough(question), messages.whole):
+            if isinstance(reply, Reply):
+                self._contents.answered(client_id, reply.header.get("stored", False))
+            yield client_id, reply
 
     def _checks(self, question: Question) -> AnswerChecks:
         return AnswerChecks(self.method, question, self._initial, self._results, self._weighting, self._wire.up)
@@ -282,19 +290,22 @@ class Coordinator:
             (client, the message's tensors) -> the description of the sum that it is to take part in; None: the client
             is asked for its own update.
         """
-        outgoing = MessageTensors()
+        outgoing, derived = MessageTensors(), checks.derived(client.rank)
         seen, version = checks.patch_versions(client)
+        described = protocol.put_broadcast(outgoing, sent, derived, self._wire.down)
         head = {
             **self._heading(question),
             "kind": "ask",
             "counted": question.counted.get(client.client_id, 0),
-            "broadcast": protocol.put_broadcast(outgoing, sent, checks.derived(client.rank), self._wire.down),
+            "broadcast": described,
             "patch": protocol.put_patch(outgoing, sent, seen, version),
         }
+        head |= self._contents.name(question, client.client_id, sent, derived, described, outgoing)
         # From the broadcast that is sent, so that what is asked for and what is accepted cannot differ.
         checks.expect(client, sent)
         if sum_fields is not None:
             head["sum"] = sum_fields(client.client_id, outgoing)
+        self._payload_down += outgoing.payload()
         return protocol.encode(head, outgoing)
 
     def _ready(self, question: Question, clients: Sequence[Client]) -> list[Client]:
@@ -322,6 +333,35 @@ class Coordinator:
         Later exchanges are waited for in full, since they ask only the clients whose first answer was in time.
         """
         return self._needed if question.place[0] == 0 and self._deployment.oversample else None
+
+
+class _Messages:
+    """The messages of one exchange, each with the broadcast that it is about, so that it can be sent once more."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        question: Question,
+        checks: AnswerChecks,
+        clients: Sequence[Client],
+        broadcast_for: BroadcastFor,
+        sum_fields: Callable[[str, MessageTensors], dict[str, Any]] | None = None,
+    ) -> None:
+        self._coordinator, self._question, self._checks = coordinator, question, checks
+        self._clients, self._sum_fields = {c.client_id: c for c in clients}, sum_fields
+        coordinator._contents.begin(question)
+        self.sent = {c.client_id: broadcast_for(c) for c in clients}
+        """By client."""
+
+    def message(self, client_id: str) -> bytes:
+        """Return a client's message, without what it holds."""
+        client, sent = self._clients[client_id], self.sent[client_id]
+        return self._coordinator._message(self._question, client, sent, self._checks, self._sum_fields)
+
+    def whole(self, client_id: str) -> bytes:
+        """Return a client's message with all of its tensors."""
+        self._coordinator._contents.forget(client_id)
+        return self.message(client_id)
 
 
 def _in_order(answers: Iterable[Answer], early: dict[str, Answer], ids: list[str]) -> Iterator[Answer]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,7 +75,11 @@ class Requests:
         return asdict(costs)
 
     def exchange(
-        self, question: Question, messages: Mapping[str, bytes], enough: int | None = None
+        self,
+        question: Question,
+        messages: Mapping[str, bytes],
+        enough: int | None = None,
+        again: Callable[[str], bytes] | None = None,
     ) -> Iterator[tuple[str, Reply | Problem]]:
         """Send every client its message, and yield the answers as they come: each client once, with a reply or not.
 
@@ -85,11 +89,14 @@ class Requests:
             By client.
         enough
             The number of answers to wait for; None: all of them.
+        again
+            Returns the message with all of its tensors, for a client that lacks some of those that were named by their
+            digests. It is asked once more in the same exchange, and no second time.
         """
         deployment, wanted = self.registry.deployment, len(messages) if enough is None else enough
         began = self.transport.now()
         tickets = self._send(messages)
-        num_replies, slowest = 0, 0.0
+        num_replies, slowest, repeated = 0, 0.0, set[str]()
         while tickets and num_replies < wanted and self.transport.now() - began < deployment.deadline:
             for delivery in self.transport.poll():
                 client_id = tickets.pop(delivery.ticket, None)
@@ -97,6 +104,12 @@ class Requests:
                     continue
                 reply = self._read(client_id, question, delivery)
                 self.registry.record(client_id, question.round_num, missed=delivery.content is None)
+                if isinstance(reply, Reply) and "lacks" in reply.header:
+                    if again is not None and client_id not in repeated:
+                        repeated.add(client_id)
+                        tickets |= self._send({client_id: again(client_id)})
+                        continue
+                    reply = Problem("says that it lacks tensors that it was sent")
                 if isinstance(reply, Reply):
                     num_replies += 1
                     slowest = max(slowest, reply.header.get("seconds", 0.0))

@@ -23,6 +23,7 @@ from fedspan.privacy.fixed_point import FixedPoint, Words
 from fedspan.privacy.ledgers import ExampleLedgers
 from fedspan.privacy.sum_layout import SumLayout, SumTerms
 from fedspan.site import precision
+from fedspan.site.contents import ContentStore
 from fedspan.site.errors import Refused, code_of
 from fedspan.site.incidents import refusal
 from fedspan.site.loading import Loaded, client_of
@@ -32,6 +33,7 @@ from fedspan.site.settings import SiteSettings
 from fedspan.site.storage import SiteStorage
 from fedspan.site.sum_participant import SumParticipant
 from fedspan.wire import agreement, protocol, schema
+from fedspan.wire.contents import Lacking
 from fedspan.wire.protocol import MessageTensors
 from fedspan.wire.refusals import Code
 
@@ -86,7 +88,8 @@ class Site:
         if privacy.dp == "example":
             setting = f"{agreement.digest(self.terms)} {self.loaded.base}"
             examples = ExampleLedgers(privacy, config.local.batch_size, folder, setting)
-        self.work = LocalWork(config, method, self.client, self.loaded, storage, examples)
+        self._contents = ContentStore(folder / "contents", config.wire.keep_mb * 2**20)
+        self.work = LocalWork(config, method, self.client, self.loaded, storage, examples, self._contents)
         max_sums = privacy.rounds_ahead * len(method.exchanges)
         self._sums = SumParticipant(settings, self.client.client_id, storage, max_sums)
         self._handlers: Mapping[str, _Handler] = {
@@ -128,6 +131,7 @@ class Site:
             "num_examples": None if hidden else self.client.num_examples,
             "base": self.loaded.base,
             "labels": self.loaded.labels,
+            "holds": self._contents.digests(),
             "terms": self.terms,
             "shapes": agreement.shapes(self.loaded.context.model.modules(), self.loaded.initial),
         }
@@ -139,8 +143,11 @@ class Site:
         if (self.privacy.secure_sums or self.privacy.fixed_point) != ("sum" in message):
             raise Refused("a question for this site's own update, where only sums may be known", Code.OWN_UPDATE)
         question = self.work.question(message, header)
-        answer = self.work.answer(question, message, header, tensors)
-        fields: Fields = {"seconds": answer.seconds, "optimizer_bytes": answer.optimizer_bytes}
+        try:
+            answer = self.work.answer(question, message, header, tensors)
+        except Lacking as error:
+            return {"lacks": error.digests}
+        fields: Fields = {"seconds": answer.seconds, "optimizer_bytes": answer.optimizer_bytes, "stored": answer.stored}
         if "sum" in message:
             words = self._words(header, message["sum"], answer)
             fields["words"] = outgoing.put(torch.from_numpy(words.view(np.int64)))

@@ -29,6 +29,7 @@ from fedspan.server.key_exchange import RunTerms
 from fedspan.server.masked_sums import MaskedSums
 from fedspan.server.registry import SiteRegistry
 from fedspan.server.requests import NOT_CONNECTED, Problem, Reply, Requests
+from fedspan.server.roster_plan import RosterPlan
 from fedspan.server.sums import PlainSum, SumCollector, check_weights
 from fedspan.support.errors import FedspanError
 from fedspan.wire import agreement, protocol
@@ -82,7 +83,8 @@ class Coordinator:
         """Bytes of tensors in the messages since the costs were last read."""
         least = requirements.least_in_sums(config.federation, config.privacy) if config.privacy.secure_sums else 2
         run_terms = RunTerms(config.privacy, config.federation.rounds, least, trusted)
-        self._masked_sums = MaskedSums(self._requests, run_terms, self.registry.notify)
+        plan = RosterPlan(config.privacy, least, out / "sums.json", self.registry.notify)
+        self._masked_sums = MaskedSums(self._requests, run_terms, plan, self.registry.notify)
         self._initial: Tensors = {}
         # Here and not in the checks of one exchange: a later exchange of a round asks about the same training result.
         self._results: dict[int, Update] = {}

@@ -17,6 +17,7 @@ from fedspan.privacy.fixed_point import Words
 from fedspan.privacy.sum_layout import SumLayout, SumTerms
 from fedspan.server.key_exchange import Heading, KeyExchange, KeySetup, RunTerms, read_all
 from fedspan.server.requests import Problem, Reply, Requests
+from fedspan.server.roster_plan import WAITS, RosterPlan
 from fedspan.wire import protocol
 from fedspan.wire.protocol import MessageTensors
 
@@ -31,11 +32,14 @@ class MaskedSums:
     ----------
     terms
         What a sum's masks are bound to, beside its exchange and layout.
+    plan
+        The sites of the run's sums so far.
     notify
         Called with a line for people when a client does not do its part, or lies.
     """
 
-    def __init__(self, requests: Requests, terms: RunTerms, notify: Callable[[str], None]) -> None:
+    def __init__(self, requests: Requests, terms: RunTerms, plan: RosterPlan, notify: Callable[[str], None]) -> None:
+        self._plan = plan
         self._requests, self._terms, self._notify = requests, terms, notify
         self._setup: KeySetup | None = None
         self._excluded: dict[str, Problem] = {}
@@ -56,11 +60,16 @@ class MaskedSums:
         Raises
         ------
         FedspanError
-            When too few clients are left after the set-up.
+            When too few clients are left after the set-up, or the sum would be over nearly the same clients as an
+            earlier one.
         """
         place, num_exchanges = question.place
         problems: dict[str, Problem] = {}
         clients = [client for client in clients if client.client_id not in self._excluded]
+        ids, without = [client.client_id for client in clients], self._excluded.keys()
+        chosen = self._plan.choose(question.round_num, question.number, ids, without)
+        waiting = {who: Problem(WAITS, absent=True) for who in ids if who not in chosen}
+        clients = [client for client in clients if client.client_id in chosen]
         # Only a round's first exchange may change the set-up: all sums of a round are over the same roster.
         if self._setup is None or (place == 0 and not self._setup.serves(clients, num_exchanges)):
             ahead = min(self._terms.privacy.rounds_ahead, self._terms.num_rounds - question.round_num)
@@ -80,7 +89,11 @@ class MaskedSums:
             layout,
         )
         aggregator = self._setup.take(layout.num_words, terms.digest())
-        return MaskedSum(self, self._requests, question, heading, self._setup, aggregator, problems)
+        return MaskedSum(self, self._requests, question, heading, self._setup, aggregator, problems, waiting)
+
+    def check_roster(self, question: Question, survivors: Sequence[str]) -> None:
+        """Check that a sum is not over nearly the same clients as an earlier one, before it is unmasked."""
+        self._plan.check(question.round_num, question.number, survivors, self._excluded.keys())
 
     @property
     def signed_survivors(self) -> bool:
@@ -113,6 +126,8 @@ class MaskedSum:
         The number of the sum in it, which is used up, and its server's side.
     problems
         The clients that failed in the set-up.
+    waiting
+        The clients that are not asked, so that the sum is not over nearly the same clients as an earlier one.
     """
 
     def __init__(
@@ -124,10 +139,11 @@ class MaskedSum:
         setup: KeySetup,
         taken: tuple[int, Aggregator],
         problems: Mapping[str, Problem],
+        waiting: Mapping[str, Problem],
     ) -> None:
         self._sums, self._requests, self._question, self._heading = sums, requests, question, heading
         self._setup, (self._index, self._aggregator) = setup, taken
-        self.problems: dict[str, Problem] = dict(sums.excluded)
+        self.problems: dict[str, Problem] = {**sums.excluded, **waiting}
         for client_id, problem in problems.items():
             self.leave_out(client_id, problem)
 
@@ -163,6 +179,8 @@ class MaskedSum:
         ------
         SumFailed
             When fewer clients than the threshold sent a vector, or helped.
+        TooNear
+            When the sum is over nearly the same clients as an earlier one.
         """
         from fedspan.privacy.roster import DealersFailed  # which needs the extra `secure`
 
@@ -170,6 +188,7 @@ class MaskedSum:
         # unmasked, the difference of the two sums would be the vectors of the clients in which they differ. The sites
         # do not rely on this: each refuses a second choice (`SiteStorage.allow_unmasking`).
         survivors = self._aggregator.survivors()
+        self._sums.check_roster(self._question, survivors)
         answers = self._unmasking(survivors)
         try:
             return self._aggregator.total(answers)

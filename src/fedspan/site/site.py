@@ -91,7 +91,7 @@ class Site:
         self._contents = ContentStore(folder / "contents", config.wire.keep_mb * 2**20)
         self.work = LocalWork(config, method, self.client, self.loaded, storage, examples, self._contents)
         max_sums = privacy.rounds_ahead * len(method.exchanges)
-        self._sums = SumParticipant(settings, self.client.client_id, storage, max_sums)
+        self._sums = SumParticipant(settings, self.client.client_id, storage, max_sums, self._say)
         self._handlers: Mapping[str, _Handler] = {
             "hello": self._hello,
             "ask": self._ask,
@@ -102,6 +102,9 @@ class Site:
             "unmask": self._unmask,
             "convict": self._convict,
         }
+
+    def _say(self, line: str) -> None:
+        self.notify(line)
 
     def answer(self, content: bytes) -> bytes:
         """Return the answer to one message; that there is none is an answer too.

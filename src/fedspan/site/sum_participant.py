@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedspan.federation import requirements
 from fedspan.privacy.fixed_point import Words
+from fedspan.site.differencing import Differencing
 from fedspan.site.errors import Refused
 from fedspan.site.message_checks import RoundHeader
 from fedspan.site.settings import SiteSettings
@@ -48,6 +49,8 @@ class SumParticipant:
     ----------
     max_sums
         The most sums that one set-up can be for.
+    notify
+        Called with a line for the people at this site.
 
     Raises
     ------
@@ -55,8 +58,16 @@ class SumParticipant:
         When the server may be malicious, and this site has no identity.
     """
 
-    def __init__(self, settings: SiteSettings, client_id: str, storage: SiteStorage, max_sums: int) -> None:
+    def __init__(
+        self,
+        settings: SiteSettings,
+        client_id: str,
+        storage: SiteStorage,
+        max_sums: int,
+        notify: Callable[[str], None],
+    ) -> None:
         config = settings.config
+        self._differencing = Differencing(config.privacy, storage, notify)
         self._identity, self._trusted = settings.identity, settings.trusted
         self._malicious = config.privacy.server == "malicious"
         if self._malicious and (self._identity is None or not self._trusted):
@@ -141,8 +152,8 @@ class SumParticipant:
         Refused
             When this site has masked another update with these keys, or has signed another list.
         """
-        participant = self._of(run, session)
-        self._masked_as(index, labels)
+        participant, masked = self._of(run, session), self._masked_as(index, labels)
+        self._differencing.check(run, masked.sum_name, survivors, warns=False)
         return _consistent(participant.sign_survivors, index, survivors)
 
     def unmask(
@@ -173,6 +184,7 @@ class SumParticipant:
         if self._malicious:
             # Before the list is recorded: a false one must not keep this site from helping with the true one.
             _consistent(participant.accept_survivors, index, survivors, signatures)
+        self._differencing.check(run, masked.sum_name, survivors)
         self._storage.allow_unmasking(run, masked.sum_name, masked.vector, survivors)
         return participant.unmask(index, survivors)
 

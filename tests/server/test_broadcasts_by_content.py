@@ -17,6 +17,7 @@ from signed import changed
 from fedspan.config import Config
 from fedspan.runs import checkpoint, execution
 from fedspan.runs.events import Event
+from fedspan.server import requests
 from fedspan.site.site import Site
 from fedspan.wire import protocol
 from fedspan.wire.contents import LEAST_BYTES
@@ -172,6 +173,27 @@ def test_under_secure_sums_a_site_that_is_asked_again_masks_one_vector(
     assert [r["rejected"] for r in history] == [{}, {}, {}]
     open_sums = fed.config.privacy.model_copy(update={"secure_sums": False, "fixed_point": True})
     tiny.same(fed.state(), in_process(fed.config.model_copy(update={"privacy": open_sums}), tmp_path / "one")[1])
+
+
+def test_messages_are_made_a_few_at_a_time(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that many sites times a large model are not in memory at once; the bits do not depend on it."""
+    whole, few = (Held(bases, texts, tmp_path / name, "fedavg") for name in ("whole", "few"))
+    whole.serve()
+    batches: list[int] = []
+    send = few.transport.send
+
+    def counted(messages: Any, lifetime: float) -> list[str]:
+        batches.append(len(messages))
+        return send(messages, lifetime)
+
+    monkeypatch.setattr(few.transport, "send", counted)
+    monkeypatch.setattr(requests, "_AT_ONCE", 1)
+    history = few.serve()
+    assert batches == [3] + [1] * 9  # the greetings, and three rounds of three
+    assert [r["round_trips"] for r in history] == [1, 1, 1]
+    tiny.same(few.state(), whole.state())
 
 
 LIES: dict[str, Callable[[dict[str, Any], list[torch.Tensor]], None]] = {

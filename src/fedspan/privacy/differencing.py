@@ -2,8 +2,8 @@
 
 Two sums of one exchange over rosters R and S differ by Σ of the updates in R minus S, less those in S minus R, and by
 how far the common sites' updates have moved. It is exact where these have not moved: the same model was sent, and the
-same examples were drawn. Between the rounds of an honest run they have, and the difference is an estimate that is the better
-the less the model moves. A server that lies chooses what it sends.
+same examples were drawn. Between the rounds of an honest run they have, and the difference is an estimate that is the
+better the less the model moves. A server that lies chooses what it sends.
 """
 
 from __future__ import annotations

@@ -253,8 +253,7 @@ class Coordinator:
 
     def _replies(self, question: Question, messages: _Messages) -> Iterator[tuple[str, Reply | Problem]]:
         """Send the messages and yield the replies, after noting what the sites hold now."""
-        encoded = {client_id: messages.message(client_id) for client_id in messages.sent}
-        for client_id, reply in self._requests.exchange(question, encoded, self._enough(question), messages.whole):
+        for client_id, reply in self._requests.exchange(question, messages, self._enough(question), messages.whole):
             if isinstance(reply, Reply):
                 self._contents.answered(client_id, reply.header.get("stored", False))
             yield client_id, reply
@@ -337,8 +336,8 @@ class Coordinator:
         return self._needed if question.place[0] == 0 and self._deployment.oversample else None
 
 
-class _Messages:
-    """The messages of one exchange, each with the broadcast that it is about, so that it can be sent once more."""
+class _Messages(Mapping[str, bytes]):
+    """The messages of one exchange by client, each made when it is looked up, and again where it is sent once more."""
 
     def __init__(
         self,
@@ -355,15 +354,20 @@ class _Messages:
         self.sent = {c.client_id: broadcast_for(c) for c in clients}
         """By client."""
 
-    def message(self, client_id: str) -> bytes:
-        """Return a client's message, without what it holds."""
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sent)
+
+    def __len__(self) -> int:
+        return len(self.sent)
+
+    def __getitem__(self, client_id: str) -> bytes:
         client, sent = self._clients[client_id], self.sent[client_id]
         return self._coordinator._message(self._question, client, sent, self._checks, self._sum_fields)
 
     def whole(self, client_id: str) -> bytes:
         """Return a client's message with all of its tensors."""
         self._coordinator._contents.forget(client_id)
-        return self.message(client_id)
+        return self[client_id]
 
 
 def _in_order(answers: Iterable[Answer], early: dict[str, Answer], ids: list[str]) -> Iterator[Answer]:

@@ -42,6 +42,8 @@ class Problem:
 
 _MAX_REASON = 400
 """Characters of the reason against an answer."""
+_AT_ONCE = 2**26
+"""Bytes of messages after which they are sent, before more are made."""
 NOT_CONNECTED = Problem("is not connected", absent=True)
 
 
@@ -86,7 +88,7 @@ class Requests:
         Parameters
         ----------
         messages
-            By client.
+            By client. Each is looked up once, when it is sent: they need not all be in memory at a time.
         enough
             The number of answers to wait for; None: all of them.
         again
@@ -124,6 +126,18 @@ class Requests:
     def _send(self, messages: Mapping[str, bytes]) -> dict[str, str]:
         """Send the messages; return the client of every ticket."""
         self._costs.round_trips += 1
+        tickets: dict[str, str] = {}
+        waiting: dict[str, bytes] = {}
+        for client_id in messages:
+            waiting[client_id] = messages[client_id]
+            if sum(map(len, waiting.values())) >= _AT_ONCE:
+                tickets |= self._sent(waiting)
+                waiting = {}
+        return tickets | self._sent(waiting)
+
+    def _sent(self, messages: Mapping[str, bytes]) -> dict[str, str]:
+        if not messages:
+            return {}
         self._costs.wire_down += sum(map(len, messages.values()))
         addressed = [(self.registry.members[c].node, content) for c, content in messages.items()]
         return dict(zip(self.transport.send(addressed, self.registry.deployment.deadline), messages, strict=True))

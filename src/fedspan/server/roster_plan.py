@@ -70,8 +70,8 @@ class RosterPlan:
         chosen = without_too_near(ids, earlier, self._least_difference, self._least, round_num)
         if chosen is None:
             raise TooNear(
-                f"round {round_num + 1} would be over nearly the same sites as an earlier one, whoever of {sorted(ids)} "
-                "is left out: expected other sites, or privacy.differencing = 'warn'"
+                f"round {round_num + 1} would be over nearly the same sites as an earlier one, whoever of "
+                f"{sorted(ids)} is left out: expected other sites, or privacy.differencing = 'warn'"
             )
         return chosen
 

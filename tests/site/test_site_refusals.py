@@ -64,7 +64,7 @@ def test_a_sums_keys_serve_the_run_that_they_were_made_for(tmp_path: Path) -> No
     sums.advertise(RoundHeader("r1", 0, 0, 0, 4, 2), "s", 1)
     for run, session in (("r2", "s"), ("../r1", "s"), ("r1", "t")):
         with pytest.raises(Refused, match="no keys for"):
-            sums.unmask(run, session, 0, (0, 0), ["a", "b"])
+            sums.unmask(run, session, 0, (0, 0), ["a", "b"], {})
     assert not list(tmp_path.rglob("*.json"))
 
 

@@ -105,7 +105,7 @@ class Signed:
 
 def without(config: Config, folder: Path, client_id: str) -> dict[str, torch.Tensor]:
     """Return the state of a run in fixed point, without masks, in which one client never answers."""
-    open_sums = config.privacy.model_copy(update={"secure_sums": False, "fixed_point": True})
+    open_sums = config.privacy.model_copy(update={"secure_sums": False, "fixed_point": True, "server": "curious"})
     fed = Signed(config.model_copy(update={"privacy": open_sums}), folder)
     node = f"node-{IDS.index(client_id)}"
     fed.transport.mishap = lambda to, head, content: "gone" if to == node and head["kind"] == "ask" else None

@@ -24,6 +24,7 @@ SOUND: dict[str, Any] = {
     "shapes": {"x": [3, 4]},
     "base": "b",
     "labels": "c",
+    "holds": [],
 }
 
 

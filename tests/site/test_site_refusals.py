@@ -60,11 +60,11 @@ def test_a_refused_message_does_not_make_the_next_one_old() -> None:
 def test_a_sums_keys_serve_the_run_that_they_were_made_for(tmp_path: Path) -> None:
     """Under another run's name the record of unmasked sums would be another file, and empty."""
     settings = SiteSettings(Config(), "a")
-    sums = SumParticipant(settings, "a", SiteStorage(tmp_path), 1)
+    sums = SumParticipant(settings, "a", SiteStorage(tmp_path), 1, lambda line: None)
     sums.advertise(RoundHeader("r1", 0, 0, 0, 4, 2), "s", 1)
     for run, session in (("r2", "s"), ("../r1", "s"), ("r1", "t")):
         with pytest.raises(Refused, match="no keys for"):
-            sums.unmask(run, session, 0, (0, 0), ["a", "b"])
+            sums.unmask(run, session, 0, (0, 0), ["a", "b"], {})
     assert not list(tmp_path.rglob("*.json"))
 
 

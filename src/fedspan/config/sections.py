@@ -331,6 +331,17 @@ class PrivacyConfig(Section):
     min_clients: Annotated[int | None, Field(ge=2, examples=[3])] = None
     """Fewest clients in a secure sum, at its start and at its end. Every site refuses to help with a sum of fewer.
     Unset: `threshold` times the number of clients that `[federation]` samples in a round, rounded up; at least 2."""
+    server: Literal["curious", "malicious"] = "curious"
+    """What secure sums protect against. `curious`: a server that follows the protocol and analyses what it sees.
+    `malicious`: one that shows sites different lists; it needs signed identities, a `threshold` above 2/3, and one more
+    message per sum."""
+    differencing: Literal["allow", "warn", "refuse"] = "warn"
+    """What a site does with a secure sum whose sites differ from those of an earlier one, of any run, by fewer than
+    `min_difference`: from the two sums their difference can be read. `warn`: it helps and says so. `refuse`: it does
+    not help, and the server leaves sites out where it can, so that such sums do not come about. Without effect under
+    `dp = "example"`, whose noise each site adds itself."""
+    min_difference: Annotated[int, Field(ge=2)] = 2
+    """Fewest sites by which two secure sums may differ, if they differ at all. 2: no difference is one site's part."""
     rounds_ahead: PositiveInt = 8
     """Rounds for which real sites exchange keys and shares at once, as long as the same sites take part."""
     dp: Literal["none", "client", "example"] = "none"

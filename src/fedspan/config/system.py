@@ -23,6 +23,9 @@ class WireConfig(Section):
     """Type from clients to server; `int8` has one scale per row. Secure sums send 64-bit integers instead."""
     down: Literal["float32", "bfloat16", "int8"] = "float32"
     """Type from server to clients."""
+    keep_mb: Annotated[int, Field(ge=0, le=2**30)] = 1024
+    """Space on a site's disk, in MiB, for what it was sent and may need again, such as bases that stay the same: the
+    server then sends a digest in its place. 0: nothing is kept."""
 
 
 class DeploymentConfig(Section):

@@ -146,8 +146,21 @@ def _check_sums(method: Method, federation: FederationConfig, privacy: PrivacyCo
             f"{key} = true, but the server of {method.info.name} needs every client's own update; "
             f"methods that need sums alone: {_able(lambda m: m.secure_sum)}"
         )
+    if privacy.server == "malicious":
+        _check_malicious_server(privacy)
     if privacy.secure_sums and not (method.info.pooled or method.info.alone):
         _check_secure_sums(federation, privacy)
+
+
+def _check_malicious_server(privacy: PrivacyConfig) -> None:
+    if not privacy.secure_sums:
+        raise FedspanError("privacy.server = 'malicious': it is about secure sums; expected privacy.secure_sums = true")
+    # Any n and t = ⌈threshold · n⌉ then have t > 2n/3, the bound of the proof: see `fedspan.privacy.consistency`.
+    if 3 * privacy.threshold <= 2:
+        raise FedspanError(
+            f"privacy.threshold = {privacy.threshold:g} with privacy.server = 'malicious': sites could be told "
+            "different things; expected more than 2/3, such as 0.7"
+        )
 
 
 def _check_secure_sums(federation: FederationConfig, privacy: PrivacyConfig) -> None:

@@ -19,14 +19,16 @@ a model, a file or a network. Shapes: B (m, r), A (r, n), as in `fedspan.algebra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from torch import Tensor
 
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.folds import Exchange, Partial
 from fedspan.methods.messages import Broadcast, ClientState, Diagnostics, Request, Template, Tensors, Update
-from fedspan.methods.patches import PatchLog
+from fedspan.methods.patches import Patch, PatchLog
 from fedspan.methods.queries import ContributionOf, QueryProcedure, own_contribution
 from fedspan.support.errors import FedspanError
 
@@ -135,6 +137,10 @@ class Method:
     lasting: bool = False
     """Clients train the same tensors in every round, in coordinates that no server step changes and from no moments of
     the server's, so that the state of a local optimizer stays true of them."""
+    complete: Callable[[Template, Broadcast, Sequence[Mapping[str, Patch]]], Sequence[Tensor]] | None = None
+    """(template, weights and subspaces that a client holds, news) -> tensors of its broadcast that it works out from
+    these, so that they need not travel; both sides do, and compare digests. None: there are no such tensors. Raises a
+    FedspanError where the news are of other shapes."""
     prunes: bool = False
     """A client may give up the last components of its adapter and answer with the leading ones alone."""
     vector: Direct | None = None

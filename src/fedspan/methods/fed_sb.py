@@ -5,6 +5,7 @@ Shapes: B (m, r), V (n, r); R (r, r); A = R Vᵀ (r, n); the probe Ω (n, r + 8)
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -27,7 +28,7 @@ from fedspan.methods.messages import (
     Update,
     Vector,
 )
-from fedspan.methods.patches import PatchLog
+from fedspan.methods.patches import Patch, PatchLog
 from fedspan.methods.readout import fresh_adapter
 from fedspan.support.errors import FedspanError
 from fedspan.support.seeding import generator
@@ -115,13 +116,14 @@ def fed_sb(first_step: float = 0.0, probe_batches: int = 4) -> Method:
         finish=finish,
         exchanges=(Exchange(SUM, "gradient", every=0), Exchange(SUM, "again", every=0), Exchange(SUM)),
         encode=encode,
+        complete=_complete,
         vector=Direct(_read, _write),
     )
 
 
 def _training(state: ServerState, request: Request, recipe: Recipe, sent_before: frozenset[str]) -> Broadcast:
     s = state.template.scaling(state.template.rank)
-    adapter = {name: Factors(t["b"], t["core"] / s @ t["v"].mT, s) for name, t in state.modules.items()}
+    adapter = {name: Factors(t["b"], _trained_factor(t["core"], t["v"], s), s) for name, t in state.modules.items()}
     spaces = {f"{name}/a": Subspace(t["v"], "right") for name, t in state.modules.items()}
     cores = {name: t["core"] for name, t in state.modules.items()}
     return Broadcast(
@@ -133,6 +135,25 @@ def _training(state: ServerState, request: Request, recipe: Recipe, sent_before:
         seeded=sent_before | {"a"} | ({"b", "subspaces"} if request.seen else frozenset()),
         subspaces=spaces,
     )
+
+
+def _trained_factor(core: Tensor, v: Tensor, scaling: float) -> Tensor:
+    return core / scaling @ v.mT
+
+
+def _complete(template: Template, held: Broadcast, news: Sequence[Mapping[str, Patch]]) -> list[Tensor]:
+    """Return the trained factors of the cores, of the modules whose V is held."""
+    s, cores = template.scaling(template.rank), news[-1] if news else {}
+    made: list[Tensor] = []
+    for name in template.modules:
+        space = held.subspaces.get(f"{name}/a")
+        if space is None:
+            continue
+        core = cores.get(name, torch.zeros((template.rank,) * 2))  # a zero core is not sent
+        if not isinstance(core, Tensor) or core.shape != (space.basis.shape[1],) * 2:
+            raise FedspanError(f"a core of {name} in another shape: expected a square of {space.basis.shape[1]}")
+        made.append(_trained_factor(core, space.basis, s))
+    return made
 
 
 def _probe(state: ServerState, name: str) -> Subspace:

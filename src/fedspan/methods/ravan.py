@@ -5,6 +5,7 @@ Shapes: r = Σ ρ_i over h heads; B = [B_1 … B_h] (m, r), V = [V_1 … V_h] (n
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -27,6 +28,7 @@ from fedspan.methods.messages import (
     Vector,
     head_mask,
 )
+from fedspan.methods.patches import Patch
 from fedspan.support.errors import FedspanError
 from fedspan.support.seeding import generator
 
@@ -76,6 +78,19 @@ def ravan(heads: int = 4) -> Method:
         modules = {name: Vector({"cores": core}) for name, core in _packed(cores, heads).items()}
         return replace(update, modules=modules), kept
 
+    def complete(template: Template, held: Broadcast, news: Sequence[Mapping[str, Patch]]) -> list[Tensor]:
+        s, mask = template.scaling(template.rank), head_mask(template.rank, heads)
+        made: list[Tensor] = []
+        for name, packed in (news[-1] if news else {}).items():
+            if f"{name}/a" not in held.subspaces:
+                continue
+            if not isinstance(packed, Tensor) or packed.shape != (1, int(mask.sum())):
+                raise FedspanError(f"cores of {name} in another shape: expected (1, {int(mask.sum())})")
+            core = packed.new_zeros(mask.shape)
+            core[mask] = packed[0]
+            made.append(_trained_factor(core, held.subspaces[f"{name}/a"].basis, s))
+        return made
+
     def finish(state: ServerState, partial: Partial) -> tuple[ServerState, Diagnostics]:
         modules: dict[str, Tensors] = {}
         for name, held in state.modules.items():
@@ -101,13 +116,18 @@ def ravan(heads: int = 4) -> Method:
         finish=finish,
         exchanges=(Exchange(SUM),),
         encode=encode,
+        complete=complete,
         vector=Direct(_read, _write),
     )
 
 
 def _adapter(held: Tensors, scaling: float) -> Factors:
     core = held["core"]
-    return Factors(held["b"].to(core), core / scaling @ held["v"].to(core).mT, scaling)
+    return Factors(held["b"].to(core), _trained_factor(core, held["v"], scaling), scaling)
+
+
+def _trained_factor(core: Tensor, v: Tensor, scaling: float) -> Tensor:
+    return core / scaling @ v.to(core).mT
 
 
 def _bases(template: Template, name: str) -> Tensors:

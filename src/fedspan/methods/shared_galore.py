@@ -5,7 +5,7 @@ Shapes: W and its gradient G (m, n), turned so that m ≤ n; P (m, r); Z (r, n);
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -154,6 +154,7 @@ def shared_galore(
         finish=finish,
         exchanges=(*ask, Exchange(SUM)),
         encode=encode,
+        complete=_complete,
         vector=Direct(read=lambda state: state.dense, write=_write),
     )
 
@@ -255,6 +256,22 @@ def _estimate(state: ServerState, partial: Partial, options: _SharedGaloreOption
         more = torch.linalg.qr(torch.cat([p, spare], dim=1))[0][:, p.shape[1] : rank]
         modules[name] = {"basis": torch.cat([p, more], dim=1)}
     return replace(state, modules=modules)
+
+
+def _complete(template: Template, held: Broadcast, news: Sequence[Mapping[str, Patch]]) -> list[Tensor]:
+    """Return the weights after one step in the subspaces that are held."""
+    if len(news) != 1:
+        return []
+    made: list[Tensor] = []
+    for name, z in news[0].items():
+        space, before = held.subspaces.get(name), held.dense.get(name)
+        if space is None or before is None or not isinstance(z, Tensor):
+            continue
+        (m, n), rank = template.modules[name], space.basis.shape[1]
+        if z.shape != ((rank, n) if space.side == "left" else (m, rank)) or before.shape != (m, n):
+            raise FedspanError(f"coordinates of {name} in shape {tuple(z.shape)}: expected those of its subspace")
+        made.append(lowrank.promote(before) + space.expand(z))
+    return made
 
 
 def _news(log: PatchLog, seen: int, seeded: bool) -> tuple[Mapping[str, Patch], ...]:

@@ -7,7 +7,7 @@ from itertools import combinations, islice
 
 import numpy as np
 
-from fedspan.privacy import primitives
+from fedspan.privacy import consistency, primitives
 from fedspan.privacy.fixed_point import Words
 from fedspan.privacy.primitives import SECRET, SIGNATURE
 from fedspan.privacy.roster import (
@@ -201,6 +201,15 @@ class Aggregator:
             raise too_few(len(self._added), self.threshold, "sent their vectors")
         self._closed = True
         return sorted(self._added)
+
+    def check_signature(self, client_id: str, signature: bytes) -> None:
+        """Raise a FedspanError unless a survivor has signed the list of survivors, where its identity is known."""
+        if client_id not in self._added:
+            raise FedspanError(f"a signature from {client_id!r}: expected one of {sorted(self._added)}")
+        if self._trusted is not None:
+            roster = self._listed()
+            binding = roster.binding(self._terms, self._members)
+            consistency.check_signature(self._trusted, roster, client_id, binding, sorted(self._added), signature)
 
     def check_answer(self, client_id: str, content: bytes) -> None:
         """Raise a FedspanError where one survivor's answer is of another sum or for other survivors.

@@ -16,7 +16,8 @@ def read_identities(path: Path) -> dict[str, bytes]:
     Raises
     ------
     FedspanError
-        When the file cannot be read, or is anything else than keys in hexadecimal by client id.
+        When the file cannot be read, is anything else than keys in hexadecimal by client id, or has one key twice: a
+        site could then sign in two names, and count as two where signatures are counted.
     """
     try:
         identities = {
@@ -27,4 +28,8 @@ def read_identities(path: Path) -> dict[str, bytes]:
     for client, key in identities.items():
         if len(key) != _BYTES:
             raise FedspanError(f"{path}: the key of {client!r} has {len(key)} bytes, expected {_BYTES}")
+    owners: dict[bytes, str] = {}
+    for client, key in identities.items():
+        if (other := owners.setdefault(key, client)) != client:
+            raise FedspanError(f"{path}: {other!r} and {client!r} have the same key: expected one for each site")
     return identities

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from fedspan.privacy import primitives
+from fedspan.privacy.consistency import Consistency, check_malicious_threshold
 from fedspan.privacy.fixed_point import Words
 from fedspan.privacy.primitives import SECRET, Ed25519PrivateKey
 from fedspan.privacy.roster import COMMITTED, SEALED, AdvertisedKeys, Roster, check_id, commitment
@@ -31,8 +32,7 @@ class Participant:
     Source: Bonawitz et al. 2017, "Practical Secure Aggregation for Privacy-Preserving Machine Learning",
     doi 10.1145/3133956.3133982. Differences: clients commit to their seeds and to every share, so that wrong ones are
     noticed; all keys and sealed shares are bound to the whole roster, and the masks to the terms of the sum; the round
-    of consistency signatures against an actively malicious server is left out, and the threshold must be more than
-    half instead.
+    of consistency signatures is made only against a server that may be malicious (`fedspan.privacy.consistency`).
 
     Parameters
     ----------
@@ -43,6 +43,9 @@ class Participant:
     signer, trusted
         The site's Ed25519 identity, and the public keys of the others' identities, as raw bytes by client. With them
         the server cannot present its own keys as a client's. Both or neither.
+    malicious_server
+        Unmask only what enough clients have signed to be the same list of survivors: `sign_survivors` and
+        `accept_survivors` come between `mask` and `unmask`. It needs an identity, and a threshold above two thirds.
 
     Raises
     ------
@@ -57,11 +60,13 @@ class Participant:
         num_words: int | None = None,
         signer: Ed25519PrivateKey | None = None,
         trusted: Mapping[str, bytes] | None = None,
+        malicious_server: bool = False,
     ) -> None:
         if (signer is None) != (trusted is None):
             raise FedspanError("signer and trusted go together: expected both or neither")
         self.session, self.client_id, self.num_words = session, check_id(client_id), num_words
         self._signer, self._trusted = signer, trusted
+        self._consistency = Consistency(client_id, signer, trusted) if malicious_server else None
         self._channel, self._private, self._seed = (primitives.new_secret() for _ in range(3))
         keys = primitives.public_key(self._channel), primitives.public_key(self._private)
         self._advert = AdvertisedKeys(*keys, commitment(session, client_id, self._seed)).sign(
@@ -75,6 +80,8 @@ class Participant:
         self._members: tuple[str, ...] | None = None
         """Clients of the masks."""
         self._masked = False
+        self._binding = b""
+        """Of the masks: see `Roster.binding`."""
         self._answered: tuple[tuple[str, ...], bytes] | None = None
 
     @property
@@ -111,6 +118,8 @@ class Participant:
         if keys.get(self.client_id) != self._advert:
             raise FedspanError(f"the server's copy of the keys of {self.client_id!r} is not what it advertised")
         roster = Roster.read(self.session, keys, threshold, self._trusted)
+        if self._consistency is not None:
+            check_malicious_threshold(threshold, len(roster.ids))
         seeds = primitives.split(self._seed, threshold, len(roster.ids))
         privates = primitives.split(self._private, threshold, len(roster.ids))
         pairs = {v: seed + private for v, seed, private in zip(roster.ids, seeds, privates, strict=True)}
@@ -207,7 +216,8 @@ class Participant:
         # Before anything leaves, even if what follows fails: the difference of two vectors under the same masks would
         # be bare.
         self._masked = True
-        plus, minus = self._mask_keys(roster, roster.binding(terms, self.members))
+        self._binding = roster.binding(terms, self.members)
+        plus, minus = self._mask_keys(roster, self._binding)
         masked = vector.copy()
         primitives.add_masks(masked, plus, minus)
         self._seed = self._private = self._channel = b""  # from here on only the others' shares of them are needed
@@ -226,6 +236,27 @@ class Participant:
         minus = [key for other, key in keys.items() if self.client_id > other]
         return [roster.self_mask_key(self._seed, self.client_id, binding), *plus], minus
 
+    def sign_survivors(self, survivors: Sequence[str]) -> bytes:
+        """Return this client's signature of the list of survivors that it was told; of one list for a sum."""
+        roster, stayed = self._checked_survivors(survivors)
+        return self._demanded().sign(roster, self._binding, stayed)
+
+    def accept_survivors(self, survivors: Sequence[str], signatures: Mapping[str, bytes]) -> None:
+        """Take the signatures of the list by at least t of the survivors, without which nothing is unmasked.
+
+        Raises
+        ------
+        Inconsistent
+            When they are not that.
+        """
+        roster, stayed = self._checked_survivors(survivors)
+        self._demanded().accept(roster, self._binding, stayed, signatures)
+
+    def _demanded(self) -> Consistency:
+        if self._consistency is None:
+            raise FedspanError(f"{self.client_id!r} signs no survivors: expected privacy.server = 'malicious'")
+        return self._consistency
+
     def unmask(self, survivors: Sequence[str]) -> bytes:
         """Return one share for each client of the masks: of its seed if it stayed, of its private key if it left.
 
@@ -237,29 +268,32 @@ class Participant:
             Clients whose masked vectors the server has. A second call is answered only where it names the same ones:
             two lists would yield both shares of the clients in which they differ.
         """
-        if not self._masked:
-            raise FedspanError(f"{self.client_id!r} has masked nothing yet: expected its vector before the unmasking")
-        stayed = tuple(sorted(survivors))
         if self._answered is not None:
-            if stayed != self._answered[0]:
+            if tuple(sorted(survivors)) != self._answered[0]:
                 raise FedspanError(f"{self.client_id!r} has unmasked for other survivors: expected the same list again")
             return self._answered[1]
-        roster = self._sharing()
-        self._check_survivors(stayed, roster.threshold)
+        roster, stayed = self._checked_survivors(survivors)
+        if self._consistency is not None:
+            self._consistency.check_accepted(stayed)
         pairs = {other: self._held.get(other, bytes(2 * SECRET)) for other in self.members}
         parts = [pair[:SECRET] if other in stayed else pair[SECRET:] for other, pair in pairs.items()]
         self._answered = stayed, roster.unmasking_header(self.client_id, stayed) + b"".join(parts)
         self._held = {}
         return self._answered[1]
 
-    def _check_survivors(self, stayed: Sequence[str], threshold: int) -> None:
+    def _checked_survivors(self, survivors: Sequence[str]) -> tuple[Roster, tuple[str, ...]]:
+        """Return the roster, and the survivors sorted, after checking that a sum may be unmasked for them."""
+        if not self._masked:
+            raise FedspanError(f"{self.client_id!r} has masked nothing yet: expected its vector before the unmasking")
+        roster, stayed = self._sharing(), tuple(sorted(survivors))
         if len(set(stayed)) != len(stayed) or not set(stayed) <= set(self.members):
             raise FedspanError(f"survivors {list(stayed)}: expected some of {list(self.members)}, each once")
         if self.client_id not in stayed:
             raise FedspanError(f"survivors {list(stayed)}: expected {self.client_id!r}, which is asked, among them")
         # The sum of a few clients says much about each of them.
-        if len(stayed) < threshold:
-            raise FedspanError(f"{len(stayed)} survivors: expected at least {threshold} to unmask a sum")
+        if len(stayed) < roster.threshold:
+            raise FedspanError(f"{len(stayed)} survivors: expected at least {roster.threshold} to unmask a sum")
+        return roster, stayed
 
     def convicts(
         self, dealer: str, commitments: Mapping[str, bytes], signature: bytes, shares: Mapping[str, bytes]

@@ -1,7 +1,8 @@
 """Sums of which the server learns nothing but the sum: a single one, several after one set-up, or all in one process.
 
 The two sides are `Participant` and `Aggregator`; they exchange bytes, and one vector of 64-bit words per client. A sum
-takes five round trips: keys, shares, delivery of the shares, vectors, unmasking. `RoundParticipant` and
+takes five round trips: keys, shares, delivery of the shares, vectors, unmasking; against a malicious server one more,
+of signed lists of survivors before the unmasking. `RoundParticipant` and
 `RoundAggregator` make the first three once for several sums, each of which has its own keys and secrets.
 """
 
@@ -41,7 +42,7 @@ class RoundParticipant:
         Names the round: run and round number. The sums' own sessions are derived from it.
     num_sums
         At least one.
-    signer, trusted
+    signer, trusted, malicious_server
         As of `Participant`.
     """
 
@@ -52,10 +53,12 @@ class RoundParticipant:
         num_sums: int,
         signer: Ed25519PrivateKey | None = None,
         trusted: Mapping[str, bytes] | None = None,
+        malicious_server: bool = False,
     ) -> None:
         # Keys of its own for every sum: masks that served two sums would cancel in the difference of two vectors.
         self.sums = tuple(
-            Participant(name, client_id, signer=signer, trusted=trusted) for name in _sessions(session, num_sums)
+            Participant(name, client_id, signer=signer, trusted=trusted, malicious_server=malicious_server)
+            for name in _sessions(session, num_sums)
         )
 
     def advertise(self) -> bytes:
@@ -93,6 +96,14 @@ class RoundParticipant:
     def mask(self, index: int, vector: Words, terms: bytes = b"") -> Words:
         """Return the vector of one sum, under its masks."""
         return _numbered(self.sums, index).mask(vector, terms=terms)
+
+    def sign_survivors(self, index: int, survivors: Sequence[str]) -> bytes:
+        """Return this client's signature of the survivors of one sum."""
+        return _numbered(self.sums, index).sign_survivors(survivors)
+
+    def accept_survivors(self, index: int, survivors: Sequence[str], signatures: Mapping[str, bytes]) -> None:
+        """Take the signatures of the survivors of one sum: see `Participant.accept_survivors`."""
+        _numbered(self.sums, index).accept_survivors(survivors, signatures)
 
     def unmask(self, index: int, survivors: Sequence[str]) -> bytes:
         """Return the shares that unmask one sum."""

@@ -25,11 +25,13 @@ from fedspan.methods.messages import Broadcast, ClientState, Tensors, Update
 from fedspan.privacy.fixed_point import FixedPoint
 from fedspan.privacy.sum_layout import SumLayout
 from fedspan.server.checks import AnswerChecks, unusable
+from fedspan.server.contents import SiteContents
 from fedspan.server.evaluations import Evaluation
 from fedspan.server.key_exchange import RunTerms
 from fedspan.server.masked_sums import MaskedSums
 from fedspan.server.registry import SiteRegistry
 from fedspan.server.requests import NOT_CONNECTED, Problem, Reply, Requests
+from fedspan.server.roster_plan import RosterPlan
 from fedspan.server.sums import PlainSum, SumCollector, check_weights
 from fedspan.support.errors import FedspanError
 from fedspan.wire import agreement, protocol
@@ -64,6 +66,12 @@ class Coordinator:
     ) -> None:
         if method.info.pooled or method.info.alone:
             raise FedspanError(f"method.name = '{method.info.name}' is a control for one process: sites share no data")
+        if config.privacy.server == "malicious" and not trusted:
+            # It could not tell whose signature is false, and the other sites would refuse the whole sum.
+            raise FedspanError(
+                "privacy.server = 'malicious': the server has no public keys of the sites; expected sites.json in its "
+                "folder (in Python: `trusted`)"
+            )
         self.transport, self.method = transport, method
         self._seed, self._weighting, self._wire = config.seed, config.federation.weighting, config.wire
         self._deployment, self._privacy = config.deployment, config.privacy
@@ -72,11 +80,15 @@ class Coordinator:
         path = out / "sites.json"
         self.registry = SiteRegistry(transport, config.federation, config.deployment, terms, method, path, notify)
         self._requests = Requests(self.registry, config.wire.up)
+        self._contents = SiteContents(self.registry, method)
+        self._payload_down = 0
+        """Bytes of tensors in the messages since the costs were last read."""
         least = requirements.least_in_sums(config.federation, config.privacy) if config.privacy.secure_sums else 2
         run_terms = RunTerms(config.privacy, config.federation.rounds, least, trusted)
-        self._masked_sums = MaskedSums(self._requests, run_terms, self.registry.notify)
+        plan = RosterPlan(config.privacy, least, out / "sums.json", self.registry.notify)
+        self._masked_sums = MaskedSums(self._requests, run_terms, plan, self.registry.notify)
         # Apart from those of training: an evaluation asks every client, whoever is in the round.
-        self._evaluation_sums = MaskedSums(self._requests, run_terms, self.registry.notify)
+        self._evaluation_sums = MaskedSums(self._requests, run_terms, plan, self.registry.notify)
         self._initial: Tensors = {}
         # Here and not in the checks of one exchange: a later exchange of a round asks about the same training result.
         self._results: dict[int, Update] = {}
@@ -141,13 +153,11 @@ class Coordinator:
         """Yield the answers in the order of the clients' ids, or as they come where the settings allow it."""
         checks = self._checks(question)
         by_id = {c.client_id: c for c in clients}
-        messages = {
-            c.client_id: self._message(question, c, broadcast_for(c), checks) for c in self._ready(question, clients)
-        }
-        absent = {who: unusable(by_id[who], NOT_CONNECTED) for who in sorted(by_id.keys() - messages.keys())}
+        messages = _Messages(self, question, checks, self._ready(question, clients), broadcast_for)
+        absent = {who: unusable(by_id[who], NOT_CONNECTED) for who in sorted(by_id.keys() - messages.sent.keys())}
         answers = (
             checks.update(by_id[who], reply) if isinstance(reply, Reply) else unusable(by_id[who], reply)
-            for who, reply in self._requests.exchange(question, messages, self._enough(question))
+            for who, reply in self._replies(question, messages)
         )
         if self._deployment.order == "sorted":
             yield from _in_order(answers, absent, sorted(by_id))
@@ -224,7 +234,8 @@ class Coordinator:
 
     def costs(self) -> Mapping[str, Any]:
         """Return the bytes sent and the time waited since the last call."""
-        return self._requests.costs()
+        payload, self._payload_down = self._payload_down, 0
+        return {**self._requests.costs(), "payload_down": payload}
 
     def _collect(
         self,
@@ -246,13 +257,10 @@ class Coordinator:
         def sum_fields(client_id: str, outgoing: MessageTensors) -> dict[str, Any]:
             return {"rank": rank, **collector.message_fields(client_id, outgoing)}
 
-        messages = {
-            c.client_id: self._message(question, c, broadcast_for(c), checks, sum_fields)
-            for c in ready
-            if c.client_id not in collector.problems
-        }
+        asked = [c for c in ready if c.client_id not in collector.problems]
+        messages = _Messages(self, question, checks, asked, broadcast_for, sum_fields)
         answers: dict[str, Answer] = {}
-        for client_id, reply in self._requests.exchange(question, messages, self._enough(question)):
+        for client_id, reply in self._replies(question, messages):
             part = checks.words(by_id[client_id], num_words, reply) if isinstance(reply, Reply) else reply
             if isinstance(part, Problem):
                 collector.leave_out(client_id, part)
@@ -266,6 +274,13 @@ class Coordinator:
             else:
                 answers[client_id] = answer
         return answers
+
+    def _replies(self, question: Question, messages: _Messages) -> Iterator[tuple[str, Reply | Problem]]:
+        """Send the messages and yield the replies, after noting what the sites hold now."""
+        for client_id, reply in self._requests.exchange(question, messages, self._enough(question), messages.whole):
+            if isinstance(reply, Reply):
+                self._contents.answered(client_id, reply.header.get("stored", False))
+            yield client_id, reply
 
     def _checks(self, question: Question) -> AnswerChecks:
         return AnswerChecks(self.method, question, self._initial, self._results, self._weighting, self._wire.up)
@@ -300,19 +315,22 @@ class Coordinator:
             (client, the message's tensors) -> the description of the sum that it is to take part in; None: the client
             is asked for its own update.
         """
-        outgoing = MessageTensors()
+        outgoing, derived = MessageTensors(), checks.derived(client.rank)
         seen, version = checks.patch_versions(client)
+        described = protocol.put_broadcast(outgoing, sent, derived, self._wire.down)
         head = {
             **self._heading(question),
             "kind": "ask",
             "counted": question.counted.get(client.client_id, 0),
-            "broadcast": protocol.put_broadcast(outgoing, sent, checks.derived(client.rank), self._wire.down),
+            "broadcast": described,
             "patch": protocol.put_patch(outgoing, sent, seen, version),
         }
+        head |= self._contents.name(question, client.client_id, sent, derived, described, outgoing)
         # From the broadcast that is sent, so that what is asked for and what is accepted cannot differ.
         checks.expect(client, sent)
         if sum_fields is not None:
             head["sum"] = sum_fields(client.client_id, outgoing)
+        self._payload_down += outgoing.payload()
         return protocol.encode(head, outgoing)
 
     def _ready(self, question: Question, clients: Sequence[Client]) -> list[Client]:
@@ -340,6 +358,40 @@ class Coordinator:
         Later exchanges are waited for in full, since they ask only the clients whose first answer was in time.
         """
         return self._needed if question.place[0] == 0 and self._deployment.oversample else None
+
+
+class _Messages(Mapping[str, bytes]):
+    """The messages of one exchange by client, each made when it is looked up, and again where it is sent once more."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        question: Question,
+        checks: AnswerChecks,
+        clients: Sequence[Client],
+        broadcast_for: BroadcastFor,
+        sum_fields: Callable[[str, MessageTensors], dict[str, Any]] | None = None,
+    ) -> None:
+        self._coordinator, self._question, self._checks = coordinator, question, checks
+        self._clients, self._sum_fields = {c.client_id: c for c in clients}, sum_fields
+        coordinator._contents.begin(question)
+        self.sent = {c.client_id: broadcast_for(c) for c in clients}
+        """By client."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sent)
+
+    def __len__(self) -> int:
+        return len(self.sent)
+
+    def __getitem__(self, client_id: str) -> bytes:
+        client, sent = self._clients[client_id], self.sent[client_id]
+        return self._coordinator._message(self._question, client, sent, self._checks, self._sum_fields)
+
+    def whole(self, client_id: str) -> bytes:
+        """Return a client's message with all of its tensors."""
+        self._coordinator._contents.forget(client_id)
+        return self[client_id]
 
 
 def _in_order(answers: Iterable[Answer], early: dict[str, Answer], ids: list[str]) -> Iterator[Answer]:

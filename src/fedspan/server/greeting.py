@@ -28,6 +28,8 @@ class Greeting:
     """Digest of its untouched base."""
     labels: str
     """Digest of what the labels of its data mean."""
+    holds: Sequence[str] = ()
+    """Digests of tensors that it keeps."""
 
     @classmethod
     def read(cls, delivery: Delivery, max_rank: int) -> Greeting:
@@ -55,4 +57,7 @@ class Greeting:
         most = min(max_rank, max(sides, default=max_rank))
         if rank > most:
             raise FedspanError(f"{client_id} says that its rank is {rank}: expected at most {most}")
-        return cls(client_id, rank, 1 if count is None else count, head["terms"], shapes, head["base"], head["labels"])
+        num_examples = 1 if count is None else count
+        return cls(
+            client_id, rank, num_examples, head["terms"], shapes, head["base"], head["labels"], tuple(head["holds"])
+        )

@@ -38,6 +38,11 @@ class RunTerms:
     trusted: Mapping[str, bytes] | None = None
     """Public identity keys by client, with which a badly signed key excludes its sender and nobody else."""
 
+    @property
+    def signed_survivors(self) -> bool:
+        """Whether the sites reveal shares only for a list of survivors that enough of them have signed."""
+        return self.privacy.server == "malicious"
+
     def threshold(self, num_clients: int) -> int:
         """Return how many of these clients must stay for a sum to be unmasked."""
         privacy = self.privacy

@@ -2,7 +2,8 @@
 
 A secure sum takes five round trips: the clients' keys, the shares of their secrets, their delivery, the masked vectors,
 and the unmasking. The first three do not depend on the vectors, so they are made for several rounds at once
-(`fedspan.server.key_exchange`), with fresh keys for every sum: each of the rounds that follow takes three less.
+(`fedspan.server.key_exchange`), with fresh keys for every sum: each of the rounds that follow takes three less. Where
+the server may be malicious, the sites sign the list of survivors before they unmask: one round trip more.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fedspan.privacy.fixed_point import Words
 from fedspan.privacy.sum_layout import SumLayout, SumTerms
 from fedspan.server.key_exchange import Heading, KeyExchange, KeySetup, RunTerms, read_all
 from fedspan.server.requests import Problem, Reply, Requests
+from fedspan.server.roster_plan import WAITS, RosterPlan
 from fedspan.wire import protocol
 from fedspan.wire.protocol import MessageTensors
 
@@ -30,11 +32,14 @@ class MaskedSums:
     ----------
     terms
         What a sum's masks are bound to, beside its exchange and layout.
+    plan
+        The sites of the run's sums so far.
     notify
         Called with a line for people when a client does not do its part, or lies.
     """
 
-    def __init__(self, requests: Requests, terms: RunTerms, notify: Callable[[str], None]) -> None:
+    def __init__(self, requests: Requests, terms: RunTerms, plan: RosterPlan, notify: Callable[[str], None]) -> None:
+        self._plan = plan
         self._requests, self._terms, self._notify = requests, terms, notify
         self._setup: KeySetup | None = None
         self._excluded: dict[str, Problem] = {}
@@ -55,11 +60,16 @@ class MaskedSums:
         Raises
         ------
         FedspanError
-            When too few clients are left after the set-up.
+            When too few clients are left after the set-up, or the sum would be over nearly the same clients as an
+            earlier one.
         """
         place, num_exchanges = question.place
         problems: dict[str, Problem] = {}
         clients = [client for client in clients if client.client_id not in self._excluded]
+        ids, without = [client.client_id for client in clients], self._excluded.keys()
+        chosen = self._plan.choose(question.round_num, question.number, ids, without)
+        waiting = {who: Problem(WAITS, absent=True) for who in ids if who not in chosen}
+        clients = [client for client in clients if client.client_id in chosen]
         # Only a round's first exchange may change the set-up: all sums of a round are over the same roster.
         if self._setup is None or (place == 0 and not self._setup.serves(clients, num_exchanges)):
             # An evaluation comes after the last round, too.
@@ -80,7 +90,16 @@ class MaskedSums:
             layout,
         )
         aggregator = self._setup.take(layout.num_words, terms.digest())
-        return MaskedSum(self, self._requests, question, heading, self._setup, aggregator, problems)
+        return MaskedSum(self, self._requests, question, heading, self._setup, aggregator, problems, waiting)
+
+    def check_roster(self, question: Question, survivors: Sequence[str]) -> None:
+        """Check that a sum is not over nearly the same clients as an earlier one, before it is unmasked."""
+        self._plan.check(question.round_num, question.number, survivors, self._excluded.keys())
+
+    @property
+    def signed_survivors(self) -> bool:
+        """Whether the sites sign the list of survivors."""
+        return self._terms.signed_survivors
 
     @property
     def excluded(self) -> Mapping[str, Problem]:
@@ -108,6 +127,8 @@ class MaskedSum:
         The number of the sum in it, which is used up, and its server's side.
     problems
         The clients that failed in the set-up.
+    waiting
+        The clients that are not asked, so that the sum is not over nearly the same clients as an earlier one.
     """
 
     def __init__(
@@ -119,10 +140,11 @@ class MaskedSum:
         setup: KeySetup,
         taken: tuple[int, Aggregator],
         problems: Mapping[str, Problem],
+        waiting: Mapping[str, Problem],
     ) -> None:
         self._sums, self._requests, self._question, self._heading = sums, requests, question, heading
         self._setup, (self._index, self._aggregator) = setup, taken
-        self.problems: dict[str, Problem] = dict(sums.excluded)
+        self.problems: dict[str, Problem] = {**sums.excluded, **waiting}
         for client_id, problem in problems.items():
             self.leave_out(client_id, problem)
 
@@ -158,6 +180,8 @@ class MaskedSum:
         ------
         SumFailed
             When fewer clients than the threshold sent a vector, or helped.
+        TooNear
+            When the sum is over nearly the same clients as an earlier one.
         """
         from fedspan.privacy.roster import DealersFailed  # which needs the extra `secure`
 
@@ -165,6 +189,7 @@ class MaskedSum:
         # unmasked, the difference of the two sums would be the vectors of the clients in which they differ. The sites
         # do not rely on this: each refuses a second choice (`SiteStorage.allow_unmasking`).
         survivors = self._aggregator.survivors()
+        self._sums.check_roster(self._question, survivors)
         answers = self._unmasking(survivors)
         try:
             return self._aggregator.total(answers)
@@ -184,17 +209,47 @@ class MaskedSum:
 
     def _unmasking(self, survivors: Sequence[str]) -> dict[str, bytes]:
         """Return the survivors' answers; its vector stays in the sum where one does not help."""
-        fields = {"kind": "unmask", "session": self._setup.session, "index": self._index, "survivors": survivors}
-        content = protocol.encode({**self._heading, **fields}, MessageTensors())
+        fields: dict[str, Any] = {"survivors": list(survivors)}
+        outgoing, asked = MessageTensors(), survivors
+        if self._sums.signed_survivors:
+            signatures = self._ask("sign", fields, MessageTensors(), survivors, self._read_signature)
+            self._check_signed(len(signatures))
+            placed = {who: protocol.put_bytes(outgoing, signature) for who, signature in signatures.items()}
+            # A site that has not signed reveals nothing.
+            fields, asked = {**fields, "signatures": placed}, list(signatures)
+        return self._ask("unmask", fields, outgoing, asked, self._read_unmasking)
+
+    def _check_signed(self, count: int) -> None:
+        from fedspan.privacy.roster import too_few  # which needs the extra `secure`
+
+        if count < self._aggregator.threshold:
+            raise too_few(count, self._aggregator.threshold, "signed the list of survivors")
+
+    def _ask(
+        self,
+        kind: str,
+        fields: Mapping[str, Any],
+        outgoing: MessageTensors,
+        clients: Sequence[str],
+        read: Callable[[str, Reply], bytes],
+    ) -> dict[str, bytes]:
+        """Send the clients one message about this sum; return what `read` makes of the answers that came."""
+        fields = {"kind": kind, "session": self._setup.session, "index": self._index, **fields}
+        content = protocol.encode({**self._heading, **fields}, outgoing)
         answers: dict[str, bytes] = {}
-        replies = self._requests.exchange(self._question, dict.fromkeys(survivors, content))
-        for client_id, answer in read_all(replies, self._read_unmasking):
+        replies = self._requests.exchange(self._question, dict.fromkeys(clients, content))
+        for client_id, answer in read_all(replies, read):
             if isinstance(answer, Problem):
                 self._setup.stale = True
                 self._sums.notify(f"{client_id} does not help to unmask the sum: {answer.reason}")
             else:
                 answers[client_id] = answer
         return answers
+
+    def _read_signature(self, client_id: str, reply: Reply) -> bytes:
+        signature = protocol.get_bytes(reply.tensors, reply.header["signature"])
+        self._aggregator.check_signature(client_id, signature)
+        return signature
 
     def _read_unmasking(self, client_id: str, reply: Reply) -> bytes:
         shares = protocol.get_bytes(reply.tensors, reply.header["unmask"])

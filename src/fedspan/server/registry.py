@@ -45,6 +45,8 @@ class Member:
     """Digest of its untouched base."""
     labels: str
     """Digest of what the labels of its data mean."""
+    holds: Sequence[str] = ()
+    """Digests of tensors that it keeps."""
 
 
 @dataclass(slots=True)
@@ -249,7 +251,9 @@ class SiteRegistry:
             return
         client = Client(greeting.client_id, greeting.rank, _NO_ROWS, _NO_ROWS, greeting.num_examples)
         self._refused.pop(node, None)
-        self.members[greeting.client_id] = Member(node, client, greeting.shapes, greeting.base, greeting.labels)
+        self.members[greeting.client_id] = Member(
+            node, client, greeting.shapes, greeting.base, greeting.labels, greeting.holds
+        )
         self.notify(f"{greeting.client_id} is here, rank {greeting.rank}")
         if others := agreement.library_differences(self.terms, greeting.terms):
             self.notify(f"{greeting.client_id} has other libraries: {others}; results may differ in the last bits")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,6 +42,8 @@ class Problem:
 
 _MAX_REASON = 400
 """Characters of the reason against an answer."""
+_AT_ONCE = 2**26
+"""Bytes of messages after which they are sent, before more are made."""
 NOT_CONNECTED = Problem("is not connected", absent=True)
 
 
@@ -75,21 +77,28 @@ class Requests:
         return asdict(costs)
 
     def exchange(
-        self, question: Question, messages: Mapping[str, bytes], enough: int | None = None
+        self,
+        question: Question,
+        messages: Mapping[str, bytes],
+        enough: int | None = None,
+        again: Callable[[str], bytes] | None = None,
     ) -> Iterator[tuple[str, Reply | Problem]]:
         """Send every client its message, and yield the answers as they come: each client once, with a reply or not.
 
         Parameters
         ----------
         messages
-            By client.
+            By client. Each is looked up once, when it is sent: they need not all be in memory at a time.
         enough
             The number of answers to wait for; None: all of them.
+        again
+            Returns the message with all of its tensors, for a client that lacks some of those that were named by their
+            digests. It is asked once more in the same exchange, and no second time.
         """
         deployment, wanted = self.registry.deployment, len(messages) if enough is None else enough
         began = self.transport.now()
         tickets = self._send(messages)
-        num_replies, slowest = 0, 0.0
+        num_replies, slowest, repeated = 0, 0.0, set[str]()
         while tickets and num_replies < wanted and self.transport.now() - began < deployment.deadline:
             for delivery in self.transport.poll():
                 client_id = tickets.pop(delivery.ticket, None)
@@ -97,6 +106,12 @@ class Requests:
                     continue
                 reply = self._read(client_id, question, delivery)
                 self.registry.record(client_id, question.round_num, missed=delivery.content is None)
+                if isinstance(reply, Reply) and "lacks" in reply.header:
+                    if again is not None and client_id not in repeated:
+                        repeated.add(client_id)
+                        tickets |= self._send({client_id: again(client_id)})
+                        continue
+                    reply = Problem("says that it lacks tensors that it was sent")
                 if isinstance(reply, Reply):
                     num_replies += 1
                     slowest = max(slowest, reply.header.get("seconds", 0.0))
@@ -111,6 +126,18 @@ class Requests:
     def _send(self, messages: Mapping[str, bytes]) -> dict[str, str]:
         """Send the messages; return the client of every ticket."""
         self._costs.round_trips += 1
+        tickets: dict[str, str] = {}
+        waiting: dict[str, bytes] = {}
+        for client_id in messages:
+            waiting[client_id] = messages[client_id]
+            if sum(map(len, waiting.values())) >= _AT_ONCE:
+                tickets |= self._sent(waiting)
+                waiting = {}
+        return tickets | self._sent(waiting)
+
+    def _sent(self, messages: Mapping[str, bytes]) -> dict[str, str]:
+        if not messages:
+            return {}
         self._costs.wire_down += sum(map(len, messages.values()))
         addressed = [(self.registry.members[c].node, content) for c, content in messages.items()]
         return dict(zip(self.transport.send(addressed, self.registry.deployment.deadline), messages, strict=True))

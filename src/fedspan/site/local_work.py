@@ -19,11 +19,14 @@ from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast, ClientState, Recipe, Request, Template, Update
 from fedspan.privacy.ledgers import ExampleLedgers
 from fedspan.privacy.sum_layout import SumLayout
+from fedspan.site.contents import ContentStore
 from fedspan.site.errors import Refused
 from fedspan.site.loading import Loaded
 from fedspan.site.message_checks import RoundHeader, check_patch, check_tensors, check_work
 from fedspan.site.storage import SiteStorage
+from fedspan.support.errors import FedspanError
 from fedspan.wire import protocol
+from fedspan.wire.contents import filled
 from fedspan.wire.precision import EXACT
 from fedspan.wire.refusals import Code
 
@@ -39,6 +42,8 @@ class LocalAnswer:
     """Time at work."""
     layout: SumLayout | None
     """Of the sum that the question is about."""
+    stored: bool
+    """Every tensor that was to be kept is held."""
 
 
 class LocalWork:
@@ -52,6 +57,8 @@ class LocalWork:
         Its state and patches on disk.
     examples
         The account of its examples' privacy, under `privacy.dp = "example"`.
+    contents
+        Tensors that it was sent before.
 
     Raises
     ------
@@ -67,7 +74,9 @@ class LocalWork:
         loaded: Loaded,
         storage: SiteStorage,
         examples: ExampleLedgers | None,
+        contents: ContentStore,
     ) -> None:
+        self._contents = contents
         self._method, self._client, self._storage, self._examples = method, client, storage, examples
         self._adapter, self._seed = config.adapter, config.seed
         self._steps = num_steps(config.local, client.num_examples)
@@ -108,7 +117,7 @@ class LocalWork:
         self, message: Mapping[str, Any], header: RoundHeader, tensors: Sequence[Tensor], question: Question
     ) -> Broadcast:
         """Return the model that the client has after a broadcast: with its own state, where the method keeps one."""
-        sent = self._received(message, header, tensors, question)
+        sent, _ = self._received(message, header, tensors, question)
         started = self._method.start(sent, self._state_after(header, question))
         self._derived = None  # of another round than the one that may be going on
         self._model.check_fits(started)
@@ -146,8 +155,10 @@ class LocalWork:
         ------
         Refused
             When the question assumes something that this site does not hold, or the result must not leave it.
+        Lacking
+            When the message names a tensor by its digest that this site does not hold.
         """
-        sent = self._received(message, header, tensors, question)
+        sent, stored = self._received(message, header, tensors, question)
         layout = self._layout(question, header, sent, message["sum"]["rank"]) if "sum" in message else None
         if question.place[0] == 0:
             # Read from disk in every round: after a lost answer the state in memory is ahead of the one that counts.
@@ -175,7 +186,7 @@ class LocalWork:
         # A secure sum that failed through false shares is asked for again.
         if not question.keep and not self._secure:
             self._result = None
-        return LocalAnswer(response.update, result.train_loss, result.optimizer_bytes, seconds, layout)
+        return LocalAnswer(response.update, result.train_loss, result.optimizer_bytes, seconds, layout, stored)
 
     def _template(self, header: RoundHeader) -> Template:
         adapter = self._adapter
@@ -193,11 +204,18 @@ class LocalWork:
 
     def _received(
         self, message: Mapping[str, Any], header: RoundHeader, tensors: Sequence[Tensor], question: Question
-    ) -> Broadcast:
-        """Return the broadcast, completed with what this site derives by itself and the patch that it holds."""
+    ) -> tuple[Broadcast, bool]:
+        """Return the broadcast, completed with what this site derives by itself and what it holds, and whether it keeps
+        all that it was asked to."""
         if question.place[0] == 0 or self._derived is None:
             state = replace(self._method.init(question.template, self._initial), round_num=question.round_num)
             self._derived = self._method.broadcast(state, Request(self._client.rank))
+        tensors = filled(
+            tensors,
+            message.get("held", ()),
+            self._contents.get,
+            lambda known: self._completed(message, known, question),
+        )
         news = protocol.get_news(message["patch"], tensors)
         for increment in news:
             check_patch(increment, question.template.modules)
@@ -205,7 +223,20 @@ class LocalWork:
         sent = protocol.get_broadcast(message["broadcast"], tensors, self._derived, patch)
         check_tensors(sent, question.template.modules, {name: tuple(t.shape) for name, t in self._initial.items()})
         check_work(sent.recipe, self._derived.recipe)
-        return sent
+        # After the checks, so that nothing is kept that no model of this site has.
+        return sent, all([self._contents.put(tensors[place]) for place in message.get("store", ())])
+
+    def _completed(self, message: Mapping[str, Any], tensors: Sequence[Tensor], question: Question) -> Sequence[Tensor]:
+        """Return the tensors that the method completes from earlier ones and the news; none where it cannot."""
+        previous, complete = message.get("previous"), self._method.complete
+        if previous is None or complete is None or self._derived is None:
+            return ()
+        try:
+            part = protocol.get_broadcast(previous["broadcast"], tensors, self._derived, {})
+            check_tensors(part, question.template.modules, {name: tuple(t.shape) for name, t in self._initial.items()})
+            return complete(question.template, part, protocol.get_news(previous, tensors))
+        except FedspanError:
+            return ()  # of what is held in part, or does not fit, nothing is made: it is sent whole
 
     def _state_after(self, header: RoundHeader, question: Question) -> ClientState | None:
         """Return this client's state after the last round whose answer counted; None where the method keeps none."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedspan import config as federation_settings
 from fedspan.config import Config
+from fedspan.privacy.identities import read_identities
 from fedspan.support.errors import FedspanError
 from fedspan.wire.names import check_name
 
@@ -95,8 +96,7 @@ def _identities(folder: Path, name: str | None) -> tuple[bytes | None, dict[str,
 
     try:
         key = serialization.load_pem_private_key((folder / name).read_bytes(), None)
-        sites = json.loads((folder / "sites.json").read_text(encoding="utf-8"))
-        trusted = {client: bytes.fromhex(public) for client, public in sites.items()}
+        trusted = read_identities(folder / "sites.json")
     except (OSError, ValueError, TypeError, AttributeError, UnsupportedAlgorithm) as error:
         raise FedspanError(f"{folder}: identity = {name!r} or sites.json cannot be read ({error})") from None
     if not isinstance(key, Ed25519PrivateKey):

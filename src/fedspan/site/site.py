@@ -26,6 +26,7 @@ from fedspan.privacy.fixed_point import FixedPoint, Words
 from fedspan.privacy.ledgers import ExampleLedgers
 from fedspan.privacy.sum_layout import SumLayout, SumTerms
 from fedspan.site import precision
+from fedspan.site.contents import ContentStore
 from fedspan.site.errors import Refused, code_of
 from fedspan.site.held_out import held_out_of
 from fedspan.site.incidents import refusal
@@ -36,6 +37,7 @@ from fedspan.site.settings import SiteSettings
 from fedspan.site.storage import SiteStorage
 from fedspan.site.sum_participant import SumParticipant
 from fedspan.wire import agreement, protocol, schema
+from fedspan.wire.contents import Lacking
 from fedspan.wire.protocol import MessageTensors
 from fedspan.wire.refusals import Code
 
@@ -90,11 +92,14 @@ class Site:
         if privacy.dp == "example":
             setting = f"{agreement.digest(self.terms)} {self.loaded.base}"
             examples = ExampleLedgers(privacy, config.local.batch_size, folder, setting)
-        self.work = LocalWork(config, method, self.client, self.loaded, storage, examples)
+        self._contents = ContentStore(folder / "contents", config.wire.keep_mb * 2**20)
+        self.work = LocalWork(config, method, self.client, self.loaded, storage, examples, self._contents)
         max_sums = privacy.rounds_ahead * len(method.exchanges)
-        self._sums = SumParticipant(settings, self.client.client_id, storage, max_sums)
+        self._sums = SumParticipant(settings, self.client.client_id, storage, max_sums, self._say)
         # With keys of its own: an evaluation asks every client, whoever is in the rounds.
-        self._evaluation_sums = SumParticipant(settings, self.client.client_id, storage, privacy.rounds_ahead)
+        self._evaluation_sums = SumParticipant(
+            settings, self.client.client_id, storage, privacy.rounds_ahead, self._say
+        )
         self._evaluation_number = len(method.exchanges)
         self._held_out = held_out_of(settings, method, self.client, corpus, self.loaded, examples)
         self._handlers: Mapping[str, _Handler] = {
@@ -104,9 +109,13 @@ class Site:
             "advertise": self._advertise,
             "share": self._share,
             "receive": self._receive,
+            "sign": self._sign,
             "unmask": self._unmask,
             "convict": self._convict,
         }
+
+    def _say(self, line: str) -> None:
+        self.notify(line)
 
     def answer(self, content: bytes) -> bytes:
         """Return the answer to one message; that there is none is an answer too.
@@ -136,6 +145,7 @@ class Site:
             "num_examples": None if hidden else self.client.num_examples,
             "base": self.loaded.base,
             "labels": self.loaded.labels,
+            "holds": self._contents.digests(),
             "terms": self.terms,
             "shapes": agreement.shapes(self.loaded.context.model.modules(), self.loaded.initial),
         }
@@ -147,8 +157,11 @@ class Site:
         if (self.privacy.secure_sums or self.privacy.fixed_point) != ("sum" in message):
             raise Refused("a question for this site's own update, where only sums may be known", Code.OWN_UPDATE)
         question = self.work.question(message, header)
-        answer = self.work.answer(question, message, header, tensors)
-        fields: Fields = {"seconds": answer.seconds, "optimizer_bytes": answer.optimizer_bytes}
+        try:
+            answer = self.work.answer(question, message, header, tensors)
+        except Lacking as error:
+            return {"lacks": error.digests}
+        fields: Fields = {"seconds": answer.seconds, "optimizer_bytes": answer.optimizer_bytes, "stored": answer.stored}
         if "sum" in message:
             words = self._words(header, message["sum"], answer)
             fields["words"] = outgoing.put(torch.from_numpy(words.view(np.int64)))
@@ -234,10 +247,17 @@ class Site:
         shares = _bytes_by_name(message["shares"], tensors)
         return {"false": self._sums_of(message).receive(message["run"], message["session"], shares)}
 
+    def _sign(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:
+        run, session, survivors = message["run"], message["session"], message["survivors"]
+        labels = message["round"], message["number"]
+        signature = self._sums_of(message).sign(run, session, message["index"], labels, survivors)
+        return {"signature": protocol.put_bytes(outgoing, signature)}
+
     def _unmask(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:
         run, session, survivors = message["run"], message["session"], message["survivors"]
         labels = message["round"], message["number"]
-        shares = self._sums_of(message).unmask(run, session, message["index"], labels, survivors)
+        signatures = _bytes_by_name(message.get("signatures", {}), tensors)
+        shares = self._sums_of(message).unmask(run, session, message["index"], labels, survivors, signatures)
         return {"unmask": protocol.put_bytes(outgoing, shares)}
 
     def _convict(self, message: Mapping[str, Any], tensors: Sequence[Tensor], outgoing: MessageTensors) -> Fields:

@@ -145,6 +145,33 @@ class SiteStorage:
                 )
             self._keep_unmasked(place, record)
 
+    def unmasked_for(self, number: str, besides: tuple[str, str], strict: bool) -> list[list[str]]:
+        """Return the survivors of the sums of one exchange that were unmasked, in all runs, without proved liars.
+
+        Parameters
+        ----------
+        number
+            Of the exchange, as at the end of the names of sums.
+        besides
+            The run and name of a sum that is left out.
+        strict
+            Refuse where a record cannot be read; otherwise it is left out.
+        """
+        found: list[set[str]] = []
+        liars: set[str] = set()
+        for path in sorted(self.folder.glob(f"*/{_UNMASKED}")):
+            try:
+                record = self._unmasked(path)
+            except Refused:
+                if strict:
+                    raise
+                continue
+            for name, entry in record.items():
+                liars.update(entry["liars"])
+                if name.rpartition("/")[2] == number and (path.parent.name, name) != besides:
+                    found.append(set(entry["survivors"]))
+        return [sorted(survivors - liars) for survivors in found]
+
     def record_liar(self, run: str, sum_name: str, vector: str, client_id: str) -> None:
         """Record that a client was proved to have dealt false shares for a sum that this site has helped to unmask."""
         for place, key in self._places(run, sum_name, vector):

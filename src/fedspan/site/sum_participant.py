@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedspan.federation import requirements
 from fedspan.privacy.fixed_point import Words
+from fedspan.site.differencing import Differencing
 from fedspan.site.errors import Refused
 from fedspan.site.message_checks import RoundHeader
 from fedspan.site.settings import SiteSettings
 from fedspan.site.storage import SiteStorage
+from fedspan.support.errors import FedspanError
 from fedspan.wire.refusals import Code
 
 if TYPE_CHECKING:  # this needs the extra `secure`
     from fedspan.privacy.primitives import Ed25519PrivateKey
     from fedspan.privacy.secure_sum import RoundParticipant
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +49,32 @@ class SumParticipant:
     ----------
     max_sums
         The most sums that one set-up can be for.
+    notify
+        Called with a line for the people at this site.
+
+    Raises
+    ------
+    FedspanError
+        When the server may be malicious, and this site has no identity.
     """
 
-    def __init__(self, settings: SiteSettings, client_id: str, storage: SiteStorage, max_sums: int) -> None:
+    def __init__(
+        self,
+        settings: SiteSettings,
+        client_id: str,
+        storage: SiteStorage,
+        max_sums: int,
+        notify: Callable[[str], None],
+    ) -> None:
         config = settings.config
+        self._differencing = Differencing(config.privacy, storage, notify)
         self._identity, self._trusted = settings.identity, settings.trusted
+        self._malicious = config.privacy.server == "malicious"
+        if self._malicious and (self._identity is None or not self._trusted):
+            raise FedspanError(
+                f"privacy.server = 'malicious': the site {client_id!r} has no identity; expected `identity` in "
+                "site.toml and the public keys of all sites in sites.json"
+            )
         self._min_share = config.privacy.threshold
         self._least = requirements.least_in_sums(config.federation, config.privacy) if config.privacy.secure_sums else 2
         self._client_id, self._storage, self._max_sums = client_id, storage, max_sums
@@ -72,7 +97,7 @@ class SumParticipant:
         if num_sums > self._max_sums:
             raise Refused(f"keys for {num_sums} sums at once: expected at most {self._max_sums}")
         name = f"{header.run}/{header.round_num}/{session}".encode()
-        participant = RoundParticipant(name, self._client_id, num_sums, self._signer(), self._trusted)
+        participant = RoundParticipant(name, self._client_id, num_sums, self._signer(), self._trusted, self._malicious)
         self._name, self._participant, self._masked = (header.run, session), participant, {}
         return participant.advertise()
 
@@ -119,28 +144,59 @@ class SumParticipant:
         self._masked[index] = _Masked((header.round_num, header.number), digest)
         return masked
 
-    def unmask(self, run: str, session: str, index: int, labels: tuple[int, int], survivors: Sequence[str]) -> bytes:
+    def sign(self, run: str, session: str, index: int, labels: tuple[int, int], survivors: Sequence[str]) -> bytes:
+        """Return this site's signature of the survivors of one sum; of one list only.
+
+        Raises
+        ------
+        Refused
+            When this site has masked another update with these keys, or has signed another list.
+        """
+        participant, masked = self._of(run, session), self._masked_as(index, labels)
+        self._differencing.check(run, masked.sum_name, survivors, warns=False)
+        return _consistent(participant.sign_survivors, index, survivors)
+
+    def unmask(
+        self,
+        run: str,
+        session: str,
+        index: int,
+        labels: tuple[int, int],
+        survivors: Sequence[str],
+        signatures: Mapping[str, bytes],
+    ) -> bytes:
         """Return this site's part in unmasking one sum.
 
         Parameters
         ----------
         labels
             The round and exchange that the message gives.
+        signatures
+            Of the list of survivors, where the server may be malicious.
 
         Raises
         ------
         Refused
-            When this site has masked another update with these keys, or a sum with this update was unmasked for other
-            clients before, even in an earlier set-up or run.
+            When this site has masked another update with these keys, a sum with this update was unmasked for other
+            clients before, even in an earlier set-up or run, or too few clients have signed this list.
         """
-        participant, masked = self._of(run, session), self._masked.get(index)
+        participant, masked = self._of(run, session), self._masked_as(index, labels)
+        if self._malicious:
+            # Before the list is recorded: a false one must not keep this site from helping with the true one.
+            _consistent(participant.accept_survivors, index, survivors, signatures)
+        self._differencing.check(run, masked.sum_name, survivors)
+        self._storage.allow_unmasking(run, masked.sum_name, masked.vector, survivors)
+        return participant.unmask(index, survivors)
+
+    def _masked_as(self, index: int, labels: tuple[int, int]) -> _Masked:
+        """Return the update that was masked in a sum, which must be that of this round and exchange."""
+        masked = self._masked.get(index)
         if masked is None or masked.labels != labels:
             own = "nothing" if masked is None else masked.labels
             raise Refused(
                 f"sum {index} as that of round {labels[0]}, exchange {labels[1]}: this site has masked {own} in it"
             )
-        self._storage.allow_unmasking(run, masked.sum_name, masked.vector, survivors)
-        return participant.unmask(index, survivors)
+        return masked
 
     def convict(
         self,
@@ -175,3 +231,13 @@ class SumParticipant:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
         return Ed25519PrivateKey.from_private_bytes(self._identity)
+
+
+def _consistent(step: Callable[..., T], *given: Any) -> T:
+    """Take a step of the consistency round; where the survivors are in doubt, the server is told that this is why."""
+    from fedspan.privacy.consistency import Inconsistent  # which needs the extra `secure`
+
+    try:
+        return step(*given)
+    except Inconsistent as error:
+        raise Refused(str(error), Code.INCONSISTENT) from None

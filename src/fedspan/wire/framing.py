@@ -68,6 +68,8 @@ class MessageTensors(packing.TensorList):
     """The type of the tensors that are put next."""
     kinds: dict[int, Kind] = field(default_factory=dict)
     """Index of a tensor -> its type."""
+    held: dict[int, str] = field(default_factory=dict)
+    """Index of a tensor that the receiver has -> its digest. An empty tensor is sent in its place."""
 
     def put(self, tensor: Tensor) -> int:
         """Add the tensor unless it is there already, and return its index."""
@@ -80,10 +82,14 @@ class MessageTensors(packing.TensorList):
         buffered: list[Tensor] = []
         parts: list[int] = []
         for index, tensor in enumerate(self.tensors):
-            packed = pack(tensor, self.kinds[index])
+            packed = (torch.empty(0),) if index in self.held else pack(tensor, self.kinds[index])
             parts.append(len(packed))
             buffered += packed
         return buffered, parts
+
+    def payload(self) -> int:
+        """Return the bytes of the tensors as they travel, without what aligns them."""
+        return sum(t.numel() * t.element_size() for t in self.packed()[0])
 
 
 def encode(head: Mapping[str, Any], outgoing: MessageTensors) -> bytes:

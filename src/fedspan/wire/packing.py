@@ -56,6 +56,10 @@ class TensorList:
             self.tensors.append(tensor)
         return index
 
+    def has(self, tensor: Tensor) -> bool:
+        """Return whether the tensor is in the message."""
+        return id(tensor) in self._indices
+
 
 def pack(message: Any, tensors: Sequence[Tensor]) -> tuple[bytes, Tensor]:
     """Return the description with the tensors' types, shapes and strides, and their bytes in one buffer.

@@ -34,6 +34,7 @@ __all__ = [
     "put_bytes",
     "put_patch",
     "put_update",
+    "same_bits",
     "shapes",
     "types",
 ]
@@ -125,10 +126,11 @@ def _basis(derived: Broadcast, name: str) -> Tensor | None:
 
 def _put_new(outgoing: MessageTensors, value: Tensor, own: Tensor | None) -> int | None:
     """Add a tensor and return its index, or None where the site's own has the same bits."""
-    return None if own is not None and _same_bits(value, own) else outgoing.put(value)
+    return None if own is not None and same_bits(value, own) else outgoing.put(value)
 
 
-def _same_bits(x: Tensor, y: Tensor) -> bool:
+def same_bits(x: Tensor, y: Tensor) -> bool:
+    """Return whether two tensors have the same type, shape and bits."""
     # The signs too: 0 and -0 are equal, but not the same bits.
     return x.dtype == y.dtype and x.shape == y.shape and torch.equal(x, y) and bool((x.signbit() == y.signbit()).all())
 

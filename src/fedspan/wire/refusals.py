@@ -22,6 +22,8 @@ class Code(StrEnum):
     OWN_UPDATE = "own-update"
     NO_KEYS = "no-keys"
     UNMASKED = "unmasked"
+    INCONSISTENT = "inconsistent"
+    DIFFERENCING = "differencing"
     UNFIT = "unfit"
     BUDGET_SPENT = "budget-spent"
     REFUSED = "refused"
@@ -44,6 +46,9 @@ TEXTS = {
     Code.NO_KEYS: "it has no keys for the secure sum: it was restarted, or joined too late",
     Code.UNMASKED: "it unmasked this sum for other clients before, and the difference would reveal the update of one of"
     " them; a new run needs another seed, and the site's log says what the person responsible for it may do",
+    Code.INCONSISTENT: "it was not shown that enough sites were told the same survivors of the sum: it reveals nothing",
+    Code.DIFFERENCING: "the sum is over nearly the same sites as an earlier one, whose difference could be read: its"
+    " settings forbid it (privacy.differencing)",
     Code.UNFIT: "its update cannot be sent: it is not finite, or does not fit the fixed point of the sum",
     Code.BUDGET_SPENT: "its privacy budget does not allow another answer",
     Code.REFUSED: "it refuses the message",

@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 MAX_RANK = 2**16
 MAX_EXAMPLES = 10**12
+MAX_HELD = 10**4
+"""Digests of held tensors in one message."""
 _SHOWN = 60
 """Characters of a wrong value that an error shows."""
 _MANY = 1000
@@ -41,6 +43,7 @@ Seconds = Annotated[float, Strict(), Field(ge=0, le=1e9)]
 Loss = Annotated[float, Strict(), Field(ge=-1e30, le=1e30)]
 Scaling = Annotated[float, Strict(), Field(ge=-1e9, le=1e9)]
 Digest = Annotated[str, Strict(), Field(pattern=r"\A[0-9a-f]{1,128}\z")]
+ContentDigest = Annotated[str, Strict(), Field(pattern=r"\A[0-9a-f]{64}\z")]
 Incident = Annotated[str, Strict(), Field(pattern=r"\A[0-9a-f]{6}\z")]
 Shape = Annotated[list[Annotated[int, Strict(), Field(ge=0, lt=2**40)]], Field(max_length=8)]
 Names = Annotated[list[Name], Field(max_length=10**5)]
@@ -105,6 +108,8 @@ class Introduction(TypedDict):
     shapes: Annotated[dict[TensorName, Shape], Field(max_length=10**5)]
     base: Digest
     labels: Digest
+    holds: Annotated[list[ContentDigest], Field(max_length=MAX_HELD)]
+    """The digests of tensors that it keeps."""
 
 
 @final
@@ -116,6 +121,10 @@ class SiteAnswer(TypedDict):
     run: Name
     round: Count
     number: Count
+    lacks: NotRequired[Annotated[list[ContentDigest], Field(min_length=1, max_length=10**5)]]
+    """The message counts on tensors of these digests, which it does not hold: it wants to be asked again."""
+    stored: NotRequired[Flag]
+    """It holds every tensor now that it was asked to keep."""
     seconds: NotRequired[Seconds]
     optimizer_bytes: NotRequired[Bytes]
     train_loss: NotRequired[Loss | None]
@@ -126,6 +135,8 @@ class SiteAnswer(TypedDict):
     shares: NotRequired[dict[Name, Index]]
     false: NotRequired[Names]
     """The clients whose shares for this site are false."""
+    signature: NotRequired[Index]
+    """Of the list of survivors."""
     unmask: NotRequired[Index]
     statistics: NotRequired[Index]
     """Of the client's held-out rows: float64 numbers as the whole numbers of their bits."""
@@ -195,6 +206,16 @@ class PatchHead(TypedDict):
 
 
 @with_config(_STRICT)
+class PreviousHead(TypedDict):
+    """What a site completes tensors of a broadcast from: see `fedspan.methods.base.Method.complete`."""
+
+    broadcast: BroadcastHead
+    news: Annotated[
+        list[dict[TensorName, Annotated[list[Index], Field(min_length=1, max_length=2)]]], Field(max_length=10**4)
+    ]
+
+
+@with_config(_STRICT)
 class SumHead(TypedDict):
     """The sum that an answer is to be part of."""
 
@@ -230,6 +251,11 @@ class Ask(_Placed):
     counted: Count
     broadcast: BroadcastHead
     patch: PatchHead
+    held: Annotated[list[tuple[Index, ContentDigest]], Field(max_length=10**5)]
+    """(index, digest) of the tensors that the site has, and that are empty in this message."""
+    store: Annotated[list[Index], Field(max_length=10**5)]
+    """Tensors to keep, since they may be named by their digests later."""
+    previous: NotRequired[PreviousHead]
     sum: NotRequired[SumHead]
 
 
@@ -299,6 +325,16 @@ class Convict(_Placed):
 
 
 @with_config(_STRICT)
+class Sign(_Placed):
+    """The clients whose vectors are in a sum, and a question for a signature of their list."""
+
+    kind: Literal["sign"]
+    session: Name
+    index: Count
+    survivors: Names
+
+
+@with_config(_STRICT)
 class Unmask(_Placed):
     """The clients whose vectors are in a sum, and a question for the shares that unmask it."""
 
@@ -306,6 +342,8 @@ class Unmask(_Placed):
     session: Name
     index: Count
     survivors: Names
+    signatures: NotRequired[dict[Name, Index]]
+    """Of the list, by survivor; where the server may be malicious."""
 
 
 _QUESTIONS: Mapping[str, TypeAdapter[Any]] = {
@@ -316,6 +354,7 @@ _QUESTIONS: Mapping[str, TypeAdapter[Any]] = {
     "share": TypeAdapter(Share),
     "receive": TypeAdapter(Receive),
     "convict": TypeAdapter(Convict),
+    "sign": TypeAdapter(Sign),
     "unmask": TypeAdapter(Unmask),
 }
 _INTRODUCTION: TypeAdapter[Introduction] = TypeAdapter(Introduction)

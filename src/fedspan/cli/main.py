@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from fedspan.cli import flower
+from fedspan.cli import flower, log
 from fedspan.cli.arguments import PlainCommand, WithWeights, new_app
 from fedspan.cli.bench import bench
 from fedspan.cli.compare import compare
@@ -68,6 +68,7 @@ app.command("report", cls=PlainCommand, short_help="Write an HTML page on runs o
 app.command(cls=PlainCommand, short_help="Show the report of a run that goes on in a browser.")(watch)
 app.command(cls=PlainCommand, short_help="Show what a run's server steps did to the updates.")(inspect)
 app.command(cls=PlainCommand, short_help="Time every part against its alternatives.")(bench)
+app.add_typer(log.app, name="log", short_help="Verify and show the logs of a server and its sites.")
 app.add_typer(flower.app, name="flower", short_help="Deploy a federation of real sites over Flower.")
 
 

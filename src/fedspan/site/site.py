@@ -27,6 +27,7 @@ from fedspan.site.errors import Refused, code_of
 from fedspan.site.incidents import refusal
 from fedspan.site.loading import Loaded, client_of
 from fedspan.site.local_work import LocalAnswer, LocalWork
+from fedspan.site.logged import SiteLog
 from fedspan.site.message_checks import MessageChecks, RoundHeader
 from fedspan.site.settings import SiteSettings
 from fedspan.site.storage import SiteStorage
@@ -89,6 +90,7 @@ class Site:
         self.work = LocalWork(config, method, self.client, self.loaded, storage, examples)
         max_sums = privacy.rounds_ahead * len(method.exchanges)
         self._sums = SumParticipant(settings, self.client.client_id, storage, max_sums)
+        self._log = SiteLog(folder, self.client.client_id, settings, agreement.digest(self.terms), notify)
         self._handlers: Mapping[str, _Handler] = {
             "hello": self._hello,
             "ask": self._ask,
@@ -105,6 +107,12 @@ class Site:
         No error ends the process, which has a base in memory, and no text of an error leaves the site: it may quote
         the data. The server is told a code, and the incident's number, under which the text is in this site's log.
         """
+        try:
+            return self._log.answered(content, self._reply)
+        except Exception as error:  # a message that cannot be written down is not acted on
+            return refusal(self.client.client_id, code_of(error), error, self.notify)
+
+    def _reply(self, content: bytes) -> bytes:
         try:
             return self._answered(content)
         except Exception as error:

@@ -92,7 +92,7 @@ def read(path: Path) -> Chain:
     chain = Chain(path, torn=torn)
     previous = GENESIS
     for number, line in enumerate(lines):
-        entry, fault = _entry(line, number, previous)
+        entry, fault = entry_of(line, number, previous)
         if fault is not None and len(chain.faults) < _MAX_FAULTS:
             chain.faults.append(fault)
         chain.entries.append(entry)
@@ -101,7 +101,7 @@ def read(path: Path) -> Chain:
     return chain
 
 
-def _entry(line: bytes, number: int, previous: str) -> tuple[Entry, str | None]:
+def entry_of(line: bytes, number: int, previous: str) -> tuple[Entry, str | None]:
     """Return the entry of a line, and the reason why it does not continue the chain, or None."""
     try:
         entry = json.loads(line)

@@ -72,23 +72,25 @@ class Figures:
         event = str(entry.get("event", "?"))
         self.last = str(entry.get("time", "")), event
         self.events[event if event in _COUNTED else "other"] += 1
-        size = entry["size"] if type(entry.get("size")) is int else 0
         if event in ("begin", "opened"):
             self.node, self.finished = one_line(entry.get("node", "?"), 80), False
             self.run = one_line(entry["run_name"], 80) if "run_name" in entry else ""
-        elif event == "received":
-            self.bytes_in += size
-        elif event in ("sent", "answered"):
-            self.bytes_out += size
+        elif event in ("sent", "received", "answered"):
+            self._add_message(event, entry)
+        elif event == "round":
+            self._finish(entry)
+        self.finished = self.finished or event == "end"
+
+    def _add_message(self, event: str, entry: Entry) -> None:
+        size = entry["size"] if type(entry.get("size")) is int else 0
+        self.bytes_in += size if event == "received" else 0
+        self.bytes_out += size if event != "received" else 0
         if "code" in entry:
             self.refusals[one_line(entry["code"], 40)] += 1
-        elif event in ("received", "answered") and type(entry.get("round")) is int:
+        elif event != "sent" and type(entry.get("round")) is int:
             self._current.add(str(entry.get("from", self.node)))
             if event == "answered":
                 self.round_num = max(self.round_num, entry["round"])
-        if event == "round":
-            self._finish(entry)
-        self.finished = self.finished or event == "end"
 
     def _finish(self, entry: Entry) -> None:
         self.round_num = entry["round"] if type(entry.get("round")) is int else self.round_num

@@ -16,7 +16,7 @@ PACKAGE = Path(fedspan.__file__).parent
 # layers only, and has no cycles inside.
 LAYERS = (
     {"support"},
-    {"algebra", "config"},
+    {"algebra", "config", "events"},
     {"methods"},
     {"adapters", "data", "wire", "robust", "streaming"},
     {"models"},

@@ -76,7 +76,8 @@ def test_the_schema_is_printed() -> None:
 HELP = [
     *[(), ("run",), ("resume",), ("merge",), ("methods",), ("config",), ("plot",), ("inspect",), ("bench",)],
     *[("evaluate",), ("predict",), ("report",), ("watch",)],
-    *[("flower",), ("flower", "init"), ("flower", "up"), ("flower", "keys")],
+    *[("flower",), ("flower", "init"), ("flower", "up"), ("flower", "keys"), ("flower", "keys", "rotate")],
+    *[("flower", "status"), ("flower", "health"), ("log",), ("log", "verify"), ("log", "show")],
 ]
 
 

@@ -52,5 +52,6 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     print(f"{len(lines)} outcomes in {time.monotonic() - began:.0f} s, load {os.getloadavg()[0]:.1f}")
     tests = [item for item in request.session.items if "faults" in item.keywords]
     everything = not request.config.option.keyword and not any("::" in given for given in request.config.args)
+    everything = everything and {item.path for item in tests} == set(Path(__file__).parent.glob("test_*.py"))
     if everything and tests and not request.session.testsfailed:
         write_page(lines)

@@ -1,13 +1,14 @@
-"""`fedspan flower`: write a deployment, try it on this machine, replace a site's keys, lock its packages."""
+"""`fedspan flower`: write a deployment, try it on this machine, rotate its keys, watch it, lock its packages."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedspan.cli.arguments import ConfigFile, PlainCommand, Settings, new_app
+from fedspan.cli.arguments import AsJson, ConfigFile, PlainCommand, Settings, new_app
 from fedspan.support.errors import FedspanError
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from fedspan.flower.trial import Outcome
 
 app = new_app()
+keys_app = new_app()
 
 
 @app.callback()
@@ -100,6 +102,10 @@ def up(
             "--run", metavar="NAME", help="Name of the run, resumed if it is unfinished; if not given, a new one."
         ),
     ] = None,
+    in_memory: Annotated[
+        bool,
+        typer.Option("--in-memory", help="Keep the SuperLink's messages in memory and not in a database on the disk."),
+    ] = False,
 ) -> None:
     """Start a deployment on loopback, run its federation, print the result, and take everything down.
 
@@ -121,27 +127,90 @@ def up(
         raise FedspanError(
             f"{folder} already holds a deployment: expected no --sites, --set or CONFIG.toml, or a new folder"
         )
-    outcome = trial.up(folder, typer.echo, proxy=proxy, timeout=timeout, run=run)
+    outcome = trial.up(folder, typer.echo, proxy=proxy, timeout=timeout, run=run, in_memory=in_memory)
     _show(outcome)
 
 
-@app.command(cls=PlainCommand, short_help="Replace a site's keys, at the site.")
-def keys(
-    folder: Annotated[Path, typer.Argument(metavar="SITE_DIR", help="The site's folder.")],
+@keys_app.callback()
+def _keys() -> None:
+    """Rotate the keys and certificates of a deployment."""
+
+
+@keys_app.command(cls=PlainCommand, short_help="Replace the keys of a site, or a server's certificate.")
+def rotate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of the site, or of the server.")],
+    authority: Annotated[
+        Path | None,
+        typer.Option("--ca", metavar="DIR", help="The folder with the authority's ca.key; needed for a server."),
+    ] = None,
 ) -> None:
-    """Replace a site's node key and identity with new ones, and print what the server and the other sites need.
+    """Replace a site's node key, identity and runtime key, or a server's key and certificate; say what has to follow.
+
+    \b
+    Examples:
+      fedspan flower keys rotate sites/charite
+      fedspan flower keys rotate server --ca ca
+
+    Run it where the keys are used. Either all of a folder's keys are replaced or none.
+    """
+    from fedspan.flower import rotation
+
+    for line in rotation.rotate(folder, authority):
+        typer.echo(line)
+
+
+app.add_typer(keys_app, name="keys", short_help="Rotate keys and certificates, where they are used.")
+
+
+@app.command(cls=PlainCommand, short_help="Show the state of a deployment.")
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a deployment, a server or a site.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show the last round, who answered in it, refusals, the last event, and how long the certificates are valid.
+
+    \b
+    Examples:
+      fedspan flower status server
+      fedspan flower status sites/charite --json
+
+    Everything is read from the folder; no process is asked. The exit status is 2 where a certificate has expired or a
+    log is damaged.
+    """
+    from fedspan.flower.status import Status
+
+    state = Status(folder)
+    if as_json:
+        typer.echo(json.dumps(state.as_json(), indent=2))
+    else:
+        for line in state.lines():
+            typer.echo(line)
+    problems = state.problems()
+    if problems:
+        raise FedspanError(problems[0])
+
+
+@app.command(cls=PlainCommand, short_help="Serve a health page and metrics on the loopback.")
+def health(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a deployment, a server or a site.")],
+    port: Annotated[
+        int, typer.Option("--port", metavar="P", show_default=False, help="Port on 127.0.0.1; 9464 by default.")
+    ] = 9464,
+) -> None:
+    """Serve a page for people (/), a health check (/health) and metrics for Prometheus (/metrics) until Ctrl-C.
 
     \b
     Example:
-      fedspan flower keys sites/charite
-    """
-    from fedspan.flower import deployment
+      fedspan flower health server --port 9464
 
-    client_id, identity = deployment.renew_keys(folder)
-    typer.echo(
-        f"send {folder / 'node.pub'} to the server, replace the old key in nodes/ with it, and run ./register.sh there"
-    )
-    typer.echo(f'put this line into sites.json at the server and at every site: "{client_id}": "{identity}"')
+    Everything is read from the folder, as `fedspan flower status` does. FEDSPAN_HEALTH_PORT in the environment of
+    superlink.sh and start.sh starts the same beside them.
+    """
+    from fedspan.flower.health import HealthServer
+
+    with HealthServer(folder, port) as server:
+        typer.echo(f"http://127.0.0.1:{server.server_port}/  /health  /metrics")
+        server.serve_forever()
 
 
 @app.command(cls=PlainCommand, short_help="Write down a deployment's exact packages.")

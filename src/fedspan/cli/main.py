@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from fedspan.cli import flower
+from fedspan.cli import flower, log
 from fedspan.cli.arguments import PlainCommand, WithWeights, new_app
 from fedspan.cli.audit import audit, canaries
 from fedspan.cli.bench import bench
@@ -73,6 +73,7 @@ app.command(cls=PlainCommand, short_help="Show what a run's server steps did to 
 app.command(cls=PlainCommand, short_help="Attack a run or an adapter, and say what was found.")(audit)
 app.command(cls=PlainCommand, short_help="Plant made-up rows for an audit to look for.")(canaries)
 app.command(cls=PlainCommand, short_help="Time every part against its alternatives.")(bench)
+app.add_typer(log.app, name="log", short_help="Verify and show the logs of a server and its sites.")
 app.add_typer(flower.app, name="flower", short_help="Deploy a federation of real sites over Flower.")
 
 

@@ -281,7 +281,7 @@ def renew_keys(site: Path) -> tuple[str, str]:
         raise FedspanError(f"{site} is not a site's folder: expected one made by `fedspan flower init`") from None
     node, identity = certificates.node_key(comment), certificates.identity_key()
     known[client_id] = identity.public.decode()
-    _replace_all(
+    replace_all(
         site,
         (
             ("node.key", node.private, _SECRET),
@@ -294,7 +294,7 @@ def renew_keys(site: Path) -> tuple[str, str]:
     return client_id, known[client_id]
 
 
-def _replace_all(folder: Path, files: Sequence[tuple[str, bytes, int]]) -> None:
+def replace_all(folder: Path, files: Sequence[tuple[str, bytes, int]]) -> None:
     """Replace files of a folder by new ones of the same owner; none of them when one cannot be written."""
     owner = folder.stat()
     new = [(folder / f".{name}.new", folder / name, content, mode) for name, content, mode in files]

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from fedspan.flower import expiry
 from fedspan.flower.access import ANY_LOCAL_USER, GuardedUvicorn, guard
 from fedspan.flower.backoff import Backoff, shorten_pull_backoff
 from fedspan.flower.site_clock import watch_clock
@@ -94,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = importlib.import_module("flwr.supernode.cli.flower_supernode")
     try:
         poll, rest = split_arguments(sys.argv[1:] if arguments is None else arguments)
+        for line in expiry.check(expiry.given(rest, ("--root-certificates",))):
+            sys.stderr.write(f"warning: {line}\n")
         shorten_sleeps(poll)
         watch_clock()
         guard(command, GuardedUvicorn(any_local_user=ANY_LOCAL_USER in rest), "uvicorn.Config(")

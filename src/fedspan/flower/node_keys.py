@@ -113,7 +113,7 @@ def synchronise(client: ControlHttpClient, wanted: Mapping[str, bytes]) -> tuple
     if back:
         raise FedspanError(
             f"{', '.join(back)}: this key was unregistered before, and Flower takes none twice: expected a new one, "
-            "which `fedspan flower keys` makes at the site; all other sites are registered as the folder says"
+            "which `fedspan flower keys rotate` makes at the site; all other sites are registered as the folder says"
         )
     return added, [node.name or str(node.node_id) for node in removed]
 

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import socket
 import ssl
+import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -26,7 +27,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from fedspan.flower import node_signatures
+from fedspan.flower import expiry, node_signatures
 from fedspan.flower.fleet_calls import call_name
 from fedspan.support.errors import FedspanError
 
@@ -163,6 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         node_signatures.check_folder(options.nodes)
+        for line in expiry.check([Path(options.certificate), options.ca]):
+            sys.stderr.write(f"warning: {line}\n")
         sockets = [_listening(host, options.port) for host in options.host]
         config = uvicorn.Config(
             create(options.upstream, options.ca, options.nodes.resolve()),

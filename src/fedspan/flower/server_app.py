@@ -19,6 +19,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedspan import config as settings
+from fedspan.events import fingerprints
 from fedspan.flower.grid_transport import GridTransport
 from fedspan.flower.log_levels import without_traceback
 from fedspan.flower.node_clients import NodeClients
@@ -49,7 +50,8 @@ def main(grid: Grid, context: Context) -> None:
             # Where the sites sign their keys for secure sums, the server checks it before it passes them on.
             trusted = read_identities(folder / _IDENTITIES) if (folder / _IDENTITIES).exists() else None
             write = event_writer(sys.stdout.write)
-            result = execution.serve(config, folder / "runs" / name, write, transport, trusted)
+            keys = fingerprints.of_folder(folder)
+            result = execution.serve(config, folder / "runs" / name, write, transport, trusted, keys)
     except (FedspanError, OSError) as error:
         without_traceback(FedspanError, OSError)
         sys.stdout.write(f"fedspan: {one_line(error)}\n")

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedspan.flower import node_signatures, server_app_starter
+from fedspan.flower import expiry, node_signatures, server_app_starter
 from fedspan.flower.access import ANY_LOCAL_USER, GuardedUvicorn, guard
 from fedspan.flower.fleet_calls import is_fleet_call
 from fedspan.flower.node_signatures import SignedBodies
@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         node_signatures.check_folder(options.nodes)
         wrap = functools.partial(SignedBodies, nodes=options.nodes.resolve())
+        for line in expiry.check(expiry.given(rest, ("--ssl-certfile", "--ssl-ca-certfile"))):
+            sys.stderr.write(f"warning: {line}\n")
         guard(command, GuardedUvicorn(is_fleet_call, options.any_local_user, wrap), "uvicorn.run(")
         server_app_starter.take_place()
     except FedspanError as error:

@@ -32,6 +32,8 @@ Notify = Callable[[str], None]
 READY = 60.0
 """Seconds that a process has to become ready after its start."""
 _POLL = 0.1
+IN_MEMORY = ":flwr-in-memory:"
+"""Flower's name of a database that is in its SuperLink's memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,13 @@ def choose_proxy(proxy: str) -> str:
 
 
 def up(
-    folder: Path, notify: Notify, *, proxy: str = "auto", timeout: float = 3600.0, run: str | None = None
+    folder: Path,
+    notify: Notify,
+    *,
+    proxy: str = "auto",
+    timeout: float = 3600.0,
+    run: str | None = None,
+    in_memory: bool = False,
 ) -> Outcome:
     """Start a deployment on loopback, run its federation, and take everything down, whatever happens.
 
@@ -90,6 +98,8 @@ def up(
         Longest time for everything, in seconds.
     run
         Name of the run's folder under `server/runs`; none: a new one. An unfinished run is resumed.
+    in_memory
+        Keep the SuperLink's messages in memory; none is left when the trial has ended.
 
     Raises
     ------
@@ -109,7 +119,7 @@ def up(
     began = time.monotonic()
     with _signals_as_interrupts(), ProcessTree(folder / "logs") as tree:
         try:
-            start(tree, folder, plan, kind, notify)
+            start(tree, folder, plan, kind, notify, in_memory=in_memory)
             out = folder / "server" / "runs" / name
             started, ended = _federate(tree, plan, out, notify, began + timeout)
         finally:
@@ -118,11 +128,20 @@ def up(
     return Outcome(out, json.loads((out / "summary.json").read_text(encoding="utf-8")), seconds)
 
 
-def start(tree: ProcessTree, folder: Path, plan: Deployment, proxy: str, notify: Notify, sites: bool = True) -> None:
+def start(
+    tree: ProcessTree,
+    folder: Path,
+    plan: Deployment,
+    proxy: str,
+    notify: Notify,
+    sites: bool = True,
+    in_memory: bool = False,
+) -> None:
     """Start the server's and the sites' processes with the scripts of the deployment itself."""
     server, environment = folder.resolve() / "server", script_environment()
     ca = server / "ca.crt"
-    tree.start("superlink", ["./superlink.sh"], server, environment)
+    state = {"FEDSPAN_DATABASE": IN_MEMORY} if in_memory else {}
+    tree.start("superlink", ["./superlink.sh"], server, {**environment, **state})
     tree.wait("superlink", lambda: answers(plan.superlink_port, ca), READY)
     notify(f"SuperLink on 127.0.0.1:{plan.superlink_port}, with TLS and node authentication")
     # A single process: workers of nginx would survive a kill -9 of their master.

@@ -27,6 +27,7 @@ from fedspan.runs.export import export, export_best
 from fedspan.runs.final import final_metrics
 from fedspan.runs.folder_lock import RUNNING, is_free, locked
 from fedspan.runs.loading_lines import loading_lines
+from fedspan.runs.logged import logged
 from fedspan.runs.loop import FEDERATION, MethodRun
 from fedspan.runs.provision import Provision
 from fedspan.runs.scoring import personal_metrics
@@ -189,8 +190,18 @@ def serve(
     on_event: OnEvent,
     transport: Transport,
     trusted: Mapping[str, bytes] | None = None,
+    keys: Mapping[str, str] | None = None,
 ) -> Result:
-    """Lead a federation of sites that are reached through `transport`: a new one, or the one that `out` holds."""
+    """Lead a federation of sites that are reached through `transport`: a new one, or the one that `out` holds.
+
+    Every message and every decision is written into `events.jsonl` of the run's folder (`fedspan.events`).
+
+    Parameters
+    ----------
+    keys
+        Fingerprints of the deployment's keys and certificates by name, for that log.
+    """
+    on_event, transport = logged(Path(out), config, on_event, transport, trusted, keys)
     if (Path(out) / "config.toml").exists():
         return resume(out, on_event, transport=transport, trusted=trusted)
     return run(config, out, on_event, transport, trusted)

@@ -12,14 +12,17 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from fedspan.events.chain import FILE as EVENTS
+from fedspan.events.log import LOCK as EVENTS_LOCK
 from fedspan.support.errors import FedspanError, one_line
 from fedspan.support.files import make_folder
 
 RUNNING = ".running"
 """The file that describes the run at work in a folder; one that was killed leaves it behind."""
 _LOCK = ".lock"
-FILES = frozenset({_LOCK, RUNNING})
-"""Names of the files of the lock. A folder that holds nothing else is as good as empty."""
+FILES = frozenset({_LOCK, RUNNING, EVENTS, EVENTS_LOCK})
+"""Names of the files of the lock, and of the log of earlier attempts to start a run of real sites. A folder that holds
+nothing else is as good as empty."""
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from fedspan.site.held_out import held_out_of
 from fedspan.site.incidents import refusal
 from fedspan.site.loading import Loaded, client_of
 from fedspan.site.local_work import LocalAnswer, LocalWork
+from fedspan.site.logged import SiteLog
 from fedspan.site.message_checks import MessageChecks, RoundHeader
 from fedspan.site.settings import SiteSettings
 from fedspan.site.storage import SiteStorage
@@ -102,6 +103,7 @@ class Site:
         )
         self._evaluation_number = len(method.exchanges)
         self._held_out = held_out_of(settings, method, self.client, corpus, self.loaded, examples)
+        self._log = SiteLog(folder, self.client.client_id, settings, agreement.digest(self.terms), notify)
         self._handlers: Mapping[str, _Handler] = {
             "hello": self._hello,
             "ask": self._ask,
@@ -123,6 +125,12 @@ class Site:
         No error ends the process, which has a base in memory, and no text of an error leaves the site: it may quote
         the data. The server is told a code, and the incident's number, under which the text is in this site's log.
         """
+        try:
+            return self._log.answered(content, self._reply)
+        except Exception as error:  # a message that cannot be written down is not acted on
+            return refusal(self.client.client_id, code_of(error), error, self.notify)
+
+    def _reply(self, content: bytes) -> bytes:
         try:
             return self._answered(content)
         except Exception as error:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedspan.support.errors import FedspanError, one_line
 from fedspan.wire import packing
+from fedspan.wire.envelope import opened
 from fedspan.wire.precision import Kind, pack, unpack
 
 SCHEMA = 3
@@ -100,7 +101,7 @@ def encode(head: Mapping[str, Any], outgoing: MessageTensors) -> bytes:
 
 
 def decode(content: bytes, kinds: Sequence[Kind] = _ALL_KINDS) -> tuple[dict[str, Any], list[Tensor]]:
-    """Return a message's head and tensors, in float32 where they travelled in a smaller type.
+    """Return a message's head and tensors, in float32 where they travelled in a smaller type; an envelope is taken off.
 
     Parameters
     ----------
@@ -112,18 +113,39 @@ def decode(content: bytes, kinds: Sequence[Kind] = _ALL_KINDS) -> tuple[dict[str
     Malformed
         When the bytes are not a message of this schema.
     """
+    content = opened(content)[1]
+    head, end = _head(content)
+    message, parts = _checked_head(head, len(content) - end)
+    # A copy, since tensors over read-only bytes would be undefined behaviour for a writer.
+    buffer = torch.from_numpy(np.frombuffer(bytearray(memoryview(content)[end:]), dtype=np.uint8))
+    _, buffered = packing.unpack(head, buffer)
+    return message, _joined(buffered, parts, kinds)
+
+
+def head_of(content: bytes) -> dict[str, Any]:
+    """Return the message of a head, of which nothing is checked but that it is JSON; its tensors are not looked at.
+
+    Raises
+    ------
+    Malformed
+        When there is none.
+    """
+    head = _head(content)[0]
+    message = head.get("message") if isinstance(head, dict) else None
+    if not isinstance(message, dict):
+        raise Malformed("a head without a message")
+    return message
+
+
+def _head(content: bytes) -> tuple[Any, int]:
+    """Return the JSON of a message's head, and the place where the head ends."""
     start = len(MAGIC) + _LENGTH.size
     if content[: len(MAGIC)] != MAGIC or len(content) < start:
         raise Malformed(f"{len(content)} bytes that are no fedspan message")
     (length,) = _LENGTH.unpack(content[len(MAGIC) : start])
     if length > min(_MAX_HEAD_BYTES, len(content) - start):
         raise Malformed(f"a head of {length} bytes was announced: expected at most {len(content) - start}")
-    head = _parsed(content[start : start + length])
-    message, parts = _checked_head(head, len(content) - start - length)
-    # A copy, since tensors over read-only bytes would be undefined behaviour for a writer.
-    buffer = torch.from_numpy(np.frombuffer(bytearray(memoryview(content)[start + length :]), dtype=np.uint8))
-    _, buffered = packing.unpack(head, buffer)
-    return message, _joined(buffered, parts, kinds)
+    return _parsed(content[start : start + length]), start + length
 
 
 def _parsed(head: bytes) -> Any:

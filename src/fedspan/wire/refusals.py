@@ -70,6 +70,11 @@ def new_incident() -> str:
     return secrets.token_hex(3)
 
 
+def is_incident(value: object) -> bool:
+    """Return whether a value is the number of an incident."""
+    return isinstance(value, str) and _INCIDENT.fullmatch(value) is not None
+
+
 def line(code: Code, incident: str) -> str:
     """Return what people at the server read of an incident at a site."""
     return f"{TEXTS[code]} (incident {incident} in the site's log)"

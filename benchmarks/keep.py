@@ -1,6 +1,6 @@
 """Keep the runs of a finished comparison with the project: python benchmarks/keep.py runs/NAME benchmarks/NAME
 
-Each line of the comparison's `runs.jsonl` is written to the suite's folder with what RESULTS.md and CLAIMS.md need of
+Each line of the comparison's `runs.jsonl` is written to the suite's folder with what CLAIMS.md needs of
 its run folder: the rounds with their diagnostics, the times of server and clients, and the number of unseen rows.
 """
 
@@ -14,8 +14,10 @@ from typing import Any
 from fedspan.comparison.run_lines import FILE
 
 Line = dict[str, Any]
-OF_A_ROUND = ("round_num", "train_loss", "eval", "truncation_error", "optimizer_bytes")
-"""The fields that a line keeps of every round's record, besides the diagnostics without their worst modules."""
+OF_A_ROUND = ("round_num", "train_loss", "eval", "bytes_up", "bytes_down")
+"""The fields that a line keeps of every round's record."""
+DIAGNOSED = 4
+"""Every how many rounds a line keeps the diagnostics, besides the first and the last."""
 IDENTITY = ("stage", "condition", "arm", "seed", "settings", "config_digest")
 
 
@@ -59,13 +61,21 @@ def with_its_run(line: Line, run: Path) -> Line:
         **line,
         "unseen_rows": summary["data"]["rows"].get("unseen"),
         **{key: summary["totals"][key] for key in ("server_seconds", "client_seconds")},
-        "rounds": [brief(record) for record in read(run / "metrics.jsonl")],
+        "rounds": kept_rounds(read(run / "metrics.jsonl")),
     }
 
 
-def brief(record: Line) -> Line:
-    """Return the kept fields of a round's record, diagnostics with four digits."""
-    kept = {key: record[key] for key in OF_A_ROUND if key in record}
+def kept_rounds(records: list[Line]) -> list[Line]:
+    """Return what is kept of a run's rounds."""
+    last = len(records) - 1
+    return [brief(one, diagnosed=i in (0, last) or (i + 1) % DIAGNOSED == 0) for i, one in enumerate(records)]
+
+
+def brief(record: Line, *, diagnosed: bool) -> Line:
+    """Return the kept fields of a round's record, all but the traffic with four digits."""
+    kept = {key: digits(record[key]) for key in OF_A_ROUND if key in record}
+    if not diagnosed:
+        return kept
     figures = {key: digits(value) for key, value in (record.get("diagnostics") or {}).items() if key != "worst"}
     return {**kept, "diagnostics": figures} if figures else kept
 

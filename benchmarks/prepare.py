@@ -1,10 +1,11 @@
-"""Convert the benchmark data to files that `fedspan run` reads: python benchmarks/prepare.py --data ../shared/data
+"""Convert the benchmark data to files that `fedspan run` reads: python benchmarks/prepare.py --data DATA
 
 superni/{train,test,unseen}.jsonl: each row carries its task's instruction; rows short enough for the small base, one
 task of each category in turn. superni50: the same with 50 training tasks. mri/{train,test,official}.npz: a fifth of
 the training images held out as test data, and the official test images that are not copies of training images. The
 official ones differ from the training images (mean brightness 64 against 46), so they give a second figure, under a
-shift, not the main one. A link `source` beside them leads to the data as it was given, where the suites read SST-2 and
+shift, not the main one. dolly, medquad/{train,test}.jsonl: instruction rows with their category or source, a twentieth
+held out at random. A link `source` beside them leads to the data as it was given, where the suites read GLUE and
 the base of the text suites.
 """
 
@@ -34,6 +35,8 @@ def main() -> None:
     arguments.clients = 50
     superni(arguments.data / "superni", arguments.out / "superni50", arguments)
     mri(arguments.data / "images" / "brain_mri_64.npz", arguments.out / "mri")
+    dolly(arguments.data / "dolly" / "dolly15k.jsonl.gz", arguments.out / "dolly")
+    medquad(arguments.data / "medquad" / "medquad.jsonl.gz", arguments.out / "medquad")
     link(arguments.out.parent / "source", arguments.data)
 
 
@@ -56,6 +59,27 @@ def mri(source: Path, out: Path) -> None:
         ("official", held["test_x"][fresh], held["test_y"][fresh]),
     ):
         np.savez_compressed(out / f"{name}.npz", x=x, y=y, **names)
+
+
+def dolly(source: Path, out: Path) -> None:
+    keys = {"instruction": "instruction", "context": "input", "response": "output", "category": "category"}
+    split([{ours: row[theirs] for theirs, ours in keys.items()} for row in read(source)], out)
+
+
+def medquad(source: Path, out: Path) -> None:
+    rows = read(source)
+    split(
+        [{"instruction": x["question"], "input": "", "output": x["answer"], "source": x["source"]} for x in rows], out
+    )
+
+
+def split(rows: list[Row], out: Path) -> None:
+    """Write a twentieth of the rows, drawn at random, as test data and the others as training data."""
+    order = np.random.default_rng(0).permutation(len(rows))
+    cut = len(rows) // 20
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "test.jsonl", [rows[i] for i in sorted(order[:cut])])
+    write(out / "train.jsonl", [rows[i] for i in sorted(order[cut:])])
 
 
 def superni(source: Path, out: Path, arguments: argparse.Namespace) -> None:

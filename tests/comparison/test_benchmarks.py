@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
+import statistics
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from fedspan.comparison import dry_run
 from fedspan.comparison.results import comparison
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.skipif(not SUITES, reason="installed without the reposi
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return {name: importlib.import_module(name) for name in ("keep", "claims", "table")}
+    return {name: importlib.import_module(name) for name in ("keep", "claims", "algebra", "table")}
 
 
 def data_files(suite: Suite) -> set[str]:
@@ -59,23 +61,54 @@ def test_every_suite_is_accepted(path: Path, tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "runs").exists()
 
 
-def test_every_suite_with_runs_is_covered() -> None:
-    assert {path.parent.name for path in WITH_RUNS} >= {"claims-digits", "claims-tasks", "mri", "sst2", "superni"}
+def test_every_suite_is_on_the_page(scripts: dict[str, ModuleType]) -> None:
+    assert {path.parent.name for path in SUITES} == set(scripts["claims"].SUITES)
+    assert WITH_RUNS
 
 
 @pytest.mark.parametrize("path", WITH_RUNS, ids=lambda path: path.parent.name)
 def test_the_committed_runs_can_be_judged(path: Path) -> None:
-    """Their lines are in the form of a comparison's own."""
-    suite, cells = read(path), {}
+    """Every arm and condition that is there has all seeds with one tuned value, and was tuned where it has a grid."""
+    suite, cells, tuned = read(path), {}, set()
     for line in lines_of(path.parent / "runs.jsonl"):
         if line["stage"] == "final":
             cells.setdefault((line["condition"], line["arm"]), []).append(line)
+        else:
+            tuned.add((line["condition"], line["arm"]))
+    assert cells.keys() == tuned
+    for cell, own in cells.items():
+        assert sorted(line["seed"] for line in own) == sorted(suite.seeds), cell
+        assert len({json.dumps(line["settings"]) for line in own}) == 1, cell
     found = comparison(suite, cells, {cell: Choice(own[0]["settings"]) for cell, own in cells.items()})
-    assert found["base"][0]["mean"] is not None or not any(c == found["conditions"][0] for c, _ in cells)
     assert len(found["differences"]) == sum(arm != suite.baseline for _, arm in cells)
-    for (_, arm), own in cells.items():
-        assert all(line["figures"]["last"] == line["summary"]["federated"] for line in own), arm
-        assert len({json.dumps(line["settings"]) for line in own}) == 1, arm
+    assert any(base["mean"] is not None for base in found["base"])
+
+
+def test_a_verdict_is_that_of_its_own_interval(scripts: dict[str, ModuleType]) -> None:
+    """As SciPy's paired test has it, from the committed lines."""
+    found = scripts["claims"].rows()
+    assert found
+    for row in found:
+        values = row.found.pairs.values
+        low, high = stats.t.interval(0.95, len(values) - 1, statistics.mean(values), stats.sem(values))
+        exact = row.found.pairs.deviation == pytest.approx(
+            statistics.stdev(values)
+        )  # not at the resolution of the rows
+        expected = "better" if low > 0 else "worse" if high < 0 else "equivalent" if max(-low, high) < 0.01 else "open"
+        assert row.verdict == expected or not exact, row
+        if row.found.verdict != "open":
+            assert row.verdict == row.found.verdict, "what stands after the correction stands before it"
+
+
+def test_the_figure_at_a_traffic_is_the_last_before_it(scripts: dict[str, ModuleType]) -> None:
+    rounds = [
+        {"bytes_up": 3, "bytes_down": 2, "eval": {"accuracy": 0.1 * k} if k % 2 else None, "round_num": k}
+        for k in range(1, 7)
+    ]
+    line = {"rounds": rounds, "metric": "accuracy", "base": 0.05, "figures": {"last": 0.6}}
+    at = scripts["claims"].at_traffic
+    for budget, expected in ((4, 0.05), (5, 0.1), (14, 0.1), (15, 0.3), (1000, 0.5)):
+        assert at(line, {"bytes_up": budget, "bytes_down": 0}, None) == pytest.approx(expected)
 
 
 def test_the_pages_are_those_of_the_committed_runs(scripts: dict[str, ModuleType]) -> None:
@@ -92,13 +125,10 @@ def finished(folder: Path, arms: tuple[str, ...]) -> Path:
         run.mkdir(parents=True)
         totals = {"server_seconds": 1.5, "client_seconds": 2.5}
         (run / "summary.json").write_text(json.dumps({"data": {"rows": {"test": 9, "unseen": 4}}, "totals": totals}))
-        record = {
-            "round_num": 1,
-            "train_loss": 0.5,
-            "eval": None,
-            "diagnostics": {"drift": 0.123456, "worst": {"x": 1}},
-        }
-        (run / "metrics.jsonl").write_text(json.dumps(record | {"ranks": [1, 2]}) + "\n")
+        record = {"train_loss": 0.123456, "eval": None, "bytes_up": 123456, "bytes_down": 7, "ranks": [1, 2]}
+        measured = {"diagnostics": {"drift": 0.123456, "worst": {"x": 1}}}
+        records = [{"round_num": k} | record | measured for k in range(1, 7)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
         line = {"stage": "final", "condition": "base", "arm": arm, "seed": 0, "settings": {}, "config_digest": "d"}
         lines.append(line | {"folder": f"runs/base/{arm}/seed-0"})
     (folder / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -111,7 +141,9 @@ def test_kept_lines_hold_what_the_pages_need(scripts: dict[str, ModuleType], tmp
     assert scripts["keep"].keep(finished(tmp_path / "one", ("a",)), suite) == 1
     (line,) = lines_of(suite / "runs.jsonl")
     assert (line["unseen_rows"], line["server_seconds"], line["client_seconds"]) == (4, 1.5, 2.5)
-    assert line["rounds"] == [{"round_num": 1, "train_loss": 0.5, "eval": None, "diagnostics": {"drift": 0.1235}}]
+    kept = {"train_loss": 0.1235, "eval": None, "bytes_up": 123456, "bytes_down": 7}
+    diagnosed = {"diagnostics": {"drift": 0.1235}}
+    assert line["rounds"] == [{"round_num": k} | kept | (diagnosed if k in (1, 4, 6) else {}) for k in range(1, 7)]
     assert scripts["keep"].keep(finished(tmp_path / "grown", ("a", "b")), suite) == 2
     with pytest.raises(SystemExit, match="holds 1 runs that"):
         scripts["keep"].keep(finished(tmp_path / "other", ("b",)), suite)

@@ -171,8 +171,8 @@ METHODS = [
     Mutant(
         "Fed-SB multiplies by the scaling twice",
         "methods/fed_sb.py",
-        't["core"] / s @ t["v"].mT',
-        't["core"] @ t["v"].mT',
+        "return core / scaling @ v.mT",
+        "return core @ v.mT",
         "tests/methods/test_laws.py::test_exact_methods_deliver_the_ideal_update[float64-fed_sb] "
         "tests/methods/test_subspaces.py::test_fed_sb_moves_between_its_two_bases_for_ever",
     ),

@@ -28,7 +28,7 @@ from fedspan.models import FederatedModel
 from fedspan.models.losses import client_losses
 from fedspan.privacy.accountant import DPEvent
 from fedspan.privacy.accounting import epsilon
-from fedspan.privacy.example_dp import PrivateGradients, clipped_sum, private_gradients, refusal, release
+from fedspan.privacy.example_dp import PrivateGradients, check_layers, clipped_sum, private_gradients, refusal, release
 from fedspan.privacy.ledgers import Ledger
 from fedspan.privacy.releases import Release
 from fedspan.support.seeding import generator
@@ -385,3 +385,15 @@ def test_a_ledger_stops_before_its_limit(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=said):
             Ledger(path, 1e-5, 2.0)
     assert release(privacy, 16, 5, 3).sample_rate == 1.0
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_check_of_the_layers_leaves_the_model_as_it_was(
+    bases: dict[str, Path], data: dict[str, Encoded], name: str
+) -> None:
+    """The federation starts from the head that is there then, and the untouched base is what the model is then."""
+    model = tiny.load(bases[name], tiny.KIND[name])
+    adapter, dense = model.adapter(), model.dense()
+    check_layers(model, data[tiny.KIND[name]])
+    tiny.same_adapter(model.adapter(), adapter)
+    tiny.same(model.dense(), dense)

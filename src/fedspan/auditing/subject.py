@@ -14,7 +14,7 @@ from fedspan.client.executors import WorkContext
 from fedspan.client.setup import Prepared, device_of, prepare, work_context
 from fedspan.config import Config
 from fedspan.data import Corpus, Encoded, Rows, encode
-from fedspan.methods.messages import Broadcast, Factors, Recipe
+from fedspan.methods.messages import Broadcast, Recipe
 from fedspan.models.encoder_decoder import decoder_start
 from fedspan.models.federated_model import Trains
 from fedspan.models.losses import client_losses
@@ -47,9 +47,7 @@ class Loaded:
         context = work_context(
             config, prepared, trains=trains, max_rank=max_rank, device=device, galore_rank=galore_rank
         )
-        # Trials of the layers, as example-level privacy makes them, leave random factors behind.
-        nothing = {name: Factors(torch.zeros_like(f.b), f.a, f.scaling) for name, f in context.model.adapter().items()}
-        untouched = Broadcast(nothing, context.model.dense(), Recipe())
+        untouched = Broadcast(context.model.adapter(), context.model.dense(), Recipe())
         return cls(config, prepared, context, untouched)
 
     def encode(self, rows: Rows) -> Encoded:

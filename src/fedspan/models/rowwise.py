@@ -40,6 +40,8 @@ def reason_against(model: FederatedModel, data: Encoded, num_clients: int, rows:
         Examples to take the first and the last rows of.
     num_clients, rows
         C and b. Text is tried with as many tokens as there are rows, and with more.
+
+    Adapter and dense weights are afterwards what they were; a patch is gone.
     """
     if model.experts:
         return "experts compute the tokens of all rows together (adapter.target_parameters)"
@@ -47,6 +49,15 @@ def reason_against(model: FederatedModel, data: Encoded, num_clients: int, rows:
         head_layers(model)
     except FedspanError as error:
         return str(error)
+    before = Broadcast(model.adapter(), dense=model.dense(), recipe=Recipe())
+    try:
+        return _differences(model, data, num_clients, rows)
+    finally:
+        model.load(before)
+
+
+def _differences(model: FederatedModel, data: Encoded, num_clients: int, rows: int) -> str | None:
+    """Return why gradients of several adapters in one pass are not those of each alone, None where they are."""
     sent = [_broadcast(model, k) for k in range(num_clients)]
     for batch in _batches(data, num_clients, rows):
         moved = {name: value.to(model.device) for name, value in batch.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -114,10 +115,10 @@ def test_a_batch_has_the_results_of_its_modules_alone(spec: ApproximationSpec) -
 
 
 @pytest.mark.parametrize("basis", ["projector", "energy"])
-def test_gauges_and_powers_of_two_change_nothing(basis: str) -> None:
+def test_gauges_and_powers_of_two_change_nothing(basis: Literal["projector", "energy"]) -> None:
     """Every client's pair re-factored, at condition 100; and all scaled by 2^60."""
     rng = torch.Generator().manual_seed(5)
-    spec = ApproximationSpec(3, basis)  # type: ignore[arg-type]
+    spec = ApproximationSpec(3, basis)
     pairs = [draw(rng, 3), draw(rng, 4)]
     plain = solved(sums_of(pairs), spec)
     turned = []

@@ -233,14 +233,13 @@ def test_forged_and_replayed_signatures_are_no_reason_to_unmask(forgery: str) ->
 @pytest.mark.parametrize("lie", ["members", "terms"])
 def test_sites_that_were_told_other_members_or_terms_reveal_nothing(lie: str) -> None:
     """A curious server's sites help to unmask what is noise by then; these do not even that."""
-    told: dict[str, Mapping[str, Sequence[str]] | Mapping[str, bytes]] = (
-        {"told_members": dict.fromkeys("ab", "abcd")} if lie == "members" else {"told_terms": dict.fromkeys("ab", b"x")}
-    )
-    curious = Lying(5, 4, malicious=False, **told)  # type: ignore[arg-type]
+    members = dict.fromkeys("ab", "abcd") if lie == "members" else {}
+    terms = dict.fromkeys("ab", b"x") if lie == "terms" else {}
+    curious = Lying(5, 4, malicious=False, told_members=members, told_terms=terms)
     survivors = list("abcd")
     answers = {n: curious.clients[n].unmask(survivors) for n in survivors}
     assert len(answers) == 4
-    fed = Lying(5, 4, malicious=True, **told)  # type: ignore[arg-type]
+    fed = Lying(5, 4, malicious=True, told_members=members, told_terms=terms)
     signed = fed.sign(dict.fromkeys(survivors, survivors))
     for name in survivors:
         with pytest.raises(Inconsistent, match="has not signed the survivors"):

@@ -9,7 +9,7 @@ import multiprocessing as mp
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import tiny
@@ -20,6 +20,7 @@ from fedspan.client.processes import Message, answer_messages
 from fedspan.config import Config
 from fedspan.distributed.dealer import Dealer
 from fedspan.distributed.environment import Place
+from fedspan.distributed.leader import Leader
 from fedspan.runs.distributed import DistributedProvision, FollowerWork
 from fedspan.runs.execution import resume, run
 from fedspan.support.errors import FedspanError
@@ -53,7 +54,7 @@ class PipedLeader:
 @contextmanager
 def shared(size: int, make: Make = FollowerWork) -> Iterator[DistributedProvision]:
     leader = PipedLeader(size, make)
-    yield DistributedProvision(leader)  # type: ignore[arg-type]
+    yield DistributedProvision(cast(Leader, leader))
     for process in leader.processes:
         process.kill()
         process.join()

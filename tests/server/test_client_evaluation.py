@@ -204,7 +204,9 @@ def test_the_clients_rows_find_the_best_round_and_stop_the_run(
     best = result.summary["best"]
     assert best is not None
     assert best["validation"]["accuracy"] == max(figures)
-    assert best["rows"] == result.summary["client_evaluation"]["rows"]  # type: ignore[index]
+    judged_last = result.summary["client_evaluation"]
+    assert judged_last is not None
+    assert best["rows"] == judged_last["rows"]
     assert (tmp_path / "run" / "adapter-best").exists()
 
 

@@ -33,7 +33,7 @@ def verify(
 
     \b
     Examples:
-      fedspan log verify server/runs/federation charite-events.jsonl mayo-events.jsonl
+      fedspan log verify server/runs/federation charite.jsonl mayo.jsonl
       fedspan log verify trial
 
     Each line holds the SHA-256 of the line before it. Every message must have been received as it was sent, every

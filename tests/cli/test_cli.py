@@ -272,7 +272,7 @@ def test_a_full_gpu_is_answered_in_one_line(
 ) -> None:
     """The error is torch's own; there is no GPU here to fill."""
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("fedspan.runs.execution.run", full)

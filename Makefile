@@ -1,7 +1,8 @@
 # make demo   install into .venv and run the quick start on the embedded data
 # make test   install with the development extra, then lint, types, the whole test suite, and the command's tests with
 #             the oldest and the newest typer (make test-typer)
-# make demo-flower   four authenticated sites behind TLS and a proxy on this machine, under secure sums
+# make demo-flower   four authenticated sites behind TLS and a proxy on this machine, under secure sums, with no data on
+#                    the server; then their logs are compared and the adapter is audited
 # make test-wheel    build the wheel, install it into an empty environment and run the quick start from there
 # make test-faults   whole deployments with injected faults; takes minutes
 # make test-families  every family of bases in docs/models.md; takes minutes
@@ -40,6 +41,8 @@ demo-flower: $(VENV)/.flower
 	@cmp $(TRIAL)/here/adapter/adapter_model.safetensors \
 	  $(TRIAL)/server/runs/federation/adapter/adapter_model.safetensors && \
 	  echo "the adapter has the same bits as that of \`fedspan run\` in one process without masks"
+	$(BIN)/fedspan log verify $(TRIAL)
+	$(BIN)/fedspan audit $(TRIAL)/here --max-rows 200
 
 # The wheel in an empty environment, away from the checkout: it must run the quick start by itself.
 test-wheel: dev

@@ -22,7 +22,7 @@ def completed(line: str) -> list[str]:
     ("line", "proposals"),
     [
         ("fedspan me", ["merge", "methods"]),
-        ("fedspan flower ", ["init", "up", "keys", "lock"]),
+        ("fedspan flower ", ["init", "up", "status", "health", "lock", "keys"]),
         ("fedspan run --en", ["--engine"]),
         ("fedspan methods glo", ["glora", "glora_plus", "glora_sums"]),
         ("fedspan merge a b --method fed_", ["fed_sb", "fed_plora"]),

@@ -88,7 +88,7 @@ def figures(suite: str) -> list[str]:
     final = final_runs(HERE / suite)
     unseen = any(x["unseen"] is not None for x in final)
     head = ["condition", "arm", "learning rate", final[0]["metric"], *(["unseen"] if unseen else [])]
-    head += ["MB up", "MB down", "server s", "client s"]
+    head += ["MB up", "MB down"]
     table = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for condition in dict.fromkeys(x["condition"] for x in final):
         here = [x for x in final if x["condition"] == condition]
@@ -116,8 +116,7 @@ def cells(arm: str, lines: Sequence[Line], tried: Sequence[Line], figure: str, u
         spread([x["figures"][figure] for x in runs]),
     ]
     row += [spread([x["unseen"] for x in runs])] if unseen else []
-    row += [f"{(mean_of([x[key] for x in runs]) or 0.0) / 1e6:.1f}" for key in ("bytes_up", "bytes_down")]
-    return row + [f"{mean_of([x[key] for x in runs]) or 0.0:.1f}" for key in ("server_seconds", "client_seconds")]
+    return row + [f"{(mean_of([x[key] for x in runs]) or 0.0) / 1e6:.1f}" for key in ("bytes_up", "bytes_down")]
 
 
 def known(values: Sequence[float | None]) -> list[float]:

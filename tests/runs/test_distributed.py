@@ -155,7 +155,7 @@ def altered(when: str, change: Callable[[Any], None]) -> Make:
         (
             # Each process reads its own files: one that was changed on one machine must not be trained on.
             altered("load", lambda message: message["config"]["data"].update(holdout=0.4)),
-            "has test and train data that is not what process 0 has",
+            "has train and test data that is not what process 0 has",
         ),
         (
             altered("load", lambda message: message["config"]["data"].update(train=["/nowhere/x.jsonl"])),

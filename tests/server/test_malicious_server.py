@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,3 +179,29 @@ def test_a_question_for_a_signature_where_none_are_used_is_refused(
     said = fed.sites["client-0"].answer(changed(kept[0], lambda head, tensors: head.update(kind="sign")))
     assert protocol.decode(said)[0]["code"] == "refused"
     assert IDS[0] in fed.said[-1]
+
+
+def test_evaluations_by_the_clients_are_signed_sums_too(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    """Their keys are others than those of the rounds, and so are the lists that are signed for them."""
+    judged = {"evaluation": {"where": "clients", "every": 1}, "data": {"client_holdout": 0.3}}
+    federation = {"rounds": 2}
+    fed = Signed(malicious(bases, texts, federation=federation, **judged), tmp_path / "malicious")
+    signed: set[tuple[int, int]] = set()
+
+    def note(node: str, head: dict[str, Any], content: bytes) -> None:
+        if head["kind"] == "sign":
+            signed.add((head["round"], head["number"]))
+
+    fed.transport.mishap = note
+    fed.serve()
+    plain = Signed(settings(bases["bert"], texts, federation=federation, **judged), tmp_path / "curious")
+    plain.serve()
+    figures = [
+        json.loads((tmp_path / name / "run" / "summary.json").read_text())["client_evaluation"]
+        for name in ("malicious", "curious")
+    ]
+    assert figures[0] == figures[1]
+    assert figures[0]["clients"] == len(IDS)
+    numbers = {number for _, number in signed}
+    assert len(numbers) == 2, "the round's exchange and the evaluation"
+    assert len(signed) >= 4

@@ -28,9 +28,9 @@ def broken(statement: str, *args: object, folder: Path) -> subprocess.CompletedP
 
 
 IMPORT = "from fedspan.runs import execution; "
-BEFORE = IMPORT + "execution.run = lambda *_: int('a bug')"
+BEFORE = IMPORT + "execution.run = lambda *_, **__: int('a bug')"
 MIDWAY = "from fedspan.client.executors import InlineExecutor; InlineExecutor.train = lambda *_: int('a bug')"
-USERS = IMPORT + "execution.run = lambda *_: open('/nowhere/at/all')"
+USERS = IMPORT + "execution.run = lambda *_, **__: open('/nowhere/at/all')"
 
 
 def test_a_bug_before_there_is_a_folder_is_reported_in_a_temporary_file(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ def greeted(folder: Path, terms: dict[str, object], *settings: str) -> tuple[Sit
     greeting = {
         "client_id": "clinic",
         "rank": 4,
+        "holds": [],
         "num_examples": 9,
         "terms": terms,
         "shapes": {},

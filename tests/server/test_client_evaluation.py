@@ -18,6 +18,7 @@ from fedspan.federation.clients import make_clients
 from fedspan.federation.held_out import HeldOutTerms
 from fedspan.runs.events import Event
 from fedspan.runs.execution import resume, run
+from fedspan.runs.trained import find_trained
 from fedspan.support.errors import FedspanError
 from fedspan.wire import protocol
 
@@ -242,3 +243,10 @@ def test_resuming_keeps_the_figures(bases: dict[str, Path], texts: Path, tmp_pat
     assert evaluations(again.history) == evaluations(whole.history)
     assert again.summary["client_evaluation"] == whole.summary["client_evaluation"]
     assert math.isfinite(whole.summary["federated"] or math.nan)
+
+
+def test_a_run_that_its_clients_judged_can_be_applied(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    """Its summary has no figures of the server's state, whose metrics are otherwise those of an evaluation."""
+    run(judged(bases["bert"], texts, "flexlora", federation={"rounds": 1}), tmp_path / "run")
+    assert "server" not in summary_of(tmp_path / "run")["metrics"]
+    assert set(find_trained(tmp_path / "run").metrics) == {"accuracy", "macro_f1", "auroc"}

@@ -96,7 +96,8 @@ def glora(
         ranks nest.
     balance
         How the size of a direction is shared between B and A: `init` keeps the rows of A as long as freshly drawn ones,
-        `even` gives both factors the same length, `root` gives B the root of the singular value and A that over s.
+        `even` gives both factors the same length, `root` gives B the root of the singular value and A that over s. Take
+        `even` with `local.optimizer = "sgd"`: training fails with `init` there (docs/readout.md).
     algebra
         `exact`, `randomized`, or `auto`: chosen by shape, exact while that is cheap.
     momentum

@@ -141,7 +141,9 @@ def _of_run(where: Path, settings: Sequence[str]) -> Trained:
                 f"each client of {where} has a model of its own: expected one client's adapter, such as {own}"
             )
         kind, names = summary["data"]["kind"], summary["data"]["label_names"]
-        shown = [name for name in (summary["metric"], *summary["metrics"]["server"]) if name != "loss"]
+        # Where the clients judge, there are figures of the server's state only if it has test rows too.
+        figures = summary["metrics"].get("server") or (summary.get("client_evaluation") or {}).get("figures") or {}
+        shown = [name for name in (summary["metric"], *figures) if name != "loss"]
     except (KeyError, IndexError, TypeError):
         raise FedspanError(
             f"{where / 'summary.json'} is damaged, or of another version of fedspan: expected the summary that this "

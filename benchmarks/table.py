@@ -95,7 +95,7 @@ def figures(suite: str) -> list[str]:
         base = mean_of([x["base"] for x in here if x["base"] is not None])
         blank = [""] * (len(head) - 4)
         table.append(f"| {condition} | untouched base | | {number(base)} | " + " | ".join(blank) + " |")
-        order = sorted({x["arm"] for x in here}, key=lambda arm: -(level(here, arm, about.figure) or 0.0))
+        order = sorted({x["arm"] for x in here}, key=lambda arm: (-(level(here, arm, about.figure) or 0.0), arm))
         for arm in order:
             tried = [x for x in lines if (x["stage"], x["condition"], x["arm"]) == ("tune", condition, arm)]
             table.append("| " + " | ".join([condition, *cells(arm, here, tried, about.figure, unseen)]) + " |")

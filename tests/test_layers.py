@@ -37,7 +37,7 @@ DOORS = {
     "peft": {"models.build", "merging.task_rules", "bench.peers"},
     "datasets": {"data.hub"},
     "matplotlib": {"display.curves", "bench.plot", "inspection.picture", "reporting.charts"},
-    "jinja2": {"reporting.page", "auditing.page"},
+    "jinja2": {"support.templating"},
     "accelerate": {"runs.tracking"},
     "bitsandbytes": {"models.quantised"},
     "triton": {"models.dropout_kernel", "models.attention_kernel"},

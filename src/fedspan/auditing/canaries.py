@@ -49,7 +49,7 @@ class Canary:
     label: Any
     """The label of a classifier's row as the file has it; None for instruction data."""
     repeats: int
-    """How often it was planted; 0: it was not, and shows what chance finds."""
+    """Times that it was planted; 0: it was not, and shows what chance finds."""
 
 
 @dataclass(frozen=True, slots=True)

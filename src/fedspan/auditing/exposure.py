@@ -28,10 +28,10 @@ from fedspan.support.errors import FedspanError
 
 @dataclass(frozen=True, slots=True)
 class Exposure:
-    """What the model keeps of one canary."""
+    """The trace of one canary in the model."""
 
     repeats: int
-    """How often it was planted; 0: never."""
+    """Times that it was planted; 0: never."""
     rank: int
     base_rank: int
     """For the untouched base, which has not seen it."""

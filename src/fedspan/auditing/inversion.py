@@ -1,4 +1,4 @@
-"""What a server can read out of one site's message of the first round, as it is and under the masks of a secure sum.
+"""Attacks of a server on one site's message of the first round, as it is and under the masks of a secure sum.
 
 Three attacks, on the differences that `fedspan.auditing.messages` computes (v, of P numbers; g(x) the direction in
 which the row x alone moves the message):

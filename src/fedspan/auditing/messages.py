@@ -1,4 +1,4 @@
-"""What a server sees of a site in the first round, done again: the message as it is, under masks, and in the sum.
+"""A site's first round, done again as a server sees it: the message as it is, under masks, and in the sum.
 
 All are vectors in one layout, and what the message of a site would hold that learnt nothing is taken off: the
 difference is what the site's rows put into it.

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from importlib import resources
-from typing import Any
 
-from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from fedspan.auditing import findings
@@ -16,7 +13,7 @@ from fedspan.auditing.dossier import Dossier
 from fedspan.auditing.figures import forest, roc
 from fedspan.auditing.findings import interval, percent
 from fedspan.auditing.membership import LIMITS, Attack
-from fedspan.support.errors import one_line
+from fedspan.support.templating import environment, read
 
 MARKER = b'<meta name="generator" content="fedspan audit">'
 """Stands in every dossier, by which one is known that may be replaced."""
@@ -28,10 +25,13 @@ def render(dossier: Dossier) -> str:
     found = dossier.membership
     shown = [*found.attacks, found.control]
     return (
-        _environment()
+        environment("fedspan.auditing", "dossier.html", _LONGEST)
         .get_template("dossier.html")
         .render(
             d=dossier,
+            title=f"Privacy audit of {dossier.facts['folder']}",
+            script_digest="",
+            live=False,
             findings=dossier.findings,
             forest=forest(shown, dossier.guarantee),
             roc=roc(found.whole, dossier.guarantee),
@@ -49,29 +49,9 @@ def render(dossier: Dossier) -> str:
 
 
 @cache
-def _environment() -> Environment:
-    source = resources.files("fedspan.auditing") / "templates" / "dossier.html"
-    return Environment(
-        loader=DictLoader({"dossier.html": source.read_text(encoding="utf-8")}),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_printable,
-    )
-
-
-def _printable(value: Any) -> Any:
-    """Return a text in one line of printable characters: names of sites and labels come from outside."""
-    return one_line(value, _LONGEST) if type(value) is str and value else value
-
-
-@cache
 def _style() -> str:
     """Return the style sheet of the reports with a dossier's own."""
-    common = resources.files("fedspan.reporting") / "templates" / "report.css"
-    own = resources.files("fedspan.auditing") / "templates" / "dossier.css"
-    return common.read_text(encoding="utf-8") + own.read_text(encoding="utf-8")
+    return read("fedspan.reporting", "report.css") + read("fedspan.auditing", "dossier.css")
 
 
 def _heads(guarantee: Guarantee | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where an audit's model and rows come from: a run of simulated clients, or any trained model with files of rows."""
+"""The sources of an audit's model and rows: a run of simulated clients, or any trained model with files of rows."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SiteWork:
-    """What is needed to do again what a site did in the first round."""
+    """The means to do again what a site did in the first round."""
 
     config: Config
     method: Method

@@ -332,11 +332,11 @@ class PrivacyConfig(Section):
     """Fewest clients in a secure sum, at its start and at its end. Every site refuses to help with a sum of fewer.
     Unset: `threshold` times the number of clients that `[federation]` samples in a round, rounded up; at least 2."""
     server: Literal["curious", "malicious"] = "curious"
-    """What secure sums protect against. `curious`: a server that follows the protocol and analyses what it sees.
+    """The server that secure sums protect against. `curious`: one that follows the protocol and analyses what it sees.
     `malicious`: one that shows sites different lists; it needs signed identities, a `threshold` above 2/3, and one more
     message per sum."""
     differencing: Literal["allow", "warn", "refuse"] = "warn"
-    """What a site does with a secure sum whose sites differ from those of an earlier one, of any run, by fewer than
+    """A site's answer to a secure sum whose sites differ from those of an earlier one, of any run, by fewer than
     `min_difference`: from the two sums their difference can be read. `warn`: it helps and says so. `refuse`: it does
     not help, and the server leaves sites out where it can, so that such sums do not come about. Without effect under
     `dp = "example"`, whose noise each site adds itself."""

@@ -27,7 +27,7 @@ class Place:
 
     @property
     def speaks(self) -> bool:
-        """Whether this process says that process 0 is gone: one does on every machine."""
+        """Return whether this process says that process 0 is gone: one does on every machine."""
         return self.rank == 1 or (self.rank > 1 and self.local_rank == 0)
 
 

@@ -20,11 +20,11 @@ class Report:
     """The outcome of a verification."""
 
     checked: list[str] = field(default_factory=list)
-    """What agrees, in one line for each log and each pair of logs."""
+    """Agreements, in one line for each log and each pair of logs."""
     notes: list[str] = field(default_factory=list)
-    """What a crash or a lost message explains, and what could not be compared."""
+    """Differences that a crash or a lost message explains, and logs that could not be compared."""
     findings: list[str] = field(default_factory=list)
-    """What neither explains: a log was changed, or a message was."""
+    """Differences that neither explains: a log was changed, or a message was."""
 
 
 def verify(chains: Sequence[Chain]) -> Report:

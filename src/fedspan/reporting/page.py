@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from fedspan.display import run_groups
@@ -24,7 +22,7 @@ from fedspan.reporting.comparison import settings_text
 from fedspan.reporting.forest import forest
 from fedspan.reporting.records import Run, Study, Words, finite, object_of
 from fedspan.reporting.tables import Table
-from fedspan.support.errors import one_line
+from fedspan.support.templating import environment, read
 from fedspan.support.versions import installed_version
 
 MARKER = b'<meta name="generator" content="fedspan report">'
@@ -82,7 +80,7 @@ def render(study: Study, words: Words, *, live: bool = False) -> str:
     shown = list(zip(study.runs, names, strict=True))[:_MOST_DETAILS]
     comparison = study.comparison
     return (
-        _environment()
+        environment("fedspan.reporting", "report.html", _TEXT)
         .get_template("report.html")
         .render(
             study=study,
@@ -106,28 +104,9 @@ def render(study: Study, words: Words, *, live: bool = False) -> str:
 
 
 @cache
-def _environment() -> Environment:
-    source = resources.files("fedspan.reporting") / "templates" / "report.html"
-    return Environment(
-        loader=DictLoader({"report.html": source.read_text(encoding="utf-8")}),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_printable,
-    )
-
-
-def _printable(value: Any) -> Any:
-    """Return a text from a file in one line of printable characters; marks of direction would turn the page's own."""
-    return one_line(value, _TEXT) if type(value) is str and value else value
-
-
-@cache
 def _inline() -> dict[str, Any]:
     """Return style sheet and script, and the policy that lets a browser run this script and no other."""
-    folder = resources.files("fedspan.reporting") / "templates"
-    style, script = ((folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    style, script = (read("fedspan.reporting", name) for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return {
         "style": Markup(style),

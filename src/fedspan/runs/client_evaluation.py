@@ -82,7 +82,7 @@ def held_out_rows(context: RunContext) -> dict[str, tuple[str, np.ndarray]]:
 
 
 class _Broadcasts:
-    """What every client receives of a state; clients with equal requests share one."""
+    """The broadcasts of a state to its clients; clients with equal requests share one."""
 
     def __init__(self, method: Method, saved: Checkpoint) -> None:
         self.method, self.saved = method, saved

@@ -23,7 +23,7 @@ _MOST_HELD = 10**5
 
 @dataclass(slots=True)
 class _Held:
-    """What one site has said that it holds, since its last greeting."""
+    """The tensors that one site has said that it holds, since its last greeting."""
 
     member: Member
     digests: set[str]

@@ -40,7 +40,7 @@ class RunTerms:
 
     @property
     def signed_survivors(self) -> bool:
-        """Whether the sites reveal shares only for a list of survivors that enough of them have signed."""
+        """Return whether the sites reveal shares only for a list of survivors that enough of them have signed."""
         return self.privacy.server == "malicious"
 
     def threshold(self, num_clients: int) -> int:

@@ -98,7 +98,7 @@ class MaskedSums:
 
     @property
     def signed_survivors(self) -> bool:
-        """Whether the sites sign the list of survivors."""
+        """Return whether the sites sign the list of survivors."""
         return self._terms.signed_survivors
 
     @property

@@ -207,7 +207,7 @@ class PatchHead(TypedDict):
 
 @with_config(_STRICT)
 class PreviousHead(TypedDict):
-    """What a site completes tensors of a broadcast from: see `fedspan.methods.base.Method.complete`."""
+    """The parts that a site completes tensors of a broadcast from: see `fedspan.methods.base.Method.complete`."""
 
     broadcast: BroadcastHead
     news: Annotated[

@@ -72,8 +72,8 @@ def kept_rounds(records: list[Line]) -> list[Line]:
 
 
 def brief(record: Line, *, diagnosed: bool) -> Line:
-    """Return the kept fields of a round's record, all but the traffic with four digits."""
-    kept = {key: digits(record[key]) for key in OF_A_ROUND if key in record}
+    """Return the kept fields of a round's record, diagnostics with four digits."""
+    kept = {key: record[key] for key in OF_A_ROUND if key in record}
     if not diagnosed:
         return kept
     figures = {key: digits(value) for key, value in (record.get("diagnostics") or {}).items() if key != "worst"}

@@ -141,7 +141,7 @@ def test_kept_lines_hold_what_the_pages_need(scripts: dict[str, ModuleType], tmp
     assert scripts["keep"].keep(finished(tmp_path / "one", ("a",)), suite) == 1
     (line,) = lines_of(suite / "runs.jsonl")
     assert (line["unseen_rows"], line["server_seconds"], line["client_seconds"]) == (4, 1.5, 2.5)
-    kept = {"train_loss": 0.1235, "eval": None, "bytes_up": 123456, "bytes_down": 7}
+    kept = {"train_loss": 0.123456, "eval": None, "bytes_up": 123456, "bytes_down": 7}
     diagnosed = {"diagnostics": {"drift": 0.1235}}
     assert line["rounds"] == [{"round_num": k} | kept | (diagnosed if k in (1, 4, 6) else {}) for k in range(1, 7)]
     assert scripts["keep"].keep(finished(tmp_path / "grown", ("a", "b")), suite) == 2

@@ -103,3 +103,15 @@ def test_what_cannot_be_resolved_or_has_no_hash_is_refused_in_one_line(tmp_path:
         requirements_lock.render(json.loads(json.dumps({"install": [package]})))
     with pytest.raises(ValueError, match="has no container/wheels"):
         requirements_lock.write(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "archive", [{"hashes": {"sha256": "0" * 64}}, {"hash": "sha256=" + "0" * 64}], ids=["new", "old"]
+)
+def test_both_forms_in_which_pip_gives_a_hash_are_read(archive: dict[str, object]) -> None:
+    """pip 23.1 and later, and those before, such as Debian 12's 23.0.1."""
+    package = {"metadata": {"name": "x", "version": "1"}, "download_info": {"archive_info": archive}}
+    assert "x==1 \\\n    --hash=sha256:" + "0" * 64 in requirements_lock.render({"install": [package]})
+    package["download_info"] = {"archive_info": {"hash": "md5=" + "0" * 32}}
+    with pytest.raises(ValueError, match="pip gives no SHA-256 hash"):
+        requirements_lock.render({"install": [package]})

@@ -82,7 +82,9 @@ def render(report: dict[str, Any]) -> str:
 def _entry(package: dict[str, Any]) -> tuple[str, str]:
     metadata = package["metadata"]
     name, version = str(metadata["name"]), str(metadata["version"])
-    digest = package["download_info"].get("archive_info", {}).get("hashes", {}).get("sha256", "")
+    archive = package["download_info"].get("archive_info", {})
+    # pip before 23.1 has the older form of PEP 610 alone, "sha256=…".
+    digest = archive.get("hashes", {}).get("sha256", "") or str(archive.get("hash", "")).removeprefix("sha256=")
     if not _SHA256.fullmatch(digest):
         raise FedspanError(f"pip gives no SHA-256 hash for {name} {version}: expected a wheel or an archive of it")
     if not _PACKAGE.fullmatch(name) or not _VERSION.fullmatch(version):

@@ -72,8 +72,8 @@ SURFACES = (
 
 README = """# The embedded decoder
 
-A character-aware Llama of {parameters:,} parameters (hidden 128, 3 layers, 4 heads, vocabulary {vocabulary}),
-stored in fp16 and loaded in float32. It is pretrained from scratch by `recipes/pretrain_decoder.py`
+A character-aware Llama of {parameters:,} parameters (hidden {hidden}, {layers} layers, 4 heads, vocabulary
+{vocabulary}), stored in fp16 and loaded in float32. It is pretrained from scratch by `recipes/pretrain_decoder.py`
 (seed {seed}, {steps} steps, {tokens:,} tokens, one CPU core) and exists to be tuned by `fedspan run`.
 
 Training data:
@@ -226,12 +226,12 @@ def story_loss(model: LlamaForCausalLM, corpus: Corpus, num_rows: int = 32) -> f
     return float(loss_of(model, ids, torch.ones_like(ids, dtype=torch.bool)))
 
 
-def build(corpus: Corpus, seed: int) -> LlamaForCausalLM:
+def build(corpus: Corpus, hidden: int, layers: int, seed: int) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(corpus.tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=2 * CONTEXT,
         tie_word_embeddings=True,
@@ -301,6 +301,8 @@ def save(model: LlamaForCausalLM, corpus: Corpus, args: argparse.Namespace) -> N
     (args.out / "model.safetensors").chmod(0o644)  # safetensors writes files only the owner can read
     figures = {
         "parameters": model.num_parameters(),
+        "hidden": args.hidden,
+        "layers": args.layers,
         "vocabulary": len(corpus.tokenizer),
         "seed": args.seed,
         "steps": args.steps,
@@ -317,6 +319,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stories", type=Path, required=True, help="TinyStories excerpt, .txt.gz")
     parser.add_argument("--shakespeare", type=Path, required=True, help="works of Shakespeare, .txt.gz")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--hidden", type=int, default=128, help="hidden size; 4 heads, MLPs of twice that")
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--rows", type=int, default=32, help="sequences a step")
@@ -329,7 +333,7 @@ def main() -> None:
     torch.set_num_threads(1)
     corpus = make_corpus(read(args.stories), read(args.shakespeare), args.seed)
     print(f"{len(corpus.tokenizer)} token types, {[len(text) for text in corpus.texts]} text tokens", flush=True)
-    model = build(corpus, args.seed)
+    model = build(corpus, args.hidden, args.layers, args.seed)
     train(model, corpus, args)
     save(model, corpus, args)
 

@@ -26,10 +26,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_spectral import by_queries, second_round
 
+from fedspan.algebra.lowrank import LowRank
 from fedspan.methods import flexlora, glora
 from fedspan.methods.base import ServerState
 from fedspan.methods.messages import Factors, Request, Template, Update
-from fedspan.methods.readout import FRESH, fresh_a
+from fedspan.methods.readout import FRESH, fresh_a, leading_adapter
 
 laws = settings(deadline=None, max_examples=15, derandomize=True)
 MIXED: dict[str, Any] = {"shapes": ((20, 20), (24, 14)), "ranks": (2, 4, 7), "counts": (5, 2, 9)}
@@ -249,6 +250,15 @@ def test_scaling_is_divided_out_of_every_readout(rslora: bool, balance: Any) -> 
             np.testing.assert_allclose(array(f.a) @ array(f.a).T, np.diag(rows), atol=1e-9 * s[0])
             left = array(f.b).T @ array(f.b)
             np.testing.assert_allclose(left, np.diag(s[:rank] ** 2 / (rows * f.scaling**2)), atol=1e-8 * s[0] ** 2)
+
+
+@pytest.mark.parametrize(("adaptive", "balance"), [(True, "init"), (False, "even")])
+def test_the_balance_follows_the_optimizer_of_the_clients(adaptive: bool, balance: Any) -> None:
+    template = Template({"x": (9, 7)}, 3, adaptive=adaptive)
+    x = LowRank(torch.eye(9, 3), torch.tensor([3.0, 2.0, 1.0])[:, None] * torch.eye(3, 7))
+    automatic, named = leading_adapter(template, "x", x, 3, 0), leading_adapter(template, "x", x, 3, 0, balance)
+    assert torch.equal(automatic.b, named.b)
+    assert torch.equal(automatic.a, named.a)
 
 
 def test_a_readout_s_rows_are_as_long_as_fresh_ones() -> None:

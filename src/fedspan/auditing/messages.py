@@ -66,7 +66,12 @@ class FirstRound:
         config, method = work.config, work.method
         rank = max(client.rank for client in work.clients)
         template = loaded.context.model.template(
-            rank, config.adapter.alpha, config.adapter.rslora, config.seed, work.num_clients
+            rank,
+            config.adapter.alpha,
+            config.adapter.rslora,
+            config.seed,
+            work.num_clients,
+            adaptive=config.local.optimizer != "sgd",
         )
         state = method.init(template, loaded.untouched.dense)
         question = Question(template, 0, 0, method.exchanges[0], (0, len(method.exchanges)), False)

@@ -39,7 +39,7 @@ class _GloraOptions:
     start: Start
     readout: Literal["svd", "nested"]
     algebra: Algebra
-    balance: Balance = "init"
+    balance: Balance = "auto"
     momentum: float = 0.0
 
 
@@ -51,7 +51,7 @@ def glora(
     update: Literal["replace", "innovation"] = "replace",
     start: Start = "readout",
     readout: Literal["svd", "nested"] = "svd",
-    balance: Balance = "init",
+    balance: Balance = "auto",
     algebra: Algebra = "auto",
     momentum: float = 0.0,
 ) -> Method:
@@ -96,8 +96,9 @@ def glora(
         ranks nest.
     balance
         How the size of a direction is shared between B and A: `init` keeps the rows of A as long as freshly drawn ones,
-        `even` gives both factors the same length, `root` gives B the root of the singular value and A that over s. Take
-        `even` with `local.optimizer = "sgd"`: training fails with `init` there (docs/readout.md).
+        `even` gives both factors the same length, `root` gives B the root of the singular value and A that over s;
+        `auto` takes `init` where clients train with AdamW and `even` with SGD, under which `init` fails
+        (docs/readout.md).
     algebra
         `exact`, `randomized`, or `auto`: chosen by shape, exact while that is cheap.
     momentum
@@ -129,7 +130,7 @@ def glora(
     return _product_server(info, options)
 
 
-def flexlora(algebra: Algebra = "auto", balance: Balance = "init") -> Method:
+def flexlora(algebra: Algebra = "auto", balance: Balance = "auto") -> Method:
     """FlexLoRA: T = Σ p_k s_k B_k A_k, and each client gets the best rank-r_k approximation of it by SVD.
 
     Source: Bai et al. 2024, "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client

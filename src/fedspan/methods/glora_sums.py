@@ -51,7 +51,7 @@ class _Plan:
 
 
 def glora_sums(
-    server_rank: int | Literal["double"] | None = None, passes: Literal[1, 2] = 1, balance: Balance = "init"
+    server_rank: int | Literal["double"] | None = None, passes: Literal[1, 2] = 1, balance: Balance = "auto"
 ) -> Method:
     """GLoRA for a server that sees sums alone: Σ p_k P_k Ω, then Σ p_k Wᵀ X_k.
 

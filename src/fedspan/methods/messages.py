@@ -36,6 +36,8 @@ class Template:
     seed: int = 0
     num_clients: int = 0
     """All clients of the run, participating or not; 0: unknown."""
+    adaptive: bool = True
+    """The clients' optimizer scales its steps entry by entry, as AdamW does and plain SGD does not."""
 
     def scaling(self, rank: int) -> float:
         """Return s = α/r, or α/√r for rsLoRA (Kalajdzievski 2023, 2312.03732)."""

@@ -13,7 +13,7 @@ from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.messages import Broadcast, Factors, Template
 from fedspan.support.seeding import generator
 
-Balance = Literal["init", "even", "root"]
+Balance = Literal["auto", "init", "even", "root"]
 FRESH = 1 / math.sqrt(3)
 """The expected length of a row of a fresh A: n entries of variance 1/(3n)."""
 _SMALL = 2.0**-60
@@ -39,7 +39,7 @@ def fresh_adapter(template: Template, rank: int, round_num: int = 0) -> dict[str
 
 
 def leading_adapter(
-    template: Template, module: str, x: LowRank, rank: int, round_num: int, balance: Balance = "init"
+    template: Template, module: str, x: LowRank, rank: int, round_num: int, balance: Balance = "auto"
 ) -> Factors:
     """Return the first `rank` directions of X = U·C as an adapter; U orthonormal.
 
@@ -53,6 +53,7 @@ def leading_adapter(
     Parameters
     ----------
     balance
+        ``auto``: `init` where the clients' optimizer is adaptive, else `even`.
         ``init``: α is the length of a freshly drawn row of A, so that old directions train on as new ones do.
         ``even``: α = β = (σ/s)^½.  ``root``: β = σ^½, α = σ^½/s.
     """
@@ -60,6 +61,8 @@ def leading_adapter(
     keep = min(rank, x.rank)
     b, a = x.b[:, :keep], x.a[:keep]
     size = scales.norms(a, 1)
+    if balance == "auto":
+        balance = "init" if template.adaptive else "even"
     alpha = {"init": torch.full_like(size, FRESH), "even": (size / s).sqrt(), "root": size.sqrt() / s}[balance]
     live = size > 0
     b = torch.where(live, b * (size / (s * torch.where(live, alpha, 1.0))), 0.0)

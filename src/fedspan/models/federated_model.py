@@ -83,13 +83,15 @@ class FederatedModel:
         """Return the shape (m, n) of each target module by its name."""
         return {name: shape_of(base_layer(layer)) for name, layer in self.layers.items()}
 
-    def template(self, rank: int, alpha: float, rslora: bool, seed: int, num_clients: int = 0) -> Template:
+    def template(
+        self, rank: int, alpha: float, rslora: bool, seed: int, num_clients: int = 0, *, adaptive: bool = True
+    ) -> Template:
         """Return the template of a run over this model: shapes, server rank, scaling, seed."""
         modules = self.modules()
         if self.trains != "adapter":
             rows_columns = {name: self.dense_parameters[name].shape for name in sorted(self.projected)}
             modules = {name: (rows, columns) for name, (rows, columns) in rows_columns.items()}
-        return Template(modules, rank, alpha, rslora, seed, num_clients)
+        return Template(modules, rank, alpha, rslora, seed, num_clients, adaptive)
 
     def target_weights(self) -> dict[str, nn.Parameter]:
         """Return the weights whose gradient a server can ask for: of the base layers by module, or the trained by name.

@@ -80,7 +80,14 @@ class MethodRun:
         config, model = context.config, context.model
         rank = max(client.rank for client in clients)
         adapter = config.adapter
-        template = model.template(rank, adapter.alpha, adapter.rslora, config.seed, len(context.clients))
+        template = model.template(
+            rank,
+            adapter.alpha,
+            adapter.rslora,
+            config.seed,
+            len(context.clients),
+            adaptive=config.local.optimizer != "sgd",
+        )
         start = Checkpoint(method.init(template, context.initial_dense), identity=context.identity)
         recipe = method.broadcast(start.state, Request(None)).recipe
         model.check(recipe)

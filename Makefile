@@ -1,6 +1,7 @@
 # make demo   install into .venv and run the quick start on the embedded data
 # make test   install with the development extra, then lint, types, the whole test suite, and the command's tests with
 #             the oldest and the newest typer (make test-typer)
+# make test-slow     whole commands, the examples and guides as they are written, deployments between processes; minutes
 # make demo-flower   four authenticated sites behind TLS and a proxy on this machine, under secure sums, with no data on
 #                    the server; then their logs are compared and the adapter is audited
 # make test-wheel    build the wheel, install it into an empty environment and run the quick start from there
@@ -19,7 +20,7 @@ JOBS   ?= 2
 # Tests need no network, and one thread per process is fastest for small models.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo digits demo-flower test-wheel test-faults test-families test-long test-mutants test lint types check \
+.PHONY: demo digits demo-flower test-wheel test-slow test-faults test-families test-long test-mutants test lint types check \
   test-typer test-oldest-typer test-newest-typer install dev clean
 
 demo: install
@@ -59,6 +60,9 @@ test-faults: dev
 
 test-families: dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/families -m "families or not families" -n $(JOBS)
+
+test-slow: dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m slow -n $(JOBS) --dist loadfile
 
 test-long: dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m long -n $(JOBS)

@@ -85,6 +85,7 @@ def test_a_notebook_gets_plain_lines(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_the_display(finished: Path) -> None:
     """A real one, and nothing when it is asked to be quiet."""
     for quiet, expected in (("None", True), ("True", False)):

@@ -50,6 +50,7 @@ def test_a_bug_before_there_is_a_folder_is_reported_in_a_temporary_file(tmp_path
     assert report.stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.slow
 def test_a_bug_in_a_run_is_reported_in_its_folder(tmp_path: Path) -> None:
     """Below what an earlier attempt reported."""
     out = tmp_path / "out"

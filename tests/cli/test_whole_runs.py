@@ -36,6 +36,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
     return folder, fedspan("run", *settings(SMALL), "--out", folder)
 
 
+@pytest.mark.slow
 def test_a_run_prints_plain_lines_and_a_table(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, done = finished
     assert done.returncode == 0, done.stderr
@@ -108,6 +109,7 @@ def stop(args: Sequence[object], line: str, how: signal.Signals) -> tuple[int, s
         return process.returncode, errors
 
 
+@pytest.mark.slow
 def test_a_run_stopped_twice_ends_with_the_same_bits(
     finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

@@ -233,6 +233,7 @@ def test_a_run_that_fails_is_named(suite: Path, tmp_path: Path) -> None:
         compare(broken, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_it_ends_with_the_same_table(
     suite: Path, finished: tuple[Path, list[str]], tmp_path: Path
 ) -> None:

@@ -61,6 +61,7 @@ def test_an_auroc_of_several_classes_that_all_occur_is_that_of_one_against_the_r
         same(value("auroc", shares, labels), reference.roc_auc_score(labels, shares, multi_class="ovr"))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(classified())
 def test_scores_of_predicted_classes_are_scikit_learns(case: tuple[np.ndarray, np.ndarray]) -> None:

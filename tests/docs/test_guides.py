@@ -71,6 +71,7 @@ def steps(page: Path) -> Iterator[tuple[str, str] | Command]:
             yield Command(line, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", GUIDES, ids=[page.stem for page in GUIDES])
 def test_a_guide_runs_from_top_to_bottom(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

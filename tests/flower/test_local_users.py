@@ -71,6 +71,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         yield Machine(folder, plan, tree, runtime)
 
 
+@pytest.mark.slow
 @needs_root
 def test_another_account_reaches_neither_control_nor_runtime_api(machine: Machine) -> None:
     own, other = (machine.calls(user, machine.plan.superlink_port) for user in (0, NOBODY))

@@ -76,6 +76,7 @@ def test_the_lock_holds_every_package_with_its_hash_and_no_place(tmp_path: Path,
         assert place not in text
 
 
+@pytest.mark.slow
 def test_pip_installs_what_is_locked_and_refuses_another_file(tmp_path: Path, index: Path) -> None:
     lock = locked(tmp_path / "fed", index)[0]
     done = install(lock, index, tmp_path / "site")

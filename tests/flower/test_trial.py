@@ -60,6 +60,7 @@ def test_a_whole_federation_gives_the_same_bits_as_one_process(tmp_path: Path) -
     assert all(path.stat().st_mode & 0o077 == 0 for path in (folder / "server/state").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "proxy", "when", "alive"),
     [

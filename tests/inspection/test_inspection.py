@@ -52,6 +52,7 @@ def said(path: Path, method: str, *rounds: Mapping[str, Any]) -> str:
     return "\n".join(inspection.readings(inspection.read(folder_with(path, method, *rounds))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "sentence"),
     [

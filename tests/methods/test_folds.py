@@ -52,6 +52,7 @@ def test_the_mean_of_100_000_identical_clients_is_that_client(name: str) -> None
         np.testing.assert_allclose(array(found), array(wanted), rtol=2**-23)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedit", LONG("glora"), LONG("flexlora")])
 def test_a_stream_of_100_000_identical_clients_ends_where_one_does(name: str) -> None:
     options = {} if name == "fedit" else {"algebra": "randomized"}
@@ -70,6 +71,7 @@ def test_a_stream_of_100_000_identical_clients_ends_where_one_does(name: str) ->
     np.testing.assert_allclose(array(found.dense["head"]), array(wanted.dense["head"]), rtol=2**-23)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["times", "columns", LONG("adjoint"), LONG("rows")])
 def test_queries_about_100_000_clients_in_memory_are_as_exact(kind: Any) -> None:
     fed = build(glora(), 1, **SMALL)

@@ -210,6 +210,7 @@ def examples(config: Any) -> list[dict[str, Any]]:
     return [{name: value.tolist() for name, value in test.batch([i]).items()} for i in range(len(test))]
 
 
+@pytest.mark.slow
 def test_the_printed_lines_load_the_result_in_a_fresh_python(
     bases: dict[str, Path],
     classifier: Path,

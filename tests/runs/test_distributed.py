@@ -77,6 +77,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_any_number_of_processes_ends_with_the_bits_of_one(
     bases: dict[str, Path], texts: Path, tmp_path: Path, case: str
@@ -92,6 +93,7 @@ def test_any_number_of_processes_ends_with_the_bits_of_one(
     same_outcome(tmp_path / "one", tmp_path / "more")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_with_another_number_of_processes(
     bases: dict[str, Path], texts: Path, tmp_path: Path
 ) -> None:

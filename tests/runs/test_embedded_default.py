@@ -9,6 +9,7 @@ import pytest
 import fedspan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "rounds", "margin"), [("builtin:tasks", 7, 0.2), ("builtin:digits", 7, 0.1)], ids=["text", "images"]
 )

@@ -90,6 +90,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["llama", "bert", "vit"])
 def test_runs_at_once_are_the_runs_alone(
     bases: dict[str, Path],
@@ -118,6 +119,7 @@ def test_runs_at_once_are_the_runs_alone(
         check_folder(together[k], config)
 
 
+@pytest.mark.slow
 def test_every_run_has_its_own_optimizer_and_clipping(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
     """The clients of each share passes, and the base is read as the first of them asks for it."""
     chosen = configs(
@@ -133,6 +135,7 @@ def test_every_run_has_its_own_optimizer_and_clipping(bases: dict[str, Path], te
         same_to_rounding(together[k], run(config, tmp_path / f"alone-{k}"))
 
 
+@pytest.mark.slow
 def test_runs_whose_data_is_encoded_in_other_ways(instructions: Path, tmp_path: Path) -> None:
     """A template, the base's chat template and conversations end and count their answers in ways of their own."""
     base = tiny.save("llama", tmp_path / "base")
@@ -152,6 +155,7 @@ def test_runs_whose_data_is_encoded_in_other_ways(instructions: Path, tmp_path: 
         same_to_rounding(together[k], run(config, tmp_path / f"alone-{k}"))
 
 
+@pytest.mark.slow
 def test_methods_and_bases_that_cannot_share(
     bases: dict[str, Path], texts: Path, tmp_path: Path, passes: list[set[int]]
 ) -> None:

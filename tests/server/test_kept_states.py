@@ -68,6 +68,7 @@ def screened(base: Path, texts: Path, name: str, robust: dict[str, Any]) -> Conf
     return settings(base, texts, name, robust=robust, method=method, **EVERYONE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "robust", [{"max_norm": 100.0}, {"filter": "multi_krum"}], ids=["rejected by its norm", "not chosen by Multi-Krum"]
 )
@@ -140,6 +141,7 @@ def modules_of(update: Update) -> dict[str, Factors]:
     return {name: update.factors(name) for name in update.modules}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedftg", "fedsa_lora"])
 def test_a_kept_optimizer_is_the_same_at_sites_and_after_any_interruption(
     bases: dict[str, Path], texts: Path, tmp_path: Path, name: str

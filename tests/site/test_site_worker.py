@@ -52,6 +52,7 @@ def hello(folder: Path) -> dict[str, object]:
     return protocol.decode(call(folder, protocol.encode({"kind": "hello"}, protocol.MessageTensors()), 120))[0]
 
 
+@pytest.mark.slow
 def test_it_answers_and_goes_on_answering_after_odd_messages(folder: Path) -> None:
     with worker(folder) as process:
         greeting = hello(folder)
@@ -70,6 +71,7 @@ def test_it_answers_and_goes_on_answering_after_odd_messages(folder: Path) -> No
         call(folder, b"", 1)
 
 
+@pytest.mark.slow
 def test_it_ends_when_its_stdin_closes(folder: Path) -> None:
     with worker(folder, "--lifeline") as process:
         hello(folder)
@@ -79,6 +81,7 @@ def test_it_ends_when_its_stdin_closes(folder: Path) -> None:
         assert process.wait(20) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("site", "expected"),
     [
@@ -105,6 +108,7 @@ def test_a_mistake_in_its_folder_is_reported_to_every_caller(folder: Path, site:
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_a_site_with_data_of_its_own(folder: Path, texts: Path) -> None:
     """All of the data is its own, and its rank is that of its settings: the federation names no such client."""
     (folder / "site.toml").write_text(f'client_id = "mayo"\nrank = 3\n[data]\ntrain = ["{texts}"]\n')

@@ -21,6 +21,7 @@ SUITES = {
     "claims-digits": "digits",
     "claims-tasks": "tasks",
     "drift": "tasks, SGD on query and value",
+    "drift-dp": "tasks, SGD on query and value, example-level privacy",
     "fedsvd": "GLUE, MiniLM",
     "rolora": "SST-2, MiniLM, 50 clients",
     "ftg": "Dolly and MedQuAD, SmolLM2",
@@ -30,6 +31,7 @@ SUITES = {
 CONDITIONS = {
     "base": "as the suite says",
     "dir01": "Dir(0.1)",
+    "dp": "clip 2, noise of 1",
     "dir05": "Dir(0.5)",
     "equal": "tasks of their own, equal ranks",
     "heavy_tail": "mixed ranks, heavy tail",
@@ -38,7 +40,9 @@ CONDITIONS = {
 CONFIDENCE = 0.95
 MARGIN = 1.0  # points
 Verdict = Literal["better", "worse", "equivalent", "open"]
-Kind = Literal["figure", "unseen", "same traffic"]
+Kind = Literal["figure", "unseen", "same traffic", "larger base"]
+SMALL = "small"
+"""The condition of a suite that repeats another with a smaller base."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Claim:
     conditions: tuple[str, ...]
     source: str
     kind: Kind = "figure"
-    """The suite's figure, that on unseen data, or the rival's when it has sent as much as the arm in its whole run."""
+    """The suite's figure, that on unseen data, or the rival's when it has sent as much as the arm in its whole run.
+    `larger base`: the lead over the rival under the condition, beyond that under `small`."""
     published: str = "–"
     """The difference that the source reports, in points, where we know it."""
 
@@ -152,6 +157,10 @@ CLAIMS = (
     Claim("j", "GLoRA+ beats GLoRA", "glora_plus", "glora", ("dir05", "equal", "heavy_tail", "sparse"), OURS),
     Claim("j", "a balanced readout beats the root one", "glora", "glora_root", ("dir05", "equal", "heavy_tail"), OURS),
     Claim("j", "under SGD an even readout beats `init`", "glora", "glora_init", ("base",), OURS),
+    *(
+        Claim("h", "GLoRA's lead is larger on the larger base", "glora", rival, ("equal",), GLORA, "larger base")
+        for rival in ("fedex_lora", "flexlora", "fedit")
+    ),
     Claim("k", "a shared projector is no worse than FedFTG", "shared_galore", "fedftg", EQUAL, OURS),
     Claim(
         "l", "GLoRA from sums is equivalent to GLoRA", "glora_sums", "glora", ("dir05", "equal", "sparse", "base"), OURS
@@ -172,12 +181,24 @@ CLAIMS = (
         ("base",),
         "2502.01755",
     ),
+    *_against(
+        "m",
+        "FedSVD beats the other rules under SGD with example-level privacy",
+        "fedsvd",
+        {"fedit": "9.6 (GLUE)", "ffa_lora": "8.8 (GLUE)"},
+        ("dp",),
+        "2505.12805",
+    ),
+    *_against(
+        "m",
+        "GLoRA is no worse than the other rules under SGD with example-level privacy",
+        "glora",
+        {"fedit": "–", "ffa_lora": "–", "fedsvd": "–"},
+        ("dp",),
+        OURS,
+    ),
     Claim("o", "FedMomentum beats averaged factors", "fedmomentum", "fedit", ("base",), "2603.08014"),
 )
-NOT_JUDGED = {
-    "h": "GLoRA's lead grows with larger backbones: not judged. The suites on MiniLM and SmolLM2 (`fedsvd`, `rolora`, "
-    "`ftg`) are ready, but a run of them takes a quarter of an hour to hours on one CPU core."
-}
 
 
 def rows() -> list[Row]:
@@ -203,13 +224,11 @@ def rows() -> list[Row]:
 
 def paired(lines: Sequence[Line], suite: Suite, claim: Claim, condition: str) -> Pairs | None:
     """Return a claim's differences under a condition, by seed; None for fewer than two."""
-    arms = {
-        arm: {x["seed"]: x for x in lines if (x["arm"], x["condition"]) == (arm, condition)}
-        for arm in (claim.arm, claim.rival)
-    }
-    if not all(arms.values()):
+    if claim.kind == "larger base":
+        return grown(lines, suite, claim, condition)
+    own, others = (by_seed(lines, arm, condition) for arm in (claim.arm, claim.rival))
+    if not own or not others:
         return None
-    own, others = arms[claim.arm], arms[claim.rival]
     figure = FIGURES[claim.kind]
     ours = {seed: figure(line, line, suite) for seed, line in own.items()}
     theirs = {seed: figure(line, own[seed], suite) for seed, line in others.items() if seed in own}
@@ -217,6 +236,25 @@ def paired(lines: Sequence[Line], suite: Suite, claim: Claim, condition: str) ->
     if count is None:
         return None
     found = pair(condition, claim.arm, ours, theirs, count)
+    return found if len(found.values) > 1 else None
+
+
+def by_seed(lines: Sequence[Line], arm: str, condition: str) -> dict[int, Line]:
+    """Return an arm's runs under a condition."""
+    return {x["seed"]: x for x in lines if (x["arm"], x["condition"]) == (arm, condition)}
+
+
+def grown(lines: Sequence[Line], suite: Suite, claim: Claim, condition: str) -> Pairs | None:
+    """Return by how much the arm's lead over its rival is larger under the condition than on the smaller base."""
+    leads = []
+    for where in (condition, SMALL):
+        own, others = (by_seed(lines, arm, where) for arm in (claim.arm, claim.rival))
+        both = own.keys() & others.keys()
+        figures = {seed: [suites_figure(x[seed], x[seed], suite) for x in (own, others)] for seed in both}
+        leads.append({s: None if a is None or b is None else a - b for s, (a, b) in figures.items()})
+    if not all(leads):
+        return None
+    found = pair(condition, claim.arm, *leads, next(iter(by_seed(lines, claim.arm, condition).values()))["rows"])
     return found if len(found.values) > 1 else None
 
 

@@ -56,8 +56,7 @@ def page(rows: Sequence[claims.Row]) -> str:
     """Return CLAIMS.md."""
     lines = {suite: found for suite in claims.SUITES if (found := final_runs(HERE / suite))}
     parts = ["# The papers' claims, rerun", "", PREFACE, "", "## In short", "", claims.decided(rows), ""]
-    parts += [*claims.summary(rows), "", *(f"({key}) {text}" for key, text in claims.NOT_JUDGED.items())]
-    parts += ["", "## Every row", "", *claims.table(rows), "", "## Why", ""]
+    parts += [*claims.summary(rows), "", "## Every row", "", *claims.table(rows), "", "## Why", ""]
     parts += [
         "Diagnostics of the decided differences, arm / rival, from the first kept round → the last, mean over the"
     ]
@@ -77,7 +76,7 @@ def headlines(rows: Sequence[claims.Row]) -> str:
     for row in kept:
         points, verdict, *_ = claims.judgement(row)
         where = f"{claims.SUITES[row.suite]}, {claims.CONDITIONS[row.condition]}"
-        kind = {"figure": "", "unseen": " (unseen tasks)", "same traffic": " (same traffic)"}[row.claim.kind]
+        kind = {"figure": "", "unseen": " (unseen tasks)", "same traffic": " (same traffic)"}.get(row.claim.kind, "")
         table.append(f"| `{row.claim.arm}` | `{row.claim.rival}`{kind} | {where} | {points} | {verdict} |")
     return "\n".join([claims.decided(rows) + " Those that stand:", "", *table, ""])
 

@@ -1,4 +1,4 @@
-"""Evaluations by content: what a site holds is not sent to be judged, and what was sent to be judged is not sent again."""
+"""Evaluations by content: what a site holds is not sent to it, and what was sent to be judged is held for training."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fedspan.federation.held_out import Collected
 from fedspan.server.coordinator import Coordinator
 from fedspan.wire import protocol
 from fedspan.wire.contents import LEAST_BYTES
+from fedspan.wire.envelope import opened
 
 
 class Judged:
@@ -84,7 +85,7 @@ def test_what_a_site_holds_is_sent_neither_to_be_judged_nor_to_be_trained(
     for before, after in made.found:
         assert evaluations_of(before) == evaluations_of(after)
     costs = [record["client_evaluation_costs"] for record in made.history]
-    down = sum(len(content) for content in first + second)
+    down = sum(len(opened(content)[1]) for content in first + second)
     assert costs[0]["wire_down"] == down > costs[0]["payload_down"] == sum(map(tensor_bytes, first + second))
     assert all(x["payload_down"] <= r["payload_down"] for x, r in zip(costs, made.history, strict=True))
 

@@ -45,18 +45,19 @@ SETTINGS = {
     "evaluation.every": "1000",
 }
 ROLES = {
-    "fedspan.flower.server_app_starter": "server",
-    "flower-superlink": "SuperLink",
-    "fedspan.flower.proxy": "proxy",
+    "flwr-serverapp": "server",
+    "fedspan.site.worker": "site",
+    "fedspan.flower.superlink": "SuperLink",
+    "fedspan.flower.node": "SuperNode",
+    "fedspan.flower.client_app_process": "client app",
     "nginx": "proxy",
-    "flower-supernode": "SuperNode",
-    "fedspan.site": "site",
-    "client_app": "client app",
+    "fedspan.flower.proxy": "proxy",
 }
 """By a part of the command line."""
 _TICK = os.sysconf("SC_CLK_TCK")
 _PAUSE = 0.25
-MARK = b"FEDSPAN_PROCESS_TREE="
+MARK = "FEDSPAN_PAYLOAD"
+"""Variable in the environment of the processes that are measured."""
 
 
 class Processes:
@@ -93,15 +94,18 @@ class Processes:
         return dict(total)
 
 
+_MARKED = f"{MARK}={os.getpid()}".encode()
+
+
 def _marked() -> Iterator[int]:
     for entry in Path("/proc").iterdir():
         with suppress(OSError):
-            if entry.name.isdigit() and MARK in (entry / "environ").read_bytes():
+            if entry.name.isdigit() and _MARKED in (entry / "environ").read_bytes():
                 yield int(entry.name)
 
 
 def _role(command: str) -> str:
-    return next((role for part, role in ROLES.items() if part in command), command[:60])
+    return next((role for part, role in ROLES.items() if part in command), "others")
 
 
 def measure(name: str, base: Path, rows: Path, folder: Path, rounds: int) -> dict[str, Any]:
@@ -112,7 +116,7 @@ def measure(name: str, base: Path, rows: Path, folder: Path, rounds: int) -> dic
         command += ["--set", f"{key}={value}"]
     records = folder / "server" / "runs" / "one" / "metrics.jsonl"
     seen, after = Processes(), dict[int, dict[str, float]]()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", MARK: str(os.getpid())}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as process:
         while process.poll() is None:
             seen.look()

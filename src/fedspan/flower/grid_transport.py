@@ -50,7 +50,7 @@ class _Awaited:
 
     node: str
     answer_bytes: int
-    """Its size at most."""
+    """Its size, about."""
 
 
 class GridTransport:

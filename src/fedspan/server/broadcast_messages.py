@@ -39,7 +39,7 @@ class MessageForm:
     keep: bool = False
     """Sites are asked to keep all that they are sent, since they will be sent it again."""
     answer_bytes: Callable[[str], int] = lambda client_id: 0
-    """Client -> bytes of its answer at most, once its message is made."""
+    """Client -> about the bytes of its answer, once its message is made."""
 
 
 class BroadcastMessages(Mapping[str, bytes]):

@@ -105,7 +105,7 @@ class Requests:
             Returns the message with all of its tensors, for a client that lacks some of those that were named by their
             digests. It is asked once more in the same exchange, and no second time.
         answer_bytes
-            Returns the bytes of a client's answer at most, once its message was looked up.
+            Returns about the bytes of a client's answer, once its message was looked up.
         """
         wanted, began = len(messages) if enough is None else enough, self.transport.now()
         tickets = self._send(messages, answer_bytes)

@@ -51,7 +51,7 @@ class Transport(Protocol):
         lifetime
             Seconds after which neither the message nor an answer to it is wanted any more.
         answer_bytes
-            Bytes of the largest answer that is expected; `poll` fetches large ones one at a time.
+            Bytes of the largest answer, about: `poll` fetches large ones one at a time.
         """
 
     def poll(self) -> list[Delivery]:

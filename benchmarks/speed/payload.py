@@ -43,6 +43,8 @@ SETTINGS = {
     "evaluation.base": "false",
     "evaluation.local": "false",
     "evaluation.every": "1000",
+    "deployment.wait": "1800",
+    "deployment.deadline": "1800",
 }
 ROLES = {
     "flwr-serverapp": "server",
@@ -125,7 +127,7 @@ def measure(name: str, base: Path, rows: Path, folder: Path, rounds: int) -> dic
             time.sleep(_PAUSE)
     if process.returncode:
         raise RuntimeError(f"{name}: {' '.join(command)} ended with {process.returncode}")
-    first, last = after[1], after[rounds]
+    first, last = after[1], after.get(rounds, seen.seconds())
     lines = [json.loads(line) for line in records.read_text().splitlines()]
     kept = ("wire_up", "wire_down", "payload_down", "round_trips", "waited_seconds", "slowest_seconds")
     return {

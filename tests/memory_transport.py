@@ -41,7 +41,7 @@ class MemoryTransport:
     def client_of(self, node: str) -> str | None:
         return None if self.bound is None else self.bound[node]
 
-    def send(self, messages: Sequence[tuple[str, bytes]], lifetime: float) -> list[str]:
+    def send(self, messages: Sequence[tuple[str, bytes]], lifetime: float, answer_bytes: int = 0) -> list[str]:
         tickets = []
         for node, content in messages:
             self._count += 1

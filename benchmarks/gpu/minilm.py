@@ -25,12 +25,12 @@ RANK, BATCH, STEPS, RATE = 8, 16, 10, 1e-3
 ROWS_EACH = 200
 
 
-def write_base(path: Path, dropout: float = 0.1) -> Path:
+def write_base(path: Path, dropout: float = 0.1, vocabulary: int = VOCABULARY) -> Path:
     """Write the base (22.7 M parameters, as sentence-transformers/all-MiniLM-L6-v2) with a tokenizer of whole words."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-    words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3} | {f"w{i}": i for i in range(4, VOCABULARY)}
+    words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3} | {f"w{i}": i for i in range(4, vocabulary)}
     core = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.post_processor = processors.TemplateProcessing(
@@ -39,7 +39,7 @@ def write_base(path: Path, dropout: float = 0.1) -> Path:
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_object=core, **names).save_pretrained(str(path))
     config = BertConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=HIDDEN,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,

@@ -19,7 +19,7 @@ from fedspan.flower.backoff import Backoff
 from fedspan.flower.client_app import SHARE, client_app
 from fedspan.flower.grid_transport import GridTransport
 from fedspan.wire.refusals import TEXTS, Code
-from fedspan.wire.transport import Delivery
+from fedspan.wire.transport import AT_ONCE, Delivery
 from fedspan.wire.unix_socket import CallFailed, CallTimedOut
 
 HERE = Path("site")
@@ -53,6 +53,39 @@ def test_what_is_answered_is_what_was_sent(size: int) -> None:
         assert [found[t].content for t in tickets] == [b"site" + content, b"bx" + content]
         assert [found[t].node for t in tickets] == [first, second]
         assert all(found[t].error is None for t in tickets)
+        assert transport.poll() == []
+
+
+class Counted:
+    """A grid that counts the answers that it is asked for in each call."""
+
+    def __init__(self, grid: Any) -> None:
+        self.grid, self.asked = grid, list[int]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.grid, name)
+
+    def pull_messages(self, tickets: list[str]) -> Any:
+        self.asked.append(len(tickets))
+        return self.grid.pull_messages(tickets)
+
+
+@pytest.mark.parametrize(("answer_bytes", "together"), [(AT_ONCE, 1), (AT_ONCE // 2, 2), (1000, 3)])
+def test_large_answers_are_fetched_one_at_a_time(answer_bytes: int, together: int) -> None:
+    """Flower hands over all answers of a call at once, so that they would be in memory together."""
+    with field(*(client_app(echo, Path(name)) for name in "abc")) as made:
+        grid: Any = Counted(made.grid)
+        transport = GridTransport(grid, "test")
+        tickets = transport.send([(str(node), b"?") for node in made.nodes], 60.0, answer_bytes)
+        time.sleep(0.3)  # all are there when the first is asked for
+        found: list[Delivery] = []
+        while len(found) < 3:
+            arrived = transport.poll()
+            assert len(arrived) <= together
+            found += arrived
+        assert sorted(d.content or b"" for d in found) == [b"a?", b"b?", b"c?"]
+        assert {d.ticket for d in found} == set(tickets)
+        assert max(grid.asked) == together
         assert transport.poll() == []
 
 

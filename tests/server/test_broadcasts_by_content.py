@@ -184,12 +184,12 @@ def test_messages_are_made_a_few_at_a_time(
     batches: list[int] = []
     send = few.transport.send
 
-    def counted(messages: Any, lifetime: float) -> list[str]:
+    def counted(messages: Any, lifetime: float, answer_bytes: int) -> list[str]:
         batches.append(len(messages))
-        return send(messages, lifetime)
+        return send(messages, lifetime, answer_bytes)
 
     monkeypatch.setattr(few.transport, "send", counted)
-    monkeypatch.setattr(requests, "_AT_ONCE", 1)
+    monkeypatch.setattr(requests, "AT_ONCE", 1)
     history = few.serve()
     assert batches == [3] + [1] * 9  # the greetings, and three rounds of three
     assert [r["round_trips"] for r in history] == [1, 1, 1]

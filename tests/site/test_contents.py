@@ -107,3 +107,20 @@ def test_a_message_is_filled_from_what_is_kept_and_what_is_completed() -> None:
     assert lacking.value.digests == sorted([digest(kept), digest(made)])
     with pytest.raises(Malformed, match="of 3 tensors that names tensor 7"):
         filled(sent, [(7, digest(kept))], {}.get, lambda known: [])
+
+
+def test_what_had_to_go_is_said_once(tmp_path: Path) -> None:
+    """Neither what is held again, nor what was gone before a greeting said what is held."""
+    tensors = [torch.randn(100, 10) for _ in range(4)]
+    names = [digest(t) for t in tensors]
+    store = ContentStore(tmp_path / "contents", 2 * 4200)
+    assert all(store.put(t) for t in tensors[:3])
+    assert store.gone() == names[:1]
+    assert store.gone() == []
+    store.put(tensors[3])
+    store.put(tensors[1])
+    assert store.gone() == [names[2]]
+    (tmp_path / "contents" / names[3]).write_bytes(b"damaged")
+    assert store.get(names[3]) is None
+    assert store.gone() == [names[3]]
+    assert ContentStore(tmp_path / "contents", 4200).gone() == []

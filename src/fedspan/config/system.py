@@ -72,7 +72,8 @@ class EngineConfig(Section):
     with an adapter (`adapter.layers`) trains or drops anything, they are computed once for each example. On a CPU."""
     round_memory: PositiveFloat | Literal["auto"] = "auto"
     """Memory for the updates of a round, where the method needs all of them at once, in GiB; those beyond it wait in
-    files in the run's folder, and the results have the same bits. `auto`: half of the memory that is free."""
+    files in the run's folder, and the results have the same bits. `auto`: half of the memory that is free. The same
+    holds for the answers of sites that come before it is their turn to be added."""
     compile: bool = False
     """Compile the base's forward and backward passes: half a minute at the start, faster steps afterwards."""
     precision: Literal["float32", "bfloat16", "auto"] = "float32"

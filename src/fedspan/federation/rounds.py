@@ -282,6 +282,7 @@ class _Round:
             if answer is None:
                 return
             yield answer
+            del answer  # it is not held while the next one comes
 
     def _counts(self, question: Question, answer: Answer, answered: int) -> bool:
         """Return whether the answer is valid, and enter it, or its problem, in the tally."""

@@ -7,6 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import httpx
@@ -21,7 +22,7 @@ from fedspan.flower.backoff import shorten_pull_backoff
 from fedspan.flower.node_clients import NodeClients
 from fedspan.support.errors import FedspanError, one_line
 from fedspan.wire.refusals import unpacked
-from fedspan.wire.transport import Delivery
+from fedspan.wire.transport import AT_ONCE, Delivery
 
 PATIENCE = 60.0
 """Seconds for which calls to a SuperLink that answers with errors are repeated."""
@@ -37,7 +38,19 @@ _REASONS = {
     ErrorCode.CLIENT_APP_CRASHED: "the node's ClientApp ended before it answered",
 }
 
+_MOST_PULLS = 32
+"""Calls to the SuperLink in one poll."""
+
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Awaited:
+    """The answer to a message that was sent."""
+
+    node: str
+    answer_bytes: int
+    """Its size, about."""
 
 
 class GridTransport:
@@ -57,8 +70,8 @@ class GridTransport:
     def __init__(self, grid: Grid, group: str, clients: NodeClients | None = None) -> None:
         shorten_pull_backoff()
         self._grid, self._group, self._clients = grid, group, clients
-        self._waiting: dict[str, str] = {}
-        """Ticket -> node."""
+        self._waiting: dict[str, _Awaited] = {}
+        """By ticket, in the order in which they are asked for."""
         self._unsent: deque[Delivery] = deque()
         self._count = itertools.count()
         self._failing_since: float | None = None
@@ -83,7 +96,7 @@ class GridTransport:
             raise FedspanError("the node is not connected any more")
         return self._clients.client_of(keys[node])
 
-    def send(self, messages: Sequence[tuple[str, bytes]], lifetime: float) -> list[str]:
+    def send(self, messages: Sequence[tuple[str, bytes]], lifetime: float, answer_bytes: int = 0) -> list[str]:
         """Send messages and return their tickets; one that Flower rejects comes back from `poll` with an error."""
         if not lifetime > 0:
             raise ValueError(f"lifetime = {lifetime}: expected more than 0 seconds")
@@ -94,7 +107,7 @@ class GridTransport:
             message = Message(packed[content], int(node), records.MESSAGE_TYPE, ttl=lifetime, group_id=self._group)
             ticket, problem = self._send_one(message)
             if problem is None:
-                self._waiting[ticket] = node
+                self._waiting[ticket] = _Awaited(node, answer_bytes)
             else:
                 self._unsent.append(Delivery(ticket, node, None, problem))
             tickets.append(ticket)
@@ -112,33 +125,62 @@ class GridTransport:
         return f"unsent-{next(self._count)}", problem
 
     def poll(self) -> list[Delivery]:
-        """Return the deliveries since the last poll, each once.
+        """Return deliveries since the last poll, each once: none where none is there, or as many as memory is for.
+
+        Flower hands over an answer with everything that it was asked for in the same call. Small answers are therefore
+        asked for together, and large ones one by one.
 
         Raises
         ------
         ConnectionError
             When Flower has answered with nothing but errors for a minute.
         """
-        arrived = [self._unsent.popleft() for _ in range(len(self._unsent))]
-        if not self._waiting:
-            return arrived
+        if self._unsent:
+            return [self._unsent.popleft() for _ in range(len(self._unsent))]
+        for tickets in itertools.islice(self._batches(), _MOST_PULLS):
+            arrived = self._pulled(tickets)
+            if arrived:
+                return arrived
+            for ticket in tickets:  # the others' turn is next
+                self._waiting[ticket] = self._waiting.pop(ticket)
+            if arrived is None:
+                break
+        return []
+
+    def _batches(self) -> list[list[str]]:
+        """Return the tickets that answers are waited for in groups whose answers may be in memory together."""
+        batches: list[list[str]] = []
+        room = 0
+        for ticket, awaited in self._waiting.items():
+            room -= awaited.answer_bytes
+            if room < 0 or not batches:
+                batches.append([])
+                room = AT_ONCE - awaited.answer_bytes
+            batches[-1].append(ticket)
+        return batches
+
+    def _pulled(self, tickets: Sequence[str]) -> list[Delivery] | None:
+        """Return the deliveries for these tickets; None where the call failed."""
         try:
-            replies = list(self._grid.pull_messages(list(self._waiting)))
+            replies = list(self._grid.pull_messages(tickets))
         except _TRANSIENT as error:
             self._failing_since = self._failing_since or self.now()
             if self.now() - self._failing_since > PATIENCE:
                 raise ConnectionError(f"the SuperLink gives no answers ({one_line(error)})") from None
-            return arrived
+            return None
         except Exception as error:
             # A reply that Flower itself cannot put together. Anyone may have written it: it counts as silence.
             _log.warning("a reply cannot be read: %s", one_line(error, _MAX_REASON))
-            return arrived
+            return None
         self._failing_since = None
-        for reply in replies:
+        arrived: list[Delivery] = []
+        replies.reverse()
+        while replies:
+            reply = replies.pop()
             ticket = reply.metadata.reply_to_message_id
-            node = self._waiting.pop(ticket, None)
-            if node is not None:
-                arrived.append(_delivery(ticket, node, reply))
+            awaited = self._waiting.pop(ticket, None)
+            if awaited is not None:
+                arrived.append(_delivery(ticket, awaited.node, reply))
         return arrived
 
     def forget(self, tickets: Sequence[str]) -> None:

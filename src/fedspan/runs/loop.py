@@ -211,8 +211,10 @@ class MethodRun:
         )
         record |= self.budget.spent()
         record |= self._evaluations(round_num, last)
-        costs = {} if context.coordinator is None else context.coordinator.costs()
-        record |= {name: record[name] + cost for name, cost in costs.items()}  # of an evaluation by the clients
+        costs = {} if context.coordinator is None else context.coordinator.costs()  # of an evaluation by the clients
+        record |= {name: record[name] + cost for name, cost in costs.items()}
+        if record.get("client_evaluation") is not None and costs:
+            record["client_evaluation_costs"] = dict(costs)
         if best_record((*saved.history, record), self.context.metrics[0]) is record:
             # Before the checkpoint: a run that is killed in between does the round again, and writes the same.
             self.on_best(self)

@@ -63,10 +63,6 @@ class AnswerChecks:
             self._derived[rank] = method.broadcast(state, Request(rank))
         return self._derived[rank]
 
-    def patch_versions(self, client: Client) -> tuple[int, int]:
-        """Return the versions of the patch that the client holds, and that it will hold."""
-        return self.question.seen.get(client.client_id, 0), self.question.version
-
     def expect(self, client: Client, sent: Broadcast) -> None:
         """Expect an answer to this broadcast from the client.
 
@@ -84,6 +80,15 @@ class AnswerChecks:
             forms = protocol.shapes(update), protocol.types(update), update.scalings()
             self._by_broadcast[key] = (sent, _Expected(*forms, started.recipe))
         self._expected[client.client_id] = self._by_broadcast[key][1]
+
+    def answer_bytes(self, client_id: str) -> int:
+        """Return the bytes of the update that is expected from a client, in the types in which it is computed."""
+        expected = self._expected[client_id]
+        return sum(math.prod(shape) * expected.types[name].itemsize for name, shape in expected.shapes.items())
+
+    def answer(self, client: Client, reply: Reply | Problem) -> Answer:
+        """Return a client's reply as an answer, or the problem with it."""
+        return self.update(client, reply) if isinstance(reply, Reply) else unusable(client, reply)
 
     def update(self, client: Client, reply: Reply) -> Answer:
         """Return one client's update as an answer, or the problem with it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,8 +62,9 @@ class SiteContents:
         client_id: str,
         sent: Broadcast,
         derived: Broadcast,
-        described: Mapping[str, Any],
+        described: tuple[Mapping[str, Any], Mapping[str, Any]],
         outgoing: MessageTensors,
+        keep_all: bool = False,
     ) -> dict[str, Any]:
         """Name the tensors of a message that the client holds by digests, so that they are not sent.
 
@@ -72,7 +73,9 @@ class SiteContents:
         derived
             The broadcast that the site works out from the settings.
         described
-            The description of `sent` in the message.
+            The description of `sent` in the message, and that of its patch's news.
+        keep_all
+            The client is asked to keep everything, since it will be sent the same weights again.
 
         Returns
         -------
@@ -81,7 +84,11 @@ class SiteContents:
             `previous`, what the rest is completed from, where the method can.
         """
         held, count = self._of(client_id), len(outgoing.tensors)
-        keep = set(self._worth_keeping(question, sent, described, outgoing))
+        keep = set(
+            _whole_places(*described, outgoing)
+            if keep_all
+            else self._worth_keeping(question, sent, described[0], outgoing)
+        )
         names = {
             place: self._digest(tensor, outgoing.kinds[place])
             for place, tensor in enumerate(outgoing.tensors)
@@ -104,11 +111,20 @@ class SiteContents:
         held.sent = (question.round_num, sent) if self._method.complete is not None else None
         return {**fields, "held": sorted(known.items()), "store": sorted(keep)}
 
-    def answered(self, client_id: str, stored: bool) -> None:
-        """Take note that a client has answered to its last message, and whether it keeps what it was asked to."""
+    def answered(self, client_id: str, stored: bool, gone: Iterable[str] = ()) -> None:
+        """Take note that a client has answered to its last message.
+
+        Parameters
+        ----------
+        stored
+            It keeps what it was asked to.
+        gone
+            Digests of what it keeps no longer: where its room is too small, that would otherwise cost a round trip.
+        """
         held = self._of(client_id)
         if stored and len(held.digests) < _MOST_HELD:
             held.digests |= held.asked
+        held.digests.difference_update(gone)
         held.before = held.sent
 
     def forget(self, client_id: str) -> None:
@@ -139,7 +155,7 @@ class SiteContents:
             places += [place for place, trains in zip((b, a), trained, strict=True) if not trains]
         if self._method.complete is not None or question.place[0] + 1 < question.place[1]:
             places += described["dense"].values()
-        return [p for p in places if p is not None and num_bytes(outgoing.tensors[p]) >= LEAST_BYTES]
+        return _large(places, outgoing)
 
     def _previous(
         self,
@@ -184,3 +200,17 @@ class SiteContents:
         }
         dense = {name: t for name, t in before.dense.items() if known(t, derived.dense.get(name))}
         return Broadcast({}, dense, before.recipe, subspaces=spaces)
+
+
+def _whole_places(described: Mapping[str, Any], patch: Mapping[str, Any], outgoing: MessageTensors) -> list[int]:
+    """Return the places of all tensors of a broadcast, and of the news of its patch."""
+    places = [place for b, a, _ in described["adapter"].values() for place in (b, a)]
+    places += [place for place, _ in described["subspaces"].values()]
+    for group in ("dense", "correction", "moments"):
+        places += described[group].values()
+    places += [place for increment in patch["news"] for parts in increment.values() for place in parts]
+    return _large(places, outgoing)
+
+
+def _large(places: Iterable[int | None], outgoing: MessageTensors) -> list[int]:
+    return [p for p in places if p is not None and num_bytes(outgoing.tensors[p]) >= LEAST_BYTES]

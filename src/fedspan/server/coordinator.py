@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,13 @@ from fedspan.federation.exchange import Answer, BroadcastFor, Question, Summed
 from fedspan.federation.held_out import Collected, HeldOutTerms
 from fedspan.methods.base import Method
 from fedspan.methods.folds import Partial
-from fedspan.methods.messages import Broadcast, ClientState, Tensors, Update
+from fedspan.methods.messages import ClientState, Tensors, Update
 from fedspan.privacy.fixed_point import FixedPoint
 from fedspan.privacy.sum_layout import SumLayout
+from fedspan.server.broadcast_messages import BroadcastMessages, MessageForm, SumFields
 from fedspan.server.checks import AnswerChecks, unusable
 from fedspan.server.contents import SiteContents
+from fedspan.server.early_replies import EarlyReplies, in_order
 from fedspan.server.evaluations import Evaluation
 from fedspan.server.key_exchange import RunTerms
 from fedspan.server.masked_sums import MaskedSums
@@ -34,7 +38,7 @@ from fedspan.server.requests import NOT_CONNECTED, Problem, Reply, Requests
 from fedspan.server.roster_plan import RosterPlan
 from fedspan.server.sums import PlainSum, SumCollector, check_weights
 from fedspan.support.errors import FedspanError
-from fedspan.wire import agreement, protocol
+from fedspan.wire import agreement
 from fedspan.wire.protocol import MessageTensors
 from fedspan.wire.transport import Transport
 
@@ -75,14 +79,13 @@ class Coordinator:
         self.transport, self.method = transport, method
         self._seed, self._weighting, self._wire = config.seed, config.federation.weighting, config.wire
         self._deployment, self._privacy = config.deployment, config.privacy
+        self._folder, self._round_memory = out, config.engine.round_memory
         terms = agreement.terms(config)
         self._terms_digest = agreement.digest(terms)
         path = out / "sites.json"
         self.registry = SiteRegistry(transport, config.federation, config.deployment, terms, method, path, notify)
         self._requests = Requests(self.registry, config.wire.up)
         self._contents = SiteContents(self.registry, method)
-        self._payload_down = 0
-        """Bytes of tensors in the messages since the costs were last read."""
         least = requirements.least_in_sums(config.federation, config.privacy) if config.privacy.secure_sums else 2
         run_terms = RunTerms(config.privacy, config.federation.rounds, least, trusted)
         plan = RosterPlan(config.privacy, least, out / "sums.json", self.registry.notify)
@@ -153,17 +156,18 @@ class Coordinator:
         """Yield the answers in the order of the clients' ids, or as they come where the settings allow it."""
         checks = self._checks(question)
         by_id = {c.client_id: c for c in clients}
-        messages = _Messages(self, question, checks, self._ready(question, clients), broadcast_for)
-        absent = {who: unusable(by_id[who], NOT_CONNECTED) for who in sorted(by_id.keys() - messages.sent.keys())}
-        answers = (
-            checks.update(by_id[who], reply) if isinstance(reply, Reply) else unusable(by_id[who], reply)
-            for who, reply in self._replies(question, messages)
-        )
+        messages = self._messages(checks, self._ready(question, clients), broadcast_for, checks.answer_bytes)
+        absent = dict.fromkeys(sorted(by_id.keys() - messages.sent.keys()), NOT_CONNECTED)
+        replies = messages.replies(self._enough(question))
         if self._deployment.order == "sorted":
-            yield from _in_order(answers, absent, sorted(by_id))
+            room = self._round_memory
+            limit = None if room == "auto" else int(room * 2**30)
+            read = partial(self._requests.read, question)
+            replies = in_order(replies, absent, sorted(by_id), EarlyReplies(self._folder / ".early", limit, read))
         else:
-            yield from answers
-            yield from absent.values()
+            replies = chain(replies, absent.items())
+        # Not a loop, whose variable would hold each answer while the next one comes.
+        yield from starmap(lambda who, reply: checks.answer(by_id[who], reply), replies)
 
     def sum(
         self, question: Question, clients: Sequence[Client], broadcast_for: BroadcastFor, layout: SumLayout
@@ -211,9 +215,20 @@ class Coordinator:
             When fewer clients stayed than can unmask a sum of them.
         """
         sums = self._evaluation_sums if self._privacy.secure_sums else None
-        asking = Evaluation(self._requests, question, self._heading(question), terms, whole, self._privacy, sums)
-        checks = self._checks(question)
-        return asking.collect(clients, broadcast_for, checks.derived, self._wire.down)
+        fields = {"kind": "evaluate", "whole": whole}
+        derived, down, size = self._checks(question).derived, self._wire.down, 8 * terms.size
+        # What is judged between rounds is what the next round begins from, and what the last evaluation may ask about.
+        form = MessageForm(
+            question,
+            self._heading(question),
+            fields,
+            derived,
+            down,
+            keep=not whole,
+            answer_bytes=lambda _: size,
+        )
+        asking = Evaluation(self._requests, self._contents, form, terms, self._privacy, sums)
+        return asking.collect(clients, broadcast_for)
 
     def _collector(self, question: Question, ready: Sequence[Client], layout: SumLayout, rank: int) -> SumCollector:
         """Return what adds up the clients' parts, under masks or in the open."""
@@ -234,8 +249,7 @@ class Coordinator:
 
     def costs(self) -> Mapping[str, Any]:
         """Return the bytes sent and the time waited since the last call."""
-        payload, self._payload_down = self._payload_down, 0
-        return {**self._requests.costs(), "payload_down": payload}
+        return self._requests.costs()
 
     def _collect(
         self,
@@ -258,29 +272,41 @@ class Coordinator:
             return {"rank": rank, **collector.message_fields(client_id, outgoing)}
 
         asked = [c for c in ready if c.client_id not in collector.problems]
-        messages = _Messages(self, question, checks, asked, broadcast_for, sum_fields)
-        answers: dict[str, Answer] = {}
-        for client_id, reply in self._replies(question, messages):
+        messages = self._messages(checks, asked, broadcast_for, lambda client_id: 8 * num_words, sum_fields)
+
+        def added(client_id: str, reply: Reply | Problem) -> Answer | None:
             part = checks.words(by_id[client_id], num_words, reply) if isinstance(reply, Reply) else reply
             if isinstance(part, Problem):
                 collector.leave_out(client_id, part)
-                continue
+                return None
             words, answer = part
             try:
                 collector.add(client_id, words)
             except FedspanError as error:
                 # One client's bad vector must not end the sum of all the others.
                 collector.leave_out(client_id, Problem(str(error)))
-            else:
-                answers[client_id] = answer
-        return answers
+                return None
+            return answer
 
-    def _replies(self, question: Question, messages: _Messages) -> Iterator[tuple[str, Reply | Problem]]:
-        """Send the messages and yield the replies, after noting what the sites hold now."""
-        for client_id, reply in self._requests.exchange(question, messages, self._enough(question), messages.whole):
-            if isinstance(reply, Reply):
-                self._contents.answered(client_id, reply.header.get("stored", False))
-            yield client_id, reply
+        # Not a loop, whose variable would hold each vector while the next one comes.
+        answers = starmap(added, messages.replies(self._enough(question)))
+        return {answer.client.client_id: answer for answer in answers if answer is not None}
+
+    def _messages(
+        self,
+        checks: AnswerChecks,
+        clients: Sequence[Client],
+        broadcast_for: BroadcastFor,
+        answer_bytes: Callable[[str], int],
+        sum_fields: SumFields | None = None,
+    ) -> BroadcastMessages:
+        """Return the messages of an exchange of training, whose answers `checks` expects."""
+        question, heading, down = checks.question, self._heading(checks.question), self._wire.down
+        form = MessageForm(question, heading, {"kind": "ask"}, checks.derived, down, answer_bytes=answer_bytes)
+        # Expected from the broadcast that is sent, so that what is asked for and what is accepted cannot differ.
+        return BroadcastMessages(
+            self._requests, self._contents, form, clients, broadcast_for, sum_fields, checks.expect
+        )
 
     def _checks(self, question: Question) -> AnswerChecks:
         return AnswerChecks(self.method, question, self._initial, self._results, self._weighting, self._wire.up)
@@ -298,40 +324,6 @@ class Coordinator:
             "rank": question.template.rank,
             "num_clients": question.template.num_clients,
         }
-
-    def _message(
-        self,
-        question: Question,
-        client: Client,
-        sent: Broadcast,
-        checks: AnswerChecks,
-        sum_fields: Callable[[str, MessageTensors], dict[str, Any]] | None = None,
-    ) -> bytes:
-        """Return the message that asks one client, and have `checks` expect its answer.
-
-        Parameters
-        ----------
-        sum_fields
-            (client, the message's tensors) -> the description of the sum that it is to take part in; None: the client
-            is asked for its own update.
-        """
-        outgoing, derived = MessageTensors(), checks.derived(client.rank)
-        seen, version = checks.patch_versions(client)
-        described = protocol.put_broadcast(outgoing, sent, derived, self._wire.down)
-        head = {
-            **self._heading(question),
-            "kind": "ask",
-            "counted": question.counted.get(client.client_id, 0),
-            "broadcast": described,
-            "patch": protocol.put_patch(outgoing, sent, seen, version),
-        }
-        head |= self._contents.name(question, client.client_id, sent, derived, described, outgoing)
-        # From the broadcast that is sent, so that what is asked for and what is accepted cannot differ.
-        checks.expect(client, sent)
-        if sum_fields is not None:
-            head["sum"] = sum_fields(client.client_id, outgoing)
-        self._payload_down += outgoing.payload()
-        return protocol.encode(head, outgoing)
 
     def _ready(self, question: Question, clients: Sequence[Client]) -> list[Client]:
         """Return those of the clients that can be reached, after waiting for the others as long as the settings allow.
@@ -358,57 +350,3 @@ class Coordinator:
         Later exchanges are waited for in full, since they ask only the clients whose first answer was in time.
         """
         return self._needed if question.place[0] == 0 and self._deployment.oversample else None
-
-
-class _Messages(Mapping[str, bytes]):
-    """The messages of one exchange by client, each made when it is looked up, and again where it is sent once more."""
-
-    def __init__(
-        self,
-        coordinator: Coordinator,
-        question: Question,
-        checks: AnswerChecks,
-        clients: Sequence[Client],
-        broadcast_for: BroadcastFor,
-        sum_fields: Callable[[str, MessageTensors], dict[str, Any]] | None = None,
-    ) -> None:
-        self._coordinator, self._question, self._checks = coordinator, question, checks
-        self._clients, self._sum_fields = {c.client_id: c for c in clients}, sum_fields
-        coordinator._contents.begin(question)
-        self.sent = {c.client_id: broadcast_for(c) for c in clients}
-        """By client."""
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.sent)
-
-    def __len__(self) -> int:
-        return len(self.sent)
-
-    def __getitem__(self, client_id: str) -> bytes:
-        client, sent = self._clients[client_id], self.sent[client_id]
-        return self._coordinator._message(self._question, client, sent, self._checks, self._sum_fields)
-
-    def whole(self, client_id: str) -> bytes:
-        """Return a client's message with all of its tensors."""
-        self._coordinator._contents.forget(client_id)
-        return self[client_id]
-
-
-def _in_order(answers: Iterable[Answer], early: dict[str, Answer], ids: list[str]) -> Iterator[Answer]:
-    """Yield answers in the order of `ids`, each as soon as all before it are known.
-
-    Floating-point sums depend on their order, and the order of arrival is never the same twice.
-
-    Parameters
-    ----------
-    early
-        The answers that are known beforehand.
-    ids
-        Every client, in order.
-    """
-    waiting, known = list(ids), dict(early)
-    for answer in answers:
-        known[answer.client.client_id] = answer
-        while waiting and waiting[0] in known:
-            yield known.pop(waiting.pop(0))
-    yield from (known[client_id] for client_id in waiting)

@@ -6,7 +6,7 @@ so. The keys of these sums are apart from those of training, since other sites t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,17 +15,15 @@ import numpy as np
 from fedspan.config import PrivacyConfig
 from fedspan.data.metric_blocks import Vector
 from fedspan.federation.clients import Client
-from fedspan.federation.exchange import BroadcastFor, Question
+from fedspan.federation.exchange import BroadcastFor
 from fedspan.federation.held_out import Collected, HeldOutTerms
-from fedspan.methods.messages import Broadcast
 from fedspan.privacy.fixed_point import FixedPoint, Words
-from fedspan.server.key_exchange import Heading
+from fedspan.server.broadcast_messages import BroadcastMessages, MessageForm, SumFields
+from fedspan.server.contents import SiteContents
 from fedspan.server.masked_sums import MaskedSums
 from fedspan.server.requests import NOT_CONNECTED, Problem, Reply, Requests
 from fedspan.server.sums import PlainSum, SumCollector, check_weights
 from fedspan.support.errors import FedspanError
-from fedspan.wire import protocol
-from fedspan.wire.precision import Kind
 from fedspan.wire.protocol import DAMAGED, MessageTensors
 
 
@@ -34,28 +32,17 @@ class Evaluation:
     """One evaluation, from its messages to what came back."""
 
     requests: Requests
-    question: Question
-    heading: Heading
+    contents: SiteContents
+    form: MessageForm
     terms: HeldOutTerms
-    whole: bool
-    """On all held-out rows."""
     privacy: PrivacyConfig
     masked: MaskedSums | None
     """Makes the sums of evaluations, where they are under masks."""
     problems: dict[str, Problem] = field(default_factory=dict)
     """Client -> the reason why it is not in the figures."""
 
-    def collect(
-        self, clients: Sequence[Client], broadcast_for: BroadcastFor, derived: Callable[[int], Broadcast], kind: Kind
-    ) -> Collected:
+    def collect(self, clients: Sequence[Client], broadcast_for: BroadcastFor) -> Collected:
         """Ask those of the clients that can be reached; nobody is waited for who is not there.
-
-        Parameters
-        ----------
-        derived
-            Rank -> the broadcast that a site works out by itself.
-        kind
-            The type in which broadcasts travel.
 
         Raises
         ------
@@ -64,20 +51,21 @@ class Evaluation:
         """
         registry = self.requests.registry
         registry.greet()
-        away = registry.quarantined(self.question.round_num)
+        away = registry.quarantined(self.form.question.round_num)
         ready = [client for client in registry.reachable(clients) if client.client_id not in away]
         self.problems = {client.client_id: NOT_CONNECTED for client in clients if client not in ready}
-
-        def message(client: Client, fields: Callable[[str, MessageTensors], dict[str, Any]] | None = None) -> bytes:
-            return self._message(client, broadcast_for(client), derived(client.rank), kind, fields)
-
-        found = self._sum(ready, message) if self.terms.sums else self._open(ready, message)
+        found = self._sum(ready, broadcast_for) if self.terms.sums else self._open(ready, broadcast_for)
         reasons = {name: problem.reason for name, problem in sorted(self.problems.items())}
         return Collected(found.by_client, found.total, found.num_clients, reasons)
 
-    def _open(self, ready: Sequence[Client], message: Callable[[Client], bytes]) -> Collected:
+    def _messages(
+        self, asked: Sequence[Client], broadcast_for: BroadcastFor, sum_fields: SumFields | None = None
+    ) -> BroadcastMessages:
+        return BroadcastMessages(self.requests, self.contents, self.form, asked, broadcast_for, sum_fields)
+
+    def _open(self, ready: Sequence[Client], broadcast_for: BroadcastFor) -> Collected:
         by_client: dict[str, Vector] = {}
-        for client_id, reply in self.requests.exchange(self.question, {c.client_id: message(c) for c in ready}):
+        for client_id, reply in self._messages(ready, broadcast_for).replies():
             vector = self._vector(reply) if isinstance(reply, Reply) else reply
             if isinstance(vector, Problem):
                 self.problems[client_id] = vector
@@ -95,11 +83,7 @@ class Evaluation:
         problem = self.terms.problem(vector)
         return vector if problem is None else Problem(problem)
 
-    def _sum(
-        self,
-        ready: Sequence[Client],
-        message: Callable[[Client, Callable[[str, MessageTensors], dict[str, Any]]], bytes],
-    ) -> Collected:
+    def _sum(self, ready: Sequence[Client], broadcast_for: BroadcastFor) -> Collected:
         if not ready:
             return Collected()
         rank = max(client.rank for client in ready)
@@ -111,8 +95,8 @@ class Evaluation:
             def fields(client_id: str, outgoing: MessageTensors, collector: SumCollector = collector) -> dict[str, Any]:
                 return {"rank": rank, **collector.message_fields(client_id, outgoing)}
 
-            asked = {c.client_id: message(c, fields) for c in ready if c.client_id not in collector.problems}
-            answered = self._added(asked, collector)
+            asked = [client for client in ready if client.client_id not in collector.problems]
+            answered = self._added(self._messages(asked, broadcast_for, fields), collector)
             total = collector.total()
         self.problems |= {name: problem for name, problem in collector.problems.items() if name not in answered}
         if not answered:
@@ -127,14 +111,14 @@ class Evaluation:
     def _collector(self, ready: Sequence[Client], rank: int) -> SumCollector:
         layout = self.terms.sum_layout()
         if self.masked is not None:
-            return self.masked.begin(self.question, self.heading, ready, layout, rank)
+            return self.masked.begin(self.form.question, self.form.heading, ready, layout, rank)
         point = FixedPoint(self.privacy.fraction_bits)
         return PlainSum(layout.num_words, point, len(ready), {client.client_id: 1.0 for client in ready})
 
-    def _added(self, asked: dict[str, bytes], collector: SumCollector) -> list[str]:
+    def _added(self, messages: BroadcastMessages, collector: SumCollector) -> list[str]:
         """Ask for the parts of a sum and add those that are right; return the clients in it."""
         answered: list[str] = []
-        for client_id, reply in self.requests.exchange(self.question, asked):
+        for client_id, reply in messages.replies():
             if isinstance(reply, Problem):
                 collector.leave_out(client_id, reply)
                 continue
@@ -145,27 +129,6 @@ class Evaluation:
             else:
                 answered.append(client_id)
         return answered
-
-    def _message(
-        self,
-        client: Client,
-        sent: Broadcast,
-        derived: Broadcast,
-        kind: Kind,
-        fields: Callable[[str, MessageTensors], dict[str, Any]] | None,
-    ) -> bytes:
-        outgoing, question, client_id = MessageTensors(), self.question, client.client_id
-        head = {
-            **self.heading,
-            "kind": "evaluate",
-            "counted": question.counted.get(client_id, 0),
-            "whole": self.whole,
-            "broadcast": protocol.put_broadcast(outgoing, sent, derived, kind),
-            "patch": protocol.put_patch(outgoing, sent, question.seen.get(client_id, 0), question.version),
-        }
-        if fields is not None:
-            head["sum"] = fields(client_id, outgoing)
-        return protocol.encode(head, outgoing)
 
 
 def _words(reply: Reply, name: str, size: int) -> Words:

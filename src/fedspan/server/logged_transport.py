@@ -55,7 +55,7 @@ class LoggedTransport:
         """Return the client id for which a node may speak."""
         return self._transport.client_of(node)
 
-    def send(self, messages: Sequence[tuple[str, bytes]], lifetime: float) -> list[str]:
+    def send(self, messages: Sequence[tuple[str, bytes]], lifetime: float, answer_bytes: int = 0) -> list[str]:
         """Write down the messages, send them, and return their tickets."""
         described: dict[int, dict[str, Any]] = {}
         events = []
@@ -65,7 +65,7 @@ class LoggedTransport:
                 described[id(content)] = self._described(content)
             events.append({"event": "sent", "to": self._name(node), "node": node, **described[id(content)]})
         entries = self._log.append(*events)
-        tickets = self._transport.send(self._sealed(messages, described), lifetime)
+        tickets = self._transport.send(self._sealed(messages, described), lifetime, answer_bytes)
         for ticket, (node, _), entry in zip(tickets, messages, entries, strict=True):
             self._waiting[ticket] = _Sent(node, entry["number"], entry.get("run"))
         return tickets
@@ -86,11 +86,11 @@ class LoggedTransport:
 
     def poll(self) -> list[Delivery]:
         """Return the outcomes known since the last call, after writing them down."""
-        deliveries, events = [], []
-        for delivery in self._transport.poll():
-            sent = self._waiting.pop(delivery.ticket, None)
-            delivery, event = self._received(delivery, sent)
-            deliveries.append(delivery)
+        deliveries, events = self._transport.poll(), []
+        for place in range(len(deliveries)):
+            # In its place in the list, so that the message with its envelope is let go of.
+            sent = self._waiting.pop(deliveries[place].ticket, None)
+            deliveries[place], event = self._received(deliveries[place], sent)
             events.append(event)
         for entry in self._log.append(*events) if events else ():
             if "rolled_back" in entry:

@@ -13,7 +13,7 @@ from fedspan.server.registry import SiteRegistry
 from fedspan.support.errors import FedspanError, one_line
 from fedspan.wire import protocol, refusals, schema
 from fedspan.wire.precision import Kind
-from fedspan.wire.transport import Delivery
+from fedspan.wire.transport import AT_ONCE, Delivery
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,8 @@ class Reply:
 
     header: schema.SiteAnswer
     tensors: list[Tensor]
+    content: bytes
+    """The message as it came, from which it can be read again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,6 @@ class Problem:
 
 _MAX_REASON = 400
 """Characters of the reason against an answer."""
-_AT_ONCE = 2**26
-"""Bytes of messages after which they are sent, before more are made."""
 NOT_CONNECTED = Problem("is not connected", absent=True)
 
 
@@ -51,6 +51,8 @@ NOT_CONNECTED = Problem("is not connected", absent=True)
 class _Costs:
     wire_up: int = 0
     wire_down: int = 0
+    payload_down: int = 0
+    """The tensors of the messages that carry a broadcast."""
     round_trips: int = 0
     waited_seconds: float = 0.0
     """From the sending of messages until the last answer that was waited for."""
@@ -76,14 +78,22 @@ class Requests:
         costs, self._costs = self._costs, _Costs()
         return asdict(costs)
 
+    def count_payload(self, num_bytes: int) -> None:
+        """Count the tensors of a message."""
+        self._costs.payload_down += num_bytes
+
     def exchange(
         self,
         question: Question,
         messages: Mapping[str, bytes],
         enough: int | None = None,
         again: Callable[[str], bytes] | None = None,
+        answer_bytes: Callable[[str], int] = lambda client_id: 0,
     ) -> Iterator[tuple[str, Reply | Problem]]:
         """Send every client its message, and yield the answers as they come: each client once, with a reply or not.
+
+        One answer is in memory at a time, or `AT_ONCE` bytes of them, where the caller lets go of each before it takes
+        the next.
 
         Parameters
         ----------
@@ -94,53 +104,69 @@ class Requests:
         again
             Returns the message with all of its tensors, for a client that lacks some of those that were named by their
             digests. It is asked once more in the same exchange, and no second time.
+        answer_bytes
+            Returns about the bytes of a client's answer, once its message was looked up.
         """
-        deployment, wanted = self.registry.deployment, len(messages) if enough is None else enough
-        began = self.transport.now()
-        tickets = self._send(messages)
-        num_replies, slowest, repeated = 0, 0.0, set[str]()
-        while tickets and num_replies < wanted and self.transport.now() - began < deployment.deadline:
-            for delivery in self.transport.poll():
-                client_id = tickets.pop(delivery.ticket, None)
-                if client_id is None:
+        wanted, began = len(messages) if enough is None else enough, self.transport.now()
+        tickets = self._send(messages, answer_bytes)
+        replied, slowest, repeated = set[str](), 0.0, set[str]()
+        for client_id, reply in self._arriving(question, tickets, began, lambda: len(replied) >= wanted):
+            if isinstance(reply, Reply) and "lacks" in reply.header:
+                if again is not None and client_id not in repeated:
+                    repeated.add(client_id)
+                    tickets |= self._send({client_id: again(client_id)}, answer_bytes)
                     continue
-                reply = self._read(client_id, question, delivery)
-                self.registry.record(client_id, question.round_num, missed=delivery.content is None)
-                if isinstance(reply, Reply) and "lacks" in reply.header:
-                    if again is not None and client_id not in repeated:
-                        repeated.add(client_id)
-                        tickets |= self._send({client_id: again(client_id)})
-                        continue
-                    reply = Problem("says that it lacks tensors that it was sent")
-                if isinstance(reply, Reply):
-                    num_replies += 1
-                    slowest = max(slowest, reply.header.get("seconds", 0.0))
-                yield client_id, reply
-            if tickets and num_replies < wanted:
-                self.transport.sleep(deployment.poll)
+                reply = Problem("says that it lacks tensors that it was sent")
+            if isinstance(reply, Reply):
+                replied.add(client_id)
+                slowest = max(slowest, reply.header.get("seconds", 0.0))
+            yield client_id, reply
+            del reply  # it is not held while the next one comes
         self.transport.forget(list(tickets))
         self._costs.waited_seconds += self.transport.now() - began
         self._costs.slowest_seconds += slowest
-        yield from self._unanswered(question, list(tickets.values()), num_replies >= wanted)
+        yield from self._unanswered(question, list(tickets.values()), len(replied) >= wanted)
 
-    def _send(self, messages: Mapping[str, bytes]) -> dict[str, str]:
+    def _arriving(
+        self, question: Question, tickets: dict[str, str], began: float, had_enough: Callable[[], bool]
+    ) -> Iterator[tuple[str, Reply | Problem]]:
+        """Yield what comes for these tickets until the deadline, and take out each ticket that was answered."""
+        deployment = self.registry.deployment
+        while tickets and not had_enough() and self.transport.now() - began < deployment.deadline:
+            deliveries = self.transport.poll()
+            if not deliveries:
+                self.transport.sleep(deployment.poll)
+            deliveries.reverse()
+            while deliveries:
+                delivery = deliveries.pop()
+                client_id = tickets.pop(delivery.ticket, None)
+                if client_id is not None:
+                    self.registry.record(client_id, question.round_num, missed=delivery.content is None)
+                    arrived = client_id, self._read(client_id, question, delivery)
+                    del delivery
+                    yield arrived
+                    del arrived
+
+    def _send(self, messages: Mapping[str, bytes], answer_bytes: Callable[[str], int]) -> dict[str, str]:
         """Send the messages; return the client of every ticket."""
         self._costs.round_trips += 1
         tickets: dict[str, str] = {}
         waiting: dict[str, bytes] = {}
         for client_id in messages:
             waiting[client_id] = messages[client_id]
-            if sum(map(len, waiting.values())) >= _AT_ONCE:
-                tickets |= self._sent(waiting)
+            if sum(map(len, waiting.values())) >= AT_ONCE:
+                tickets |= self._sent(waiting, answer_bytes)
                 waiting = {}
-        return tickets | self._sent(waiting)
+        return tickets | self._sent(waiting, answer_bytes)
 
-    def _sent(self, messages: Mapping[str, bytes]) -> dict[str, str]:
+    def _sent(self, messages: Mapping[str, bytes], answer_bytes: Callable[[str], int]) -> dict[str, str]:
         if not messages:
             return {}
         self._costs.wire_down += sum(map(len, messages.values()))
         addressed = [(self.registry.members[c].node, content) for c, content in messages.items()]
-        return dict(zip(self.transport.send(addressed, self.registry.deployment.deadline), messages, strict=True))
+        largest = max(map(answer_bytes, messages))
+        tickets = self.transport.send(addressed, self.registry.deployment.deadline, largest)
+        return dict(zip(tickets, messages, strict=True))
 
     def _unanswered(
         self, question: Question, client_ids: list[str], had_enough: bool
@@ -159,8 +185,12 @@ class Requests:
         if delivery.content is None:
             return Problem(delivery.error or "gave no answer", absent=True)
         self._costs.wire_up += len(delivery.content)
+        return self.read(question, client_id, delivery.content)
+
+    def read(self, question: Question, client_id: str, content: bytes) -> Reply | Problem:
+        """Return the answer to a question in a message that came, or the problem with it."""
         try:
-            head, tensors = protocol.decode(delivery.content, [self._kind])
+            head, tensors = protocol.decode(content, [self._kind])
             header = schema.answer(head)
         except FedspanError as error:
             return Problem(f"sent {error}")
@@ -169,7 +199,7 @@ class Requests:
         if header["client_id"] != client_id:
             return Problem(f"answered as {header['client_id']!r}")
         mismatch = self._mismatch(question, header)
-        return Reply(header, tensors) if mismatch is None else Problem(mismatch)
+        return Reply(header, tensors, content) if mismatch is None else Problem(mismatch)
 
     def _refusal(self, client_id: str, head: schema.Refusal) -> Problem:
         """Return the reason that a site gives for not answering; one that cannot read its settings has no name."""

@@ -39,16 +39,24 @@ class ContentStore:
         self._folder, self._limit = folder, limit
         self._sizes: dict[str, int] = {}
         """By digest, in the order of their last use."""
+        self._gone: dict[str, None] = {}
         for path in sorted(folder.glob("*"), key=_age) if folder.is_dir() else ():
             if limit and _NAME.fullmatch(path.name):
                 self._sizes[path.name] = path.stat().st_size
             else:
                 _remove(path)  # the rest of a write that was cut off
         self._make_room(0)
+        self._gone.clear()  # the greeting says what is held
 
     def digests(self) -> list[str]:
         """Return the digests of what is held, as many as a greeting may name, the last used ones first."""
         return list(reversed(self._sizes))[:MAX_HELD]
+
+    def gone(self) -> list[str]:
+        """Return the digests of what was held when this was last called and is not any more, as many as an answer may
+        name."""
+        gone, self._gone = list(self._gone), {}
+        return gone[:MAX_HELD]
 
     def get(self, name: str) -> Tensor | None:
         """Return the tensor of that digest, or None where it is not held or its file is damaged."""
@@ -92,6 +100,7 @@ class ContentStore:
             _remove(temporary)
             return False  # a full disk costs traffic, and no round
         self._sizes[name] = max(size, len(content))
+        self._gone.pop(name, None)
         return True
 
     def _make_room(self, size: int) -> None:
@@ -103,7 +112,8 @@ class ContentStore:
             self._drop(name)
 
     def _drop(self, name: str) -> None:
-        self._sizes.pop(name, None)
+        if self._sizes.pop(name, None) is not None:
+            self._gone[name] = None
         _remove(self._folder / name)
 
 

@@ -115,13 +115,20 @@ class LocalWork:
 
     def received_model(
         self, message: Mapping[str, Any], header: RoundHeader, tensors: Sequence[Tensor], question: Question
-    ) -> Broadcast:
-        """Return the model that the client has after a broadcast: with its own state, where the method keeps one."""
-        sent, _ = self._received(message, header, tensors, question)
+    ) -> tuple[Broadcast, bool]:
+        """Return the model that the client has after a broadcast: with its own state, where the method keeps one; and
+        whether the client keeps all that it was asked to.
+
+        Raises
+        ------
+        Lacking
+            When the message names a tensor by its digest that this site does not hold.
+        """
+        sent, stored = self._received(message, header, tensors, question)
         started = self._method.start(sent, self._state_after(header, question))
         self._derived = None  # of another round than the one that may be going on
         self._model.check_fits(started)
-        return started
+        return started, stored
 
     def question(self, message: Mapping[str, Any], header: RoundHeader) -> Question:
         """Return the question that a message asks.

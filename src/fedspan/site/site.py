@@ -140,7 +140,10 @@ class Site:
         head, tensors = protocol.decode(content)
         kind, message = schema.question(head)
         outgoing = MessageTensors()
-        fields = self._handlers[kind](message, tensors, outgoing)
+        try:
+            fields = self._handlers[kind](message, tensors, outgoing)
+        except Lacking as error:
+            fields = {"lacks": error.digests}
         fields |= {key: message[key] for key in ("run", "round", "number") if key in message}
         return protocol.encode({"client_id": self.client.client_id, **fields}, outgoing)
 
@@ -165,11 +168,9 @@ class Site:
         if (self.privacy.secure_sums or self.privacy.fixed_point) != ("sum" in message):
             raise Refused("a question for this site's own update, where only sums may be known", Code.OWN_UPDATE)
         question = self.work.question(message, header)
-        try:
-            answer = self.work.answer(question, message, header, tensors)
-        except Lacking as error:
-            return {"lacks": error.digests}
-        fields: Fields = {"seconds": answer.seconds, "optimizer_bytes": answer.optimizer_bytes, "stored": answer.stored}
+        answer = self.work.answer(question, message, header, tensors)
+        fields: Fields = {"seconds": answer.seconds, "optimizer_bytes": answer.optimizer_bytes}
+        fields |= {"stored": answer.stored, "gone": self._contents.gone()}
         if "sum" in message:
             words = self._words(header, message["sum"], answer)
             fields["words"] = outgoing.put(torch.from_numpy(words.view(np.int64)))
@@ -185,9 +186,10 @@ class Site:
         if (self.privacy.secure_sums or self.privacy.fixed_point) != ("sum" in message):
             raise Refused("a question for this site's own statistics, where only sums may be known", Code.OWN_UPDATE)
         began = time.perf_counter()
-        model = self.work.received_model(message, header, tensors, self.work.evaluation(message, header))
+        # Before anything is counted or masked: an evaluation whose tensors are lacking is asked for once more.
+        model, stored = self.work.received_model(message, header, tensors, self.work.evaluation(message, header))
         vector = self._held_out.statistics(model, header, whole=message["whole"])
-        fields: Fields = {"seconds": time.perf_counter() - began}
+        fields: Fields = {"seconds": time.perf_counter() - began, "stored": stored, "gone": self._contents.gone()}
         if "sum" not in message:
             return {**fields, "statistics": outgoing.put(torch.from_numpy(vector.view(np.int64)))}
         words = self._summed_statistics(header, message["sum"], self._held_out.terms, vector)

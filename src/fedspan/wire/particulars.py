@@ -15,9 +15,11 @@ from fedspan.wire.refusals import TEXTS, is_incident
 _KINDS = {
     "hello": "greeting",
     "ask": "question",
+    "evaluate": "question about held-out rows",
     "advertise": "question for keys",
     "share": "question for shares",
     "receive": "shares",
+    "sign": "question to sign survivors",
     "unmask": "question to unmask",
     "convict": "proof of false shares",
 }
@@ -25,9 +27,12 @@ _KINDS = {
 _ANSWERS = {
     "update": "update",
     "words": "part of a sum",
+    "statistics": "statistics",
+    "lacks": "list of lacking tensors",
     "keys": "keys",
     "shares": "shares",
     "false": "receipt of shares",
+    "signature": "signature",
     "unmask": "help to unmask",
     "shapes": "introduction",
 }

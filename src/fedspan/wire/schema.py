@@ -125,6 +125,8 @@ class SiteAnswer(TypedDict):
     """The message counts on tensors of these digests, which it does not hold: it wants to be asked again."""
     stored: NotRequired[Flag]
     """It holds every tensor now that it was asked to keep."""
+    gone: NotRequired[Annotated[list[ContentDigest], Field(max_length=MAX_HELD)]]
+    """Of tensors that it had to let go of since its last answer."""
     seconds: NotRequired[Seconds]
     optimizer_bytes: NotRequired[Bytes]
     train_loss: NotRequired[Loss | None]
@@ -243,11 +245,9 @@ class _Placed(TypedDict):
     num_clients: Count
 
 
-@with_config(_STRICT)
-class Ask(_Placed):
-    """A question for an update, or for a part of a sum."""
+class _WithBroadcast(_Placed):
+    """The fields of a message that carries a broadcast."""
 
-    kind: Literal["ask"]
     counted: Count
     broadcast: BroadcastHead
     patch: PatchHead
@@ -260,18 +260,21 @@ class Ask(_Placed):
 
 
 @with_config(_STRICT)
-class Evaluate(_Placed):
+class Ask(_WithBroadcast):
+    """A question for an update, or for a part of a sum."""
+
+    kind: Literal["ask"]
+
+
+@with_config(_STRICT)
+class Evaluate(_WithBroadcast):
     """A question for the statistics of a model on a client's held-out rows, or for a part of their sum.
 
     Its round is the number of finished rounds, and its number that after the last of the method's exchanges."""
 
     kind: Literal["evaluate"]
-    counted: Count
-    broadcast: BroadcastHead
-    patch: PatchHead
     whole: Flag
     """On all of them, not only as many as `evaluation.max_examples` says."""
-    sum: NotRequired[SumHead]
 
 
 @with_config(_STRICT)

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+AT_ONCE = 2**26
+"""Bytes of messages that are in memory together: beyond it, each one goes out, or comes in, before the next."""
+
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
@@ -38,7 +41,7 @@ class Transport(Protocol):
             For a node that may speak for no client.
         """
 
-    def send(self, messages: Sequence[tuple[str, bytes]], lifetime: float) -> list[str]:
+    def send(self, messages: Sequence[tuple[str, bytes]], lifetime: float, answer_bytes: int = 0) -> list[str]:
         """Send each node its message, and return a ticket for each, in the same order.
 
         Parameters
@@ -47,10 +50,16 @@ class Transport(Protocol):
             (node, content).
         lifetime
             Seconds after which neither the message nor an answer to it is wanted any more.
+        answer_bytes
+            Bytes of the largest answer, about: `poll` fetches large ones one at a time.
         """
 
     def poll(self) -> list[Delivery]:
-        """Return the outcomes known since the last call, each once, without waiting."""
+        """Return outcomes known since the last call, each once, without waiting; the list is the caller's.
+
+        It may be a part of them, so that answers of no more than `AT_ONCE` bytes, or a single one, are in memory at a
+        time; where it is empty, none is known now.
+        """
 
     def forget(self, tickets: Sequence[str]) -> None:
         """Stop waiting for these; a late answer is dropped."""

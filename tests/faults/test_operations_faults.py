@@ -58,7 +58,9 @@ def script(up: Deployed, *command: str, folder: str = "server") -> subprocess.Co
 
 
 def end(up: Deployed, site: str) -> None:
-    up.kill("fedspan.flower.client_app_process", site=site)
+    process = "fedspan.flower.client_app_process"
+    until(lambda: bool(up.pids(process, site=site)), 120, f"{site} is up")
+    up.kill(process, site=site)
     until(lambda: up.ended(site) is not None, 60, f"the end of {site}")
 
 

@@ -111,6 +111,9 @@ def test_a_site_is_upgraded_alone(up: Deployed, outcomes: Outcome) -> None:
     name = "client-2-upgraded"
     environment = {**up.environment, "PYTHONPATH": os.pathsep.join([str(place), before])}
     up.tree.start(name, ["./start.sh"], up.folder / "sites/client-2", environment)
+    log = up.folder / "logs" / f"{name}.log"
+    # On a busy machine its worker takes longer to load than the run waits for sites.
+    until(lambda: "client-2 is ready" in log.read_text(errors="replace"), 240, "the upgraded worker is ready")
     up.configure(federation={"min_success": 2, "min_clients": 2}, deployment={"wait": 40})
     begun = run(up, "upgraded")
     lines = [line for line in begun.said("is not taken in") if "client-2" in line and "schema" in line]

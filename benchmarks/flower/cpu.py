@@ -9,6 +9,7 @@ Each arm is one deployment of the embedded task with four sites, as `fedspan flo
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -94,9 +95,7 @@ def measure(arm: str, rounds: int, in_memory: bool) -> dict[str, Any]:
 def row(line: dict[str, Any]) -> str:
     """Return the medians over the rounds after the first, in CPU seconds."""
     after = line["after"]
-    steps = [
-        {key: y.get(key, 0.0) - x.get(key, 0.0) for key in y} for x, y in zip(after[:-1], after[1:], strict=True)
-    ]
+    steps = [{key: y.get(key, 0.0) - x.get(key, 0.0) for key in y} for x, y in itertools.pairwise(after)]
     kinds = ("SuperLink", "proxy", "run", "SuperNodes", "executors", "workers")
     cells = [f"{statistics.median(step.get(kind, 0.0) for step in steps):.2f} s" for kind in kinds]
     return f"| `{line['arm']}` | {line['database']} | {' | '.join(cells)} |"

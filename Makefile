@@ -32,8 +32,8 @@ digits: install
 # The same federation twice: between real processes under secure sums, and in one process without masks.
 TRIAL  ?= runs/flower-$(shell date +%Y%m%d-%H%M%S)
 FEDERATION := --set method.name=glora_sums --set federation.num_clients=4 --set federation.participation=1.0 \
-  --set 'federation.ranks=[2,4,8,16]' --set federation.rounds=6 \
-  --set evaluation.where=clients --set data.client_holdout=0.2
+  --set 'federation.ranks=[2,4,8,16]' --set federation.rounds=4 --set local.steps=15 \
+  --set evaluation.where=clients --set data.client_holdout=0.2 --set evaluation.max_examples=30
 
 demo-flower: $(VENV)/.flower
 	$(BIN)/fedspan flower up $(TRIAL) --sites 4 $(FEDERATION) --set privacy.secure_sums=true --run federation

@@ -14,7 +14,7 @@ from audited import Audited
 
 import fedspan
 from fedspan.auditing.exposure import Exposure, Extraction
-from fedspan.auditing.findings import extraction_finding
+from fedspan.auditing.findings import Finding, extraction_finding, in_one_sentence
 from fedspan.auditing.inversion import MASKED, RAW, invert
 from fedspan.auditing.messages import FirstRound
 from fedspan.auditing.sources import find_source
@@ -31,6 +31,21 @@ def test_a_model_that_knows_its_rows_by_heart_is_found_out(overfitted: Audited) 
     assert point is not None
     assert point.tpr.low > 0.2
     assert overfitted.dossier.findings[0].verdict == "found"
+
+
+def test_the_verdict_is_of_the_attacks_that_were_made(overfitted: Audited, private: Audited) -> None:
+    assert overfitted.dossier.verdict.startswith("3 of 3 questions about attacks were put to this model, and in ")
+    assert overfitted.dossier.verdict.endswith("an attack succeeded: the model gives something away.")
+    won = [one for one in overfitted.dossier.findings[:-1] if one.verdict == "found"]
+    assert f"in {len(won)} of them" in overfitted.dossier.verdict
+    one, none = Finding("?", "found", "", ""), Finding("?", "not tried", "", "")
+    assert in_one_sentence([one, none, none, none]).startswith(
+        "One of 3 questions about attacks was put to this model,"
+    )
+    assert "in it an attack succeeded" in in_one_sentence([one, none, none, none])
+    safe = Finding("?", "not found", "", "")
+    assert in_one_sentence([safe, safe, none, none]).endswith("and no attack succeeded.")
+    assert "does not hold" in in_one_sentence([safe, safe, none, one])
 
 
 def test_the_untouched_base_tells_nothing(overfitted: Audited) -> None:

@@ -25,6 +25,8 @@ def test_a_dossier_is_a_page_and_a_record_and_may_be_replaced(overfitted: Audite
     text = page.read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", text), "nothing is loaded from elsewhere"
     assert "<script" not in text
+    assert html.escape(overfitted.dossier.verdict) in text
+    assert re.search(r"below 0\.013 a secret counts as found.* 7\.6 at rank 1", text)
     for one in overfitted.dossier.findings:
         assert html.escape(one.question).replace("&#x27;", "&#39;") in text
     content = json.loads(record.read_text())
@@ -40,8 +42,12 @@ def test_a_dossier_is_a_page_and_a_record_and_may_be_replaced(overfitted: Audite
 
 def test_names_from_outside_are_text_on_the_page(skewed: Path, tmp_path: Path) -> None:
     bad = Path(shutil.copytree(skewed, tmp_path / "<img src=x onerror=alert(1)>"))
-    page, _ = files.write(fedspan.audit(bad, messages=False), tmp_path / "out")
+    dossier = fedspan.audit(bad, messages=False)
+    page, _ = files.write(dossier, tmp_path / "out")
     assert "<img" not in page.read_text()
+    # The rows are there: that messages were not attacked was asked for.
+    assert dossier.findings[2].answer.startswith("Left out on request (--no-messages)")
+    assert "left out on request" in page.read_text()
 
 
 def test_a_model_card_keeps_what_others_wrote(overfitted: Audited, private: Audited, tmp_path: Path) -> None:

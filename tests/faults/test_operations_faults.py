@@ -58,7 +58,9 @@ def script(up: Deployed, *command: str, folder: str = "server") -> subprocess.Co
 
 
 def end(up: Deployed, site: str) -> None:
-    up.kill("fedspan.flower.client_app_process", site=site)
+    process = "fedspan.flower.client_app_process"
+    until(lambda: bool(up.pids(process, site=site)), 120, f"{site} is up")
+    up.kill(process, site=site)
     until(lambda: up.ended(site) is not None, 60, f"the end of {site}")
 
 
@@ -109,6 +111,9 @@ def test_a_site_is_upgraded_alone(up: Deployed, outcomes: Outcome) -> None:
     name = "client-2-upgraded"
     environment = {**up.environment, "PYTHONPATH": os.pathsep.join([str(place), before])}
     up.tree.start(name, ["./start.sh"], up.folder / "sites/client-2", environment)
+    log = up.folder / "logs" / f"{name}.log"
+    # On a busy machine its worker takes longer to load than the run waits for sites.
+    until(lambda: "client-2 is ready" in log.read_text(errors="replace"), 240, "the upgraded worker is ready")
     up.configure(federation={"min_success": 2, "min_clients": 2}, deployment={"wait": 40})
     begun = run(up, "upgraded")
     lines = [line for line in begun.said("is not taken in") if "client-2" in line and "schema" in line]

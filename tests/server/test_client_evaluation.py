@@ -14,8 +14,11 @@ from test_remote import IDS, Federation, settings
 
 from fedspan.config import Config
 from fedspan.data import load as load_data
+from fedspan.data.metric_sums import StatisticsLayout
+from fedspan.data.metrics import METRICS
 from fedspan.federation.clients import make_clients
 from fedspan.federation.held_out import HeldOutTerms
+from fedspan.federation.held_out_metrics import left_out_notes
 from fedspan.runs.events import Event
 from fedspan.runs.execution import resume, run
 from fedspan.runs.trained import find_trained
@@ -55,12 +58,12 @@ def test_sites_come_to_the_figures_of_one_process(
     fed = Federation(config, tmp_path)
     there = fed.serve()
     assert evaluations(there) == evaluations(here.history)
-    # Personal models differ from the base before they are trained by nothing, so only shared ones have a best round.
     assert [r["eval"] for r in there] == [r["eval"] for r in here.history] != [None, None]
     mine, theirs = (summary_of(folder) for folder in (tmp_path / "here", tmp_path / "run"))
     for key in ("client_evaluation", "federated", "base", "worst_client", "classes", "best"):
         assert mine[key] == theirs[key], key
     assert mine["federated"] is not None
+    assert mine["best"]["validation"] == here.history[mine["best"]["round_num"] - 1]["client_evaluation"]["figures"]
     assert mine["client_evaluation"]["clients"] == 4
     assert theirs["clients"][0]["data"] == "own"
 
@@ -209,6 +212,78 @@ def test_the_clients_rows_find_the_best_round_and_stop_the_run(
     assert judged_last is not None
     assert best["rows"] == judged_last["rows"]
     assert (tmp_path / "run" / "adapter-best").exists()
+
+
+def test_personal_models_have_a_best_round_and_stop_the_run(
+    bases: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    """By the clients' own figures alone: the same round and the same stop in one process and between sites."""
+    config = judged(
+        bases["bert"], texts, "fedsa_lora", evaluation={"patience": 2, "base": False}, federation={"rounds": 9}
+    )
+    here = run(config, tmp_path / "here")
+    assert here.summary["stopped_early"]
+    best = here.summary["best"]
+    assert best is not None
+    assert best["round_num"] == len(here.history) - 2
+    assert best["validation"]["accuracy"] == max(record["validation"]["accuracy"] for record in here.history)
+    there = Federation(config, tmp_path).serve()
+    assert evaluations(there) == evaluations(here.history)
+    theirs = summary_of(tmp_path / "run")
+    assert (theirs["best"], theirs["stopped_early"]) == (best, True)
+    # Each client's adapter of that round, where it is in this process; nothing that no client has.
+    fewer = config.model_copy(update={"federation": config.federation.model_copy(update={"rounds": best["round_num"]})})
+    run(fewer, tmp_path / "fewer")
+    for name in IDS:
+        kept, ended, last = (
+            (tmp_path / folder / name / "adapter_model.safetensors").read_bytes()
+            for folder in ("here/adapters-best", "fewer/adapters", "here/adapters")
+        )
+        assert kept == ended != last
+    assert not list((tmp_path / "run").glob("*-best"))
+    assert not (tmp_path / "here" / "adapter-best").exists()
+
+
+def test_metrics_that_are_no_sums_are_named(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a line before the first round and in the summary; an early stop by one of them is refused."""
+    monkeypatch.setitem(METRICS, "math:dist", None)  # or it would stay among them; the run puts the metric here
+    config = judged(
+        bases["bert"], texts, "flexlora", data={"metrics": ["accuracy", "math:dist"]}, evaluation={"base": False},
+        federation={"rounds": 1},
+    )  # fmt: skip
+    lines: list[str] = []
+    result = run(config, tmp_path / "run", lambda event: lines.append(str(event.data.get("line"))))
+    (line,) = [line for line in lines if "among the clients' figures" in line]
+    assert line.startswith("math:dist is not among the clients' figures: it needs the values of all rows")
+    assert line in result.summary["notes"]
+    assert list(result.summary["client_evaluation"]["figures"]) == ["loss", "accuracy"]  # type: ignore[index]
+    first = judged(
+        bases["bert"], texts, "flexlora", where="both", data={"metrics": ["math:dist"]}, evaluation={"patience": 1}
+    )
+    with pytest.raises(FedspanError, match=r"evaluation.patience = 1: math:dist is not among .* data.metrics one of"):
+        run(first, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "num_labels", "dp", "expected"),
+    [
+        (["accuracy", "macro_f1"], 2, "none", []),
+        (["pearson", "spearman"], 1, "none", ["spearman is not among the clients' figures: it needs"]),
+        (["exact_match", "bleu"], 0, "example", ["bleu and the loss are not among the clients' figures: they have"]),
+        (["accuracy", "m:f", "m:g"], 2, "client", ["m:f and m:g are not among", "the loss is not among"]),
+    ],
+)
+def test_the_reasons_why_metrics_are_left_out(
+    bases: dict[str, Path], texts: Path, metrics: list[str], num_labels: int, dp: str, expected: list[str]
+) -> None:
+    config = judged(bases["bert"], texts)
+    config = config.model_copy(update={"privacy": config.privacy.model_copy(update={"dp": dp})})
+    layout = StatisticsLayout.of(metrics, num_labels, bounded=dp != "none")
+    notes = left_out_notes(config, layout, metrics)
+    assert len(notes) == len(expected)
+    assert all(note.startswith(start) for note, start in zip(notes, expected, strict=True))
 
 
 def test_a_run_without_held_out_rows_is_refused(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:

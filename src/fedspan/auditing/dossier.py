@@ -44,6 +44,13 @@ class Dossier:
     made: str
     """Date and time, UTC."""
     version: str
+    messages_wanted: bool = True
+    """False where the attacks on a site's message were left out on request."""
+
+    @property
+    def verdict(self) -> str:
+        """One sentence on all attacks together."""
+        return findings.in_one_sentence(self.findings)
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -51,7 +58,7 @@ class Dossier:
         return (
             findings.membership_finding(self.membership, self.guarantee),
             findings.extraction_finding(self.extraction),
-            findings.inversion_finding(self.inversion),
+            findings.inversion_finding(self.inversion, self.messages_wanted),
             findings.guarantee_finding(self.guarantee, self.privacy, self.membership),
         )
 
@@ -77,6 +84,7 @@ class Dossier:
                 "non_members_from": rows.others_from,
                 "duplicates_left_out": rows.num_duplicates,
             },
+            "verdict": self.verdict,
             "findings": [asdict(one) for one in self.findings],
             "membership": {
                 "attacks": [_attack(a, self.guarantee) for a in self.membership.attacks],
@@ -182,4 +190,5 @@ def audit(
         notes=(*source.subject.notes, *rows.notes),
         made=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         version=installed_version("fedspan"),
+        messages_wanted=messages,
     )

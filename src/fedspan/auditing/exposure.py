@@ -69,8 +69,17 @@ class Extraction:
     @property
     def found(self) -> tuple[Exposure, ...]:
         """Planted canaries that were written out, or rank higher than chance explains with so many of them."""
-        limit = (1 - CONFIDENCE) / 2 / max(1, len(self.planted))
-        return tuple(x for x in self.planted if x.extracted or x.p_value <= limit)
+        return tuple(x for x in self.planted if x.extracted or x.p_value <= self.limit)
+
+    @property
+    def limit(self) -> float:
+        """The p-value up to which a single secret is found, with so many of them."""
+        return (1 - CONFIDENCE) / 2 / max(1, len(self.planted))
+
+    @property
+    def most_bits(self) -> float:
+        """The exposure of a secret at rank 1."""
+        return math.log2(max(x.candidates for x in self.exposures) + 1)
 
     @property
     def p_value(self) -> float:

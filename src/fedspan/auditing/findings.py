@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -133,9 +134,18 @@ def extraction_finding(found: Extraction | None) -> Finding:
     )
 
 
-def inversion_finding(found: Inversion | None) -> Finding:
-    """Return what the attacks on a site's message came to."""
+def inversion_finding(found: Inversion | None, wanted: bool = True) -> Finding:
+    """Return what the attacks on a site's message came to.
+
+    Parameters
+    ----------
+    wanted
+        False where the audit was asked to leave them out.
+    """
     question = "Can the server read a site's rows out of what it sends?"
+    if not wanted:
+        left_out = "Left out on request (--no-messages), so nothing is known."
+        return Finding(question, "not tried", left_out, "Audit again without that option.")
     raw = None if found is None else found.of(RAW)
     if found is None or (raw is None and found.one_row is None):
         reason = "the sites' rows are not here" if found is None else "; ".join(found.not_tried[:1])
@@ -224,6 +234,22 @@ def guarantee_finding(guarantee: Guarantee | None, said: str, found: Membership)
         if guarantee.best_auc() > 0.9
         else "Keep the ledgers: the bound is of all that was released, and another run on the same rows adds to it.",
     )
+
+
+def in_one_sentence(found: Sequence[Finding]) -> str:
+    """Return what all questions together came to; the last of them is about the guarantee and not about an attack."""
+    attacks, guarantee = found[:-1], found[-1]
+    tried = [one for one in attacks if one.verdict != "not tried"]
+    won = sum(one.verdict == "found" for one in tried)
+    asked = f"{len(tried)} of {len(attacks)} questions about attacks were put to this model"
+    if len(tried) == 1:
+        asked = f"One of {len(attacks)} questions about attacks was put to this model"
+    if guarantee.verdict == "found":
+        return f"{asked}, and its privacy guarantee does not hold: do not use it until it is known why."
+    if not won:
+        return f"{asked}, and no attack succeeded."
+    own = "it" if len(tried) == 1 else f"{won} of them"
+    return f"{asked}, and in {own} an attack succeeded: the model gives something away."
 
 
 def exceeds(guarantee: Guarantee, found: Membership) -> str:

@@ -57,7 +57,7 @@ def _style() -> str:
 def _heads(guarantee: Guarantee | None) -> list[str]:
     found = ["rows", "attack", "members / others", "AUC"]
     for limit in LIMITS:
-        found.append(f"found at {100 * limit:.0f} % false")
+        found.append(f"found at {100 * limit:.0f} % false positives")
         if guarantee is not None:
             found.append("ε allows")
     return [*found, *([] if guarantee is None else ["ε at least"])]

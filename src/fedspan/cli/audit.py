@@ -85,6 +85,7 @@ def audit(
 
         print(standard_json.dumps(found.as_json(), indent=2))
         return
+    print(f"{found.verdict}\n")
     for one in found.findings:
         print(f"{one.question}\n  {one.answer}\n  Next: {one.next_step}\n")
     for path in written:

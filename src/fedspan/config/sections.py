@@ -295,8 +295,9 @@ class EvaluationConfig(Section):
     every_seconds: Annotated[PositiveFloat | None, Field(examples=[600.0])] = None
     """Seconds between two evaluations, instead of `every`: a round that ends earlier is not evaluated."""
     patience: Annotated[PositiveInt | None, Field(examples=[5])] = None
-    """Evaluations without a better figure on the validation data (`data.validation`; without it, on the clients'
-    held-out rows, where `where` has them judge) after which the run ends. Unset: it has all its rounds."""
+    """Evaluations without a better figure on the validation data (`data.validation`; without it, and for personal
+    models, on the clients' held-out rows, where `where` has them judge) after which the run ends. Unset: it has all its
+    rounds."""
     batch_size: PositiveInt = 64
     """Examples per forward pass."""
     max_examples: Annotated[PositiveInt | None, Field(examples=[200])] = None

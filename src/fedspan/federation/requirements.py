@@ -223,13 +223,18 @@ def _check_patience(method: Method, config: Config) -> None:
     if patience is None:
         return
     given = f"evaluation.patience = {patience}"
+    if method.info.personalised and config.evaluation.where == "server":
+        raise FedspanError(
+            f"{given}: the clients of {method.info.name} have models of their own, which the server does not judge "
+            "between rounds; expected evaluation.where = 'clients' or 'both'"
+        )
     if not config.data.validation and config.evaluation.where == "server":
-        raise FedspanError(f"{given} needs data.validation, the share of the training data to judge rounds by")
+        raise FedspanError(
+            f"{given} needs data.validation, the share of the training data to judge rounds by, or evaluation.where = "
+            "'clients'"
+        )
     if config.evaluation.every_seconds is not None:
         raise FedspanError(f"{given} with evaluation.every_seconds: a clock would decide where the run ends")
-    if method.info.personalised:
-        own = f"the clients of {method.info.name} have models of their own"
-        raise FedspanError(f"{given}: {own}, which are not evaluated between rounds")
 
 
 def _check_base(method: Method, quantise: str) -> None:

@@ -20,6 +20,7 @@ from fedspan.data.load import load_no_rows
 from fedspan.federation import requirements
 from fedspan.federation.clients import Client, make_clients, partition_note, site_test_rows
 from fedspan.federation.held_out import HeldOutTerms
+from fedspan.federation.held_out_metrics import check_judged, left_out_notes
 from fedspan.federation.sampling import ClientSampler, create_sampler
 from fedspan.methods.base import Method
 from fedspan.methods.messages import Broadcast
@@ -137,7 +138,7 @@ class RunContext:
             labels = agreement.labels(read.kind, read.num_labels, read.label_names)
             clients = coordinator.agree(base, labels, shapes, initial_dense, clients)
         described = identity(config, base, data)
-        held_out = _held_out(config, prepared.corpus)
+        held_out = _held_out(config, prepared.corpus, method)
         site_tests = site_test_rows(corpus, config.federation)
         if (
             held_out is not None
@@ -185,18 +186,28 @@ class RunContext:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Lines on how base and data were read where that may surprise."""
+        """Lines on how base and data were read where that may surprise, and on metrics that are left out."""
         # Real sites have their own rows: nothing is divided.
         divided = () if self.coordinator else partition_note(self.prepared.corpus, self.config.federation)
-        return (*divided, *self._unused_validation(), *notes_of(self.prepared, self.model))
+        left_out: tuple[str, ...] = ()
+        if self.held_out is not None:
+            left_out = left_out_notes(self.config, self.held_out.layout, self.metrics)
+        return (*divided, *self._unused_validation(), *left_out, *notes_of(self.prepared, self.model))
 
     def _unused_validation(self) -> tuple[str, ...]:
         """Return a line about validation rows that are kept from the training and not used otherwise."""
         num_rows = len(self.data.get("validation", ()))
         if not (num_rows and self.method.info.personalised):
             return ()
-        own = f"each client of {self.method.info.name} has a model of its own, so there is no best round"
+        judged = "judged on the client's held-out rows" if self.judged_by_clients else "so there is no best round"
+        own = f"each client of {self.method.info.name} has a model of its own, {judged}"
         return (f"the {num_rows:,} rows of data.validation are not used: {own}",)
+
+    @property
+    def judged_by_clients(self) -> bool:
+        """The clients' own rows find the best round: no validation data does, and personal models are theirs alone."""
+        judged = self.held_out is not None
+        return judged and (self.method.info.personalised or "validation" not in self.data)
 
     def emit(self, kind: str, **data: Any) -> None:
         """Notify the display of an event."""
@@ -241,10 +252,12 @@ def _corpus_of_server(config: Config, provision: Provision) -> Corpus:
     return load_no_rows(config.data)
 
 
-def _held_out(config: Config, corpus: Corpus) -> HeldOutTerms | None:
+def _held_out(config: Config, corpus: Corpus, method: Method) -> HeldOutTerms | None:
     if config.evaluation.where == "server":
         return None
-    return HeldOutTerms.of(config, corpus.metrics, corpus.num_labels)
+    terms = HeldOutTerms.of(config, corpus.metrics, corpus.num_labels)
+    check_judged(config, terms.layout, corpus.metrics, method.info.personalised or not config.data.validation)
+    return terms
 
 
 def _site_lines(on_event: OnEvent) -> Callable[[str], None]:

@@ -34,16 +34,21 @@ def export(context: RunContext, run: MethodRun) -> Path | None:
     if labels is not None:
         write_bytes(context.out / LABELS_NAME, labels)
     if info.personalised:
-        # Clients that train alone have nothing of a federation to export, and those of real sites keep their own.
-        if info.trains == "adapter" and not info.alone and context.coordinator is None:
-            _export_personal(context, run, labels)
+        _export_personal(context, run, labels)
         return None
     return _export_one(context, run, labels)
 
 
 def export_best(context: RunContext, run: MethodRun) -> None:
-    """Write the model of the last finished round as `adapter-best` (or `model-best`) in place of an earlier one."""
-    _export_one(context, run, labels_file(context), "-best")
+    """Write the model of the last finished round as `adapter-best` (or `model-best`) in place of an earlier one.
+
+    Of a personalised method these are the clients' adapters, in `adapters-best`.
+    """
+    labels = labels_file(context)
+    if run.method.info.personalised:
+        _export_personal(context, run, labels, "-best")
+    else:
+        _export_one(context, run, labels, "-best")
 
 
 def _export_one(context: RunContext, run: MethodRun, labels: bytes | None, suffix: str = "") -> Path | None:
@@ -58,13 +63,17 @@ def _export_one(context: RunContext, run: MethodRun, labels: bytes | None, suffi
     return path
 
 
-def _export_personal(context: RunContext, run: MethodRun, labels: bytes | None) -> None:
+def _export_personal(context: RunContext, run: MethodRun, labels: bytes | None, suffix: str = "") -> None:
     """Write every client's own adapter, for the untouched base."""
+    info = run.method.info
+    # Clients that train alone have nothing of a federation to export, and those of real sites keep their own.
+    if info.trains != "adapter" or info.alone or context.coordinator is not None:
+        return
     for client in context.clients:
         sent = run.method.broadcast(run.saved.state, Request(client.rank))
         own = run.method.start(sent, run.saved.client_states.get(client.client_id))
         write = partial(_save, context, factors=merged_adapter(own), dense=own.dense, labels=labels)
-        put(context.out / "adapters" / client.client_id, write)
+        put(context.out / f"adapters{suffix}" / client.client_id, write)
 
 
 def _save(

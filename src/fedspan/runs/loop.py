@@ -324,9 +324,8 @@ class MethodRun:
             figures = None if by_clients is None else by_clients["figures"]
             rows = 0 if by_clients is None else by_clients["rows"] or 0
         validation = self._validated(figures is not None)
-        if validation is None and by_clients is not None and not self.method.info.personalised:
-            # Where the server has no validation data, the clients' rows find the best round.
-            validation = by_clients["figures"] if "validation" not in self.context.data else None
+        if by_clients is not None and self.context.judged_by_clients:
+            validation = by_clients["figures"]
         found: dict[str, Any] = {"eval": figures, "eval_rows": rows, "validation": validation}
         if where != "server":
             found["client_evaluation"] = None if by_clients is None else record_of(by_clients)

@@ -138,7 +138,8 @@ class Summary(TypedDict):
     """The clients' evaluation of the final models on their own held-out rows; None where they do not judge
     (`evaluation.where`)."""
     best: BestRound | None
-    """The best round by the validation data, whose model is `adapter-best` or `model-best`; None without such data."""
+    """The best round by the validation data, or by the clients' held-out rows; None without either. Its model is
+    `adapter-best` or `model-best`, of a personalised method `adapters-best/CLIENT` (at real sites it is not kept)."""
     stopped_early: bool
     """The run ended before its last round, since its validation figures no longer improved."""
     totals: Totals
@@ -151,7 +152,7 @@ class Summary(TypedDict):
     """The type of the base's matrix products in training: `float32`, `tf32` or `bfloat16`; `sites` where each site
     chooses its own."""
     notes: list[str]
-    """Lines on how base and data were read where that may surprise."""
+    """Lines on how base and data were read where that may surprise, and on metrics that were left out."""
     seed: int
     epsilon: float | None
     """ε of everything that the run has released, under `privacy.dp`; None without it, where no noise was added, and

@@ -22,17 +22,18 @@ from fedspan.federation.held_out import Collected, HeldOutTerms
 from fedspan.methods.base import Method
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, ClientState, Tensors, Update
-from fedspan.privacy.fixed_point import FixedPoint
+from fedspan.privacy.fixed_point import FixedPoint, Words
 from fedspan.privacy.sum_layout import SumLayout
 from fedspan.server.checks import AnswerChecks, unusable
 from fedspan.server.contents import SiteContents
 from fedspan.server.evaluations import Evaluation
 from fedspan.server.key_exchange import RunTerms
 from fedspan.server.masked_sums import MaskedSums
+from fedspan.server.regional_sums import RegionalSums, RelayedMessages
 from fedspan.server.registry import SiteRegistry
 from fedspan.server.requests import NOT_CONNECTED, Problem, Reply, Requests
 from fedspan.server.roster_plan import RosterPlan
-from fedspan.server.sums import PlainSum, SumCollector, check_weights
+from fedspan.server.sums import PlainSum, SumCollector, check_weights, known_weights
 from fedspan.support.errors import FedspanError
 from fedspan.wire import agreement, protocol
 from fedspan.wire.protocol import MessageTensors
@@ -72,7 +73,7 @@ class Coordinator:
                 "privacy.server = 'malicious': the server has no public keys of the sites; expected sites.json in its "
                 "folder (in Python: `trusted`)"
             )
-        self.transport, self.method = transport, method
+        self.transport, self.method, self._config = transport, method, config
         self._seed, self._weighting, self._wire = config.seed, config.federation.weighting, config.wire
         self._deployment, self._privacy = config.deployment, config.privacy
         terms = agreement.terms(config)
@@ -83,7 +84,11 @@ class Coordinator:
         self._contents = SiteContents(self.registry, method)
         self._payload_down = 0
         """Bytes of tensors in the messages since the costs were last read."""
-        least = requirements.least_in_sums(config.federation, config.privacy) if config.privacy.secure_sums else 2
+        regions = config.deployment.regions
+        self._regional = RegionalSums(self._requests, config)
+        least = 2
+        if config.privacy.secure_sums:
+            least = requirements.least_in_sums(config.federation, config.privacy, regions)
         run_terms = RunTerms(config.privacy, config.federation.rounds, least, trusted)
         plan = RosterPlan(config.privacy, least, out / "sums.json", self.registry.notify)
         self._masked_sums = MaskedSums(self._requests, run_terms, plan, self.registry.notify)
@@ -176,17 +181,12 @@ class Coordinator:
             When fewer clients stayed than can unmask the sum.
         """
         ready, rank = self._ready(question, clients), max(client.rank for client in clients)
-        total = None
-        while total is None:  # without the clients that were proved to lie, every time
-            collector = self._collector(question, ready, layout, rank)
-            answers = self._collect(question, ready, broadcast_for, (rank, layout.num_words), collector)
-            total = collector.total()
+        total, answers, problems = self._added_up(question, ready, broadcast_for, layout, rank)
         # Counted before the others are entered as absent: the divisor is the number of vectors in the sum.
         count, known = len(answers), self._known_weights(client for client in ready if client.client_id in answers)
         for client in clients:
             if client.client_id not in answers:
-                problem = collector.problems.get(client.client_id, NOT_CONNECTED)
-                answers[client.client_id] = unusable(client, problem)
+                answers[client.client_id] = unusable(client, problems.get(client.client_id, NOT_CONNECTED))
         ordered = [answers[client_id] for client_id in sorted(answers)]
         if not count:
             return Summed(Partial(), 0.0, ordered)
@@ -194,6 +194,26 @@ class Coordinator:
         check_weights(numbers, count, sum(known.values()) if len(known) == count else None)
         partial, loss = layout.partial(numbers, count)
         return Summed(partial, loss, ordered)
+
+    def _added_up(
+        self, question: Question, ready: Sequence[Client], broadcast_for: BroadcastFor, layout: SumLayout, rank: int
+    ) -> tuple[Words, dict[str, Answer], Mapping[str, Problem]]:
+        """Return the sum of the clients' words, the answers of those in it, and the problems of the others."""
+        if self._config.deployment.regions:
+            checks, made = self._checks(question), RelayedMessages(broadcast_for)
+
+            def message(client: Client) -> bytes:
+                seen = checks.patch_versions(client)[0]
+                return made.of(client, seen, lambda sent: self._message(question, client, sent, checks, relayed=True))
+
+            found = self._regional.collect(question, self._heading(question), ready, message, layout, rank)
+            return found.total, found.answers(ready, layout.num_words), found.problems
+        while True:  # without the clients that were proved to lie, every time
+            collector = self._collector(question, ready, layout, rank)
+            answers = self._collect(question, ready, broadcast_for, (rank, layout.num_words), collector)
+            total = collector.total()
+            if total is not None:
+                return total, answers, collector.problems
 
     def evaluate(
         self,
@@ -224,9 +244,7 @@ class Coordinator:
 
     def _known_weights(self, clients: Iterable[Client]) -> dict[str, float]:
         """Return what each client counts for, where the server knows it."""
-        # Under masks and under client-level privacy the sites do not say how many examples they have.
-        known = self._weighting == "equal" or not (self._privacy.secure_sums or self._privacy.dp == "client")
-        return {c.client_id: c.weight(self._weighting) for c in clients if known}
+        return known_weights(self._config, clients)
 
     def states(self) -> Mapping[str, ClientState]:
         """Return nothing: the sites keep their own states."""
@@ -306,11 +324,14 @@ class Coordinator:
         sent: Broadcast,
         checks: AnswerChecks,
         sum_fields: Callable[[str, MessageTensors], dict[str, Any]] | None = None,
+        relayed: bool = False,
     ) -> bytes:
         """Return the message that asks one client, and have `checks` expect its answer.
 
         Parameters
         ----------
+        relayed
+            It goes to a region, for all of its clients that are sent the same: with every tensor in it.
         sum_fields
             (client, the message's tensors) -> the description of the sum that it is to take part in; None: the client
             is asked for its own update.
@@ -325,7 +346,10 @@ class Coordinator:
             "broadcast": described,
             "patch": protocol.put_patch(outgoing, sent, seen, version),
         }
-        head |= self._contents.name(question, client.client_id, sent, derived, described, outgoing)
+        if relayed:
+            head |= {"counted": 0, "held": [], "store": []}
+        else:
+            head |= self._contents.name(question, client.client_id, sent, derived, described, outgoing)
         # From the broadcast that is sent, so that what is asked for and what is accepted cannot differ.
         checks.expect(client, sent)
         if sum_fields is not None:

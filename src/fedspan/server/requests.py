@@ -82,6 +82,7 @@ class Requests:
         messages: Mapping[str, bytes],
         enough: int | None = None,
         again: Callable[[str], bytes] | None = None,
+        deadline: float | None = None,
     ) -> Iterator[tuple[str, Reply | Problem]]:
         """Send every client its message, and yield the answers as they come: each client once, with a reply or not.
 
@@ -94,12 +95,15 @@ class Requests:
         again
             Returns the message with all of its tensors, for a client that lacks some of those that were named by their
             digests. It is asked once more in the same exchange, and no second time.
+        deadline
+            Seconds to wait for the answers; None: `deployment.deadline`.
         """
+        limit = self.registry.deployment.deadline if deadline is None else deadline
         deployment, wanted = self.registry.deployment, len(messages) if enough is None else enough
         began = self.transport.now()
-        tickets = self._send(messages)
+        tickets = self._send(messages, limit)
         num_replies, slowest, repeated = 0, 0.0, set[str]()
-        while tickets and num_replies < wanted and self.transport.now() - began < deployment.deadline:
+        while tickets and num_replies < wanted and self.transport.now() - began < limit:
             for delivery in self.transport.poll():
                 client_id = tickets.pop(delivery.ticket, None)
                 if client_id is None:
@@ -109,7 +113,7 @@ class Requests:
                 if isinstance(reply, Reply) and "lacks" in reply.header:
                     if again is not None and client_id not in repeated:
                         repeated.add(client_id)
-                        tickets |= self._send({client_id: again(client_id)})
+                        tickets |= self._send({client_id: again(client_id)}, limit)
                         continue
                     reply = Problem("says that it lacks tensors that it was sent")
                 if isinstance(reply, Reply):
@@ -121,9 +125,9 @@ class Requests:
         self.transport.forget(list(tickets))
         self._costs.waited_seconds += self.transport.now() - began
         self._costs.slowest_seconds += slowest
-        yield from self._unanswered(question, list(tickets.values()), num_replies >= wanted)
+        yield from self._unanswered(question, list(tickets.values()), num_replies >= wanted, limit)
 
-    def _send(self, messages: Mapping[str, bytes]) -> dict[str, str]:
+    def _send(self, messages: Mapping[str, bytes], lifetime: float) -> dict[str, str]:
         """Send the messages; return the client of every ticket."""
         self._costs.round_trips += 1
         tickets: dict[str, str] = {}
@@ -131,26 +135,25 @@ class Requests:
         for client_id in messages:
             waiting[client_id] = messages[client_id]
             if sum(map(len, waiting.values())) >= _AT_ONCE:
-                tickets |= self._sent(waiting)
+                tickets |= self._sent(waiting, lifetime)
                 waiting = {}
-        return tickets | self._sent(waiting)
+        return tickets | self._sent(waiting, lifetime)
 
-    def _sent(self, messages: Mapping[str, bytes]) -> dict[str, str]:
+    def _sent(self, messages: Mapping[str, bytes], lifetime: float) -> dict[str, str]:
         if not messages:
             return {}
         self._costs.wire_down += sum(map(len, messages.values()))
-        addressed = [(self.registry.members[c].node, content) for c, content in messages.items()]
-        return dict(zip(self.transport.send(addressed, self.registry.deployment.deadline), messages, strict=True))
+        addressed = [(self.registry.node_of(c), content) for c, content in messages.items()]
+        return dict(zip(self.transport.send(addressed, lifetime), messages, strict=True))
 
     def _unanswered(
-        self, question: Question, client_ids: list[str], had_enough: bool
+        self, question: Question, client_ids: list[str], had_enough: bool, deadline: float
     ) -> Iterator[tuple[str, Reply | Problem]]:
         """Yield the problem of every client that was still at work when the wait ended."""
         for client_id in client_ids:
             # A client that others merely overtook has missed nothing, and is not on its way into quarantine.
             if not had_enough:
                 self.registry.record(client_id, question.round_num, missed=True)
-            deadline = self.registry.deployment.deadline
             reason = "was not waited for" if had_enough else f"did not answer within {deadline:g} s"
             yield client_id, Problem(reason, absent=True)
 

@@ -231,7 +231,9 @@ class Coordinator:
             When fewer clients stayed than can unmask a sum of them.
         """
         sums = self._evaluation_sums if self._privacy.secure_sums else None
-        asking = Evaluation(self._requests, question, self._heading(question), terms, whole, self._privacy, sums)
+        regional = self._regional if self._config.deployment.regions else None
+        heading = self._heading(question)
+        asking = Evaluation(self._requests, question, heading, terms, whole, self._privacy, sums, regional)
         checks = self._checks(question)
         return asking.collect(clients, broadcast_for, checks.derived, self._wire.down)
 

@@ -21,6 +21,7 @@ from fedspan.methods.messages import Broadcast
 from fedspan.privacy.fixed_point import FixedPoint, Words
 from fedspan.server.key_exchange import Heading
 from fedspan.server.masked_sums import MaskedSums
+from fedspan.server.regional_sums import RegionalSums, RelayedMessages
 from fedspan.server.requests import NOT_CONNECTED, Problem, Reply, Requests
 from fedspan.server.sums import PlainSum, SumCollector, check_weights
 from fedspan.support.errors import FedspanError
@@ -42,6 +43,8 @@ class Evaluation:
     privacy: PrivacyConfig
     masked: MaskedSums | None
     """Makes the sums of evaluations, where they are under masks."""
+    regional: RegionalSums | None = None
+    """Asks the servers of regions, where the federation has some."""
     problems: dict[str, Problem] = field(default_factory=dict)
     """Client -> the reason why it is not in the figures."""
 
@@ -71,7 +74,16 @@ class Evaluation:
         def message(client: Client, fields: Callable[[str, MessageTensors], dict[str, Any]] | None = None) -> bytes:
             return self._message(client, broadcast_for(client), derived(client.rank), kind, fields)
 
-        found = self._sum(ready, message) if self.terms.sums else self._open(ready, message)
+        if self.regional is not None:
+            made, seen = RelayedMessages(broadcast_for), self.question.seen
+
+            def relayed(client: Client) -> bytes:
+                own = seen.get(client.client_id, 0)
+                return made.of(client, own, lambda sent: self._message(client, sent, derived(client.rank), kind, None))
+
+            found = self._regions_sum(self.regional, ready, relayed)
+        else:
+            found = self._sum(ready, message) if self.terms.sums else self._open(ready, message)
         reasons = {name: problem.reason for name, problem in sorted(self.problems.items())}
         return Collected(found.by_client, found.total, found.num_clients, reasons)
 
@@ -115,6 +127,22 @@ class Evaluation:
             answered = self._added(asked, collector)
             total = collector.total()
         self.problems |= {name: problem for name, problem in collector.problems.items() if name not in answered}
+        return self._of_total(total, answered)
+
+    def _regions_sum(
+        self, regional: RegionalSums, ready: Sequence[Client], message: Callable[[Client], bytes]
+    ) -> Collected:
+        """Return the sum of what the regions answer with, each for its own clients."""
+        if not ready:
+            return Collected()
+        rank, ones = max(client.rank for client in ready), {client.client_id: 1.0 for client in ready}
+        layout = self.terms.sum_layout()
+        found = regional.collect(self.question, self.heading, ready, message, layout, rank, ones)
+        self.problems |= found.problems
+        return self._of_total(found.total, list(found.shares))
+
+    def _of_total(self, total: Words, answered: Sequence[str]) -> Collected:
+        """Return the statistics in the sum of these clients' words."""
         if not answered:
             return Collected()
         numbers = FixedPoint(self.privacy.fraction_bits).decode(total)

@@ -283,7 +283,7 @@ def _room(num_members: int, requested: Mapping[str, Any]) -> int:
 
     A larger number only narrows the range of what this site sends, so the server may be believed.
     """
-    return max(num_members, requested.get("num_clients", 0))
+    return max(num_members, int(requested.get("num_clients", 0)))
 
 
 def _bytes_by_name(indices: Mapping[str, int], tensors: Sequence[Tensor]) -> dict[str, bytes]:

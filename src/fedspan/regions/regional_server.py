@@ -21,6 +21,8 @@ from fedspan.server.requests import NOT_CONNECTED, Problem, Reply, Requests
 from fedspan.server.sums import SumCollector, words_of
 from fedspan.site.errors import Refused, code_of
 from fedspan.site.incidents import refusal
+from fedspan.site.logged import SiteLog
+from fedspan.site.settings import SiteSettings
 from fedspan.support.errors import FedspanError, one_line
 from fedspan.wire import agreement, protocol, schema
 from fedspan.wire.protocol import MessageTensors
@@ -48,6 +50,9 @@ class RegionalServer:
         Called with lines for the people at this server.
     trusted
         Public identity keys of the region's sites, as of `Coordinator`.
+    uplink
+        The folder of its way up, whose `events.jsonl` has every message of the server above; none: there is no such
+        log. What it says to its own sites is in the log of its transport (`fedspan.server.logged_transport`).
 
     Raises
     ------
@@ -63,6 +68,7 @@ class RegionalServer:
         folder: Path,
         notify: Callable[[str], None],
         trusted: Mapping[str, bytes] | None = None,
+        uplink: Path | None = None,
     ) -> None:
         regions = config.deployment.regions
         if name not in regions:
@@ -86,6 +92,10 @@ class RegionalServer:
         self._notify = self._registry.notify
         self._requests = Requests(self._registry)
         self._sums: SumsOfRun | None = None
+        self._log: SiteLog | None = None
+        if uplink is not None:
+            own = SiteSettings(config, name, trusted=trusted)
+            self._log = SiteLog(uplink, name, own, self._terms, self._notify)
         self._handlers: Mapping[str, Callable[[Mapping[str, Any], Sequence[Tensor], MessageTensors], Fields]] = {
             "hello": self._hello,
             "relay": self._relay,
@@ -93,6 +103,12 @@ class RegionalServer:
 
     def answer(self, content: bytes) -> bytes:
         """Return the answer to one message; that there is none is an answer too, as of a site."""
+        try:
+            return self._reply(content) if self._log is None else self._log.answered(content, self._reply)
+        except Exception as error:  # a message that cannot be written down is not acted on
+            return refusal(self.name, code_of(error), error, self._notify)
+
+    def _reply(self, content: bytes) -> bytes:
         try:
             head, tensors = protocol.decode(content)
             kind, message = schema.question(head)

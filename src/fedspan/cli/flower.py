@@ -41,7 +41,7 @@ _Regions = Annotated[
     typer.Option(
         "--region",
         metavar="NAME=SITES",
-        help="A region and its sites, as north=mayo,ucl; may be repeated, in place of --sites. A server of its own sums "
+        help="A region and its sites, as north=mayo,ucl; may be repeated, in place of --sites. Its own server sums "
         "what its sites answer and sends the sum up.",
     ),
 ]

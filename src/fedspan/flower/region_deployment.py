@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedspan.config import Config
+from fedspan.config import Config, from_mapping
 from fedspan.flower import deployment
 from fedspan.flower.deployment import PORT, Deployment, File
 from fedspan.support.errors import FedspanError
 
 REGION = "region.json"
 """The file that tells a server that it is a region's: its name, and the folder of its way up."""
-_NOT_ABOVE = ("README.md", "docker-compose.yml")
+_NOT_ABOVE = ("README.md", "docker-compose.yml", "server/sites.json")
 _NOT_OF_REGION = ("README.md", "docker-compose.yml", "server/compose.yml", "server/run.sh")
 _NOT_OF_UPLINK = ("site.toml", "config.toml", "sites.json", "identity.key", "compose.yml", "container")
 _RUNTIME_PORT = 8601
@@ -34,9 +34,10 @@ def parsed(given: Sequence[str]) -> dict[str, list[str]]:
     Raises
     ------
     FedspanError
-        For a word of another form, or a region that is named twice.
+        For a word of another form, a region that is named twice, or a site in two regions.
     """
     regions: dict[str, list[str]] = {}
+    region_of: dict[str, str] = {}
     for word in given:
         name, equals, sites = word.partition("=")
         names = [site.strip() for site in sites.split(",") if site.strip()]
@@ -44,6 +45,10 @@ def parsed(given: Sequence[str]) -> dict[str, list[str]]:
             raise FedspanError(f"--region {word}: expected NAME=SITE,SITE,… with the sites of the region")
         if name in regions:
             raise FedspanError(f"--region {name} is given twice: expected all of its sites at once")
+        for site in names:
+            if site in region_of:
+                raise FedspanError(f"--region {word}: {site} is in {region_of[site]} already")
+            region_of[site] = name
         regions[name] = names
     return regions
 
@@ -71,7 +76,7 @@ def in_regions(config: Config, regions: Mapping[str, Sequence[str]], clients: Ma
     named = {region: tuple(clients[site] for site in sites) for region, sites in regions.items()}
     tree = config.model_dump()
     tree["deployment"]["regions"] = named
-    return Config.model_validate(tree)
+    return from_mapping(tree)
 
 
 def plan(
@@ -100,11 +105,9 @@ def plan(
     FedspanError
         For a name or a port that is not valid, or that is used twice.
     """
-    sites = [site for names in regions.values() for site in names]
-    if twice := sorted({site for site in sites if sites.count(site) > 1}):
-        raise FedspanError(f"site {twice[0]!r} is in two regions, or twice in one: expected one region for each site")
+    num_sites = sum(map(len, regions.values()))
     servers = [port + k for k in range(2 + 2 * len(regions))]
-    inner = [_RUNTIME_PORT + k for k in range(len(regions) + len(sites))]
+    inner = [_RUNTIME_PORT + k for k in range(len(regions) + num_sites)]
     if free:
         servers, inner = list(free[: len(servers)]), list(free[len(servers) :])
     own = iter(inner[len(regions) :])

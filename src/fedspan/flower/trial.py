@@ -26,11 +26,14 @@ from fedspan.flower.deployment import Deployment
 from fedspan.flower.process_tree import ProcessTree
 from fedspan.support.errors import FedspanError
 from fedspan.wire.names import check_name
+from fedspan.wire.unix_socket import socket_path
 
 Notify = Callable[[str], None]
 
 READY = 60.0
 """Seconds that a process has to become ready after its start."""
+LOADING = 600.0
+"""Seconds that a region's server has to load what it needs."""
 _POLL = 0.1
 IN_MEMORY = ":flwr-in-memory:"
 """Flower's name of a database that is in its SuperLink's memory."""
@@ -132,10 +135,10 @@ def up(
     began = time.monotonic()
     with _signals_as_interrupts(), ProcessTree(folder / "logs") as tree:
         try:
-            plan, *below = plans.values()
-            start(tree, folder, plan, kind, notify, sites=not below, in_memory=in_memory)
-            for path in plans.keys() - {folder}:
-                start_region(tree, path, plans[path], kind, notify, in_memory=in_memory)
+            _, *regions = plans
+            start(tree, folder, plans[folder], kind, notify, sites=not regions, in_memory=in_memory)
+            for region in regions:
+                start_region(tree, region, plans[region], kind, notify, in_memory=in_memory)
             out = folder / "server" / "runs" / name
             started, ended = _federate(tree, out, notify, began + timeout)
         finally:
@@ -159,11 +162,16 @@ def start_region(
     tree: ProcessTree, folder: Path, plan: Deployment, proxy: str, notify: Notify, in_memory: bool = False
 ) -> None:
     """Start the processes of one region: its server, that server's way up, and its sites."""
-    start(tree, folder, plan, proxy, notify, in_memory=in_memory, prefix=f"{folder.name}-")
+    start(tree, folder, plan, proxy, notify, sites=False, in_memory=in_memory, prefix=f"{folder.name}-")
     region, environment = folder.resolve(), script_environment()
-    tree.start(f"{folder.name}-serve", ["./serve.sh"], region / "server", environment)
+    serve = f"{folder.name}-serve"
+    tree.start(serve, ["./serve.sh"], region / "server", environment)
+    # Servers start one after the other: Flower starts a run's process again where it takes long over its imports.
+    tree.wait(serve, socket_path(region / "uplink").exists, LOADING)
     tree.start(f"{folder.name}-uplink", ["./start.sh"], region / "uplink", environment)
-    notify(f"the server of the region {folder.name} starting, with its way up")
+    for site in plan.sites:
+        tree.start(site.name, ["./start.sh"], region / "sites" / site.name, environment)
+    notify(f"the server of the region {folder.name} is served; {len(plan.sites)} sites starting")
 
 
 def start(

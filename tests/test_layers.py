@@ -24,7 +24,7 @@ LAYERS = (
     {"client"},
     {"federation", "distributed"},
     {"server", "site", "diagnostics"},
-    {"runs"},
+    {"runs", "regions"},
     {"display", "comparison"},
     {"api", "inspection", "reporting", "bench", "flower"},
     {"auditing"},

@@ -36,6 +36,17 @@ _Sites = Annotated[
 ]
 
 
+_Regions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--region",
+        metavar="NAME=SITES",
+        help="A region and its sites, as north=mayo,ucl; may be repeated, in place of --sites. Its own server sums "
+        "what its sites answer and sends the sum up.",
+    ),
+]
+
+
 @app.command(cls=PlainCommand, short_help="Write a complete deployment.")
 def init(
     folder: _Folder,
@@ -55,6 +66,15 @@ def init(
             "--port", metavar="P", show_default=False, help="Port on which sites reach the server; 8443 by default."
         ),
     ] = 8443,
+    region: _Regions = None,
+    region_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--region-host",
+            metavar="NAME=HOST",
+            help="Name or address of a region's server; may be repeated. If not given, localhost.",
+        ),
+    ] = None,
     settings: Settings = None,
 ) -> None:
     """Write a complete deployment: certificates, keys, start scripts, the proxy's configuration, container files.
@@ -63,15 +83,26 @@ def init(
     Examples:
       fedspan flower init fed my.toml --sites mayo,ucl --host fed.example.org
       fedspan flower init trial --sites 4
+      fedspan flower init tree my.toml --region north=mayo,ucl --region south=charite,bern
 
     `server/` stays on the server; each folder under `sites/` goes to its site over a secure channel. README.md in
     the folder says what to start, and in which order.
     """
     from fedspan.flower import deployment
 
-    names, loaded = _federation(config, sites, settings)
+    names, loaded = _federation(config, sites, settings, region)
     clients = deployment.clients_of(loaded, names)
-    deployment.write(folder, deployment.plan(names, host or (), port, clients=clients), loaded)
+    if region:
+        from fedspan.flower import region_deployment
+
+        regions = region_deployment.parsed(region)
+        hosts = region_deployment.parsed_hosts(region_host or (), regions)
+        plan = region_deployment.plan(regions, dict(zip(names, clients, strict=True)), host or (), hosts, port)
+        region_deployment.write(folder, plan, loaded)
+    elif region_host:
+        raise FedspanError(f"--region-host {region_host[0]}: expected --region too, which says what the regions are")
+    else:
+        deployment.write(folder, deployment.plan(names, host or (), port, clients=clients), loaded)
     typer.echo(f"{folder}/  {len(names)} sites: {', '.join(names)}; for the next steps see {folder / 'README.md'}")
 
 
@@ -80,6 +111,7 @@ def up(
     folder: _Folder,
     config: ConfigFile = None,
     sites: _Sites = None,
+    region: _Regions = None,
     settings: Settings = None,
     proxy: Annotated[
         str,
@@ -113,6 +145,7 @@ def up(
     Examples:
       fedspan flower up trial --sites 4
       fedspan flower up trial --sites 4 --set method.name=flora
+      fedspan flower up tree my.toml --region north=a,b --region south=c,d
 
     Server, proxy and sites are separate processes with TLS, node keys and the proxy's rules, as between real
     machines. A folder that does not exist is created first, with free ports. The logs are in DIR/logs.
@@ -121,11 +154,16 @@ def up(
 
     trial.choose_proxy(proxy)  # an unusable proxy is refused before anything is written
     if not folder.exists() or not any(folder.iterdir()):
-        names, loaded = _federation(config, sites, settings)
-        trial.prepare(folder, names, loaded)
-    elif config is not None or sites is not None or settings:
+        names, loaded = _federation(config, sites, settings, region)
+        if region:
+            from fedspan.flower import region_deployment
+
+            trial.prepare_regions(folder, region_deployment.parsed(region), loaded)
+        else:
+            trial.prepare(folder, names, loaded)
+    elif config is not None or sites is not None or settings or region:
         raise FedspanError(
-            f"{folder} already holds a deployment: expected no --sites, --set or CONFIG.toml, or a new folder"
+            f"{folder} already holds a deployment: expected no --sites, --region, --set or CONFIG.toml, or a new folder"
         )
     outcome = trial.up(folder, typer.echo, proxy=proxy, timeout=timeout, run=run, in_memory=in_memory)
     _show(outcome)
@@ -241,11 +279,20 @@ def lock(
         typer.echo(str(path))
 
 
-def _federation(path: Path | None, sites: str | None, settings: list[str] | None) -> tuple[list[str], Config]:
+def _federation(
+    path: Path | None, sites: str | None, settings: list[str] | None, region: list[str] | None = None
+) -> tuple[list[str], Config]:
     """Return the sites' names, and settings for that number of clients; refuse settings that cannot run."""
     from fedspan.config import load
     from fedspan.federation.client_names import numbered_ids
-    from fedspan.flower.deployment import named_sites
+    from fedspan.flower.deployment import clients_of, named_sites
+    from fedspan.flower.region_deployment import in_regions, parsed
+
+    regions = parsed(region or ())
+    if regions and sites is not None:
+        raise FedspanError(f"--sites {sites} with --region: expected the sites in their regions alone")
+    if regions:
+        sites = ",".join(name for names in regions.values() for name in names)
 
     config = load(path, settings or ())
     text = str(config.federation.num_clients) if sites is None else sites
@@ -257,6 +304,11 @@ def _federation(path: Path | None, sites: str | None, settings: list[str] | None
     else:
         names = [name.strip() for name in text.split(",")]
     config = load(path, [*(settings or ()), f"federation.num_clients={len(names)}"])
+
+    if config.deployment.regions and not regions:
+        raise FedspanError("deployment.regions is set: expected --region NAME=SITES for each of its regions")
+    if regions:
+        config = in_regions(config, regions, dict(zip(names, clients_of(config, names), strict=True)))
 
     from fedspan.federation import requirements  # a slow import: mistyped settings are reported before it
 

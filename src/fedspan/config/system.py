@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field, field_validator
 
 from fedspan.config.values import (
     Parallel,
@@ -14,6 +12,8 @@ from fedspan.config.values import (
     PositiveInt,
     Section,
 )
+
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$")]
 
 
 class WireConfig(Section):
@@ -49,6 +49,21 @@ class DeploymentConfig(Section):
     same_libraries: bool = False
     """Refuse sites whose torch, transformers, peft or flwr is of another version than the server's, which may change
     results in the last bits; otherwise the difference is reported. fedspan's own version must be the same anyway."""
+    regions: dict[_Name, tuple[_Name, ...]] = Field(default={}, examples=[{"north": ["client-0", "client-1"]}])
+    """Region -> the clients behind its server, each in one region. A region's server sums the answers of its sites and
+    sends the sum up; needs `privacy.secure_sums` or `privacy.fixed_point`. Empty: every site answers this server."""
+
+    @field_validator("regions")
+    @classmethod
+    def _one_region_each(cls, regions: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        seen: dict[str, str] = {}
+        for region, clients in regions.items():
+            for client in clients:
+                if client in seen:
+                    where = f"in {seen[client]} and in {region}" if seen[client] != region else f"in {region} twice"
+                    raise ValueError(f"{client} is {where}: expected one region for each client")
+                seen[client] = region
+        return regions
 
 
 class EngineConfig(Section):

@@ -67,6 +67,8 @@ def _comment(text: str | None) -> list[str]:
 
 
 def _toml_value(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml_value(each)}" for key, each in value.items()) + "}"
     # JSON's strings, numbers, booleans and arrays are TOML's too.
     return json.dumps("none" if value is None else value, ensure_ascii=False).replace("\x7f", "\\u007f")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from types import MappingProxyType
 
 import numpy as np
 
@@ -24,6 +25,9 @@ from fedspan.privacy.ledgers import ClientLedger
 from fedspan.robust.dry_run import averages_factors
 from fedspan.robust.filters import least
 from fedspan.support.errors import FedspanError
+
+Regions = Mapping[str, Sequence[str]]
+"""Region -> its clients, as `deployment.regions`."""
 
 
 def chosen(config: Config, ledger: ClientLedger | None = None) -> Method:
@@ -49,6 +53,8 @@ def chosen(config: Config, ledger: ClientLedger | None = None) -> Method:
         )
     _check_ranks(method, set(ranks(federation, config.federation_seed)))
     _check_sums(method, federation, privacy)
+    if config.deployment.regions:
+        _check_regions(method, config.deployment.regions, federation, privacy)
     _check_optimizer(method, config.local.optimizer)
     _check_base(method, config.model.quantise)
     _check_privacy(method, privacy)
@@ -71,14 +77,21 @@ def chosen(config: Config, ledger: ClientLedger | None = None) -> Method:
     return method
 
 
-def least_in_sums(federation: FederationConfig, privacy: PrivacyConfig) -> int:
+def least_in_sums(federation: FederationConfig, privacy: PrivacyConfig, regions: Regions = MappingProxyType({})) -> int:
     """Return the fewest clients in a secure sum, which every site insists on: see `privacy.min_clients`.
 
     The number of clients does not vary between rounds where it is derived: secure sums refuse sampling by coins.
+
+    Parameters
+    ----------
+    regions
+        `deployment.regions`: each of their sums is over clients of one region, and the smallest region decides.
     """
     if privacy.min_clients is not None:
         return privacy.min_clients
-    return max(2, math.ceil(privacy.threshold * _expected_cohort(federation, privacy.dp)))
+    smallest = min((len(clients) for clients in regions.values()), default=federation.num_clients)
+    share = smallest / federation.num_clients
+    return max(2, math.ceil(privacy.threshold * _expected_cohort(federation, privacy.dp) * share))
 
 
 def galore_rank(method: Method) -> int:
@@ -150,6 +163,33 @@ def _check_sums(method: Method, federation: FederationConfig, privacy: PrivacyCo
         _check_malicious_server(privacy)
     if privacy.secure_sums and not (method.info.pooled or method.info.alone):
         _check_secure_sums(federation, privacy)
+
+
+def _check_regions(method: Method, regions: Regions, federation: FederationConfig, privacy: PrivacyConfig) -> None:
+    """Refuse what cannot be summed region by region to the bits of one sum."""
+    if not method.secure_sum:
+        raise FedspanError(
+            f"deployment.regions: a region answers with the sum of its sites, but the server of {method.info.name} "
+            f"needs every client's own update; methods that need sums alone: {_able(lambda m: m.secure_sum)}"
+        )
+    if not (privacy.secure_sums or privacy.fixed_point):
+        raise FedspanError(
+            "deployment.regions: the bits of floating-point sums depend on who is summed first; expected "
+            "privacy.secure_sums = true, or privacy.fixed_point = true for sums that are not masked"
+        )
+    count = sum(map(len, regions.values()))
+    if count != federation.num_clients:
+        raise FedspanError(
+            f"deployment.regions has {count} clients: expected federation.num_clients = {federation.num_clients}, "
+            "every client in one region"
+        )
+    least = least_in_sums(federation, privacy, regions) if privacy.secure_sums else 1
+    for region, clients in regions.items():
+        if len(clients) < least:
+            raise FedspanError(
+                f"deployment.regions: {region} has {len(clients)} of the clients; expected at least {least} in every "
+                "region, since its secure sum would hide too little (privacy.min_clients)"
+            )
 
 
 def _check_malicious_server(privacy: PrivacyConfig) -> None:

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.clientapp import ClientApp
 from flwr.supercore.auth import load_superexec_auth_secret
@@ -36,6 +36,7 @@ from fedspan.flower.client_app import client_app, refusal
 from fedspan.flower.runtime import Runtime, SuperNodeLost
 from fedspan.flower.worker_supervisor import WorkerSupervisor
 from fedspan.support.errors import FedspanError, one_line
+from fedspan.wire import unix_socket
 from fedspan.wire.refusals import Code
 
 POLL = 0.1
@@ -47,6 +48,34 @@ _RETRY = 2.0
 _log = logging.getLogger("fedspan.flower")
 
 
+class Supervisor(Protocol):
+    """What holds the process that answers: `WorkerSupervisor`, or nothing where that process is another's."""
+
+    def ensure(self) -> bool:
+        """Start the process unless it runs; return whether it runs."""
+
+    def call(self, folder: Path, content: bytes, timeout: float) -> bytes:
+        """Return the process's answer."""
+
+    def stop(self) -> None:
+        """End the process."""
+
+
+class RegionProcess:
+    """The server of a region, which `serve.sh` has started and which listens in the folder of its way up."""
+
+    def ensure(self) -> bool:
+        """Return that there is nothing to start."""
+        return True
+
+    def call(self, folder: Path, content: bytes, timeout: float) -> bytes:
+        """Return the server's answer; a `CallFailed` where it does not listen."""
+        return unix_socket.call(folder, content, timeout)
+
+    def stop(self) -> None:
+        """Leave it alone."""
+
+
 class TaskLoop:
     """The loop over tasks: acquire, pull, answer, push."""
 
@@ -55,7 +84,7 @@ class TaskLoop:
         self._stopped = threading.Event()
         self._heartbeats = threading.Thread(target=self._send_heartbeats, daemon=True)
 
-    def run(self, supervisor: WorkerSupervisor) -> None:
+    def run(self, supervisor: Supervisor) -> None:
         """Handle tasks until `stop`. Neither a failing task nor an unreachable SuperNode ends the loop."""
         self._heartbeats.start()
         away = False
@@ -124,6 +153,9 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--superexec-auth-secret-file", metavar="FILE", help="the SuperNode's secret, which other users cannot read"
     )
+    parser.add_argument(
+        "--region", action="store_true", help="answers come from a region's server, which is started by its own script"
+    )
     return parser.parse_args(given)
 
 
@@ -150,7 +182,7 @@ def main(arguments: Sequence[str] | None = None, command: Sequence[str] | None =
         if not options.site.is_dir():
             raise FedspanError(f"--site {options.site}: expected a site's folder")
         secret = load_superexec_auth_secret(options.superexec_auth_secret_file)
-        supervisor = WorkerSupervisor(options.site, command)
+        supervisor: Supervisor = RegionProcess() if options.region else WorkerSupervisor(options.site, command)
         runtime = Runtime(options.runtime_api_address, options.root_certificates, secret)
         loop = TaskLoop(runtime, client_app(supervisor.call, options.site, options.deadline), options.poll)
     except (ValueError, OSError) as error:  # ValueError: Flower's, for an unusable address or secret

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import tempfile
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -179,17 +179,29 @@ def write(folder: Path, deployment: Deployment, config: Config) -> None:
     FedspanError
         When the folder exists and is not empty, or the configuration is for another number of clients.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FedspanError(f"{folder} exists and is not empty: expected a new folder")
     clients = config.federation.num_clients
     if clients != len(deployment.sites):
         raise FedspanError(f"federation.num_clients = {clients}: expected {len(deployment.sites)}, one for each site")
+    write_files(folder, files_of(deployment, config))
+
+
+def write_files(folder: Path, files: Iterable[File]) -> None:
+    """Write the files of a deployment into a new folder, or nothing on an error; each server gets a folder of runs.
+
+    Raises
+    ------
+    FedspanError
+        When the folder exists and is not empty, or cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FedspanError(f"{folder} exists and is not empty: expected a new folder")
     with _complete_or_not_at_all(folder) as partial:
-        for path, content, mode in _files(deployment, config):
+        for path, content, mode in files:
             target = partial / path
             target.parent.mkdir(parents=True, exist_ok=True)
             _write_new(target, content, mode)
-        (partial / "server" / "runs").mkdir()
+        for server in partial.rglob("server/"):
+            (server / "runs").mkdir()
         for inner in partial.rglob("*/"):
             inner.chmod(0o700)
 
@@ -234,6 +246,14 @@ def read(folder: Path) -> Deployment:
     except FedspanError as error:
         raise FedspanError(f"{path}: {error}") from None
     return read
+
+
+def regions_in(folder: Path) -> list[Path]:
+    """Return the folders of a deployment's regions, each a deployment of its own; none where sites are not in regions.
+
+    `fedspan.flower.region_deployment` writes them.
+    """
+    return sorted(path.parent for path in folder.glob(f"regions/*/{_RECORD}"))
 
 
 def _check(deployment: Deployment) -> None:
@@ -314,12 +334,13 @@ def replace_all(folder: Path, files: Sequence[tuple[str, bytes, int]]) -> None:
         path.replace(old)
 
 
-_File = tuple[str, bytes, int]
+File = tuple[str, bytes, int]
+"""Path in the folder, content and mode."""
 _OPEN, _SECRET, _SCRIPT = 0o644, 0o600, 0o755
 
 
-def _files(deployment: Deployment, config: Config) -> Iterator[_File]:
-    """Yield every file's path, content and mode."""
+def files_of(deployment: Deployment, config: Config) -> Iterator[File]:
+    """Yield every file of a deployment, with new keys."""
     authority = certificates.certificate_authority(f"fedspan federation at {deployment.hosts[0]}")
     # The proxy and the server's own commands reach the SuperLink under the local names.
     hosts = [*deployment.hosts, *_LOCAL, "superlink"]
@@ -334,8 +355,8 @@ def _files(deployment: Deployment, config: Config) -> Iterator[_File]:
     yield "ca/ca.key", authority.private, _SECRET
     yield "ca/ca.crt", authority.public, _OPEN
     yield _RECORD, _record(deployment), _OPEN
-    yield "README.md", _fill("README.md", _values(deployment)), _OPEN
-    yield "docker-compose.yml", _fill("compose.yml", _values(deployment)), _OPEN
+    yield "README.md", fill("README.md", _values(deployment)), _OPEN
+    yield "docker-compose.yml", fill("compose.yml", _values(deployment)), _OPEN
     for path, content, mode in _server(deployment):
         yield f"server/{path}", content, mode
     yield "server/config.toml", to_toml(without_data(config)).encode(), _OPEN
@@ -361,15 +382,15 @@ def _files(deployment: Deployment, config: Config) -> Iterator[_File]:
         yield f"{home}/runtime.key", secrets.token_bytes(32), _SECRET
 
 
-def _server(deployment: Deployment) -> Iterator[_File]:
+def _server(deployment: Deployment) -> Iterator[File]:
     values = _values(deployment)
     for script in ("superlink.sh", "proxy.sh", "register.sh", "run.sh"):
-        yield script, _fill(script, values), _SCRIPT
-    yield "environment.sh", _fill("environment.sh", values), _OPEN
-    yield "nginx.conf", _fill("nginx.conf", values), _OPEN
+        yield script, fill(script, values), _SCRIPT
+    yield "environment.sh", fill("environment.sh", values), _OPEN
+    yield "nginx.conf", fill("nginx.conf", values), _OPEN
     yield "listen.conf", _listen(deployment.addresses, deployment.port), _OPEN
-    yield "app/pyproject.toml", _fill("app.toml", values), _OPEN
-    yield "compose.yml", _fill("compose.server.yml", values), _OPEN
+    yield "app/pyproject.toml", fill("app.toml", values), _OPEN
+    yield "compose.yml", fill("compose.server.yml", values), _OPEN
     # In a container the proxy must be reachable from outside the container.
     yield "container/listen.conf", _listen(("0.0.0.0",), deployment.port), _OPEN
     yield from _container()
@@ -379,22 +400,22 @@ def _listen(addresses: Sequence[str], port: int) -> bytes:
     return "".join(f"listen {_with_port(address, port)} ssl;\n" for address in addresses).encode()
 
 
-def _site(deployment: Deployment, site: SitePlan) -> Iterator[_File]:
+def _site(deployment: Deployment, site: SitePlan) -> Iterator[File]:
     values = {
         **_values(deployment),
         "NAME": site.name,
         "CLIENT_ID": site.client_id,
         "RUNTIME_PORT": str(site.runtime_port),
     }
-    yield "start.sh", _fill("start.sh", values), _SCRIPT
-    yield "environment.sh", _fill("environment.sh", values), _OPEN
-    yield "site.toml", _fill("site.toml", values), _OPEN
-    yield "compose.yml", _fill("compose.site.yml", values), _OPEN
+    yield "start.sh", fill("start.sh", values), _SCRIPT
+    yield "environment.sh", fill("environment.sh", values), _OPEN
+    yield "site.toml", fill("site.toml", values), _OPEN
+    yield "compose.yml", fill("compose.site.yml", values), _OPEN
     yield from _container()
 
 
-def _container() -> Iterator[_File]:
-    yield "container/Dockerfile", _fill("Dockerfile", {}), _OPEN
+def _container() -> Iterator[File]:
+    yield "container/Dockerfile", fill("Dockerfile", {}), _OPEN
     yield "container/wheels/.keep", b"", _OPEN
 
 
@@ -440,7 +461,7 @@ def _write_new(path: Path, content: bytes, mode: int) -> None:
     path.chmod(mode)  # whatever the umask is
 
 
-def _fill(name: str, values: Mapping[str, str]) -> bytes:
+def fill(name: str, values: Mapping[str, str]) -> bytes:
     """Return a template with every `@KEY@` replaced."""
     text = (resources.files("fedspan.flower") / "templates" / name).read_text(encoding="utf-8")
     return re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], text).encode()

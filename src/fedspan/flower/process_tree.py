@@ -97,6 +97,11 @@ class ProcessTree:
         self._watcher.stdin.write(f"{process.pid} {_start_time(process.pid)}\n".encode())
         self._watcher.stdin.flush()
 
+    @property
+    def names(self) -> list[str]:
+        """Return the processes that were started, in this order."""
+        return list(self._processes)
+
     def ended(self, name: str) -> int | None:
         """Return a process's exit status; none while it runs."""
         return self._processes[name].poll()

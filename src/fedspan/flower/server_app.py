@@ -33,7 +33,7 @@ SERVER_DIR = "FEDSPAN_SERVER_DIR"
 PATIENCE = 20.0
 """Seconds to wait for another process that leads the same run to end."""
 _POLL = 0.2
-_IDENTITIES = "sites.json"
+IDENTITIES = "sites.json"
 app = ServerApp()
 
 
@@ -41,14 +41,14 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run or resume the federation to its end; report an error that ends it early in one line."""
     try:
-        folder, name = _folder_and_name(context)
+        folder, name = folder_and_name(context)
         config = settings.load(folder / "config.toml")
         clients = NodeClients(folder)
         clients.check()
         with leadership(folder / "runs", name):
             transport = GridTransport(grid, name, clients)
             # Where the sites sign their keys for secure sums, the server checks it before it passes them on.
-            trusted = read_identities(folder / _IDENTITIES) if (folder / _IDENTITIES).exists() else None
+            trusted = read_identities(folder / IDENTITIES) if (folder / IDENTITIES).exists() else None
             write = event_writer(sys.stdout.write)
             keys = fingerprints.of_folder(folder)
             result = execution.serve(config, folder / "runs" / name, write, transport, trusted, keys)
@@ -97,7 +97,7 @@ def event_writer(write: Callable[[str], object]) -> Callable[[Event], None]:
     return on_event
 
 
-def _folder_and_name(context: Context) -> tuple[Path, str]:
+def folder_and_name(context: Context) -> tuple[Path, str]:
     """Return the server's folder and the run's name."""
     folder = context.run_config.get("server-dir") or os.environ.get(SERVER_DIR)
     if not folder:

@@ -21,16 +21,19 @@ from typing import Any
 
 from fedspan.config import Config, with_absolute_paths
 from fedspan.display.progress import number
-from fedspan.flower import deployment
+from fedspan.flower import deployment, region_deployment
 from fedspan.flower.deployment import Deployment
 from fedspan.flower.process_tree import ProcessTree
 from fedspan.support.errors import FedspanError
 from fedspan.wire.names import check_name
+from fedspan.wire.unix_socket import socket_path
 
 Notify = Callable[[str], None]
 
 READY = 60.0
 """Seconds that a process has to become ready after its start."""
+LOADING = 600.0
+"""Seconds that a region's server has to load what it needs."""
 _POLL = 0.1
 IN_MEMORY = ":flwr-in-memory:"
 """Flower's name of a database that is in its SuperLink's memory."""
@@ -54,6 +57,23 @@ def prepare(folder: Path, sites: Sequence[str], config: Config) -> Deployment:
     plan = deployment.plan(sites, (), port, superlink_port, runtime_ports, clients)
     deployment.write(folder, plan, with_absolute_paths(config))
     return plan
+
+
+def prepare_regions(folder: Path, regions: Mapping[str, Sequence[str]], config: Config) -> None:
+    """Write a deployment in regions for a trial, on ports that are free now.
+
+    Parameters
+    ----------
+    regions
+        Region -> its sites.
+    config
+        Settings whose `deployment.regions` has the clients of these sites.
+    """
+    sites = [site for names in regions.values() for site in names]
+    clients = dict(zip(sites, deployment.clients_of(config, sites), strict=True))
+    ports = free_ports(region_deployment.num_ports(regions))
+    plan = region_deployment.plan(regions, clients, free=ports)
+    region_deployment.write(folder, plan, with_absolute_paths(config))
 
 
 def choose_proxy(proxy: str) -> str:
@@ -107,8 +127,28 @@ def up(
         When the folder holds no such deployment, a port is in use, a process ends early, or the time is over; one line
         that names the log with the details.
     """
-    plan, kind = deployment.read(folder), choose_proxy(proxy)
+    kind = choose_proxy(proxy)
+    plans = {path: deployment.read(path) for path in (folder, *deployment.regions_in(folder))}
     name = _new_run(folder) if run is None else check_name(run, "--run")
+    for path, plan in plans.items():
+        _check_startable(path, plan)
+    began = time.monotonic()
+    with _signals_as_interrupts(), ProcessTree(folder / "logs") as tree:
+        try:
+            _, *regions = plans
+            start(tree, folder, plans[folder], kind, notify, sites=not regions, in_memory=in_memory)
+            for region in regions:
+                start_region(tree, region, plans[region], kind, notify, in_memory=in_memory)
+            out = folder / "server" / "runs" / name
+            started, ended = _federate(tree, out, notify, began + timeout)
+        finally:
+            notify("taking everything down")
+    seconds = {"start": started - began, "rounds": ended - started, "end": time.monotonic() - ended}
+    return Outcome(out, json.loads((out / "summary.json").read_text(encoding="utf-8")), seconds)
+
+
+def _check_startable(folder: Path, plan: Deployment) -> None:
+    """Check that a deployment is for this machine only, and that its ports are free."""
     if not plan.local:
         raise FedspanError(f"{folder} is a deployment for {plan.hosts[0]}: expected one for localhost")
     for port in (plan.port, plan.superlink_port, *(site.runtime_port for site in plan.sites)):
@@ -116,16 +156,22 @@ def up(
             raise FedspanError(
                 f"port {port} of {folder} is in use: expected it to be free; is this deployment running already?"
             )
-    began = time.monotonic()
-    with _signals_as_interrupts(), ProcessTree(folder / "logs") as tree:
-        try:
-            start(tree, folder, plan, kind, notify, in_memory=in_memory)
-            out = folder / "server" / "runs" / name
-            started, ended = _federate(tree, plan, out, notify, began + timeout)
-        finally:
-            notify("taking everything down")
-    seconds = {"start": started - began, "rounds": ended - started, "end": time.monotonic() - ended}
-    return Outcome(out, json.loads((out / "summary.json").read_text(encoding="utf-8")), seconds)
+
+
+def start_region(
+    tree: ProcessTree, folder: Path, plan: Deployment, proxy: str, notify: Notify, in_memory: bool = False
+) -> None:
+    """Start the processes of one region: its server, that server's way up, and its sites."""
+    start(tree, folder, plan, proxy, notify, sites=False, in_memory=in_memory, prefix=f"{folder.name}-")
+    region, environment = folder.resolve(), script_environment()
+    serve = f"{folder.name}-serve"
+    tree.start(serve, ["./serve.sh"], region / "server", environment)
+    # Servers start one after the other: Flower starts a run's process again where it takes long over its imports.
+    tree.wait(serve, socket_path(region / "uplink").exists, LOADING)
+    tree.start(f"{folder.name}-uplink", ["./start.sh"], region / "uplink", environment)
+    for site in plan.sites:
+        tree.start(site.name, ["./start.sh"], region / "sites" / site.name, environment)
+    notify(f"the server of the region {folder.name} is served; {len(plan.sites)} sites starting")
 
 
 def start(
@@ -136,21 +182,28 @@ def start(
     notify: Notify,
     sites: bool = True,
     in_memory: bool = False,
+    prefix: str = "",
 ) -> None:
-    """Start the server's and the sites' processes with the scripts of the deployment itself."""
+    """Start the server's and the sites' processes with the scripts of the deployment itself.
+
+    Parameters
+    ----------
+    prefix
+        Of the names of the server's processes, where there are several servers.
+    """
     server, environment = folder.resolve() / "server", script_environment()
     ca = server / "ca.crt"
     state = {"FEDSPAN_DATABASE": IN_MEMORY} if in_memory else {}
-    tree.start("superlink", ["./superlink.sh"], server, {**environment, **state})
-    tree.wait("superlink", lambda: answers(plan.superlink_port, ca), READY)
+    tree.start(f"{prefix}superlink", ["./superlink.sh"], server, {**environment, **state})
+    tree.wait(f"{prefix}superlink", lambda: answers(plan.superlink_port, ca), READY)
     notify(f"SuperLink on 127.0.0.1:{plan.superlink_port}, with TLS and node authentication")
     # A single process: workers of nginx would survive a kill -9 of their master.
     single = {"FEDSPAN_PROXY": proxy, "FEDSPAN_NGINX": "master_process off;"}
-    tree.start("proxy", ["./proxy.sh"], server, {**environment, **single})
-    tree.wait("proxy", lambda: answers(plan.port, ca), READY)
+    tree.start(f"{prefix}proxy", ["./proxy.sh"], server, {**environment, **single})
+    tree.wait(f"{prefix}proxy", lambda: answers(plan.port, ca), READY)
     notify(f"proxy ({proxy}) on {plan.addresses[0]}:{plan.port}, which forwards the fleet API and nothing else")
-    tree.start("register", ["./register.sh"], server, environment)
-    tree.finish("register", READY)
+    tree.start(f"{prefix}register", ["./register.sh"], server, environment)
+    tree.finish(f"{prefix}register", READY)
     if sites:
         for site in plan.sites:
             tree.start(site.name, ["./start.sh"], folder.resolve() / "sites" / site.name, environment)
@@ -191,8 +244,9 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-def _federate(tree: ProcessTree, plan: Deployment, out: Path, notify: Notify, deadline: float) -> tuple[float, float]:
+def _federate(tree: ProcessTree, out: Path, notify: Notify, deadline: float) -> tuple[float, float]:
     """Start the run and follow it to its end; return the times of the end of the first round, and of the run."""
+    lasting = [name for name in tree.names if not name.endswith("register")]
     tree.start("run", ["./run.sh", out.name], out.parent.parent, script_environment())
     records, summary = _JsonlTail(out / "metrics.jsonl"), out / "summary.json"
     first: float | None = None
@@ -205,7 +259,7 @@ def _federate(tree: ProcessTree, plan: Deployment, out: Path, notify: Notify, de
         if finished:
             now = time.monotonic()
             return first or now, now
-        _check_running(tree, plan)
+        _check_running(tree, lasting)
         if ended and not summary.exists():
             raise FedspanError(f"the run ended without a result: {tree.exit_report('run')}")
         if time.monotonic() > deadline:
@@ -213,9 +267,9 @@ def _federate(tree: ProcessTree, plan: Deployment, out: Path, notify: Notify, de
         time.sleep(_POLL)
 
 
-def _check_running(tree: ProcessTree, plan: Deployment) -> None:
+def _check_running(tree: ProcessTree, names: Sequence[str]) -> None:
     """Raise an error when a process has ended that should run as long as the run does."""
-    for name in ("superlink", "proxy", *(site.name for site in plan.sites)):
+    for name in names:
         if tree.ended(name) is not None:
             raise FedspanError(tree.exit_report(name))
 

@@ -24,7 +24,7 @@ from fedspan.federation.held_out import Collected, HeldOutTerms
 from fedspan.methods.base import Method
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import ClientState, Tensors, Update
-from fedspan.privacy.fixed_point import FixedPoint
+from fedspan.privacy.fixed_point import FixedPoint, Words
 from fedspan.privacy.sum_layout import SumLayout
 from fedspan.server.broadcast_messages import BroadcastMessages, MessageForm, SumFields
 from fedspan.server.checks import AnswerChecks, unusable
@@ -33,10 +33,11 @@ from fedspan.server.early_replies import EarlyReplies, in_order
 from fedspan.server.evaluations import Evaluation
 from fedspan.server.key_exchange import RunTerms
 from fedspan.server.masked_sums import MaskedSums
+from fedspan.server.regional_sums import RegionalSums, RelayedMessages
 from fedspan.server.registry import SiteRegistry
 from fedspan.server.requests import NOT_CONNECTED, Problem, Reply, Requests
 from fedspan.server.roster_plan import RosterPlan
-from fedspan.server.sums import PlainSum, SumCollector, check_weights
+from fedspan.server.sums import PlainSum, SumCollector, check_weights, known_weights
 from fedspan.support.errors import FedspanError
 from fedspan.wire import agreement
 from fedspan.wire.protocol import MessageTensors
@@ -70,13 +71,13 @@ class Coordinator:
     ) -> None:
         if method.info.pooled or method.info.alone:
             raise FedspanError(f"method.name = '{method.info.name}' is a control for one process: sites share no data")
-        if config.privacy.server == "malicious" and not trusted:
+        if config.privacy.server == "malicious" and not trusted and not config.deployment.regions:
             # It could not tell whose signature is false, and the other sites would refuse the whole sum.
             raise FedspanError(
                 "privacy.server = 'malicious': the server has no public keys of the sites; expected sites.json in its "
                 "folder (in Python: `trusted`)"
             )
-        self.transport, self.method = transport, method
+        self.transport, self.method, self._config = transport, method, config
         self._seed, self._weighting, self._wire = config.seed, config.federation.weighting, config.wire
         self._deployment, self._privacy = config.deployment, config.privacy
         self._folder, self._round_memory = out, config.engine.round_memory
@@ -86,7 +87,11 @@ class Coordinator:
         self.registry = SiteRegistry(transport, config.federation, config.deployment, terms, method, path, notify)
         self._requests = Requests(self.registry, config.wire.up)
         self._contents = SiteContents(self.registry, method)
-        least = requirements.least_in_sums(config.federation, config.privacy) if config.privacy.secure_sums else 2
+        regions = config.deployment.regions
+        self._regional = RegionalSums(self._requests, config)
+        least = 2
+        if config.privacy.secure_sums:
+            least = requirements.least_in_sums(config.federation, config.privacy, regions)
         run_terms = RunTerms(config.privacy, config.federation.rounds, least, trusted)
         plan = RosterPlan(config.privacy, least, out / "sums.json", self.registry.notify)
         self._masked_sums = MaskedSums(self._requests, run_terms, plan, self.registry.notify)
@@ -180,17 +185,12 @@ class Coordinator:
             When fewer clients stayed than can unmask the sum.
         """
         ready, rank = self._ready(question, clients), max(client.rank for client in clients)
-        total = None
-        while total is None:  # without the clients that were proved to lie, every time
-            collector = self._collector(question, ready, layout, rank)
-            answers = self._collect(question, ready, broadcast_for, (rank, layout.num_words), collector)
-            total = collector.total()
+        total, answers, problems = self._added_up(question, ready, broadcast_for, layout, rank)
         # Counted before the others are entered as absent: the divisor is the number of vectors in the sum.
         count, known = len(answers), self._known_weights(client for client in ready if client.client_id in answers)
         for client in clients:
             if client.client_id not in answers:
-                problem = collector.problems.get(client.client_id, NOT_CONNECTED)
-                answers[client.client_id] = unusable(client, problem)
+                answers[client.client_id] = unusable(client, problems.get(client.client_id, NOT_CONNECTED))
         ordered = [answers[client_id] for client_id in sorted(answers)]
         if not count:
             return Summed(Partial(), 0.0, ordered)
@@ -198,6 +198,22 @@ class Coordinator:
         check_weights(numbers, count, sum(known.values()) if len(known) == count else None)
         partial, loss = layout.partial(numbers, count)
         return Summed(partial, loss, ordered)
+
+    def _added_up(
+        self, question: Question, ready: Sequence[Client], broadcast_for: BroadcastFor, layout: SumLayout, rank: int
+    ) -> tuple[Words, dict[str, Answer], Mapping[str, Problem]]:
+        """Return the sum of the clients' words, the answers of those in it, and the problems of the others."""
+        if self._config.deployment.regions:
+            form = self._form(self._checks(question), lambda region: 8 * layout.num_words)
+            message = RelayedMessages(self._requests, form, broadcast_for).of
+            found = self._regional.collect(question, form.heading, ready, message, layout, rank)
+            return found.total, found.answers(ready, layout.num_words), found.problems
+        while True:  # without the clients that were proved to lie, every time
+            collector = self._collector(question, ready, layout, rank)
+            answers = self._collect(question, ready, broadcast_for, (rank, layout.num_words), collector)
+            total = collector.total()
+            if total is not None:
+                return total, answers, collector.problems
 
     def evaluate(
         self,
@@ -227,7 +243,8 @@ class Coordinator:
             keep=not whole,
             answer_bytes=lambda _: size,
         )
-        asking = Evaluation(self._requests, self._contents, form, terms, self._privacy, sums)
+        regional = self._regional if self._config.deployment.regions else None
+        asking = Evaluation(self._requests, self._contents, form, terms, self._privacy, sums, regional)
         return asking.collect(clients, broadcast_for)
 
     def _collector(self, question: Question, ready: Sequence[Client], layout: SumLayout, rank: int) -> SumCollector:
@@ -239,9 +256,7 @@ class Coordinator:
 
     def _known_weights(self, clients: Iterable[Client]) -> dict[str, float]:
         """Return what each client counts for, where the server knows it."""
-        # Under masks and under client-level privacy the sites do not say how many examples they have.
-        known = self._weighting == "equal" or not (self._privacy.secure_sums or self._privacy.dp == "client")
-        return {c.client_id: c.weight(self._weighting) for c in clients if known}
+        return known_weights(self._config, clients)
 
     def states(self) -> Mapping[str, ClientState]:
         """Return nothing: the sites keep their own states."""
@@ -301,12 +316,15 @@ class Coordinator:
         sum_fields: SumFields | None = None,
     ) -> BroadcastMessages:
         """Return the messages of an exchange of training, whose answers `checks` expects."""
-        question, heading, down = checks.question, self._heading(checks.question), self._wire.down
-        form = MessageForm(question, heading, {"kind": "ask"}, checks.derived, down, answer_bytes=answer_bytes)
+        form = self._form(checks, answer_bytes)
         # Expected from the broadcast that is sent, so that what is asked for and what is accepted cannot differ.
         return BroadcastMessages(
             self._requests, self._contents, form, clients, broadcast_for, sum_fields, checks.expect
         )
+
+    def _form(self, checks: AnswerChecks, answer_bytes: Callable[[str], int]) -> MessageForm:
+        question, heading, down = checks.question, self._heading(checks.question), self._wire.down
+        return MessageForm(question, heading, {"kind": "ask"}, checks.derived, down, answer_bytes=answer_bytes)
 
     def _checks(self, question: Question) -> AnswerChecks:
         return AnswerChecks(self.method, question, self._initial, self._results, self._weighting, self._wire.up)

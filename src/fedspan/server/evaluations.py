@@ -21,6 +21,7 @@ from fedspan.privacy.fixed_point import FixedPoint, Words
 from fedspan.server.broadcast_messages import BroadcastMessages, MessageForm, SumFields
 from fedspan.server.contents import SiteContents
 from fedspan.server.masked_sums import MaskedSums
+from fedspan.server.regional_sums import RegionalSums, RelayedMessages
 from fedspan.server.requests import NOT_CONNECTED, Problem, Reply, Requests
 from fedspan.server.sums import PlainSum, SumCollector, check_weights
 from fedspan.support.errors import FedspanError
@@ -38,6 +39,8 @@ class Evaluation:
     privacy: PrivacyConfig
     masked: MaskedSums | None
     """Makes the sums of evaluations, where they are under masks."""
+    regional: RegionalSums | None = None
+    """Asks the servers of regions, where the federation has some."""
     problems: dict[str, Problem] = field(default_factory=dict)
     """Client -> the reason why it is not in the figures."""
 
@@ -54,7 +57,10 @@ class Evaluation:
         away = registry.quarantined(self.form.question.round_num)
         ready = [client for client in registry.reachable(clients) if client.client_id not in away]
         self.problems = {client.client_id: NOT_CONNECTED for client in clients if client not in ready}
-        found = self._sum(ready, broadcast_for) if self.terms.sums else self._open(ready, broadcast_for)
+        if self.regional is not None:
+            found = self._regions_sum(self.regional, ready, broadcast_for)
+        else:
+            found = self._sum(ready, broadcast_for) if self.terms.sums else self._open(ready, broadcast_for)
         reasons = {name: problem.reason for name, problem in sorted(self.problems.items())}
         return Collected(found.by_client, found.total, found.num_clients, reasons)
 
@@ -99,6 +105,21 @@ class Evaluation:
             answered = self._added(self._messages(asked, broadcast_for, fields), collector)
             total = collector.total()
         self.problems |= {name: problem for name, problem in collector.problems.items() if name not in answered}
+        return self._of_total(total, answered)
+
+    def _regions_sum(self, regional: RegionalSums, ready: Sequence[Client], broadcast_for: BroadcastFor) -> Collected:
+        """Return the sum of what the regions answer with, each for its own clients."""
+        if not ready:
+            return Collected()
+        rank, ones = max(client.rank for client in ready), {client.client_id: 1.0 for client in ready}
+        layout = self.terms.sum_layout()
+        message, form = RelayedMessages(self.requests, self.form, broadcast_for).of, self.form
+        found = regional.collect(form.question, form.heading, ready, message, layout, rank, ones)
+        self.problems |= found.problems
+        return self._of_total(found.total, list(found.shares))
+
+    def _of_total(self, total: Words, answered: Sequence[str]) -> Collected:
+        """Return the statistics in the sum of these clients' words."""
         if not answered:
             return Collected()
         numbers = FixedPoint(self.privacy.fraction_bits).decode(total)

@@ -45,9 +45,11 @@ class Greeting:
         FedspanError
             When no answer came, the site reports a problem, or a field is missing, wrong or beyond its bounds.
         """
-        if delivery.content is None:
-            raise FedspanError(delivery.error or "no answer")
-        head = schema.introduction(protocol.decode(delivery.content)[0])
+        return cls.of(schema.introduction(_head(delivery)), max_rank)
+
+    @classmethod
+    def of(cls, head: schema.Introduction | schema.Refusal, max_rank: int) -> Greeting:
+        """Return a greeting from its fields, as `read` does."""
         if "code" in head:
             raise FedspanError(refusals.line(head["code"], head["incident"]))
         client_id, rank, count, shapes = head["client_id"], head["rank"], head["num_examples"], head["shapes"]
@@ -61,3 +63,33 @@ class Greeting:
         return cls(
             client_id, rank, num_examples, head["terms"], shapes, head["base"], head["labels"], tuple(head["holds"])
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """The sites that introduce themselves through one node: one site, or those of a region."""
+
+    greetings: Sequence[Greeting]
+    region: str | None = None
+    """The name of the region; None: the node is a site's own."""
+
+    @classmethod
+    def read(cls, delivery: Delivery, max_rank: int) -> Arrivals:
+        """Read what came back from a node, as `Greeting.read`."""
+        head = _head(delivery)
+        if "members" not in head:
+            return cls([Greeting.of(schema.introduction(head), max_rank)])
+        region = schema.region_introduction(head)
+        forms, found = region["forms"], []
+        for member in region["members"]:
+            if member["form"] >= len(forms):
+                raise FedspanError(f"{member['client_id']} has form {member['form']}: expected one of {len(forms)}")
+            own = {key: member[key] for key in ("client_id", "rank", "num_examples")}
+            found.append(Greeting.of(schema.introduction({**forms[member["form"]], **own, "holds": []}), max_rank))
+        return cls(found, region["client_id"])
+
+
+def _head(delivery: Delivery) -> dict[str, Any]:
+    if delivery.content is None:
+        raise FedspanError(delivery.error or "no answer")
+    return protocol.decode(delivery.content)[0]

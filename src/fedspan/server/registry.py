@@ -6,7 +6,7 @@ import json
 import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from fedspan.config import DeploymentConfig, FederationConfig
 from fedspan.federation import requirements
 from fedspan.federation.clients import Client
 from fedspan.methods.base import Method
-from fedspan.server.greeting import Greeting
+from fedspan.server.greeting import Arrivals, Greeting
 from fedspan.support.errors import FedspanError, one_line
 from fedspan.support.files import write_bytes
 from fedspan.wire import agreement, protocol, refusals
@@ -47,6 +47,8 @@ class Member:
     """Digest of what the labels of its data mean."""
     holds: Sequence[str] = ()
     """Digests of tensors that it keeps."""
+    terms: Mapping[str, Any] = field(default_factory=dict)
+    """The settings that it shares with the server, and its libraries."""
 
 
 @dataclass(slots=True)
@@ -102,6 +104,12 @@ class SiteRegistry:
         self._known: Mapping[str, Client] = {}
         """The clients of an earlier start of this run; empty where this is the first."""
         self._silence: dict[str, _Silence] = {}
+        self._regions: dict[str, str] = {}
+        """Region -> the node of its server."""
+
+    def node_of(self, name: str) -> str:
+        """Return the transport's name for a client's node, or for that of a region's server."""
+        return self._regions[name] if name in self._regions else self.members[name].node
 
     def gather(self) -> list[Client]:
         """Wait for the federation's sites and return their clients, in the order of their ids.
@@ -217,12 +225,21 @@ class SiteRegistry:
 
     def _nodes_to_greet(self) -> list[str]:
         now = self.transport.now()
-        known = {member.node for member in self.members.values()}
+        known = {member.node for member in self.members.values()} - self._incomplete()
         return [
             node
             for node in self.transport.nodes()
             if node not in known and now - self._greeted.get(node, -math.inf) >= _GREET_AGAIN
         ]
+
+    def _incomplete(self) -> set[str]:
+        """Return the nodes of regions of which some clients have not come: they are greeted again."""
+        regions = self.deployment.regions
+        return {
+            node
+            for region, node in self._regions.items()
+            if any(who not in self.members or self.members[who].node != node for who in regions[region])
+        }
 
     def _introductions(self, nodes: Sequence[str]) -> Iterator[tuple[str, Delivery | None]]:
         """Greet the nodes and yield their answers as they come; None for a node that does not answer in time."""
@@ -241,20 +258,40 @@ class SiteRegistry:
         yield from ((node, None) for node in tickets.values())
 
     def _welcome(self, node: str, delivery: Delivery) -> None:
-        """Make the site behind a node a member, unless there is a problem with it."""
+        """Make the site behind a node, or every site of a region, a member, unless there is a problem with it."""
         try:
-            greeting = Greeting.read(delivery, self._max_rank)
-            self._check_speaker(node, greeting.client_id)
-            self._compare(greeting)
+            arrived = Arrivals.read(delivery, self._max_rank)
+            if arrived.region is None:
+                self._check_speaker(node, arrived.greetings[0].client_id)
+            else:
+                self._check_region(node, arrived.region)
         except FedspanError as error:
             self._refuse(node, one_line(error, _MAX_LINE))
             return
+        if arrived.region is not None:
+            self._regions[arrived.region] = node
+            self._refused.pop(node, None)
+        for greeting in arrived.greetings:
+            self._take_in(node, greeting, arrived.region)
+
+    def _take_in(self, node: str, greeting: Greeting, region: str | None) -> None:
+        key = node if region is None else f"{node} {greeting.client_id}"
+        try:
+            if region is not None:
+                self._check_in_region(region, greeting.client_id)
+                if self._is_known(node, greeting):
+                    return
+            self._compare(greeting)
+        except FedspanError as error:
+            self._refuse(node, one_line(error, _MAX_LINE), key)
+            return
         client = Client(greeting.client_id, greeting.rank, _NO_ROWS, _NO_ROWS, greeting.num_examples)
-        self._refused.pop(node, None)
+        self._refused.pop(key, None)
         self.members[greeting.client_id] = Member(
-            node, client, greeting.shapes, greeting.base, greeting.labels, greeting.holds
+            node, client, greeting.shapes, greeting.base, greeting.labels, greeting.holds, greeting.terms
         )
-        self.notify(f"{greeting.client_id} is here, rank {greeting.rank}")
+        through = "" if region is None else f", in the region {region}"
+        self.notify(f"{greeting.client_id} is here, rank {greeting.rank}{through}")
         if others := agreement.library_differences(self.terms, greeting.terms):
             self.notify(f"{greeting.client_id} has other libraries: {others}; results may differ in the last bits")
 
@@ -269,6 +306,41 @@ class SiteRegistry:
         own = self.transport.client_of(node)
         if own not in (None, client_id):
             raise FedspanError(f"says that it is {client_id!r}: its key is that of {own}, expected this name")
+        if client_id in {who for clients in self.deployment.regions.values() for who in clients}:
+            raise FedspanError(f"{client_id} is a site of a region: expected it through the server of its region")
+
+    def _check_region(self, node: str, region: str) -> None:
+        """Check that a node may speak for a region, which is another one than that of the same name.
+
+        Raises
+        ------
+        FedspanError
+            When it may not.
+        """
+        regions = self.deployment.regions
+        if region not in regions:
+            expected = f"one of {', '.join(sorted(regions))}" if regions else "a site, since there are none"
+            raise FedspanError(f"is the server of a region {region!r}: expected {expected} (deployment.regions)")
+        self._check_speaker(node, region)
+        other = self._regions.get(region)
+        if other not in (None, node) and other in self.transport.nodes():
+            raise FedspanError(f"the region {region} is here already, as another node")
+
+    def _check_in_region(self, region: str, client_id: str) -> None:
+        own = next((name for name, clients in self.deployment.regions.items() if client_id in clients), None)
+        if own != region:
+            where = "no region has it" if own is None else f"it is a site of {own}"
+            raise FedspanError(f"{region} says that {client_id} is one of its sites: {where} (deployment.regions)")
+
+    def _is_known(self, node: str, greeting: Greeting) -> bool:
+        """Return whether a region introduces a site again that is a member already, and has not changed."""
+        member = self.members.get(greeting.client_id)
+        return (
+            member is not None
+            and member.node == node
+            and (member.client.rank, member.client.num_examples) == (greeting.rank, greeting.num_examples)
+            and (member.base, member.labels) == (greeting.base, greeting.labels)
+        )
 
     def _compare(self, greeting: Greeting) -> None:
         """Compare a site with the server and with the members.
@@ -298,12 +370,20 @@ class SiteRegistry:
             needed = f"{self.method.info.name} needs one rank for all, expected {self._one_rank} (federation.ranks)"
             raise FedspanError(f"{client_id} has rank {rank}: {needed}")
 
-    def _refuse(self, node: str, reason: str) -> None:
+    def _refuse(self, node: str, reason: str, key: str | None = None) -> None:
+        """Report a node, or one site of a region, that is not taken in.
+
+        Parameters
+        ----------
+        key
+            Of the reason among those that are known; by default the node.
+        """
+        key = node if key is None else key
         line = f"node {node}{self._owner(node)}: {reason}"
         # It is asked again and again, but people need the line only once; each answer has an incident of its own.
-        if refusals.without_incident(self._refused.get(node, "")) != refusals.without_incident(line):
+        if refusals.without_incident(self._refused.get(key, "")) != refusals.without_incident(line):
             self.notify(f"a node is not taken in: {line}")
-        self._refused[node] = line
+        self._refused[key] = line
 
     def _owner(self, node: str) -> str:
         """Return in brackets the client for which a node may speak; nothing where that is not known."""
@@ -315,7 +395,8 @@ class SiteRegistry:
 
     def quarantined(self, round_num: int) -> set[str]:
         """Return the clients that are not asked in this round because they were silent before."""
-        return {name for name, silence in self._silence.items() if silence.until > round_num}
+        away = {name for name, silence in self._silence.items() if silence.until > round_num}
+        return away | {who for name in away for who in self.deployment.regions.get(name, ())}
 
     def record(self, client_id: str, round_num: int, missed: bool) -> None:
         """Record whether an answer came; after too many missing ones in a row the client is left out for a while."""

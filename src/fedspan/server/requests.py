@@ -89,6 +89,7 @@ class Requests:
         enough: int | None = None,
         again: Callable[[str], bytes] | None = None,
         answer_bytes: Callable[[str], int] = lambda client_id: 0,
+        deadline: float | None = None,
     ) -> Iterator[tuple[str, Reply | Problem]]:
         """Send every client its message, and yield the answers as they come: each client once, with a reply or not.
 
@@ -106,15 +107,18 @@ class Requests:
             digests. It is asked once more in the same exchange, and no second time.
         answer_bytes
             Returns about the bytes of a client's answer, once its message was looked up.
+        deadline
+            Seconds to wait for the answers; None: `deployment.deadline`.
         """
+        limit = self.registry.deployment.deadline if deadline is None else deadline
         wanted, began = len(messages) if enough is None else enough, self.transport.now()
-        tickets = self._send(messages, answer_bytes)
+        tickets = self._send(messages, limit, answer_bytes)
         replied, slowest, repeated = set[str](), 0.0, set[str]()
-        for client_id, reply in self._arriving(question, tickets, began, lambda: len(replied) >= wanted):
+        for client_id, reply in self._arriving(question, tickets, began + limit, lambda: len(replied) >= wanted):
             if isinstance(reply, Reply) and "lacks" in reply.header:
                 if again is not None and client_id not in repeated:
                     repeated.add(client_id)
-                    tickets |= self._send({client_id: again(client_id)}, answer_bytes)
+                    tickets |= self._send({client_id: again(client_id)}, limit, answer_bytes)
                     continue
                 reply = Problem("says that it lacks tensors that it was sent")
             if isinstance(reply, Reply):
@@ -125,14 +129,14 @@ class Requests:
         self.transport.forget(list(tickets))
         self._costs.waited_seconds += self.transport.now() - began
         self._costs.slowest_seconds += slowest
-        yield from self._unanswered(question, list(tickets.values()), len(replied) >= wanted)
+        yield from self._unanswered(question, list(tickets.values()), len(replied) >= wanted, limit)
 
     def _arriving(
-        self, question: Question, tickets: dict[str, str], began: float, had_enough: Callable[[], bool]
+        self, question: Question, tickets: dict[str, str], until: float, had_enough: Callable[[], bool]
     ) -> Iterator[tuple[str, Reply | Problem]]:
-        """Yield what comes for these tickets until the deadline, and take out each ticket that was answered."""
+        """Yield what comes for these tickets until then, and take out each ticket that was answered."""
         deployment = self.registry.deployment
-        while tickets and not had_enough() and self.transport.now() - began < deployment.deadline:
+        while tickets and not had_enough() and self.transport.now() < until:
             deliveries = self.transport.poll()
             if not deliveries:
                 self.transport.sleep(deployment.poll)
@@ -147,7 +151,9 @@ class Requests:
                     yield arrived
                     del arrived
 
-    def _send(self, messages: Mapping[str, bytes], answer_bytes: Callable[[str], int]) -> dict[str, str]:
+    def _send(
+        self, messages: Mapping[str, bytes], lifetime: float, answer_bytes: Callable[[str], int]
+    ) -> dict[str, str]:
         """Send the messages; return the client of every ticket."""
         self._costs.round_trips += 1
         tickets: dict[str, str] = {}
@@ -155,28 +161,28 @@ class Requests:
         for client_id in messages:
             waiting[client_id] = messages[client_id]
             if sum(map(len, waiting.values())) >= AT_ONCE:
-                tickets |= self._sent(waiting, answer_bytes)
+                tickets |= self._sent(waiting, lifetime, answer_bytes)
                 waiting = {}
-        return tickets | self._sent(waiting, answer_bytes)
+        return tickets | self._sent(waiting, lifetime, answer_bytes)
 
-    def _sent(self, messages: Mapping[str, bytes], answer_bytes: Callable[[str], int]) -> dict[str, str]:
+    def _sent(
+        self, messages: Mapping[str, bytes], lifetime: float, answer_bytes: Callable[[str], int]
+    ) -> dict[str, str]:
         if not messages:
             return {}
         self._costs.wire_down += sum(map(len, messages.values()))
-        addressed = [(self.registry.members[c].node, content) for c, content in messages.items()]
+        addressed = [(self.registry.node_of(c), content) for c, content in messages.items()]
         largest = max(map(answer_bytes, messages))
-        tickets = self.transport.send(addressed, self.registry.deployment.deadline, largest)
-        return dict(zip(tickets, messages, strict=True))
+        return dict(zip(self.transport.send(addressed, lifetime, largest), messages, strict=True))
 
     def _unanswered(
-        self, question: Question, client_ids: list[str], had_enough: bool
+        self, question: Question, client_ids: list[str], had_enough: bool, deadline: float
     ) -> Iterator[tuple[str, Reply | Problem]]:
         """Yield the problem of every client that was still at work when the wait ended."""
         for client_id in client_ids:
             # A client that others merely overtook has missed nothing, and is not on its way into quarantine.
             if not had_enough:
                 self.registry.record(client_id, question.round_num, missed=True)
-            deadline = self.registry.deployment.deadline
             reason = "was not waited for" if had_enough else f"did not answer within {deadline:g} s"
             yield client_id, Problem(reason, absent=True)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from fedspan.config import Config
+from fedspan.federation.clients import Client
 from fedspan.privacy.fixed_point import FixedPoint, Words
-from fedspan.server.requests import Problem
+from fedspan.server.requests import Problem, Reply
 from fedspan.support.errors import FedspanError
 from fedspan.wire.protocol import MessageTensors
 
@@ -84,6 +87,32 @@ class PlainSum:
     def total(self) -> Words:
         """Return the sum."""
         return self._total
+
+
+def known_weights(config: Config, clients: Iterable[Client]) -> dict[str, float]:
+    """Return what each client counts for, where the server knows it."""
+    # Under masks and under client-level privacy the sites do not say how many examples they have.
+    privacy, weighting = config.privacy, config.federation.weighting
+    known = weighting == "equal" or not (privacy.secure_sums or privacy.dp == "client")
+    return {c.client_id: c.weight(weighting) for c in clients if known}
+
+
+def words_of(reply: Reply, num_words: int) -> Words:
+    """Return the vector of an answer to a question about a sum, (num_words,).
+
+    Raises
+    ------
+    FedspanError
+        When it is of another type or length: under masks nothing else can be checked.
+    """
+    place = reply.header.get("words")
+    if place is None:
+        raise FedspanError("an answer without a vector")
+    vector = reply.tensors[place]
+    if vector.dtype != torch.int64 or tuple(vector.shape) != (num_words,):
+        raise FedspanError(f"a vector of {vector.dtype} in shape {tuple(vector.shape)}: expected {num_words} words")
+    words: Words = vector.contiguous().numpy().view(np.uint64)
+    return words
 
 
 def check_weights(numbers: Tensor, count: int, weight: float | None) -> None:

@@ -43,6 +43,8 @@ def terms(config: Config) -> dict[str, Any]:
     if config.privacy.secure_sums:
         # Each site derives from them the fewest clients that it takes part in a sum with.
         shared |= {f"federation.{key}": settings["federation"][key] for key in _OF_THE_SAMPLE}
+        if config.deployment.regions:
+            shared["deployment.regions"] = settings["deployment"]["regions"]
     return shared
 
 

@@ -24,7 +24,7 @@ from fedspan.wire import packing
 from fedspan.wire.envelope import opened
 from fedspan.wire.precision import Kind, pack, unpack
 
-SCHEMA = 4
+SCHEMA = 5
 MAGIC = b"FSPN"
 _LENGTH = struct.Struct(">I")
 _MAX_HEAD_BYTES = 2**25
@@ -120,6 +120,17 @@ def decode(content: bytes, kinds: Sequence[Kind] = _ALL_KINDS) -> tuple[dict[str
     buffer = torch.from_numpy(np.frombuffer(bytearray(memoryview(content)[end:]), dtype=np.uint8))
     _, buffered = packing.unpack(head, buffer)
     return message, _joined(buffered, parts, kinds)
+
+
+def amended(content: bytes, fields: Mapping[str, Any]) -> bytes:
+    """Return a message that has passed `decode` with some fields of its head replaced, and the same bytes of tensors.
+
+    A message that is passed on keeps its tensors to the bit so, in whatever type they travel.
+    """
+    content = opened(content)[1]
+    head, end = _head(content)
+    described = json.dumps({**head, "message": {**head["message"], **fields}}).encode()
+    return b"".join((MAGIC, _LENGTH.pack(len(described)), described, memoryview(content)[end:]))
 
 
 def head_of(content: bytes) -> dict[str, Any]:

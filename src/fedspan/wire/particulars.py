@@ -22,9 +22,12 @@ _KINDS = {
     "sign": "question to sign survivors",
     "unmask": "question to unmask",
     "convict": "proof of false shares",
+    "relay": "question to a region",
 }
 """Of the server's messages."""
 _ANSWERS = {
+    "relayed": "sum of a region",
+    "forms": "introduction of a region",
     "update": "update",
     "words": "part of a sum",
     "statistics": "statistics",

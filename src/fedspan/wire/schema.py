@@ -47,6 +47,9 @@ ContentDigest = Annotated[str, Strict(), Field(pattern=r"\A[0-9a-f]{64}\z")]
 Incident = Annotated[str, Strict(), Field(pattern=r"\A[0-9a-f]{6}\z")]
 Shape = Annotated[list[Annotated[int, Strict(), Field(ge=0, lt=2**40)]], Field(max_length=8)]
 Names = Annotated[list[Name], Field(max_length=10**5)]
+Reason = Annotated[str, Strict(), Field(max_length=1000)]
+LayoutName = Annotated[str, Strict(), Field(max_length=10**5)]
+"""Of a tensor in the layout of a sum: a module, a weight, or a description of statistics."""
 
 Pair = tuple[Index, Index, Scaling]
 """B, A and their scaling."""
@@ -112,6 +115,48 @@ class Introduction(TypedDict):
     """The digests of tensors that it keeps."""
 
 
+@with_config(_STRICT)
+class MemberForm(TypedDict):
+    """What the introductions of several sites of a region have in common."""
+
+    terms: Annotated[dict[TensorName, Any], Field(max_length=1000)]
+    shapes: Annotated[dict[TensorName, Shape], Field(max_length=10**5)]
+    base: Digest
+    labels: Digest
+
+
+@with_config(_STRICT)
+class RegionMember(TypedDict):
+    """One site of a region, as it has introduced itself there."""
+
+    client_id: Name
+    rank: Rank
+    num_examples: Examples | None
+    form: Count
+    """The number of its `MemberForm`."""
+
+
+@final
+@with_config(_STRICT)
+class RegionIntroduction(TypedDict):
+    """A region's answer to `hello`: the sites that are behind it now."""
+
+    client_id: Name
+    """The region's name."""
+    members: Annotated[list[RegionMember], Field(max_length=10**4)]
+    forms: Annotated[list[MemberForm], Field(max_length=100)]
+
+
+@with_config(_STRICT)
+class RelayedHead(TypedDict):
+    """The clients whose parts are in the sum of a region, and those whose parts are not."""
+
+    answers: dict[Name, tuple[Seconds, Bytes]]
+    """Its seconds at work, and the bytes of its optimizer."""
+    problems: dict[Name, tuple[Reason, Flag]]
+    """The reason, and whether no answer came at all."""
+
+
 @final
 @with_config(_STRICT)
 class SiteAnswer(TypedDict):
@@ -142,6 +187,8 @@ class SiteAnswer(TypedDict):
     unmask: NotRequired[Index]
     statistics: NotRequired[Index]
     """Of the client's held-out rows: float64 numbers as the whole numbers of their bits."""
+    relayed: NotRequired[RelayedHead]
+    """A region's: who is in the vector, which is absent where the region has none."""
 
 
 @with_config(_STRICT)
@@ -349,6 +396,30 @@ class Unmask(_Placed):
     """Of the list, by survivor; where the server may be malicious."""
 
 
+@with_config(_STRICT)
+class LayoutHead(TypedDict):
+    """`fedspan.privacy.sum_layout.SumLayout`, its names in their order."""
+
+    dense: dict[LayoutName, Shape]
+    modules: dict[LayoutName, dict[LayoutName, Shape]]
+
+
+@with_config(_STRICT)
+class Relay(_Placed):
+    """A question to a region: the messages for its sites, without what the region itself knows, and their sum."""
+
+    kind: Literal["relay"]
+    messages: Annotated[list[Index], Field(min_length=1, max_length=10**4)]
+    """Whole messages of kind `ask` or `evaluate`, as bytes."""
+    clients: Annotated[dict[Name, tuple[Count, Count]], Field(min_length=1, max_length=10**4)]
+    """The number of a client's message, and `counted` of its own."""
+    largest: Rank
+    """The largest rank of the clients that are asked in all regions, whose layout the sum has."""
+    layout: LayoutHead
+    room: Annotated[int, Strict(), Field(ge=1, lt=2**31)]
+    """Number of clients that are asked in all regions: each leaves room for as many, so that no sum of sums wraps."""
+
+
 _QUESTIONS: Mapping[str, TypeAdapter[Any]] = {
     "hello": TypeAdapter(Hello),
     "ask": TypeAdapter(Ask),
@@ -359,8 +430,10 @@ _QUESTIONS: Mapping[str, TypeAdapter[Any]] = {
     "convict": TypeAdapter(Convict),
     "sign": TypeAdapter(Sign),
     "unmask": TypeAdapter(Unmask),
+    "relay": TypeAdapter(Relay),
 }
 _INTRODUCTION: TypeAdapter[Introduction] = TypeAdapter(Introduction)
+_REGION: TypeAdapter[RegionIntroduction] = TypeAdapter(RegionIntroduction)
 _ANSWER: TypeAdapter[SiteAnswer] = TypeAdapter(SiteAnswer)
 _REFUSAL: TypeAdapter[Refusal] = TypeAdapter(Refusal)
 
@@ -383,6 +456,11 @@ def question(head: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 def introduction(head: Mapping[str, Any]) -> Introduction | Refusal:
     """Return a site's answer to a greeting; a `Malformed` where a field is missing, unknown, or not of its type."""
     return _checked(_REFUSAL, head) if "code" in head else _checked(_INTRODUCTION, head)
+
+
+def region_introduction(head: Mapping[str, Any]) -> RegionIntroduction:
+    """Return a region's answer to a greeting; a `Malformed` as of `introduction`."""
+    return _checked(_REGION, head)
 
 
 def answer(head: Mapping[str, Any]) -> SiteAnswer | Refusal:

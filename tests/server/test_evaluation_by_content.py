@@ -14,6 +14,7 @@ from test_remote import IDS, Federation
 
 from fedspan.config import Config
 from fedspan.federation.held_out import Collected
+from fedspan.runs.events import Event
 from fedspan.server.coordinator import Coordinator
 from fedspan.wire import protocol
 from fedspan.wire.contents import LEAST_BYTES
@@ -49,14 +50,22 @@ class Judged:
 
         monkeypatch.setattr(Coordinator, "evaluate", twice)
         self.fed.transport.mishap = self.look
-        self.history = self.fed.serve()
+        self.notes: list[str] = []
+        self.history = self.fed.serve(self.listen)
+        assert not self.notes
+
+    def listen(self, event: Event) -> None:
+        if event.kind == "note":
+            self.notes.append(event.data["line"])
 
     def look(self, node: str, head: dict[str, Any], content: bytes) -> None:
         if head["kind"] in ("ask", "evaluate"):
             self.sent.append((self.part, head, content))
 
     def messages(self, part: str, round_num: int = 1) -> list[bytes]:
-        return [content for of, head, content in self.sent if (of, head["round"]) == (part, round_num)]
+        """Return the messages of the first exchange of that round."""
+        key = part, round_num, 0
+        return [content for of, head, content in self.sent if (of, head["round"], head["place"][0]) == key]
 
 
 def settings(base: Path, texts: Path, name: str, /, **sections: Any) -> Config:

@@ -102,7 +102,14 @@ def in_order(
     waiting = list(reversed(ids))
     for client_id, problem in absent.items():
         early.put(client_id, problem)
+
+    def due() -> Iterator[tuple[str, Reply | Problem]]:
+        while waiting and waiting[-1] in early:
+            client_id = waiting.pop()
+            yield client_id, early.take(client_id)
+
     try:
+        yield from due()
         for client_id, reply in replies:
             if client_id == waiting[-1]:
                 waiting.pop()
@@ -110,9 +117,7 @@ def in_order(
             else:
                 early.put(client_id, reply)
             del reply  # it is not held while the next one comes
-            while waiting and waiting[-1] in early:
-                client_id = waiting.pop()
-                yield client_id, early.take(client_id)
-        yield from ((client_id, early.take(client_id)) for client_id in reversed(waiting))
+            yield from due()
+        assert not waiting  # each of them has replied, or there is a problem
     finally:
         early.close()

@@ -111,7 +111,10 @@ class LocalWork:
         exchanges = self._method.exchanges
         if header.number != len(exchanges) or message["keep"] or tuple(message["place"]) != (0, 1):
             raise Refused(f"an evaluation as exchange {header.number}: expected {len(exchanges)}, by itself")
-        return Question(self._template(header), header.round_num, header.number, exchanges[0], (0, 1), keep=False)
+        # Whether a method keeps a state is asked of what a client trains: of a gradient, the derived broadcast may lack
+        # the subspaces.
+        trained = next((exchange for exchange in exchanges if exchange.ask == "train"), exchanges[0])
+        return Question(self._template(header), header.round_num, header.number, trained, (0, 1), keep=False)
 
     def received_model(
         self, message: Mapping[str, Any], header: RoundHeader, tensors: Sequence[Tensor], question: Question

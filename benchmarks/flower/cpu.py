@@ -1,8 +1,8 @@
 """The CPU seconds of every process of a deployment in each round, with the SuperLink's database on disk and in memory.
 
-    python benchmarks/flower/cpu.py [--rounds 8] [--out benchmarks/flower/cpu.jsonl]
+    python benchmarks/flower/cpu.py [--rounds 8] [--sites 4] [--out benchmarks/flower/cpu.jsonl]
 
-Each arm is one deployment of the embedded task with four sites, as `fedspan flower up` starts it. CPU time is read from
+Each arm is one deployment of the embedded task, as `fedspan flower up` starts it. CPU time is read from
 /proc, so that other work on the machine counts for little: only what processes do while they wait depends on it.
 """
 
@@ -23,9 +23,7 @@ from fedspan.config import load
 from fedspan.flower import trial
 
 FEDERATION = [
-    "federation.num_clients=4",
     "federation.participation=1.0",
-    "federation.ranks=[2,4,8,16]",
     "evaluation.base=false",
     "evaluation.every=1000",
 ]
@@ -74,12 +72,12 @@ def peak(folder: Path) -> float:
     return 0.0
 
 
-def measure(arm: str, rounds: int, in_memory: bool) -> dict[str, Any]:
+def measure(arm: str, rounds: int, sites: int, in_memory: bool) -> dict[str, Any]:
     """Run one deployment; return the CPU seconds of each kind of process after each round."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place).resolve() / "trial"
-        config = load(overrides=[*FEDERATION, *ARMS[arm], f"federation.rounds={rounds}"])
-        trial.prepare(folder, [f"client-{k}" for k in range(4)], config)
+        own = [f"federation.rounds={rounds}", f"federation.num_clients={sites}"]
+        trial.prepare(folder, [f"client-{k}" for k in range(sites)], load(overrides=[*FEDERATION, *ARMS[arm], *own]))
         after: list[dict[str, float]] = []
 
         def notify(line: str) -> None:
@@ -89,7 +87,13 @@ def measure(arm: str, rounds: int, in_memory: bool) -> dict[str, Any]:
                 after[-1]["SuperLink's largest memory, MiB"] = peak(folder)
 
         trial.up(folder, notify, in_memory=in_memory)
-    return {"arm": arm, "database": "memory" if in_memory else "disk", "after": after, "load": os.getloadavg()[0]}
+    return {
+        "arm": arm,
+        "sites": sites,
+        "database": "memory" if in_memory else "disk",
+        "after": after,
+        "load": os.getloadavg()[0],
+    }
 
 
 def row(line: dict[str, Any]) -> str:
@@ -106,8 +110,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("cpu.jsonl"))
+    parser.add_argument("--sites", type=int, default=4)
     options = parser.parse_args()
-    lines = [measure(arm, options.rounds, in_memory) for arm in ARMS for in_memory in (False, True)]
+    lines = [measure(arm, options.rounds, options.sites, in_memory) for arm in ARMS for in_memory in (False, True)]
     options.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     print("| | database | SuperLink | proxy | run | SuperNodes | executors | workers |")
     print("|---|---|---|---|---|---|---|---|")

@@ -133,7 +133,7 @@ def test_a_runs_token_is_on_no_command_line(tmp_path: Path, monkeypatch: pytest.
     program.write_text(f"#!{sys.executable}\n" + SHOW.format(folder=str(tmp_path)))
     program.chmod(0o755)
     code = (
-        "from fedspan.flower import server_app_starter as starter; starter.hide_tokens()\n"
+        "from fedspan.flower import server_app_starter as starter; starter.replace_popen()\n"
         "from flwr.supercore.superexec.executor.subprocess_executor import SubprocessExecutor as Executor\n"
         "from flwr.supercore.superexec.executor.types import ExecutionSpec as Spec\n"
         "from flwr.supercore.constant import TaskType\n"

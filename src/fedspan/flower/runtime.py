@@ -133,6 +133,11 @@ class Runtime:
             self._token.value = answer.token
         return True
 
+    def take_over(self, token: str) -> None:
+        """Take the task in hand that another process has acquired."""
+        with self._token_lock:
+            self._token.value = token
+
     def pull(self) -> tuple[Message, Context]:
         """Pull the task's message and its context (the node's and the run's). The run's code bundle is not fetched."""
         context = context_from_proto(self._client.PullTaskInput(PullTaskInputRequest()).context)

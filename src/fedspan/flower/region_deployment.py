@@ -111,7 +111,7 @@ def plan(
     if free:
         servers, inner = list(free[: len(servers)]), list(free[len(servers) :])
     own = iter(inner[len(regions) :])
-    above = deployment.plan(list(regions), hosts, *servers[:2], inner[: len(regions)], list(regions))
+    above = deployment.plan(list(regions), hosts, servers[0], servers[1], inner[: len(regions)], list(regions))
     below: dict[str, Deployment] = {}
     for k, (region, names) in enumerate(regions.items(), 1):
         ports = [next(own) for _ in names]

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from memory_transport import MemoryTransport
 from trees import OPEN, REGIONS, SECURE, Tree, flat, settings, state_of
 
 from fedspan.federation import requirements
 from fedspan.privacy.fixed_point import FixedPoint
 from fedspan.privacy.sum_layout import SumLayout
+from fedspan.regions.regional_server import RegionalServer
+from fedspan.server.greeting import Arrivals
 from fedspan.server.regional_sums import RegionalSums, RegionalTotal
 from fedspan.server.requests import Reply
 from fedspan.support.errors import FedspanError
@@ -199,3 +202,42 @@ def test_what_cannot_be_summed_in_regions_is_refused_before_the_first_round(
 def test_a_site_in_two_regions_is_refused() -> None:
     with pytest.raises(ValueError, match="client-0 is in north and in south: expected one region for each client"):
         settings(Path("base"), Path("texts"), "fedit", regions={"north": ["client-0"], "south": ["client-0"]})
+
+
+FORM = {"terms": {}, "shapes": {"layer": [8, 8]}, "base": "ab", "labels": "cd"}
+MEMBER = {"client_id": "client-0", "rank": 4, "num_examples": None, "form": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"members": [{**MEMBER, "form": 1}]}, "client-0 has form 1: expected one of 1"),
+        ({"members": [{**MEMBER, "rank": 9}]}, "client-0 says that its rank is 9: expected at most 8"),
+        ({"members": [{**MEMBER, "client_id": "../x"}]}, "a message with members.0.client_id"),
+        ({"forms": [{**FORM, "more": 1}]}, "a message with forms.0.more"),
+        ({"members": [MEMBER], "holds": []}, "a message with holds"),
+    ],
+)
+def test_introductions_of_regions_are_checked_as_those_of_sites(changes: dict[str, Any], reason: str) -> None:
+    head = {"client_id": "north", "members": [MEMBER], "forms": [FORM]}
+
+    def read(head: dict[str, Any]) -> Arrivals:
+        return Arrivals.read(Delivery("t", "node", protocol.encode(head, protocol.MessageTensors())), 16)
+
+    arrived = read(head)
+    assert arrived.region == "north"
+    assert [(each.client_id, each.rank, each.num_examples) for each in arrived.greetings] == [("client-0", 4, 1)]
+    with pytest.raises(FedspanError) as refused:
+        read({**head, **changes})
+    assert reason in str(refused.value)
+
+
+def test_a_regional_server_needs_its_region_and_the_keys_of_its_sites(tmp_path: Path) -> None:
+    config = settings(Path("base"), Path("texts"), "fedit", privacy=OPEN)
+    nobody = MemoryTransport({})
+    with pytest.raises(FedspanError, match="the region 'west': expected one of north, south"):
+        RegionalServer("west", config, nobody, tmp_path, print)
+    signed = {**SECURE, "server": "malicious", "threshold": 0.7}
+    config = settings(Path("base"), Path("texts"), "fedit", privacy=signed)
+    with pytest.raises(FedspanError, match="the region's server has no public keys of its sites"):
+        RegionalServer("north", config, nobody, tmp_path, print)

@@ -41,14 +41,21 @@ def main(grid: Grid, context: Context) -> None:
     try:
         folder, name = folder_and_name(context)
         with leadership(folder / "runs", name):
-            _serve(grid, folder, name)
+            serve(grid, folder, name)
     except (FedspanError, OSError) as error:
         without_traceback(FedspanError, OSError)
         sys.stdout.write(f"fedspan: {one_line(error)}\n")
         raise
 
 
-def _serve(grid: Grid, folder: Path, name: str) -> None:
+def serve(grid: Grid, folder: Path, name: str) -> None:
+    """Answer the server above with what a region's server at `folder` sums, in the run of that name.
+
+    Raises
+    ------
+    FedspanError
+        When the folder is no region's server's, or its settings cannot be summed region by region.
+    """
     region, uplink = _region(folder)
     config, clients = settings.load(folder / "config.toml"), NodeClients(folder)
     clients.check()

@@ -281,7 +281,7 @@ class SiteRegistry:
                 self._check_in_region(region, greeting.client_id)
                 if self._is_known(node, greeting):
                     return
-            self._compare(greeting)
+            self._compare(node, greeting)
         except FedspanError as error:
             self._refuse(node, one_line(error, _MAX_LINE), key)
             return
@@ -342,7 +342,7 @@ class SiteRegistry:
             and (member.base, member.labels) == (greeting.base, greeting.labels)
         )
 
-    def _compare(self, greeting: Greeting) -> None:
+    def _compare(self, node: str, greeting: Greeting) -> None:
         """Compare a site with the server and with the members.
 
         Raises
@@ -358,7 +358,7 @@ class SiteRegistry:
         if others is not None and self.deployment.same_libraries:
             raise FedspanError(f"{client_id} has other libraries: {others}; deployment.same_libraries forbids it")
         member = self.members.get(client_id)
-        if member is not None and member.node in self.transport.nodes():
+        if member is not None and member.node != node and member.node in self.transport.nodes():
             raise FedspanError(f"{client_id} is here already, as another node")
         if self._known and client_id not in self._known:
             raise FedspanError(f"{client_id} is not among the sites that this run was started with")

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fedspan.client.training import LocalResult
 from fedspan.federation import rounds
@@ -102,10 +100,10 @@ def test_a_collected_update_is_appended_and_copies_no_others() -> None:
     assert len(pure.collected) == 4
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.lists(st.integers(0, 4), min_size=9, max_size=9))
-def test_sums_in_fixed_point_have_the_same_bits_in_any_grouping(region_of: list[int]) -> None:
+@pytest.mark.parametrize("seed", range(5))
+def test_sums_in_fixed_point_have_the_same_bits_in_any_grouping(seed: int) -> None:
     """Regional sums are integers, so the way in which clients form regions cannot change the sum of all."""
+    region_of = np.random.default_rng(seed).integers(0, 5, 9).tolist()
     rng = torch.Generator().manual_seed(0)
     updates = [
         Update(

@@ -33,12 +33,14 @@ import parity
 import torch
 import torch.nn.functional as F
 
+from fedspan.algebra import lowrank
+from fedspan.algebra.lowrank import LowRank
 from fedspan.client import calibration, cohort, grouping
 from fedspan.client.training import Assignment, TrainingSettings
 from fedspan.config import from_mapping
 from fedspan.data import Encoded
-from fedspan.methods import METHODS
-from fedspan.methods.base import aggregate
+from fedspan.methods import METHODS, stacked
+from fedspan.methods.base import ServerState, aggregate
 from fedspan.methods.messages import Factors, Template, Update
 from fedspan.models import FederatedModel, attention_kernel
 from fedspan.models.counted_dropout import CountedDropout, mask, masked, step_seeds
@@ -330,8 +332,16 @@ SEVEN_B = {
 """The 224 linear layers of a model of 7B."""
 
 
-def server_step(device: torch.device, name: str, num_clients: int, rank: int = 16) -> dict[str, Any]:
-    """Time a server's step over the factors of all clients, which are on the device, and reading them once."""
+def server_step(
+    device: torch.device, name: str, num_clients: int, rank: int = 16, together: bool = True
+) -> dict[str, Any]:
+    """Time a server's step over the factors of all clients, which are on the device, and reading them once.
+
+    Parameters
+    ----------
+    together
+        False: many clients' layers one at a time, as on a CPU; the line has how far the two results are apart.
+    """
     random_numbers = torch.Generator(device).manual_seed(0)
 
     def factors(m: int, n: int) -> Factors:
@@ -345,9 +355,22 @@ def server_step(device: torch.device, name: str, num_clients: int, rank: int = 1
         for i in range(num_clients)
     ]
     tensors = [t for update in updates for f in update.modules.values() for t in f.tensors().values()]
-    whole = seconds(device, lambda: aggregate(method, state, updates), 3)
+    apart: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        if not together:
+            expected, _ = aggregate(method, state, updates)
+            stack.enter_context(mock.patch.object(stacked, "applies", return_value=False))
+            found, _ = aggregate(method, state, updates)
+            apart = {"largest_distance": max(_distance(found, expected, layer) for layer in list(SEVEN_B)[:7])}
+        whole = seconds(device, lambda: aggregate(method, state, updates), 3)
     reading = seconds(device, lambda: torch._foreach_norm(tensors), 3)["seconds"]
-    return whole | {"reading_seconds": reading, "bytes": sum(t.numel() for t in tensors) * 4}
+    return whole | apart | {"reading_seconds": reading, "bytes": sum(t.numel() for t in tensors) * 4}
+
+
+def _distance(x: ServerState, y: ServerState, layer: str) -> float:
+    """Return the relative distance of one layer's products U·C."""
+    one, other = (LowRank(state.modules[layer]["u"], state.modules[layer]["c"]) for state in (x, y))
+    return lowrank.distance(one, other) / lowrank.norm(other)
 
 
 def servers(lines: Lines, device: torch.device, folder: Path) -> None:
@@ -356,6 +379,9 @@ def servers(lines: Lines, device: torch.device, folder: Path) -> None:
         for count in (3, 10, 100):
             case = f"{name}, 224 layers, {count} clients"
             lines.measure("server", case, lambda n=name, k=count: server_step(device, n, k))
+    for name in ("glora", "flexlora"):
+        case = f"{name}, 224 layers, 100 clients, a layer at a time"
+        lines.measure("server", case, lambda n=name: server_step(device, n, 100, together=False))
 
 
 PARTS = {"server": servers, "passes": passes, "run": runs, "parity": parities, "profile": profiles}

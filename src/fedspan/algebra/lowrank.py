@@ -87,7 +87,7 @@ def balanced(x: LowRank) -> LowRank:
     return LowRank(scales.shifted(x.b, by), scales.shifted(x.a, -by))
 
 
-_CANCELS = 16.0
+CANCELS = 16.0
 """The `term_size` of a product, in units of its norm, from which its factors are re-factored."""
 
 
@@ -106,7 +106,7 @@ def uncancelled(x: LowRank) -> LowRank:
     left, right = (gram.detach().cpu().numpy() for gram in (b.mT @ b, a @ a.mT))
     terms, size = left.diagonal() @ right.diagonal(), (left * right).sum()  # ‖·‖²; the second may round below 0
     # Not <=, or a product of zeros would be re-factored; a NaN stays as it is, too.
-    if not size * _CANCELS**2 < terms:
+    if not size * CANCELS**2 < terms:
         return x
     q, r = torch.linalg.qr(b.double())
     return LowRank(q.to(b), (r @ a.double()).to(a))

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-_WINDOW = 12
+WINDOW = 12
 """Factors whose largest entry is between 2^−12 and 2^12 stay as they are, and are not copied."""
 _LEAST, _MOST = 2.0**-50, 2.0**50
 """Norms between these are exact to rounding without a change of scale, in float32 and in float64."""
@@ -29,7 +29,7 @@ def exponent(x: Tensor) -> int:
 def excess(x: Tensor) -> int:
     """Return the exponent of X where its largest entry is far from 1, and 0 where it is near."""
     e = exponent(x)
-    return 0 if abs(e) <= _WINDOW else e
+    return 0 if abs(e) <= WINDOW else e
 
 
 def shifted(x: Tensor, by: int | Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fedspan.algebra.finite import is_finite
 from fedspan.client.training import LocalResult
 from fedspan.federation.clients import Client
 from fedspan.methods.base import Method
@@ -167,7 +168,7 @@ def respond(
         if problem is not None:
             return Response(None, problem=problem)
     update, kept = method.encode(result.update, started, state)
-    if not all(bool(torch.isfinite(t).all()) for t in payload_tensors(update)):
+    if not all(is_finite(t) for t in payload_tensors(update)):
         # What was trained is finite, but norms and products of it need not be.
         return Response(None, problem="its encoded update holds NaN or infinity")
     update, num_bytes = rounded_update(replace(update, num_examples=weight), precision.up)
@@ -224,6 +225,6 @@ def shapes_problem(update: Update, expected_shapes: Mapping[str, torch.Size]) ->
     for name, value in tensors.items():
         if value.shape != expected_shapes[name]:
             return f"{name} has shape {tuple(value.shape)}, expected {tuple(expected_shapes[name])}"
-        if not bool(torch.isfinite(value).all()):
+        if not is_finite(value):
             return f"{name} {NOT_FINITE}"
     return None

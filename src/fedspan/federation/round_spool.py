@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from fedspan.methods.folds import Partial
+from fedspan.methods.folds import Partial, replace_newest
 from fedspan.methods.messages import Update
 from fedspan.streaming.spool import Spool, read_update
 from fedspan.support.free_memory import free_memory
@@ -40,7 +40,7 @@ class RoundSpool:
         """Return the fold with its newest update in a file, where memory is full; called after every update."""
         if not partial.collected:
             return partial
-        *others, newest = partial.collected
+        newest = partial.collected[-1]
         tensors = [t for payload in newest.modules.values() for t in payload.tensors().values()]
         if self._limit is None:
             self._limit = free_memory() // 2
@@ -49,7 +49,7 @@ class RoundSpool:
         if self._held <= self._limit or any(t.device.type != "cpu" for t in tensors):
             return partial
         self.num_spooled += 1
-        return replace(partial, collected=(*others, self._stored(newest)))
+        return replace_newest(partial, self._stored(newest))
 
     def _stored(self, update: Update) -> Update:
         path = self._spool.add(replace(update, client_id=f"{self.num_spooled:09d}"))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fedspan.algebra.finite import is_finite
 from fedspan.methods.base import Method, ServerState
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Diagnostics, Update
@@ -48,7 +49,7 @@ def _attempt(method: Method, state: ServerState, partial: Partial) -> tuple[Serv
     except _NUMERICAL as error:
         return f"cannot be computed from the updates ({one_line(error, 200)})"
     for name, value in _changed(state, after):
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if value.is_floating_point() and not is_finite(value):
             return f"gives NaN or infinity in {name}"
     return after, diagnostics
 

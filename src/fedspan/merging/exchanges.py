@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedspan.algebra.finite import is_finite
 from fedspan.merging.answers import checked_id, gradient_update, trained_update
 from fedspan.merging.layout import Layout
 from fedspan.merging.stage import Stage, stage_of
@@ -121,7 +122,7 @@ class Exchanges:
             kept[client_id] = after
         # What was handed over is finite, but a norm or a product of it need not be.
         for (module, part), tensor in update.named_tensors().items():
-            if not bool(torch.isfinite(tensor).all()):
+            if not is_finite(tensor):
                 raise FedspanError(f"client {client_id}: {part} of {module} overflowed: expected finite values")
         return update
 
@@ -147,4 +148,4 @@ class _Answer:
 def _is_finite(state: ServerState) -> bool:
     tensors: dict[str, Tensor] = {}
     pack_state(state, tensors)
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+    return all(is_finite(tensor) for tensor in tensors.values())

@@ -6,7 +6,7 @@ added to in place where the caller owns them, in pieces that stay in the cache, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -33,8 +33,9 @@ class Partial:
     """Σ n_k x_k."""
     sums: Mapping[str, Tensors] = field(default_factory=dict)
     """Σ n_k · payload_k, for a sum."""
-    collected: tuple[Update, ...] = ()
-    """The updates themselves, for a method that needs each."""
+    collected: Sequence[Update] = ()
+    """The updates themselves, for a method that needs each. A list to which its one owner appends: a tuple, made anew
+    for every update, would cost the square of the number of clients."""
     product_sums: Mapping[str, Tensors] = field(default_factory=dict)
     """Σ n_k s_k B_k A_k by module, for a stream of a method whose result it is; see `fedspan.methods.products`."""
     kinds: Mapping[Place, torch.dtype] = field(default_factory=dict)
@@ -82,7 +83,8 @@ class Fold:
     add: Callable[[Partial, Update], Partial]
     merge: Callable[[Partial, Partial], Partial]
     add_in_place: Callable[[Partial, Update], Partial]
-    """Like `add`, to the bit, but the sums of the partial that it is given are changed: for its only owner."""
+    """Like `add`, to the bit, but the sums and the list of the partial that it is given are changed: for its only
+    owner."""
 
 
 def weighted_mean(tensors: Iterable[Tensor], shares: Iterable[float]) -> Tensor:
@@ -222,8 +224,24 @@ def _in_place(partial: Partial, update: Update, summed: bool) -> Partial:
             _add(totals[place], x, w)
     else:
         _add_joined(partial.joined, [values[place] for place in totals], w)
-    collected = partial.collected if summed else (*partial.collected, replace(update, dense={}))
+    collected = partial.collected
+    if not summed:
+        collected = _own_list(partial)
+        collected.append(replace(update, dense={}))
     return replace(partial, num_clients=partial.num_clients + 1, weight=partial.weight + w, collected=collected)
+
+
+def replace_newest(partial: Partial, update: Update) -> Partial:
+    """Return the fold with another update in the place of the last that it collected, changed in place: for its one
+    owner."""
+    collected = _own_list(partial)
+    collected[-1] = update
+    return replace(partial, collected=collected)
+
+
+def _own_list(partial: Partial) -> MutableSequence[Update]:
+    """Return the collected updates as a list that may be changed."""
+    return partial.collected if isinstance(partial.collected, list) else list(partial.collected)
 
 
 _JOINED_BELOW = 3 * 2**10

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
-from fedspan.methods import spectral, tall
+from fedspan.methods import spectral, stacked, tall
 from fedspan.methods.base import Method, MethodInfo, ServerState, advance
 from fedspan.methods.folds import Partial
 from fedspan.methods.messages import Broadcast, Diagnostics, Factors, Request, Template, Tensors, Update
@@ -195,7 +195,11 @@ def _product_server(info: MethodInfo, options: _GloraOptions) -> Method:
         def sums(name: str) -> Sums:
             return Sums([contribution_of(u, name) for u in partial.collected], weights)
 
-        approximations = _solve(state, sums, len(weights), options, _device_type(partial))
+        def together(names: Sequence[str]) -> dict[str, Approximation]:
+            return _solve_together(state, partial, names, options)
+
+        device = _device_type(partial)
+        approximations = _solve(state, sums, None if device == "cpu" else together, len(weights), options, device)
         step = _with_momentum(state, step_of(approximations, options.server_rank == "auto"), options)
         return advance(state, modules=step.modules, dense=partial.mean_dense()), step.diagnostics
 
@@ -269,7 +273,12 @@ def _procedure(state: ServerState, name: str, options: _GloraOptions) -> ModuleP
     template = state.template
     shape = template.modules[name]
     spec = _spec(state, shape, options)
-    return spectral.procedure_for(shape, spec, template.seed, state.round_num, name, "spectral")
+    return spectral.procedure_for(shape, spec, *_key(state, name))
+
+
+def _key(state: ServerState, name: str) -> tuple[object, ...]:
+    """Return the key of a module's random numbers."""
+    return state.template.seed, state.round_num, name, "spectral"
 
 
 def _query_procedure(state: ServerState, options: _GloraOptions) -> QueryProcedure:
@@ -289,16 +298,28 @@ def _with_momentum(state: ServerState, step: ServerStep, options: _GloraOptions)
 
 
 def _solve(
-    state: ServerState, sums: Callable[[str], Sums], num_clients: int, options: _GloraOptions, device: str
+    state: ServerState,
+    sums: Callable[[str], Sums],
+    together: Callable[[Sequence[str]], dict[str, Approximation]] | None,
+    num_clients: int,
+    options: _GloraOptions,
+    device: str,
 ) -> dict[str, Approximation]:
-    """Return U·C of every module by the algebra of its shape; one batch of modules is held at a time."""
+    """Return U·C of every module by the algebra of its shape; one batch of modules is held at a time.
+
+    Parameters
+    ----------
+    together
+        Solves some of the modules of one shape that it is given, before `sums` looks at their factors one by one.
+    """
 
     def solve(names: Sequence[str]) -> dict[str, Approximation]:
+        solved: dict[str, Approximation] = {} if together is None else together(names)
         alike: dict[object, dict[str, Sums]] = {}
         for name in names:
-            held = sums(name)
-            alike.setdefault((held.ranks, held.dtype), {})[name] = held
-        solved: dict[str, Approximation] = {}
+            if name not in solved:
+                held = sums(name)
+                alike.setdefault((held.ranks, held.dtype), {})[name] = held
         for modules in alike.values():
             solved |= zip(modules, _solve_alike(state, modules, options), strict=True)
         return solved
@@ -318,6 +339,23 @@ def _solve_alike(state: ServerState, modules: Mapping[str, Sums], options: _Glor
     ):
         return _solve_exactly(list(modules.values()), shape, spec)
     return [spectral.run_procedure(_procedure(state, name, options), sums) for name, sums in modules.items()]
+
+
+def _solve_together(
+    state: ServerState, partial: Partial, names: Sequence[str], options: _GloraOptions
+) -> dict[str, Approximation]:
+    """Return U·C of those modules of one shape that are solved in the same calls, on devices other than the CPU."""
+    shape, updates = state.template.modules[names[0]], partial.collected
+    layers = [[update.factors(name) for update in updates] for name in names]
+    spec, total_rank = _spec(state, shape, options), sum(f.rank for f in layers[0])
+    if options.update != "replace" or options.algebra == "exact" or not stacked.applies(layers[0], spec):
+        return {}
+    if options.algebra == "auto" and spectral.prefers_exact(shape, total_rank, spec.rank):
+        return {}
+    alike = [i for i, layer in enumerate(layers) if stacked.applies(layer, spec) and layer[0].rank == layers[0][0].rank]
+    keys = [_key(state, names[i]) for i in alike]
+    found = stacked.solve([layers[i] for i in alike], partial.shares(), spec, keys)
+    return {names[i]: x for i, x in zip(alike, found, strict=True) if x is not None}
 
 
 def _solve_exactly(modules: Sequence[Sums], shape: tuple[int, int], spec: ApproximationSpec) -> list[Approximation]:

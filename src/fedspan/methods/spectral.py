@@ -28,7 +28,7 @@ from fedspan.methods.queries import Contribution, Queries, Query, QueryResults, 
 from fedspan.support.errors import FedspanError
 from fedspan.support.seeding import generator
 
-_OVERSAMPLING = 8
+OVERSAMPLING = 8
 PROBES = 8
 _EXACT = 192
 """Up to this min(m, n, c) the exact algebra is used: measured, the two cross between 150 and 300."""
@@ -71,7 +71,7 @@ ModuleProcedure = Generator[tuple[Query, ...], tuple[Tensor, ...], Approximation
 def prefers_exact(shape: tuple[int, int], total_rank: int, rank: int) -> bool:
     """Return whether the exact algebra is chosen for this m, n, c and R: see the head of the file."""
     smallest = min(*shape, total_rank)
-    return smallest <= max(_EXACT, 4 * (rank + _OVERSAMPLING))
+    return smallest <= max(_EXACT, 4 * (rank + OVERSAMPLING))
 
 
 _Totals = tuple[Tensor, Tensor]
@@ -227,7 +227,7 @@ def procedure_for(shape: tuple[int, int], spec: ApproximationSpec, *key: object)
 
 def _energy(shape: tuple[int, int], spec: ApproximationSpec, key: tuple[object, ...]) -> ModuleProcedure:
     m, n = shape
-    width = min(spec.rank + _OVERSAMPLING, m, n)
+    width = min(spec.rank + OVERSAMPLING, m, n)
     (y,) = yield (Query("times", gaussian(n, width, *key, "range")),)
     first = _orthonormal(y)
     (z,) = yield (Query("adjoint", first),)
@@ -277,7 +277,7 @@ def _left_out(result: Tensor, probes: Tensor, u: Tensor, c: Tensor) -> float:
 
 def first_block(size: int, rank: int, *key: object) -> Tensor:
     """Return Ω (size, min(R + 8, size)) with orthonormal columns, the first block of a query about projectors."""
-    return _orthonormal(gaussian(size, min(rank + _OVERSAMPLING, size), *key))
+    return _orthonormal(gaussian(size, min(rank + OVERSAMPLING, size), *key))
 
 
 def beside(x: Tensor, y: Tensor) -> Tensor:
@@ -296,7 +296,7 @@ def _orthonormal(y: Tensor) -> Tensor:
     return q
 
 
-def _sums_eps(kind: torch.dtype) -> float:
+def sums_eps(kind: torch.dtype) -> float:
     """Return the rounding by which ties are told among votes from a sketch in that type: their width is eps^0.46 then.
 
     A narrower one would follow the rounding of the sketch, and so the clients' gauges; a wider one would mix votes that
@@ -320,14 +320,14 @@ class Leading:
 
     def settle(self, rank: int, in_order: bool = False) -> Leading:
         """Return the first `rank` of them; all, open, where ties decide which they are (or what their order is)."""
-        eps = _sums_eps(self.votes.dtype)
+        eps = sums_eps(self.votes.dtype)
         return replace(self, open=True) if ties.undecided(self.votes, rank, in_order, eps) else self.first(rank)
 
     def chosen(self, image: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         """Return the chosen directions U, and Uᵀ T, from the image Wᵀ T (q, n) of all that were named."""
         if not self.open:
             return self.u, image[: self.u.shape[1]]
-        v = ties.settled(self.votes, image, rank, _sums_eps(self.votes.dtype)).to(self.u)
+        v = ties.settled(self.votes, image, rank, sums_eps(self.votes.dtype)).to(self.u)
         return self.u @ v, v.mT.to(image) @ image
 
 

@@ -20,10 +20,11 @@ from torch import Tensor
 from fedspan.methods.base import ServerState
 from fedspan.methods.messages import ClientState
 from fedspan.methods.state_file import pack_state, pack_tensors, separate, unpack_state, unpack_tensors
+from fedspan.runs.client_numbers import number_tensors, numbers_of
 from fedspan.support.errors import FedspanError, one_line
 from fedspan.support.files import StrPath, read_tensors, write_bytes
 
-_FORMAT = 4
+_FORMAT = 5
 """Raised whenever the layout changes: a file of another format is refused, never guessed at."""
 
 
@@ -102,8 +103,8 @@ def _pack(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:
         "client_states": {
             client: pack_tensors(kept, f"client/{client}", tensors) for client, kept in checkpoint.client_states.items()
         },
-        "seen": dict(checkpoint.seen),
-        "counted": dict(checkpoint.counted),
+        "seen": pack_tensors(number_tensors(checkpoint.seen), "seen", tensors),
+        "counted": pack_tensors(number_tensors(checkpoint.counted), "counted", tensors),
         "history": list(checkpoint.history),
         "notes": dict(checkpoint.notes),
         "identity": dict(checkpoint.identity),
@@ -113,5 +114,5 @@ def _pack(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:
 def _unpack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
     state = unpack_state(meta, tensors)
     clients = {client: unpack_tensors(keys, tensors) for client, keys in meta["client_states"].items()}
-    history, notes = tuple(meta["history"]), meta["notes"]
-    return Checkpoint(state, clients, meta["seen"], history, notes, meta["counted"], meta["identity"])
+    seen, counted = (numbers_of(unpack_tensors(meta[name], tensors)) for name in ("seen", "counted"))
+    return Checkpoint(state, clients, seen, tuple(meta["history"]), meta["notes"], counted, meta["identity"])

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from fedspan.algebra import lowrank
+from fedspan.algebra.finite import is_finite
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.base import ProductSums
 from fedspan.methods.folds import SUM, Partial, Place
 from fedspan.methods.messages import Factors, Tensors, Update
 from fedspan.methods.products import add_products, product_of
 from fedspan.methods.queries import Contribution, ContributionOf, Queries, partial_sums
-from fedspan.streaming.spool import is_finite
 from fedspan.support.errors import FedspanError
 
 

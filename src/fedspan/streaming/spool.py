@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from fedspan.algebra.finite import is_finite
 from fedspan.methods.messages import Factors, Payload, Update, Vector
 from fedspan.support.errors import FedspanError
 from fedspan.support.files import write_bytes
@@ -253,12 +254,6 @@ class _Entry:
         if not is_finite(value):
             raise FedspanError(f"{self.file.path}: {name} of {self.client_id} holds NaN or infinity")
         return value
-
-
-def is_finite(x: Tensor) -> bool:
-    """Return whether x holds neither NaN nor infinity."""
-    # Both extremes in one pass, without a mask as large as x; NaN propagates to them.
-    return x.numel() == 0 or all(math.isfinite(float(end)) for end in torch.aminmax(x))
 
 
 class _Payloads(Mapping[str, Payload]):

@@ -14,7 +14,7 @@ import torch
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.patches import PatchLog
 from fedspan.site.storage import SiteStorage
-from fedspan.wire import protocol, schema
+from fedspan.wire import framing, protocol, schema
 from fedspan.wire.protocol import Malformed
 
 
@@ -87,7 +87,10 @@ def test_every_damaged_byte_is_found_or_harmless() -> None:
         (lambda t: t["tensors"].clear(), "bytes in a buffer"),
         (lambda t: t["tensors"].__setitem__(0, 7), "not described by"),
         (lambda t: t["message"].update(schema=99), "schema 99"),
-        (lambda t: t["message"].update(schema=1), "schema 1: expected 3; both sides need the same version"),
+        (
+            lambda t: t["message"].update(schema=1),
+            f"schema 1: expected {framing.SCHEMA}; both sides need the same version",
+        ),
         (lambda t: t["message"].update(schema=True), "schema True"),
         (lambda t: t["message"].pop("schema"), "schema None"),
         (lambda t: t["message"].update(parts=[2]), "parts of tensors"),

@@ -87,7 +87,7 @@ def test_every_damaged_byte_is_found_or_harmless() -> None:
         (lambda t: t["tensors"].clear(), "bytes in a buffer"),
         (lambda t: t["tensors"].__setitem__(0, 7), "not described by"),
         (lambda t: t["message"].update(schema=99), "schema 99"),
-        (lambda t: t["message"].update(schema=1), "schema 1: expected 3; both sides need the same version"),
+        (lambda t: t["message"].update(schema=1), "schema 1: expected 4; both sides need the same version"),
         (lambda t: t["message"].update(schema=True), "schema True"),
         (lambda t: t["message"].pop("schema"), "schema None"),
         (lambda t: t["message"].update(parts=[2]), "parts of tensors"),

@@ -26,6 +26,10 @@ FEDERATION = [
     "federation.participation=1.0",
     "evaluation.base=false",
     "evaluation.every=1000",
+    # Little training, so that the rounds are of messages.
+    "data.max_train=60",
+    "data.max_test=10",
+    "local.steps=1",
 ]
 ARMS = {
     "glora": ["method.name=glora"],

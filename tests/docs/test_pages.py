@@ -32,6 +32,7 @@ TEMPLATES = (
     "state/",
     "runs/",
     "container/",
+    "uplink/",
     "adapter/",
     "model/",
     "checkpoint/",

@@ -13,7 +13,6 @@ import tiny
 from flwr.clientapp import ClientApp
 from flwr.common.constant import HEARTBEAT_INTERVAL_INF, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
 from grids import Field
-from memory_transport import make_sites
 from test_between_processes import settings, state_of
 
 from fedspan.events import chain
@@ -26,6 +25,7 @@ from fedspan.flower.node_clients import NodeClients
 from fedspan.flower.node_keys import read_keys
 from fedspan.runs.events import Event
 from fedspan.runs.execution import run, serve
+from fedspan.site.settings import SiteSettings
 from fedspan.site.site import Site
 from fedspan.wire.unix_socket import socket_path
 
@@ -87,10 +87,14 @@ def test_two_regions_over_grids_and_sockets_come_to_the_bits_of_one_process(
     folder, alone = tmp_path / "tree", tmp_path / "alone"
     config = region_deployment.in_regions(masked, REGIONS, CLIENTS)
     trial.prepare_regions(folder, REGIONS, config)
-    sites, lock = make_sites(config, list(CLIENTS.values()), tmp_path / "sites"), threading.Lock()
+    lock, loaded = threading.Lock(), None
     for name, members in REGIONS.items():
-        server = folder / "regions" / name / "server"
-        field = started(grids, {site: app_of(sites[CLIENTS[site]], lock) for site in members}, server)
+        server, apps = folder / "regions" / name / "server", {}
+        for member in members:
+            home = folder / "regions" / name / "sites" / member
+            site = Site(SiteSettings.read(home), home, loaded)
+            loaded, apps[member] = site.loaded, app_of(site, lock)
+        field = started(grids, apps, server)
         threading.Thread(target=region_app.serve, args=(field.grid, server, "region"), daemon=True).start()
     uplinks = {name: folder / "regions" / name / "uplink" for name in REGIONS}
     up = {name: client_app(RegionProcess().call, path) for name, path in uplinks.items()}
@@ -112,5 +116,5 @@ def test_two_regions_over_grids_and_sockets_come_to_the_bits_of_one_process(
     assert verify([chain.read(path / chain.FILE) for path in (out, *uplinks.values())]).findings == []
     for name, members in REGIONS.items():
         own = folder / "regions" / name / "server" / "runs" / "region"
-        below = [tmp_path / "sites" / CLIENTS[site] for site in members]
+        below = [folder / "regions" / name / "sites" / member for member in members]
         assert verify([chain.read(path / chain.FILE) for path in (own, *below)]).findings == []

@@ -21,7 +21,6 @@ SUITES = {
     "claims-digits": "digits",
     "claims-tasks": "tasks",
     "drift": "tasks, SGD on query and value",
-    "drift-dp": "tasks, SGD on query and value, example-level privacy",
     "fedsvd": "GLUE, MiniLM",
     "rolora": "SST-2, MiniLM, 50 clients",
     "ftg": "Dolly and MedQuAD, SmolLM2",
@@ -31,7 +30,6 @@ SUITES = {
 CONDITIONS = {
     "base": "as the suite says",
     "dir01": "Dir(0.1)",
-    "dp": "clip 2, noise of 1",
     "dir05": "Dir(0.5)",
     "equal": "tasks of their own, equal ranks",
     "heavy_tail": "mixed ranks, heavy tail",
@@ -180,22 +178,6 @@ CLAIMS = (
         {"fedit": "15.1 (GLUE)", "ffa_lora": "9.3 (GLUE)"},
         ("base",),
         "2502.01755",
-    ),
-    *_against(
-        "m",
-        "FedSVD beats the other rules under SGD with example-level privacy",
-        "fedsvd",
-        {"fedit": "9.6 (GLUE)", "ffa_lora": "8.8 (GLUE)"},
-        ("dp",),
-        "2505.12805",
-    ),
-    *_against(
-        "m",
-        "GLoRA is no worse than the other rules under SGD with example-level privacy",
-        "glora",
-        {"fedit": "–", "ffa_lora": "–", "fedsvd": "–"},
-        ("dp",),
-        OURS,
     ),
     Claim("o", "FedMomentum beats averaged factors", "fedmomentum", "fedit", ("base",), "2603.08014"),
 )

@@ -378,10 +378,11 @@ def main() -> None:
     wanted = [*cases(options.part)]
     if "million" in options.part and not any(x["case"][0] == "million" and x["case"][3] == ROUNDS for x in lines):
         wanted.append(("million", "fedit", "small"))
-        if not checkpoint_path("fedit", options.out).exists():
-            # Rounds whose checkpoint is not there cannot be gone on from: they are taken again.
-            lines = [x for x in lines if x["case"][0] != "million"]
-            options.out.write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
+        if not checkpoint_path("fedit", options.out).exists() and any(x["case"][0] == "million" for x in lines):
+            raise SystemExit(
+                f"{options.out} has rounds of a million clients, and their checkpoint is not beside it: expected another "
+                "--out, or --part without 'million'"
+            )
     done = {json.dumps(x["case"]) for x in lines}
     for case in wanted:
         if json.dumps(case) not in done:

@@ -57,7 +57,7 @@ def of_million(lines: Sequence[Line]) -> str:
     )
     if trees := [x["tree"]["largest_difference"] for x in rounds if "tree" in x]:
         rows.append(("sums over 100 regions: largest difference, of the largest entry", f"{max(trees):.1e}"))
-    note = f"Of the 100 rounds that make a million answers, {len(rounds)} are done; the same command does the rest."
+    note = f"Of the 100 rounds that make a million answers, {len(rounds)} are done."
     return table(("FedIT, one layer of 64×64, rank 4", ""), rows) + ("" if len(rounds) == 100 else f"\n\n{note}")
 
 

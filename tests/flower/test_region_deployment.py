@@ -83,6 +83,7 @@ def test_no_two_processes_of_one_machine_share_a_port(made: Path) -> None:
         ),
         (["--region", "north", *METHOD], "--region north: expected NAME=SITE,SITE"),
         ([*NORTH, *NORTH, *METHOD], "--region north is given twice"),
+        ([*NORTH, "--region", "Ucl=bern,charite", *METHOD], "--region Ucl=…: a site has this name"),
         ([*NORTH, "--sites", "2", *METHOD], "--sites 2 with --region"),
         ([*NORTH, *SOUTH], "the server of glora needs every client's own update"),
         ([*NORTH, "--region", "south=bern", *METHOD], "south has 1 of the clients; expected at least 2"),

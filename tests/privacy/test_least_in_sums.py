@@ -38,6 +38,12 @@ def test_it_follows_from_the_sample_and_the_threshold(
     assert least_in_sums(config.federation, config.privacy) == least
 
 
+@pytest.mark.parametrize(("of_the_region", "least"), [(97, 59), (3, 2), (100, 60)])
+def test_a_large_region_gives_up_nothing_for_a_small_one(of_the_region: int, least: int) -> None:
+    config = asked({"threshold": 0.6}, num_clients=100, participation=1.0)
+    assert least_in_sums(config.federation, config.privacy, of_the_region) == least
+
+
 def test_more_than_can_be_sampled_is_refused() -> None:
     with pytest.raises(ValueError, match=r"privacy.min_clients = 6: 5 clients take part in a round; expected at most"):
         chosen(asked({"min_clients": 6}, participation=0.5))

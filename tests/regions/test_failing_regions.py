@@ -108,6 +108,45 @@ def _refuses_what_is_not_its_own(tree: Tree, relay: bytes) -> None:
     assert "a question for other settings than this region's" in answered(other)
 
 
+def test_a_site_that_comes_back_as_another_node_is_asked_again(
+    bases: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    tree = Tree(settings(bases["bert"], texts, "fedit", privacy=OPEN, federation={"rounds": 3}), tmp_path)
+    nodes = tree.below["north"].handlers
+
+    def renamed(node: str, head: dict[str, Any], content: bytes) -> None:
+        if head.get("round") == 1 and "client-0" in nodes:
+            nodes["back"] = nodes.pop("client-0")
+
+    tree.transport.mishap = renamed
+    assert [record["num_clients"] for record in tree.serve()] == [4, 4, 4]
+
+
+def test_a_server_cannot_choose_the_room_of_a_masked_vector(
+    bases: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    """By refusals it would find the largest number of one site's vector, question by question."""
+    states = []
+    for room in (None, 2**31 - 1):
+        tree = Tree(
+            settings(bases["bert"], texts, "fedit", privacy=SECURE, federation={"rounds": 1}), tmp_path / str(room)
+        )
+        for transport in tree.below.values():
+            for node, answer in list(transport.handlers.items()):
+
+                def lied_to(content: bytes, answer: Any = answer, room: int | None = room) -> Any:
+                    head = protocol.decode(content)[0]
+                    if room is not None and head["kind"] == "ask":
+                        content = framing.amended(content, {"sum": {**head["sum"], "num_clients": room}})
+                    return answer(content)
+
+                transport.handlers[node] = lied_to
+        (record,) = tree.serve()
+        assert record["num_clients"] == 4, record["rejected"]
+        states.append(tree.state())
+    tiny.same(*states)
+
+
 def test_sites_that_leave_a_masked_sum_of_their_region(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
     """Of three one may leave; of two none may, and the region is left out with the reason."""
     regions = {"north": ["client-0", "client-1", "client-2"], "south": ["client-3", "client-4"]}

@@ -8,6 +8,7 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from fedspan.federation.rounds import RunState
 from fedspan.methods import METHODS
 from fedspan.methods.base import Method
+from fedspan.methods.messages import Template
 from fedspan.runs import checkpoint
 from fedspan.runs.checkpoint import Checkpoint
 from fedspan.support.errors import FedspanError
@@ -52,6 +54,16 @@ def same(x: Checkpoint, y: Checkpoint) -> None:
     pairs = [RunState(c.state, c.client_states, c.seen) for c in (x, y)]
     tiny.same_standing(*pairs)
     assert json.dumps([x.history, x.notes]) == json.dumps([y.history, y.notes])
+
+
+def test_every_constant_of_a_run_comes_back(tmp_path: Path) -> None:
+    """Such as the clients' optimizer, by which readouts are balanced: none of them may fall back to its default."""
+    template = Template({"x": (6, 5)}, 3, 8.0, True, 7, 11, adaptive=False)
+    given, plain = asdict(template), asdict(Template({}, 0))
+    assert all(given[name] != plain[name] for name in plain)
+    state = METHODS["glora"]().init(template, {})
+    checkpoint.write(tmp_path / "c", Checkpoint(state))
+    assert asdict(checkpoint.read(tmp_path / "c").state.template) == given
 
 
 HISTORY = ({"round_num": 1, "eval": None, "loss": float("nan")}, {"round_num": 2, "rejected": {"client-1": "why – ü"}})

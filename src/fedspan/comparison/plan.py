@@ -100,10 +100,10 @@ class Planner:
         except FedspanError as error:
             raise FedspanError(f"{where}: {error}") from None
         figure, last = self.suite.figure, self.suite.last_rounds
-        if figure != "last" and method.info.personalised and run.config.evaluation.where != "clients":
+        if figure != "last" and method.info.personalised and run.config.evaluation.where == "server":
             raise FedspanError(
                 f"{where}: the models of {run.config.method['name']} are evaluated after the last round alone: "
-                f"expected figure = 'last', not {figure!r}, or evaluation.where = 'clients'"
+                f"expected figure = 'last', not {figure!r}, or evaluation.where = 'clients' or 'both'"
             )
         rounds = [run.config.federation.rounds]
         if len(combinations(self._arms[run.arm].grid)) > 1 and self.suite.tuning.rounds is not None:

@@ -57,7 +57,12 @@ class DeploymentConfig(Section):
     @classmethod
     def _one_region_each(cls, regions: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
         seen: dict[str, str] = {}
+        named = {client.casefold(): client for clients in regions.values() for client in clients}
         for region, clients in regions.items():
+            if not clients:
+                raise ValueError(f"{region} has no clients: expected one or more")
+            if region.casefold() in named:
+                raise ValueError(f"the region {region} has the name of the client {named[region.casefold()]}")
             for client in clients:
                 if client in seen:
                     where = f"in {seen[client]} and in {region}" if seen[client] != region else f"in {region} twice"

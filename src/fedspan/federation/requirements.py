@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from types import MappingProxyType
 
 import numpy as np
 
@@ -77,20 +76,19 @@ def chosen(config: Config, ledger: ClientLedger | None = None) -> Method:
     return method
 
 
-def least_in_sums(federation: FederationConfig, privacy: PrivacyConfig, regions: Regions = MappingProxyType({})) -> int:
+def least_in_sums(federation: FederationConfig, privacy: PrivacyConfig, num_clients: int | None = None) -> int:
     """Return the fewest clients in a secure sum, which every site insists on: see `privacy.min_clients`.
 
     The number of clients does not vary between rounds where it is derived: secure sums refuse sampling by coins.
 
     Parameters
     ----------
-    regions
-        `deployment.regions`: each of their sums is over clients of one region, and the smallest region decides.
+    num_clients
+        Of the region whose clients the sum is over; None: there are no regions.
     """
     if privacy.min_clients is not None:
         return privacy.min_clients
-    smallest = min((len(clients) for clients in regions.values()), default=federation.num_clients)
-    share = smallest / federation.num_clients
+    share = 1.0 if num_clients is None else num_clients / federation.num_clients
     return max(2, math.ceil(privacy.threshold * _expected_cohort(federation, privacy.dp) * share))
 
 
@@ -183,8 +181,8 @@ def _check_regions(method: Method, regions: Regions, federation: FederationConfi
             f"deployment.regions has {count} clients: expected federation.num_clients = {federation.num_clients}, "
             "every client in one region"
         )
-    least = least_in_sums(federation, privacy, regions) if privacy.secure_sums else 1
     for region, clients in regions.items():
+        least = least_in_sums(federation, privacy, len(clients)) if privacy.secure_sums else 1
         if len(clients) < least:
             raise FedspanError(
                 f"deployment.regions: {region} has {len(clients)} of the clients; expected at least {least} in every "

@@ -50,6 +50,9 @@ def parsed(given: Sequence[str]) -> dict[str, list[str]]:
                 raise FedspanError(f"--region {word}: {site} is in {region_of[site]} already")
             region_of[site] = name
         regions[name] = names
+    for name in regions:
+        if name.casefold() in {site.casefold() for site in region_of}:
+            raise FedspanError(f"--region {name}=…: a site has this name; expected another for the region")
     return regions
 
 

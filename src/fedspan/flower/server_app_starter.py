@@ -6,7 +6,7 @@ This one gives the token in a file without a name, which only the new process ha
 Flower takes a ServerApp that has not spoken for 30 s after its start for dead, and starts another one; the token of the
 first is then void, but the process stays. On a machine so slow that a start takes longer (a full disk cache, a network
 drive, many runs), every new process slows the others down, and none ever comes through. This one therefore speaks for
-a process until it has started.
+a process in the first 15 minutes of its life; one that hangs as it starts is not replaced before.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ def pack_state(state: ServerState, tensors: dict[str, Tensor]) -> dict[str, Any]
             "rslora": t.rslora,
             "seed": t.seed,
             "num_clients": t.num_clients,
+            "adaptive": t.adaptive,
         },
         "round_num": state.round_num,
         "exchange": state.exchange,

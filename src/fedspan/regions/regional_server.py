@@ -14,10 +14,12 @@ from torch import Tensor
 
 from fedspan.config import Config
 from fedspan.federation import requirements
+from fedspan.federation.clients import Client
 from fedspan.regions.relayed_question import RelayedQuestion
 from fedspan.regions.sums_of_run import SumsOfRun
+from fedspan.server.regional_sums import GREETING
 from fedspan.server.registry import Member, SiteRegistry
-from fedspan.server.requests import NOT_CONNECTED, Problem, Reply, Requests
+from fedspan.server.requests import NOT_CONNECTED, MadeWhenSent, Problem, Reply, Requests
 from fedspan.server.sums import SumCollector, words_of
 from fedspan.site.errors import Refused, code_of
 from fedspan.site.incidents import refusal
@@ -29,10 +31,8 @@ from fedspan.wire.protocol import MessageTensors
 from fedspan.wire.refusals import Code
 from fedspan.wire.transport import Transport
 
-_GREETING = 20.0
-"""Longest wait for sites that introduce themselves, in seconds: meanwhile the server above waits too."""
-
 Fields = dict[str, Any]
+_NEVER = 2**31
 
 
 class RegionalServer:
@@ -84,8 +84,10 @@ class RegionalServer:
         method = requirements.chosen(config)
         self._evaluation = len(method.exchanges)
         self._terms = agreement.digest(agreement.terms(config))
-        # Below it there are no regions: every site answers for itself.
-        below = config.deployment.model_copy(update={"regions": {}, "wait": min(config.deployment.wait, _GREETING)})
+        # Below it there are no regions: every site answers for itself. It is the server above that leaves out silent
+        # sites, and it waits for this server's greetings, which therefore take half as long at most.
+        wait = min(config.deployment.wait / 2, GREETING)
+        below = config.deployment.model_copy(update={"regions": {}, "wait": wait, "patience": _NEVER})
         self._registry = SiteRegistry(
             transport, config.federation, below, agreement.terms(config), method, folder / "sites.json", notify
         )
@@ -157,15 +159,28 @@ class RegionalServer:
             raise Refused(f"a question to {', '.join(strange[:3])}, which {self.name} has not: deployment.regions")
         if self._sums is None or self._sums.run != asked.run:
             self._registry.run = asked.run
-            self._sums = SumsOfRun(asked.run, self._config, self._requests, self._folder, self._trusted, self._notify)
+            self._sums = SumsOfRun(
+                asked.run,
+                self._config,
+                len(self._clients),
+                self._requests,
+                self._folder,
+                self._trusted,
+                self._notify,
+            )
         began = self._registry.transport.now()
-        if any(who not in self._registry.members for who in asked.messages):
+        # A site that came back as another node is a member still, under the node that it had.
+        if len(self._reachable(asked)) < len(asked.messages):
             self._registry.greet()
         fields: Fields = {}
         answers, problems = self._summed(asked, self._sums, outgoing, fields)
         fields["seconds"] = self._registry.transport.now() - began
         described = {who: (p.reason, p.absent) for who, p in problems.items()}
         return {**fields, "relayed": {"answers": answers, "problems": described}}
+
+    def _reachable(self, asked: RelayedQuestion) -> list[Client]:
+        members = self._own_members()
+        return self._registry.reachable([members[who].client for who in asked.messages if who in members])
 
     def _summed(
         self, asked: RelayedQuestion, sums: SumsOfRun, outgoing: MessageTensors, fields: Fields
@@ -174,8 +189,7 @@ class RegionalServer:
 
         Where there is no sum, such as one of too few sites, nobody is in it, and each has the reason for its problem.
         """
-        members = self._own_members()
-        ready = self._registry.reachable([members[who].client for who in asked.messages if who in members])
+        ready = self._reachable(asked)
         problems = {who: NOT_CONNECTED for who in asked.messages.keys() - {c.client_id for c in ready}}
         answers: dict[str, tuple[float, int]] = {}
         try:
@@ -196,7 +210,9 @@ class RegionalServer:
         self, asked: RelayedQuestion, ids: Sequence[str], collector: SumCollector
     ) -> dict[str, tuple[float, int]]:
         """Ask the sites for their parts and add those that are right; return the seconds and bytes of the sites."""
-        messages = {who: asked.content(who, collector) for who in ids if who not in collector.problems}
+        messages = MadeWhenSent(
+            [who for who in ids if who not in collector.problems], lambda who: asked.content(who, collector)
+        )
         answers: dict[str, tuple[float, int]] = {}
         for who, reply in self._requests.exchange(asked.question, messages):
             added = reply if isinstance(reply, Problem) else self._added(asked, who, reply, collector)

@@ -77,11 +77,7 @@ class RelayedQuestion:
 
     def content(self, client_id: str, collector: SumCollector) -> bytes:
         """Return the message for one site, with what it needs to know of the sum in its region."""
-        fields = {
-            "rank": self.largest,
-            **collector.message_fields(client_id, MessageTensors()),
-            "num_clients": self.room,
-        }
+        fields = {"rank": self.largest, **collector.message_fields(client_id, MessageTensors())}
         counted = self.question.counted.get(client_id, 0)
         return framing.amended(self.messages[client_id], {"counted": counted, "sum": fields})
 

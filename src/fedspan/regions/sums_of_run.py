@@ -28,14 +28,17 @@ class SumsOfRun:
     ----------
     run
         The run's own name.
+    num_clients
+        Of the region.
     folder
-        Keeps in `RUN/sums.json` which sites were in which sums.
+        Keeps in `RUN.sums.json` which sites were in which sums.
     """
 
     def __init__(
         self,
         run: str,
         config: Config,
+        num_clients: int,
         requests: Requests,
         folder: Path,
         trusted: Mapping[str, bytes] | None,
@@ -44,10 +47,9 @@ class SumsOfRun:
         self.run, self._config = run, config
         self._masked: tuple[MaskedSums, MaskedSums] | None = None
         if config.privacy.secure_sums:
-            (folder / run).mkdir(parents=True, exist_ok=True)
-            least = requirements.least_in_sums(config.federation, config.privacy, config.deployment.regions)
+            least = requirements.least_in_sums(config.federation, config.privacy, num_clients)
             terms = RunTerms(config.privacy, config.federation.rounds, least, trusted)
-            plan = RosterPlan(config.privacy, least, folder / run / "sums.json", notify)
+            plan = RosterPlan(config.privacy, least, folder / f"{run}.sums.json", notify)
             # Keys of their own: an evaluation asks every site, whoever is in the round.
             self._masked = (
                 MaskedSums(requests, terms, plan, notify),

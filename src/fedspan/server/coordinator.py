@@ -29,7 +29,7 @@ from fedspan.privacy.sum_layout import SumLayout
 from fedspan.server.broadcast_messages import BroadcastMessages, MessageForm, SumFields
 from fedspan.server.checks import AnswerChecks, unusable
 from fedspan.server.contents import SiteContents
-from fedspan.server.early_replies import EarlyReplies, in_order
+from fedspan.server.early_replies import EarlyReplies, clear_early, in_order
 from fedspan.server.evaluations import Evaluation
 from fedspan.server.key_exchange import RunTerms
 from fedspan.server.masked_sums import MaskedSums
@@ -80,23 +80,21 @@ class Coordinator:
         self.transport, self.method, self._config = transport, method, config
         self._seed, self._weighting, self._wire = config.seed, config.federation.weighting, config.wire
         self._deployment, self._privacy = config.deployment, config.privacy
-        self._folder, self._round_memory = out, config.engine.round_memory
+        self._early, self._round_memory = out / ".early", config.engine.round_memory
         terms = agreement.terms(config)
         self._terms_digest = agreement.digest(terms)
         path = out / "sites.json"
         self.registry = SiteRegistry(transport, config.federation, config.deployment, terms, method, path, notify)
         self._requests = Requests(self.registry, config.wire.up)
         self._contents = SiteContents(self.registry, method)
-        regions = config.deployment.regions
         self._regional = RegionalSums(self._requests, config)
-        least = 2
-        if config.privacy.secure_sums:
-            least = requirements.least_in_sums(config.federation, config.privacy, regions)
+        least = requirements.least_in_sums(config.federation, config.privacy) if config.privacy.secure_sums else 2
         run_terms = RunTerms(config.privacy, config.federation.rounds, least, trusted)
         plan = RosterPlan(config.privacy, least, out / "sums.json", self.registry.notify)
         self._masked_sums = MaskedSums(self._requests, run_terms, plan, self.registry.notify)
         # Apart from those of training: an evaluation asks every client, whoever is in the round.
         self._evaluation_sums = MaskedSums(self._requests, run_terms, plan, self.registry.notify)
+        clear_early(self._early)
         self._initial: Tensors = {}
         # Here and not in the checks of one exchange: a later exchange of a round asks about the same training result.
         self._results: dict[int, Update] = {}
@@ -168,7 +166,7 @@ class Coordinator:
             room = self._round_memory
             limit = None if room == "auto" else int(room * 2**30)
             read = partial(self._requests.read, question)
-            replies = in_order(replies, absent, sorted(by_id), EarlyReplies(self._folder / ".early", limit, read))
+            replies = in_order(replies, absent, sorted(by_id), EarlyReplies(self._early, limit, read))
         else:
             replies = chain(replies, absent.items())
         # Not a loop, whose variable would hold each answer while the next one comes.

@@ -70,11 +70,11 @@ class EarlyReplies:
     def close(self) -> None:
         """Remove the files."""
         self._kept.clear()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        clear_early(self._folder)
 
     def _stored(self, content: bytes) -> Path:
         if not self.num_stored:
-            shutil.rmtree(self._folder, ignore_errors=True)  # of a process that was killed
+            clear_early(self._folder)  # of a process that was killed
             make_folder(self._folder)
         path = self._folder / f"{self.num_stored:06d}"
         self.num_stored += 1
@@ -82,6 +82,11 @@ class EarlyReplies:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(content)
         return path
+
+
+def clear_early(folder: Path) -> None:
+    """Remove what a server that was killed has left in the folder of early replies."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def in_order(

@@ -20,16 +20,18 @@ from fedspan.methods.messages import Broadcast
 from fedspan.privacy.fixed_point import FixedPoint, Words
 from fedspan.privacy.sum_layout import SumLayout
 from fedspan.server.broadcast_messages import MessageForm
-from fedspan.server.requests import Problem, Reply, Requests
+from fedspan.server.requests import MadeWhenSent, Problem, Reply, Requests
 from fedspan.server.sums import check_weights, known_weights, words_of
 from fedspan.support.errors import FedspanError
 from fedspan.wire import protocol
 from fedspan.wire.protocol import DAMAGED, MessageTensors
 
-_TRIPS = 7
+GREETING = 20.0
+"""Longest wait of a region's server for sites that introduce themselves, in seconds, before it asks them."""
+_TRIPS = 14
 """Messages to a site, one after the other, of which a region makes one answer: keys, shares, their delivery, the
-vectors, the signatures and the unmasking, and a greeting before them. Each may take `deployment.deadline`."""
-
+vectors, the signatures and the unmasking, all of it once more without a site that was proved to lie, and that proof.
+Each may take `deployment.deadline`."""
 _TRIPS_IN_THE_OPEN = 2
 
 
@@ -86,8 +88,8 @@ class RegionalTotal:
                 c, None, train_loss=float("nan"), seconds=seconds, bytes_up=8 * num_words, optimizer_bytes=num_bytes
             )
             for c in clients
-            for seconds, num_bytes in [self.shares.get(c.client_id, (-1.0, 0))]
-            if seconds >= 0
+            if c.client_id in self.shares
+            for seconds, num_bytes in [self.shares[c.client_id]]
         }
 
 
@@ -125,13 +127,12 @@ class RegionalSums:
         by_region = {
             region: [c for c in clients if c.client_id in members] for region, members in self._regions.items()
         }
-        asked = {
-            region: self._relay(question, heading, group, message, layout, rank, len(clients))
-            for region, group in by_region.items()
-            if group
-        }
+        asked = MadeWhenSent(
+            [region for region, group in by_region.items() if group],
+            lambda region: self._relay(question, heading, by_region[region], message, layout, rank, len(clients)),
+        )
         trips = _TRIPS if self._config.privacy.secure_sums else _TRIPS_IN_THE_OPEN
-        deadline = trips * self._config.deployment.deadline
+        deadline = GREETING + trips * self._config.deployment.deadline
         replies = self._requests.exchange(
             question, asked, deadline=deadline, answer_bytes=lambda region: 8 * layout.num_words
         )

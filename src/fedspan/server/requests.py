@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -58,6 +58,22 @@ class _Costs:
     """From the sending of messages until the last answer that was waited for."""
     slowest_seconds: float = 0.0
     """The part of it during which the busiest site was at work, summed over round trips. The rest is transfer."""
+
+
+class MadeWhenSent(Mapping[str, bytes]):
+    """Messages by receiver, each made when it is looked up, so that those of all receivers are never held at once."""
+
+    def __init__(self, receivers: Sequence[str], make: Callable[[str], bytes]) -> None:
+        self._receivers, self._make = receivers, make
+
+    def __getitem__(self, receiver: str) -> bytes:
+        return self._make(receiver)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._receivers)
+
+    def __len__(self) -> int:
+        return len(self._receivers)
 
 
 class Requests:

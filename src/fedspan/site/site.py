@@ -77,6 +77,7 @@ class Site:
         self.settings, self.folder, self.notify = settings, folder, notify
         config = settings.config
         self.privacy, self._precision = config.privacy, config.wire.up
+        self._regions, self._num_clients = config.deployment.regions, config.federation.num_clients
         torch.set_num_threads(config.threads)
         method: Method = requirements.chosen(config)
         corpus = load_data(config.data, config.data_seed)
@@ -204,7 +205,7 @@ class Site:
             return held_out.encoded(vector, point, requested["num_clients"])
         session, index = requested["session"], requested["index"]
         num_clients = self._evaluation_sums.settle(header.run, session, requested["members"])
-        words = held_out.encoded(vector, point, _room(num_clients, requested))
+        words = held_out.encoded(vector, point, self._room(num_clients))
         terms = self._sum_terms(header, requested["rank"], held_out.sum_layout())
         return self._evaluation_sums.mask(header, session, index, words, terms.digest())
 
@@ -221,6 +222,13 @@ class Site:
             layout,
         )
 
+    def _room(self, num_members: int) -> int:
+        """Return for how many clients a masked vector leaves room: those of the masks, and those of other regions.
+
+        From the settings of this site alone. A server that chose it could find by refusals how large the vector is.
+        """
+        return max(num_members, self._num_clients) if self._regions else num_members
+
     def _sums_of(self, message: Mapping[str, Any]) -> SumParticipant:
         """Return the keys that a message is about: those of evaluations, or of training."""
         return self._evaluation_sums if message["number"] == self._evaluation_number else self._sums
@@ -233,7 +241,7 @@ class Site:
             return self._encoded(layout, fixed_point, answer, requested["num_clients"])
         session, index = requested["session"], requested["index"]
         num_clients = self._sums.settle(header.run, session, requested["members"])
-        words = self._encoded(layout, fixed_point, answer, _room(num_clients, requested))
+        words = self._encoded(layout, fixed_point, answer, self._room(num_clients))
         terms = self._sum_terms(header, requested["rank"], layout)
         return self._sums.mask(header, session, index, words, terms.digest())
 
@@ -278,14 +286,6 @@ class Site:
             self._sums_of(message).convict(run, session, message["index"], dealer, commitments, signature, shares)
             self.notify(f"{dealer} was proved to have dealt false shares: sums go on without it")
         return {}
-
-
-def _room(num_members: int, requested: Mapping[str, Any]) -> int:
-    """Return for how many clients a masked vector leaves room: the clients of the masks, and those of other regions.
-
-    A larger number only narrows the range of what this site sends, so the server may be believed.
-    """
-    return max(num_members, int(requested.get("num_clients", 0)))
 
 
 def _bytes_by_name(indices: Mapping[str, int], tensors: Sequence[Tensor]) -> dict[str, bytes]:

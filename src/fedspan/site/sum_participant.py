@@ -76,8 +76,9 @@ class SumParticipant:
                 "site.toml and the public keys of all sites in sites.json"
             )
         self._min_share = config.privacy.threshold
-        regions, secure = config.deployment.regions, config.privacy.secure_sums
-        self._least = requirements.least_in_sums(config.federation, config.privacy, regions) if secure else 2
+        own = next((len(ids) for ids in config.deployment.regions.values() if client_id in ids), None)
+        secure = config.privacy.secure_sums
+        self._least = requirements.least_in_sums(config.federation, config.privacy, own) if secure else 2
         self._client_id, self._storage, self._max_sums = client_id, storage, max_sums
         self._name: tuple[str, str] | None = None
         """Run and session of the set-up."""

@@ -1,7 +1,7 @@
 """Draw the suites' figures against their cost, from the committed runs: python benchmarks/curves.py
 
 Writes `cost.png` beside each `runs.jsonl`: one row of panels per condition; on the left the figure against the MB
-that a run has sent up and down, on the right against the seconds in which its clients trained, mean over the seeds.
+that a run has sent up and down, on the right against the CPU seconds of clients and server, mean over the seeds.
 The seconds are those of `cost.py`, measured apart.
 """
 
@@ -27,7 +27,7 @@ Point = tuple[float, float]
 def main() -> None:
     for suite in claims.SUITES:
         if lines := final_runs(HERE / suite):
-            costs = {(x["condition"], x["arm"]): x["client_seconds"] for x in read(HERE / suite / COSTS)}
+            costs = {(x["condition"], x["arm"]): x["cpu_seconds"] for x in read(HERE / suite / COSTS)}
             draw(lines, costs, HERE / suite / "cost.png", claims.SUITES[suite])
             print(HERE / suite / "cost.png")
 
@@ -43,7 +43,7 @@ def megabytes(line: Line) -> list[Point]:
 
 
 def seconds(line: Line, each: float) -> list[Point]:
-    """Return the same by the seconds of all clients, at that many for every round."""
+    """Return the same by seconds, at that many for every round."""
     return [
         (record["round_num"] * each, record["eval"][line["metric"]]) for record in line["rounds"] if record.get("eval")
     ]
@@ -80,7 +80,7 @@ def draw(lines: Sequence[Line], costs: Mapping[tuple[str, str], float], path: Pa
         left.set_xscale("log")
         left.set_ylabel(lines[0]["metric"].replace("_", " "))
         left.set_xlabel("MB up and down, all clients")
-        right.set_xlabel("seconds of training, all clients, one CPU core")
+        right.set_xlabel("CPU seconds, all clients and the server")
         left.set_title(claims.CONDITIONS.get(condition, condition), loc="left", fontsize=10)
     figure.suptitle(title, x=0.01, ha="left")
     figure.legend(drawn.values(), drawn, loc="outside right upper", fontsize=8, frameon=False)

@@ -380,8 +380,8 @@ def main() -> None:
         wanted.append(("million", "fedit", "small"))
         if not checkpoint_path("fedit", options.out).exists() and any(x["case"][0] == "million" for x in lines):
             raise SystemExit(
-                f"{options.out} has rounds of a million clients, and their checkpoint is not beside it: expected another "
-                "--out, or --part without 'million'"
+                f"{options.out} has rounds of a million clients, and their checkpoint is not beside it: expected "
+                "another --out, or --part without 'million'"
             )
     done = {json.dumps(x["case"]) for x in lines}
     for case in wanted:

@@ -1,9 +1,9 @@
 """Time the rounds of every arm, for the curves against seconds: python benchmarks/cost.py claims-tasks
 
 Runs each arm that has committed runs once, seed 0, and writes `cost.jsonl` beside them: the CPU seconds of a round,
-clients and server, without evaluation, in one process of one thread. Two rounds are subtracted from five, so that reading
-the base and the data does not count. The committed runs shared their machine, and CPU seconds suffer less from that than
-wall time.
+clients and server, without evaluation, in one process of one thread. Two rounds are subtracted from five, so that
+reading the base and the data does not count. The committed runs shared their machine, and CPU seconds suffer less from
+that than wall time.
 """
 
 from __future__ import annotations

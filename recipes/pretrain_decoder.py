@@ -325,7 +325,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--rows", type=int, default=32, help="sequences a step")
     parser.add_argument("--text-share", type=float, default=0.25, help="share of rows that are text")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.hidden < 4 or args.hidden % 4 or args.layers < 1:
+        parser.error(f"--hidden {args.hidden} --layers {args.layers}: expected a multiple of 4, and at least one layer")
+    return args
 
 
 def main() -> None:

@@ -83,24 +83,23 @@ def init(
     Examples:
       fedspan flower init fed my.toml --sites mayo,ucl --host fed.example.org
       fedspan flower init trial --sites 4
-      fedspan flower init tree my.toml --region north=mayo,ucl --region south=charite,bern
+      fedspan flower init tree --region north=mayo,ucl --region south=charite,bern \\
+        --set method.name=glora_sums --set privacy.secure_sums=true
 
     `server/` stays on the server; each folder under `sites/` goes to its site over a secure channel. README.md in
     the folder says what to start, and in which order.
     """
-    from fedspan.flower import deployment
+    from fedspan.flower import deployment, region_deployment
 
+    if region_host and not region:
+        raise FedspanError(f"--region-host {region_host[0]}: expected --region too, which says what the regions are")
+    regions = region_deployment.parsed(region or ())
+    hosts = region_deployment.parsed_hosts(region_host or (), regions)
     names, loaded = _federation(config, sites, settings, region)
     clients = deployment.clients_of(loaded, names)
     if region:
-        from fedspan.flower import region_deployment
-
-        regions = region_deployment.parsed(region)
-        hosts = region_deployment.parsed_hosts(region_host or (), regions)
         plan = region_deployment.plan(regions, dict(zip(names, clients, strict=True)), host or (), hosts, port)
         region_deployment.write(folder, plan, loaded)
-    elif region_host:
-        raise FedspanError(f"--region-host {region_host[0]}: expected --region too, which says what the regions are")
     else:
         deployment.write(folder, deployment.plan(names, host or (), port, clients=clients), loaded)
     typer.echo(f"{folder}/  {len(names)} sites: {', '.join(names)}; for the next steps see {folder / 'README.md'}")
@@ -145,7 +144,8 @@ def up(
     Examples:
       fedspan flower up trial --sites 4
       fedspan flower up trial --sites 4 --set method.name=flora
-      fedspan flower up tree my.toml --region north=a,b --region south=c,d
+      fedspan flower up tree --region north=a,b --region south=c,d \\
+        --set method.name=glora_sums --set privacy.secure_sums=true
 
     Server, proxy and sites are separate processes with TLS, node keys and the proxy's rules, as between real
     machines. A folder that does not exist is created first, with free ports. The logs are in DIR/logs.
@@ -291,12 +291,12 @@ def _federation(
     regions = parsed(region or ())
     if regions and sites is not None:
         raise FedspanError(f"--sites {sites} with --region: expected the sites in their regions alone")
-    if regions:
-        sites = ",".join(name for names in regions.values() for name in names)
 
     config = load(path, settings or ())
     text = str(config.federation.num_clients) if sites is None else sites
-    if text.isdecimal():
+    if regions:
+        names = [name for group in regions.values() for name in group]
+    elif text.isdecimal():
         if int(text) < 1:
             raise FedspanError(f"--sites {text}: expected at least one")
         named = list(named_sites(config))
@@ -312,7 +312,7 @@ def _federation(
 
     from fedspan.federation import requirements  # a slow import: mistyped settings are reported before it
 
-    requirements.chosen(config)
+    requirements.check_between_sites(requirements.chosen(config))
     return names, config
 
 

@@ -76,6 +76,18 @@ def chosen(config: Config, ledger: ClientLedger | None = None) -> Method:
     return method
 
 
+def check_between_sites(method: Method) -> None:
+    """Refuse the controls, for which one process must have all clients' data.
+
+    Raises
+    ------
+    FedspanError
+        For such a method.
+    """
+    if method.info.pooled or method.info.alone:
+        raise FedspanError(f"method.name = '{method.info.name}' is a control for one process: sites share no data")
+
+
 def least_in_sums(federation: FederationConfig, privacy: PrivacyConfig, num_clients: int | None = None) -> int:
     """Return the fewest clients in a secure sum, which every site insists on: see `privacy.min_clients`.
 
@@ -168,7 +180,8 @@ def _check_regions(method: Method, regions: Regions, federation: FederationConfi
     if not method.secure_sum:
         raise FedspanError(
             f"deployment.regions: a region answers with the sum of its sites, but the server of {method.info.name} "
-            f"needs every client's own update; methods that need sums alone: {_able(lambda m: m.secure_sum)}"
+            "needs every client's own update; methods that need sums alone: "
+            + _able(lambda m: m.secure_sum and not (m.info.pooled or m.info.alone))
         )
     if not (privacy.secure_sums or privacy.fixed_point):
         raise FedspanError(

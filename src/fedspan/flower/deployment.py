@@ -27,7 +27,7 @@ PORT = 8443
 """Port on which sites reach the proxy."""
 _RUNTIME_PORT = 8601
 _LOCAL = ("localhost", "127.0.0.1", "::1")
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
+NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?")
 _RECORD = "deployment.json"
 
 
@@ -109,7 +109,7 @@ def _with_port(host: str, port: int) -> str:
 def _check_names(sites: Sequence[str]) -> None:
     seen = set()
     for name in sites:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not NAME.fullmatch(name):
             raise FedspanError(f"site {name!r}: expected lower-case letters, digits and dashes, 32 at most")
         if name in seen:
             raise FedspanError(f"site {name!r} is named twice: expected different names")

@@ -43,6 +43,11 @@ def parsed(given: Sequence[str]) -> dict[str, list[str]]:
         names = [site.strip() for site in sites.split(",") if site.strip()]
         if not equals or not names:
             raise FedspanError(f"--region {word}: expected NAME=SITE,SITE,… with the sites of the region")
+        for each in (name, *names):
+            if not deployment.NAME.fullmatch(each):
+                raise FedspanError(
+                    f"--region {word}: the name {each!r}: expected lower-case letters, digits and dashes, 32 at most"
+                )
         if name in regions:
             raise FedspanError(f"--region {name} is given twice: expected all of its sites at once")
         for site in names:

@@ -171,7 +171,7 @@ def start_region(
     tree.start(f"{folder.name}-uplink", ["./start.sh"], region / "uplink", environment)
     for site in plan.sites:
         tree.start(site.name, ["./start.sh"], region / "sites" / site.name, environment)
-    notify(f"the server of the region {folder.name} is served; {len(plan.sites)} sites starting")
+    notify(f"the server of the region {folder.name} is served; its sites are starting")
 
 
 def start(

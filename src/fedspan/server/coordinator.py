@@ -69,8 +69,7 @@ class Coordinator:
         notify: Callable[[str], None],
         trusted: Mapping[str, bytes] | None = None,
     ) -> None:
-        if method.info.pooled or method.info.alone:
-            raise FedspanError(f"method.name = '{method.info.name}' is a control for one process: sites share no data")
+        requirements.check_between_sites(method)
         if config.privacy.server == "malicious" and not trusted and not config.deployment.regions:
             # It could not tell whose signature is false, and the other sites would refuse the whole sum.
             raise FedspanError(

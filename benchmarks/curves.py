@@ -1,20 +1,17 @@
-"""Draw the suites' figures against their cost, from the committed runs: python benchmarks/curves.py
+"""Draw the suites' figures against their traffic, from the committed runs: python benchmarks/curves.py
 
-Writes `cost.png` beside each `runs.jsonl`: one row of panels per condition; on the left the figure against the MB
-that a run has sent up and down, on the right against the CPU seconds of clients and server, mean over the seeds.
-The seconds are those of `cost.py`, measured apart.
+Writes `traffic.png` beside each `runs.jsonl`: for every condition the figure against the megabytes that a run has sent
+up and down until then, mean over the seeds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import claims
-from cost import FILE as COSTS
-from keep import Line, final_runs, read
+from keep import Line, final_runs
 
 from fedspan.comparison.results import mean
 
@@ -27,9 +24,8 @@ Point = tuple[float, float]
 def main() -> None:
     for suite in claims.SUITES:
         if lines := final_runs(HERE / suite):
-            costs = {(x["condition"], x["arm"]): x["cpu_seconds"] for x in read(HERE / suite / COSTS)}
-            draw(lines, costs, HERE / suite / "cost.png", claims.SUITES[suite])
-            print(HERE / suite / "cost.png")
+            draw(lines, HERE / suite / "traffic.png", claims.SUITES[suite])
+            print(HERE / suite / "traffic.png")
 
 
 def megabytes(line: Line) -> list[Point]:
@@ -42,22 +38,15 @@ def megabytes(line: Line) -> list[Point]:
     return points
 
 
-def seconds(line: Line, each: float) -> list[Point]:
-    """Return the same by seconds, at that many for every round."""
-    return [
-        (record["round_num"] * each, record["eval"][line["metric"]]) for record in line["rounds"] if record.get("eval")
-    ]
-
-
-def averaged(lines: Sequence[Line], of: Callable[[Line], list[Point]]) -> list[Point]:
+def averaged(lines: Sequence[Line]) -> list[Point]:
     """Return the mean over the seeds, evaluation by evaluation."""
-    curves = [of(line) for line in lines]
+    curves = [megabytes(line) for line in lines]
     means = [(mean([x for x, _ in at]), mean([y for _, y in at])) for at in zip(*curves, strict=True)]
     return [(x, y) for x, y in means if x is not None and y is not None]
 
 
-def draw(lines: Sequence[Line], costs: Mapping[tuple[str, str], float], path: Path, title: str) -> None:
-    """Write one suite's picture; costs are seconds a round by condition and arm."""
+def draw(lines: Sequence[Line], path: Path, title: str) -> None:
+    """Write one suite's picture."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -65,26 +54,22 @@ def draw(lines: Sequence[Line], costs: Mapping[tuple[str, str], float], path: Pa
 
     conditions, arms = ([*dict.fromkeys(line[key] for line in lines)] for key in ("condition", "arm"))
     figure, axes = plt.subplots(
-        len(conditions), 2, figsize=(9, 3.2 * len(conditions)), squeeze=False, sharey="row", layout="constrained"
+        1, len(conditions), figsize=(4.2 * len(conditions), 3.6), squeeze=False, sharey=True, layout="constrained"
     )
     drawn: dict[str, Any] = {}
-    for condition, (left, right) in zip(conditions, axes, strict=True):
+    for condition, panel in zip(conditions, axes[0], strict=True):
         for index, arm in enumerate(arms):
             own = [line for line in lines if (line["condition"], line["arm"]) == (condition, arm)]
-            if not own:
-                continue
-            style = {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[index // len(COLORS)], "linewidth": 1.4}
-            drawn[arm] = left.plot(*zip(*averaged(own, megabytes), strict=True), **style)[0]
-            if each := costs.get((condition, arm)):
-                right.plot(*zip(*averaged(own, partial(seconds, each=each)), strict=True), **style)
-        left.set_xscale("log")
-        left.set_ylabel(lines[0]["metric"].replace("_", " "))
-        left.set_xlabel("MB up and down, all clients")
-        right.set_xlabel("CPU seconds, all clients and the server")
-        left.set_title(claims.CONDITIONS.get(condition, condition), loc="left", fontsize=10)
+            if own:
+                style = {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[index // len(COLORS)]}
+                drawn[arm] = panel.plot(*zip(*averaged(own), strict=True), linewidth=1.4, **style)[0]
+        panel.set_xscale("log")
+        panel.set_xlabel("MB up and down, all clients")
+        panel.set_title(claims.CONDITIONS.get(condition, condition), loc="left", fontsize=10)
+    axes[0][0].set_ylabel(lines[0]["metric"].replace("_", " "))
     figure.suptitle(title, x=0.01, ha="left")
     figure.legend(drawn.values(), drawn, loc="outside right upper", fontsize=8, frameon=False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 

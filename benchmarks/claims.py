@@ -33,7 +33,7 @@ CONDITIONS = {
     "dir05": "Dir(0.5)",
     "equal": "tasks of their own, equal ranks",
     "heavy_tail": "mixed ranks, heavy tail",
-    "small": "a base a fifth as large",
+    "small": "a base a quarter as large",
     "sparse": "50 clients, 10 % a round",
 }
 CONFIDENCE = 0.95

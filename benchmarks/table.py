@@ -65,6 +65,7 @@ def page(rows: Sequence[claims.Row]) -> str:
     parts += ["", "## The underlying figures", ""]
     for suite in lines:
         parts += [f"### {claims.SUITES[suite]} (`{suite}`)", "", *figures(suite), ""]
+        parts += [f"![{claims.SUITES[suite]}: the figure against the traffic]({suite}/traffic.png)", ""]
     return "\n".join(parts).rstrip()
 
 

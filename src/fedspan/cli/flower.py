@@ -83,11 +83,11 @@ def init(
     Examples:
       fedspan flower init fed my.toml --sites mayo,ucl --host fed.example.org
       fedspan flower init trial --sites 4
-      fedspan flower init tree --region north=mayo,ucl --region south=charite,bern \\
-        --set method.name=glora_sums --set privacy.secure_sums=true
+      fedspan flower init tree my.toml --region north=mayo,ucl --region south=bern
 
     `server/` stays on the server; each folder under `sites/` goes to its site over a secure channel. README.md in
-    the folder says what to start, and in which order.
+    the folder says what to start, and in which order. Regions need a method that needs sums alone, such as glora_sums,
+    and privacy.secure_sums or privacy.fixed_point.
     """
     from fedspan.flower import deployment, region_deployment
 
@@ -144,11 +144,11 @@ def up(
     Examples:
       fedspan flower up trial --sites 4
       fedspan flower up trial --sites 4 --set method.name=flora
-      fedspan flower up tree --region north=a,b --region south=c,d \\
-        --set method.name=glora_sums --set privacy.secure_sums=true
+      fedspan flower up tree my.toml --region north=a,b --region south=c,d
 
     Server, proxy and sites are separate processes with TLS, node keys and the proxy's rules, as between real
-    machines. A folder that does not exist is created first, with free ports. The logs are in DIR/logs.
+    machines. A folder that does not exist is created first, with free ports. The logs are in DIR/logs. Regions need a
+    method that needs sums alone, such as glora_sums, and privacy.secure_sums or privacy.fixed_point.
     """
     from fedspan.flower import trial
 

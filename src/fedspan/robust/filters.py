@@ -211,6 +211,12 @@ def weiszfeld(distances: Tensor, shares: Sequence[float], centre: int, reach: fl
         weights, steps = updated, steps + 1
         if change <= 1e-9:
             break
+    # Where the median is one of the updates the steps may come to it slowly: it is tried by itself.
+    apart = eye - weights
+    reached = float(((apart @ gram) * apart).sum(dim=1).clamp(min=0).sqrt() @ alpha)
+    costs = distances @ alpha
+    if float(costs.min()) < reached:
+        weights = eye[int(costs.argmin())]
     return [float(w) for w in weights], steps
 
 

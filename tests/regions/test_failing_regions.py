@@ -76,7 +76,8 @@ def test_answers_that_come_twice_or_late_and_sites_in_two_regions(
         given.append(given[0] if given else north(content))
         return given[-1]
 
-    tree.transport.poll = twice  # type: ignore[method-assign]
+    transport: Any = tree.transport
+    transport.poll = twice
     tree.transport.handlers |= {"node-north": replaying, "node-direct": tree.sites["client-3"].answer}
     history = tree.serve()
     assert [record["num_clients"] for record in history] == [4, 2]

@@ -258,7 +258,8 @@ def test_metrics_that_are_no_sums_are_named(
     (line,) = [line for line in lines if "among the clients' figures" in line]
     assert line.startswith("math:dist is not among the clients' figures: it needs the values of all rows")
     assert line in result.summary["notes"]
-    assert list(result.summary["client_evaluation"]["figures"]) == ["loss", "accuracy"]  # type: ignore[index]
+    summary: Any = result.summary
+    assert list(summary["client_evaluation"]["figures"]) == ["loss", "accuracy"]
     first = judged(
         bases["bert"], texts, "flexlora", where="both", data={"metrics": ["math:dist"]}, evaluation={"patience": 1}
     )

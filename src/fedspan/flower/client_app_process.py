@@ -49,7 +49,7 @@ _log = logging.getLogger("fedspan.flower")
 
 
 class Supervisor(Protocol):
-    """What holds the process that answers: `WorkerSupervisor`, or nothing where that process is another's."""
+    """Holder of the process that answers: `WorkerSupervisor`, or nothing where that process is another's."""
 
     def ensure(self) -> bool:
         """Start the process unless it runs; return whether it runs."""

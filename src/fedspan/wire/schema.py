@@ -117,7 +117,7 @@ class Introduction(TypedDict):
 
 @with_config(_STRICT)
 class MemberForm(TypedDict):
-    """What the introductions of several sites of a region have in common."""
+    """Common part of the introductions of several sites of a region."""
 
     terms: Annotated[dict[TensorName, Any], Field(max_length=1000)]
     shapes: Annotated[dict[TensorName, Shape], Field(max_length=10**5)]

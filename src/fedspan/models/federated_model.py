@@ -258,7 +258,7 @@ class FederatedModel:
         writer: Any = self.model
         if checkpointing:
             # The reentrant form would need an input that requires a gradient, and the embeddings are frozen.
-            _checkpointing(writer, "enable")({"use_reentrant": False})
+            activation_checkpointing(writer, "enable")({"use_reentrant": False})
         # Not with either of them, which take the layers as they are.
         prefix = None if compiled or checkpointing else self.prefix
         try:
@@ -267,7 +267,7 @@ class FederatedModel:
         finally:
             self.model.eval()
             if checkpointing:
-                _checkpointing(writer, "disable")()
+                activation_checkpointing(writer, "disable")()
             if compiled:
                 del body.forward  # which uncovers the method of its class
 
@@ -367,6 +367,6 @@ class FederatedModel:
         weight.data = original + (delta.T if is_conv1d(layer) else delta)
 
 
-def _checkpointing(writer: Any, do: str) -> Any:
+def activation_checkpointing(writer: Any, do: str) -> Any:
     """Return the method of that purpose, which older releases of transformers call by another name."""
     return getattr(writer, f"activation_checkpointing_{do}", None) or getattr(writer, f"gradient_checkpointing_{do}")

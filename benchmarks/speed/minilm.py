@@ -1,4 +1,4 @@
-"""CPU seconds of a client-step of MiniLM's shape: plain loop, this library, adapters in the upper layers, kept states.
+"""CPU seconds of a client-step of MiniLM's shape: plain loop, batches whole and in parts, upper layers, kept states.
 
     python benchmarks/speed/minilm.py [--repeats 3] >> minilm.jsonl
 
@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
 import minilm
 
-from fedspan.client import cohort
+from fedspan.client import cohort, length_parts
 from fedspan.client.setup import find_prefix
 from fedspan.config import EngineConfig
 from fedspan.data import Encoded
@@ -52,6 +52,19 @@ def _upper(base: Path) -> FederatedModel:
     )
 
 
+def _whole(train: Arm) -> Arm:
+    """Return the same work with batches that are not cut by length."""
+
+    def work(round_num: int) -> None:
+        bound, length_parts.WIDEST = length_parts.WIDEST, 2**62
+        try:
+            train(round_num)
+        finally:
+            length_parts.WIDEST = bound
+
+    return work
+
+
 def _arm(model: FederatedModel, data: Encoded, engine: str, count: int) -> Arm:
     chosen, group = minilm.settings(engine, precision="float32"), minilm.clients(model, count)
 
@@ -71,11 +84,14 @@ def _arms(base: Path, data: Encoded) -> dict[str, Arm]:
     plain = minilm.PlainLoop(base, _CPU, list(whole.layers))
     (client,) = minilm.clients(whole, 1)
     batches = minilm.batches_of(data, client)
+    everywhere, above, below_kept = (_arm(model, data, "sequential", 1) for model in (whole, upper, kept))
     return {
         "plain loop": lambda _: print(plain.train(client.broadcast.adapter, batches), file=sys.stderr),
-        "sequential": _arm(whole, data, "sequential", 1),
-        "upper half": _arm(upper, data, "sequential", 1),
-        "upper half, kept states": _arm(kept, data, "sequential", 1),
+        "sequential, whole batches": _whole(everywhere),
+        "sequential": everywhere,
+        "upper half, whole batches": _whole(above),
+        "upper half": above,
+        "upper half, kept states": below_kept,
     }
 
 

@@ -17,7 +17,7 @@ from memory_transport import MemoryTransport, make_sites
 from test_cohort import CLOSE, agree, alone, clients, config
 
 from fedspan.cli.main import main
-from fedspan.client import cohort
+from fedspan.client import cohort, length_parts
 from fedspan.client.evaluation import batches, evaluate, predict
 from fedspan.client.setup import prepare
 from fedspan.client.training import Assignment, TrainingSettings, train
@@ -172,6 +172,25 @@ def test_a_base_that_has_learnt_its_answers_scores_one(
     figures = evaluate(model, few, ("exact_match", "rouge_l"), tokenizer, batch_size=3, max_new_tokens=12)
     assert (figures["exact_match"], figures["rouge_l"]) == (1.0, 1.0)
     assert figures["loss"] < 0.1
+
+
+def test_wide_batches_in_parts(
+    folders: dict[str, Path], data: dict[str, Encoded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of similar prompts together, whose answers have lengths of their own, give the gradient of the batch."""
+    model = tiny.load(folders["t5"], "instruction")
+    sent = tiny.broadcast(model)
+    local = LocalConfig(learning_rate=0.3, batch_size=8, optimizer="sgd")
+    work = Assignment("client-0", sent, np.arange(40), 2, 1.0)
+    whole = train(model, work, data["t5"], TrainingSettings(local=local), 0)
+    monkeypatch.setattr(length_parts, "WIDEST", 0)
+    monkeypatch.setattr(length_parts, "WORTH_A_PART", 2 * seq2seq.SIZE**2)
+    assert length_parts.worth_a_part(model, data["t5"], 8) is not None
+    cut = train(model, work, data["t5"], TrainingSettings(local=local), 0)
+    x, y, start = (tiny.flat(found) for found in (cut.update.modules, whole.update.modules, sent.adapter))
+    for name in y:
+        assert (x[name] - y[name]).norm() <= 1e-3 * (y[name] - start[name]).norm() + 1e-7, name
+    assert any(not torch.equal(x[name], y[name]) for name in y)
 
 
 @pytest.mark.parametrize("name", ["bart", "t5gemma"])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedspan.client.length_parts import parts, worth_a_part
 from fedspan.config import EngineConfig, LocalConfig
 from fedspan.data import Encoded
 from fedspan.models import FederatedModel
@@ -67,9 +68,21 @@ def _count(part: Batch) -> int:
 
 
 def schedule(
-    model: FederatedModel, examples: Encoded, steps: int, config: LocalConfig, key: tuple[object, ...]
+    model: FederatedModel,
+    examples: Encoded,
+    steps: int,
+    config: LocalConfig,
+    engine: EngineConfig,
+    key: tuple[object, ...],
 ) -> Iterator[list[Batch]]:
     """Yield the batches of a client's examples, each in the parts that it is trained in, on the model's device."""
+    lengths = examples.lengths.tolist()
+    # A compiled pass would be compiled again for every shape.
+    whole = config.accumulate > 1 or engine.compile
+    worth = None if whole else worth_a_part(model, examples, config.batch_size)
     for indices in batches(len(examples), config.batch_size, steps, generator(*key, "batches")):
-        cut = [part for part in np.array_split(indices, config.accumulate) if len(part)]
+        if worth is None:
+            cut = [part for part in np.array_split(indices, config.accumulate) if len(part)]
+        else:
+            cut = [np.asarray(indices)[part] for part in parts([lengths[i] for i in indices], worth)]
         yield [{name: value.to(model.device) for name, value in examples.batch(part).items()} for part in cut]

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedspan.client.batching import autocast
 from fedspan.client.passes import Member, Penalty, compute_gradients, keep_active, penalty_of
+from fedspan.client.sizes import hidden
 from fedspan.client.step_plan import NUMBERS, StepPlan
 from fedspan.client.training import TrainingSettings, shared_part
 from fedspan.config import LocalConfig
@@ -118,7 +119,7 @@ class DevicePass:
 
     def run(self, data: Encoded, members: Sequence[Member]) -> Tensor:
         """Train the members, those with most steps first; return the sums of their steps' losses, (C,)."""
-        plan = StepPlan.of(data, members, hidden=_hidden(self.model))
+        plan = StepPlan.of(data, members, hidden=hidden(self.model))
         rates = plan.rates(len(self.rates)).to(self.model.device)
         seeds = None if self.seeds is None else plan.seeds().to(self.model.device)
         with self.stack.inserted(), self.model.training(), self._on_own_stream():
@@ -246,8 +247,3 @@ def _optimizer(groups: list[dict[str, Any]], local: LocalConfig, device: torch.d
     # It would warn that its steps are not recorded, of the first of each shape.
     optimizer._warned_capturable_if_run_uncaptured = True
     return optimizer
-
-
-def _hidden(model: FederatedModel) -> int:
-    """Return the width at which most of the model works."""
-    return min((n for _, n in model.modules().values()), default=1)

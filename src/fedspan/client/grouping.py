@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedspan.client.sizes import WIDEST, hidden, largest_batch, positions
 from fedspan.client.training import Assignment, TrainingSettings, shared_part
 from fedspan.config import EngineConfig, LocalConfig
 from fedspan.data import Encoded
@@ -18,9 +19,6 @@ from fedspan.methods.messages import Broadcast, Tensors
 from fedspan.methods.patches import patch_tensors
 from fedspan.models import FederatedModel
 
-WIDEST = 2**17
-"""Tokens of one client's step times the model's hidden size. Above it a pass of its own is as fast; below it as many
-clients share a pass as together reach it, for then their activations still lie in the cache (measured on a CPU)."""
 _MOST = 16
 UNMEASURED = 32
 """Clients that share a pass on a GPU where nothing was measured on it: about where an H100 is full (MiniLM)."""
@@ -52,15 +50,15 @@ def plan(
     Clients with similar numbers of steps and lengths of rows share a group, so that little is padded and few of them
     finish long before the others.
     """
-    positions = _positions(model, data)
+    each = positions(model, data)
     engine, owns = settings.engine, [a.under(settings, 0)[0].local for a in assignments]
     planned = [
-        _Planned(i, a, own, _tokens(data, a, own.batch_size) * positions)
+        _Planned(i, a, own, largest_batch(data.subset(a.rows), own.batch_size) * each)
         for i, (a, own) in enumerate(zip(assignments, owns, strict=True))
     ]
     # On a GPU a pass of any size costs less when it is shared: there is always room for more rows in a kernel.
     every = max(p.tokens for p in planned)
-    auto = every if model.device.type == "cuda" else WIDEST // _hidden(model)
+    auto = every if model.device.type == "cuda" else WIDEST // hidden(model)
     largest = {"sequential": 0, "cohort": every, "auto": auto}[engine.name]
     shared: list[_Planned] = []
     groups: list[list[_Planned]] = []
@@ -89,9 +87,9 @@ def most_that_fit(
     model: FederatedModel, data: Encoded, assignments: Sequence[Assignment], settings: TrainingSettings
 ) -> int:
     """Return how many of these clients could share a pass within the memory that it may take."""
-    positions = _positions(model, data)
-    sizes = [_tokens(data, a, a.under(settings, 0)[0].local.batch_size) for a in assignments]
-    per_client = max(_bytes(model, a.broadcast, size * positions) for a, size in zip(assignments, sizes, strict=True))
+    each = positions(model, data)
+    sizes = [largest_batch(data.subset(a.rows), a.under(settings, 0)[0].local.batch_size) for a in assignments]
+    per_client = max(_bytes(model, a.broadcast, size * each) for a, size in zip(assignments, sizes, strict=True))
     return max(1, min(len(assignments), int(_memory(model.device, settings.engine) / per_client)))
 
 
@@ -108,30 +106,6 @@ def _alike(planned: Sequence[_Planned], size: int) -> list[list[_Planned]]:
             groups.append([])
         groups[-1].append(p)
     return groups
-
-
-def _tokens(data: Encoded, assignment: Assignment, batch_size: int) -> int:
-    """Return the tokens of the client's largest batch, padding counted; images of an image batch."""
-    longest = int(data.subset(assignment.rows).lengths.max())
-    return min(batch_size, len(assignment.rows)) * longest
-
-
-def _positions(model: FederatedModel, data: Encoded) -> int:
-    """Return the positions that one row of an image batch takes in the model, one per patch; 1 for text.
-
-    2 for prompts and answers that an encoder and a decoder read, each at most as long as the row counts.
-    """
-    if data.pixels is None:
-        return 2 if data.kind == "instruction" and getattr(model.model.config, "is_encoder_decoder", False) else 1
-    height, width = data.pixels.shape[-2:]
-    patch = getattr(model.model.config, "patch_size", 16)
-    side = patch if isinstance(patch, int) else max(patch)
-    return max(1, (height // side) * (width // side))
-
-
-def _hidden(model: FederatedModel) -> int:
-    """Return the width at which most of the model works."""
-    return min((n for _, n in model.modules().values()), default=1)
 
 
 def _together(p: _Planned, q: _Planned) -> bool:
@@ -166,7 +140,7 @@ def _cohort_size(model: FederatedModel, planned: Sequence[_Planned], engine: Eng
     if model.device.type != "cpu":
         return _even(count, min(fits, UNMEASURED))
     shared = max(2, -(-count // _SHARES), min(4, -(-count // 2)))
-    cached = max(2, WIDEST // (max(p.tokens for p in planned) * _hidden(model)))
+    cached = max(2, WIDEST // (max(p.tokens for p in planned) * hidden(model)))
     return min(fits, shared, cached, _MOST)
 
 

@@ -150,7 +150,7 @@ def train(
     planned = sum(rate(local, step, work.steps, round_num) for step in range(work.steps))
     with model.training(settings.engine.compile, settings.engine.checkpointing), seeded(*key, "dropout"):
         masks = _masks(model, work.steps, settings, key)
-        for step, parts in enumerate(schedule(model, data.subset(work.rows), work.steps, local, key)):
+        for step, parts in enumerate(schedule(model, data.subset(work.rows), work.steps, local, settings.engine, key)):
             now = rate(local, step, work.steps, round_num)
             rates += now
             for group in optimizer.param_groups:
@@ -234,7 +234,7 @@ def gradient(
     steps = work.broadcast.recipe.probe_batches
     total = torch.zeros((), device=model.device)
     with model.differentiable(weights):
-        for parts in schedule(model, data.subset(work.rows), steps, settings.local, key):
+        for parts in schedule(model, data.subset(work.rows), steps, settings.local, settings.engine, key):
             total += add_gradients(model, parts, settings.engine, 1 / steps)
         modules = {name: Vector({"gradient": model.oriented(name, w)}) for name, w in weights.items()}
     update = Update(work.client_id, work.weight, modules, {})

@@ -1,51 +1,78 @@
-"""Draw the suites' figures against their traffic, from the committed runs: python benchmarks/curves.py
+"""Draw the suites' figures against what they cost, from the committed runs: python benchmarks/curves.py
 
-Writes `traffic.png` beside each `runs.jsonl`: for every condition the figure against the megabytes that a run has sent
-up and down until then, mean over the seeds.
+Writes two pictures beside each `runs.jsonl`, for every condition and as means over the seeds: the figure against the
+megabytes that a run has sent up and down until then (`traffic.png`), and, where `cost.py` has timed the arms
+(`cost.jsonl`), against the CPU seconds of its clients and its server (`seconds.png`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import claims
-from keep import Line, final_runs
+from keep import Line, final_runs, read
 
 from fedspan.comparison.results import mean
 
 HERE = Path(__file__).parent
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
 DASHES = ("-", "--", ":")
+SECONDS = "CPU seconds of clients and server"
 Point = tuple[float, float]
 
 
 def main() -> None:
     for suite in claims.SUITES:
-        if lines := final_runs(HERE / suite):
-            draw(lines, HERE / suite / "traffic.png", claims.SUITES[suite])
-            print(HERE / suite / "traffic.png")
+        lines, folder = final_runs(HERE / suite), HERE / suite
+        timed = read(folder / "cost.jsonl")
+        seconds = {(line["condition"], line["arm"]): line["cpu_seconds_a_round"] for line in timed}
+        for cost in (Cost("traffic", "MB up and down, all clients", megabytes), Cost("seconds", SECONDS, cpu(seconds))):
+            known = [line for line in lines if cost.name == "traffic" or (line["condition"], line["arm"]) in seconds]
+            if known:
+                draw(known, cost, folder / f"{cost.name}.png", claims.SUITES[suite])
+                print(folder / f"{cost.name}.png")
 
 
-def megabytes(line: Line) -> list[Point]:
-    """Return the megabytes sent in both directions up to every evaluated round, and the figure there."""
-    sent, points = 0.0, []
+@dataclass(frozen=True)
+class Cost:
+    """One thing that a run spends."""
+
+    name: str
+    label: str
+    of_a_round: Callable[[Line, Line], float]
+    """Of a run's line and one of its rounds."""
+
+
+def megabytes(line: Line, record: Line) -> float:
+    return (record["bytes_up"] + record["bytes_down"]) / 1e6
+
+
+def cpu(seconds: Mapping[tuple[str, str], float]) -> Callable[[Line, Line], float]:
+    """Return the CPU seconds of a round, the same for each of an arm's rounds."""
+    return lambda line, record: seconds[line["condition"], line["arm"]]
+
+
+def curve(line: Line, cost: Cost) -> list[Point]:
+    """Return what was spent up to every evaluated round, and the figure there."""
+    spent, points = 0.0, []
     for record in line["rounds"]:
-        sent += (record["bytes_up"] + record["bytes_down"]) / 1e6
+        spent += cost.of_a_round(line, record)
         if record.get("eval"):
-            points.append((sent, record["eval"][line["metric"]]))
+            points.append((spent, record["eval"][line["metric"]]))
     return points
 
 
-def averaged(lines: Sequence[Line]) -> list[Point]:
+def averaged(lines: Sequence[Line], cost: Cost) -> list[Point]:
     """Return the mean over the seeds, evaluation by evaluation."""
-    curves = [megabytes(line) for line in lines]
+    curves = [curve(line, cost) for line in lines]
     means = [(mean([x for x, _ in at]), mean([y for _, y in at])) for at in zip(*curves, strict=True)]
     return [(x, y) for x, y in means if x is not None and y is not None]
 
 
-def draw(lines: Sequence[Line], path: Path, title: str) -> None:
+def draw(lines: Sequence[Line], cost: Cost, path: Path, title: str) -> None:
     """Write one suite's picture."""
     import matplotlib as mpl
 
@@ -62,9 +89,10 @@ def draw(lines: Sequence[Line], path: Path, title: str) -> None:
             own = [line for line in lines if (line["condition"], line["arm"]) == (condition, arm)]
             if own:
                 style = {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[index // len(COLORS)]}
-                drawn[arm] = panel.plot(*zip(*averaged(own), strict=True), linewidth=1.4, **style)[0]
-        panel.set_xscale("log")
-        panel.set_xlabel("MB up and down, all clients")
+                drawn[arm] = panel.plot(*zip(*averaged(own, cost), strict=True), linewidth=1.4, **style)[0]
+        if cost.name == "traffic":  # which differs by orders of magnitude
+            panel.set_xscale("log")
+        panel.set_xlabel(cost.label)
         panel.set_title(claims.CONDITIONS.get(condition, condition), loc="left", fontsize=10)
     axes[0][0].set_ylabel(lines[0]["metric"].replace("_", " "))
     figure.suptitle(title, x=0.01, ha="left")

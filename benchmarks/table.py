@@ -28,7 +28,8 @@ held-out training rows, with the same statistic and a grid of the same size; fig
 *Points* is the mean over the seeds of the paired differences ± half its 95 % interval (Student's t). **better** or
 **worse**: the interval excludes 0. **equivalent**: it lies within ± 1 point. *open*: neither. One in twenty intervals
 misses the truth, so with this many rows a few verdicts are wrong; *stands* marks those that hold after Holm's
-correction for all rows of the page.
+correction for all rows of the page. CPU seconds of a round are those of its clients and its server together, each arm
+timed by itself (`cost.py`).
 
 The digits (a vision transformer of 0.5 M parameters) and the tasks (a decoder of 0.6 M) are the bases and data that
 come with the package: real scans and synthetic instructions, both small. They can support or contradict a claim here;
@@ -65,7 +66,9 @@ def page(rows: Sequence[claims.Row]) -> str:
     parts += ["", "## The underlying figures", ""]
     for suite in lines:
         parts += [f"### {claims.SUITES[suite]} (`{suite}`)", "", *figures(suite), ""]
-        parts += [f"![{claims.SUITES[suite]}: the figure against the traffic]({suite}/traffic.png)", ""]
+        for name, what in (("traffic", "the traffic"), ("seconds", "the CPU seconds")):
+            if (HERE / suite / f"{name}.png").exists():
+                parts += [f"![{claims.SUITES[suite]}: the figure against {what}]({suite}/{name}.png)", ""]
     return "\n".join(parts).rstrip()
 
 
@@ -83,12 +86,13 @@ def headlines(rows: Sequence[claims.Row]) -> str:
 
 
 def figures(suite: str) -> list[str]:
-    """Return a suite's table: for every condition and arm the tuned rate, the figure, the traffic and the times."""
+    """Return a suite's table: for every condition and arm the tuned rate, the figure, the traffic and the time."""
     lines, about = read(HERE / suite / "runs.jsonl"), read_suite(HERE / suite / "suite.toml")
     final = final_runs(HERE / suite)
     unseen = any(x["unseen"] is not None for x in final)
     head = ["condition", "arm", "learning rate", final[0]["metric"], *(["unseen"] if unseen else [])]
-    head += ["MB up", "MB down"]
+    head += ["seeds", "MB up", "MB down", "CPU s a round"]
+    timed = {(x["condition"], x["arm"]): x["cpu_seconds_a_round"] for x in read(HERE / suite / "cost.jsonl")}
     table = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for condition in dict.fromkeys(x["condition"] for x in final):
         here = [x for x in final if x["condition"] == condition]
@@ -98,7 +102,8 @@ def figures(suite: str) -> list[str]:
         order = sorted({x["arm"] for x in here}, key=lambda arm: (-(level(here, arm, about.figure) or 0.0), arm))
         for arm in order:
             tried = [x for x in lines if (x["stage"], x["condition"], x["arm"]) == ("tune", condition, arm)]
-            table.append("| " + " | ".join([condition, *cells(arm, here, tried, about.figure, unseen)]) + " |")
+            own = [*cells(arm, here, tried, about.figure, unseen), seconds(timed.get((condition, arm)))]
+            table.append("| " + " | ".join([condition, *own]) + " |")
     return [*table, "", "Mean ± standard deviation over the seeds. \\* The best rate is at the edge of those tried."]
 
 
@@ -116,12 +121,18 @@ def cells(arm: str, lines: Sequence[Line], tried: Sequence[Line], figure: str, u
         spread([x["figures"][figure] for x in runs]),
     ]
     row += [spread([x["unseen"] for x in runs])] if unseen else []
+    row += [str(len(runs))]
     return row + [f"{(mean_of([x[key] for x in runs]) or 0.0) / 1e6:.1f}" for key in ("bytes_up", "bytes_down")]
 
 
 def known(values: Sequence[float | None]) -> list[float]:
     """Return the values that are there."""
     return [value for value in values if value is not None]
+
+
+def seconds(value: float | None) -> str:
+    """Return a time with two digits; a dash where there is none."""
+    return "–" if value is None else f"{value:.2g}"
 
 
 def number(value: float | None) -> str:

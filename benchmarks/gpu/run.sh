@@ -7,7 +7,7 @@ shift || true
 export PYTHONPATH="$here/../../src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # In processes of their own, so that one part that dies leaves the others.
-for part in "${@:-passes run parity profile}"; do
+for part in "${@:-server passes run parity profile}"; do
   for one in $part; do
     timeout 240 python3 "$here/measure.py" --out "$out" --part "$one" || echo "$one ended with $?"
   done

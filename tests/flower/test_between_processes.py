@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
+from run_folders import state_of
 
 from fedspan.config import Config
 from fedspan.flower import deployment, trial
@@ -50,10 +50,6 @@ def named_in_processes(folder: Path) -> list[str]:
 def listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def state_of(out: Path) -> dict[str, torch.Tensor]:
-    return tiny.state_tensors(checkpoint.read(out / "checkpoint" / "federation.safetensors").state)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from memory_transport import MemoryTransport, make_sites
+from memory_transport import MemoryTransport, make_sites, remote_config
 from mutations import Parts, mutated
 
 from fedspan.config import Config
@@ -50,15 +50,12 @@ SETTINGS = {"deadline": None, "database": None, "derandomize": True, "suppress_h
 
 def config_of(bases: dict[str, Path], texts: Path, name: str, **sections: Any) -> Config:
     options = {"galore_rank": 4} if name == "fedgalore" else {}
-    return tiny.config(
+    return remote_config(
         bases["bert"],
         texts,
         name,
         adapter={"target_modules": ["query", "value"]},
         federation={"rounds": 1, "participation": 1.0, "num_clients": len(IDS)},
-        evaluation={"every": 9, "diagnostics": False, "per_rank": False, "base": False},
-        engine={"name": "sequential"},
-        deployment={"wait": 20, "deadline": 30},
         method={"name": name, **options},
         **sections,
     )

@@ -57,7 +57,7 @@ def listens(port: int) -> bool:
     [
         pytest.param("flexlora", 2, {}, {}, marks=pytest.mark.long),
         # More than half of the sites unmask a sum, and at least two of them: three sites at least.
-        ("glora_sums", 3, {"secure_sums": True}, {"fixed_point": True}),
+        pytest.param("glora_sums", 3, {"secure_sums": True}, {"fixed_point": True}, marks=pytest.mark.slow),
     ],
 )
 def test_real_sites_come_to_the_bits_of_one_process(

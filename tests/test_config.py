@@ -73,7 +73,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(CONFIGS)
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_written_settings_read_back_the_same(config_file: Path, schema_check: Any, tree: dict[str, Any]) -> None:
     config = from_mapping(tree)
     text = to_toml(config)

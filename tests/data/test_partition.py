@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedspan.data.partition import PRESETS, by_field, dirichlet, draw_ranks, iid, preset
+from fedspan.data.partition import PRESETS, by_field, dirichlet, draw_ranks, iid, preset, rows_by_number
 
 seeds = st.integers(0, 2**32)
 
@@ -114,6 +114,12 @@ def test_by_field_covers_and_never_mixes_more_than_it_must(values: list[str], da
 def test_by_field_gives_the_ith_value_to_the_ith_client() -> None:
     parts = by_field(["b", "a", "c", "a"], 3, rng())
     assert [part.tolist() for part in parts] == [[1, 3], [0], [2]]
+
+
+@given(st.lists(st.integers(-1, 6), max_size=40), st.integers(0, 5))
+def test_rows_by_number_are_those_that_have_it(numbers: list[int], count: int) -> None:
+    array = np.array(numbers, dtype=np.int32)
+    check_equal(rows_by_number(array, count), [np.flatnonzero(array == number) for number in range(count)])
 
 
 def naive_by_field(values: np.ndarray, num_clients: int, rng: np.random.Generator) -> list[np.ndarray]:

@@ -151,7 +151,7 @@ def test_by_field_is_its_definition(values: list[str], data: st.DataObject, seed
 
 @pytest.mark.parametrize("num_clients", [20_000, 10_000, 30_000])
 def test_by_field_costs_what_sorting_costs(num_clients: int) -> None:
-    """A look at every row for each of 20,000 values takes seconds, of 200,000 an hour."""
+    """A look at every row for each of 20,000 values takes 5 seconds of a core, of 200,000 minutes."""
     values = [f"site-{i * 7919 % 20_000}" for i in range(30_000)]
     begin = time.process_time()
     parts = by_field(values, num_clients, rng())

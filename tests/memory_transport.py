@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tiny
+
 from fedspan.config import Config
 from fedspan.site.loading import Loaded
 from fedspan.site.settings import SiteSettings
@@ -15,6 +17,17 @@ from fedspan.wire import protocol
 from fedspan.wire.transport import Delivery
 
 Answer = Callable[[bytes], bytes]
+SECTIONS: Mapping[str, Mapping[str, Any]] = {
+    "evaluation": {"every": 9, "diagnostics": False, "per_rank": False, "base": False},
+    "engine": {"name": "sequential"},  # the cohort agrees to rounding alone
+    "deployment": {"wait": 20, "deadline": 30},
+}
+
+
+def remote_config(base: Path, texts: Path, method: str, /, **sections: Any) -> Config:
+    """Settings of a federation in memory: `SECTIONS`, `sections` over them, and those of `tiny.config` below."""
+    merged = {name: {**SECTIONS.get(name, {}), **sections.get(name, {})} for name in {**SECTIONS, **sections}}
+    return tiny.config(base, texts, method, **merged)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from safetensors.torch import load_file
 
 from fedspan.config import Config
@@ -62,6 +63,11 @@ def strict(text: str) -> Any:
 
 def untimed(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in TIMINGS}
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of the server's state in the checkpoint of a run folder."""
+    return tiny.state_tensors(checkpoint.read(folder / "checkpoint" / "federation.safetensors").state)
 
 
 def same_outcome(x: Path, y: Path) -> None:

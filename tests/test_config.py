@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedspan.comparison.suite import read as read_suite
@@ -67,15 +67,19 @@ def schema_check() -> Any:
     return jsonschema.Draft202012Validator(json_schema())
 
 
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("config") / "config.toml"
+
+
 @given(CONFIGS)
-def test_written_settings_read_back_the_same(
-    tmp_path_factory: pytest.TempPathFactory, schema_check: Any, tree: dict[str, Any]
-) -> None:
+@settings(max_examples=60, deadline=None)
+def test_written_settings_read_back_the_same(config_file: Path, schema_check: Any, tree: dict[str, Any]) -> None:
     config = from_mapping(tree)
-    path = tmp_path_factory.mktemp("config") / "config.toml"
-    path.write_text(to_toml(config), encoding="utf-8")
-    assert load(path) == config
-    schema_check.validate(tomllib.loads(to_toml(config)))
+    text = to_toml(config)
+    config_file.write_text(text, encoding="utf-8")
+    assert load(config_file) == config
+    schema_check.validate(tomllib.loads(text))
 
 
 def suites() -> list[dict[str, Any]]:
@@ -294,6 +298,8 @@ def test_a_slip_in_a_key_names_a_valid_one(key: str, data: st.DataObject) -> Non
         ("evaluation.diagnostics=x", "^evaluation.diagnostics = 'x': input should be a valid boolean, or 'auto'$"),
         ("federation=3", r"^federation = 3: expected a section, \[federation\]$"),
         ("method=glora", r"^method = 'glora': expected a section, \[method\]$"),
+        ("batch_size=3", "unknown key 'batch_size'; did you mean 'local.batch_size' or 'evaluation.batch_size'?"),
+        ("server_rank=3", r"unknown key 'server_rank'; .* \(an option of the method is 'method.server_rank'\)"),
         ("rounds", "expected key=value"),
         ("=3", "expected key=value"),
     ],

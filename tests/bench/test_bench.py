@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import re
@@ -48,11 +49,16 @@ EXPERIMENT = {"clients": 2, "rounds": 1, "steps": 1, "batch": 2, "hidden": 64, "
 
 @pytest.fixture(scope="module", autouse=True)
 def small_ceilings() -> Iterator[None]:
-    """Shrink the measurement of the machine's rates, which is frequent here and of no interest."""
+    """Shrink the measurement of the machine's rates, which is frequent here and of no interest.
+
+    And keep what the libraries hold out of the collection of garbage before every call of an arm.
+    """
+    gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "_READ", 2**16)
         patch.setattr(machine, "_GEMM", 64)
         yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

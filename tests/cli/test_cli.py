@@ -1,4 +1,4 @@
-"""The command in real processes: help, mistakes, a merge, methods and settings."""
+"""The command: help, mistakes, a merge, methods and settings; in a process of its own where that is the point."""
 
 import json
 import re
@@ -20,8 +20,8 @@ from fedspan.methods import METHODS, create, options
     "command",
     ["run", "resume", "evaluate", "predict", "merge", "methods", "config", "plot", "report", "watch"],
 )
-def test_every_command_has_help_with_an_example(command: str) -> None:
-    done = fedspan(command, "--help")
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    done = inside(capsys, command, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(rf"Examples?:\n +fedspan {command}", done.stdout)
 
@@ -40,8 +40,8 @@ def test_version() -> None:
     assert re.fullmatch(r"fedspan \d+\.\d+\.\d+\S*\n", done.stdout)
 
 
-def test_methods_as_json_says_what_the_methods_say() -> None:
-    done = fedspan("methods", "--json")
+def test_methods_as_json_says_what_the_methods_say(capsys: pytest.CaptureFixture[str]) -> None:
+    done = inside(capsys, "methods", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     listed = {entry["name"]: entry for entry in json.loads(done.stdout)}
     assert list(listed) == list(METHODS)
@@ -52,23 +52,23 @@ def test_methods_as_json_says_what_the_methods_say() -> None:
         assert entry["secure_sum"] == method.secure_sum
 
 
-def test_a_methods_options_are_listed_with_defaults_and_meanings() -> None:
-    done = fedspan("methods", "glora")
+def test_a_methods_options_are_listed_with_defaults_and_meanings(capsys: pytest.CaptureFixture[str]) -> None:
+    done = inside(capsys, "methods", "glora")
     assert (done.returncode, done.stderr) == (0, "")
     text = " ".join(done.stdout.split())
     for option in options("glora"):
         default = "none" if option.default is None else option.default
         assert re.search(rf"^{option.name} .* {re.escape(str(default))} ", done.stdout, re.MULTILINE)
         assert option.meaning.split(";")[0].split(":")[0][:30] in text
-    record = json.loads(fedspan("methods", "glora", "--json").stdout)
+    record = json.loads(inside(capsys, "methods", "glora", "--json").stdout)
     assert [option["name"] for option in record["options"]] == [option.name for option in options("glora")]
     assert record["exact"] is True
-    assert "fedit has no options" in fedspan("methods", "fedit").stdout
-    assert_mistake(fedspan("methods", "glor"), "unknown method 'glor'", "did you mean 'glora'?")
+    assert "fedit has no options" in inside(capsys, "methods", "fedit").stdout
+    assert_mistake(inside(capsys, "methods", "glor"), "unknown method 'glor'", "did you mean 'glora'?")
 
 
-def test_the_schema_is_printed() -> None:
-    done = fedspan("config", "--schema")
+def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    done = inside(capsys, "config", "--schema")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == json_schema()
 
@@ -107,11 +107,11 @@ def test_methods_as_a_table_has_one_line_each() -> None:
     assert [word for word in first_words if word in METHODS] == list(METHODS)
 
 
-def test_config_prints_what_it_would_read(tmp_path: Path) -> None:
-    done = fedspan("config", "--set", "federation.rounds=7")
+def test_config_prints_what_it_would_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = inside(capsys, "config", "--set", "federation.rounds=7")
     assert done.returncode == 0
     (tmp_path / "c.toml").write_text(done.stdout, encoding="utf-8")
-    again = fedspan("config", tmp_path / "c.toml")
+    again = inside(capsys, "config", tmp_path / "c.toml")
     assert again.stdout == done.stdout
     assert "rounds = 7" in done.stdout
 
@@ -135,8 +135,15 @@ def test_config_prints_what_it_would_read(tmp_path: Path) -> None:
         (["merge", "a", "--method", "glora", "--rank", "two", "--out", "x"], ["--rank 'two'", "whole number"]),
     ],
 )
-def test_a_typing_mistake_is_answered_in_one_line(args: list[str], parts: list[str], tmp_path: Path) -> None:
-    assert_mistake(fedspan(*args, cwd=tmp_path), *parts)
+def test_a_typing_mistake_is_answered_in_one_line(
+    args: list[str],
+    parts: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_mistake(inside(capsys, *args), *parts)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -232,8 +239,10 @@ def test_merge_is_the_weighted_mean_of_the_updates(tmp_path: Path, capsys: pytes
     for name, args in spellings.items():
         out = tmp_path / name
         arguments = ("merge", *args, "--method", "flora", "--out", out)
-        done = fedspan(*arguments) if name == "ahead" else inside(capsys, *arguments)
+        done = inside(capsys, *arguments)
         assert (done.returncode, done.stderr) == (0, "")
+        assert "No limit of the rank (--rank) was given" in done.stdout
+        assert "With 4, the largest rank of the adapters, they would take" in done.stdout
         merged = load_file(out / "adapter_model.safetensors")
         config = json.loads((out / "adapter_config.json").read_text())
         a, b = (next(v for k, v in merged.items() if f"lora_{side}" in k) for side in "AB")

@@ -54,6 +54,12 @@ def data() -> dict[str, Encoded]:
     }
 
 
+@pytest.fixture(scope="module")
+def bert(bases: dict[str, Path]) -> FederatedModel:
+    """A model that is looked at and not trained."""
+    return tiny.load(bases["bert"], "classification")
+
+
 def clients(model: FederatedModel, *ranks: int, steps: Sequence[int] = (), sizes: Sequence[int] = ()) -> list[Any]:
     """One assignment per rank, each with its own scaling, rows, head and number of steps."""
     found = []
@@ -333,11 +339,10 @@ def test_regression_is_squared_error(bases: dict[str, Path]) -> None:
 @given(count=st.integers(1, 70), seed=st.integers(0, 10**6), name=st.sampled_from(["auto", "cohort", "sequential"]))
 @settings(max_examples=25, deadline=None)
 def test_a_plan_holds_every_client_once(
-    bases: dict[str, Path], data: dict[str, Encoded], count: int, seed: int, name: str
+    bert: FederatedModel, data: dict[str, Encoded], count: int, seed: int, name: str
 ) -> None:
     """And within the memory, the costliest group first, alike clients together."""
-    rng = np.random.default_rng(seed)
-    model = tiny.load(bases["bert"], "classification")
+    rng, model = np.random.default_rng(seed), bert
     ranks, steps = rng.choice([2, 4, 8], count), rng.integers(1, 30, count)
     group = clients(model, *ranks, steps=steps, sizes=rng.integers(1, 20, count))
     groups = grouping.plan(model, data["classification"], group, config(name))

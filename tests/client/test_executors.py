@@ -208,6 +208,7 @@ def children() -> list[int]:
 COMMAND = [sys.executable, "-m", "fedspan", "run", "--workers", "2", "--set", "local.steps=400"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_outlives_the_command(tmp_path: Path, how: signal.Signals) -> None:
     """Ctrl-C reaches all of them, as in a terminal; a kill only the first, while the others are in long work."""

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 from fedspan.comparison import tuning
 from fedspan.comparison.plan import Planner, combinations, folder_name
 from fedspan.comparison.run_lines import figures
 from fedspan.comparison.suite import check_extension, from_mapping, read
 from fedspan.comparison.trees import merged
+from fedspan.config import load, to_toml
 from fedspan.support.errors import FedspanError
 
 SUITE: dict[str, Any] = {
@@ -156,6 +158,44 @@ def test_the_base_may_be_a_file_beside_the_suite(tmp_path: Path) -> None:
         read(tmp_path / "rules.toml")
     with pytest.raises(FedspanError, match="cannot read"):
         read(tmp_path / "none.toml")
+
+
+def _suite(folder: Path, base: str, more: str = "") -> Planner:
+    arms = '[[arms]]\nname = "a"\n[[arms]]\nname = "b"\nsettings.method.name = "flora"\n'
+    (folder / "rules.toml").write_text(f'base = "{base}"\nseeds = [4]\nbaseline = "a"\n{more}\n{arms}')
+    planner = Planner(read(folder / "rules.toml"), folder)
+    planner.check()
+    return planner
+
+
+def test_the_base_may_be_a_whole_file(tmp_path: Path) -> None:
+    """As `fedspan config` prints it: its seed, and what else a comparison sets itself, are nobody's choice."""
+    (tmp_path / "base.toml").write_text(to_toml(load(overrides=["federation.rounds=3", "seed=9"])))
+    (tmp_path / "part.toml").write_text("[federation]\nrounds = 3\n")
+    whole, part = (_suite(tmp_path, name).final("base", "b", 4, {}).config for name in ("base.toml", "part.toml"))
+    assert whole == part
+    assert (whole.seed, whole.evaluation.base, whole.evaluation.local) == (4, False, False)
+
+
+def test_the_metric_of_a_base_file_is_compared_unless_the_suite_names_one(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text('[data]\nmetrics = ["rouge_l", "exact_match"]\n')
+    assert _suite(tmp_path, "base.toml").final("base", "a", 4, {}).config.data.metrics == ("rouge_l",)
+    planner = _suite(tmp_path, "base.toml", 'metric = "exact_match"')
+    assert planner.final("base", "a", 4, {}).config.data.metrics == ("exact_match",)
+    (tmp_path / "base.toml").write_text("[data]\ntest_from_training = 0.5\n")
+    with pytest.raises(FedspanError, match=r"base sets data\.test_from_training: expected it in `tuning\.share`"):
+        _suite(tmp_path, "base.toml")
+
+
+def test_paths_of_a_base_file_are_looked_up_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "project/own").mkdir(parents=True)
+    (tmp_path / "suites").mkdir()
+    (tmp_path / "project/a.jsonl").write_text('{"text": "x", "label": "y"}\n')
+    tiny.write_jsonl(tmp_path / "suites" / "b.jsonl", [])
+    (tmp_path / "project/config.toml").write_text('[data]\ntrain = ["a.jsonl", "b.jsonl"]\n[model]\nname = "own"\n')
+    config = _suite(tmp_path / "suites", "../project/config.toml").final("base", "a", 4, {}).config
+    found = [Path(name) for name in (*config.data.train, config.model.name)]
+    assert found == [tmp_path / "project/a.jsonl", tmp_path / "suites/b.jsonl", tmp_path / "project/own"]
 
 
 def test_combinations_and_their_folders() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from memory_transport import MemoryTransport, make_sites
+from memory_transport import MemoryTransport, make_sites, remote_config
 
 from fedspan.cli.main import main
 from fedspan.config import Config
@@ -28,14 +28,11 @@ IDS = ["client-0", "client-1", "client-2"]
 
 
 def settings(base: Path, texts: Path, /, rounds: int = 2, **sections: Any) -> Config:
-    return tiny.config(
+    return remote_config(
         base,
         texts,
         "ffa_lora",
         federation={"num_clients": 3, "rounds": rounds, "participation": 1.0, "ranks": 4},
-        evaluation={"every": 9, "diagnostics": False, "per_rank": False, "base": False},
-        engine={"name": "sequential"},
-        deployment={"wait": 20, "deadline": 30},
         **sections,
     )
 

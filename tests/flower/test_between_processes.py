@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
+from run_folders import state_of
 
 from fedspan.config import Config
 from fedspan.flower import deployment, trial
@@ -52,16 +52,12 @@ def listens(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def state_of(out: Path) -> dict[str, torch.Tensor]:
-    return tiny.state_tensors(checkpoint.read(out / "checkpoint" / "federation.safetensors").state)
-
-
 @pytest.mark.parametrize(
     ("method", "count", "there", "here"),
     [
         pytest.param("flexlora", 2, {}, {}, marks=pytest.mark.long),
         # More than half of the sites unmask a sum, and at least two of them: three sites at least.
-        ("glora_sums", 3, {"secure_sums": True}, {"fixed_point": True}),
+        pytest.param("glora_sums", 3, {"secure_sums": True}, {"fixed_point": True}, marks=pytest.mark.slow),
     ],
 )
 def test_real_sites_come_to_the_bits_of_one_process(

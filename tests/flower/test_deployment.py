@@ -85,7 +85,7 @@ def test_secrets_are_their_owners_alone_and_scripts_can_be_run(made: Path) -> No
         mode = stat.S_IMODE(path.stat().st_mode)
         private = b"PRIVATE KEY" in path.read_bytes() or path.name == "runtime.key"
         assert private == (path.name in SECRET), name
-        runs = name.endswith(".sh") and path.name != "environment.sh"
+        runs = name.endswith(".sh") and path.name not in ("environment.sh", "flwr_command.sh")
         assert mode == (0o600 if private else 0o755 if runs else 0o644), name
 
 

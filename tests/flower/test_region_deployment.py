@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -45,6 +46,21 @@ def test_every_machine_gets_its_own_folder_and_keys(made: Path) -> None:
     for script in ("server/serve.sh", "server/superlink.sh", "uplink/start.sh", "sites/mayo/start.sh"):
         subprocess.run(["sh", "-n", str(made / "regions/north" / script)], check=True)
     assert not (made / "regions/north/server/run.sh").exists()
+
+
+def test_a_regions_script_starts_its_own_app_under_a_name_that_can_be_one(made: Path, tmp_path: Path) -> None:
+    server = shutil.copytree(made / "regions/north/server", tmp_path / "server")
+    (tmp_path / "flwr").write_text('#!/bin/sh\nprintf "%s\\n" "$@" >../asked\n')
+    (tmp_path / "flwr").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    for given, status, name in (([], 0, "region"), (["b-2"], 0, "b-2"), (["../x"], 2, None)):
+        (tmp_path / "asked").unlink(missing_ok=True)
+        done = subprocess.run([server / "serve.sh", *given], env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr.startswith("run name ../x: expected")) == (status, name is None)
+        asked = (tmp_path / "asked").read_text().splitlines() if name else None
+        assert asked == (["run", "app", "fedspan", "--stream", "-c", f'run-name="{name}"'] if name else None)
+    port = deployment.read(made / "regions/north").superlink_port
+    assert f'address = "127.0.0.1:{port}"' in (server / "flwr/config.toml").read_text()
 
 
 def test_all_have_one_table_of_regions_and_regions_run_their_own_app(made: Path) -> None:

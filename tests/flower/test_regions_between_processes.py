@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import tiny
-from test_between_processes import named_in_processes, settings, state_of
+from run_folders import state_of
+from test_between_processes import named_in_processes, settings
 
 from fedspan.config import Config
 from fedspan.events import chain

@@ -13,7 +13,8 @@ import tiny
 from flwr.clientapp import ClientApp
 from flwr.common.constant import HEARTBEAT_INTERVAL_INF, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
 from grids import Field
-from test_between_processes import settings, state_of
+from run_folders import state_of
+from test_between_processes import settings
 
 from fedspan.events import chain
 from fedspan.events.verify import verify

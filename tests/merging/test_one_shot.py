@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -197,7 +198,7 @@ def test_a_rank_limit_gives_the_best_adapter_of_that_rank(name: str, tmp_path: P
     """With `rank` the file holds the truncated SVD of the unlimited result, and the report says what that lost."""
     clients = UNIFORM if name.startswith("fed") else MIXED
     folders = write(tmp_path, clients)
-    merge(folders, create(name), weights=WEIGHTS, out=tmp_path / "all")
+    whole = merge(folders, create(name), weights=WEIGHTS, out=tmp_path / "all")
     report = merge(folders, create(name), weights=WEIGHTS, rank=2, out=tmp_path / "two")
     full, target = products(tmp_path / "all"), average(clients)
     expected = {module: best(x, 2) for module, x in full.items()}
@@ -209,6 +210,15 @@ def test_a_rank_limit_gives_the_best_adapter_of_that_rank(name: str, tmp_path: P
         assert report.distance[module] == pytest.approx(float(far), rel=1e-3)
     assert 0.05 < report.lost_overall < 1
     assert "would hold everything" in str(report)
+    assert report.unlimited is None
+    own = max(f.rank for folder in folders for f in load(folder).factors.values())
+    assert (whole.unlimited is not None) == (whole.rank > own)
+    if whole.unlimited is not None:
+        numbers = sum((sum(x.shape) * whole.full_ranks[module]) for module, x in full.items())
+        assert (whole.unlimited.rank, whole.unlimited.written) == (own, numbers)
+        cut = math.hypot(*(float((x - best(x, own)).norm()) for x in full.values()))
+        norm = math.hypot(*(float(x.norm()) for x in full.values()))
+        assert whole.unlimited.lost == pytest.approx(cut / norm, rel=1e-3)
 
 
 def test_glora_server_rank_limits_the_state(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def tensors(partial: Partial) -> dict[str, torch.Tensor]:
     return means | {f"{name}/{part}": x for name in partial.sums for part, x in partial.mean(name).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fedit", LONG("glora_sums")])
 def test_the_mean_of_100_000_identical_clients_is_that_client(name: str) -> None:
     """To the last digit of float32; accumulated in float32 it would be off by 1e-3."""

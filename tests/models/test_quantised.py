@@ -331,7 +331,7 @@ def configured(base: Path, data: Path, method: str, form: str, /, **sections: An
     ("method", "form", "start"),
     [
         ("glora", "nf4", "fork"),
-        ("flora", "int8", "fork"),
+        pytest.param("flora", "int8", "fork", marks=pytest.mark.slow),
         pytest.param("flora", "nf4", "spawn", marks=pytest.mark.long),
     ],
 )
@@ -416,6 +416,7 @@ def test_a_half_precision_base_gives_nearly_the_gradients_of_the_whole(
     assert 0 < off < (0.02 if dtype == "float16" else 0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("library")
 def test_a_base_that_is_not_quantised_does_not_pay_for_the_library(bases: dict[str, Path]) -> None:
     """PEFT imports it wherever it is installed: a second at the start of every run, and a line about other kernels."""

@@ -12,7 +12,6 @@ from memory_transport import MemoryTransport, make_sites
 
 from fedspan.config import Config
 from fedspan.methods.messages import Update
-from fedspan.runs import checkpoint
 from fedspan.runs.execution import serve
 from fedspan.site.site import Site
 from fedspan.wire import protocol
@@ -80,7 +79,3 @@ class Served:
 
 def flat(update: Update) -> torch.Tensor:
     return torch.cat([t.double().flatten() for _, t in sorted(update.named_tensors().items())])
-
-
-def state_of(folder: Path) -> dict[str, torch.Tensor]:
-    return tiny.state_tensors(checkpoint.read(folder / "checkpoint" / "federation.safetensors").state)

@@ -13,7 +13,8 @@ import pytest
 import tiny
 import torch
 from memory_transport import MemoryTransport, make_sites
-from privacy.dp_runs import DELTA, EQUAL, Served, flat, private, settings, state_of, truth
+from privacy.dp_runs import DELTA, EQUAL, Served, flat, private, settings, truth
+from run_folders import state_of
 
 pytest.importorskip("dp_accounting")
 

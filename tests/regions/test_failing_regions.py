@@ -10,7 +10,8 @@ import pytest
 import tiny
 import torch
 from memory_transport import MemoryTransport
-from trees import OPEN, REGIONS, SECURE, Tree, flat, settings, state_of
+from run_folders import state_of
+from trees import OPEN, REGIONS, SECURE, Tree, flat, settings
 
 from fedspan.federation import requirements
 from fedspan.privacy.fixed_point import FixedPoint

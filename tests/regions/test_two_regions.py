@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from trees import OPEN, SECURE, Tree, flat, settings, state_of
+from run_folders import state_of
+from trees import OPEN, SECURE, Tree, flat, settings
 
 pytest.importorskip("cryptography")
 FEDERATIONS: dict[str, dict[str, Any]] = {"fedit": {}, "glora_sums": {"ranks": (2, 8, 4, 3)}}

@@ -6,40 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
-from memory_transport import MemoryTransport, make_sites
+from memory_transport import SECTIONS, MemoryTransport, make_sites, remote_config
+from run_folders import state_of
 
 from fedspan.config import Config
 from fedspan.regions.regional_server import RegionalServer
-from fedspan.runs import checkpoint
 from fedspan.runs.events import Event
 from fedspan.runs.execution import serve
 
 REGIONS = {"north": ("client-0", "client-2"), "south": ("client-1", "client-3")}
-QUIET = {"every": 9, "diagnostics": False, "per_rank": False, "base": False}
+QUIET = SECTIONS["evaluation"]
 OPEN, SECURE = {"fixed_point": True}, {"secure_sums": True}
 
 
 def settings(base: Path, texts: Path, name: str, /, regions: Any = REGIONS, **sections: Any) -> Config:
     """Four clients, all of them in each of two rounds."""
     given = {"rounds": 2, "participation": 1.0, **sections.pop("federation", {})}
-    return tiny.config(
-        base,
-        texts,
-        name,
-        federation=given,
-        evaluation={
-            "every": 9,
-            "diagnostics": False,
-            "per_rank": False,
-            "base": False,
-            **sections.pop("evaluation", {}),
-        },
-        engine={"name": "sequential"},
-        deployment={"wait": 20, "deadline": 30, "regions": regions},
-        **sections,
-    )
+    deployment = {"regions": regions, **sections.pop("deployment", {})}
+    return remote_config(base, texts, name, federation=given, deployment=deployment, **sections)
 
 
 class Tree:
@@ -73,10 +58,6 @@ class Tree:
 
     def state(self) -> dict[str, torch.Tensor]:
         return state_of(self.folder / "run")
-
-
-def state_of(folder: Path) -> dict[str, torch.Tensor]:
-    return tiny.state_tensors(checkpoint.read(folder / "checkpoint" / "federation.safetensors").state)
 
 
 def flat(

@@ -16,6 +16,7 @@ from fedspan import reporting
 from fedspan.cli.report import diagnostics_in_words
 
 pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -212,6 +212,10 @@ def test_the_commands(classified: fedspan.Result, tmp_path: Path, capsys: pytest
     assert "as malign" in shown
     assert main(["evaluate", str(classified.out), "--data", str(data), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["metrics"] == classified.summary["metrics"]["server"]
+    chosen = ["--json", "--set", "data.metrics=macro_f1"]
+    assert main(["evaluate", str(classified.out), "--data", str(data), *chosen]) == 0
+    own = {name: classified.summary["metrics"]["server"][name] for name in ("loss", "macro_f1")}
+    assert json.loads(capsys.readouterr().out)["metrics"] == own
     command = ["predict", str(classified.out), "--data", str(data), "--out", str(out)]
     assert main(command) == 0
     assert "16 rows" in capsys.readouterr().out

@@ -104,7 +104,7 @@ def test_going_on_from_a_file_is_going_on(tmp_path: Path, name: str) -> None:
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     notes=st.dictionaries(st.text(max_size=5), st.floats() | st.none() | st.text(max_size=5), max_size=3),
 )
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_patch_logs_of_any_length_and_shape_come_back(
     tmp_path: Path, seed: int, rounds: int, ranks: list[int], size: tuple[int, int], notes: dict[str, Any]
 ) -> None:

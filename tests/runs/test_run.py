@@ -6,6 +6,7 @@ import errno
 import os
 import tomllib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from fedspan.runs.execution import new_folder, resume, run
 from fedspan.runs.folder_lock import FILES
 from fedspan.runs.loop import MethodRun
 from fedspan.support.errors import FedspanError
+
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -99,7 +102,7 @@ def test_the_same_seed_gives_the_same_bits(bases: dict[str, Path], texts: Path, 
     assert other.history[0]["train_loss"] != first["train_loss"]
 
 
-@pytest.mark.parametrize("name", ["glora", "flora", "hetlora", "fedftg", "local"])
+@pytest.mark.parametrize("name", ["glora", SLOW("flora"), SLOW("hetlora"), "fedftg", "local"])
 def test_interrupted_again_and_again_and_resumed_is_uninterrupted(
     bases: dict[str, Path], texts: Path, tmp_path: Path, name: str
 ) -> None:

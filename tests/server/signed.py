@@ -9,7 +9,7 @@ from typing import Any
 import tiny
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from memory_transport import MemoryTransport
+from memory_transport import MemoryTransport, remote_config
 
 from fedspan.config import Config
 from fedspan.runs import checkpoint
@@ -25,23 +25,9 @@ Change = Callable[[dict[str, Any], list[torch.Tensor]], None]
 
 def settings(base: Path, texts: Path, /, method: str = "ffa_lora", **sections: Any) -> Config:
     """Four clients, all of them in every round, under secure sums."""
-    return tiny.config(
-        base,
-        texts,
-        method,
-        federation={"rounds": 1, "participation": 1.0, **sections.pop("federation", {})},
-        evaluation={
-            "every": 9,
-            "diagnostics": False,
-            "per_rank": False,
-            "base": False,
-            **sections.pop("evaluation", {}),
-        },
-        engine={"name": "sequential"},
-        deployment={"wait": 20, "deadline": 30},
-        privacy={"secure_sums": True, **sections.pop("privacy", {})},
-        **sections,
-    )
+    federation = {"rounds": 1, "participation": 1.0, **sections.pop("federation", {})}
+    privacy = {"secure_sums": True, **sections.pop("privacy", {})}
+    return remote_config(base, texts, method, federation=federation, privacy=privacy, **sections)
 
 
 def changed(content: bytes, change: Change) -> bytes:

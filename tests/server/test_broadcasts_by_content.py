@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from memory_transport import MemoryTransport, make_sites
+from memory_transport import MemoryTransport, make_sites, remote_config
 from run_folders import Stop
 from signed import changed
 
@@ -29,14 +29,11 @@ class Held:
     """Three sites in memory, their server, and what it sends them."""
 
     def __init__(self, bases: dict[str, Path], texts: Path, folder: Path, method: str, **sections: Any) -> None:
-        self.config: Config = tiny.config(
+        self.config: Config = remote_config(
             bases["bert"],
             texts,
             method,
             federation={"num_clients": 3, "rounds": 3, "participation": 1.0, **sections.pop("federation", {})},
-            evaluation={"every": 9, "diagnostics": False, "per_rank": False, "base": False},
-            engine={"name": "sequential"},
-            deployment={"wait": 20, "deadline": 30},
             **sections,
         )
         self.folder = folder

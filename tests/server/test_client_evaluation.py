@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from remote import IDS, Federation, settings
 from run_folders import Stop
-from test_remote import IDS, Federation, settings
 
 from fedspan.config import Config
 from fedspan.data import load as load_data

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from remote import IDS, Federation
 from test_client_evaluation import evaluations, judged
-from test_remote import IDS, Federation
 
 from fedspan.config import Config
 from fedspan.federation.held_out import Collected

@@ -17,7 +17,7 @@ import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from memory_transport import MemoryTransport, make_sites
+from memory_transport import MemoryTransport, make_sites, remote_config
 from mutations import Parts, mutated
 
 from fedspan.config import Config
@@ -41,8 +41,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "scaffold": {},
     "ffa_lora": {"privacy": {"fixed_point": True}},
 }
-ROUNDS = 140
-"""Of each method, with `BAD` mutated answers each: 5,160 answers, beside 800 greetings and those of secure sums."""
+ROUNDS = [40, pytest.param(140, marks=pytest.mark.slow)]
+"""Of each method, with `BAD` mutated answers each: 1,560 answers (slow: 5,160), beside 800 greetings."""
 FEW = {"lora_fair": 20}
 """A method whose server step takes long."""
 SETTINGS = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
@@ -50,15 +50,12 @@ SETTINGS = {"deadline": None, "database": None, "derandomize": True, "suppress_h
 
 def config_of(bases: dict[str, Path], texts: Path, name: str, **sections: Any) -> Config:
     options = {"galore_rank": 4} if name == "fedgalore" else {}
-    return tiny.config(
+    return remote_config(
         bases["bert"],
         texts,
         name,
         adapter={"target_modules": ["query", "value"]},
         federation={"rounds": 1, "participation": 1.0, "num_clients": len(IDS)},
-        evaluation={"every": 9, "diagnostics": False, "per_rank": False, "base": False},
-        engine={"name": "sequential"},
-        deployment={"wait": 20, "deadline": 30},
         method={"name": name, **options},
         **sections,
     )
@@ -146,9 +143,12 @@ def played(bases: dict[str, Path], texts: Path, tmp_path_factory: pytest.TempPat
     return play
 
 
+@pytest.mark.parametrize("rounds", ROUNDS)
 @pytest.mark.parametrize("name", METHODS)
-def test_nothing_but_refusals_comes_of_answers_that_lie(played: Callable[[str], Playback], name: str) -> None:
-    playback, rounds = played(name), FEW.get(name, ROUNDS)
+def test_nothing_but_refusals_comes_of_answers_that_lie(
+    played: Callable[[str], Playback], name: str, rounds: int
+) -> None:
+    playback, rounds = played(name), FEW.get(name, rounds)
     refused = 0
 
     @given(st.integers(0, 2**62))
@@ -402,7 +402,10 @@ def test_no_greeting_ends_the_wait_for_the_others(played: Callable[[str], Playba
     greet()
 
 
-def test_secure_sums_survive_whatever_one_site_sends(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("plays", [25, pytest.param(60, marks=pytest.mark.slow)])
+def test_secure_sums_survive_whatever_one_site_sends(
+    bases: dict[str, Path], texts: Path, tmp_path: Path, plays: int
+) -> None:
     """Keys, shares, vectors and unmasking: the bad site is left out, or the sum is given up in one line."""
     federation = {"rounds": 1, "participation": 1.0, "num_clients": 4}
     config = config_of(bases, texts, "ffa_lora").model_copy()
@@ -432,7 +435,7 @@ def test_secure_sums_survive_whatever_one_site_sends(bases: dict[str, Path], tex
     ended: list[str] = []
 
     @given(st.sampled_from(kinds), st.integers(0, 2**32 - 1), st.integers(0, 10**9))
-    @settings(max_examples=60, **SETTINGS)
+    @settings(max_examples=plays, **SETTINGS)
     def play(kind: str, seed: int, round_num: int) -> None:
         def mishap(node: str, head: dict[str, Any], content: bytes) -> bytes | None:
             return (

@@ -11,7 +11,8 @@ import pytest
 import tiny
 import torch
 from memory_transport import MemoryTransport, make_sites
-from test_remote import IDS, Federation, Stop, settings, state_of, stop_in_round_2
+from remote import IDS, Federation, settings, stop_in_round_2
+from run_folders import Stop, state_of
 
 from fedspan.client.training import Assignment, LocalResult
 from fedspan.config import Config

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import tiny
 from memory_transport import MemoryTransport, make_sites
+from remote import IDS, Federation
+from run_folders import state_of
 from test_client_evaluation import judged, summary_of
-from test_remote import IDS, Federation, state_of
 
 from fedspan.config import Config
 from fedspan.runs.execution import run, serve

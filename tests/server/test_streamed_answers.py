@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from memory_transport import MemoryTransport, make_sites
+from memory_transport import MemoryTransport, make_sites, remote_config
+from run_folders import state_of
 
 from fedspan.config import Config
-from fedspan.runs import checkpoint, execution
+from fedspan.runs import execution
 from fedspan.server.early_replies import EarlyReplies, in_order
 from fedspan.server.requests import Problem, Reply
 from fedspan.wire.transport import Delivery
@@ -72,20 +73,14 @@ def no_tracing() -> Iterator[None]:
 
 
 def configured(base: Path, texts: Path, **sections: Any) -> Config:
-    return tiny.config(
+    return remote_config(
         base,
         texts,
         "fedavg",
         federation={"num_clients": 8, "rounds": 1, "participation": 1.0},
         local={"steps": 1},
-        evaluation={"every": 9, "diagnostics": False, "per_rank": False, "base": False},
-        deployment={"wait": 20, "deadline": 30},
-        **{"engine": {"name": "sequential"}, **sections},
+        **sections,
     )
-
-
-def state_of(folder: Path) -> dict[str, torch.Tensor]:
-    return tiny.state_tensors(checkpoint.read(folder / "checkpoint" / "federation.safetensors").state)
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "shared_galore": {},
     "ffa_lora": {"privacy": {"secure_sums": True}},
 }
-EXAMPLES = 530
+EXAMPLES = [180, pytest.param(530, marks=pytest.mark.slow)]
 """Of each method: 2,120 messages."""
 
 
@@ -106,15 +106,16 @@ def files_outside(folder: Path) -> set[Path]:
     return {path for path in folder.parents[1].rglob("*") if folder not in (path, *path.parents)}
 
 
+@pytest.mark.parametrize("examples", EXAMPLES)
 @pytest.mark.parametrize("name", METHODS)
-def test_nothing_but_answers_comes_of_messages_that_lie(asked: Any, name: str) -> None:
+def test_nothing_but_answers_comes_of_messages_that_lie(asked: Any, name: str, examples: int) -> None:
     made: Asked = asked(name)
     folder = made.site.folder
     outside = files_outside(folder)
     codes: list[str] = []
 
     @given(st.integers(0, 10**6), st.integers(0, 2**62))
-    @settings(max_examples=EXAMPLES, **SETTINGS)
+    @settings(max_examples=examples, **SETTINGS)
     def ask(which: int, seed: int) -> None:
         head = made.answer(mutated(made.messages[which % len(made.messages)], seed))
         codes.append(str(head.get("code", "answered")))
@@ -124,10 +125,10 @@ def test_nothing_but_answers_comes_of_messages_that_lie(asked: Any, name: str) -
     assert all(len(path.relative_to(folder).parts) <= 3 for path in folder.rglob("*"))
     # Some mutations change nothing that counts. A question about a name that a method does not have may end in an error
     # of the site's own, which is answered like any other; anything more would be a defect that a message reached.
-    assert codes.count("failed") <= EXAMPLES // 100, [
+    assert codes.count("failed") <= examples // 100, [
         line for line in made.said if "(failed)" in line or "File" in line
     ][-12:]
-    assert codes.count("unreadable") > EXAMPLES / 4
+    assert codes.count("unreadable") > examples / 4
 
 
 NAMES = ["../../x", "..", "/tmp", ".x", "a/b", "", "x" * 65, "\u0440un", "run\n", "-x", None, 7, ["x"]]

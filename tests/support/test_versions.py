@@ -74,6 +74,7 @@ def test_the_version_of_a_source_tree_is_in_its_project_file(tmp_path: Path) -> 
         assert run_hidden(source, command) == f"fedspan {expected}"
 
 
+@pytest.mark.slow
 def test_a_run_ends_well_without_any_metadata(bases: dict[str, Path], texts: Path, tmp_path: Path) -> None:
     config = tiny.config(bases["bert"], texts, "fedit", federation={"rounds": 1})
     (tmp_path / "config.toml").write_text(to_toml(config))

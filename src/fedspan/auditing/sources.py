@@ -25,6 +25,7 @@ from fedspan.methods.base import Method
 from fedspan.runs import checkpoint
 from fedspan.runs.identity import identity
 from fedspan.runs.trained import Trained, find_trained
+from fedspan.support.enclosing import enclosing_run
 from fedspan.support.errors import FedspanError
 
 
@@ -83,6 +84,7 @@ def find_source(
     if not (where / "config.toml").is_file():
         raise FedspanError(
             f"{where} is an adapter, which does not say what it was trained on: expected --members and --nonmembers"
+            f"{enclosing_run(where)}"
         )
     if (where / "sites.json").exists():
         raise FedspanError(

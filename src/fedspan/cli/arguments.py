@@ -183,10 +183,23 @@ def parse_count(option: str, text: str | None, command: str) -> int | None:
 
 
 def method_section(name: str, settings: Sequence[str]) -> Mapping[str, Any]:
-    """Return the `[method]` section of a name and `--set` items (`server_rank=8` or `method.server_rank=8`)."""
+    """Return the `[method]` section of a name and `--set` items (`server_rank=8` or `method.server_rank=8`).
+
+    Raises
+    ------
+    FedspanError
+        For an item without a value, or one of another section.
+    """
     from fedspan.config import load
 
-    full = [item if item.startswith("method.") else f"method.{item}" for item in settings]
+    for item in settings:
+        key, separator, _ = item.strip().partition("=")
+        own = key.removeprefix("method.").strip()
+        if not separator or not own or "." in own:
+            raise FedspanError(f"--set {item!r}: expected an option of the method, such as --set density=0.2")
+        if own == "name":
+            raise FedspanError(f"--set {item!r}: expected the method in --method")
+    full = [f"method.{item.strip().removeprefix('method.')}" for item in settings]
     return load(overrides=[*full, f"method.name={json.dumps(name)}"]).method
 
 

@@ -42,7 +42,7 @@ def evaluate(
       fedspan evaluate adapter --base my-bert --data a.csv --json
 
     On the test rows of a run the figures are those of its summary. Settings of data and evaluation are the run's,
-    unless --set gives others.
+    unless --set gives others; metrics that it names take the place of the run's and of the usual ones.
     """
     from fedspan.runs import application
 

@@ -31,6 +31,7 @@ from fedspan.cli.report import report as write_report
 from fedspan.cli.run import resume, run
 from fedspan.cli.watch import watch
 from fedspan.distributed.environment import Place, place
+from fedspan.support import tokenizer_threads
 from fedspan.support.errors import FedspanError
 
 
@@ -150,9 +151,9 @@ def _prepare() -> None:
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
     }.items():
         os.environ.setdefault(name, value)
+    tokenizer_threads.one_core()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without our letters is no reason to fail

@@ -34,14 +34,14 @@ def merge(
     ] = None,
     rank: Annotated[
         str | None,
-        typer.Option("--rank", metavar="R", help="Rank of the result; if not given, large enough to be exact."),
+        typer.Option("--rank", metavar="R", help="Largest rank of the result; if not given, all that it has."),
     ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Set an option of the method; may be repeated.",
+            help="Set an option of the method, such as density=0.2 or method.density=0.2; may be repeated.",
             autocompletion=completion.method_options,
         ),
     ] = None,

@@ -20,6 +20,7 @@ import torch
 import torch.multiprocessing as mp  # after which spawn passes tensors in shared memory
 from torch import Tensor
 
+from fedspan.support import tokenizer_threads
 from fedspan.support.errors import FedspanError
 from fedspan.wire import packing
 
@@ -170,21 +171,14 @@ class Processes:
 @contextlib.contextmanager
 def _forking() -> Iterator[None]:
     """Fork without warnings, and without copying more memory than is written to."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    # Otherwise the tokenizers warn of their own threads in every child.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     gc.freeze()  # a child's garbage collector would touch, and so copy, every page of the parent's objects
     try:
-        with warnings.catch_warnings():
+        with tokenizer_threads.forking(), warnings.catch_warnings():
             # Python warns of forking beside a display's thread; a child never takes a lock that it may hold.
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:
         gc.unfreeze()
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def _serve(channel: Any, inherited: Sequence[Any], make: Callable[..., Answer], arguments: tuple[Any, ...]) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from fedspan.comparison.base_file import as_base, metric_of
 from fedspan.config.aliases import canonical, canonical_key
 from fedspan.data.metrics import METRICS
 from fedspan.support.errors import FedspanError, one_line
@@ -99,7 +100,7 @@ class Suite(Part):
 
     name: Name
     base: Settings = {}
-    """Settings that all runs share: a table, or the name of a settings file beside the suite."""
+    """Settings that all runs share: a table, or the name of a settings file, as `fedspan run` takes it."""
     arms: Annotated[tuple[Arm, ...], Field(min_length=2)]
     conditions: Annotated[tuple[Condition, ...], Field(min_length=1)] = (Condition(name="base"),)
     seeds: Seeds
@@ -192,9 +193,19 @@ def read(path: Path) -> Suite:
     """
     tree = _toml(path)
     if isinstance(tree.get("base"), str):
-        tree["base"] = _toml(path.parent / tree["base"])
+        file = path.parent / Path(tree["base"]).expanduser()
+        tree["base"] = _base(_toml(file), file, path)
+        metric = metric_of(tree["base"])
+        tree = tree if metric is None else {"metric": metric, **tree}
     own = path.parent.resolve().name if path.stem == "suite" else path.stem
     return from_mapping({"name": own, **tree}, str(path))
+
+
+def _base(tree: Mapping[str, Any], file: Path, suite: Path) -> dict[str, Any]:
+    try:
+        return as_base(tree, file, suite)
+    except FedspanError as error:  # of an alias that is given twice
+        raise FedspanError(f"{file}: {error}") from None
 
 
 def from_mapping(tree: Mapping[str, Any], where: str = "the suite") -> Suite:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -183,11 +184,7 @@ def _one_line(error: ValidationError) -> str:
     problems = error.errors()
     first = problems[0]
     if first["type"] == "extra_forbidden":
-        key = ".".join(map(str, first["loc"]))
-        hint = nearest(key, valid_keys())
-        if "did you mean" not in hint:
-            hint = nearest(key, [*valid_keys(), *ALIASES])
-        return f"unknown key {key!r}{hint if 'did you mean' in hint else '; `fedspan config` prints all of them'}"
+        return _unknown(".".join(map(str, first["loc"])), isinstance(first["input"], Mapping))
     key = _setting_of(first["loc"])
     if first["type"] in ("model_type", "dict_type"):
         return f"{key} = {first['input']!r}: expected a section, [{key}]"
@@ -201,6 +198,21 @@ def _one_line(error: ValidationError) -> str:
     if not key or (key in Config.model_fields and first["type"] == "value_error"):
         return message
     return f"{key} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _unknown(key: str, section: bool) -> str:
+    """Return the line on an unknown key, with the keys that may have been meant."""
+    same_end = [valid for valid in valid_keys() if valid.rpartition(".")[2] == key]
+    if same_end and not section:
+        return f"unknown key {key!r}; did you mean {' or '.join(map(repr, same_end))}?"
+    hint = nearest(key, valid_keys())
+    if "did you mean" not in hint:
+        hint = nearest(key, [*valid_keys(), *ALIASES])
+    if "did you mean" not in hint:
+        hint = "; `fedspan config` prints all of them"
+    if "." not in key and not section and not get_close_matches(key, valid_keys(), cutoff=0.8):
+        hint += f" (an option of the method is 'method.{key}')"
+    return f"unknown key {key!r}{hint}"
 
 
 def _setting_of(location: Sequence[int | str]) -> str:

@@ -40,11 +40,13 @@ from fedspan.data.text_ids import (
 )
 from fedspan.data.token_rows import TokenRows
 from fedspan.support.errors import FedspanError, first_line
+from fedspan.support.tokenizer_threads import all_cores
 
 _IMAGES_AT_ONCE = 256
 _AnyTexts = TypeVar("_AnyTexts", Texts, PromptsAndAnswers)
 
 
+@all_cores()
 def encode(
     rows: Rows,
     processor: Any,

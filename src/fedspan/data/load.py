@@ -25,6 +25,7 @@ from fedspan.data.metrics import (
     register_own,
 )
 from fedspan.data.no_rows import without_rows
+from fedspan.data.partition import rows_by_number
 from fedspan.data.rows import Corpus, Kind, Rows, concatenate
 from fedspan.data.splits import evaluated_on_training, hold_out, keep_apart, limited, undivided, with_validation
 from fedspan.data.strings import joined
@@ -208,7 +209,8 @@ def _same_names(clients: Sequence[str] | None, test_names: Sequence[str]) -> lis
     tests = names_of(test_names)
     if not clients or not tests or not set(tests) <= set(clients):
         return None
-    return [clients.index(name) for name in tests]
+    places = dict(reversed([(name, place) for place, name in enumerate(clients)]))  # of two files of a name the first
+    return [places[name] for name in tests]
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,10 +246,7 @@ def _from_tables(
     if splits.test is None:
         splits = hold_out(splits, config.holdout, seed)
     assert splits.test is not None
-    files, tests = (
-        tuple(np.flatnonzero(part == file) for file in range(len(rows[0])))
-        for part in (splits.files, splits.test_files)
-    )
+    files, tests = (rows_by_number(part, len(rows[0])) for part in (splits.files, splits.test_files))
     metrics = default_metrics(kind, num_labels)
     return Corpus(
         kind,

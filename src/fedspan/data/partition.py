@@ -6,7 +6,9 @@ examples (of a preset: of the rows it names). A client's array may be empty: the
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -79,16 +81,20 @@ def by_field(values: Sequence[str] | np.ndarray, num_clients: int, rng: Generato
     """
     values = np.asarray(values)
     _check(len(values), num_clients)
-    groups = [np.flatnonzero(values == value) for value in np.unique(values)]
+    groups = _groups(values)
     if len(groups) == num_clients:
         return groups
     if len(groups) > num_clients:
         return _grouped(groups, num_clients, rng)
     sizes = np.array([len(group) for group in groups])
     counts = np.ones(len(groups), dtype=np.int64)
+    largest = [(-float(size), group) for group, size in enumerate(sizes)]  # of equal shares the first
+    heapq.heapify(largest)
     for _ in range(num_clients - len(groups)):
         # Some value has more examples than clients as long as the total has, so that no share is empty.
-        counts[np.argmax(sizes / counts)] += 1
+        group = largest[0][1]
+        counts[group] += 1
+        heapq.heapreplace(largest, (-float(sizes[group] / counts[group]), group))
     return [
         np.sort(part)
         for group, count in zip(groups, counts, strict=True)
@@ -96,16 +102,30 @@ def by_field(values: Sequence[str] | np.ndarray, num_clients: int, rng: Generato
     ]
 
 
+def rows_by_number(numbers: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
+    """Return the sorted rows of every number below `count`, at the cost of one sort."""
+    order = np.argsort(numbers, kind="stable")
+    ends = np.searchsorted(numbers[order], np.arange(count + 1))
+    return tuple(order[start:end] for start, end in pairwise(ends.tolist()))
+
+
+def _groups(values: np.ndarray) -> list[np.ndarray]:
+    """Return the sorted rows of every value, in sorted order of the values, at the cost of one sort."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    return np.split(order, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)
+
+
 def _grouped(groups: Sequence[np.ndarray], num_clients: int, rng: Generator) -> list[np.ndarray]:
     """Give the largest group first, to the least loaded client: within 4/3 of the best balance (Graham 1969)."""
     shuffled = rng.permutation(len(groups))
     order = sorted(shuffled.tolist(), key=lambda group: -len(groups[group]))
-    loads = np.zeros(num_clients, dtype=np.int64)
+    loads = [(0, client) for client in range(num_clients)]  # of equal loads the first client
     parts: list[list[np.ndarray]] = [[] for _ in range(num_clients)]
     for group in order:
-        client = int(np.argmin(loads))
+        load, client = loads[0]
         parts[client].append(groups[group])
-        loads[client] += len(groups[group])
+        heapq.heapreplace(loads, (load + len(groups[group]), client))
     return [np.sort(np.concatenate(part)) for part in parts]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
+from fedspan.support.enclosing import enclosing_run
 from fedspan.support.errors import FedspanError, one_line
 
 _OBJECT, _NUMBER = dict | None, int | float
@@ -41,7 +42,9 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """
     history = folder / "metrics.jsonl"
     if not history.exists():
-        raise FedspanError(f"{folder} holds no metrics.jsonl: expected the folder of a `fedspan run`")
+        raise FedspanError(
+            f"{folder} holds no metrics.jsonl: expected the folder of a `fedspan run`{enclosing_run(folder)}"
+        )
     summary = folder / "summary.json"
     try:
         rounds = [json.loads(line) for line in history.read_text(encoding="utf-8").splitlines()]

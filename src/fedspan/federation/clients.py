@@ -74,7 +74,8 @@ def make_clients(corpus: Corpus, federation: FederationConfig, seed: int, client
     named = zip(parts, ranks, _ids(corpus, federation, len(parts)), strict=True)
     for k, (indices, rank, client_id) in enumerate(named):
         num_kept = round(len(indices) * client_holdout)
-        order = np.random.default_rng([seed, 3, k]).permutation(indices)
+        # A generator for each of many thousand clients takes seconds, so only where something is drawn.
+        order = np.random.default_rng([seed, 3, k]).permutation(indices) if num_kept else indices
         client = Client(client_id, rank, np.sort(order[num_kept:]), np.sort(order[:num_kept]))
         if len(client.indices) == 0:
             empty.append(client_id)

@@ -386,7 +386,8 @@ def _server(deployment: Deployment) -> Iterator[File]:
     values = _values(deployment)
     for script in ("superlink.sh", "proxy.sh", "register.sh", "run.sh"):
         yield script, fill(script, values), _SCRIPT
-    yield "environment.sh", fill("environment.sh", values), _OPEN
+    for sourced in ("environment.sh", "flwr_command.sh"):
+        yield sourced, fill(sourced, values), _OPEN
     yield "nginx.conf", fill("nginx.conf", values), _OPEN
     yield "listen.conf", _listen(deployment.addresses, deployment.port), _OPEN
     yield "app/pyproject.toml", fill("app.toml", values), _OPEN

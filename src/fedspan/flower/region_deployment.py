@@ -159,8 +159,7 @@ def _files(plan: TreePlan, config: Config) -> Iterator[File]:
         for path, content, mode in deployment.files_of(below, config):
             if path not in _NOT_OF_REGION:
                 yield f"regions/{region}/{path}", _for_region(path, content), mode
-        values = {"SUPERLINK_PORT": str(below.superlink_port)}
-        yield f"regions/{region}/server/serve.sh", deployment.fill("serve.sh", values), 0o755
+        yield f"regions/{region}/server/serve.sh", deployment.fill("serve.sh", {}), 0o755
         record = {"region": region, "uplink": "../uplink"}
         yield f"regions/{region}/server/{REGION}", (json.dumps(record, indent=2) + "\n").encode(), 0o644
     num_regions = "one region" if len(plan.regions) == 1 else f"{len(plan.regions)} regions"

@@ -4,11 +4,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+
+import torch
 
 from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods.messages import Factors
+
+
+@dataclass(frozen=True, slots=True)
+class Unlimited:
+    """A result that was written without a limit of its rank, beside that of the adapters' own rank."""
+
+    rank: int
+    """The largest rank of the adapters."""
+    lost: float
+    """The share of the result's norm that this rank would cut off."""
+    written: int
+    """Numbers in the written factors."""
+    limited: int
+    """Numbers in factors of that rank."""
+    bytes_each: int = 4
+    """Bytes of a written number."""
+
+    def line(self) -> str:
+        """Return the choice as a sentence."""
+        written, limited = (f"{number * self.bytes_each / 1e6:.3g} MB" for number in (self.written, self.limited))
+        return (
+            f"No limit of the rank (--rank) was given: the factors take {written}. With {self.rank}, the largest rank "
+            f"of the adapters, they would take {limited} and lose {self.lost:.3%} of the norm."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +62,8 @@ class MergeReport:
     """Whole weights (heads) averaged."""
     diagnostics: Mapping[str, float]
     """The method's own diagnostics."""
+    unlimited: Unlimited | None = None
+    """The choice of a rank, where none was given and the result has more directions than the adapters."""
 
     def lines(self) -> list[str]:
         """Return the report as sentences."""
@@ -55,8 +83,17 @@ class MergeReport:
             )
         else:
             lines.append(f"The adapter holds all that {self.method} gives.")
+        if self.unlimited is not None:
+            lines.append(self.unlimited.line())
         lines.append(f"Distance from the average of the updates themselves: {self.distance_overall:.3%} of its norm.")
         return lines
+
+    def written_as(self, dtype: torch.dtype | None, full: bool) -> MergeReport:
+        """Return the report of a result written in this type, or as a whole model, whose size no rank changes."""
+        if self.unlimited is None or full:
+            return replace(self, unlimited=None)
+        size = torch.float32.itemsize if dtype is None else dtype.itemsize
+        return replace(self, unlimited=replace(self.unlimited, bytes_each=size))
 
     def __str__(self) -> str:
         return " ".join(self.lines())
@@ -66,36 +103,40 @@ class MergeReport:
 class Tally:
     """The directions kept and the norms lost, module by module, added up as the merge goes."""
 
-    kept: dict[str, int]
-    full: dict[str, int]
-    lost: dict[str, tuple[float, float]]
-    distance: dict[str, tuple[float, float]]
+    rank: int | None
+    """The largest rank that may be written; None: all directions are."""
+    own_rank: int
+    """The largest rank of the adapters."""
+    kept: dict[str, int] = field(default_factory=dict)
+    full: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, tuple[float, float]] = field(default_factory=dict)
+    distance: dict[str, tuple[float, float]] = field(default_factory=dict)
+    beyond: dict[str, float] = field(default_factory=dict)
+    """Norm of the directions beyond the adapters' own rank."""
+    sides: dict[str, int] = field(default_factory=dict)
+    """m + n: the numbers of one direction."""
 
-    def fit(self, name: str, result: LowRank, target: LowRank, rank: int | None) -> Factors:
+    def fit(self, name: str, result: LowRank, target: LowRank) -> Factors:
         """Return the result as a balanced pair of at most `rank` directions, and record its losses."""
         f = lowrank.svd(result)
         full = lowrank.numerical_rank(f.s)
-        keep = full if rank is None else min(full, rank)
+        keep = full if self.rank is None else min(full, self.rank)
         root = f.s[:keep].sqrt()
         factors = Factors(f.u[:, :keep] * root, root[:, None] * f.vh[:keep], 1.0)
         self.kept[name], self.full[name] = keep, full
         self.lost[name] = float(f.s[keep:].norm()), float(f.s.norm())
         self.distance[name] = lowrank.distance(target, factors.delta()), lowrank.norm(target)
+        self.beyond[name], self.sides[name] = float(f.s[self.own_rank :].norm()), sum(result.shape)
         return factors
 
     def report(
-        self,
-        method: str,
-        shares: Sequence[float],
-        rank: int,
-        num_dense: int,
-        diagnostics: Mapping[str, float],
+        self, method: str, shares: Sequence[float], num_dense: int, diagnostics: Mapping[str, float]
     ) -> MergeReport:
         """Return the report of the merge."""
         return MergeReport(
             method,
             tuple(shares),
-            rank,
+            max(1, *self.kept.values()),
             self.kept,
             self.full,
             {name: _share(*pair) for name, pair in self.lost.items()},
@@ -104,7 +145,19 @@ class Tally:
             _share(*(math.hypot(*norms) for norms in zip(*self.distance.values(), strict=True))),
             num_dense,
             diagnostics,
+            self._unlimited(),
         )
+
+    def _unlimited(self) -> Unlimited | None:
+        """Return the choice of a rank; None where one was given, or all fits into that of the adapters."""
+        if self.rank is not None or max(self.full.values(), default=0) <= self.own_rank:
+            return None
+        norms = math.hypot(*self.beyond.values()), math.hypot(*(norm for _, norm in self.lost.values()))
+        written, limited = (
+            sum(min(most, full) * self.sides[name] for name, full in self.full.items())
+            for most in (max(self.full.values()), self.own_rank)
+        )
+        return Unlimited(self.own_rank, _share(*norms), written, limited)
 
 
 def _share(part: float, whole: float) -> float:

@@ -22,7 +22,7 @@ from fedspan.adapters.state_dict import Adapter
 from fedspan.merging.alignment import check_missing, filled, of_base
 from fedspan.merging.labels import Entries, as_file, common_labels
 from fedspan.merging.merge_report import MergeReport, Tally
-from fedspan.merging.parts import common_config, delta_of, frozen_weights, mean_delta, whole_weights
+from fedspan.merging.parts import common_config, delta_of, frozen_weights, largest_rank, mean_delta, whole_weights
 from fedspan.merging.task_rules import TASK_RULES, TaskRule, combine_tasks, create_rule
 from fedspan.methods import METHODS, create
 from fedspan.methods.base import Method, ServerState, aggregate
@@ -95,7 +95,7 @@ def merge(
     else:
         result, report = combine(adapters, rule, weights=weights, rank=rank, names=names)
     _write(target, result, kind, full, labels)
-    return report
+    return report.written_as(kind, full)
 
 
 def named_rule(name: str, **options: Any) -> Method | TaskRule:
@@ -188,17 +188,15 @@ def combine(
         state, diagnostics = aggregate(method, state, updates)
     answer = method.broadcast(state, Request(rank=None))
     shares = [count / math.fsum(counts) for count in counts]
-    tally = Tally({}, {}, {}, {})
+    tally = Tally(rank, largest_rank(adapters))
     factors = {
-        name: tally.fit(name, received(answer, name), mean_delta(adapters, shares, name), rank)
-        for name in template.modules
+        name: tally.fit(name, received(answer, name), mean_delta(adapters, shares, name)) for name in template.modules
     }
     dense = whole_weights(labels, adapters, answer.dense)
     first = adapters[0]
     config, frozen = common_config(adapters), frozen_weights(adapters)
     result = Adapter(factors, dense, config, first.embeddings, frozen, first.stacks)
-    written = max(1, *tally.kept.values())
-    return result, tally.report(method.info.name, shares, written, len(dense), diagnostics)
+    return result, tally.report(method.info.name, shares, len(dense), diagnostics)
 
 
 def _why_not(method: Method) -> str | None:

@@ -23,6 +23,11 @@ def delta_of(f: Factors) -> LowRank:
     return LowRank(delta.b.to(dtype), delta.a.to(dtype))
 
 
+def largest_rank(adapters: Sequence[Adapter]) -> int:
+    """Return the largest rank of any module of the adapters."""
+    return max(f.rank for adapter in adapters for f in adapter.factors.values())
+
+
 def mean_delta(adapters: Sequence[Adapter], shares: Sequence[float], module: str) -> LowRank:
     """Return T = Σ p_k s_k B_k A_k of one module."""
     return lowrank.stack([delta_of(adapter.factors[module]) for adapter in adapters], shares)

@@ -22,7 +22,7 @@ from fedspan.adapters.compatibility import check_compatible
 from fedspan.adapters.state_dict import Adapter
 from fedspan.algebra.lowrank import LowRank
 from fedspan.merging.merge_report import MergeReport, Tally
-from fedspan.merging.parts import common_config, delta_of, frozen_weights, mean_delta, whole_weights
+from fedspan.merging.parts import common_config, delta_of, frozen_weights, largest_rank, mean_delta, whole_weights
 from fedspan.models.loading import seeded
 from fedspan.support.errors import FedspanError
 from fedspan.support.scalars import plain, whole
@@ -121,19 +121,18 @@ def combine_tasks(
     check_compatible(labels, adapters)
     factors_of = rule.weights(weights, len(adapters))
     shares = [weight / math.fsum(factors_of) for weight in factors_of]
-    tally = Tally({}, {}, {}, {})
+    tally = Tally(rank, largest_rank(adapters))
     factors = {}
     for name in adapters[0].factors:
         changes = [delta_of(adapter.factors[name]).dense().float() for adapter in adapters]
         merged = rule.apply(name, changes, factors_of)
         result = LowRank(merged, torch.eye(merged.shape[1], dtype=merged.dtype))
-        factors[name] = tally.fit(name, result, mean_delta(adapters, shares, name), rank)
+        factors[name] = tally.fit(name, result, mean_delta(adapters, shares, name))
     dense = whole_weights(labels, adapters, _means(adapters, shares))
     first = adapters[0]
     config, frozen = common_config(adapters), frozen_weights(adapters)
     merged_adapter = Adapter(factors, dense, config, first.embeddings, frozen, first.stacks)
-    written = max(1, *tally.kept.values())
-    return merged_adapter, tally.report(rule.name, factors_of, written, len(dense), {})
+    return merged_adapter, tally.report(rule.name, factors_of, len(dense), {})
 
 
 def _means(adapters: Sequence[Adapter], shares: Sequence[float]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from fedspan.display import run_groups
 from fedspan.display.run_folder import read_run
 from fedspan.reporting.comparison import Comparison, read_comparison, run_folders
 from fedspan.runs.folder_lock import is_running
+from fedspan.support.enclosing import enclosing_run
 from fedspan.support.errors import FedspanError
 
 Words = Callable[[Path], Sequence[str]]
@@ -161,7 +162,10 @@ def read(folders: Sequence[Path]) -> Study:
 def _run(folder: Path) -> Run:
     config = run_groups.config_of(folder) if folder.is_dir() else None
     if config is None:
-        raise FedspanError(f"{folder} holds no config.toml: expected the folder of a `fedspan run`, or of a comparison")
+        raise FedspanError(
+            f"{folder} holds no config.toml: expected the folder of a `fedspan run`, or of a comparison"
+            f"{enclosing_run(folder)}"
+        )
     # The file of rounds is written when the first one begins.
     begun = (folder / "metrics.jsonl").exists()
     summary, rounds = read_run(folder) if begun else ({}, [])

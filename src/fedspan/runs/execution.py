@@ -35,6 +35,7 @@ from fedspan.runs.summary import Summary, summarise
 from fedspan.runs.tracking import check_trackers, tracked
 from fedspan.support import standard_json
 from fedspan.support.activity import report
+from fedspan.support.enclosing import enclosing_run
 from fedspan.support.errors import FedspanError, NotResumable
 from fedspan.support.files import StrPath, write_bytes, write_new
 from fedspan.support.scalars import whole
@@ -154,7 +155,10 @@ def resume(
     """
     folder = Path(out)
     if not (folder / "config.toml").exists():
-        raise FedspanError(f"{folder} holds no run (no config.toml): expected the folder of an earlier `fedspan run`")
+        raise FedspanError(
+            f"{folder} holds no run (no config.toml): expected the folder of an earlier `fedspan run`"
+            f"{enclosing_run(folder)}"
+        )
     if transport is None and (folder / "sites.json").exists():
         raise FedspanError(f"{folder} is a federation of real sites: expected the server that started it to resume it")
     with locked(folder):

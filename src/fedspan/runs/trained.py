@@ -25,6 +25,7 @@ from fedspan.methods.messages import Broadcast, Recipe, Request
 from fedspan.models.base_facts import read_facts
 from fedspan.models.federated_model import Trains
 from fedspan.runs import checkpoint
+from fedspan.support.enclosing import enclosing_run
 from fedspan.support.errors import FedspanError, one_line
 
 _KINDS: dict[str, Kind] = {
@@ -59,7 +60,7 @@ class Trained:
         return read_new_rows(files, self.config.data, self.kind, self.labels, unlabelled=unlabelled)
 
     def chosen_metrics(self, kind: Kind) -> tuple[str, ...]:
-        """Return the metrics that the settings name, before those of the run or the usual ones.
+        """Return the metrics that the settings name; where they name none, those of the run or the usual ones.
 
         A function of the user's own counts only where these settings name it, never because a folder does.
         """
@@ -67,7 +68,7 @@ class Trained:
         register_own(given, kind)
         for name in given:
             check_metric(name, kind, size)
-        return tuple(dict.fromkeys((*given, *(self.metrics or default_metrics(kind, size)))))
+        return tuple(dict.fromkeys(given or self.metrics or default_metrics(kind, size)))
 
     def context(self, rows: NewRows, metrics: tuple[str, ...]) -> tuple[WorkContext, Broadcast, tuple[str, ...]]:
         """Return the base in memory beside these rows (as `test`), the model to load into it, and notes on both.
@@ -121,7 +122,7 @@ def find_trained(where: Path, settings: Sequence[str] = (), base: str | None = N
         return _of_adapter(where, settings, base)
     raise FedspanError(
         f"{where} holds neither a run (config.toml) nor a PEFT adapter ({peft_folder.CONFIG_NAME}): expected the "
-        "folder of one of them"
+        f"folder of one of them{enclosing_run(where)}"
     )
 
 

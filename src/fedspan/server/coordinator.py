@@ -33,7 +33,7 @@ from fedspan.server.early_replies import EarlyReplies, clear_early, in_order
 from fedspan.server.evaluations import Evaluation
 from fedspan.server.key_exchange import RunTerms
 from fedspan.server.masked_sums import MaskedSums
-from fedspan.server.regional_sums import RegionalSums, RelayedMessages
+from fedspan.server.regional_sums import RegionalQuestion, RegionalSums, RelayedMessages
 from fedspan.server.registry import SiteRegistry
 from fedspan.server.requests import NOT_CONNECTED, Problem, Reply, Requests
 from fedspan.server.roster_plan import RosterPlan
@@ -203,7 +203,7 @@ class Coordinator:
         if self._config.deployment.regions:
             form = self._form(self._checks(question), lambda region: 8 * layout.num_words)
             message = RelayedMessages(self._requests, form, broadcast_for).of
-            found = self._regional.collect(question, form.heading, ready, message, layout, rank)
+            found = self._regional.collect(RegionalQuestion(question, form.heading, ready, message, layout, rank))
             return found.total, found.answers(ready, layout.num_words), found.problems
         while True:  # without the clients that were proved to lie, every time
             collector = self._collector(question, ready, layout, rank)

@@ -21,7 +21,7 @@ from fedspan.privacy.fixed_point import FixedPoint, Words
 from fedspan.server.broadcast_messages import BroadcastMessages, MessageForm, SumFields
 from fedspan.server.contents import SiteContents
 from fedspan.server.masked_sums import MaskedSums
-from fedspan.server.regional_sums import RegionalSums, RelayedMessages
+from fedspan.server.regional_sums import RegionalQuestion, RegionalSums, RelayedMessages
 from fedspan.server.requests import NOT_CONNECTED, Problem, Reply, Requests
 from fedspan.server.sums import PlainSum, SumCollector, check_weights
 from fedspan.support.errors import FedspanError
@@ -114,7 +114,7 @@ class Evaluation:
         rank, ones = max(client.rank for client in ready), {client.client_id: 1.0 for client in ready}
         layout = self.terms.sum_layout()
         message, form = RelayedMessages(self.requests, self.form, broadcast_for).of, self.form
-        found = regional.collect(form.question, form.heading, ready, message, layout, rank, ones)
+        found = regional.collect(RegionalQuestion(form.question, form.heading, ready, message, layout, rank, ones))
         self.problems |= found.problems
         return self._of_total(found.total, list(found.shares))
 

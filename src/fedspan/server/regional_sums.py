@@ -93,6 +93,44 @@ class RegionalTotal:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class RegionalQuestion:
+    """What the servers of regions are asked for: one sum over these clients."""
+
+    question: Question
+    heading: Mapping[str, Any]
+    clients: Sequence[Client]
+    message: Callable[[Client], bytes]
+    """A client's message without the fields of the sum."""
+    layout: SumLayout
+    rank: int
+    """The largest of the clients, whose layout it is."""
+    weights: Mapping[str, float] | None = None
+    """Client -> what it must count for; None: as the settings say."""
+
+    def relayed(self, clients: Sequence[Client]) -> bytes:
+        """Return the message to one region, of which these are the clients."""
+        outgoing, places = MessageTensors(), dict[int, int]()
+        described: dict[str, tuple[int, int]] = {}
+        contents: list[bytes] = []
+        for client in clients:
+            content = self.message(client)
+            if id(content) not in places:  # `contents` holds it, so that its id stays its own
+                places[id(content)] = len(contents)
+                contents.append(content)
+            described[client.client_id] = (places[id(content)], self.question.counted.get(client.client_id, 0))
+        head = {
+            **self.heading,
+            "kind": "relay",
+            "messages": [protocol.put_bytes(outgoing, content) for content in contents],
+            "clients": described,
+            "largest": self.rank,
+            "layout": {"dense": self.layout.dense, "modules": self.layout.modules},
+            "room": len(self.clients),
+        }
+        return protocol.encode(head, outgoing)
+
+
 class RegionalSums:
     """Asks the servers of regions for the sums of their sites."""
 
@@ -101,40 +139,21 @@ class RegionalSums:
         self._regions = config.deployment.regions
         self._point = FixedPoint(config.privacy.fraction_bits)
 
-    def collect(
-        self,
-        question: Question,
-        heading: Mapping[str, Any],
-        clients: Sequence[Client],
-        message: Callable[[Client], bytes],
-        layout: SumLayout,
-        rank: int,
-        weights: Mapping[str, float] | None = None,
-    ) -> RegionalTotal:
-        """Return the sum of the regions' answers; a region whose answer is wrong is left out with all of its clients.
-
-        Parameters
-        ----------
-        message
-            A client's message without the fields of the sum.
-        rank
-            The largest of the clients, whose layout it is.
-        weights
-            What each client must count for; None: as the settings say.
-        """
-        found = RegionalTotal(np.zeros(layout.num_words, dtype=np.uint64))
-        known = known_weights(self._config, clients) if weights is None else weights
+    def collect(self, asked: RegionalQuestion) -> RegionalTotal:
+        """Return the sum of the regions' answers; a region whose answer is wrong is left out with all its clients."""
+        clients, num_words = asked.clients, asked.layout.num_words
+        found = RegionalTotal(np.zeros(num_words, dtype=np.uint64))
+        known = known_weights(self._config, clients) if asked.weights is None else asked.weights
         by_region = {
             region: [c for c in clients if c.client_id in members] for region, members in self._regions.items()
         }
-        asked = MadeWhenSent(
-            [region for region, group in by_region.items() if group],
-            lambda region: self._relay(question, heading, by_region[region], message, layout, rank, len(clients)),
+        messages = MadeWhenSent(
+            [region for region, group in by_region.items() if group], lambda region: asked.relayed(by_region[region])
         )
         trips = _TRIPS if self._config.privacy.secure_sums else _TRIPS_IN_THE_OPEN
         deadline = GREETING + trips * self._config.deployment.deadline
         replies = self._requests.exchange(
-            question, asked, deadline=deadline, answer_bytes=lambda region: 8 * layout.num_words
+            asked.question, messages, deadline=deadline, answer_bytes=lambda region: 8 * num_words
         )
         for region, reply in replies:
             ids = [c.client_id for c in by_region[region]]
@@ -144,37 +163,6 @@ class RegionalSums:
                 for who in ids:
                     found.problems[who] = Problem(f"its region {region}: {added.reason}", added.absent)
         return found
-
-    def _relay(
-        self,
-        question: Question,
-        heading: Mapping[str, Any],
-        clients: Sequence[Client],
-        message: Callable[[Client], bytes],
-        layout: SumLayout,
-        rank: int,
-        room: int,
-    ) -> bytes:
-        """Return the message to one region."""
-        outgoing, places = MessageTensors(), dict[int, int]()
-        described: dict[str, tuple[int, int]] = {}
-        contents: list[bytes] = []
-        for client in clients:
-            content = message(client)
-            if id(content) not in places:  # `contents` holds it, so that its id stays its own
-                places[id(content)] = len(contents)
-                contents.append(content)
-            described[client.client_id] = (places[id(content)], question.counted.get(client.client_id, 0))
-        head = {
-            **heading,
-            "kind": "relay",
-            "messages": [protocol.put_bytes(outgoing, content) for content in contents],
-            "clients": described,
-            "largest": rank,
-            "layout": {"dense": layout.dense, "modules": layout.modules},
-            "room": room,
-        }
-        return protocol.encode(head, outgoing)
 
     def _add(
         self, found: RegionalTotal, ids: Sequence[str], reply: Reply, known: Mapping[str, float], room: int

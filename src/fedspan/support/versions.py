@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import tomllib
 from pathlib import Path
 
 
+@functools.cache  # a run asks many times, and reading the metadata takes milliseconds
 def installed_version(distribution: str) -> str:
     """Return the version of a distribution.
 

@@ -168,6 +168,9 @@ ADAPTERS = [
     Case("merge", "MERGE --full --base llama", ("base 'llama'", "layer.q_proj")),
     Case("merge", "MERGE --full --base texts.jsonl", ("base 'texts.jsonl' could not be read",)),
     Case("merge", "merge a b --method ties --set density=2 --out new", ("method.density = 2",)),
+    Case("merge", "merge a b --method ties --set local.steps=2 --out new", ("expected an option of the method",)),
+    Case("merge", "merge a b --method ties --set density --out new", ("'density'", "such as --set density=0.2")),
+    Case("merge", "merge a b --method ties --set name=flora --out new", ("expected the method in --method",)),
     Case("merge", "merge a b --method dare_ties --set desnity=0.2 --out new", ("did you mean 'density'?",)),
     Case("merge", "merge a b --method ties --set majority_sign_method=vote --out new", ("'vote'", "'frequency'")),
 ]

@@ -1,3 +1,4 @@
+# shellcheck shell=sh
 # Sourced by the other scripts. Flower keeps its files in this folder, installs nothing, sends no telemetry and does not
 # check for updates; its older gRPC interfaces stay closed.
 umask 077

@@ -4,28 +4,14 @@
 set -eu
 cd "$(dirname "$0")"
 . ./environment.sh
-mkdir -p "$FLWR_HOME"
-cat >"$FLWR_HOME/config.toml" <<END
-[superlink]
-default = "fedspan"
-
-[superlink.fedspan]
-address = "127.0.0.1:@SUPERLINK_PORT@"
-root-certificates = "$PWD/ca.crt"
-END
-name="${1:-federation}"
-case "$name" in
-*[!A-Za-z0-9._-]* | [.-]* | ?????????????????????????????????????????????????????????????????*)
-    echo "run name $name: expected 64 letters, digits, dots, dashes and underscores at most, first no dot or dash" >&2
-    exit 2
-    ;;
-esac
-flwr run app fedspan --stream -c "run-name=\"$name\"" &
+RUN_NAME="${1:-federation}"
+. ./flwr_command.sh
+flwr run app fedspan --stream -c "run-name=\"$RUN_NAME\"" &
 flwr=$!
-trap '{ kill $flwr; wait $flwr; } 2>/dev/null || :; echo "the run $name goes on without this display" >&2; exit 143' HUP INT TERM
+trap '{ kill $flwr; wait $flwr; } 2>/dev/null || :; echo "the run $RUN_NAME goes on without this display" >&2; exit 143' HUP INT TERM
 wait $flwr
 # Flower's command ends with 0 however the run has ended.
-if [ ! -f "runs/$name/summary.json" ]; then
-    echo "the run $name has no result: the lines above say why, and \"run.sh $name\" continues it" >&2
+if [ ! -f "runs/$RUN_NAME/summary.json" ]; then
+    echo "the run $RUN_NAME has no result: the lines above say why, and \"run.sh $RUN_NAME\" continues it" >&2
     exit 1
 fi

@@ -7,7 +7,7 @@
 set -eu
 cd "$(dirname "$0")"
 . ./environment.sh
-node= client_app= health=
+node='' client_app='' health=''
 trap 'trap - EXIT; kill $node $client_app $health 2>/dev/null || :; wait' EXIT
 trap 'exit 143' HUP INT TERM
 "$PYTHON" -m fedspan.flower.node ${FEDSPAN_ANY_LOCAL_USER:+--any-local-user} \

@@ -101,7 +101,8 @@ class FixedPoint:
         if total.dtype != np.uint64 or total.ndim != 1:
             raise FedspanError(f"a sum of {total.dtype} in shape {total.shape}: expected a vector of uint64")
         scale = math.ldexp(1.0, -self.fraction_bits)
-        numbers = torch.empty(len(total), dtype=torch.float64)
-        # The integer is rounded to the nearest float64 first; the product with a power of two is exact.
-        np.multiply(total.view(np.int64), scale, out=numbers.numpy())
-        return numbers
+        signed, numbers = total.view(np.int64), np.empty(len(total))
+        for start in range(0, len(signed), _PIECE):
+            piece = slice(start, start + _PIECE)
+            np.multiply(signed[piece].astype(np.float64), scale, out=numbers[piece])
+        return torch.from_numpy(numbers)

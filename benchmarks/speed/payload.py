@@ -126,6 +126,7 @@ def measure(name: str, base: Path, rows: Path, folder: Path, rounds: int) -> dic
             after.setdefault(done, seen.seconds())
             time.sleep(_PAUSE)
     if process.returncode:
+        sys.stderr.write("".join(f"{path}:\n{path.read_text()[-4000:]}\n" for path in (folder / "logs").glob("*.log")))
         raise RuntimeError(f"{name}: {' '.join(command)} ended with {process.returncode}")
     first, last = after[1], after.get(rounds, seen.seconds())
     lines = [json.loads(line) for line in records.read_text().splitlines()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from audited import Audited
 import fedspan
 from fedspan.auditing.exposure import Exposure, Extraction
 from fedspan.auditing.findings import Finding, extraction_finding, in_one_sentence
-from fedspan.auditing.inversion import MASKED, RAW, invert
-from fedspan.auditing.messages import FirstRound
-from fedspan.auditing.sources import find_source
+from fedspan.auditing.inversion import MASKED, RAW, _label_attacks, _row_attack, invert
+from fedspan.auditing.messages import FirstRound, Message
+from fedspan.auditing.sources import Source, find_source
 from fedspan.auditing.subject import Loaded
+from fedspan.federation.clients import Client
 from fedspan.support.errors import FedspanError
 
 
@@ -34,10 +36,10 @@ def test_a_model_that_knows_its_rows_by_heart_is_found_out(overfitted: Audited) 
 
 
 def test_the_verdict_is_of_the_attacks_that_were_made(overfitted: Audited, private: Audited) -> None:
-    assert overfitted.dossier.verdict.startswith("3 of 3 questions about attacks were put to this model, and in ")
+    assert overfitted.dossier.verdict.startswith("All 3 questions about attacks were put to this model, and in ")
     assert overfitted.dossier.verdict.endswith("an attack succeeded: the model gives something away.")
     won = [one for one in overfitted.dossier.findings[:-1] if one.verdict == "found"]
-    assert f"in {len(won)} of them" in overfitted.dossier.verdict
+    assert f"in {'all' if len(won) == 3 else len(won)} of them" in overfitted.dossier.verdict
     one, none = Finding("?", "found", "", ""), Finding("?", "not tried", "", "")
     assert in_one_sentence([one, none, none, none]).startswith(
         "One of 3 questions about attacks was put to this model,"
@@ -45,6 +47,9 @@ def test_the_verdict_is_of_the_attacks_that_were_made(overfitted: Audited, priva
     assert "in it an attack succeeded" in in_one_sentence([one, none, none, none])
     safe = Finding("?", "not found", "", "")
     assert in_one_sentence([safe, safe, none, none]).endswith("and no attack succeeded.")
+    assert in_one_sentence([one, safe, none, none]).startswith("2 of 3 questions")
+    assert "in 1 of them an attack succeeded" in in_one_sentence([one, safe, safe, none])
+    assert "in all of them an attack succeeded" in in_one_sentence([one, one, one, none])
     assert "does not hold" in in_one_sentence([safe, safe, none, one])
 
 
@@ -112,17 +117,38 @@ def test_planted_rows_and_repeated_ones_are_no_members(overfitted: Audited) -> N
     assert len(fedspan.audit(overfitted.run, messages=False).rows.members) == 63, "once for each site"
 
 
+MASKS = 30
+"""Masks are drawn by the operating system, so that one of them may agree with anything by chance."""
+
+
+def masked_messages(run: Path) -> tuple[Source, FirstRound, Client, list[Message]]:
+    """What the server sees of the first site's message under masks that are drawn anew each time."""
+    source = find_source(run, [], [], [], None, 2000)
+    assert source.work is not None
+    first, client = FirstRound.of(source.subject.trained, source.work), source.work.clients[0]
+    updates = {one.client_id: first.update(one) for one in source.work.clients}
+    return source, first, client, [first.masked(client, updates)[0] for _ in range(MASKS)]
+
+
 def test_a_message_as_it_is_gives_rows_away_and_a_masked_one_does_not(overfitted: Audited) -> None:
     found = overfitted.dossier.inversion
     assert found is not None
-    raw, masked = found.of(RAW), found.of(MASKED)
+    raw = found.of(RAW)
     assert raw is not None
-    assert masked is not None
+    assert found.of(MASKED) is not None
     assert raw.auc.low > 0.6
     assert raw.succeeds
-    assert masked.auc.low < 0.5 < masked.auc.high
     assert found.one_row is not None
     assert found.one_row.hits.value > 0.9
+    source, first, client, messages = masked_messages(overfitted.run)
+    site = source.rows.sites[0]
+    own, theirs = (
+        first.gradients(client, first.loaded.encode(rows.take(places)))
+        for rows, places in ((source.rows.members, site.members), (source.rows.others, site.others))
+    )
+    values = [_row_attack(MASKED, message, own, theirs).auc.value for message in messages]
+    # Its spread is below 0.1 (see below): five standard errors.
+    assert abs(np.mean(values) - 0.5) < 0.5 / math.sqrt(MASKS)
 
 
 def test_class_shares_are_read_from_a_message_but_not_through_masks(skewed: Path) -> None:
@@ -131,8 +157,12 @@ def test_class_shares_are_read_from_a_message_but_not_through_masks(skewed: Path
     labels = {attack.view: attack for attack in found.labels}
     assert labels[RAW].correlation > 0.7
     assert labels[RAW].succeeds
-    assert not labels[MASKED].succeeds
+    assert MASKED in labels
     assert found.leaks
+    _, first, client, messages = masked_messages(skewed)
+    read = [_label_attacks(first, client, {RAW: one}, np.random.default_rng(0))[0].correlation for one in messages]
+    # Of ten classes with random numbers, whose correlation has a spread of 1/3: five standard errors.
+    assert abs(np.mean(read)) < 5 / 3 / math.sqrt(MASKS)
 
 
 def test_a_mixture_of_classes_is_not_mistaken_for_knowledge_of_rows(skewed: Path) -> None:

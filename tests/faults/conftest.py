@@ -1,9 +1,10 @@
-"""The table of outcomes: one line for each fault, and the page that they are written to when all of them are there."""
+"""The table of outcomes: one line for each fault, and the page that they are written to."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,15 +30,29 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+def read_page() -> list[dict[str, Any]]:
+    """The lines of the table that the page has."""
+    _, _, rest = PAGE.read_text(encoding="utf-8").partition(FIRST)
+    rows = [line for line in rest.partition(LAST)[0].splitlines() if line.startswith("| ")][1:]
+    cells = [[cell.replace("\\|", "|") for cell in re.split(r" (?<!\\)\| ?", row[2:].strip())] for row in rows]
+    return [dict(zip(COLUMNS, row, strict=False)) for row in cells]
+
+
 def write_page(lines: list[dict[str, Any]]) -> None:
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(FIRST)
     _, _, after = rest.partition(LAST)
     PAGE.write_text(f"{before}{FIRST}\n\n{table(lines)}\n\n{LAST}{after}", encoding="utf-8")
 
 
+def with_new(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The old lines with the new ones in the places of those of the same fault, others at the end."""
+    by_fault = {line[COLUMNS[0]]: line for line in old} | {line[COLUMNS[0]]: line for line in new}
+    return list(by_fault.values())
+
+
 @pytest.fixture(scope="session")
 def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
-    """Records one outcome; the page is written at the end when every test of the matrix was run and passed."""
+    """Records one outcome. At the end they replace their lines of the page, or all lines if every fault was tested."""
     path = tmp_path_factory.mktemp("outcomes") / "outcomes.jsonl"
 
     def record(fault: str, did: str, said: str, seconds: float) -> None:
@@ -55,3 +70,5 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     everything = everything and {item.path for item in tests} == set(Path(__file__).parent.glob("test_*.py"))
     if everything and tests and not request.session.testsfailed:
         write_page(lines)
+    elif lines:
+        write_page(with_new(read_page(), lines))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import tiny
 from conftest import Outcome
-from deployed import SITES, Deployed, Run, deployed, until
+from deployed import SITES, SLACK, Deployed, Run, deployed, until
 
 from fedspan.events import chain, places
 from fedspan.events.chain import FILE
@@ -25,6 +25,9 @@ from fedspan.flower import certificates, trial
 from fedspan.flower.certificates import KeyPair
 
 pytestmark = pytest.mark.faults
+
+LIMIT = SLACK * 100
+"""Seconds for one script."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def up(bases: dict[str, Path], texts: Path, tmp_path_factory: pytest.TempPathFac
         federation={"num_clients": len(SITES), "rounds": 2, "participation": 1.0},
         evaluation={"every": 99, "diagnostics": False, "per_rank": False, "base": False},
         engine={"name": "sequential"},
-        deployment={"wait": 150, "deadline": 60},
+        deployment={"wait": 900, "deadline": 120},
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDSPAN_DATABASE", trial.IN_MEMORY)
@@ -53,7 +56,13 @@ def report_on(up: Deployed) -> Report:
 def script(up: Deployed, *command: str, folder: str = "server") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, **up.environment}
     return subprocess.run(
-        command, cwd=up.folder / folder, env=environment, capture_output=True, text=True, timeout=200, check=False
+        command,
+        cwd=up.folder / folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
     )
 
 
@@ -87,7 +96,7 @@ def test_a_line_of_a_log_is_edited(up: Deployed, outcomes: Outcome) -> None:
     assert any(str(log) in finding and "does not follow" in finding for finding in found)
     # The worker is restarted, and does not write behind lines that are no chain.
     up.kill("fedspan.site.worker", site="client-1")
-    up.configure(federation={"min_success": 2, "min_clients": 2}, deployment={"wait": 30})
+    up.configure(federation={"min_success": 2, "min_clients": 2}, deployment={"wait": 60})
     second = run(up, "edited")
     (line,) = {line.partition(" (incident")[0] for line in second.said("is not taken in") if "client-1" in line}
     assert "its settings, its base or its data cannot be used" in line
@@ -114,7 +123,7 @@ def test_a_site_is_upgraded_alone(up: Deployed, outcomes: Outcome) -> None:
     log = up.folder / "logs" / f"{name}.log"
     # On a busy machine its worker takes longer to load than the run waits for sites.
     until(lambda: "client-2 is ready" in log.read_text(errors="replace"), 240, "the upgraded worker is ready")
-    up.configure(federation={"min_success": 2, "min_clients": 2}, deployment={"wait": 40})
+    up.configure(federation={"min_success": 2, "min_clients": 2}, deployment={"wait": 60})
     begun = run(up, "upgraded")
     lines = [line for line in begun.said("is not taken in") if "client-2" in line and "schema" in line]
     assert "both sides need the same version of fedspan" in lines[0]
@@ -144,7 +153,12 @@ def test_two_sites_with_one_key(up: Deployed, tmp_path: Path, outcomes: Outcome)
         path.write_text(path.read_text().replace(f" {up.plan.sites[0].runtime_port}", f" {trial.free_ports(1)[0]}"))
     began = time.monotonic()
     second = subprocess.run(
-        ["./start.sh"], cwd=twin, env={**os.environ, **up.environment}, capture_output=True, text=True, timeout=120
+        ["./start.sh"],
+        cwd=twin,
+        env={**os.environ, **up.environment},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
     )
     assert second.returncode == 1
     assert up.ended("client-0") is None

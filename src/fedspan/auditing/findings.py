@@ -9,7 +9,7 @@ from typing import Literal
 from fedspan.auditing.bounds import Guarantee, empirical_epsilon
 from fedspan.auditing.exposure import Extraction
 from fedspan.auditing.inversion import MASKED, RAW, SUM, Inversion
-from fedspan.auditing.membership import Attack, Membership
+from fedspan.auditing.membership import LIMITS, Attack, Membership
 from fedspan.auditing.statistics import Interval
 
 Verdict = Literal["found", "not found", "not tried"]
@@ -49,19 +49,17 @@ def membership_finding(found: Membership, guarantee: Guarantee | None) -> Findin
         whose = "" if first.site is None else f" of {first.site}"
         answer = (
             f"Yes: by the {first.name} the rows{whose} are told from others with an AUC of {interval(first.auc)}, "
-            f"where "
-            f"0.5 is guessing and 1 is certainty.{_rate(found)}{_worst_site(found, first)}{controlled}"
+            f"where 0.5 is guessing and 1 is certainty.{_rates(found)}{_worst_site(found, first)}{controlled}"
         )
         step = (
             "Train for fewer steps or with more rows, or with privacy.dp = 'example' and enough noise, and audit "
-            "again. "
-            "Until then treat the adapter as data about the people in the rows: do not publish it."
+            "again. Until then treat the adapter as data about the people in the rows: do not publish it."
         )
         return Finding(question, "found", answer, step)
     answer = (
-        f"No attack that was tried did so. The strongest, by the {best.name}, has an AUC of {interval(best.auc)}; a "
-        f"true "
-        f"value up to {best.auc.high:.2f} is compatible with that.{controlled}"
+        f"No attack that was tried did so. The strongest, by the {best.name}, has an AUC of {interval(best.auc)}, "
+        f"where 0.5 is guessing and 1 is certainty; a true value up to {best.auc.high:.2f} is compatible with that."
+        f"{controlled}"
     )
     step = "This is no proof of safety: a stronger attack may succeed. "
     if guarantee is None:
@@ -80,14 +78,25 @@ def _worst_site(found: Membership, first: Attack) -> str:
     return f" Of single sites, {worst.site} is told most easily: {interval(worst.auc)} by the {worst.name}."
 
 
-def _rate(found: Membership) -> str:
-    """Return the largest share of members that an attack finds at 1 % false positives."""
-    points = [(x.points[0], x.name) for x in found.whole if x.points[0] is not None]
-    if not points:
-        return f" With {found.control.num_others} non-members a rate at 1 % false positives cannot be measured."
-    point, name = max(points, key=lambda pair: pair[0].tpr.value if pair[0] else 0.0)
-    assert point is not None
-    return f" At 1 % false positives at most {percent(point.tpr)} of the members are found (by the {name})."
+def _rates(found: Membership) -> str:
+    """Return the largest shares of members that an attack finds at few false positives, and what they mean."""
+    return "".join(_rate(found, place) for place in range(len(LIMITS)))
+
+
+def _rate(found: Membership, place: int) -> str:
+    limit = f"{100 * LIMITS[place]:.0f} %"
+    points = [(x.points[place], x.name) for x in found.whole]
+    measured = [(point, name) for point, name in points if point is not None]
+    if not measured:
+        return f" With {found.control.num_others} non-members a rate at {limit} false positives cannot be measured."
+    point, name = max(measured, key=lambda pair: pair[0].tpr.value)
+    line = (
+        f" With at most {limit} of the non-members wrongly taken for members, the {name} finds {percent(point.tpr)} of "
+        f"the members"
+    )
+    if point.tpr.low <= LIMITS[place]:
+        return f"{line}: not clearly more than the {limit} of guessing, so single rows are hardly named like that."
+    return f"{line}, where guessing finds {limit}."
 
 
 def extraction_finding(found: Extraction | None) -> Finding:
@@ -119,11 +128,9 @@ def extraction_finding(found: Extraction | None) -> Finding:
             question,
             "found",
             f"Yes: {len(hits)} of {len(planted)} planted secrets rank so high among others as likely that chance "
-            f"does not "
-            f"explain it{out}. The least often planted of them was there {least} times.",
+            f"does not explain it{out}. The least often planted of them was there {least} times.",
             "Remove repeated rows before training (records that are copied are remembered first), train for fewer "
-            "steps, "
-            "or use privacy.dp = 'example', and audit again.",
+            "steps, or use privacy.dp = 'example', and audit again.",
         )
     return Finding(
         question,
@@ -142,7 +149,7 @@ def inversion_finding(found: Inversion | None, wanted: bool = True) -> Finding:
     wanted
         False where the audit was asked to leave them out.
     """
-    question = "Can the server read a site's rows out of what it sends?"
+    question = "Can the server recognise a site's rows in what the site sends?"
     if not wanted:
         left_out = "Left out on request (--no-messages), so nothing is known."
         return Finding(question, "not tried", left_out, "Audit again without that option.")
@@ -154,34 +161,35 @@ def inversion_finding(found: Inversion | None, wanted: bool = True) -> Finding:
         )
     leaks = found.leaks
     verdict: Verdict = "found" if leaks else "not found"
-    answer = ("Yes: " if leaks else "No attack that was tried did so: ") + "; ".join(_message_parts(found)) + "."
+    answer = " ".join(["Yes." if leaks else "No attack that was tried did so.", *_message_sentences(found)])
     return Finding(question, verdict, answer, _next_for_messages(leaks, found.of(MASKED) is not None))
 
 
-def _message_parts(found: Inversion) -> list[str]:
+def _message_sentences(found: Inversion) -> list[str]:
     """Return what each attack on what the server sees came to."""
-    parts, one = [], found.one_row
+    lines, one = [], found.one_row
     raw, masked, total = (found.of(view) for view in (RAW, MASKED, SUM))
     if raw is not None:
-        told = f"its rows are told from others with an AUC of {interval(raw.auc)}"
-        parts.append(f"from {found.site}'s message as it is, {told}")
-    if one is not None:
-        named = f"named among {one.candidates} in {percent(one.hits)} of trials"
-        parts.append(
-            f"of sites with a single row, the row is {named}, where guessing gives {100 / one.candidates:.1f} %"
+        lines.append(
+            f"From {found.site}'s message as it is, its rows are told from others with an AUC of {interval(raw.auc)}, "
+            f"where 0.5 is guessing."
         )
-    parts += [
-        f"the classes' shares are read with a correlation of {x.correlation:.2f} (p = {x.p_value:.2g})"
+    if one is not None:
+        lines.append(
+            f"Of a site with a single row, the row is named among {one.candidates} known ones in {percent(one.hits)} "
+            f"of {one.trials} trials, where guessing gives {100 / one.candidates:.1f} %."
+        )
+    lines += [
+        f"The shares of the classes are read with a correlation of {x.correlation:.2f} (p = {x.p_value:.2g}), where 0 "
+        f"is guessing."
         for x in found.labels
         if x.view == RAW
     ]
     if masked is not None:
-        parts.append(
-            f"from the masked message, rows are told with an AUC of {interval(masked.auc)}, where guessing is 0.5"
-        )
+        lines.append(f"Under secure sums, from the masked message: {interval(masked.auc)}.")
     if total is not None:
-        parts.append(f"from the sum of all messages, which masks do not hide, with an AUC of {interval(total.auc)}")
-    return parts
+        lines.append(f"From the sum of all messages, which masks do not hide: {interval(total.auc)}.")
+    return lines
 
 
 def _next_for_messages(leaks: bool, maskable: bool) -> str:
@@ -194,8 +202,7 @@ def _next_for_messages(leaks: bool, maskable: bool) -> str:
         )
     return (
         "This rule needs every site's own message. Where the server must not learn of rows, use a rule of sums "
-        "(such as "
-        "ffa_lora, fed_sb or glora_sums) with privacy.secure_sums = true, or privacy.dp = 'example'."
+        "(such as ffa_lora, fed_sb or glora_sums) with privacy.secure_sums = true, or privacy.dp = 'example'."
     )
 
 
@@ -218,11 +225,9 @@ def guarantee_finding(guarantee: Guarantee | None, said: str, found: Membership)
             question,
             "found",
             f"NO. {allowed}. Measured: {exceeded}. Unless members and non-members differ for another reason, the "
-            f"guarantee "
-            "does not hold.",
+            "guarantee does not hold.",
             "Stop using this model until it is known why: a row that is in several sites or repeated, a ledger or a "
-            "secret "
-            "that was lost, data that was used outside the run, or a defect of the software.",
+            "secret that was lost, data that was used outside the run, or a defect of the software.",
         )
     lower = max((empirical_epsilon(x, guarantee.delta) for a in found.whole for x in a.points if x), default=0.0)
     return Finding(
@@ -242,13 +247,15 @@ def in_one_sentence(found: Sequence[Finding]) -> str:
     tried = [one for one in attacks if one.verdict != "not tried"]
     won = sum(one.verdict == "found" for one in tried)
     asked = f"{len(tried)} of {len(attacks)} questions about attacks were put to this model"
-    if len(tried) == 1:
+    if len(tried) == len(attacks):
+        asked = f"All {len(attacks)} questions about attacks were put to this model"
+    elif len(tried) == 1:
         asked = f"One of {len(attacks)} questions about attacks was put to this model"
     if guarantee.verdict == "found":
         return f"{asked}, and its privacy guarantee does not hold: do not use it until it is known why."
     if not won:
         return f"{asked}, and no attack succeeded."
-    own = "it" if len(tried) == 1 else f"{won} of them"
+    own = "it" if len(tried) == 1 else "all of them" if won == len(tried) else f"{won} of them"
     return f"{asked}, and in {own} an attack succeeded: the model gives something away."
 
 
@@ -269,11 +276,9 @@ LIMITS_OF_AN_AUDIT = (
     "LiRA, Carlini et al. 2022, 2112.03570) are stronger than those here, at many times the cost, and were not tried.",
     "The intervals are over rows, for this one model. Another training on the same rows may give more away.",
     "A row counts as a member if its site took part, even if no batch happened to draw it; this makes the figures a "
-    "little "
-    "smaller than they are for rows that were drawn.",
+    "little smaller than they are for rows that were drawn.",
     "Rows of one person are treated as independent. Where several rows are about the same person, more can be told of "
     "that person than of a row.",
     "The figures of this dossier are computed from the training rows, without noise, and no ledger counts them. "
-    "Keep it "
-    "among those who may see the data, or publish no more than it says in words.",
+    "Keep it among those who may see the data, or publish no more than it says in words.",
 )

@@ -250,6 +250,15 @@ def _privacy(where: Path, config: Config) -> tuple[Guarantee | None, str]:
     )
 
 
+def _result(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how good the model is, against which what it gives away is weighed; nothing where nobody has judged it."""
+    metric, value, base = (summary.get(key) for key in ("metric", "federated", "base"))
+    if metric is None or not isinstance(value, float):
+        return {}
+    compared = f" (the untouched base: {base:.3f})" if isinstance(base, float) else ""
+    return {"result": f"{metric} {value:.3f}{compared}"}
+
+
 def _facts(where: Path, config: Config, sites: int | None) -> dict[str, Any]:
     """Return what the audited model is."""
     if not (where / "config.toml").is_file():
@@ -262,6 +271,7 @@ def _facts(where: Path, config: Config, sites: int | None) -> dict[str, Any]:
         "data": config.data.task,
         "method": config.method["name"],
         "rounds": config.federation.rounds,
+        **_result(summary),
         "clients": len(summary.get("clients") or ()) or config.federation.num_clients,
         **({"clients that took part": sites} if sites is not None else {}),
         "seed": config.seed,

@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError
 
 from fedspan.flower import records
+from fedspan.flower.arriving import Answer, answers_at
 from fedspan.flower.backoff import shorten_pull_backoff
 from fedspan.flower.node_clients import NodeClients
 from fedspan.support.errors import FedspanError, one_line
@@ -70,6 +71,7 @@ class GridTransport:
     def __init__(self, grid: Grid, group: str, clients: NodeClients | None = None) -> None:
         shorten_pull_backoff()
         self._grid, self._group, self._clients = grid, group, clients
+        self._answers = answers_at(grid)
         self._waiting: dict[str, _Awaited] = {}
         """By ticket, in the order in which they are asked for."""
         self._unsent: deque[Delivery] = deque()
@@ -141,6 +143,8 @@ class GridTransport:
             arrived = self._pulled(tickets)
             if arrived:
                 return arrived
+            if self._answers.is_under_way(tickets):
+                break
             for ticket in tickets:  # the others' turn is next
                 self._waiting[ticket] = self._waiting.pop(ticket)
             if arrived is None:
@@ -162,7 +166,7 @@ class GridTransport:
     def _pulled(self, tickets: Sequence[str]) -> list[Delivery] | None:
         """Return the deliveries for these tickets; None where the call failed."""
         try:
-            replies = list(self._grid.pull_messages(tickets))
+            replies = self._answers.pull(tickets)
         except _TRANSIENT as error:
             self._failing_since = self._failing_since or self.now()
             if self.now() - self._failing_since > PATIENCE:
@@ -173,11 +177,14 @@ class GridTransport:
             _log.warning("a reply cannot be read: %s", one_line(error, _MAX_REASON))
             return None
         self._failing_since = None
+        return self._delivered(replies)
+
+    def _delivered(self, replies: list[Answer]) -> list[Delivery]:
+        """Return the answers that are waited for, and let go of each message once it is read."""
         arrived: list[Delivery] = []
         replies.reverse()
         while replies:
-            reply = replies.pop()
-            ticket = reply.metadata.reply_to_message_id
+            ticket, reply = replies.pop()
             awaited = self._waiting.pop(ticket, None)
             if awaited is not None:
                 arrived.append(_delivery(ticket, awaited.node, reply))
@@ -188,6 +195,7 @@ class GridTransport:
         forgotten = set(tickets)
         for ticket in forgotten:
             self._waiting.pop(ticket, None)
+        self._answers.forget(tickets)
         self._unsent = deque(delivery for delivery in self._unsent if delivery.ticket not in forgotten)
 
     def now(self) -> float:
@@ -211,7 +219,9 @@ class GridTransport:
                 self.sleep(_PAUSE)
 
 
-def _delivery(ticket: str, node: str, reply: Message) -> Delivery:
+def _delivery(ticket: str, node: str, reply: Message | None) -> Delivery:
+    if reply is None:
+        return Delivery(ticket, node, None, "its answer broke off before the last part of it")
     if reply.has_error():
         return Delivery(ticket, node, None, _reason(reply.error))
     try:

@@ -2,8 +2,9 @@
 
 Flower's SuperNode sleeps for 3 seconds whenever it finds no message, and polls for its ClientApp's answer every half
 second. A round of secure sums takes about six messages, so those sleeps would be most of it. This command is Flower's
-own with the intervals of `fedspan.flower.backoff` instead. Its runtime API answers this account alone
-(`fedspan.flower.access`). All other arguments are Flower's.
+own with the intervals of `fedspan.flower.backoff` instead, and with uploads that outlast a broken connection
+(`fedspan.flower.lasting_uploads`). Its runtime API answers this account alone (`fedspan.flower.access`). All other
+arguments are Flower's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from fedspan.flower import expiry
+from fedspan.flower import expiry, lasting_uploads
 from fedspan.flower.access import ANY_LOCAL_USER, GuardedUvicorn, guard
 from fedspan.flower.backoff import Backoff, shorten_pull_backoff
 from fedspan.flower.site_clock import watch_clock
@@ -98,6 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for line in expiry.check(expiry.given(rest, ("--root-certificates",))):
             sys.stderr.write(f"warning: {line}\n")
         shorten_sleeps(poll)
+        lasting_uploads.install()
         watch_clock()
         guard(command, GuardedUvicorn(any_local_user=ANY_LOCAL_USER in rest), "uvicorn.Config(")
     except FedspanError as error:

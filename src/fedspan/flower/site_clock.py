@@ -30,13 +30,15 @@ class ClockWatch(NodeAuthHttpInterceptor):
         """Send a request."""
         began = now()
         response = super().intercept(context, call_next)
+        taken = (now() - began).total_seconds()
         # Half of the way there and back, and on average half of the second that `Date` leaves out.
-        own = began.timestamp() + (now() - began).total_seconds() / 2 - 0.5
+        own = began.timestamp() + taken / 2 - 0.5
         try:
             ahead = own - parsedate_to_datetime(response.headers["date"]).timestamp()
         except (KeyError, ValueError, TypeError):
             return response  # a server that does not tell the time
-        if abs(ahead) > NOTICEABLE and abs(ahead - self._reported) > _ANOTHER:
+        # The server may have written its answer at any time in between: a request that takes long says less.
+        if abs(ahead) > NOTICEABLE + taken / 2 and abs(ahead - self._reported) > _ANOTHER:
             type(self)._reported = ahead
             refused = "the server refuses what this site signs: " if not -BEHIND < ahead < AHEAD else ""
             _log.error("%s%s", refused, clock_difference(ahead, "this machine's clock"))

@@ -30,8 +30,9 @@ from fedspan.wire.unix_socket import socket_path
 
 Notify = Callable[[str], None]
 
-READY = 60.0
-"""Seconds that a process has to become ready after its start."""
+READY = 300.0
+"""Seconds that a process has to become ready after its start, on a machine that others use too. One that ends before
+is noticed at once."""
 LOADING = 600.0
 """Seconds that a region's server has to load what it needs."""
 _POLL = 0.1

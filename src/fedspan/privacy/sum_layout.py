@@ -71,9 +71,15 @@ class SumLayout:
             )
         # A weight of the loss's own: a client that does not report one must not pull the mean towards 0.
         loss_terms = (weight, weight * train_loss) if math.isfinite(train_loss) else (0.0, 0.0)
-        pieces = [torch.tensor([weight, *loss_terms], dtype=torch.float64)]
-        pieces += [_padded(tensors[key], shape, key).flatten() * weight for key, shape in wanted.items()]
-        return torch.cat(pieces)
+        vector = torch.zeros(self.num_words, dtype=torch.float64)
+        vector[:_NUM_HEADER_WORDS] = torch.tensor([weight, *loss_terms], dtype=torch.float64)
+        start = _NUM_HEADER_WORDS
+        for key, shape in wanted.items():
+            end = start + math.prod(shape)
+            _write(vector[start:end].view(shape), tensors[key], key)
+            vector[start:end].mul_(weight)
+            start = end
+        return vector
 
     def partial(self, total: Tensor, num_clients: int) -> tuple[Partial, float]:
         """Return the fold that this sum over `num_clients` clients is equivalent to, and their mean loss."""
@@ -126,20 +132,19 @@ class SumTerms:
         return hashlib.sha256(json.dumps(content).encode()).digest()
 
 
-def _padded(tensor: Tensor, shape: Shape, key: tuple[str, str]) -> Tensor:
-    """Return the tensor in float64, with zeros where a client of larger rank has more."""
-    exact = tensor.detach().to("cpu", torch.float64)
-    if tuple(exact.shape) == shape:
-        return exact
+def _write(place: Tensor, tensor: Tensor, key: tuple[str, str]) -> None:
+    """Write the tensor into its place, which stays zero where a client of larger rank has more."""
+    tensor, shape = tensor.detach(), tuple(place.shape)
+    if tuple(tensor.shape) == shape:
+        place.copy_(tensor)
+        return
     name = "/".join(filter(None, key))
     # As in a fold: factors of smaller rank are nested in larger ones; no other shape may differ.
     if (
         key[0] == ""
-        or exact.ndim != 2
+        or tensor.ndim != 2
         or len(shape) != 2
-        or any(x > y for x, y in zip(exact.shape, shape, strict=True))
+        or any(x > y for x, y in zip(tensor.shape, shape, strict=True))
     ):
-        raise FedspanError(f"{name} has shape {tuple(exact.shape)}: expected at most {shape}")
-    whole = exact.new_zeros(shape)
-    whole[: exact.shape[0], : exact.shape[1]] = exact
-    return whole
+        raise FedspanError(f"{name} has shape {tuple(tensor.shape)}: expected at most {shape}")
+    place[: tensor.shape[0], : tensor.shape[1]].copy_(tensor)

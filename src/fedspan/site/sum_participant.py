@@ -142,7 +142,7 @@ class SumParticipant:
     def mask(self, header: RoundHeader, session: str, index: int, words: Words, terms: bytes) -> Words:
         """Return one sum's vector under its masks, which are bound to the terms of the sum."""
         masked = self._of(header.run, session).mask(index, words, terms)
-        digest = hashlib.sha256(words.tobytes()).hexdigest()
+        digest = hashlib.sha256(words.data).hexdigest()
         self._masked[index] = _Masked((header.round_num, header.number), digest)
         return masked
 

@@ -97,7 +97,7 @@ def encode(head: Mapping[str, Any], outgoing: MessageTensors) -> bytes:
     """Return one message as bytes."""
     buffered, parts = outgoing.packed()
     described, buffer = packing.pack({**head, "schema": SCHEMA, "parts": parts}, buffered)
-    return b"".join((MAGIC, _LENGTH.pack(len(described)), described, buffer.numpy().tobytes()))
+    return b"".join((MAGIC, _LENGTH.pack(len(described)), described, buffer.numpy().data))
 
 
 def decode(content: bytes, kinds: Sequence[Kind] = _ALL_KINDS) -> tuple[dict[str, Any], list[Tensor]]:

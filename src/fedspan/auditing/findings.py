@@ -35,6 +35,11 @@ def percent(x: Interval) -> str:
     return f"{100 * x.value:.1f} % [{100 * x.low:.1f}, {100 * x.high:.1f}]"
 
 
+def times(count: int) -> str:
+    """Return a number of repetitions as text."""
+    return {0: "never", 1: "once"}.get(count, f"{count} times")
+
+
 def membership_finding(found: Membership, guarantee: Guarantee | None) -> Finding:
     """Return what membership inference came to."""
     question = "Can somebody with the model tell which rows it was trained on?"
@@ -131,14 +136,14 @@ def extraction_finding(found: Extraction | None, guarantee: Guarantee | None = N
             question,
             "found",
             f"Yes: {len(hits)} of {len(planted)} planted secrets {rank} so high among others as likely that chance "
-            f"does not explain it{out}. The least often planted of them was there {least} times.",
+            f"does not explain it{out}. The least often planted of them was there {times(least)}.",
             "Remove repeated rows before training (records that are copied are remembered first), train for fewer "
             f"steps, or {noise}, and audit again.",
         )
     return Finding(
         question,
         "not found",
-        f"{len(planted)} planted secrets, there up to {most} times, rank no higher than chance explains, each by "
+        f"{len(planted)} planted secrets, the most frequent there {times(most)}, rank no higher than chance explains, each by "
         f"itself and together (p = {found.p_value:.2g}).",
         "Secrets that occur more often, or another way of asking, may still be found.",
     )

@@ -143,8 +143,8 @@ def extraction_finding(found: Extraction | None, guarantee: Guarantee | None = N
     return Finding(
         question,
         "not found",
-        f"{len(planted)} planted secrets, the most frequent there {times(most)}, rank no higher than chance explains, each by "
-        f"itself and together (p = {found.p_value:.2g}).",
+        f"{len(planted)} planted secrets, the most frequent there {times(most)}, rank no higher than chance explains, "
+        f"each by itself and together (p = {found.p_value:.2g}).",
         "Secrets that occur more often, or another way of asking, may still be found.",
     )
 

@@ -67,7 +67,7 @@ def measure(arm: str, base: Path, paths: dict[str, Path], folder: Path) -> dict[
         "engine": {"workers": 1},
         "privacy": ARMS[arm],
     }
-    run = fedspan.run(config, folder / "run", quiet=True)
+    run = fedspan.run(config, folder / "minilm-sst2", quiet=True)
     dossier = fedspan.audit(run.out, canaries=paths["key"])
     files.write(dossier, folder / "audit")
     found = dossier.as_json()

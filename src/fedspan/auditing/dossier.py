@@ -57,7 +57,7 @@ class Dossier:
         """The questions and their answers."""
         return (
             findings.membership_finding(self.membership, self.guarantee),
-            findings.extraction_finding(self.extraction),
+            findings.extraction_finding(self.extraction, self.guarantee),
             findings.inversion_finding(self.inversion, self.messages_wanted),
             findings.guarantee_finding(self.guarantee, self.privacy, self.membership),
         )

@@ -35,6 +35,11 @@ def percent(x: Interval) -> str:
     return f"{100 * x.value:.1f} % [{100 * x.low:.1f}, {100 * x.high:.1f}]"
 
 
+def times(count: int) -> str:
+    """Return a number of repetitions as text."""
+    return {0: "never", 1: "once"}.get(count, f"{count} times")
+
+
 def membership_finding(found: Membership, guarantee: Guarantee | None) -> Finding:
     """Return what membership inference came to."""
     question = "Can somebody with the model tell which rows it was trained on?"
@@ -99,7 +104,7 @@ def _rate(found: Membership, place: int) -> str:
     return f"{line}, where guessing finds {limit}."
 
 
-def extraction_finding(found: Extraction | None) -> Finding:
+def extraction_finding(found: Extraction | None, guarantee: Guarantee | None = None) -> Finding:
     """Return what the extraction of canaries came to."""
     question = "Does the model keep rare texts word for word?"
     if found is None:
@@ -110,6 +115,9 @@ def extraction_finding(found: Extraction | None) -> Finding:
             "Plant some with `fedspan canaries` at a site before a trial run, and audit that run with --canaries.",
         )
     planted, hits = found.planted, found.found
+    noise = "use privacy.dp = 'example'"
+    if guarantee is not None:
+        noise = "lower ε, of which a row that is there k times has k times as much"
     written = sum(bool(x.extracted) for x in hits)
     most = max((x.repeats for x in planted), default=0)
     if found.succeeds and not hits:
@@ -119,24 +127,24 @@ def extraction_finding(found: Extraction | None) -> Finding:
             f"In part: none of {len(planted)} planted secrets by itself, but together they rank higher than chance "
             f"explains (p = {found.p_value:.2g}): the model has noticed them.",
             "Plant some more often to learn from how many repetitions on a secret is kept; train for fewer steps, or "
-            "use privacy.dp = 'example', and audit again.",
+            f"{noise}, and audit again.",
         )
     if hits:
-        least = min(x.repeats for x in hits)
+        least, rank = min(x.repeats for x in hits), "ranks" if len(hits) == 1 else "rank"
         out = f", {written} of them written out word for word when asked" if written else ""
         return Finding(
             question,
             "found",
-            f"Yes: {len(hits)} of {len(planted)} planted secrets rank so high among others as likely that chance "
-            f"does not explain it{out}. The least often planted of them was there {least} times.",
+            f"Yes: {len(hits)} of {len(planted)} planted secrets {rank} so high among others as likely that chance "
+            f"does not explain it{out}. The least often planted of them was there {times(least)}.",
             "Remove repeated rows before training (records that are copied are remembered first), train for fewer "
-            "steps, or use privacy.dp = 'example', and audit again.",
+            f"steps, or {noise}, and audit again.",
         )
     return Finding(
         question,
         "not found",
-        f"{len(planted)} planted secrets, there up to {most} times, rank no higher than chance explains, each by "
-        f"itself and together (p = {found.p_value:.2g}).",
+        f"{len(planted)} planted secrets, the most frequent there {times(most)}, rank no higher than chance explains, "
+        f"each by itself and together (p = {found.p_value:.2g}).",
         "Secrets that occur more often, or another way of asking, may still be found.",
     )
 

@@ -11,7 +11,7 @@ from fedspan.auditing import findings
 from fedspan.auditing.bounds import Guarantee, empirical_epsilon
 from fedspan.auditing.dossier import Dossier
 from fedspan.auditing.figures import forest, roc
-from fedspan.auditing.findings import interval, percent
+from fedspan.auditing.findings import interval, percent, times
 from fedspan.auditing.membership import LIMITS, Attack
 from fedspan.support.templating import environment, read
 
@@ -40,6 +40,7 @@ def render(dossier: Dossier) -> str:
             whole=found.whole,
             interval=interval,
             percent=percent,
+            times=times,
             limits=findings.LIMITS_OF_AN_AUDIT,
             signs={"found": "!", "not found": "–", "not tried": "?"},
             style=Markup(_style()),

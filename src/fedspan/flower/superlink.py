@@ -8,6 +8,7 @@ It differs from Flower's own command in this:
   log (`fedspan.flower.node_signatures`). The nodes' keys are in FOLDER, `nodes` unless given.
 * The process that starts a run's ServerApp hands it its token in a file without a name, not on its command line, which
   every account can read (`fedspan.flower.server_app_starter`).
+* A request waits longer for others that write to the database (`fedspan.flower.superlink_database`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedspan.flower import expiry, node_signatures, server_app_starter
+from fedspan.flower import expiry, node_signatures, server_app_starter, superlink_database
 from fedspan.flower.access import ANY_LOCAL_USER, GuardedUvicorn, guard
 from fedspan.flower.fleet_calls import is_fleet_call
 from fedspan.flower.node_signatures import SignedBodies
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.stderr.write(f"warning: {line}\n")
         guard(command, GuardedUvicorn(is_fleet_call, options.any_local_user, wrap), "uvicorn.run(")
         server_app_starter.take_place()
+        superlink_database.wait_for_writers()
     except FedspanError as error:
         raise SystemExit(f"error: {error}") from None
     sys.argv = ["flower-superlink", *rest]

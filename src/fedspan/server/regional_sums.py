@@ -127,9 +127,10 @@ class RegionalSums:
         by_region = {
             region: [c for c in clients if c.client_id in members] for region, members in self._regions.items()
         }
+        of_all = rank, len(clients)
         asked = MadeWhenSent(
             [region for region, group in by_region.items() if group],
-            lambda region: self._relay(question, heading, by_region[region], message, layout, rank, len(clients)),
+            lambda region: self._relay(question, heading, by_region[region], message, layout, of_all, known),
         )
         trips = _TRIPS if self._config.privacy.secure_sums else _TRIPS_IN_THE_OPEN
         deadline = GREETING + trips * self._config.deployment.deadline
@@ -152,10 +153,19 @@ class RegionalSums:
         clients: Sequence[Client],
         message: Callable[[Client], bytes],
         layout: SumLayout,
-        rank: int,
-        room: int,
+        of_all: tuple[int, int],
+        known: Mapping[str, float],
     ) -> bytes:
-        """Return the message to one region."""
+        """Return the message to one region.
+
+        Parameters
+        ----------
+        of_all
+            The largest rank and the number of the clients that are asked in all regions.
+        known
+            What each client counts for, where that is known: a site that came back with other rows, of which the
+            region's server has not known the old ones, would otherwise make the whole region's sum a wrong one.
+        """
         outgoing, places = MessageTensors(), dict[int, int]()
         described: dict[str, tuple[int, int]] = {}
         contents: list[bytes] = []
@@ -170,9 +180,10 @@ class RegionalSums:
             "kind": "relay",
             "messages": [protocol.put_bytes(outgoing, content) for content in contents],
             "clients": described,
-            "largest": rank,
+            "weights": {c.client_id: known[c.client_id] for c in clients if c.client_id in known},
+            "largest": of_all[0],
             "layout": {"dense": layout.dense, "modules": layout.modules},
-            "room": room,
+            "room": of_all[1],
         }
         return protocol.encode(head, outgoing)
 

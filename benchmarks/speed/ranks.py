@@ -5,8 +5,8 @@
 One JSON line per arm. Every arm is run at two numbers of rounds, so that the difference is the cost of a round without
 that of starting (each process imports torch, which takes seconds): CPU seconds of all processes of the command, which
 other work on the machine disturbs less than wall seconds, and both are given. The adapters of all arms must have the
-same bits: their digest is in the line. `bytes` counts what one other process is sent and sends back; `overhead` measures
-what messages, waiting and torchrun's agent cost.
+same bits: their digest is in the line. `bytes` counts what one other process is sent and sends back; `overhead`
+measures what messages, waiting and torchrun's agent cost.
 """
 
 from __future__ import annotations

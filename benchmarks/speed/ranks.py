@@ -1,11 +1,12 @@
-"""One run in one process, in two worker processes, and in 2 and 4 processes of torchrun: CPU seconds and bytes.
+"""One run in one process, in 2 and 4 worker processes, and in 2 and 4 processes of torchrun: CPU seconds and bytes.
 
     python benchmarks/speed/ranks.py [--rounds 1 6] [--arms one workers2 …] [--set KEY=VALUE …] >> ranks.jsonl
 
 One JSON line per arm. Every arm is run at two numbers of rounds, so that the difference is the cost of a round without
 that of starting (each process imports torch, which takes seconds): CPU seconds of all processes of the command, which
 other work on the machine disturbs less than wall seconds, and both are given. The adapters of all arms must have the
-same bits: their digest is in the line. `bytes` counts what one other process is sent and sends back.
+same bits: their digest is in the line. `bytes` counts what one other process is sent and sends back; `overhead`
+measures what messages, waiting and torchrun's agent cost.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def _command(arm: str, folder: str, settings: list[str]) -> list[str]:
     run = ["-m", "fedspan", "run", "--out", folder, *options]
     if arm.startswith("ranks"):
         return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", arm.removeprefix("ranks"), *run]
-    return [sys.executable, *run, "--set", f"engine.workers={2 if arm == 'workers2' else 1}"]
+    return [sys.executable, *run, "--set", f"engine.workers={arm.removeprefix('workers') if arm != 'one' else 1}"]
 
 
 def _used() -> float:
@@ -117,17 +118,73 @@ def _bytes(rounds: int, settings: list[str]) -> dict[str, Any]:
     }
 
 
+def _talk(rank: int, port: int, results: Any) -> None:
+    """Send a message of 0.53 MB to and fro with 0.43 MB, then wait for one more."""
+    import torch
+    import torch.distributed as dist
+
+    from fedspan.distributed.channel import RankChannel
+    from fedspan.wire import packing
+
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    channel: Any = RankChannel(1 - rank)
+    for count in (5, 200):  # the first ones warm up
+        used = time.process_time()
+        for _ in range(count):
+            if rank == 0:
+                packing.send(channel, {}, [torch.zeros(132_000)])
+            packing.receive(channel)
+            if rank == 1:
+                packing.send(channel, {}, [torch.zeros(108_000)])
+    exchanged = (time.process_time() - used) / 200
+    used, began = time.process_time(), time.perf_counter()
+    if rank == 0:
+        time.sleep(10)
+        packing.send(channel, {}, [])
+    else:
+        packing.receive(channel)
+    results.put((rank, exchanged, (time.process_time() - used) / (time.perf_counter() - began)))
+
+
+def _overhead() -> dict[str, Any]:
+    """Return what processes cost beside their work: messages, waiting for one, and torchrun's agent."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    pair = [context.Process(target=_talk, args=(rank, 29871, results)) for rank in (0, 1)]
+    for process in pair:
+        process.start()
+    found = sorted(results.get() for _ in pair)
+    agents = []
+    for seconds in (2, 42):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--no-python"]
+        used, began = _used(), time.perf_counter()
+        subprocess.run([*command, "sleep", str(seconds)], check=True, capture_output=True)
+        agents.append((_used() - used, time.perf_counter() - began))
+    (short, short_wall), (long, long_wall) = agents
+    return {
+        "cpu_seconds_a_message_and_answer": round(sum(exchanged for _, exchanged, _ in found), 5),
+        "cpu_seconds_in_a_second_of_waiting": round(found[1][2], 5),
+        "cpu_seconds_of_the_agent_in_a_second": round((long - short) / (long_wall - short_wall), 5),
+    }
+
+
 def main() -> None:
     """Measure the arms."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, nargs=2, default=[1, 6])
-    parser.add_argument("--arms", nargs="+", default=["one", "workers2", "ranks2", "ranks4", "bytes"])
+    parser.add_argument(
+        "--arms", nargs="+", default=["one", "workers2", "ranks2", "workers4", "ranks4", "bytes", "overhead"]
+    )
     parser.add_argument("--set", nargs="*", default=[])
     given = parser.parse_args()
     for arm in given.arms:
         line: dict[str, Any] = {"arm": arm, "settings": given.set}
         if arm == "bytes":
             line |= _bytes(given.rounds[1], given.set)
+        elif arm == "overhead":
+            line |= _overhead()
         else:
             short, long = (_measured(arm, rounds, given.set) for rounds in given.rounds)
             between = long["rounds"] - short["rounds"]

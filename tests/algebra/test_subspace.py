@@ -124,6 +124,27 @@ def test_well_conditioned_spans_cost_no_decomposition(monkeypatch: pytest.Monkey
         taken.clear()
 
 
+@pytest.mark.parametrize("worst", [1e3, 1e4, 1e5])
+@pytest.mark.parametrize("max_rank", [None, 2])
+def test_a_span_of_many_rows_is_that_of_float64_to_the_rounding_of_float32(worst: float, max_rank: int | None) -> None:
+    """On both sides of the bounds up to which B·Z is multiplied in float32; Grams that are known change no bit."""
+    rng = np.random.default_rng(2)
+    terms = []
+    for _ in range(3):
+        turn = orthonormal(rng, 6, 6) * np.r_[np.ones(5), worst**-0.5] @ orthonormal(rng, 6, 6)
+        terms.append(LowRank(tensor(rng.standard_normal((1500, 6)) @ turn).float(), torch.randn(6, 40)))
+    grams = [(x.b.mT @ x.b, x.a @ x.a.mT) for x in terms]
+    spans = subspace.column_spans(terms, max_rank)
+    for x, span, known in zip(terms, spans, subspace.column_spans(terms, max_rank, grams), strict=True):
+        product = x.b.double().numpy() @ x.a.double().numpy()
+        left = np.linalg.svd(product, full_matrices=False)[0][:, : max_rank or 6]
+        q = span.basis.double().numpy()
+        np.testing.assert_allclose(q.T @ q, np.eye(q.shape[1]), atol=1e-5)
+        assert np.linalg.norm(q - left @ (left.T @ q)) < 1e-5
+        assert torch.equal(span.b, known.b)
+        assert torch.equal(span.z, known.z)
+
+
 @laws
 @given(seed=seeds, m=st.integers(6, 20), clients=st.integers(1, 5), rank=st.integers(1, 12))
 def test_consensus_is_the_top_of_the_dense_projector_sum(seed: int, m: int, clients: int, rank: int) -> None:

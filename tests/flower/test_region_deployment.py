@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from fedspan.cli.flower import app
@@ -88,6 +89,31 @@ def test_no_two_processes_of_one_machine_share_a_port(made: Path) -> None:
     ports = [port for plan in plans for port in (plan.port, plan.superlink_port)]
     ports += [site.runtime_port for plan in plans for site in plan.sites]
     assert len(ports) == len(set(ports)) == 3 * 2 + 2 + 4
+
+
+def test_compose_files_of_every_machine_hold_together(made: Path) -> None:
+    """What a region's services run and mount is there, their ports are its proxy's, and the way up leads above."""
+    for number, name in enumerate(("north", "south"), 1):
+        region = made / "regions" / name
+        services = yaml.safe_load((region / "compose.yml").read_text())["services"]
+        assert set(services) == {"superlink", "proxy", "register", "serve", "uplink"}
+        port = 8443 + 2 * number
+        assert [s["ports"] for s in services.values() if "ports" in s] == [[f"{port}:{port}"]]
+        for service in services.values():
+            mounted = dict(volume.split(":")[1::-1] for volume in service["volumes"])
+            inside = region / mounted[service["working_dir"]]
+            script = (service.get("entrypoint") or service["command"])[0]
+            assert (inside / script).stat().st_mode & 0o100
+            assert all((region / host).exists() for host in mounted.values())
+            assert set(service.get("depends_on", ())) <= set(services)
+            assert "build" not in service or (region / service["build"] / "Dockerfile").exists()
+        app, up = services["superlink"], services["uplink"]
+        assert "./uplink:/region/uplink" in set(app["volumes"]) & set(up["volumes"]), "they share a socket"
+        assert app["user"] == up["user"], "whose other end each of them checks"
+        assert up["environment"] == {"FEDSPAN_SERVER": "${FEDSPAN_SERVER:-top.example.org:8443}"}
+        assert f"listen 0.0.0.0:{port} ssl;" in (region / "server/container/listen.conf").read_text()
+    assert (made / "server/compose.yml").exists()
+    assert (made / "regions/north/sites/mayo/compose.yml").exists()
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,11 @@ from test_spectral import held
 
 from fedspan.algebra import lowrank
 from fedspan.algebra.lowrank import LowRank
+from fedspan.bench.server_suite import draw_factors
+from fedspan.methods.base import aggregate
+from fedspan.methods.glora import glora
 from fedspan.methods.glora_sums import glora_sums
-from fedspan.methods.messages import Factors
+from fedspan.methods.messages import Factors, Template, Update
 
 PAIRS = [
     case
@@ -42,6 +45,23 @@ def test_a_gauge_of_condition_2000_costs_no_accuracy(case: Case) -> None:
         fed = build(case.make(), 1, FEW["shapes"], ranks, FEW["counts"], server_rank=server_rank, dtype=torch.float32)
         fed = ill(fed, condition, 2)
         assert_same(received(fed, served(fed)[0]), fed.ideal, 1e-5)
+
+
+@pytest.mark.parametrize("condition", [1.0, 2.0, 30.0])
+def test_a_large_layer_of_ill_conditioned_clients_is_that_of_float64(condition: float) -> None:
+    """In sums over 13 clients of 1,100 rows, whose B have a condition of about 80 before any gauge: on both sides of
+    the bound up to which a basis is multiplied in float32."""
+    rng = np.random.default_rng(9)
+    method = glora(algebra="randomized")
+    state = method.init(Template({"layer0": (1100, 1100)}, 16, alpha=16.0), {})
+    single, double = [], []
+    for k, f in enumerate(draw_factors(1100, 16, 13, torch.device("cpu"))):
+        g = gauge(rng, 16, condition)
+        b, a = torch.from_numpy(array(f.b) @ g).float(), torch.from_numpy(np.linalg.solve(g, array(f.a))).float()
+        single.append(Update(f"client{k:02d}", k + 1.0, {"layer0": Factors(b, a, f.scaling)}, {}))
+        double.append(replace(single[-1], modules={"layer0": Factors(b.double(), a.double(), f.scaling)}))
+    found, exact = (held(aggregate(method, state, updates)[0])["layer0"] for updates in (single, double))
+    assert np.linalg.norm(found - exact) < 1e-5 * np.linalg.norm(exact)
 
 
 def product(x: LowRank) -> Array:

@@ -15,7 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,6 +93,10 @@ CANCELS = 16.0
 """The `term_size` of a product, in units of its norm, from which its factors are re-factored."""
 
 
+Grams = tuple[Tensor, Tensor]
+"""BᵀB and A Aᵀ (r, r) of a pair, multiplied in its own precision."""
+
+
 def uncancelled(x: LowRank) -> LowRank:
     """Return the same product in factors whose terms b_j a_j do not cancel; x itself where they hardly do.
 
@@ -99,17 +105,61 @@ def uncancelled(x: LowRank) -> LowRank:
     A pair of ordinary condition is told from its r×r Gram matrices and keeps its bits. Expects factors near ordinary
     size (`normalised`).
     """
-    b, a = promote(x.b), promote(x.a)
-    if b.dtype == torch.float64:
+    if promote(x.b).dtype == torch.float64:
         return x
-    # In numpy, whose calls on so few numbers cost a tenth of torch's.
-    left, right = (gram.detach().cpu().numpy() for gram in (b.mT @ b, a @ a.mT))
+    return x if _hardly_cancels(*_in_numpy(_grams(x))) else _refactored(x)
+
+
+def prepared(x: LowRank) -> tuple[LowRank, int, Grams | None]:
+    """Return `uncancelled` of `normalised`, e with B·A = 2^e B'·A', and the Gram matrices of B' and A' where it made
+    them: each factor is read once where it is at ordinary size as it is."""
+    if promote(x.b).dtype == torch.float64:
+        return *normalised(x), None
+    grams, e = _grams(x), 0
+    left, right = _in_numpy(grams)
+    if not (_at_ordinary_size(left, x.shape[0]) and _at_ordinary_size(right, x.shape[1])):
+        x, e = normalised(x)
+        grams = _grams(x)
+        left, right = _in_numpy(grams)
+    return (x, e, grams) if _hardly_cancels(left, right) else (_refactored(x), e, None)
+
+
+_Numbers = np.ndarray[Any, np.dtype[Any]]
+
+
+def _grams(x: LowRank) -> Grams:
+    b, a = promote(x.b), promote(x.a)
+    return b.mT @ b, a @ a.mT
+
+
+def _in_numpy(grams: Grams) -> tuple[_Numbers, _Numbers]:
+    """Return the same numbers for numpy, whose calls on so few cost a tenth of torch's."""
+    left, right = (gram.detach().cpu().numpy() for gram in grams)
+    return left, right
+
+
+def _hardly_cancels(left: _Numbers, right: _Numbers) -> bool:
     terms, size = left.diagonal() @ right.diagonal(), (left * right).sum()  # ‖·‖²; the second may round below 0
     # Not <=, or a product of zeros would be re-factored; a NaN stays as it is, too.
-    if not size * CANCELS**2 < terms:
-        return x
+    return not size * CANCELS**2 < terms
+
+
+def _refactored(x: LowRank) -> LowRank:
+    b, a = promote(x.b), promote(x.a)
     q, r = torch.linalg.qr(b.double())
     return LowRank(q.to(b), (r @ a.double()).to(a))
+
+
+def _at_ordinary_size(gram: _Numbers, length: int) -> bool:
+    """Return whether the longest column of a factor proves that `normalised` leaves it as it is; a NaN proves nothing.
+
+    Parameters
+    ----------
+    length
+        Of the columns: the largest entry is at least the longest column over its root, and at most the column.
+    """
+    longest = gram.diagonal().max(initial=0.0) ** 0.5
+    return bool(1.01 * 2.0 ** (-scales.WINDOW - 1) * length**0.5 <= longest <= 0.99 * 2.0**scales.WINDOW)
 
 
 def collected(x: LowRank) -> LowRank:

@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from fedspan.algebra import lowrank
-from fedspan.algebra.lowrank import LowRank
+from fedspan.algebra.lowrank import Grams, LowRank
 
 _WORST, _WORST_WIDER = 1e2, 1e6
 """The largest ‖G⁻¹‖ of a Gram matrix with unit diagonal that is whitened, in the factors' own precision and in float64
 for float32 factors. Rounding of G changes projector and basis by about ‖G⁻¹‖·eps."""
-_WORST_FACTORED = 3e3
+_WORST_FACTORED, _WORST_FACTORED_LARGE = 3e3, 2e4
 """The largest ‖G⁻¹‖ of a B for which B·Z is multiplied in the factors' own precision, where columns that nearly cancel
-round as their terms do, by ‖G⁻¹‖^½·eps."""
+round as their terms do, by ‖G⁻¹‖^½·eps: 3e-6, and 8e-6 of a B of many rows, whose B·Z in float64 would be the most
+expensive part of a server step."""
+_LARGE = 1024
+"""Rows from which a B has many. One client's, not a batch's: a basis must not depend on who else is in the batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,9 @@ def accurate_basis(x: LowRank, max_rank: int | None = None) -> Tensor:
     return f.u[:, : keep if max_rank is None else min(keep, max_rank)]
 
 
-def column_spans(terms: Sequence[LowRank], max_rank: int | None = None) -> list[Span]:
+def column_spans(
+    terms: Sequence[LowRank], max_rank: int | None = None, grams: Sequence[Grams | None] = ()
+) -> list[Span]:
     """Return the column spaces of many products, of any shapes, as `column_basis` does but without a QR of each.
 
     Where B and A, columns and rows scaled to length 1, are far from dependent, Cholesky factors of their r×r Gram
@@ -75,15 +80,31 @@ def column_spans(terms: Sequence[LowRank], max_rank: int | None = None) -> list[
     product then has full rank for certain, and B·Z spans it. Grams that are too ill-conditioned or too small or large
     for float32 are made again in float64, B·Z too, and products that are so there, or near rank deficiency, take the
     QR.
+
+    Parameters
+    ----------
+    max_rank
+        As for `column_basis`.
+    grams
+        The terms' Gram matrices in their own precision, where they are known; none: of no term.
     """
     spans: dict[int, Span] = {}
+    known = {i: pair for i, pair in enumerate(grams) if pair is not None}
+    left, right = ({i: pair[side].double() for i, pair in known.items()} for side in (0, 1))
     for dtype in (None, torch.float64):
         groups: dict[object, list[int]] = {}
         for i, x in enumerate(terms):
             if i not in spans and x.rank and lowrank.promote(x.b).dtype != dtype:
-                groups.setdefault((x.rank, x.b.dtype, x.b.device), []).append(i)
+                groups.setdefault((x.rank, x.shape[0] >= _LARGE, x.b.dtype, x.b.device), []).append(i)
+        accurate: dict[int, Tensor] = {}
         for members in groups.values():
-            spans |= _whitened(terms, members, dtype, max_rank)
+            kind = dtype or lowrank.promote(terms[members[0]].b).dtype
+            grams_b = torch.stack([left[i] if i in left else _gram(terms[i].b, kind) for i in members])
+            grams_a = torch.stack([right[i] if i in right else _gram(terms[i].a.mT, kind) for i in members])
+            found, enough = _whitened([terms[i] for i in members], grams_b, grams_a, max_rank, dtype is None)
+            spans |= {i: span for i, span in zip(members, found, strict=True) if span is not None}
+            accurate |= {i: gram for i, gram, is_so in zip(members, grams_a, enough, strict=True) if is_so}
+        left, right = {}, accurate
     for i, x in enumerate(terms):
         if i not in spans:
             spans[i] = _spanned(column_basis(x, max_rank))
@@ -91,27 +112,35 @@ def column_spans(terms: Sequence[LowRank], max_rank: int | None = None) -> list[
 
 
 def _whitened(
-    terms: Sequence[LowRank], members: Sequence[int], dtype: torch.dtype | None, max_rank: int | None
-) -> dict[int, Span]:
-    """Return the spans of those members, all of one rank and type, for which Grams in that precision are accurate."""
-    kind = torch.promote_types(terms[members[0]].b.dtype, torch.float32)
-    grams_b = _grams([terms[i].b for i in members], dtype or kind)
-    grams_a = _grams([terms[i].a.mT for i in members], dtype or kind)
-    limit = _WORST if dtype is None else _WORST_WIDER
-    z, safe, worst_b, size_b, size_a = whitened(grams_b, grams_a, torch.finfo(kind).eps, limit, max_rank)
-    if dtype is None:
+    terms: Sequence[LowRank], grams_b: Tensor, grams_a: Tensor, max_rank: int | None, as_they_are: bool
+) -> tuple[list[Span | None], list[bool]]:
+    """Return the spans of terms of one rank and type for which these Grams are accurate, and None of the others.
+
+    Returns
+    -------
+    tuple[list[Span | None], list[bool]]
+        The spans, and of which terms A Aᵀ need not be made again in float64.
+    """
+    first = terms[0]
+    kind = torch.promote_types(first.b.dtype, torch.float32)
+    limit = _WORST if as_they_are else _WORST_WIDER
+    z, safe, worst_b, worst_a, size_b, size_a = whitened(grams_b, grams_a, torch.finfo(kind).eps, limit, max_rank)
+    if as_they_are:
         safe &= _ordinary(size_b) & _ordinary(size_a)
-    plain = _ordinary(size_b) & (worst_b < _WORST_FACTORED)
-    return {
-        i: Span(terms[i].b, basis.to(kind)) if factored else _spanned((terms[i].b.double() @ basis).to(kind))
-        for i, basis, ok, factored in zip(members, z, safe.tolist(), plain.tolist(), strict=True)
-        if ok
-    }
+    # A Aᵀ bounds a smallest singular value, and enters a basis only where directions are cut.
+    whole = max_rank is None or max_rank >= first.rank
+    enough = (worst_a < _WORST) & _ordinary(size_a) & whole
+    factored = _ordinary(size_b) & (worst_b < (_WORST_FACTORED_LARGE if first.shape[0] >= _LARGE else _WORST_FACTORED))
+    spans = [
+        None if not ok else Span(x.b, own.to(kind)) if plain else _spanned((x.b.double() @ own).to(kind))
+        for x, own, ok, plain in zip(terms, z, safe.tolist(), factored.tolist(), strict=True)
+    ]
+    return spans, enough.tolist()
 
 
 def whitened(
     grams_b: Tensor, grams_a: Tensor, eps: float, limit: float = _WORST_WIDER, max_rank: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return Z (k, r, q) with B·Z an orthonormal basis of col(B·A), where it is safe, by Gram matrices (k, r, r).
 
     Parameters
@@ -126,8 +155,8 @@ def whitened(
     Returns
     -------
     tuple[Tensor, ...]
-        Z; the mask (k,) of the products of full rank for which it is accurate; ‖G⁻¹‖ of B; the lengths (k, r) of the
-        columns of B and of the rows of A.
+        Z; the mask (k,) of the products of full rank for which it is accurate; ‖G⁻¹‖ of B and of A; the lengths (k, r)
+        of the columns of B and of the rows of A.
     """
     left, z, worst_b, size_b = _triangle(grams_b)
     right, _, worst_a, size_a = _triangle(grams_a)
@@ -140,7 +169,7 @@ def whitened(
     if max_rank is not None and max_rank < z.shape[2]:
         cores = torch.where(safe[:, None, None], left @ right.mT, torch.zeros_like(left))
         z = (z @ torch.linalg.svd(cores)[0])[:, :, :max_rank]
-    return z, safe, worst_b, size_b, size_a
+    return z, safe, worst_b, worst_a, size_b, size_a
 
 
 def _spanned(q: Tensor) -> Span:
@@ -156,9 +185,10 @@ def _ordinary(lengths: Tensor) -> Tensor:
     return ((lengths > _LEAST) & (lengths < _MOST)).all(dim=1)
 
 
-def _grams(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Return XᵀX (k, r, r) of factors (·, r), multiplied in that precision."""
-    return torch.stack([x.mT @ x for x in (factor.to(dtype) for factor in factors)]).double()
+def _gram(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return XᵀX (r, r) in float64 of a factor (·, r), multiplied in that precision."""
+    x = factor.to(dtype)
+    return (x.mT @ x).double()
 
 
 def _triangle(grams: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -160,6 +160,8 @@ def _files(plan: TreePlan, config: Config) -> Iterator[File]:
             if path not in _NOT_OF_REGION:
                 yield f"regions/{region}/{path}", _for_region(path, content), mode
         yield f"regions/{region}/server/serve.sh", deployment.fill("serve.sh", {}), 0o755
+        containers = {"PORT": str(below.port), "ABOVE": plan.above.server}
+        yield f"regions/{region}/compose.yml", deployment.fill("compose.region.yml", containers), 0o644
         record = {"region": region, "uplink": "../uplink"}
         yield f"regions/{region}/server/{REGION}", (json.dumps(record, indent=2) + "\n").encode(), 0o644
     num_regions = "one region" if len(plan.regions) == 1 else f"{len(plan.regions)} regions"

@@ -70,6 +70,8 @@ class Contribution:
     rest: LowRank | None = None
     """The same object for all the clients that share it, so that linear queries multiply by it once."""
     rest_scaling: float = 1.0
+    grams: lowrank.Grams | None = None
+    """Those of `own`, where they are known."""
 
     def whole(self) -> LowRank:
         """Return X_k as one pair, but for a positive factor, which changes none of its spaces."""
@@ -97,9 +99,8 @@ ContributionOf = Callable[[Update, str], Contribution]
 def own_contribution(update: Update, module: str) -> Contribution:
     """Return X_k = s_k B_k A_k, as it came."""
     f = update.factors(module)
-    pair, e = lowrank.normalised(LowRank(f.b, f.a))
-    pair = lowrank.uncancelled(pair)
-    return Contribution(pair, math.ldexp(f.scaling, e))
+    pair, e, grams = lowrank.prepared(LowRank(f.b, f.a))
+    return Contribution(pair, math.ldexp(f.scaling, e), grams=grams)
 
 
 def partial_sums(
@@ -186,9 +187,11 @@ class Sums:
     def _spans(self, kind: str, vote: int | None) -> list[Span]:
         if (kind, vote) not in self.spans:
             pairs = [x.whole() for x in self.contributions]
+            grams = [x.grams if x.rest is None else None for x in self.contributions]
             if kind == "rows":
                 pairs = [x.transposed() for x in pairs]
-            self.spans[kind, vote] = column_spans(pairs, vote)
+                grams = [known and known[::-1] for known in grams]
+            self.spans[kind, vote] = column_spans(pairs, vote, grams)
         return self.spans[kind, vote]
 
 

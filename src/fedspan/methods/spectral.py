@@ -343,10 +343,13 @@ def leading(x: Tensor, y: Tensor) -> Leading:
     x, y
         (m, l), X with orthonormal columns.
     """
-    q, s, _ = torch.linalg.svd(y.double(), full_matrices=False)
-    rank = int(lowrank.above_rounding(s, eps=torch.finfo(y.dtype).eps).sum())
-    if rank == x.shape[1]:
+    eps = torch.finfo(y.dtype).eps
+    # Most often Y has as many directions as columns, which its triangular factor tells at a fraction of an SVD's cost.
+    values = torch.linalg.svdvals(torch.linalg.qr(y.double(), mode="r")[1])
+    if bool(lowrank.above_rounding(values, eps=eps).all()):
         return _nystrom(x, y)
+    q, s, _ = torch.linalg.svd(y.double(), full_matrices=False)
+    rank = int(lowrank.above_rounding(s, eps=eps).sum())
     q = q[:, :rank]
     # Not lstsq, whose bits differ from call to call.
     held, triangle = torch.linalg.qr(x.mT.double() @ q)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedspan.config import Config
 from fedspan.federation import requirements
 from fedspan.federation.clients import Client
+from fedspan.regions.kept_answer import KeptAnswer, fingerprint
 from fedspan.regions.relayed_question import RelayedQuestion
 from fedspan.regions.sums_of_run import SumsOfRun
 from fedspan.server.regional_sums import GREETING
@@ -94,6 +95,7 @@ class RegionalServer:
         self._notify = self._registry.notify
         self._requests = Requests(self._registry)
         self._sums: SumsOfRun | None = None
+        self._kept: KeptAnswer | None = None
         self._log: SiteLog | None = None
         if uplink is not None:
             own = SiteSettings(config, name, trusted=trusted)
@@ -157,35 +159,45 @@ class RegionalServer:
         asked = RelayedQuestion.read(message, tensors)
         if strange := sorted(asked.messages.keys() - set(self._clients)):
             raise Refused(f"a question to {', '.join(strange[:3])}, which {self.name} has not: deployment.regions")
-        if self._sums is None or self._sums.run != asked.run:
-            self._registry.run = asked.run
-            self._sums = SumsOfRun(
-                asked.run,
-                self._config,
-                len(self._clients),
-                self._requests,
-                self._folder,
-                self._trusted,
-                self._notify,
-            )
+        mark = fingerprint(message, asked.contents)
+        if self._kept is not None and self._kept.question == mark:
+            self._notify(f"round {message['round'] + 1}: the same question once more, which has the same answer")
+            return {**self._kept.fields, "words": outgoing.put(self._kept.words)}
+        self._kept = None
+        words, fields = self._answer_to(asked)
+        if words is None:
+            return fields
+        if not fields["relayed"]["problems"]:  # whoever was absent is asked again, with the question
+            self._kept = KeptAnswer(mark, fields, words)
+        return {**fields, "words": outgoing.put(words)}
+
+    def _answer_to(self, asked: RelayedQuestion) -> tuple[Tensor | None, Fields]:
+        """Ask the sites, and return their sum as it travels with the other fields of the answer."""
         began = self._registry.transport.now()
         # A site that came back as another node is a member still, under the node that it had.
         if len(self._reachable(asked)) < len(asked.messages):
             self._registry.greet()
-        fields: Fields = {}
-        answers, problems = self._summed(asked, self._sums, outgoing, fields)
-        fields["seconds"] = self._registry.transport.now() - began
+        words, answers, problems = self._summed(asked, self._sums_of(asked.run))
         described = {who: (p.reason, p.absent) for who, p in problems.items()}
-        return {**fields, "relayed": {"answers": answers, "problems": described}}
+        seconds = self._registry.transport.now() - began
+        return words, {"seconds": seconds, "relayed": {"answers": answers, "problems": described}}
+
+    def _sums_of(self, run: str) -> SumsOfRun:
+        if self._sums is None or self._sums.run != run:
+            self._registry.run = run
+            self._sums = SumsOfRun(
+                run, self._config, len(self._clients), self._requests, self._folder, self._trusted, self._notify
+            )
+        return self._sums
 
     def _reachable(self, asked: RelayedQuestion) -> list[Client]:
         members = self._own_members()
         return self._registry.reachable([members[who].client for who in asked.messages if who in members])
 
     def _summed(
-        self, asked: RelayedQuestion, sums: SumsOfRun, outgoing: MessageTensors, fields: Fields
-    ) -> tuple[dict[str, tuple[float, int]], dict[str, Problem]]:
-        """Put the sum into the answer; return who is in it, and the problems of the others.
+        self, asked: RelayedQuestion, sums: SumsOfRun
+    ) -> tuple[Tensor | None, dict[str, tuple[float, int]], dict[str, Problem]]:
+        """Return the sum as it travels, who is in it, and the problems of the others.
 
         Where there is no sum, such as one of too few sites, nobody is in it, and each has the reason for its problem.
         """
@@ -201,10 +213,9 @@ class RegionalServer:
                 problems |= {c.client_id: collector.problems.get(c.client_id, NOT_CONNECTED) for c in ready}
         except FedspanError as error:
             self._notify(f"round {asked.question.round_num + 1}: no sum of the region {self.name}: {one_line(error)}")
-            return {}, {**{c.client_id: Problem(str(error)) for c in ready}, **problems}
-        if total is not None and answers:
-            fields["words"] = outgoing.put(sums.tensor_of(total))
-        return answers, {who: problem for who, problem in problems.items() if who not in answers}
+            return None, {}, {**{c.client_id: Problem(str(error)) for c in ready}, **problems}
+        words = sums.tensor_of(total) if total is not None and answers else None
+        return words, answers, {who: problem for who, problem in problems.items() if who not in answers}
 
     def _collected(
         self, asked: RelayedQuestion, ids: Sequence[str], collector: SumCollector

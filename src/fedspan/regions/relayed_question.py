@@ -35,8 +35,12 @@ class RelayedQuestion:
     """The largest rank of the clients that are asked in all regions."""
     room: int
     """Number of clients that are asked in all regions."""
+    weights: Mapping[str, float]
+    """What those clients count for whose weight the server above knows: with another one they are not in the sum."""
+    contents: Sequence[bytes]
+    """The messages for sites, as they came: without `counted` and the sum."""
     messages: Mapping[str, bytes]
-    """By client, as it came: without `counted` and the sum."""
+    """The same by client."""
 
     @classmethod
     def read(cls, message: Mapping[str, Any], tensors: Sequence[Tensor]) -> RelayedQuestion:
@@ -68,7 +72,8 @@ class RelayedQuestion:
             message["keep"],
             counted,
         )
-        return cls(question, heading, _layout(message["layout"]), message["largest"], message["room"], messages)
+        layout, weights = _layout(message["layout"]), message["weights"]
+        return cls(question, heading, layout, message["largest"], message["room"], weights, contents, messages)
 
     @property
     def run(self) -> str:

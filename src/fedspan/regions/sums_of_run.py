@@ -18,7 +18,7 @@ from fedspan.server.key_exchange import RunTerms
 from fedspan.server.masked_sums import MaskedSums
 from fedspan.server.requests import Requests
 from fedspan.server.roster_plan import RosterPlan
-from fedspan.server.sums import PlainSum, SumCollector, known_weights
+from fedspan.server.sums import PlainSum, SumCollector
 
 
 class SumsOfRun:
@@ -67,9 +67,8 @@ class SumsOfRun:
         if self._masked is not None:
             masked = self._masked[evaluation]
             return masked.begin(asked.question, asked.heading, ready, asked.layout, asked.largest)
-        weights = {c.client_id: 1.0 for c in ready} if evaluation else known_weights(self._config, ready)
         point = FixedPoint(self._config.privacy.fraction_bits)
-        return PlainSum(asked.layout.num_words, point, asked.room, weights)
+        return PlainSum(asked.layout.num_words, point, asked.room, asked.weights)
 
     @staticmethod
     def tensor_of(total: Words) -> Tensor:

@@ -108,8 +108,15 @@ class RegionalQuestion:
     weights: Mapping[str, float] | None = None
     """Client -> what it must count for; None: as the settings say."""
 
-    def relayed(self, clients: Sequence[Client]) -> bytes:
-        """Return the message to one region, of which these are the clients."""
+    def relayed(self, clients: Sequence[Client], known: Mapping[str, float]) -> bytes:
+        """Return the message to one region, of which these are the clients.
+
+        Parameters
+        ----------
+        known
+            What each client counts for, where that is known: a site that came back with other rows, of which the
+            region's server has not known the old ones, would otherwise make the whole region's sum a wrong one.
+        """
         outgoing, places = MessageTensors(), dict[int, int]()
         described: dict[str, tuple[int, int]] = {}
         contents: list[bytes] = []
@@ -124,6 +131,7 @@ class RegionalQuestion:
             "kind": "relay",
             "messages": [protocol.put_bytes(outgoing, content) for content in contents],
             "clients": described,
+            "weights": {c.client_id: known[c.client_id] for c in clients if c.client_id in known},
             "largest": self.rank,
             "layout": {"dense": self.layout.dense, "modules": self.layout.modules},
             "room": len(self.clients),
@@ -148,7 +156,8 @@ class RegionalSums:
             region: [c for c in clients if c.client_id in members] for region, members in self._regions.items()
         }
         messages = MadeWhenSent(
-            [region for region, group in by_region.items() if group], lambda region: asked.relayed(by_region[region])
+            [region for region, group in by_region.items() if group],
+            lambda region: asked.relayed(by_region[region], known),
         )
         trips = _TRIPS if self._config.privacy.secure_sums else _TRIPS_IN_THE_OPEN
         deadline = GREETING + trips * self._config.deployment.deadline

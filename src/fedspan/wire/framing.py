@@ -24,7 +24,7 @@ from fedspan.wire import packing
 from fedspan.wire.envelope import opened
 from fedspan.wire.precision import Kind, pack, unpack
 
-SCHEMA = 5
+SCHEMA = 6
 MAGIC = b"FSPN"
 _LENGTH = struct.Struct(">I")
 _MAX_HEAD_BYTES = 2**25

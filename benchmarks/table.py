@@ -44,7 +44,7 @@ CUT = """\
 * `claims-superni` and `claims-mri`: Super-NaturalInstructions and brain MRI, on bases of a few million parameters.
 * Dir(0.1), and ranks drawn from a normal or a uniform distribution.
 * Example-level privacy: at FedSVD's clip and noise nothing is learnt on these bases ([README.md](README.md))."""
-"""What the suites ask for and no committed run answers."""
+"""Questions of the suites that no committed run answers."""
 
 
 def main() -> None:

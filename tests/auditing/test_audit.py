@@ -122,7 +122,7 @@ MASKS = 30
 
 
 def masked_messages(run: Path) -> tuple[Source, FirstRound, Client, list[Message]]:
-    """What the server sees of the first site's message under masks that are drawn anew each time."""
+    """The server's view of the first site's message under masks that are drawn anew each time."""
     source = find_source(run, [], [], [], None, 2000)
     assert source.work is not None
     first, client = FirstRound.of(source.subject.trained, source.work), source.work.clients[0]

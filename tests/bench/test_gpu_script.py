@@ -1,4 +1,4 @@
-"""What the GPU script measures of a server's step can be measured, and the script measures all of its parts."""
+"""The GPU script measures all of its parts, and a server's step on a CPU too."""
 
 from __future__ import annotations
 

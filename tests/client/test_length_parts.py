@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from local_training import LOCAL, start_of, tasks, tensors, texts
 
-from fedspan.client import length_parts
+from fedspan.client import cohort, length_parts
 from fedspan.client.length_parts import parts, worth_a_part
 from fedspan.client.training import Assignment, LocalResult, TrainingSettings, gradient, train
 from fedspan.config import EngineConfig
@@ -30,6 +30,25 @@ STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 def tokens_of(cut: list[list[int]], lengths: list[int]) -> int:
     return sum(len(part) * max(lengths[i] for i in part) for part in cut)
+
+
+@pytest.mark.parametrize("still", [True, False])
+def test_every_engine_trains_alike(bases: dict[str, Path], texts: Encoded, always: None, still: bool) -> None:
+    """With dropout too: above the bound a client that is trained alone draws the masks that it has in a cohort."""
+    model = tiny.load(bases["bert"], "classification", base_dropout=not still)
+    work = [Assignment(f"client-{k}", tiny.broadcast(model), np.arange(8 * k, 8 * k + 8), 2, 1.0) for k in range(2)]
+    local = LOCAL.model_copy(update={"optimizer": "sgd", "learning_rate": 0.1})
+    together, alone = (
+        cohort.work(model, texts, work, TrainingSettings(local=local, engine=EngineConfig(name=name)), 0)
+        if name == "cohort"
+        else [
+            cohort.work(model, texts, [one], TrainingSettings(local=local, engine=EngineConfig(name=name)), 0)[0]
+            for one in work
+        ]
+        for name in ("cohort", "sequential")
+    )
+    for one, other in zip(together, alone, strict=True):
+        close(one, other, work[0].broadcast)
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.floats(0.5, 200))
@@ -132,8 +151,9 @@ def test_a_gradient_in_parts_is_the_gradient(bases: dict[str, Path], tasks: Enco
 
 
 def test_some_batches_stay_whole(bases: dict[str, Path], texts: Encoded, always: None) -> None:
-    """Of models that mix rows or positions, compiled ones, and on other devices."""
-    model = tiny.load(bases["bert"], "classification")
+    """Of models that mix rows or positions or drop at random, compiled ones, and on other devices."""
+    assert worth_a_part(tiny.load(bases["bert"], "classification"), texts, 4) is None  # it has dropout
+    model = tiny.load(bases["bert"], "classification", base_dropout=False)
     assert worth_a_part(model, texts, 4) == 2
     for name, value in {"padding_matters": True, "experts": ("some",), "device": torch.device("meta")}.items():
         with pytest.MonkeyPatch.context() as patch:
@@ -146,8 +166,8 @@ def test_some_batches_stay_whole(bases: dict[str, Path], texts: Encoded, always:
 def test_what_shares_a_pass_stays_whole(
     bases: dict[str, Path], texts: Encoded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same bound as the cohort's: a client's dropout does not depend on its company."""
-    model = tiny.load(bases["bert"], "classification")
+    """The same bound as that of the engine that is chosen."""
+    model = tiny.load(bases["bert"], "classification", base_dropout=False)
     size = 4 * int(texts.lengths.max()) * tiny.SIZE
     for widest, wide in ((size, False), (size - 1, True)):
         monkeypatch.setattr(length_parts, "WIDEST", widest)

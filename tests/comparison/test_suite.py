@@ -198,6 +198,17 @@ def test_paths_of_a_base_file_are_looked_up_beside_it(tmp_path: Path) -> None:
     assert found == [tmp_path / "project/a.jsonl", tmp_path / "suites/b.jsonl", tmp_path / "project/own"]
 
 
+def test_paths_of_a_base_file_where_the_suites_folder_is_a_link(tmp_path: Path) -> None:
+    """`..` of a link is not the folder that it lies in."""
+    (tmp_path / "deep/suites").mkdir(parents=True)
+    (tmp_path / "project").mkdir()
+    (tmp_path / "suites").symlink_to(tmp_path / "deep/suites", target_is_directory=True)
+    (tmp_path / "project/a.jsonl").write_text('{"text": "x", "label": "y"}\n')
+    (tmp_path / "project/config.toml").write_text('[data]\ntrain = ["a.jsonl"]\n')
+    config = _suite(tmp_path / "suites", str(tmp_path / "project/config.toml")).final("base", "a", 4, {}).config
+    assert [Path(name).resolve() for name in config.data.train] == [tmp_path / "project/a.jsonl"]
+
+
 def test_combinations_and_their_folders() -> None:
     assert combinations({}) == [{}]
     found = combinations({"a": [1, 2], "b": [3, 4]})

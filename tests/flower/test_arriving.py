@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from collections import Counter
@@ -11,13 +12,13 @@ from typing import Any
 
 import httpx
 import pytest
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message
 from flwr.app.message.message import remove_content_from_message
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.common.serde import message_to_proto
-from flwr.proto.message_pb2 import PullObjectResponse
+from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.proto.runtime_pb2 import PullAppMessagesResponse
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_object import HEAD_BODY_DIVIDER, get_all_nested_objects, get_object_tree
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid.http_grid import HttpGrid
@@ -196,3 +197,51 @@ def test_trouble_on_the_way_loses_no_answer(made: SimpleNamespace) -> None:
     made.superlink.failures = 2
     found = collect(made, 3)
     assert {ticket: d.content for ticket, d in found.items()} == dict.fromkeys(tickets, b"small")
+
+
+def garbled(made: SimpleNamespace, ticket: str, kind: str) -> None:
+    """Announce an answer that no message can be made of."""
+    asked = made.superlink.asked[ticket]
+    TaskIdentity.node_id = asked.metadata.dst_node_id
+    answer = Message(records.pack(b"x"), reply_to=asked)
+    announcement = message_to_proto(remove_content_from_message(answer))
+    content = {
+        "without its parts": answer.deflate(),
+        "no message": ConfigRecord({"a": 1.0}).deflate(),
+        "a body of no form": b"Message  5" + HEAD_BODY_DIVIDER + b"\xff" * 5,
+    }[kind]
+    name = hashlib.sha256(content).hexdigest()
+    announcement.metadata.message_id = name
+    made.superlink.announced[ticket] = announcement, ObjectTree(object_id=name)
+    made.superlink.parts[name] = content
+
+
+@pytest.mark.parametrize("kind", ["without its parts", "no message", "a body of no form"])
+def test_an_answer_of_no_form_keeps_nobody_waiting(made: SimpleNamespace, kind: str) -> None:
+    """It is that site's error, and those that are asked for in the same call are read."""
+    first, second, third = send(made, 1000)
+    garbled(made, first, kind)
+    made.superlink.reply(second, b"b")
+    made.superlink.reply(third, b"c")
+    found = collect(made, 3)
+    assert {ticket: d.content for ticket, d in found.items()} == {first: None, second: b"b", third: b"c"}
+    assert "its answer" in str(found[first].error)
+
+
+def test_an_announcement_of_many_parts_costs_little(made: SimpleNamespace) -> None:
+    """Of parts that never come a few are asked for at a time."""
+    first = send(made, 1000)[0]
+    made.superlink.reply(first, b"a", without=1)
+    tree = made.superlink.announced[first][1]
+    never = [hashlib.sha256(b"%d" % k).hexdigest() for k in range(20_000)]
+    tree.children.extend(ObjectTree(object_id=name) for name in never)
+    made.superlink.parts |= dict.fromkeys(never)
+    asked, pull = Counter[str](), made.superlink.PullObject
+
+    def counted(request: Any) -> PullObjectResponse:
+        asked["calls"] += 1
+        return pull(request)
+
+    made.superlink.PullObject = counted
+    assert made.transport.poll() == []
+    assert 0 < asked["calls"] <= 100

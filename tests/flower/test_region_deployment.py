@@ -92,7 +92,7 @@ def test_no_two_processes_of_one_machine_share_a_port(made: Path) -> None:
 
 
 def test_compose_files_of_every_machine_hold_together(made: Path) -> None:
-    """What a region's services run and mount is there, their ports are its proxy's, and the way up leads above."""
+    """All that a region's services run and mount is there, their ports are its proxy's, and the way up leads above."""
     for number, name in enumerate(("north", "south"), 1):
         region = made / "regions" / name
         services = yaml.safe_load((region / "compose.yml").read_text())["services"]

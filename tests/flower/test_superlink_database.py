@@ -12,7 +12,7 @@ from fedspan.support.errors import FedspanError
 
 
 def settings() -> dict[str, object]:
-    """What a connection is given that Flower opens."""
+    """The settings of a connection that Flower opens."""
     engine = create_engine("sqlite:///:memory:")
     event.listen(engine, "connect", sql_mixin._set_sqlite_pragmas)
     with engine.connect() as connection:

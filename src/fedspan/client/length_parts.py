@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedspan.client.sizes import WIDEST, hidden, largest_batch, positions
 from fedspan.data import Encoded
 from fedspan.models import FederatedModel
+from fedspan.models.streams import drops
 
 WORTH_A_PART = 2**23
 """Padding that one more part must save, in tokens times the square of the model's hidden size: about what the kernels
@@ -25,9 +26,11 @@ def worth_a_part(model: FederatedModel, own: Encoded, batch_size: int) -> float 
     """Return the padding that one more part of this client's batches must save, in tokens; None: they stay whole.
 
     They do unless the model computes each row by itself, and a batch may be so large that the client shares no pass
-    with others (`client.grouping`): where it does, its dropout has the shapes of whole batches.
+    with others (`client.grouping`), where a step takes as long as its tokens. Dropout keeps them whole: masks have the
+    shapes of batches, and every engine draws the same.
     """
-    if own.texts is None or model.device.type != "cpu" or model.padding_matters or model.experts:
+    mixes = model.padding_matters or model.experts or drops(model.model)
+    if own.texts is None or model.device.type != "cpu" or mixes:
         return None
     width = hidden(model)
     if largest_batch(own, batch_size) * positions(model, own) * width <= WIDEST:

@@ -74,4 +74,4 @@ def _reads_files(data: Mapping[str, Any]) -> bool:
 def _moved(name: object, beside: Path, suite: Path) -> object:
     if not isinstance(name, str) or Path(name).expanduser().is_absolute() or not exists(beside / name):
         return name
-    return os.path.relpath(beside / name, suite)
+    return os.path.relpath((beside / name).resolve(), suite.resolve())  # links lead elsewhere than their names

@@ -11,7 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from itertools import islice
+from typing import Protocol
 
 from flwr.app import Message
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
@@ -27,12 +28,17 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 from flwr.superlink.grid.http_grid import HttpGrid
 
+from fedspan.support.errors import one_line
+
 TURN = 30.0
 """Seconds for which an answer whose upload is under way is fetched before others are begun, so that as a rule one large
 answer is in memory at a time. A slower one is fetched beside them."""
 
-Answer = tuple[str, Message | None]
-"""The ticket that is answered, and the answer; None where its upload has broken off."""
+_AT_ONCE = 64
+"""Parts of one answer that are asked for in one go: an announcement may name any number that never come."""
+
+Answer = tuple[str, Message | str]
+"""The ticket that is answered, and the answer, or why none will come."""
 
 
 class Answers(Protocol):
@@ -100,13 +106,14 @@ class PartialAnswers:
         """Return the answers to these tickets whose last part is there; one that is not whole keeps nobody waiting."""
         self._ask([ticket for ticket in tickets if ticket not in self._announced])
         answers: list[Answer] = []
-        for ticket in [ticket for ticket in tickets if ticket in self._announced]:
+        for ticket in [ticket for ticket in self._announced if ticket in tickets]:
             try:
                 found = self._fetched(self._announced[ticket])
             except Exception:
+                self._announced[ticket] = self._announced.pop(ticket)  # the others' turn is next
                 if not answers:
                     raise
-                break  # those that are whole would be lost with it; it is tried again with the next call
+                break  # those that are whole would be lost with it; it is tried again with a later call
             if not isinstance(found, _Announced):
                 self.forget([ticket])
                 answers.append((ticket, found))
@@ -134,14 +141,19 @@ class PartialAnswers:
             answer = _Announced(message.metadata.message_id, parts, self._now())
             self._announced[message.metadata.reply_to_message_id] = answer
 
-    def _fetched(self, answer: _Announced) -> Message | _Announced | None:
-        """Return the answer as a message; itself while parts are missing, and None where these will not come."""
+    def _fetched(self, answer: _Announced) -> Message | _Announced | str:
+        """Return the answer as a message; itself while parts are missing, and a reason where no message will come."""
         if self._fetch_parts(answer):
-            return None
+            return "its answer broke off before the last part of it"
         if len(answer.parts) < len(answer.needed):
             return answer
         self._confirm(answer)
-        message = cast(Message, inflate_object_from_contents(answer.message_id, answer.parts))
+        try:
+            message = inflate_object_from_contents(answer.message_id, answer.parts)
+        except Exception as error:  # of parts that are a site's own words
+            return f"its answer could not be put together ({one_line(error, 200)})"
+        if not isinstance(message, Message):
+            return f"its answer is a {type(message).__name__}: expected a message"
         message.metadata.__dict__["_message_id"] = answer.message_id  # which is not a part of what is sent
         return message
 
@@ -161,8 +173,9 @@ class PartialAnswers:
                 raise
             return b""
 
+        missing = list(islice((part for part in answer.needed if part not in answer.parts), _AT_ONCE))
         try:
-            pull_objects([part for part in answer.needed if part not in answer.parts], keep, max_tries_per_object=1)
+            pull_objects(missing, keep, max_tries_per_object=1)
         except ObjectPullError:
             return not waiting
         return False

@@ -219,9 +219,9 @@ class GridTransport:
                 self.sleep(_PAUSE)
 
 
-def _delivery(ticket: str, node: str, reply: Message | None) -> Delivery:
-    if reply is None:
-        return Delivery(ticket, node, None, "its answer broke off before the last part of it")
+def _delivery(ticket: str, node: str, reply: Message | str) -> Delivery:
+    if isinstance(reply, str):
+        return Delivery(ticket, node, None, reply)
     if reply.has_error():
         return Delivery(ticket, node, None, _reason(reply.error))
     try:

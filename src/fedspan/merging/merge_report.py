@@ -153,10 +153,9 @@ class Tally:
         if self.rank is not None or max(self.full.values(), default=0) <= self.own_rank:
             return None
         norms = math.hypot(*self.beyond.values()), math.hypot(*(norm for _, norm in self.lost.values()))
-        written, limited = (
-            sum(min(most, full) * self.sides[name] for name, full in self.full.items())
-            for most in (max(self.full.values()), self.own_rank)
-        )
+        # A PEFT folder has one rank: modules of fewer directions are filled with zeros.
+        each, most = sum(self.sides.values()), max(self.full.values())
+        written, limited = each * most, each * min(self.own_rank, most)
         return Unlimited(self.own_rank, _share(*norms), written, limited)
 
 

@@ -36,7 +36,7 @@ class RelayedQuestion:
     room: int
     """Number of clients that are asked in all regions."""
     weights: Mapping[str, float]
-    """What those clients count for whose weight the server above knows: with another one they are not in the sum."""
+    """The weights of those clients that the server above knows: with another one they are not in the sum."""
     contents: Sequence[bytes]
     """The messages for sites, as they came: without `counted` and the sum."""
     messages: Mapping[str, bytes]

@@ -95,7 +95,7 @@ class RegionalTotal:
 
 @dataclass(frozen=True, slots=True)
 class RegionalQuestion:
-    """What the servers of regions are asked for: one sum over these clients."""
+    """A question to the servers of regions: one sum over these clients."""
 
     question: Question
     heading: Mapping[str, Any]

@@ -130,19 +130,21 @@ class Requests:
         wanted, began = len(messages) if enough is None else enough, self.transport.now()
         tickets = self._send(messages, limit, answer_bytes)
         replied, slowest, repeated = set[str](), 0.0, set[str]()
-        for client_id, reply in self._arriving(question, tickets, began + limit, lambda: len(replied) >= wanted):
-            if isinstance(reply, Reply) and "lacks" in reply.header:
-                if again is not None and client_id not in repeated:
-                    repeated.add(client_id)
-                    tickets |= self._send({client_id: again(client_id)}, limit, answer_bytes)
-                    continue
-                reply = Problem("says that it lacks tensors that it was sent")
-            if isinstance(reply, Reply):
-                replied.add(client_id)
-                slowest = max(slowest, reply.header.get("seconds", 0.0))
-            yield client_id, reply
-            del reply  # it is not held while the next one comes
-        self.transport.forget(list(tickets))
+        try:
+            for client_id, reply in self._arriving(question, tickets, began + limit, lambda: len(replied) >= wanted):
+                if isinstance(reply, Reply) and "lacks" in reply.header:
+                    if again is not None and client_id not in repeated:
+                        repeated.add(client_id)
+                        tickets |= self._send({client_id: again(client_id)}, limit, answer_bytes)
+                        continue
+                    reply = Problem("says that it lacks tensors that it was sent")
+                if isinstance(reply, Reply):
+                    replied.add(client_id)
+                    slowest = max(slowest, reply.header.get("seconds", 0.0))
+                yield client_id, reply
+                del reply  # it is not held while the next one comes
+        finally:  # also where whoever asks has had enough
+            self.transport.forget(list(tickets))
         self._costs.waited_seconds += self.transport.now() - began
         self._costs.slowest_seconds += slowest
         yield from self._unanswered(question, list(tickets.values()), len(replied) >= wanted, limit)

@@ -414,7 +414,7 @@ class Relay(_Placed):
     clients: Annotated[dict[Name, tuple[Count, Count]], Field(min_length=1, max_length=10**4)]
     """The number of a client's message, and `counted` of its own."""
     weights: Annotated[dict[Name, Annotated[float, Strict(), Field(gt=0, le=MAX_EXAMPLES)]], Field(max_length=10**4)]
-    """What those clients count for whose weight the server above knows."""
+    """The weights of those clients that the server above knows."""
     largest: Rank
     """The largest rank of the clients that are asked in all regions, whose layout the sum has."""
     layout: LayoutHead

@@ -103,15 +103,18 @@ def infer(rows: AuditRows, members: RowLosses, others: RowLosses) -> Membership:
     judged = [s for s in rows.sites if min(len(s.members), len(s.others)) >= FEWEST] if len(rows.sites) > 1 else []
     small = tuple(s.name for s in rows.sites if s not in judged) if len(rows.sites) > 1 else ()
     num_attacks = len(scores) * (1 + len(judged))
+    whole = rows.whole
     attacks = [
-        _attack(name, None, x, y, rows.others_from, num_attacks, with_curve=True) for name, (x, y) in scores.items()
+        _attack(name, None, x[whole.members], y[whole.others], whole.matched_by, num_attacks, with_curve=True)
+        for name, (x, y) in scores.items()
     ]
     attacks += [
         _attack(name, site.name, x[site.members], y[site.others], site.matched_by, num_attacks)
         for site in judged
         for name, (x, y) in scores.items()
     ]
-    control = _attack("loss of the untouched base", None, -members.base, -others.base, rows.others_from, 1)
+    untouched = -members.base[whole.members], -others.base[whole.others]
+    control = _attack("loss of the untouched base", None, *untouched, whole.matched_by, 1)
     return Membership(tuple(attacks), control, small)
 
 

@@ -36,6 +36,8 @@ class AuditRows:
 
     members: Rows
     others: Rows
+    whole: Site
+    """All of them together, without a name."""
     sites: tuple[Site, ...]
     """Empty where nothing is known of sites."""
     num_members: int
@@ -107,7 +109,9 @@ def from_files(
     ours = once(members, np.arange(len(members)), planted)
     of_members, of_others = drawn(ours, most, rng), drawn(kept, most, rng)
     _check_enough(len(of_members), len(of_others), duplicates, *names)
-    return AuditRows(members.take(of_members), others.take(of_others), (), len(ours), len(kept), duplicates, *names)
+    taken, compared = members.take(of_members), others.take(of_others)
+    whole = _whole(taken, compared, names[1], rng)
+    return AuditRows(taken, compared, whole, (), len(ours), len(kept), duplicates, *names)
 
 
 def of_sites(
@@ -155,14 +159,14 @@ def of_sites(
         sites.append(_site(name, np.arange(start, start + len(rows)), own, members, others, rng))
         start += len(rows)
     count, source = sum(map(len, single.values())), "the sites' training rows"
-    return AuditRows(members, others, tuple(sites), count, len(kept), duplicates, source, others_from, tuple(notes))
+    whole = _whole(members, others, others_from, rng)
+    return AuditRows(
+        members, others, whole, tuple(sites), count, len(kept), duplicates, source, others_from, tuple(notes)
+    )
 
 
 def _site(name: str, ours: np.ndarray, own: np.ndarray, members: Rows, others: Rows, rng: np.random.Generator) -> Site:
     """Return a site with non-members that are most like its rows.
-
-    A site's task, hospital or mixture of classes would otherwise be told from the others', and what shows that says
-    nothing about a row.
 
     Parameters
     ----------
@@ -172,6 +176,28 @@ def _site(name: str, ours: np.ndarray, own: np.ndarray, members: Rows, others: R
     pool, how = np.arange(len(others)), "held-out rows"
     if len(own) >= FEWEST:
         pool, how = own, "its own held-out rows"
+    return _alike(name, ours, pool, members, others, how, rng)
+
+
+def _whole(members: Rows, others: Rows, how: str, rng: np.random.Generator) -> Site:
+    """Return all members with the non-members that are most like them."""
+    return _alike("", np.arange(len(members)), np.arange(len(others)), members, others, how, rng)
+
+
+def _alike(
+    name: str,
+    ours: np.ndarray,
+    pool: np.ndarray,
+    members: Rows,
+    others: Rows,
+    how: str,
+    rng: np.random.Generator,
+) -> Site:
+    """Return members and non-members with the same shares of fields and classes.
+
+    A task, a hospital or a mixture of classes would otherwise be told from another, by a model that has only learnt
+    which of them there are, and what shows that says nothing about a row.
+    """
     by_field = _share_known({members.fields[i] for i in ours.tolist()}, {others.fields[i] for i in pool.tolist()})
     by_class = _has_classes(members)
     kept, compared = _matched(
@@ -204,7 +230,8 @@ def _matched(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return members and non-members with the same shares of all strata: k non-members for every member, k ≥ 1.
 
-    k is as large as the strata allow that hold most of the members; members without a counterpart are left out.
+    k is as large as the strata allow that hold most of the members, and need not be a whole number; members without a
+    counterpart are left out.
     """
     sizes = sorted((len(theirs.get(key, ())) / len(rows), len(rows)) for key, rows in ours.items())
     total, passed, ratio = sum(size for _, size in sizes), 0, 0.0
@@ -212,14 +239,14 @@ def _matched(
         ratio, passed = quotient, passed + size
         if passed > 0.1 * total:
             break
-    k = max(1, int(ratio))
+    k = max(1.0, ratio)
     members: list[int] = []
     others: list[int] = []
     for key, rows in sorted(ours.items(), key=repr):
         pool = theirs.get(key, [])
-        count = min(len(rows), len(pool) // k)
+        count = min(len(rows), int(len(pool) / k))
         members += rng.choice(rows, count, replace=False).tolist() if count else []
-        others += rng.choice(pool, k * count, replace=False).tolist() if count else []
+        others += rng.choice(pool, int(k * count), replace=False).tolist() if count else []
     return np.sort(np.asarray(members, np.int64)), np.sort(np.asarray(others, np.int64))
 
 

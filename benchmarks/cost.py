@@ -44,8 +44,11 @@ class Enough(Exception):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("suites", nargs="*", default=[*claims.SUITES])
-    for suite in parser.parse_args().suites:
+    parser.add_argument("suites", nargs="*", default=[*claims.SUITES], metavar="SUITE", help=", ".join(claims.SUITES))
+    suites = parser.parse_args().suites
+    if unknown := [suite for suite in suites if suite not in claims.SUITES]:
+        parser.error(f"unknown suite {unknown[0]!r}: expected one of {', '.join(claims.SUITES)}")
+    for suite in suites:
         measure(HERE / suite)
 
 

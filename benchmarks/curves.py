@@ -7,6 +7,7 @@ megabytes that a run has sent up and down until then (`traffic.png`), and, where
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ Point = tuple[float, float]
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     for suite in claims.SUITES:
         lines, folder = final_runs(HERE / suite), HERE / suite
         timed = read(folder / "cost.jsonl")

@@ -5,6 +5,7 @@ Every figure comes from a line of a runs.jsonl; nothing is typed by hand.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,8 @@ held-out training rows, with the same statistic and a grid of the same size; fig
 to 9 were run later, in all rows at once, when the first five had left most of them open.
 
 *Points* is the mean over the seeds of the paired differences ± half its 95 % interval (Student's t). **better** or
-**worse**: the interval excludes 0. **equivalent**: it lies within ± 1 point. *open*: neither. One in twenty intervals
+**worse**: the interval excludes 0. **equivalent**: it lies within ± 1 point. *open*: neither. One that excludes 0
+within ± 1 point counts as better or worse. One in twenty intervals
 misses the truth, so with this many rows a few verdicts are wrong; *stands* marks those that hold after Holm's
 correction for all rows of the page. CPU seconds of a round are those of its clients and its server together, each arm
 timed by itself (`cost.py`).
@@ -48,6 +50,7 @@ CUT = """\
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
 

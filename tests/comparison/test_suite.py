@@ -177,6 +177,30 @@ def test_the_base_may_be_a_whole_file(tmp_path: Path) -> None:
     assert (whole.seed, whole.evaluation.base, whole.evaluation.local) == (4, False, False)
 
 
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ("3", "base = 3: expected a table, or the name of a settings file"),
+        ('["own.toml"]', "expected a table, or the name of a settings file"),
+        ('""', "base = '': expected a table, or the name of a settings file"),
+        ('"run"', "base = 'run': expected a table, or the name of a settings file, such as run/config.toml"),
+        ('"suite.toml"', "base = 'suite.toml': this is a suite: expected a table"),
+        ('"binary.toml"', "binary.toml is not a text file: expected TOML in UTF-8"),
+        ('"none.toml"', "base = 'none.toml': cannot read"),
+    ],
+)
+def test_a_base_that_is_none_is_named(base: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.toml").write_text("seed = 1\n")
+    (tmp_path / "binary.toml").write_bytes(b"\x90\x00\xff")
+    arms = "".join(f'[[arms]]\nname = "{name}"\n' for name in "ab")
+    (tmp_path / "suite.toml").write_text(f'seeds = [0]\nbaseline = "a"\nbase = {base}\n{arms}')
+    with pytest.raises(FedspanError) as error:
+        read(tmp_path / "suite.toml")
+    assert str(tmp_path / "suite.toml") in str(error.value)
+    assert said in str(error.value)
+
+
 def test_the_metric_of_a_base_file_is_compared_unless_the_suite_names_one(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text('[data]\nmetrics = ["rouge_l", "exact_match"]\n')
     assert _suite(tmp_path, "base.toml").final("base", "a", 4, {}).config.data.metrics == ("rouge_l",)

@@ -42,7 +42,11 @@ def audit(
     ] = None,
     max_rows: Annotated[
         str | None,
-        typer.Option("--max-rows", metavar="N", help="Most members, and most non-members, that are drawn; 2000."),
+        typer.Option(
+            "--max-rows",
+            metavar="N",
+            help="Most members, and most non-members, that are drawn; 2000. Ten of a site at least.",
+        ),
     ] = None,
     no_messages: Annotated[
         bool, typer.Option("--no-messages", help="Do not repeat a site's first round to attack its message.")

@@ -119,7 +119,7 @@ def _counted(number: int, word: str) -> str:
 
 def _size(runs: Sequence[Planned]) -> str:
     rounds = sorted({run.config.federation.rounds for run in runs})
-    return f"{' or '.join(map(str, rounds))} rounds"
+    return f"{' or '.join(map(str, rounds))} round{'' if rounds == [1] else 's'}"
 
 
 def folder_of(suite: Suite, out: StrPath | None) -> Path:

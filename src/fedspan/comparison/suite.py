@@ -192,20 +192,29 @@ def read(path: Path) -> Suite:
         One line naming the file, the key or the value, and what was expected.
     """
     tree = _toml(path)
-    if isinstance(tree.get("base"), str):
-        file = path.parent / Path(tree["base"]).expanduser()
-        tree["base"] = _base(_toml(file), file, path)
+    base = tree.get("base", {})
+    if isinstance(base, str):
+        file = path.parent / Path(base).expanduser()
+        tree["base"] = _base(file, path, base)
         metric = metric_of(tree["base"])
         tree = tree if metric is None else {"metric": metric, **tree}
     own = path.parent.resolve().name if path.stem == "suite" else path.stem
     return from_mapping({"name": own, **tree}, str(path))
 
 
-def _base(tree: Mapping[str, Any], file: Path, suite: Path) -> dict[str, Any]:
+def _base(file: Path, suite: Path, named: str) -> dict[str, Any]:
+    """Return the settings of the file that a suite names as its base."""
+    where = f"{suite}: base = {named!r}"
+    if not named or file.is_dir():
+        hint = f", such as {Path(named) / 'config.toml'}" if named and (file / "config.toml").is_file() else ""
+        raise FedspanError(f"{where}: expected a table, or the name of a settings file{hint}")
     try:
+        tree = _toml(file)
+        if "arms" in tree:
+            raise FedspanError("this is a suite: expected a table, or the name of a settings file")
         return as_base(tree, file, suite)
-    except FedspanError as error:  # of an alias that is given twice
-        raise FedspanError(f"{file}: {error}") from None
+    except FedspanError as error:
+        raise FedspanError(f"{where}: {error}") from None
 
 
 def from_mapping(tree: Mapping[str, Any], where: str = "the suite") -> Suite:
@@ -231,6 +240,8 @@ def _toml(path: Path) -> dict[str, Any]:
         raise FedspanError(f"cannot read {path}: {error.strerror}") from None
     except RecursionError:
         raise FedspanError(f"{path} is not valid TOML: nested too deeply") from None
+    except UnicodeDecodeError:
+        raise FedspanError(f"{path} is not a text file: expected TOML in UTF-8") from None
     except ValueError as error:
         raise FedspanError(f"{path} is not valid TOML: {one_line(error, 200)}") from None
 
@@ -247,6 +258,8 @@ def _problem(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{key} is missing"
     message = first["msg"].removeprefix("Value error, ")
+    if key == "base" and first["type"] == "dict_type":
+        message = "expected a table, or the name of a settings file"
     if not key:
         return message
     given = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"

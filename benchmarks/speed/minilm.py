@@ -33,15 +33,14 @@ _CPU = torch.device("cpu")
 Arm = Callable[[int], None]
 
 
-def _upper(base: Path) -> FederatedModel:
-    """Return the base without its dropout, with adapters in the upper half of its layers."""
-    layers = tuple(range(minilm.LAYERS // 2, minilm.LAYERS))
+def _still(base: Path, layers: tuple[int, ...] = ()) -> FederatedModel:
+    """Return the base without its dropout, with adapters in these layers; none: in all."""
     return build(
         str(base),
         "classification",
         trains="adapter",
         num_labels=2,
-        selection=Selection(layers=layers),
+        selection=Selection(layers=layers) if layers else Selection(),
         max_rank=minilm.RANK,
         rslora=False,
         dropout=0.0,
@@ -79,16 +78,20 @@ def _arm(model: FederatedModel, data: Encoded, engine: str, count: int) -> Arm:
 
 
 def _arms(base: Path, data: Encoded) -> dict[str, Arm]:
-    whole, upper, kept = minilm.load(base, _CPU), _upper(base), _upper(base)
+    whole, still = minilm.load(base, _CPU), _still(base)
+    upper, kept = (_still(base, tuple(range(minilm.LAYERS // 2, minilm.LAYERS))) for _ in range(2))
     find_prefix(kept, data, EngineConfig())
     plain = minilm.PlainLoop(base, _CPU, list(whole.layers))
     (client,) = minilm.clients(whole, 1)
     batches = minilm.batches_of(data, client)
-    everywhere, above, below_kept = (_arm(model, data, "sequential", 1) for model in (whole, upper, kept))
+    dropping, everywhere, above, below_kept = (
+        _arm(model, data, "sequential", 1) for model in (whole, still, upper, kept)
+    )
     return {
         "plain loop": lambda _: print(plain.train(client.broadcast.adapter, batches), file=sys.stderr),
-        "sequential, whole batches": _whole(everywhere),
-        "sequential": everywhere,
+        "sequential": dropping,
+        "without dropout, whole batches": _whole(everywhere),
+        "without dropout": everywhere,
         "upper half, whole batches": _whole(above),
         "upper half": above,
         "upper half, kept states": below_kept,

@@ -1,4 +1,4 @@
-"""What an audit finds of small federations, with and without example-level privacy: one JSON line per run.
+"""Measure what an audit finds of small federations, with and without example-level privacy: one JSON line per run.
 
     python benchmarks/audit/measure.py          # about fourteen minutes of one core; goes on where it stopped
     python benchmarks/audit/measure.py 1 2      # these seeds alone

@@ -1,4 +1,4 @@
-"""What a GPU is checked for and timed at, in parts that append JSON lines to one file as they go.
+"""Check and time a GPU, in parts that append JSON lines to one file as they go.
 
     python benchmarks/gpu/measure.py --out FILE.jsonl [--part passes] [--device cuda]
 

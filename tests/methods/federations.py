@@ -211,7 +211,7 @@ def _confined(x: torch.Tensor, space: Subspace, draw: Draw, heads: int = 0) -> t
 
 
 def _second_moments(sent: Broadcast, modules: Mapping[str, tuple[int, int]], draw: Draw) -> dict[str, torch.Tensor]:
-    """What the local optimizer would end with: GaLore's (r, the wider side), or one for every trained number."""
+    """The moments that the local optimizer ends with: GaLore's (r, the wider side), or one for every trained number."""
     galore = sent.recipe.galore
     if sent.recipe.carries_moments:
         return {name: draw(*value.shape).square() for name, value in sent.dense.items()}
@@ -239,7 +239,7 @@ def federations(draw: st.DrawFn, case: Case, min_clients: int = 1, max_clients: 
 
 
 def encoded(fed: Federation, updates: Sequence[Update] | None = None) -> list[Update]:
-    """What leaves the sites."""
+    """All that leaves the sites."""
     method, sent = fed.method, []
     for update in fed.updates if updates is None else updates:
         rank = next((update.factors(name).rank for name in update.modules), None)

@@ -124,15 +124,15 @@ ALGEBRA = [
     Mutant(
         "terms that cancel are multiplied out",
         "algebra/lowrank.py",
-        "if not size * CANCELS**2 < terms:",
-        "if True:",
+        "return not size * CANCELS**2 < terms",
+        "return True",
         "tests/methods/test_ill_gauges.py::test_terms_that_cancel_are_collected_without_losing_the_product",
     ),
     Mutant(
         "ordinary factors are re-factored",
         "algebra/lowrank.py",
-        "if not size * CANCELS**2 < terms:",
-        "if False:",
+        "return not size * CANCELS**2 < terms",
+        "return False",
         "tests/methods/test_ill_gauges.py::test_pairs_of_ordinary_condition_keep_their_bits",
     ),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,10 @@ def settings(base: Path, texts: Path, name: str = "flexlora", /, **sections: Any
 class Federation:
     """Sites in memory, and a server's folder."""
 
+    trusted: Mapping[str, bytes] | None = None
+    """The sites' public keys that the server knows."""
+    sites: dict[str, Site]
+
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, folder
         self.sites = make_sites(config, IDS, folder / "sites")
@@ -46,7 +50,7 @@ class Federation:
             if on_event is not None:
                 on_event(event)
 
-        return serve(self.config, self.folder / "run", listen, self.transport).history
+        return serve(self.config, self.folder / "run", listen, self.transport, self.trusted).history
 
     def state(self) -> dict[str, torch.Tensor]:
         return state_of(self.folder / "run")

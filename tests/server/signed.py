@@ -6,20 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from memory_transport import MemoryTransport, remote_config
+from remote import IDS, Federation
 
 from fedspan.config import Config
-from fedspan.runs import checkpoint
-from fedspan.runs.events import Event
-from fedspan.runs.execution import serve
 from fedspan.site.settings import SiteSettings
 from fedspan.site.site import Site
 from fedspan.wire import protocol
 
-IDS = [f"client-{k}" for k in range(4)]
 Change = Callable[[dict[str, Any], list[torch.Tensor]], None]
 
 
@@ -40,7 +36,7 @@ def changed(content: bytes, change: Change) -> bytes:
     return protocol.encode(head, outgoing)
 
 
-class Signed:
+class Signed(Federation):
     """Four sites with identities, or without them, and a server that knows the identities, or does not."""
 
     def __init__(self, config: Config, folder: Path, signed: bool = True, known: bool = True) -> None:
@@ -49,7 +45,7 @@ class Signed:
         public = {name: key.public_key().public_bytes_raw() for name, key in self.keys.items()}
         self.public = public if signed else None
         self.trusted = self.public if known else None
-        self.sites: dict[str, Site] = {}
+        self.sites = {}
         self.said: list[str] = []
         """The lines of all sites' own logs."""
         for name in IDS:
@@ -59,21 +55,6 @@ class Signed:
             self.sites[name] = Site(site, folder / "sites" / name, loaded, self.said.append)
         self.transport = MemoryTransport({f"node-{k}": site.answer for k, site in enumerate(self.sites.values())})
         self.lines: list[str] = []
-
-    def serve(self, on_event: Callable[[Event], None] | None = None) -> list[dict[str, Any]]:
-        """Run the server and return the records of the rounds."""
-
-        def listen(event: Event) -> None:
-            if event.kind == "site":
-                self.lines.append(event.data["line"])
-            if on_event is not None:
-                on_event(event)
-
-        return serve(self.config, self.folder / "run", listen, self.transport, self.trusted).history
-
-    def state(self) -> dict[str, torch.Tensor]:
-        path = self.folder / "run" / "checkpoint" / "federation.safetensors"
-        return tiny.state_tensors(checkpoint.read(path).state)
 
     def restart(self, client_id: str) -> None:
         """Replace a site by a new one on the same disk, as if its process had been restarted."""

@@ -5,7 +5,8 @@ task of each category in turn. superni50: the same with 50 training tasks. mri/{
 the training images held out as test data, and the official test images that are not copies of training images. The
 official ones differ from the training images (mean brightness 64 against 46), so they give a second figure, under a
 shift, not the main one. dolly, medquad/{train,test}.jsonl: instruction rows with their category or source, a twentieth
-held out at random. A link `source` beside them leads to the data as it was given, where the suites read GLUE and
+held out at random. medquad_types/{train,test}.jsonl: the beginnings of MedQuAD's answers with the kind of question that
+they answer, of its eight most frequent kinds, and the institute that wrote them. A link `source` beside them leads to the data as it was given, where the suites read GLUE and
 the base of the text suites.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ def main() -> None:
     superni(arguments.data / "superni", arguments.out / "superni50", arguments)
     mri(arguments.data / "images" / "brain_mri_64.npz", arguments.out / "mri")
     dolly(arguments.data / "dolly" / "dolly15k.jsonl.gz", arguments.out / "dolly")
-    medquad(arguments.data / "medquad" / "medquad.jsonl.gz", arguments.out / "medquad")
+    answers = read(arguments.data / "medquad" / "medquad.jsonl.gz")
+    medquad(answers, arguments.out / "medquad")
+    medquad_types(answers, arguments.out / "medquad_types")
     link(arguments.out.parent / "source", arguments.data)
 
 
@@ -66,10 +69,21 @@ def dolly(source: Path, out: Path) -> None:
     split([{ours: row[theirs] for theirs, ours in keys.items()} for row in read(source)], out)
 
 
-def medquad(source: Path, out: Path) -> None:
-    rows = read(source)
+def medquad(rows: list[Row], out: Path) -> None:
     split(
         [{"instruction": x["question"], "input": "", "output": x["answer"], "source": x["source"]} for x in rows], out
+    )
+
+
+def medquad_types(rows: list[Row], out: Path, kinds: int = 8, characters: int = 200) -> None:
+    frequent = {kind for kind, _ in Counter(x["qtype"] for x in rows).most_common(kinds)}
+    split(
+        [
+            {"text": x["answer"][:characters], "label": x["qtype"], "source": x["source"]}
+            for x in rows
+            if x["qtype"] in frequent
+        ],
+        out,
     )
 
 

@@ -1,6 +1,6 @@
 """CPU seconds of a client-step of MiniLM's shape: plain loop, batches whole and in parts, upper layers, kept states.
 
-    python benchmarks/speed/minilm.py [--repeats 3] >> minilm.jsonl
+    python benchmarks/speed/minilm.py [--repeats 3] [--precision bfloat16] >> minilm.jsonl
 
 Base and rows are those of benchmarks/gpu/minilm.py. The arms take turns; the figures are CPU seconds of this process,
 which has one thread, so that other work on the machine disturbs them less than wall time, which is recorded too.
@@ -64,8 +64,8 @@ def _whole(train: Arm) -> Arm:
     return work
 
 
-def _arm(model: FederatedModel, data: Encoded, engine: str, count: int) -> Arm:
-    chosen, group = minilm.settings(engine, precision="float32"), minilm.clients(model, count)
+def _arm(model: FederatedModel, data: Encoded, engine: str, count: int, precision: str) -> Arm:
+    chosen, group = minilm.settings(engine, precision=precision), minilm.clients(model, count)
 
     def train(round_num: int) -> None:
         if engine == "cohort":
@@ -77,7 +77,7 @@ def _arm(model: FederatedModel, data: Encoded, engine: str, count: int) -> Arm:
     return train
 
 
-def _arms(base: Path, data: Encoded) -> dict[str, Arm]:
+def _arms(base: Path, data: Encoded, precision: str) -> dict[str, Arm]:
     whole, still = minilm.load(base, _CPU), _still(base)
     upper, kept = (_still(base, tuple(range(minilm.LAYERS // 2, minilm.LAYERS))) for _ in range(2))
     find_prefix(kept, data, EngineConfig())
@@ -85,7 +85,7 @@ def _arms(base: Path, data: Encoded) -> dict[str, Arm]:
     (client,) = minilm.clients(whole, 1)
     batches = minilm.batches_of(data, client)
     dropping, everywhere, above, below_kept = (
-        _arm(model, data, "sequential", 1) for model in (whole, still, upper, kept)
+        _arm(model, data, "sequential", 1, precision) for model in (whole, still, upper, kept)
     )
     return {
         "plain loop": lambda _: print(plain.train(client.broadcast.adapter, batches), file=sys.stderr),
@@ -102,17 +102,18 @@ def main() -> None:
     """Time the arms."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of all but the plain loop")
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         base = minilm.write_base(Path(folder))
-        arms = _arms(base, minilm.sentences(base, minilm.ROWS_EACH))
+        arms = _arms(base, minilm.sentences(base, minilm.ROWS_EACH), given.precision)
         for repeat in range(given.repeats):
             for name, train in arms.items():
                 began, used = time.perf_counter(), time.process_time()
                 train(repeat)
                 figures = {"cpu": time.process_time() - used, "wall": time.perf_counter() - began}
-                line = {"arm": name, "repeat": repeat, "load": os.getloadavg()[0]}
+                line = {"arm": name, "precision": given.precision, "repeat": repeat, "load": os.getloadavg()[0]}
                 print(json.dumps(line | {k: v / minilm.STEPS for k, v in figures.items()}), flush=True)
 
 

@@ -6,8 +6,8 @@ the training images held out as test data, and the official test images that are
 official ones differ from the training images (mean brightness 64 against 46), so they give a second figure, under a
 shift, not the main one. dolly, medquad/{train,test}.jsonl: instruction rows with their category or source, a twentieth
 held out at random. medquad_types/{train,test}.jsonl: the beginnings of MedQuAD's answers with the kind of question that
-they answer, of its eight most frequent kinds, and the institute that wrote them. A link `source` beside them leads to the data as it was given, where the suites read GLUE and
-the base of the text suites.
+they answer, of its eight most frequent kinds, and the institute that wrote them. A link `source` beside them leads to
+the data as it was given, where the suites read GLUE and the base of the text suites.
 """
 
 from __future__ import annotations

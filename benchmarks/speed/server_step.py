@@ -3,10 +3,12 @@
     python benchmarks/speed/server_step.py > server_step.jsonl
     python benchmarks/speed/server_step.py --before OLD/src >> server_step.jsonl     # another version, turn by turn
 
-Floors: `read`, every factor once (a sum over them); `core_svd`, the bare SVD of T by thin QRs of the stacked factors
-and their core. The versions take turns, one process for each case, so that a disturbance affects
-both; CPU time, because a machine is rarely idle. One thread. With --modules L a step is over L layers, which shows what
-layers of one shape share.
+Floors: `square`, the operations of a range finder with one power iteration at the rate of square products, which is
+the floor of `fedspan bench server`; `products`, the same four passes over the factors, as products with 24 columns;
+`read`, every factor once (a sum over them); `core_svd`, the bare SVD of T by thin QRs of the stacked factors and their
+core (up to 100 clients). The versions take turns, one process for each case, so that a disturbance affects both; CPU
+time, because a machine is rarely idle. One thread. With --modules L a step is over L layers, which shows what layers
+of one shape share.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def arms(d: int, k: int, names: list[str], modules: int) -> dict[str, Callable[[
     import torch
 
     from fedspan.algebra import lowrank
-    from fedspan.bench.server_suite import draw_factors
+    from fedspan.bench.server_suite import OVERSAMPLING, draw_factors
     from fedspan.methods import METHODS as KNOWN
     from fedspan.methods.base import aggregate
     from fedspan.methods.messages import Request, Template, Update
@@ -51,10 +53,25 @@ def arms(d: int, k: int, names: list[str], modules: int) -> dict[str, Callable[[
     factors = draw_factors(d, RANK, k, torch.device("cpu"))
     layers = [f"layer{i}" for i in range(modules)]
     pairs = [f.delta() for f in factors]
+    columns, square = torch.randn(d, RANK + OVERSAMPLING), torch.ones(512, 512)
+
+    def four_passes() -> None:
+        for f in factors * modules * 2:
+            columns.addmm(f.b, f.a @ columns)
+            columns.addmm(f.a.mT, f.b.mT @ columns)
+
+    def square_products() -> None:
+        operations = 4 * 2.0 * 2 * d * k * RANK * (RANK + OVERSAMPLING) * modules
+        for _ in range(round(operations / (2 * len(square) ** 3))):
+            square @ square
+
     found: dict[str, Callable[[], Any]] = {
+        "square": square_products,
+        "products": four_passes,
         "read": lambda: [(float(f.b.sum()), float(f.a.sum())) for f in factors for _ in layers],
-        "core_svd": lambda: [lowrank.svd(lowrank.stack(pairs, [1 / k] * k)) for _ in layers],
     }
+    if k <= 100:
+        found["core_svd"] = lambda: [lowrank.svd(lowrank.stack(pairs, [1 / k] * k)) for _ in layers]
     for name in names:
         method = KNOWN[name]()
         state = method.init(Template(dict.fromkeys(layers, (d, d)), RANK, alpha=16.0), {})
@@ -69,7 +86,7 @@ def one(options: argparse.Namespace) -> None:
     """Time one case with one version: what a child process does."""
     d, k = options.case
     for name, work in arms(d, k, options.methods, options.modules).items():
-        if name in ("read", "core_svd") and options.label != "now":
+        if name not in options.methods and options.label != "now":
             continue
         times = cpu_seconds(work, options.repeats)
         line = {"version": options.label, "d": d, "K": k, "r": RANK, "modules": options.modules, "arm": name}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -118,7 +119,7 @@ def bench(
     options = Options(
         out=out,
         quick=quick,
-        only=dict(_choice(item) for item in only or ()),
+        only=_choices(only or ()),
         threads=threads,
         repeat=repeat,
         device=device_of(device),
@@ -133,9 +134,14 @@ def bench(
         print(path)
 
 
-def _choice(item: str) -> tuple[str, frozenset[str]]:
-    """Return `d=768,2048` as a key and its values."""
-    key, separator, values = item.partition("=")
-    if not (key and separator and values):
-        raise FedspanError(f"--only {item!r}: expected KEY=VALUE, such as d=4096")
-    return key, frozenset(values.split(","))
+def _choices(items: Sequence[str]) -> dict[str, frozenset[str]]:
+    """Return the values of each key of `d=768,2048`, `r=16`, …; one that is given twice has the values of both."""
+    chosen: dict[str, frozenset[str]] = {}
+    for item in items:
+        key, separator, values = item.partition("=")
+        if not (key and separator and values):
+            raise FedspanError(f"--only {item!r}: expected KEY=VALUE, such as d=4096")
+        if "=" in values:
+            raise FedspanError(f"--only {item!r}: expected one key, as in --only d=4096 --only r=16")
+        chosen[key] = chosen.get(key, frozenset()) | frozenset(values.split(","))
+    return chosen

@@ -135,6 +135,7 @@ SETTINGS = [
     Case("command line", "resume finished --workers none", ("--workers", "none")),
     Case("command line", "bench serve", ("serve",)),
     Case("command line", "bench server --only d", ("--only 'd'", "expected KEY=VALUE")),
+    Case("command line", "bench server --only d=768,r=16", ("--only 'd=768,r=16'", "expected one key")),
     Case("command line", "bench server --device tpu", ("tpu",)),
     Case("command line", "flower upp", ("'upp'",)),
     Case("command line", "--verison", ("no such option", "--verison")),

@@ -21,6 +21,8 @@ SUITES = {
     "claims-digits": "digits",
     "claims-tasks": "tasks",
     "drift": "tasks, SGD on query and value",
+    "medquad": "MedQuAD, MiniLM, SGD",
+    "medquad-sites": "MedQuAD, MiniLM",
     "fedsvd": "GLUE, MiniLM",
     "rolora": "SST-2, MiniLM, 50 clients",
     "ftg": "Dolly and MedQuAD, SmolLM2",
@@ -33,6 +35,7 @@ CONDITIONS = {
     "dir05": "Dir(0.5)",
     "equal": "tasks of their own, equal ranks",
     "heavy_tail": "mixed ranks, heavy tail",
+    "sites": "nine institutes, equal ranks",
     "small": "a base a quarter as large",
     "sparse": "50 clients, 10 % a round",
 }
@@ -84,7 +87,7 @@ class Row:
 
 GLORA, FTG, OURS = "2605.06733", "2410.23111", "ours"
 LABELS = ("dir01", "dir05")
-EQUAL = (*LABELS, "equal")
+EQUAL = (*LABELS, "equal", "sites")
 
 
 def _against(
@@ -108,7 +111,7 @@ CLAIMS = (
         "GaLore in the client and averaged weights beat rules for adapters, on text",
         "fedftg",
         {"flexlora": "–", "ffa_lora": "–"},
-        ("equal",),
+        ("equal", "sites"),
         FTG,
     ),
     *_against(
@@ -150,16 +153,16 @@ CLAIMS = (
         for rival in ("flexlora", "fedex_lora", "flora", "raflora")
     ),
     *(
+        Claim("h", "GLoRA's lead is larger on the larger base", "glora", rival, ("equal",), GLORA, "larger base")
+        for rival in ("fedex_lora", "flexlora", "fedit")
+    ),
+    *(
         Claim("i", "GLoRA is better at the same traffic", "glora", rival, EQUAL, GLORA, "same traffic")
         for rival in ("fedavg", "fedftg", "fedex_lora", "flora")
     ),
     Claim("j", "GLoRA+ beats GLoRA", "glora_plus", "glora", ("dir05", "equal", "heavy_tail", "sparse"), OURS),
     Claim("j", "a balanced readout beats the root one", "glora", "glora_root", ("dir05", "equal", "heavy_tail"), OURS),
     Claim("j", "under SGD an even readout beats `init`", "glora", "glora_init", ("base",), OURS),
-    *(
-        Claim("h", "GLoRA's lead is larger on the larger base", "glora", rival, ("equal",), GLORA, "larger base")
-        for rival in ("fedex_lora", "flexlora", "fedit")
-    ),
     Claim("k", "a shared projector is no worse than FedFTG", "shared_galore", "fedftg", EQUAL, OURS),
     Claim(
         "l", "GLoRA from sums is equivalent to GLoRA", "glora_sums", "glora", ("dir05", "equal", "sparse", "base"), OURS
@@ -169,7 +172,7 @@ CLAIMS = (
         "FedSVD beats the other rules under SGD",
         "fedsvd",
         {"fedit": "10.7 (GLUE)", "ffa_lora": "1.6 (GLUE)", "fedex_lora": "23.9 (GLUE)", "flora": "29.1 (GLUE)"},
-        ("base",),
+        ("base", "dir01"),
         "2505.12805",
     ),
     *_against(

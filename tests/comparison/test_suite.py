@@ -201,6 +201,15 @@ def test_a_base_that_is_none_is_named(base: str, said: str, tmp_path: Path) -> N
     assert said in str(error.value)
 
 
+def test_a_value_that_the_base_cannot_have_is_said_of_the_base(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text("[local]\nlearning_rate = -1.0\n")
+    with pytest.raises(FedspanError, match=r"^base: local\.learning_rate"):
+        _suite(tmp_path, "base.toml")
+    wrong = {"local": {"steps": 0}}
+    with pytest.raises(FedspanError, match=r"^arm b, condition x: local\.steps"):
+        Planner(from_mapping(changed("arms", 1, "settings", value=wrong)), None).check()
+
+
 def test_the_metric_of_a_base_file_is_compared_unless_the_suite_names_one(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text('[data]\nmetrics = ["rouge_l", "exact_match"]\n')
     assert _suite(tmp_path, "base.toml").final("base", "a", 4, {}).config.data.metrics == ("rouge_l",)

@@ -131,9 +131,21 @@ class Planner:
         for part in parts:
             tree = merged(tree, part)
         try:
-            return with_absolute_paths(located(settings_of_a_run.from_mapping(tree), self._folder, (), True))
+            return self._read(tree)
         except FedspanError as error:
-            raise FedspanError(f"arm {arm}, condition {condition}: {error}") from None
+            raise FedspanError(f"{self._where(error, arm, condition)}: {error}") from None
+
+    def _read(self, tree: Mapping[str, Any]) -> Config:
+        return with_absolute_paths(located(settings_of_a_run.from_mapping(tree), self._folder, (), True))
+
+    def _where(self, error: FedspanError, arm: str, condition: str) -> str:
+        """Return what to change: the base, where its settings are refused for the same reason by themselves."""
+        try:
+            self._read(self.suite.base)
+        except FedspanError as own:
+            if str(own) == str(error):
+                return "base"
+        return f"arm {arm}, condition {condition}"
 
 
 def combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

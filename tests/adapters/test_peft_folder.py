@@ -398,7 +398,7 @@ def test_load_refuses(name: str, tmp_path: Path) -> None:
 
 
 def test_load_refuses_a_path_that_is_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="does not exist"):
         load(tmp_path / "nothing")
 
 

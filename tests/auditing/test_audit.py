@@ -233,7 +233,7 @@ def test_what_cannot_be_audited_is_refused(overfitted: Audited, skewed: Path, tm
     settings = json.loads((nameless / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
     (nameless / "adapter_config.json").write_text(json.dumps(settings))
     cases = [
-        (tmp_path / "nothing", {}, "neither a run"),
+        (tmp_path / "nothing", {}, "nothing does not exist"),
         (run, {"members": [members]}, "--nonmembers is not given"),
         (run, {"nonmembers": [members]}, "--members is not given"),
         (run, {"members": [members], "nonmembers": [members]}, "0 non-members"),

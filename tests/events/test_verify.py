@@ -259,7 +259,7 @@ def test_the_command_fails_on_a_finding_and_names_it(copy: Path, capsys: pytest.
     assert done.err.startswith("fedspan: ")
     assert "expected logs that are whole and agree" in done.err
     assert main(["log", "verify", str(copy / "sites" / "nobody")]) == 2
-    assert "holds no events.jsonl" in capsys.readouterr().err
+    assert "nobody does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("way", ["to the site", "to the server"])

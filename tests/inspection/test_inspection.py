@@ -109,7 +109,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "metrics.jsonl").write_text("3\n")
     for path, part in (
-        (tmp_path / "nowhere", "holds no metrics.jsonl"),
+        (tmp_path / "nowhere", "nowhere does not exist"),
         (tmp_path / "odd", "is damaged: expected JSON objects"),
         (folder_with(tmp_path / "new", "glora"), "no round"),
     ):

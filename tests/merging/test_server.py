@@ -432,7 +432,7 @@ def test_every_client_counts(counts: dict[str, Any], message: str, models: dict[
         (lambda m: Server("glora", base=m, ranks=3), "unknown key 'method.ranks' for glora"),
         (lambda m: Server("glora", base=nn.Linear(2, 2)), "base = a Linear: expected a PEFT model with an adapter"),
         (lambda m: Server("glora", base=m, adapter_name="x"), r"base = adapters \['default'\]: .* named 'x'"),
-        (lambda m: Server("glora", base="nowhere"), "nowhere is no folder"),
+        (lambda m: Server("glora", base="nowhere"), "nowhere does not exist"),
         (lambda m: Server("glora", base={"q": (3, 4)}), "base is shapes by module: expected max_rank="),
         (lambda m: Server("glora", base=m, max_rank=0), "max_rank = 0: expected a whole number of at least 1"),
         (lambda m: Server("fedit", base=m).adapter(4), "rank = 4: fedit expected rank 8 for every client"),

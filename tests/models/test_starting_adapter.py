@@ -110,5 +110,5 @@ def test_an_adapter_of_another_base_is_refused(bases: dict[str, Path], tmp_path:
     wide = tiny.load(tiny.save("llama", tmp_path / "wide", intermediate_size=40), "instruction")
     with pytest.raises(FedspanError, match=r"as 32×48, and it is 32×40: expected its base"):
         start_from(wide, str(tmp_path / "start"))
-    with pytest.raises(FedspanError, match="is no folder"):
+    with pytest.raises(FedspanError, match="does not exist"):
         start_from(federated(bases, "llama"), str(tmp_path / "none"))

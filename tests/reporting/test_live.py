@@ -79,7 +79,7 @@ def test_a_folder_that_goes_away_is_said(live: Live) -> None:
     shutil.rmtree(live.folders[0])
     answer = ask(live, f"/{live.token}/")
     assert answer.status == 503
-    assert b"holds no config.toml" in answer.read()
+    assert b"does not exist" in answer.read()
 
 
 def test_bad_ports_and_folders_are_refused_in_one_line(

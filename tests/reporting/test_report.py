@@ -231,10 +231,11 @@ def test_the_command_writes_its_own_file_and_no_other(
     assert main(["report", folder, "--out", str(out)]) == 2
     assert "was not made by fedspan" in capsys.readouterr().err
     assert out.read_text() == "<html>my notes</html>"
-    for what in (tmp_path / "none", out, tmp_path):
+    lacks = {tmp_path / "none": "does not exist", out: "is a file", tmp_path: "holds no config.toml"}
+    for what, how in lacks.items():
         assert main(["report", str(what), "--out", str(tmp_path / "new.html")]) == 2
         said = capsys.readouterr().err
-        assert said.startswith(f"fedspan: {what} holds no config.toml: expected the folder of a `fedspan run`")
+        assert said.startswith(f"fedspan: {what} {how}: expected the folder of a `fedspan run`")
         assert said.count("\n") == 1
     assert main(["report", folder, str(suite), "--out", str(tmp_path / "new.html")]) == 2
     assert "is a comparison: expected it alone" in capsys.readouterr().err

@@ -168,7 +168,7 @@ def test_what_cannot_be_applied_is_refused_in_one_line(
     (unfinished / "summary.json").unlink()
     (tmp_path / "there.csv").write_text("a\n1\n")
     for call, message in (
-        (lambda: fedspan.evaluate(tmp_path, [data]), "holds neither a run"),
+        (lambda: fedspan.evaluate(tmp_path, [data]), "holds no run .* and no PEFT adapter"),
         (lambda: fedspan.evaluate(unfinished, [data]), "is not finished"),
         (lambda: fedspan.evaluate(classified.out, [odd]), "'benigm'; did you mean 'benign'"),
         (lambda: fedspan.evaluate(classified.out, [taken]), "no column 'label'"),

@@ -340,8 +340,8 @@ def test_of_two_runs_into_one_folder_one_is_refused(
 
 
 def test_a_folder_without_a_run_is_not_resumed(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match="holds no run"):
+    for path, how in ((tmp_path, "holds no run"), (tmp_path / "nowhere", "does not exist")):
+        with pytest.raises(ValueError, match=how):
             resume(path)
 
 

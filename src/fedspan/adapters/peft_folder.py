@@ -31,6 +31,7 @@ from fedspan.adapters.state_dict import (
 from fedspan.methods.messages import Factors
 from fedspan.support.errors import FedspanError, one_line
 from fedspan.support.files import flush
+from fedspan.support.paths import lacks
 
 CONFIG_NAME = "adapter_config.json"
 _INNER = ("adapter", "default")
@@ -65,13 +66,11 @@ def load(path: Path) -> Adapter:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise FedspanError(f"{path} is no folder: expected a PEFT adapter folder")
     file = path / CONFIG_NAME
     if not file.is_file():
         inner = next((name for name in _INNER if (path / name / CONFIG_NAME).is_file()), None)
         hint = f", such as {path / inner}" if inner else ""
-        raise FedspanError(f"{path} holds no {CONFIG_NAME}: expected a PEFT adapter folder{hint}")
+        raise FedspanError(f"{lacks(path, CONFIG_NAME)}: expected a PEFT adapter folder{hint}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # a decoding error is a ValueError too

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedspan.support.enclosing import enclosing_run
 from fedspan.support.errors import FedspanError, one_line
+from fedspan.support.paths import lacks
 
 _OBJECT, _NUMBER = dict | None, int | float
 _ROUND: Mapping[str, type | UnionType] = {
@@ -43,7 +44,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     history = folder / "metrics.jsonl"
     if not history.exists():
         raise FedspanError(
-            f"{folder} holds no metrics.jsonl: expected the folder of a `fedspan run`{enclosing_run(folder)}"
+            f"{lacks(folder, 'metrics.jsonl')}: expected the folder of a `fedspan run`{enclosing_run(folder)}"
         )
     summary = folder / "summary.json"
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedspan.events.chain import FILE
 from fedspan.support.errors import FedspanError
+from fedspan.support.paths import lacks
 
 _PATTERNS = (FILE, f"runs/*/{FILE}", f"server/runs/*/{FILE}", f"sites/*/{FILE}")
 
@@ -24,7 +25,7 @@ def logs_in(place: Path) -> list[Path]:
     found = sorted(path for pattern in _PATTERNS for path in place.glob(pattern))
     if not found:
         raise FedspanError(
-            f"{place} holds no {FILE}: expected the folder of a run between sites, of a site, of a server or of a "
+            f"{lacks(place, FILE)}: expected the folder of a run between sites, of a site, of a server or of a "
             "whole deployment"
         )
     return found

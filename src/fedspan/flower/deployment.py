@@ -21,6 +21,7 @@ from fedspan.federation.client_names import names_of_sites, numbered_ids
 from fedspan.flower import certificates
 from fedspan.flower.server_data import with_stated_metrics, without_data
 from fedspan.support.errors import FedspanError
+from fedspan.support.paths import lacks
 from fedspan.wire.names import is_name
 
 PORT = 8443
@@ -240,7 +241,9 @@ def read(folder: Path) -> Deployment:
         sites = tuple(SitePlan(**site) for site in record["sites"])
         read = Deployment(tuple(record["hosts"]), record["port"], record["superlink_port"], sites)
     except (OSError, ValueError, KeyError, TypeError):
-        raise FedspanError(f"{folder} holds no deployment: expected a folder made by `fedspan flower init`") from None
+        raise FedspanError(
+            f"{lacks(folder, 'deployment')}: expected a folder made by `fedspan flower init`"
+        ) from None
     try:
         _check(read)
     except FedspanError as error:

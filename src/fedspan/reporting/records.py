@@ -16,6 +16,7 @@ from fedspan.reporting.comparison import Comparison, read_comparison, run_folder
 from fedspan.runs.folder_lock import is_running
 from fedspan.support.enclosing import enclosing_run
 from fedspan.support.errors import FedspanError
+from fedspan.support.paths import lacks
 
 Words = Callable[[Path], Sequence[str]]
 """Returns the diagnostics of a run folder in sentences."""
@@ -163,7 +164,7 @@ def _run(folder: Path) -> Run:
     config = run_groups.config_of(folder) if folder.is_dir() else None
     if config is None:
         raise FedspanError(
-            f"{folder} holds no config.toml: expected the folder of a `fedspan run`, or of a comparison"
+            f"{lacks(folder, 'config.toml')}: expected the folder of a `fedspan run`, or of a comparison"
             f"{enclosing_run(folder)}"
         )
     # The file of rounds is written when the first one begins.

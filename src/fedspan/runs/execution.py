@@ -38,6 +38,7 @@ from fedspan.support.activity import report
 from fedspan.support.enclosing import enclosing_run
 from fedspan.support.errors import FedspanError, NotResumable
 from fedspan.support.files import StrPath, write_bytes, write_new
+from fedspan.support.paths import lacks
 from fedspan.support.scalars import whole
 from fedspan.wire.transport import Transport
 
@@ -156,7 +157,7 @@ def resume(
     folder = Path(out)
     if not (folder / "config.toml").exists():
         raise FedspanError(
-            f"{folder} holds no run (no config.toml): expected the folder of an earlier `fedspan run`"
+            f"{lacks(folder, 'run (no config.toml)')}: expected the folder of an earlier `fedspan run`"
             f"{enclosing_run(folder)}"
         )
     if transport is None and (folder / "sites.json").exists():

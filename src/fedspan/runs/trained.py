@@ -27,6 +27,7 @@ from fedspan.models.federated_model import Trains
 from fedspan.runs import checkpoint
 from fedspan.support.enclosing import enclosing_run
 from fedspan.support.errors import FedspanError, one_line
+from fedspan.support.paths import lacks
 
 _KINDS: dict[str, Kind] = {
     "SEQ_CLS": "classification",
@@ -121,8 +122,8 @@ def find_trained(where: Path, settings: Sequence[str] = (), base: str | None = N
     if (where / peft_folder.CONFIG_NAME).is_file():
         return _of_adapter(where, settings, base)
     raise FedspanError(
-        f"{where} holds neither a run (config.toml) nor a PEFT adapter ({peft_folder.CONFIG_NAME}): expected the "
-        f"folder of one of them{enclosing_run(where)}"
+        f"{lacks(where, 'run (config.toml) and no PEFT adapter')}: expected the folder of one of them"
+        f"{enclosing_run(where)}"
     )
 
 

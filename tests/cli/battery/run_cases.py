@@ -44,18 +44,18 @@ def _setting(text: str, other: str) -> object:
 CHECKPOINT = "checkpoint/federation.safetensors"
 
 RUNS = [
-    Case("runs", "resume none", ("none holds no run",)),
+    Case("runs", "resume none", ("none does not exist",)),
     Case("runs", "resume ''", ("holds no run",)),
     Case("runs", "resume bert", ("bert holds no run",)),
-    Case("runs", "resume texts.jsonl", ("texts.jsonl holds no run",)),
+    Case("runs", "resume texts.jsonl", ("texts.jsonl is a file",)),
     Case("runs", "resume finished --rounds 99999999999999999999999 --workers 0", ("--workers",)),
-    Case("runs", "inspect none", ("none holds no metrics.jsonl",)),
-    Case("runs", "report none", ("none holds no config.toml",)),
-    Case("runs", "watch none", ("none holds no config.toml",)),
+    Case("runs", "inspect none", ("none does not exist",)),
+    Case("runs", "report none", ("none does not exist",)),
+    Case("runs", "watch none", ("none does not exist",)),
     Case("runs", "watch finished --port x", ("--port 'x'", "0 to 65535")),
     Case("runs", "report finished --out texts.jsonl", ("texts.jsonl exists and was not made by fedspan",)),
     Case("runs", "plot finished --x time", ("--x 'time'", "megabytes")),
-    Case("runs", "plot none", ("none holds no metrics.jsonl",)),
+    Case("runs", "plot none", ("none does not exist",)),
     Case("runs", "plot finished --out new.xyz", ("new.xyz", ".png")),
     Case("runs", "plot finished --metric fame", ("'fame'",)),
     Case("runs", "inspect finished --plot new.xyz", ("new.xyz",)),
@@ -107,7 +107,7 @@ RUNS = [
     Case("bases", "RUN --set 'federation.ranks=33'", ("rank 33 is above",)),
     Case("bases", "RUN --set adapter.target_modules=embeddings", ("'embeddings' matches no linear layer",)),
     # Starting adapters
-    Case("starting adapters", "RUN --set model.adapter=none", ("none is no folder",)),
+    Case("starting adapters", "RUN --set model.adapter=none", ("none does not exist",)),
     Case("starting adapters", "RUN --set model.adapter=", ("model.adapter = ''", "at least 1 character")),
     Case("starting adapters", "RUN --set model.adapter=3", ("model.adapter = 3",)),
     Case("starting adapters", "RUN --set model.adapter=bert", ("bert holds no adapter_config.json",)),

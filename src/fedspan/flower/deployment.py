@@ -241,9 +241,7 @@ def read(folder: Path) -> Deployment:
         sites = tuple(SitePlan(**site) for site in record["sites"])
         read = Deployment(tuple(record["hosts"]), record["port"], record["superlink_port"], sites)
     except (OSError, ValueError, KeyError, TypeError):
-        raise FedspanError(
-            f"{lacks(folder, 'deployment')}: expected a folder made by `fedspan flower init`"
-        ) from None
+        raise FedspanError(f"{lacks(folder, 'deployment')}: expected a folder made by `fedspan flower init`") from None
     try:
         _check(read)
     except FedspanError as error:

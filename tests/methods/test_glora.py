@@ -22,54 +22,14 @@ from federations import (
     served,
     weighted_sum,
 )
-from hypothesis import given, settings
+from glora_rounds import BASES, MIXED, added, held, laws, low_rank, next_round, returned, with_deltas
+from hypothesis import given
 from hypothesis import strategies as st
-from test_spectral import by_queries, second_round
 
 from fedspan.algebra.lowrank import LowRank
 from fedspan.methods import flexlora, glora
-from fedspan.methods.base import ServerState
 from fedspan.methods.messages import Factors, Request, Template, Update
 from fedspan.methods.readout import FRESH, fresh_a, leading_adapter
-
-laws = settings(deadline=None, max_examples=15, derandomize=True)
-MIXED: dict[str, Any] = {"shapes": ((20, 20), (24, 14)), "ranks": (2, 4, 7), "counts": (5, 2, 9)}
-BASES = ("projector", "energy")
-
-
-def held(state: ServerState, name: str) -> Array:
-    """U·C, densely."""
-    return array(state.modules[name]["u"]) @ array(state.modules[name]["c"])
-
-
-def with_deltas(fed: Federation, factors: list[dict[str, tuple[Array, Array]]]) -> Federation:
-    """The federation with other (B, A) than were drawn."""
-    updates = []
-    for update, pairs in zip(fed.updates, factors, strict=True):
-        made = {
-            name: Factors(torch.from_numpy(b), torch.from_numpy(a), update.factors(name).scaling)
-            for name, (b, a) in pairs.items()
-        }
-        updates.append(replace(update, modules=made))
-    return replace(fed, updates=tuple(updates))
-
-
-def next_round(fed: Federation, state: ServerState, updates: list[Update]) -> ServerState:
-    return served(replace(fed, state=state, updates=tuple(updates)))[0]
-
-
-def returned(fed: Federation, state: ServerState, rank: int, client_id: str = "client0", count: float = 1) -> Update:
-    """What a client that learns nothing sends back: the readout that it was given."""
-    sent = fed.method.broadcast(state, Request(rank))
-    return Update(client_id, count, dict(sent.adapter), dict(fed.updates[0].dense))
-
-
-def low_rank(seed: int, m: int, n: int, spectrum: list[float]) -> tuple[Array, Array, Array]:
-    """(U, σ, V) with orthonormal U (m, q) and V (n, q)."""
-    rng = np.random.default_rng(seed)
-    u, _ = np.linalg.qr(rng.standard_normal((m, len(spectrum))))
-    v, _ = np.linalg.qr(rng.standard_normal((n, len(spectrum))))
-    return u, np.array(spectrum), v
 
 
 @pytest.mark.parametrize("sides", ["left", "both"])
@@ -207,16 +167,6 @@ def test_the_reported_truncation_error_is_the_measured_one(basis: str, sides: st
     law()
 
 
-def added(fed: Federation, name: str) -> Array:
-    """Σ p_k (adapter that came back − readout that was sent)."""
-
-    def innovation(update: Update) -> Array:
-        sent = fed.method.broadcast(fed.state, Request(update.factors(name).rank)).adapter[name]
-        return fed.delta_of(update, name) - sent.scaling * array(sent.b) @ array(sent.a)
-
-    return weighted_sum(fed, innovation)
-
-
 @pytest.mark.parametrize("method", [glora(), glora(sides="both"), flexlora()], ids=["left", "both", "flexlora"])
 def test_a_readout_is_the_best_of_its_rank(method: Any) -> None:
     """Its distance to the state is the tail of the state's singular values, so it decreases to 0 as r grows."""
@@ -286,22 +236,6 @@ def test_nested_readouts_nest_and_plain_ones_do_not() -> None:
     assert distance(received(nested, served(nested)[0], 2), nested.ideal) > distance(
         received(best, served(best)[0], 2), best.ideal
     )
-
-
-@pytest.mark.parametrize("basis", BASES)
-@given(seed=st.integers(0, 2**32 - 1), tolerance=st.sampled_from([1e-6, 0.01, 0.1, 0.5]))
-@laws
-def test_auto_rank_keeps_the_tolerance_and_no_more(basis: str, seed: int, tolerance: float) -> None:
-    """The smallest R with ‖T − U·C‖ ≤ tolerance·‖T‖, per module, and never above the dense oracle's."""
-    fed = build(glora(server_rank="auto", tolerance=tolerance, basis=basis), seed, **MIXED)
-    state, diagnostics = served(fed)
-    for name, ideal in fed.ideal.items():
-        s = np.linalg.svd(ideal, compute_uv=False)
-        tails = np.array([np.linalg.norm(s[r:]) for r in range(len(s) + 1)]) / np.linalg.norm(s)
-        rank = state.modules[name]["u"].shape[1]
-        assert rank == int((tails <= tolerance).argmax())
-        assert np.linalg.norm(held(state, name) - ideal) <= tolerance * np.linalg.norm(ideal) * (1 + 1e-9)
-    assert diagnostics["truncation_error"] <= tolerance
 
 
 def test_innovation_keeps_what_a_low_rank_client_never_saw() -> None:
@@ -393,140 +327,6 @@ def test_a_new_direction_outvotes_the_old_state() -> None:
     assert abs(u[:, 3] @ held(with_new, "layer0") @ v[:, 3]) > 4
 
 
-PUSHED: dict[str, dict[str, Any]] = {
-    "replace": {},
-    "energy": {"basis": "energy"},
-    "both": {"sides": "both"},
-    "nested": {"readout": "nested"},
-    "innovation": {"update": "innovation"},
-    "state": {"start": "state"},
-    "auto": {"server_rank": "auto", "tolerance": 1e-13, "update": "innovation"},
-    "randomized": {"algebra": "randomized"},
-    "randomized-state": {"algebra": "randomized", "start": "state", "basis": "energy"},
-}
-pushed = pytest.mark.parametrize("options", PUSHED.values(), ids=PUSHED)
-
-
-@pushed
-@pytest.mark.parametrize("beta", [0.3, 0.9])
-def test_momentum_is_the_dense_heavy_ball(options: dict[str, Any], beta: float) -> None:
-    """Where R spans everything, four rounds follow S_t = T_t + β (S_{t−1} − S_{t−2}), T_t on top of S_{t−1}."""
-    method = glora(**{"server_rank": 40, "momentum": beta, **options})
-    fed = build(method, 0, **MIXED)
-    path: list[dict[str, Array]] = [{name: np.zeros(shape) for name, shape in fed.template.modules.items()}] * 2
-    for number in range(4):
-        fed = replace(build(method, number, **MIXED), state=fed.state)
-        target = fed.ideal
-        if options.get("start") == "state":
-            target = {name: path[-1][name] + fed.ideal[name] for name in target}
-        elif options.get("update") == "innovation":
-            target = {name: path[-1][name] + added(fed, name) for name in target}
-        path.append({name: target[name] + beta * (path[-1][name] - path[-2][name]) for name in target})
-        fed = replace(fed, state=served(fed)[0])
-        assert_same({name: held(fed.state, name) for name in target}, path[-1], 1e-10)
-        # A fresh adapter of rank 4 on the state, or the readout of all of it: both add up to the state.
-        assert_same(received(fed, fed.state, 24), path[-1], 1e-10)
-
-
-@pytest.mark.parametrize("auto", [False, True])
-@laws
-@given(seed=st.integers(0, 2**32 - 1), server_rank=st.integers(1, 8))
-def test_momentum_is_cut_to_the_server_rank_by_energy(auto: bool, seed: int, server_rank: int) -> None:
-    """S_t = trunc_R(trunc_R(T_t) + β (S_{t−1} − S_{t−2})) by dense SVDs, or at the tolerance; the loss as reported."""
-    limits: dict[str, Any] = {"server_rank": "auto", "tolerance": 0.2} if auto else {"server_rank": server_rank}
-    method = glora(basis="energy", momentum=0.6, **limits)
-
-    def cut(x: Array) -> Array:
-        u, s, vh = np.linalg.svd(x, full_matrices=False)
-        tails = np.array([np.linalg.norm(s[r:]) for r in range(len(s) + 1)])
-        rank = int((tails <= 0.2 * tails[0]).argmax()) if auto else server_rank
-        return u[:, :rank] * s[:rank] @ vh[:rank]
-
-    fed = build(method, seed, **MIXED)
-    names = list(fed.template.modules)
-    path = [{name: np.zeros(fed.template.modules[name]) for name in names}] * 2
-    for number in range(3):
-        fed = replace(build(method, seed + number, **MIXED), state=fed.state)
-        sums = {n: cut(fed.ideal[n]) + 0.6 * (path[-1][n] - path[-2][n]) for n in names}
-        # The first round has nothing to add, and its estimate is not cut again.
-        path.append({name: cut(sums[name]) if number else sums[name] for name in names})
-        state, diagnostics = served(fed)
-        assert_same({name: held(state, name) for name in names}, path[-1], 1e-8)
-        measured = distance(path[-1], sums)
-        assert diagnostics["momentum_truncation_error"] == pytest.approx(measured, rel=1e-6, abs=1e-10)
-        assert diagnostics["server_rank"] == max(np.linalg.matrix_rank(x) for x in path[-1].values())
-        fed = replace(fed, state=state)
-
-
-@pushed
-def test_momentum_does_not_see_the_gauge(options: dict[str, Any]) -> None:
-    """Three rounds, R = 3, every client in an ill-conditioned gauge of its own: the same readouts."""
-    method = glora(**{"server_rank": 3, "momentum": 0.8, **options})
-    rng = np.random.default_rng(0)
-    first = second = build(method, 0, **MIXED)
-    for number in range(3):
-        drawn = build(method, number, **MIXED)
-        first, second = (replace(drawn, state=fed.state) for fed in (first, second))
-        second = regauged(second, lambda k, rank: gauge(rng, rank, 1e6))
-        first, second = (replace(fed, state=served(fed)[0]) for fed in (first, second))
-        for rank in (None, 1, 3):
-            assert_same(received(second, second.state, rank), received(first, first.state, rank), 1e-6)
-
-
-@pytest.mark.parametrize("options", [x for x in PUSHED.values() if x.get("server_rank") != "auto"], ids=str)
-def test_momentum_is_the_same_through_questions(options: dict[str, Any]) -> None:
-    """A conversation over two separate sets of clients leads to the state and the figures of `finish`."""
-    method = glora(**{"server_rank": 6, "momentum": 0.7, **options, "algebra": "randomized"})
-    fed = second_round(method, 3)
-    state, diagnostics = served(fed)
-    modules, measured, _ = by_queries(fed, 2)
-    assert_same(modules, {name: held(state, name) for name in modules}, 1e-7)
-    assert measured == pytest.approx(diagnostics, rel=1e-6)
-    plain = served(replace(fed, method=glora(**{"server_rank": 6, **options, "algebra": "randomized"})))[0]
-    assert distance({name: held(plain, name) for name in modules}, modules) > 0.05
-
-
-def test_without_momentum_nothing_is_added() -> None:
-    """No second pair is kept; and momentum has nothing to act on in the first round, which has the same bits."""
-    plain, heavy = (build(glora(momentum=beta), 0, **MIXED) for beta in (0.0, 0.9))
-    first, second = served(plain)[0], served(heavy)[0]
-    for name in plain.template.modules:
-        assert first.modules[name].keys() == {"u", "c"}
-        assert second.modules[name].keys() == {"u", "c", "u0", "c0"}
-        assert all(torch.equal(second.modules[name][part], first.modules[name][part]) for part in "uc")
-
-
-def test_momentum_keeps_no_direction_that_is_made_of_rounding() -> None:
-    """S_1 = S_2 of rank 5, then an update of rank 1 and a thousandth of the size: what cancels leaves no direction."""
-    u, s, v = low_rank(8, 20, 14, [5.0, 4.0, 3.0, 2.0, 1.0])
-    fed = build(glora(server_rank=9, momentum=0.5), shapes=[(20, 14)], ranks=(5,), counts=(1,))
-    for number, (scale, rank) in enumerate(((1.0, 5), (0.5, 5), (1e-3, 1))):
-        kept = s * (np.arange(5) < rank) * scale
-        fed = with_deltas(fed, [{"layer0": (u * kept, v.T * 5 / 16)}])
-        state, diagnostics = served(fed)
-        assert diagnostics["server_rank"] == rank, number
-        fed = replace(fed, state=state)
-
-
-def test_momentum_reaches_the_optimum_of_a_quadratic_sooner() -> None:
-    """One gradient step a round on ½ tr((W − W*)ᵀ H (W − W*)) with condition 200: heavy ball against plain descent."""
-    rng = np.random.default_rng(0)
-    turn, _ = np.linalg.qr(rng.standard_normal((10, 10)))
-    curvature = turn * np.geomspace(1, 200, 10) @ turn.T
-    optimum = rng.standard_normal((10, 8))
-    left = {}
-    for beta in (0.0, 0.75):
-        fed = build(glora(start="state", server_rank=8, momentum=beta), shapes=[(10, 8)], ranks=(8,), counts=(1,))
-        for _ in range(100):
-            w = held(fed.state, "layer0")
-            step = -curvature @ (w - optimum) / 200
-            fed = with_deltas(fed, [{"layer0": (step * 8 / 16, np.eye(8))}])
-            fed = replace(fed, state=served(fed)[0])
-        left[beta] = np.linalg.norm(held(fed.state, "layer0") - optimum) / np.linalg.norm(optimum)
-    assert left[0.0] > 0.1
-    assert left[0.75] < 0.4 * left[0.0]
-
-
 def test_spare_readout_directions_can_still_learn() -> None:
     """Where the state has fewer directions than the adapter, B is 0 and A is not: B has a gradient."""
     for readout in ("svd", "nested"):
@@ -604,88 +404,3 @@ def test_a_server_rank_may_be_twice_the_clients_largest() -> None:
         assert kept["u"].shape[1] == 8
     same = build(glora(server_rank=8), 2, **MIXED, server_rank=4)
     assert_same(received(same, served(same)[0]), received(fed, served(fed)[0]), 1e-12)
-
-
-@pytest.mark.parametrize("basis", BASES)
-def test_an_automatic_rank_comes_with_a_certificate_for_every_module(basis: Any) -> None:
-    """Its rank, and the share of ‖T‖_F² that is not in the state: measured densely, they are so."""
-    fed = build(glora(server_rank="auto", tolerance=0.4, basis=basis), 3, **MIXED)
-    state, measured = served(fed)
-    assert measured["certificate"].keys() == fed.template.modules.keys()
-    for name, said in measured["certificate"].items():
-        ideal = fed.ideal[name]
-        lost = np.linalg.norm(ideal - held(state, name)) ** 2 / np.linalg.norm(ideal) ** 2
-        assert said["discarded"] == pytest.approx(lost, rel=1e-9)
-        assert said["discarded"] <= 0.4**2
-        assert said["rank"] == state.modules[name]["u"].shape[1]
-    assert "certificate" not in served(build(glora(), 3, **MIXED))[1]
-
-
-AUTO: dict[str, dict[str, Any]] = {
-    "replace": {},
-    "innovation": {"update": "innovation"},
-    "state": {"start": "state"},
-    "split": {"start": "split"},
-    "both-innovation": {"update": "innovation", "sides": "both"},
-    "nested-split": {"start": "split", "readout": "nested"},
-    "energy-state": {"start": "state", "basis": "energy"},
-}
-
-
-def whole_model(fed: Federation, update: Update, name: str) -> Array:
-    """Everything that the client adds to its base: what it was sent, with its own adapter in place of the one sent."""
-    sent = fed.method.broadcast(fed.state, Request(update.factors(name).rank))
-    patch = sent.patch.get(name)
-    return fed.delta_of(update, name) + (0.0 if patch is None else array(patch.b) @ array(patch.a))
-
-
-@pytest.mark.parametrize("options", AUTO.values(), ids=AUTO)
-@pytest.mark.parametrize("idle", [1, 3])
-def test_an_automatic_rank_keeps_what_the_state_holds(options: dict[str, Any], idle: int) -> None:
-    """Three clients of rank 4 make a state of rank 12. A round in which one of them, or all, learn nothing leaves it:
-    the clients' votes are no wider than an adapter, and the state is."""
-    method = glora(server_rank="auto", tolerance=1e-5, **options)
-    fed = build(method, 1, [(64, 48)], [4] * 3, [1] * 3, server_rank=4, dtype=torch.float32)
-    state, diagnostics = served(fed)
-    assert diagnostics["server_rank"] == 12
-    updates = [returned(fed, state, 4, f"client{k}") for k in range(idle)]
-    after = next_round(fed, state, updates)
-    if method.broadcast(state, Request(4)).patch or options.get("update") == "innovation":
-        assert after.modules["layer0"]["u"].shape[1] == 12
-        np.testing.assert_allclose(held(after, "layer0"), held(state, "layer0"), atol=1e-4)
-    else:
-        assert after.modules["layer0"]["u"].shape[1] == 4  # the whole of what came back
-
-
-@pytest.mark.parametrize("options", AUTO.values(), ids=AUTO)
-@pytest.mark.parametrize("tolerance", [0.01, 0.3])
-def test_the_certificate_holds_in_every_round(options: dict[str, Any], tolerance: float) -> None:
-    """Four rounds of mixed ranks: ‖T − U·C‖ ≤ tolerance·‖T‖ densely, T being the mean of what the clients ran, and the
-    share that was discarded is the one that is certified."""
-    fed = build(glora(server_rank="auto", tolerance=tolerance, **options), 0, **MIXED, server_rank=7)
-    for number in range(4):
-        fed = replace(build(fed.method, number, **MIXED, server_rank=7), state=fed.state)
-        for name in fed.template.modules:
-            if options.get("update") == "innovation":
-                target = held(fed.state, name) + added(fed, name)
-            else:
-                target = weighted_sum(fed, lambda u, n=name, f=fed: whole_model(f, u, n))
-            after, diagnostics = served(fed)
-            lost = np.linalg.norm(target - held(after, name)) / np.linalg.norm(target)
-            said = diagnostics["certificate"][name]
-            assert lost <= tolerance * (1 + 1e-9)
-            assert said["discarded"] == pytest.approx(lost**2, rel=1e-6, abs=1e-20)
-            assert said["rank"] == after.modules[name]["u"].shape[1]
-        fed = replace(fed, state=after)
-
-
-def test_with_momentum_the_certificate_is_about_the_state_that_is_kept() -> None:
-    fed = build(glora(server_rank="auto", tolerance=0.2, start="split", momentum=0.7), 0, **MIXED)
-    for number in range(3):
-        fed = replace(build(fed.method, number, **MIXED), state=fed.state)
-        state, diagnostics = served(fed)
-        for name, said in diagnostics["certificate"].items():
-            assert said["rank"] == state.modules[name]["u"].shape[1]
-            assert 0 <= said["momentum_discarded"] <= 0.2**2
-            assert (said["momentum_discarded"] > 0) == (number > 0)
-        fed = replace(fed, state=state)

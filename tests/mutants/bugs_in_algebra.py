@@ -60,7 +60,7 @@ ALGEBRA = [
         "methods/spectral.py",
         "allowed = spec.tolerance**2 * x.size_squared",
         "allowed = spec.tolerance * x.size_squared",
-        "tests/methods/test_glora.py::test_auto_rank_keeps_the_tolerance_and_no_more",
+        "tests/methods/test_glora_certificates.py::test_auto_rank_keeps_the_tolerance_and_no_more",
     ),
     Mutant(
         "the Nyström step keeps what rounding made",

@@ -286,7 +286,7 @@ METHODS = [
         "methods/glora.py",
         "return x.lost_squared / x.size_squared if",
         "return (x.lost_squared / x.size_squared) ** 0.5 if",
-        "tests/methods/test_glora.py::test_an_automatic_rank_comes_with_a_certificate_for_every_module",
+        "tests/methods/test_glora_certificates.py::test_an_automatic_rank_comes_with_a_certificate_for_every_module",
     ),
     Mutant(
         "GLoRA in sums: the estimate of what is lost is 8 times too large",
@@ -307,7 +307,7 @@ METHODS = [
         "methods/momentum.py",
         "[1.0, momentum, -momentum]",
         "[1.0, momentum, 0.0]",
-        "tests/methods/test_glora.py::test_momentum_is_the_dense_heavy_ball",
+        "tests/methods/test_glora_momentum.py::test_momentum_is_the_dense_heavy_ball",
     ),
     Mutant(
         "an even readout ignores the scaling",

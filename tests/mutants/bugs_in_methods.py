@@ -94,23 +94,23 @@ METHODS = [
         "methods/lora_fair.py",
         "pair.b @ ((pair.a - x.mean.a) @ x.mean.a.mT)",
         "pair.b @ (pair.a @ x.mean.a.mT)",
-        "tests/methods/test_field.py::test_the_ridge_form_is_its_closed_form",
+        "tests/methods/test_nearer_rules.py::test_the_ridge_form_is_its_closed_form",
     ),
     Mutant(
         "LoRA-FAIR: the penalty counts twice",
         "methods/lora_fair.py",
         "+ self.penalty * change\n",
         "+ 2 * self.penalty * change\n",
-        "tests/methods/test_field.py::test_lora_fair_minimises_the_papers_objective "
-        "tests/methods/test_field.py::test_lora_fair_moves_only_where_the_cosine_gains_more_than_the_penalty",
+        "tests/methods/test_nearer_rules.py::test_lora_fair_minimises_the_papers_objective "
+        "tests/methods/test_nearer_rules.py::test_lora_fair_moves_only_where_the_cosine_gains_more_than_the_penalty",
     ),
     Mutant(
         "FLoRA-NA solves for p alone",
         "methods/flora_na.py",
         'q = _best(a.mT, b.mT, torch.einsum("k,kij->ji", p, b), shares)',
         "q = shares",
-        "tests/methods/test_field.py::test_flora_na_solves_each_half_exactly "
-        "tests/methods/test_field.py::test_flora_na_is_never_farther_than_fedit_and_each_sweep_helps",
+        "tests/methods/test_nearer_rules.py::test_flora_na_solves_each_half_exactly "
+        "tests/methods/test_nearer_rules.py::test_flora_na_is_never_farther_than_fedit_and_each_sweep_helps",
     ),
     Mutant(
         "raFLoRA counts a client for one component too many",

@@ -146,6 +146,20 @@ def test_only_added_parts_extend_a_comparison() -> None:
     assert f"out was begun with another {named}: expected the same suite" in str(caught.value)
 
 
+def test_an_arm_may_be_given_more_conditions_and_none_less() -> None:
+    began = from_mapping(changed("arms", 1, "conditions", value=["y"]))
+    for conditions in (["x", "y"], None):
+        check_extension(Path("out"), began, from_mapping(changed("arms", 1, "conditions", value=conditions)))
+    # What stays with the old conditions when one is added has changed in nothing.
+    fixed = changed("arms", 1, "conditions", value=["x", "y"])
+    fixed["conditions"].append({"name": "z"})
+    check_extension(Path("out"), from_mapping(SUITE), from_mapping(fixed))
+    for before, now in ((["y"], ["x"]), (None, ["x"])):
+        old, new = (from_mapping(changed("arms", 1, "conditions", value=value)) for value in (before, now))
+        with pytest.raises(FedspanError, match=r"begun with another arm b:"):
+            check_extension(Path("out"), old, new)
+
+
 def test_the_base_may_be_a_file_beside_the_suite(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text("[federation]\nrounds = 3\n")
     arms = '[[arms]]\nname = "a"\n[[arms]]\nname = "b"\nsettings.method.name = "flora"\n'

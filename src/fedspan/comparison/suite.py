@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -272,7 +272,7 @@ def check_extension(where: Path, began: Suite, now: Suite) -> None:
     Raises
     ------
     FedspanError
-        Naming everything that differs. Added seeds, arms and conditions extend a comparison.
+        Naming everything that differs. Added seeds, arms and conditions extend a comparison, also those of an arm.
     """
     changed = [
         key
@@ -280,8 +280,8 @@ def check_extension(where: Path, began: Suite, now: Suite) -> None:
         if key not in ("arms", "conditions", "seeds") and getattr(began, key) != getattr(now, key)
     ]
     changed += [f"seeds (without {seed})" for seed in began.seeds if seed not in now.seeds]
-    for kind, old, new in (("arm", began.arms, now.arms), ("condition", began.conditions, now.conditions)):
-        changed += list(_changed_parts(kind, old, new))
+    changed += [f"arm {arm.name}" for arm in began.arms if not _extends(arm, began, now)]
+    changed += [f"condition {part.name}" for part in began.conditions if part not in now.conditions]
     if changed:
         raise FedspanError(
             f"{where} was begun with another {', '.join(changed)}: expected the same suite, perhaps with more seeds, "
@@ -289,8 +289,10 @@ def check_extension(where: Path, began: Suite, now: Suite) -> None:
         )
 
 
-def _changed_parts(kind: str, old: Sequence[Arm | Condition], new: Sequence[Arm | Condition]) -> Iterator[str]:
-    by_name = {part.name: part for part in new}
-    for part in old:
-        if by_name.get(part.name) != part:
-            yield f"{kind} {part.name}"
+def _extends(arm: Arm, began: Suite, now: Suite) -> bool:
+    """Return whether an arm is still there as it was, under the conditions that it had and perhaps others."""
+    found = next((other for other in now.arms if other.name == arm.name), None)
+    if found is None or found != arm.model_copy(update={"conditions": found.conditions}):
+        return False
+    kept = set(began.conditions_of(arm.name)).intersection(now.condition_names)  # a lost one is named by itself
+    return kept <= set(now.conditions_of(arm.name))

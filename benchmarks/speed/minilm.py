@@ -1,4 +1,4 @@
-"""CPU seconds of a client-step of MiniLM's shape: plain loop, batches whole and in parts, upper layers, kept states.
+"""CPU seconds of a client-step of MiniLM's shape: plain loop, batches whole, in parts, packed; half of the layers.
 
     python benchmarks/speed/minilm.py [--repeats 3] [--precision bfloat16] >> minilm.jsonl
 
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
 import minilm
 
 from fedspan.client import cohort, length_parts
-from fedspan.client.setup import find_prefix
+from fedspan.client.setup import find_packed, find_prefix
 from fedspan.config import EngineConfig
 from fedspan.data import Encoded
 from fedspan.models import FederatedModel, build
@@ -77,25 +77,34 @@ def _arm(model: FederatedModel, data: Encoded, engine: str, count: int, precisio
     return train
 
 
+def _packed(model: FederatedModel, data: Encoded) -> FederatedModel:
+    """Return the model, which from now on computes the rows of a batch end to end."""
+    find_packed(model, data, EngineConfig(), minilm.BATCH)
+    assert model.packed is not None
+    return model
+
+
 def _arms(base: Path, data: Encoded, precision: str) -> dict[str, Arm]:
-    whole, still = minilm.load(base, _CPU), _still(base)
-    upper, kept = (_still(base, tuple(range(minilm.LAYERS // 2, minilm.LAYERS))) for _ in range(2))
-    find_prefix(kept, data, EngineConfig())
-    plain = minilm.PlainLoop(base, _CPU, list(whole.layers))
-    (client,) = minilm.clients(whole, 1)
+    half = tuple(range(minilm.LAYERS // 2, minilm.LAYERS))
+    dropping = minilm.load(base, _CPU)
+    plain = minilm.PlainLoop(base, _CPU, list(dropping.layers))
+    (client,) = minilm.clients(dropping, 1)
     batches = minilm.batches_of(data, client)
-    dropping, everywhere, above, below_kept = (
-        _arm(model, data, "sequential", 1, precision) for model in (whole, still, upper, kept)
-    )
-    return {
-        "plain loop": lambda _: print(plain.train(client.broadcast.adapter, batches), file=sys.stderr),
+    models = {
         "sequential": dropping,
-        "without dropout, whole batches": _whole(everywhere),
-        "without dropout": everywhere,
-        "upper half, whole batches": _whole(above),
-        "upper half": above,
-        "upper half, kept states": below_kept,
+        "without dropout, in parts": _still(base),
+        "upper half, in parts": _still(base, half),
     }
+    models["upper half, kept states, in parts"] = _still(base, half)
+    models["without dropout, packed"] = _packed(_still(base), data)
+    models["upper half, packed"] = _packed(_still(base, half), data)
+    models["upper half, kept states, packed"] = _packed(_still(base, half), data)
+    for name, model in models.items():
+        if "kept states" in name:
+            find_prefix(model, data, EngineConfig())
+    arms = {name: _arm(model, data, "sequential", 1, precision) for name, model in models.items()}
+    arms |= {f"{name}, whole batches": _whole(arms[f"{name}, in parts"]) for name in ("without dropout", "upper half")}
+    return {"plain loop": lambda _: print(plain.train(client.broadcast.adapter, batches), file=sys.stderr), **arms}
 
 
 def main() -> None:

@@ -94,7 +94,7 @@ def test_parts_count_by_their_answers(bases: dict[str, Path], data: dict[str, En
     sent = tiny.broadcast(model)
     whole, one = (trained(model, data["instruction"], settings(accumulate=n), sent) for n in (1, 4))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedspan.client.batching._count", lambda part: 1)
+        patch.setattr("fedspan.client.batching.Part.count", 1)
         other = trained(model, data["instruction"], settings(accumulate=4), sent)
     close(one, whole, sent)
     with pytest.raises(AssertionError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,21 @@ from fedspan.models import FederatedModel
 from fedspan.models.losses import client_losses, num_answer_tokens
 from fedspan.support.seeding import generator
 
-Batch = dict[str, torch.Tensor]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """A batch that passes through the model at once, or a part of one."""
+
+    batch: dict[str, torch.Tensor]
+    """As `Encoded.batch` returns it, on the model's device."""
+    packed: bool = False
+    """Its rows lie end to end in the model's blocks."""
+
+    @property
+    def count(self) -> int:
+        """The answer tokens of instruction data, otherwise the rows."""
+        labels = self.batch["labels"]
+        return int(num_answer_tokens(self.batch)) if labels.ndim == 2 else len(labels)
 
 
 def batches(num_examples: int, batch_size: int, steps: int, rng: torch.Generator) -> Iterator[list[int]]:
@@ -38,7 +53,7 @@ def autocast(model: FederatedModel, engine: EngineConfig) -> AbstractContextMana
 
 
 def add_gradients(
-    model: FederatedModel, parts: Sequence[Batch], engine: EngineConfig, scale: float = 1.0
+    model: FederatedModel, parts: Sequence[Part], engine: EngineConfig, scale: float = 1.0
 ) -> torch.Tensor:
     """Add the gradients of a batch's mean loss, times `scale`, to those of the weights; return the loss.
 
@@ -48,23 +63,18 @@ def add_gradients(
         The batch, or several parts of it, which pass one after the other: the activations of one part are in memory at
         a time. Each counts by its answer tokens (or rows), so that the sum is that of the batch in one piece.
     """
-    counts = [_count(part) for part in parts]
+    counts = [part.count for part in parts]
     total = torch.zeros((), device=model.device)
     for part, count in zip(parts, counts, strict=True):
         if count == 0 and len(parts) > 1:
             continue  # whose mean is not a number
         with autocast(model, engine):
-            loss = client_losses(model, part).sum()
+            loss = client_losses(model, part.batch, packed=part.packed).sum()
         if len(parts) > 1:
             loss = loss * (count / sum(counts))
         total += loss.detach()
         torch.autograd.backward(loss * scale if scale != 1 else loss)
     return total
-
-
-def _count(part: Batch) -> int:
-    """Return the answer tokens of instruction data, otherwise the rows."""
-    return int(num_answer_tokens(part)) if part["labels"].ndim == 2 else len(part["labels"])
 
 
 def schedule(
@@ -74,15 +84,16 @@ def schedule(
     config: LocalConfig,
     engine: EngineConfig,
     key: tuple[object, ...],
-) -> Iterator[list[Batch]]:
+) -> Iterator[list[Part]]:
     """Yield the batches of a client's examples, each in the parts that it is trained in, on the model's device."""
     lengths = examples.lengths.tolist()
     # A compiled pass would be compiled again for every shape.
-    whole = config.accumulate > 1 or engine.compile
-    worth = None if whole else worth_a_part(model, examples, config.batch_size)
+    worth = None if engine.compile else worth_a_part(model, examples, config.batch_size)
+    packed = worth is not None and model.packed is not None and not engine.checkpointing
     for indices in batches(len(examples), config.batch_size, steps, generator(*key, "batches")):
-        if worth is None:
+        if worth is None or packed or config.accumulate > 1:
             cut = [part for part in np.array_split(indices, config.accumulate) if len(part)]
         else:
             cut = [np.asarray(indices)[part] for part in parts([lengths[i] for i in indices], worth)]
-        yield [{name: value.to(model.device) for name, value in examples.batch(part).items()} for part in cut]
+        found = [examples.batch(part) for part in cut]
+        yield [Part({name: value.to(model.device) for name, value in own.items()}, packed) for own in found]

@@ -311,7 +311,7 @@ class Worker:
         if model.device != device:
             model.model.to(device)
             model.device = device
-            model.prefix = None  # it was found for the CPU
+            model.prefix = model.packed = None  # they were found for the CPU
         elif shared:
             for parameter in model.dense_parameters.values():
                 parameter.data = parameter.data.clone()

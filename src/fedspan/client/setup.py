@@ -12,14 +12,16 @@ from torch import nn
 
 from fedspan.client import precision
 from fedspan.client.executors import WorkContext
+from fedspan.client.length_parts import worth_a_part
 from fedspan.client.training import TrainingSettings
 from fedspan.config import Config, DataConfig, EngineConfig
 from fedspan.data import Corpus, Encoded, encode
 from fedspan.data.base_facts import BaseFacts
 from fedspan.data.label_names import match_labels
-from fedspan.models import FederatedModel, build, frozen_prefix, load_processor
+from fedspan.models import FederatedModel, build, frozen_prefix, load_processor, packed_rows
 from fedspan.models.base_checks import check_pixels, check_tokens
 from fedspan.models.base_facts import read_facts
+from fedspan.models.blocks import NotApplicable
 from fedspan.models.encoder_decoder import check_loss, decoder_start, is_encoder_decoder
 from fedspan.models.federated_model import Trains
 from fedspan.models.selection import Selection
@@ -165,6 +167,7 @@ def work_context(
         start_from(model, config.model.adapter)
     # Nobody who did not leave the lowest layers out expects anything of them.
     find_prefix(model, data["train"], config.engine, expected=adapter.layers is not None)
+    find_packed(model, data["train"], config.engine, config.local.batch_size)
     training = TrainingSettings.of(config)
     return WorkContext(training, config.evaluation, config.threads, model, data, prepared.processor, corpus.metrics)
 
@@ -181,7 +184,7 @@ def find_prefix(model: FederatedModel, data: Encoded, engine: EngineConfig, *, e
         return
     try:
         model.prefix = frozen_prefix.find(model, data.batch([0, len(data) - 1]), engine.prefix_cache)
-    except frozen_prefix.NotApplicable as reason:
+    except NotApplicable as reason:
         if not expected:
             return
         model.notes = (*model.notes, f"the layers below the adapters are computed in every step: {reason}")
@@ -189,6 +192,22 @@ def find_prefix(model: FederatedModel, data: Encoded, engine: EngineConfig, *, e
         count = len(model.prefix.below)
         lowest = "lowest layer is" if count == 1 else f"{count} lowest layers are"
         model.notes = (*model.notes, f"the {lowest} computed once for each example")
+
+
+def find_packed(model: FederatedModel, data: Encoded, engine: EngineConfig, batch_size: int) -> None:
+    """Let the rows of a wide client's batch lie end to end in the blocks, or note the reason why they cannot.
+
+    Parameters
+    ----------
+    batch_size
+        That of the clients: where no batch is wide, nothing is tried.
+    """
+    if engine.compile or engine.checkpointing or worth_a_part(model, data, batch_size) is None:
+        return
+    try:
+        model.packed = packed_rows.find(model, data)
+    except NotApplicable as reason:
+        model.notes = (*model.notes, f"batches are padded in the base's blocks, in parts of similar lengths: {reason}")
 
 
 def _check_data(name: str, data: Mapping[str, Encoded], device: torch.device, base: nn.Module) -> None:

@@ -71,6 +71,8 @@ class FederatedModel:
     """The frozen layers with their weights in another type, once that was asked for."""
     prefix: Any = None
     """The `FrozenPrefix` of the lowest layers, where their output is computed once for each example."""
+    packed: Any = None
+    """The `PackedRows` of the blocks, where they can compute the rows of a batch end to end, without padding."""
     experts: tuple[ExpertParameter, ...] = ()
     """The parameters whose experts are target modules."""
     _originals: dict[str, Tensor] = field(default_factory=dict)

@@ -14,8 +14,6 @@ Shapes: b rows of t tokens or patches, padded on the right; t_i of row i; h the 
 from __future__ import annotations
 
 import hashlib
-import inspect
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from fedspan.methods.messages import Recipe
+from fedspan.models.blocks import NotApplicable, blocks_of, hidden_of, place_of, with_hidden
 from fedspan.models.federated_model import FederatedModel
 from fedspan.models.loading import seeded
+from fedspan.models.losses import client_losses, pass_inputs
 
-_BLOCK = re.compile(r"(.+?)\.(\d+)\.")
 _PER_TOKEN = ("input_ids", "token_type_ids", "attention_mask")
 _CLOSE = 1e-3
 """Largest relative difference of a loss between the two ways; wider types differ by less, bfloat16 by about this."""
@@ -37,10 +36,6 @@ _CLOSE = 1e-3
 
 class _Reached(Exception):
     """Ends a pass once the input of layer k is known."""
-
-
-class NotApplicable(Exception):
-    """The reason why the lowest layers must be computed in every step."""
 
 
 @dataclass(slots=True)
@@ -150,17 +145,12 @@ def input_of(model: FederatedModel, layer: nn.Module, batch: Mapping[str, Tensor
     seen: list[Tensor] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        seen.append(_hidden(args, options))
+        seen.append(hidden_of(args, options))
         raise _Reached
 
-    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
-    if model.kind == "instruction":
-        inputs.pop("attention_mask", None)  # as in the pass that the loss is computed by
-    if "use_cache" in inspect.signature(model.model.forward).parameters:
-        inputs["use_cache"] = False
     handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        model.model(**inputs)
+        model.model(**pass_inputs(model, batch))
     except _Reached:
         return seen[0]
     finally:
@@ -172,14 +162,13 @@ def _blocks(model: FederatedModel) -> tuple[Sequence[nn.Module], int] | None:
     """Return the list of layers that all adapters are in, and the lowest with an adapter, where it is not the first."""
     if model.trains != "adapter":
         return None
-    matches = [_BLOCK.match(name) for name in model.layers]
-    places = {(m[1], int(m[2])) for m in matches if m is not None}
-    lists = {path for path, _ in places}
+    found = [place_of(name) for name in model.layers]
+    places = [place for place in found if place is not None]
     lowest = min((number for _, number in places), default=0)
-    if len(lists) != 1 or None in matches or lowest == 0:
+    if len(places) < len(found) or lowest == 0:
         return None
-    blocks = model.model.get_submodule(lists.pop())
-    return (list(blocks), lowest) if isinstance(blocks, nn.ModuleList) else None
+    blocks = blocks_of(model.model, (path for path, _ in places))
+    return None if blocks is None else (blocks, lowest)
 
 
 def _check_frozen(prefix: FrozenPrefix, example: Mapping[str, Tensor]) -> None:
@@ -221,8 +210,6 @@ def _forms(prefix: FrozenPrefix, example: Mapping[str, Tensor]) -> list[Callable
 
 def _check_same(prefix: FrozenPrefix, example: Mapping[str, Tensor]) -> None:
     """Check that the loss of a batch is the same from the states that are put in: later layers see nothing else."""
-    from fedspan.models.losses import client_losses  # which reads through this module
-
     model = prefix.model
     model.model.eval()
     with torch.no_grad():
@@ -250,13 +237,8 @@ def _rows(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         yield row
 
 
-def _hidden(args: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor:
-    hidden: Tensor = args[0] if args else options["hidden_states"]
-    return hidden
-
-
 def _skipped(form: Callable[[Tensor], Any], *args: Any, **options: Any) -> Any:
-    return form(_hidden(args, options))
+    return form(hidden_of(args, options))
 
 
 def _as_it_is(hidden: Tensor) -> Tensor:
@@ -271,10 +253,8 @@ def _replaced(
     states: Sequence[Tensor], layer: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Put the rows' states in place of a layer's input; zeros where rows are padded, which nothing looks at."""
-    given = _hidden(args, options)
+    given = hidden_of(args, options)
     hidden = given.new_zeros(given.shape)
     for row, state in zip(hidden, states, strict=True):
         row[: len(state)] = state
-    if args:
-        return (hidden, *args[1:]), options
-    return args, {**options, "hidden_states": hidden}
+    return with_hidden(args, options, hidden)

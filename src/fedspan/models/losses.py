@@ -22,7 +22,12 @@ _TARGETS = ("labels", "weights", "positions")
 
 
 def client_losses(
-    model: FederatedModel, batch: Mapping[str, Tensor], num_clients: int = 1, real: Tensor | None = None
+    model: FederatedModel,
+    batch: Mapping[str, Tensor],
+    num_clients: int = 1,
+    real: Tensor | None = None,
+    *,
+    packed: bool = False,
 ) -> Tensor:
     """Return each client's mean loss over its own answer tokens (or rows), as transformers computes it for them alone.
 
@@ -35,6 +40,8 @@ def client_losses(
         A batch of `Encoded.batch`, (C·b, …) and padded on the right, on the model's device.
     real
         (C·b,) false for rows that only fill a client up to b; None where all rows count.
+    packed
+        Let the rows lie end to end inside the blocks, without padding (`models.packed_rows`).
 
     Returns
     -------
@@ -43,7 +50,11 @@ def client_losses(
     """
     if model.padding_matters and model.kind == "instruction" and num_clients == 1:
         return _equal_length_loss(model, batch)
-    with nullcontext() if model.prefix is None else model.prefix.reading(batch):
+    with (
+        nullcontext() if model.prefix is None else model.prefix.reading(batch),
+        # After the prefix, whose states the first block that is computed is given padded.
+        model.packed.packing(batch) if packed else nullcontext(),
+    ):
         return _client_losses(model, batch, num_clients, real)
 
 
@@ -58,10 +69,7 @@ def _equal_length_loss(model: FederatedModel, batch: Mapping[str, Tensor]) -> Te
 
 
 def _client_losses(model: FederatedModel, batch: Mapping[str, Tensor], num_clients: int, real: Tensor | None) -> Tensor:
-    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
-    labels = batch["labels"]
-    if "use_cache" in inspect.signature(model.model.forward).parameters:
-        inputs["use_cache"] = False  # nothing is generated
+    inputs, labels = pass_inputs(model, batch), batch["labels"]
     if model.kind != "instruction":
         logits = row_logits(model.model, inputs, model.padding_matters)
         return _row_losses(logits.float(), labels, num_clients, real)
@@ -70,8 +78,6 @@ def _client_losses(model: FederatedModel, batch: Mapping[str, Tensor], num_clien
     if _has_encoder(batch):
         last = None  # the answer's tokens are moved already
     else:
-        # With padding on the right alone, causal attention never looks at it: no mask, and a faster kernel.
-        del inputs["attention_mask"]
         labels, last = labels[:, 1:], -1
     wanted = labels != _IGNORED  # (C·b, t − 1), of an encoder-decoder (C·b, u)
     with _selecting(model.model, lambda hidden: hidden[:, :last][wanted]):
@@ -82,6 +88,17 @@ def _client_losses(model: FederatedModel, batch: Mapping[str, Tensor], num_clien
         return losses.mean()[None]
     owner = torch.arange(num_clients, device=losses.device).repeat_interleave(wanted.shape[0] // num_clients)
     return _means(losses, owner[:, None].expand_as(wanted)[wanted], num_clients)
+
+
+def pass_inputs(model: FederatedModel, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the arguments of the model's `forward` for a batch."""
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
+    if "use_cache" in inspect.signature(model.model.forward).parameters:
+        inputs["use_cache"] = False  # nothing is generated
+    if model.kind == "instruction" and not _has_encoder(batch):
+        # With padding on the right alone, causal attention never looks at it: no mask, and a faster kernel.
+        del inputs["attention_mask"]
+    return inputs
 
 
 def num_answer_tokens(batch: Mapping[str, Tensor]) -> Tensor:

@@ -9,26 +9,20 @@ Shapes: C clients of b rows each; t tokens of the longest row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedspan.data import Encoded
-from fedspan.data.encoded import IGNORED
-from fedspan.methods.messages import Broadcast, Factors, Recipe
+from fedspan.methods.messages import Broadcast, Recipe
 from fedspan.models.federated_model import FederatedModel
 from fedspan.models.losses import client_losses
+from fedspan.models.probes import Batch, apart, gradients, of_length, probe, tolerance
 from fedspan.models.stacked import Stack, head_layers, stacked
 from fedspan.models.streams import NotRowwise
 from fedspan.support.errors import FedspanError, first_line
-from fedspan.support.seeding import generator
-
-_CLOSE = {torch.float32: 2e-3, torch.float64: 2e-3}
-_COARSE = 0.1
-"""Largest relative difference of a client's gradient: rounding is far below it, and another client's row far above."""
-Batch = Mapping[str, Tensor]
 
 
 def reason_against(model: FederatedModel, data: Encoded, num_clients: int, rows: int) -> str | None:
@@ -58,37 +52,20 @@ def reason_against(model: FederatedModel, data: Encoded, num_clients: int, rows:
 
 def _differences(model: FederatedModel, data: Encoded, num_clients: int, rows: int) -> str | None:
     """Return why gradients of several adapters in one pass are not those of each alone, None where they are."""
-    sent = [_broadcast(model, k) for k in range(num_clients)]
+    sent = [probe(model, k) for k in range(num_clients)]
     for batch in _batches(data, num_clients, rows):
         moved = {name: value.to(model.device) for name, value in batch.items()}
         try:
-            alone = [_alone(model, sent[k], _own(moved, k, num_clients)) for k in range(num_clients)]
+            alone = [gradients(model, sent[k], _own(moved, k, num_clients)) for k in range(num_clients)]
             together = _together(model, sent, moved)
         except NotRowwise as error:
             return str(error)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             return f"the model cannot compute several adapters in one pass ({first_line(error).partition('. ')[0]})"
-        worst = max(_apart(x, y) for x, y in zip(alone, together, strict=True))
-        if not worst <= _tolerance(model):
+        worst = max(apart(x, y) for x, y in zip(alone, together, strict=True))
+        if not worst <= tolerance(model):
             return f"the model mixes the rows of a batch: gradients differ by {100 * worst:.2g} % from those alone"
     return None
-
-
-def _tolerance(model: FederatedModel) -> float:
-    kinds = {p.dtype for p in model.model.parameters() if p.is_floating_point()}
-    return max(_CLOSE.get(kind, _COARSE) for kind in kinds)
-
-
-def _broadcast(model: FederatedModel, client: int) -> Broadcast:
-    """Return an adapter of its own for each client, in which both factors count."""
-    rng = generator("rowwise", client)
-    adapter = {}
-    for name, held in model.adapter().items():
-        b = torch.randn(held.b.shape, generator=rng) / held.rank**0.5
-        a = torch.randn(held.a.shape, generator=rng) / held.a.shape[1] ** 0.5
-        adapter[name] = Factors(b, a, 0.25)
-    dense = {name: t + 0.05 * torch.randn(t.shape, generator=rng) for name, t in model.dense().items()}
-    return Broadcast(adapter, dense=dense, recipe=Recipe())
 
 
 def _batches(data: Encoded, num_clients: int, rows: int) -> Iterator[dict[str, Tensor]]:
@@ -100,34 +77,7 @@ def _batches(data: Encoded, num_clients: int, rows: int) -> Iterator[dict[str, T
         yield batch
         return
     for length, shorter in ((count, 0), (count + 3, 2)):
-        yield _of_length(batch, length, shorter, rows, data)
-
-
-def _of_length(batch: Batch, length: int, shorter: int, rows: int, data: Encoded) -> dict[str, Tensor]:
-    """Return the batch with rows of `length` tokens, the first client's `shorter` by that much and padded."""
-    pad = data.texts.pad if data.texts is not None else 0
-    count = len(batch["input_ids"])
-    lengths = [length - shorter if row < rows else length for row in range(count)]
-    mask = (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
-    ids = torch.full_like(mask, pad)
-    for row, (real, own) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
-        ids[row, : lengths[row]] = _stretched(real[own.bool()], lengths[row])
-    made = {**batch, "input_ids": ids, "attention_mask": mask}
-    if "token_type_ids" in made:
-        made["token_type_ids"] = torch.zeros_like(mask)
-    if "decoder_input_ids" in made:
-        made["decoder_input_ids"] = ids
-    if made["labels"].ndim == 2:
-        made["labels"] = ids.masked_fill(mask == 0, IGNORED)
-    return made
-
-
-def _stretched(tokens: Tensor, length: int) -> Tensor:
-    """Return a row of that length with the row's own first and last tokens, which some models look for."""
-    if len(tokens) < 3 or length < 3:
-        return tokens.repeat(-(-length // len(tokens)))[-length:]
-    inner = tokens[1:-1].repeat(-(-length // (len(tokens) - 2)))[: length - 2]
-    return torch.cat([tokens[:1], inner, tokens[-1:]])
+        yield of_length(batch, length, shorter, rows, data)
 
 
 def _own(batch: Batch, client: int, num_clients: int) -> dict[str, Tensor]:
@@ -138,24 +88,6 @@ def _own(batch: Batch, client: int, num_clients: int) -> dict[str, Tensor]:
         return own
     length = int(own["attention_mask"].sum(dim=1).max())
     return {name: value[:, :length] if value.ndim == 2 else value for name, value in own.items()}
-
-
-def _alone(model: FederatedModel, sent: Broadcast, batch: Batch) -> dict[str, Tensor]:
-    """Return the gradients of one client alone, as local training computes them."""
-    model.load(sent)
-    chosen = model.trainable(sent.recipe)
-    model.model.eval()
-    torch.autograd.backward(client_losses(model, batch).sum())
-    grads = {name: _grad(p) for name, p in chosen.items()}
-    for p in chosen.values():
-        p.requires_grad_(False)
-        p.grad = None
-    return grads
-
-
-def _grad(parameter: nn.Parameter) -> Tensor:
-    grad = parameter.grad
-    return torch.zeros_like(parameter) if grad is None else grad.detach().float().clone()
 
 
 def _together(model: FederatedModel, sent: list[Broadcast], batch: Batch) -> list[dict[str, Tensor]]:
@@ -191,10 +123,3 @@ def _by_name(stack: Stack, client: int) -> dict[str, Tensor]:
         assert grad is not None
         grads[name] = grad[client].clone()
     return grads
-
-
-def _apart(alone: Mapping[str, Tensor], together: Mapping[str, Tensor]) -> float:
-    """Return ‖g − g'‖ / ‖g‖ over all tensors; 0 where both are zero."""
-    apart = sum(float((alone[name] - together[name]).square().sum()) for name in alone)
-    whole = sum(float(grad.square().sum()) for grad in alone.values())
-    return (apart / whole) ** 0.5 if whole else float(apart > 0)

@@ -243,6 +243,22 @@ def test_narrow_clients_and_checkpointing_are_as_before(
     assert [rows for rows, _, _ in seen] == [LOCAL.batch_size]
 
 
+def test_rows_of_one_length_are_not_packed(folders: dict[str, Path], tasks: Encoded, wide: None) -> None:
+    """There is nothing to leave out: the bits are those of the whole batch."""
+    model = tiny.load(folders["llama"], "instruction")
+    lengths = tasks.lengths.tolist()
+    alike = np.array([row for row in range(len(tasks)) if lengths[row] == lengths[0]])
+    assert len(alike) >= 4
+    work = Assignment("client-0", tiny.broadcast(model), alike, 2, 1.0)
+    chosen = TrainingSettings(local=LOCAL, engine=EngineConfig(name="sequential"))
+    (padded,) = cohort.work(model, tasks, [work], chosen, 0)
+    find_packed(model, tasks, EngineConfig(), 4)
+    with shapes_in_blocks(model) as seen:
+        (found,) = cohort.work(model, tasks, [work], chosen, 0)
+    assert {rows for rows, _, _ in seen} == {4}
+    tiny.same(tensors(found), tensors(padded))
+
+
 def mixing(forward: Any) -> Any:
     """The layer, whose output at a token is moved a little by the token before it, across rows too."""
 

@@ -85,7 +85,11 @@ def schedule(
     engine: EngineConfig,
     key: tuple[object, ...],
 ) -> Iterator[list[Part]]:
-    """Yield the batches of a client's examples, each in the parts that it is trained in, on the model's device."""
+    """Yield the batches of a client's examples, each in the parts that it is trained in, on the model's device.
+
+    A wide client's rows are packed where the base can do that, in as many parts as the settings ask for: that takes the
+    fewest tokens and the fewest kernels. Otherwise they are taken in parts of similar lengths.
+    """
     lengths = examples.lengths.tolist()
     # A compiled pass would be compiled again for every shape.
     worth = None if engine.compile else worth_a_part(model, examples, config.batch_size)
@@ -95,5 +99,10 @@ def schedule(
             cut = [part for part in np.array_split(indices, config.accumulate) if len(part)]
         else:
             cut = [np.asarray(indices)[part] for part in parts([lengths[i] for i in indices], worth)]
-        found = [examples.batch(part) for part in cut]
-        yield [Part({name: value.to(model.device) for name, value in own.items()}, packed) for own in found]
+        found = []
+        for part in cut:
+            # Rows of one length have no padding to leave out.
+            own = packed and len({lengths[i] for i in part}) > 1
+            batch = {name: value.to(model.device) for name, value in examples.batch(part).items()}
+            found.append(Part(batch, own))
+        yield found

@@ -2,7 +2,8 @@
 
 Among the rows of a batch there is always a long one, to which all others would have to be padded: of 16 sentences of
 SST-2 more than half of the tokens would be padding. On a CPU a wide model's step takes as long as its tokens, so the
-rows are taken in parts, whose gradients add up as under `local.accumulate`. A GPU, where a step takes as long as its
+rows are taken in parts, whose gradients add up as under `local.accumulate`. So it is done for bases whose blocks cannot
+compute rows end to end (`models.packed_rows`), which needs no padding at all. A GPU, where a step takes as long as its
 kernels, cuts by a rule of its own (`client.step_plan`).
 """
 
@@ -23,11 +24,11 @@ of a part cost beside those of its tokens (measured with MiniLM on one core of a
 
 
 def worth_a_part(model: FederatedModel, own: Encoded, batch_size: int) -> float | None:
-    """Return the padding that one more part of this client's batches must save, in tokens; None: they stay whole.
+    """Return the padding that one more part of this client's batches must save, in tokens; None: they stay as they are.
 
-    They do unless the model computes each row by itself, and a batch may be so large that the client shares no pass
-    with others (`client.grouping`), where a step takes as long as its tokens. Dropout keeps them whole: masks have the
-    shapes of batches, and every engine draws the same.
+    They do, and are not packed either, unless the model computes each row by itself, and a batch may be so large that
+    the client shares no pass with others (`client.grouping`), where a step takes as long as its tokens. Dropout keeps
+    them whole: masks have the shapes of batches, and every engine draws the same.
     """
     mixes = model.padding_matters or model.experts or drops(model.model)
     if own.texts is None or model.device.type != "cpu" or mixes:

@@ -204,6 +204,7 @@ def find_packed(model: FederatedModel, data: Encoded, engine: EngineConfig, batc
     """
     if engine.compile or engine.checkpointing or worth_a_part(model, data, batch_size) is None:
         return
+    report("trying rows end to end in the base's blocks")
     try:
         model.packed = packed_rows.find(model, data)
     except NotApplicable as reason:

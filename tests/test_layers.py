@@ -38,7 +38,7 @@ DOORS = {
     "datasets": {"data.hub"},
     "matplotlib": {"display.curves", "bench.plot", "inspection.picture", "reporting.charts"},
     "jinja2": {"support.templating"},
-    "accelerate": {"runs.tracking"},
+    "accelerate": {"runs.tracking", "models.placement"},
     "bitsandbytes": {"models.quantised"},
     "triton": {"models.dropout_kernel", "models.attention_kernel"},
     "flwr": {f"flower.{path.stem}" for path in (PACKAGE / "flower").glob("*.py")},

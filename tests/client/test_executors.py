@@ -26,7 +26,7 @@ from fedspan.algebra.lowrank import LowRank
 from fedspan.client import cohort, shared_payloads
 from fedspan.client.executors import ProcessExecutor, num_worker_processes
 from fedspan.client.processes import Processes, ProcessLost, start_method
-from fedspan.config import Config
+from fedspan.config import Config, EngineConfig
 from fedspan.methods import create
 from fedspan.methods.messages import Factors, GaloreOptions, Recipe
 from fedspan.runs.context import RunContext
@@ -297,15 +297,15 @@ def test_what_clients_share_is_sent_to_a_process_once(context: RunContext, monke
 def test_auto_is_a_process_a_core_and_no_more_than_there_is_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [num_worker_processes("auto", 1, cpu, most) for most in (1, 5, 100)] == [1, 5, 8]
-    assert num_worker_processes("auto", 4, cpu, 100) == 2
-    assert num_worker_processes("auto", 16, cpu, 100) == 1
-    assert num_worker_processes(3, 1, cpu, 1) == 3
+    assert [num_worker_processes(EngineConfig(), 1, cpu, most) for most in (1, 5, 100)] == [1, 5, 8]
+    assert num_worker_processes(EngineConfig(), 4, cpu, 100) == 2
+    assert num_worker_processes(EngineConfig(), 16, cpu, 100) == 1
+    assert num_worker_processes(EngineConfig(workers=3), 1, cpu, 1) == 3
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert num_worker_processes("auto", 1, cuda, 100) == 4
-    assert num_worker_processes("auto", 1, torch.device("cuda:1"), 100) == 1
+    assert num_worker_processes(EngineConfig(), 1, cuda, 100) == 4
+    assert num_worker_processes(EngineConfig(), 1, torch.device("cuda:1"), 100) == 1
     monkeypatch.setattr("fedspan.client.executors.current_process", lambda: SimpleNamespace(daemon=True))
-    assert num_worker_processes("auto", 1, cpu, 100) == 1
+    assert num_worker_processes(EngineConfig(), 1, cpu, 100) == 1
     assert start_method(cuda, 1) == "spawn"
     assert start_method(cpu, 2) == "spawn"
 

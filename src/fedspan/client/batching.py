@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,11 +44,13 @@ def batches(num_examples: int, batch_size: int, steps: int, rng: torch.Generator
         order = order[size:]
 
 
-def autocast(model: FederatedModel, engine: EngineConfig) -> AbstractContextManager[Any]:
-    """Return a context in which the base's matrix products have the type that the settings ask for."""
-    if engine.autocast == "none":
-        return nullcontext()
-    return torch.autocast(model.device.type, torch.bfloat16)
+@contextmanager
+def autocast(model: FederatedModel, engine: EngineConfig) -> Iterator[None]:
+    """Compute the base's matrix products inside in the type that the settings ask for."""
+    with ExitStack() as stack:
+        for kind in model.device_types if engine.autocast != "none" else ():
+            stack.enter_context(torch.autocast(kind, torch.bfloat16))
+        yield
 
 
 def add_gradients(
@@ -72,7 +73,7 @@ def add_gradients(
             loss = client_losses(model, part.batch, packed=part.packed).sum()
         if len(parts) > 1:
             loss = loss * (count / sum(counts))
-        total += loss.detach()
+        total += loss.detach().to(total.device)
         torch.autograd.backward(loss * scale if scale != 1 else loss)
     return total
 

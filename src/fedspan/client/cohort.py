@@ -73,6 +73,7 @@ def refusal(reason: str) -> FedspanError:
 
 def _reason_in_settings(model: FederatedModel, recipe: Recipe, settings: TrainingSettings) -> str | None:
     reasons = (
+        (bool(model.places), "the base's layers lie on several devices (engine.device_map)"),
         (model.trains != "adapter", "every client trains base weights of its own"),
         (settings.privacy.dp == "example", "every example's gradient is clipped by itself (privacy.dp)"),
         (recipe.galore is not None, "GaLore works on one client's weights"),

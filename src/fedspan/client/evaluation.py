@@ -144,6 +144,7 @@ def _predict(
         return loss, count, count, texts
     labels = batch.pop("labels")
     logits = row_logits(model.model, batch, model.padding_matters).float()
+    labels = labels.to(logits.device)
     if logits.shape[1] == 1:
         return F.mse_loss(logits[:, 0], labels, reduction="sum"), 1, len(indices), logits[:, 0]
     return F.cross_entropy(logits, labels, reduction="sum"), 1, len(indices), logits

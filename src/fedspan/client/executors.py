@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from multiprocessing import current_process
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,11 +26,12 @@ from fedspan.client.evaluation import Figures, Predictions, batches, figures, ne
 from fedspan.client.processes import MakeMessage, Message, Processes, start_method
 from fedspan.client.shared_payloads import PayloadCache, SharedPayloads, get_result, put_result
 from fedspan.client.training import Assignment, LocalResult, TrainingSettings
-from fedspan.config import EvaluationConfig
+from fedspan.config import EngineConfig, EvaluationConfig
 from fedspan.data import Encoded
 from fedspan.data.metrics import METRICS
 from fedspan.methods.messages import Broadcast
 from fedspan.models import FederatedModel
+from fedspan.models.placement import is_spread
 from fedspan.wire import packing
 
 Trained = tuple[LocalResult, float]
@@ -108,19 +109,20 @@ def create_executor(context: WorkContext, num_workers: int, device: torch.device
     return ProcessExecutor(context, processes, device)
 
 
-def num_worker_processes(workers: int | Literal["auto"], threads: int, device: torch.device, most: int) -> int:
+def num_worker_processes(engine: EngineConfig, threads: int, device: torch.device, most: int) -> int:
     """Return the number of worker processes of a run.
 
     Parameters
     ----------
-    workers
-        The setting; `auto` takes one process per device, or per `threads` cores.
+    engine
+        Its `workers`: `auto` takes one process per device, or per `threads` cores; one for a base on several devices,
+        which work in turn.
     most
         Tasks that there can be at once: more workers would have nothing to do.
     """
-    if workers != "auto":
-        return workers
-    if current_process().daemon:
+    if engine.workers != "auto":
+        return engine.workers
+    if current_process().daemon or is_spread(engine.device_map):
         return 1  # a daemonic process may not start others
     if device.type != "cpu":
         available = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1

@@ -31,7 +31,7 @@ def worth_a_part(model: FederatedModel, own: Encoded, batch_size: int) -> float 
     them whole: masks have the shapes of batches, and every engine draws the same.
     """
     mixes = model.padding_matters or model.experts or drops(model.model)
-    if own.texts is None or model.device.type != "cpu" or mixes:
+    if own.texts is None or model.device_types != ["cpu"] or mixes:
         return None
     width = hidden(model)
     if largest_batch(own, batch_size) * positions(model, own) * width <= WIDEST:

@@ -24,11 +24,12 @@ from fedspan.models.base_facts import read_facts
 from fedspan.models.blocks import NotApplicable
 from fedspan.models.encoder_decoder import check_loss, decoder_start, is_encoder_decoder
 from fedspan.models.federated_model import Trains
+from fedspan.models.placement import usable_device
 from fedspan.models.selection import Selection
 from fedspan.models.starting_adapter import start_from
 from fedspan.privacy.example_dp import check_layers
 from fedspan.support.activity import report
-from fedspan.support.errors import FedspanError, first_line
+from fedspan.support.errors import FedspanError
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ def work_context(
     Raises
     ------
     FedspanError
-        When the base cannot be read, or does not fit the data or the settings.
+        When the base cannot be read, or does not fit the data, the settings or this machine's devices.
     """
     corpus, data, adapter = prepared.corpus, prepared.data, config.adapter
     texts = data["train"].texts
@@ -153,7 +154,8 @@ def work_context(
         quantise=config.model.quantise,
         new_head=prepared.new_head,
         base_dropout=config.model.dropout,
-        check=partial(_check_data, config.model.name, data, device),
+        check=partial(_check_data, config.model.name, data),
+        device_map=config.engine.device_map,
     )
     precision.check(model, config.engine)
     precision.prepare(model, config.engine)
@@ -211,10 +213,10 @@ def find_packed(model: FederatedModel, data: Encoded, engine: EngineConfig, batc
         model.notes = (*model.notes, f"batches are padded in the base's blocks, in parts of similar lengths: {reason}")
 
 
-def _check_data(name: str, data: Mapping[str, Encoded], device: torch.device, base: nn.Module) -> None:
+def _check_data(name: str, data: Mapping[str, Encoded], base: nn.Module) -> None:
     """Refuse data that the base cannot read."""
     if data["train"].texts is None:
-        check_pixels(base, name, data["train"].batch([0])["pixel_values"].to(device))
+        check_pixels(base, name, data["train"].batch([0])["pixel_values"].to(next(base.parameters()).device))
         return
     for part in data.values():
         check_tokens(base, name, *part.extent())
@@ -238,9 +240,4 @@ def device_of(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # the meta device has no values to give
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise FedspanError(f"device = {name!r} cannot be used here ({first_line(error)})") from None
-    return device
+    return usable_device("device", name)

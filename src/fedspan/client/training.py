@@ -23,6 +23,7 @@ from fedspan.data import Encoded
 from fedspan.methods.messages import Broadcast, Update, Vector
 from fedspan.models import FederatedModel, seeded
 from fedspan.models.counted_dropout import CountedDropout, step_seeds
+from fedspan.models.placement import seed_each_gpu
 from fedspan.models.streams import drops
 from fedspan.privacy.example_dp import clipped_sum, parts_of, private_gradients
 from fedspan.support.errors import FedspanError
@@ -143,12 +144,13 @@ def train(
     recipe = sent.recipe
     key = (settings.seed, round_num, work.client_id)
     chosen = model.trainable(recipe)
-    trained = TrainedTensors(chosen, sent, model.device)
+    trained = TrainedTensors(chosen, sent)
     optimizer = _optimizer(model, trained, sent, local, key)
     put_state(optimizer, trained.stepped, sent.optimizer)
     total, rates = torch.zeros((), device=model.device), 0.0
     planned = sum(rate(local, step, work.steps, round_num) for step in range(work.steps))
     with model.training(settings.engine.compile, settings.engine.checkpointing), seeded(*key, "dropout"):
+        seed_each_gpu(model.places, *key, "dropout")
         masks = _masks(model, work.steps, settings, key)
         for step, parts in enumerate(schedule(model, data.subset(work.rows), work.steps, local, settings.engine, key)):
             now = rate(local, step, work.steps, round_num)
@@ -249,7 +251,7 @@ def _masks(
     Torch's own too where such a client is never in a cohort. Checkpointing draws it again with the same result.
     """
     engine = settings.engine
-    alone = engine.compile or engine.checkpointing or settings.local.accumulate > 1
+    alone = engine.compile or engine.checkpointing or settings.local.accumulate > 1 or bool(model.places)
     if model.device.type != "cuda" or alone or not drops(model.model):
         return [nullcontext()] * steps
     seeds = torch.tensor(step_seeds(generator(*key, "dropout").initial_seed(), steps), device=model.device)
@@ -262,10 +264,10 @@ class TrainedTensors:
     For a tensor that is confined to a subspace, the parameter is its coordinates; otherwise it is the tensor itself.
     """
 
-    def __init__(self, chosen: Mapping[str, nn.Parameter], sent: Broadcast, device: torch.device) -> None:
+    def __init__(self, chosen: Mapping[str, nn.Parameter], sent: Broadcast) -> None:
         self.chosen, self.mu = chosen, sent.recipe.proximal
         self.subspaces = {
-            name: replace(space, basis=space.basis.to(device, p.dtype))
+            name: replace(space, basis=space.basis.to(p))
             for name, space in sent.subspaces.items()
             if (p := chosen.get(name)) is not None
         }

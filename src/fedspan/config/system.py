@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, StrictInt, field_validator
 
 from fedspan.config.values import (
     Parallel,
@@ -14,6 +14,10 @@ from fedspan.config.values import (
 )
 
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$")]
+
+
+_Device = Annotated[StrictInt, Field(ge=0)] | Annotated[str, Field(min_length=1)]
+"""The number of a GPU, or a device by its name."""
 
 
 class WireConfig(Section):
@@ -84,6 +88,11 @@ class EngineConfig(Section):
     of a GPU's."""
     workers: Parallel | Literal["auto"] = "auto"
     """Number of processes, of `threads` threads each; `auto`: one for each GPU, or for as many as there are cores."""
+    device_map: Literal["none", "auto"] | dict[Annotated[str, Field(strict=True)], _Device] = "none"
+    """Devices of a base's layers, for a base that no single one can hold. `none`: all on `device`. `auto`: its blocks
+    over all GPUs of this machine, about as many bytes on each; with one GPU or none it means `none`. A table of module
+    names and devices, as transformers takes it: `{"model.embed_tokens" = 0, "model.layers.0" = "cuda:1"}`; every weight
+    must be covered. The devices work in turn, and clients one after the other: for memory, not for speed."""
     checkpointing: bool = False
     """Keep only each block's input for the backward pass and compute the rest again: a third more work, and memory for
     the activations of one block instead of all. Clients are then trained one after the other."""

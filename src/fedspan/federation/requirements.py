@@ -17,6 +17,7 @@ from fedspan.methods.kept_optimizer import with_kept_optimizer
 from fedspan.methods.messages import Request, Template
 from fedspan.methods.server_optimizers import with_server_optimizer
 from fedspan.models import quantised
+from fedspan.models.placement import device_name
 from fedspan.privacy import client_dp, example_dp
 from fedspan.privacy.accounting import accountant_named, noise_for
 from fedspan.privacy.budget import Account
@@ -62,6 +63,7 @@ def chosen(config: Config, ledger: ClientLedger | None = None) -> Method:
         _check_kept_optimizer(method, config.local, privacy)
         method = with_kept_optimizer(method)
     _check_checkpointing(config)
+    _check_device_map(config)
     if privacy.dp == "client":
         _check_client_bound(federation, config.wire.up, config.deployment.oversample)
         _check_client_budget(method, federation, privacy)
@@ -334,6 +336,34 @@ def _check_checkpointing(config: Config) -> None:
             "engine.checkpointing with privacy.dp = 'example': a pass over single examples keeps all it needs; "
             "expected false, or a larger local.accumulate to save memory"
         )
+
+
+def _check_device_map(config: Config) -> None:
+    """Refuse what a base on several devices cannot have, and settings that name its device a second time."""
+    engine = config.engine
+    if engine.device_map == "none":
+        return
+    automatic = engine.device_map == "auto"
+    first = "engine.device_map = 'auto'" if automatic else "engine.device_map"
+    if engine.compile:
+        raise FedspanError(f"engine.compile with {first}: a compiled pass stays on one device; expected false")
+    if config.privacy.dp == "example":
+        raise FedspanError(
+            f"privacy.dp = 'example' with {first}: the gradients of single examples come from one pass over copies of "
+            "the adapter on one device; expected 'none'"
+        )
+    if engine.workers not in ("auto", 1):
+        raise FedspanError(
+            f"engine.workers = {engine.workers} with {first}: one process leads all devices, which work in turn; "
+            "expected 1 or 'auto'"
+        )
+    if config.device != "auto" and not (automatic and config.device == "cuda"):
+        raise FedspanError(f"device = {config.device!r} with {first}, which names the devices; expected 'auto'")
+    if not isinstance(engine.device_map, str):
+        named = {device_name(device) for device in engine.device_map.values()}
+        if len(named) < 2:
+            expected = " and ".join(f"device = {name!r}" for name in named) or "modules and their devices"
+            raise FedspanError(f"{first} names {len(named)} devices: expected two or more, or {expected}")
 
 
 def _check_privacy(method: Method, asked: PrivacyConfig) -> None:

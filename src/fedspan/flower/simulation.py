@@ -8,6 +8,7 @@ import threading
 import tomllib
 from pathlib import Path
 
+import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -22,6 +23,7 @@ from fedspan.flower import records
 from fedspan.flower.client_app import refusal
 from fedspan.flower.grid_transport import GridTransport
 from fedspan.flower.log_levels import errors_only
+from fedspan.models.placement import is_spread
 from fedspan.runs import execution
 from fedspan.runs.events import OnEvent
 from fedspan.runs.execution import Result
@@ -59,7 +61,9 @@ def run(config: Config, out: Path, on_event: OnEvent) -> Result:
     def main(grid: Grid, context: Context) -> None:
         results.append(execution.serve(config, out, on_event, GridTransport(grid, "simulation")))
 
-    on_gpu = device_of(config.device).type == "cuda"
+    gpus = 0
+    if device_of(config.device).type == "cuda":
+        gpus = torch.cuda.device_count() if is_spread(config.engine.device_map) else 1
     with errors_only():
         run_simulation(
             server,
@@ -67,7 +71,7 @@ def run(config: Config, out: Path, on_event: OnEvent) -> Result:
             len(clients),
             backend_config={
                 "init_args": {"num_cpus": 1, "include_dashboard": False},
-                "client_resources": {"num_cpus": 1, "num_gpus": 1.0 if on_gpu else 0.0},
+                "client_resources": {"num_cpus": 1, "num_gpus": float(gpus)},
             },
         )
     return results[0]

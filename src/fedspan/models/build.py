@@ -13,8 +13,9 @@ from fedspan.models import experts, quantised
 from fedspan.models.base_checks import check_causal
 from fedspan.models.experts import ExpertParameter
 from fedspan.models.federated_model import BatchNorm, FederatedModel, Trains
-from fedspan.models.layers import in_float32, inputs_in, is_conv1d, output_in, shape_of
+from fedspan.models.layers import base_layer, in_float32, inputs_in, is_conv1d, output_in, shape_of
 from fedspan.models.loading import head_names, load_base, seeded, without
+from fedspan.models.placement import DeviceMap, Places, bring_inputs, described, place, places_for
 from fedspan.models.selection import (
     ALL_LINEAR,
     Selection,
@@ -54,6 +55,7 @@ def build(
     example: Mapping[str, Tensor] | None = None,
     check: Callable[[nn.Module], None] | None = None,
     base_dropout: bool = True,
+    device_map: DeviceMap = "none",
 ) -> FederatedModel:
     """Load the base and prepare the parts that `trains` names for training.
 
@@ -84,12 +86,14 @@ def build(
         Refuses data that does not fit the base, before that is tried.
     base_dropout
         Keep the dropout that the base's configuration names.
+    device_map
+        The devices of its parts, as `engine.device_map` has them; where it lies on several, `device` is not used.
 
     Raises
     ------
     FedspanError
         When the base cannot be read or not be quantised, is not finite or, for instruction data, no causal model; when
-        no layer matches `target_modules`, or a rank exceeds a layer's size.
+        no layer matches `target_modules`, a rank exceeds a layer's size, or `device_map` does not fit the base.
     """
     quantised.check(quantise, trains)
     selection = selection or Selection(target_modules)
@@ -107,7 +111,11 @@ def build(
         new_head is not None,
         base_dropout,
     )
-    base.to(device)
+    places = places_for(base, device_map)
+    if places:
+        device = place(base, places)
+    else:
+        base.to(device)
     if kind == "instruction":
         check_causal(base, name)
     for parameter in base.parameters():
@@ -128,13 +136,16 @@ def build(
     chosen = _experts(base, selection.target_parameters, heads, max_rank, trains, dropout)
     weights = {f"{layer_name}.weight" for layer_name in targets.layers}
     dense = _dense(own, heads, weights, trains)
-    notes = _notes(base, targets, chosen, heads, trains, trial)
+    notes = (*_notes(base, targets, chosen, heads, trains, trial), *_places_line(base, device_map, places, device))
     model: nn.Module = base
     layers: Mapping[str, Any] = targets.layers
     if trains == "adapter":
         with seeded(seed, "adapter"):
             model, layers = attach(base, targets.layers, max_rank, rslora, dropout)
         layers = {**layers, **experts.attach(base, chosen, max_rank)}
+    if places:
+        for layer in layers.values():  # an adapter is given what its layer is given
+            bring_inputs(layer, base_layer(layer).weight.device)
     return FederatedModel(
         name,
         kind,
@@ -145,6 +156,7 @@ def build(
         frozenset(weights & dense.keys()),
         heads,
         device,
+        places,
         notes=notes,
         padding_matters=trial.padding_matters,
         prompt_padding_matters=trial.prompt_padding_matters,
@@ -224,6 +236,16 @@ def _notes(
     elif trial.prompt_padding_matters:
         notes.append("padding before a prompt changes this model's answers: only prompts of equal length go together")
     return tuple(notes)
+
+
+def _places_line(base: nn.Module, device_map: DeviceMap, places: Places, device: torch.device) -> list[str]:
+    """Return a line on where the base's layers lie, where the settings leave it open or spread them."""
+    if places:
+        return [f"the base's layers lie on several devices, which work in turn: {described(base, places)}"]
+    if device_map == "auto":
+        count = torch.cuda.device_count()
+        return [f"engine.device_map = 'auto': with {count or 'no'} GPU here the whole base lies on {device}"]
+    return []
 
 
 def _dense(

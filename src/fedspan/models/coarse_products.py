@@ -63,7 +63,7 @@ def rounded_weights(model: FederatedModel, dtype: torch.dtype) -> list[tuple[Any
 
     Made before other processes are started, they are in memory once.
     """
-    if not model.rounded or model.rounded[0][1].device != model.device:
+    if not model.rounded or any(kept.device != layer.weight.device for layer, kept in model.rounded):
         # Before any layer is replaced by one of many clients.
         names = {id(base_layer(layer)): name for name, layer in model.layers.items()}
         model.rounded = []

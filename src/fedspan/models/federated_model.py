@@ -21,6 +21,7 @@ from fedspan.models.adapter_sums import with_start
 from fedspan.models.experts import Expert, ExpertParameter, gradient_of, renamed, stacks_of
 from fedspan.models.layers import base_layer, beside, factors_of, is_conv1d, read_adapter, set_adapter, shape_of
 from fedspan.models.loading import library_logs_silenced, resolve
+from fedspan.models.placement import Places, checkpoint_in_place
 from fedspan.support.errors import FedspanError
 
 Trains = Literal["adapter", "targets", "all"]
@@ -53,6 +54,9 @@ class FederatedModel:
     heads: tuple[str, ...]
     """Modules that are trained whole: the head, and others that the model's files lack (a pooler)."""
     device: torch.device
+    """The device that batches go to."""
+    places: Places = field(default_factory=dict)
+    """The devices of the base's parts, where it lies on several; each layer's adapter lies beside it."""
     replaced_head: bool = False
     """A head in the base's files was left for a new one."""
     notes: tuple[str, ...] = ()
@@ -80,6 +84,11 @@ class FederatedModel:
     _patch: Mapping[str, Patch] = field(default_factory=dict)
     _patched_for: torch.dtype = torch.float32
     _compiled: Any = None
+
+    @property
+    def device_types(self) -> list[str]:
+        """The types of the devices that its layers lie on: `cpu`, `cuda`, …"""
+        return sorted({device.type for device in (self.device, *self.places.values())})
 
     def modules(self) -> dict[str, tuple[int, int]]:
         """Return the shape (m, n) of each target module by its name."""
@@ -183,7 +192,7 @@ class FederatedModel:
         self.check_fits(broadcast)
         self.apply_patch(broadcast.patch)
         for name, factors in broadcast.adapter.items():
-            set_adapter(self.layers[name], factors, self.device)
+            set_adapter(self.layers[name], factors)
         with torch.no_grad():
             for name, value in broadcast.dense.items():
                 self.dense_parameters[name].copy_(value)
@@ -261,6 +270,8 @@ class FederatedModel:
         if checkpointing:
             # The reentrant form would need an input that requires a gradient, and the embeddings are frozen.
             activation_checkpointing(writer, "enable")({"use_reentrant": False})
+            if self.places:
+                checkpoint_in_place(self.model)
         # Not with either of them, which take the layers as they are.
         prefix = None if compiled or checkpointing else self.prefix
         try:
@@ -276,7 +287,8 @@ class FederatedModel:
     def tail_penalty(self, tail: int) -> Tensor:
         """Return Σ ‖B[:, k:]‖_F ‖A[k:, :]‖_F over the modules, for k = `tail`."""
         pairs = [factors_of(layer) for layer in self.layers.values()]
-        return torch.stack([b[:, tail:].norm() * a[tail:].norm() for a, b in pairs]).sum()
+        norms = [b[:, tail:].norm() * a[tail:].norm() for a, b in pairs]
+        return torch.stack([norm.to(self.device) for norm in norms]).sum()
 
     def save_weights(self, path: str | os.PathLike[str], processor: Any) -> None:
         """Save the whole model and its processor as transformers does."""
@@ -357,7 +369,7 @@ class FederatedModel:
             # A patch smaller than the base's rounding would be lost in the sum: it stays beside it in float32.
             if name in self._originals:
                 weight.data = self._originals[name]
-            self._hooks.append(layer.register_forward_hook(beside(patch, self.device)))
+            self._hooks.append(layer.register_forward_hook(beside(patch, weight.device)))
             return
         # Always from the original, so that errors do not add up over the rounds; and never into it, because other
         # processes may be reading the same memory.
@@ -365,7 +377,7 @@ class FederatedModel:
         if patch is None:
             weight.data = original
             return
-        delta = patch_dense(patch).to(self.device)
+        delta = patch_dense(patch).to(weight.device)
         weight.data = original + (delta.T if is_conv1d(layer) else delta)
 
 

@@ -125,6 +125,8 @@ def find(model: FederatedModel, example: Mapping[str, Tensor], megabytes: int) -
         return None
     blocks, k = found
     prefix = FrozenPrefix(model, blocks[:k], blocks[k], megabytes * 2**20)
+    if model.places:
+        raise NotApplicable("the base's layers lie on several devices")
     if model.device.type != "cpu":
         raise NotApplicable("steps on a GPU have fixed shapes")
     if model.padding_matters:

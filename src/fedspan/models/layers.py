@@ -43,8 +43,9 @@ def dropout_of(layer: Any) -> float:
     return float(getattr(layer.lora_dropout[_SLOT], "p", 0.0))
 
 
-def set_adapter(layer: Any, factors: Factors, device: torch.device) -> None:
-    """Give the layer new parameters, of any rank, so that nothing of the client before is left."""
+def set_adapter(layer: Any, factors: Factors) -> None:
+    """Give the layer new parameters on its device, of any rank, so that nothing of the client before is left."""
+    device = base_layer(layer).weight.device
     layer.lora_A[_SLOT].weight = nn.Parameter(factors.a.detach().float().to(device, copy=True))
     layer.lora_B[_SLOT].weight = nn.Parameter(factors.b.detach().float().to(device, copy=True))
     layer.r[_SLOT] = factors.rank

@@ -64,7 +64,7 @@ def _equal_length_loss(model: FederatedModel, batch: Mapping[str, Tensor]) -> Te
     for _, part in equal_lengths(batch):
         losses.append(_client_losses(model, part, 1, None))
         counts.append((part["labels"][:, 1:] != _IGNORED).sum())
-    weights = torch.stack(counts)
+    weights = torch.stack(counts).to(losses[0].device)
     return (torch.cat(losses) * weights).sum()[None] / weights.sum()
 
 
@@ -72,7 +72,7 @@ def _client_losses(model: FederatedModel, batch: Mapping[str, Tensor], num_clien
     inputs, labels = pass_inputs(model, batch), batch["labels"]
     if model.kind != "instruction":
         logits = row_logits(model.model, inputs, model.padding_matters)
-        return _row_losses(logits.float(), labels, num_clients, real)
+        return _row_losses(logits.float(), labels.to(logits.device), num_clients, real)
     if real is not None:
         labels = labels.masked_fill(~real[:, None], _IGNORED)
     if _has_encoder(batch):
@@ -80,9 +80,10 @@ def _client_losses(model: FederatedModel, batch: Mapping[str, Tensor], num_clien
     else:
         labels, last = labels[:, 1:], -1
     wanted = labels != _IGNORED  # (C·b, t − 1), of an encoder-decoder (C·b, u)
-    with _selecting(model.model, lambda hidden: hidden[:, :last][wanted]):
+    with _selecting(model.model, lambda hidden: hidden[:, :last][wanted.to(hidden.device)]):
         logits = model.model(**inputs).logits  # (tokens, V)
-    losses = F.cross_entropy(logits.float(), labels[wanted], reduction="none")
+    # The output layer may be on another device than the embeddings, which the batch went to.
+    losses = F.cross_entropy(logits.float(), labels[wanted].to(logits.device), reduction="none")
     if num_clients == 1:
         # Not through _means, whose sum adds in another order: a client alone has the bits of a plain mean.
         return losses.mean()[None]

@@ -111,4 +111,4 @@ def row_logits(model: Any, inputs: Mapping[str, Any], by_length: bool) -> Tensor
     for rows, part in equal_lengths(tensors):
         parts.append(model(**part, **others).logits)
         places.append(rows)
-    return torch.cat(parts)[torch.cat(places).argsort()]
+    return torch.cat(parts)[torch.cat(places).argsort().to(parts[0].device)]

@@ -73,6 +73,7 @@ class RunCheck:
     """The reason for the engine, where there is one."""
     workers: int
     device: str
+    """The device of the local work, or all those that the base's layers lie on."""
     bytes_up: float
     """In the first round, from all of its clients to the server."""
     bytes_down: float
@@ -148,7 +149,8 @@ class _Trial:
         expected = len(cohort) if context.method.info.pooled else context.sampler.expected_size(len(context.clients))
         share = expected / len(context.clients)
         num_tasks = max(math.ceil(expected), -(-len(context.data["test"]) // config.evaluation.batch_size))
-        workers = num_worker_processes(config.engine.workers, config.threads, context.device, num_tasks)
+        workers = num_worker_processes(config.engine, config.threads, context.device, num_tasks)
+        devices = dict.fromkeys(context.model.places.values()) or [context.device]
         return RunCheck(
             data=context.described,
             clients=tuple((c.client_id, c.rank, len(c.indices)) for c in context.clients),
@@ -161,7 +163,7 @@ class _Trial:
             engine=engine.name,
             reason=engine.reason,
             workers=workers,
-            device=str(context.device),
+            device=" and ".join(map(str, devices)),
             bytes_up=share * watched.of_all(watched.up, context.clients),
             bytes_down=share * watched.of_all(watched.down, context.clients),
             client_memory=_held(context) + stepped,

@@ -161,7 +161,8 @@ class RunContext:
             metrics=corpus.metrics,
             executor=provided.executor,
             sampler=sampler,
-            device=device,
+            # A base on several devices says itself where batches go.
+            device=model.device if model.places else device,
             num_workers=provided.num_workers,
             described=prepared.corpus.describe(),
             site_tests=site_tests,

@@ -88,6 +88,11 @@ def _own_device(device: torch.device, place: Place) -> torch.device:
 
 
 def _check(config: Config, place: Place) -> None:
+    if config.engine.device_map != "none":
+        raise FedspanError(
+            f"engine.device_map in a run of {place.size} processes of torchrun: each has a base of its own on "
+            "one device; expected 'none', or fedspan run without torchrun"
+        )
     if config.engine.workers not in ("auto", 1):
         raise FedspanError(
             f"engine.workers = {config.engine.workers} in a run of {place.size} processes of torchrun: expected auto "

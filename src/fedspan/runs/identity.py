@@ -20,7 +20,7 @@ from fedspan.support.versions import installed_version
 LIBRARIES = ("fedspan", "torch", "transformers", "peft", "numpy")
 MAY_CHANGE = (
     *("federation.rounds", "device", "threads", "deployment", "tracking", "privacy.epsilon"),
-    *(f"engine.{name}" for name in ("name", "cohort_size", "memory", "workers", "compile")),
+    *(f"engine.{name}" for name in ("name", "cohort_size", "memory", "workers", "device_map", "compile")),
     *(f"evaluation.{name}" for name in ("every", "batch_size", "max_examples", "base", "local", "per_rank")),
     *("evaluation.patience", "evaluation.every_seconds"),
     *("evaluation.diagnostics", "model.name", "model.adapter", "data.train", "data.test", "data.unseen"),

@@ -252,7 +252,7 @@ class _Pool:
         data, starts = join_data(group)
         config, device = first.config, first.device
         num_tasks = sum(own.num_tasks for own in group.values())
-        num_workers = num_worker_processes(config.engine.workers, config.threads, device, num_tasks)
+        num_workers = num_worker_processes(config.engine, config.threads, device, num_tasks)
         placed = device if num_workers == 1 else torch.device("cpu")
 
         context = first.context(placed, data)

@@ -75,7 +75,7 @@ class Provision:
     def work(self, wanted: Wanted) -> Provided:
         """Return a run's base in memory, and the executor of its work."""
         config, device = wanted.config, wanted.device
-        num_workers = num_worker_processes(config.engine.workers, config.threads, device, wanted.num_tasks)
+        num_workers = num_worker_processes(config.engine, config.threads, device, wanted.num_tasks)
         # Several workers copy a model that stays on the CPU to devices of their own.
         placed = device if num_workers == 1 else torch.device("cpu")
         context = wanted.context(placed)

@@ -35,7 +35,7 @@ _KINDS: dict[str, Kind] = {
     "SEQ_2_SEQ_LM": "instruction",
 }
 """PEFT's task types; an adapter of an image model has none."""
-_MAY_SET = ("data.", "evaluation.", "model.name=", "device=", "threads=")
+_MAY_SET = ("data.", "evaluation.", "model.name=", "device=", "engine.device_map=", "threads=")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,7 +116,10 @@ def find_trained(where: Path, settings: Sequence[str] = (), base: str | None = N
     """
     for item in settings:
         if not item.strip().startswith(_MAY_SET):
-            raise FedspanError(f"--set {item!r}: expected a setting of data, evaluation, model.name, device or threads")
+            raise FedspanError(
+                f"--set {item!r}: expected a setting of data, evaluation, model.name, device, "
+                "engine.device_map or threads"
+            )
     if (where / "config.toml").is_file():
         return _of_run(where, [*settings, *([f"model.name={json.dumps(base)}"] if base else [])])
     if (where / peft_folder.CONFIG_NAME).is_file():

@@ -292,8 +292,14 @@ class FederatedModel:
 
     def save_weights(self, path: str | os.PathLike[str], processor: Any) -> None:
         """Save the whole model and its processor as transformers does."""
+        held: dict[str, Tensor] | None = None
+        if self.places:
+            # Copied as it was read, with weights that are shared still shared: by their addresses they are left out.
+            own = self.model.state_dict(keep_vars=True)
+            copies = {id(tensor): tensor.detach().cpu() for tensor in own.values()}
+            held = {name: copies[id(tensor)] for name, tensor in own.items()}
         with library_logs_silenced():
-            self.model.save_pretrained(os.fspath(path))  # type: ignore[operator]
+            self.model.save_pretrained(os.fspath(path), state_dict=held)  # type: ignore[operator]
             processor.save_pretrained(os.fspath(path))
 
     def save_adapter(

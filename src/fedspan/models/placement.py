@@ -118,7 +118,7 @@ def _checked(base: nn.Module, table: Mapping[str, int | str]) -> dict[str, torch
             raise FedspanError(f"engine.device_map: the base has no module {name!r}{hint}")
     devices = {device: usable_device("engine.device_map", device_name(device)) for device in table.values()}
     places = {name: devices[device] for name, device in table.items()}
-    _device_by_tensor(base, places)
+    _device_by_weight(base, places)
     return places
 
 
@@ -129,8 +129,8 @@ def _device_of(name: str, places: Places) -> torch.device | None:
     return places.get(name)
 
 
-def _device_by_tensor(base: nn.Module, places: Places) -> dict[int, torch.device]:
-    """Return the device of every parameter and covered buffer by its `id`; names that share a tensor share its device.
+def _device_by_weight(base: nn.Module, places: Places) -> dict[int, torch.device]:
+    """Return the device of every parameter by its `id`; names that share a weight share its device.
 
     Raises
     ------
@@ -139,7 +139,7 @@ def _device_by_tensor(base: nn.Module, places: Places) -> dict[int, torch.device
     """
     found: dict[int, tuple[str, torch.device]] = {}
     named = dict(base.named_parameters(remove_duplicate=False))
-    for name, tensor in chain(named.items(), base.named_buffers(remove_duplicate=False)):
+    for name, tensor in named.items():
         device = _device_of(name, places)
         if device is None:
             continue
@@ -163,30 +163,39 @@ def place(base: nn.Module, places: Places) -> torch.device:
 
     That is the device of the input embeddings, as it is of buffers that the map does not cover.
     """
-    chosen = _device_by_tensor(base, places)
+    chosen = _device_by_weight(base, places)
     embeddings = _embeddings(base)
     first = chosen[id(next((embeddings if embeddings is not None else base).parameters()))]
-    slots: dict[int, list[tuple[dict[str, Any], str]]] = {}
-    tables: tuple[dict[str, Any], ...]
-    for module in base.modules():
-        tables = (module._parameters, module._buffers)
-        for held in tables:
-            for name, tensor in held.items():
-                if tensor is not None:
-                    slots.setdefault(id(tensor), []).append((held, name))
     # Tensor by tensor, so that no more than one is in memory twice. Not `module.to`, which on some devices would make
     # two weights of one that is shared.
-    for key, places_of_one in slots.items():
-        held, name = places_of_one[0]
-        moved = _moved(held[name], chosen.get(key, first))
-        for held, name in places_of_one:
-            held[name] = moved
+    for (_, device), slots in _slots(base, places, chosen, first).items():
+        table, name = slots[0]
+        moved = _moved(table[name], device)
+        for table, name in slots:
+            table[name] = moved
     skipped = tuple(_as_names(getattr(base, "_skip_keys_device_placement", None)))
     for module in base.modules():
         devices = {tensor.device for tensor in _tensors(module)}
         if len(devices) == 1:
             bring_inputs(module, devices.pop(), skipped)
     return first
+
+
+def _slots(
+    base: nn.Module, places: Places, chosen: Mapping[int, torch.device], otherwise: torch.device
+) -> dict[tuple[int, torch.device], list[tuple[dict[str, Any], str]]]:
+    """Return where each tensor is held, by its `id` and the device that it goes to there."""
+    slots: dict[tuple[int, torch.device], list[tuple[dict[str, Any], str]]] = {}
+    tables: tuple[dict[str, Any], ...]
+    for module_name, module in base.named_modules(remove_duplicate=False):
+        tables = (module._parameters, module._buffers)
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is not None:
+                    # A buffer that layers on several devices share, such as a table of levels, has a copy on each.
+                    own = chosen.get(id(tensor)) or _device_of(f"{module_name}.{name}", places) or otherwise
+                    slots.setdefault((id(tensor), own), []).append((table, name))
+    return slots
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StrictInt, field_validator
+from pydantic import Field, field_validator
 
 from fedspan.config.values import (
     Parallel,
@@ -14,10 +14,6 @@ from fedspan.config.values import (
 )
 
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$")]
-
-
-_Device = Annotated[StrictInt, Field(ge=0)] | Annotated[str, Field(min_length=1)]
-"""The number of a GPU, or a device by its name."""
 
 
 class WireConfig(Section):
@@ -88,7 +84,7 @@ class EngineConfig(Section):
     of a GPU's."""
     workers: Parallel | Literal["auto"] = "auto"
     """Number of processes, of `threads` threads each; `auto`: one for each GPU, or for as many as there are cores."""
-    device_map: Literal["none", "auto"] | dict[Annotated[str, Field(strict=True)], _Device] = "none"
+    device_map: Literal["none", "auto"] | dict[str, int | str] = "none"
     """Devices of a base's layers, for a base that no single one can hold. `none`: all on `device`. `auto`: its blocks
     over all GPUs of this machine, about as many bytes on each; with one GPU or none it means `none`. A table of module
     names and devices, as transformers takes it: `{"model.embed_tokens" = 0, "model.layers.0" = "cuda:1"}`; every weight
@@ -112,3 +108,17 @@ class EngineConfig(Section):
     faster. The choice is recorded. Evaluation and the server's algebra are always `float32`."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Type of the base's matrix products in training; worthwhile for wide models (hidden size 512 and more)."""
+
+    @field_validator("device_map", mode="before")
+    @classmethod
+    def _modules_and_devices(cls, value: object) -> object:
+        table = isinstance(value, dict) and all(
+            isinstance(name, str) and (isinstance(device, str) or (type(device) is int and device >= 0))
+            for name, device in value.items()
+        )
+        if not table and value not in ("none", "auto"):
+            raise ValueError(
+                "expected none, auto, or a table of module names, each with a device: the number of a GPU, or a name "
+                "such as 'cuda:1'"
+            )
+        return value

@@ -23,17 +23,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in MET
     "glora, nf4": ("glora", {"model": {"quantise": "nf4"}}),
     "glora, dropout": ("glora", {"adapter": {"dropout": 0.1}}),
 }
-ARMS = {"cpu": ("cpu", "auto"), "sequential": ("cuda", "sequential"), "auto": ("cuda", "auto")}
+PARTS: dict[str, int | str] = {
+    **{"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": "cpu", "model.layers.2": 0},
+    **{"model.norm": 0, "lm_head": 0},
+}
+"""A map over the only GPU and the CPU."""
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cpu": ("cpu", {"name": "auto"}),
+    "sequential": ("cuda", {"name": "sequential"}),
+    "auto": ("cuda", {"name": "auto"}),
+    "mapped": ("auto", {"device_map": "auto"}),
+}
+MAPPED = ("glora", "flora", "fedavg", "hetlora", "glora, nf4", "glora, dropout")
+"""Cases whose base is also laid over several devices."""
 
 
-def settings(method: str, changes: Mapping[str, Any], device: str, engine: str) -> Any:
+def settings(method: str, changes: Mapping[str, Any], device: str, engine: Mapping[str, Any]) -> Any:
     """Return the run's settings."""
     tree: dict[str, Any] = {
         "device": device,
         "federation": {"num_clients": 6, "rounds": 2, "participation": 0.5, "ranks": 8},
         "local": {"steps": 4},
         "evaluation": {"every": 2, "base": False, "local": False, "max_examples": 40},
-        "engine": {"name": engine, "workers": 1, "precision": "float32"},
+        "engine": {"workers": 1, "precision": "float32", **engine},
         "method": {"name": method},
     }
     if METHODS[method]().info.optimizer == "sgd":
@@ -47,6 +59,8 @@ def outcome(case: str, arm: str) -> tuple[dict[str, Tensor], list[float]]:
     """Return what a run ends with, where no basis was chosen freely, and its training losses."""
     method, changes = CASES[case]
     device, engine = ARMS[arm]
+    if arm == "mapped" and torch.cuda.device_count() < 2:
+        engine = {"device_map": PARTS}
     with tempfile.TemporaryDirectory() as folder:
         result = run(settings(method, changes, device, engine), Path(folder) / "run")
         saved = checkpoint.read(result.out / "checkpoint" / "federation.safetensors")
@@ -92,7 +106,7 @@ def compare(case: str, arm: str) -> dict[str, Any]:
     assert found.keys() == wanted.keys()
     loss = max((abs(x - y) / abs(y) for x, y in zip(own, losses, strict=True)), default=0.0)
     distances = {"relative_distance": _distance(found, wanted), "loss_distance": loss, "tensors": len(wanted)}
-    if arm == "auto":
+    if arm != "sequential":
         distances["from_sequential_on_the_gpu"] = _distance(found, _on_gpu(case)[0])
     return distances
 
@@ -106,7 +120,7 @@ def both(case: str) -> dict[str, dict[str, Any]]:
     """Return the comparisons of one case; an error is a result too."""
     torch.set_num_threads(1)
     found: dict[str, dict[str, Any]] = {}
-    for arm in ("sequential", "auto"):
+    for arm in ("sequential", "auto", *(["mapped"] if case in MAPPED else [])):
         try:
             found[arm] = compare(case, arm)
         except Exception as error:

@@ -42,7 +42,7 @@ def configured(bases: dict[str, Path], instructions: Path, method: str = "fedit"
     return tiny.config(bases["llama"], instructions, method, evaluation=evaluation, engine=options)
 
 
-@pytest.mark.parametrize("method", ["fedit", pytest.param("fedavg", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["fedit", "fedavg"])
 def test_a_run_ends_with_what_it_ends_with_on_one_device(
     bases: dict[str, Path], instructions: Path, tmp_path: Path, method: str
 ) -> None:

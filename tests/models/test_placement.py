@@ -47,6 +47,22 @@ def test_a_base_that_its_gpus_cannot_hold_is_refused_with_the_sizes() -> None:
     assert "\n" not in str(e.value)
 
 
+def test_auto_asks_for_a_table_where_a_base_does_not_say_what_must_not_be_split() -> None:
+    base = tiny.make("llama")
+    base._no_split_modules = set()
+    with pytest.raises(
+        FedspanError, match=r"LlamaForCausalLM does not say which of its modules must stay in one piece"
+    ):
+        balanced(base, {0: 2**30, 1: 2**30})
+
+
+def test_a_table_that_splits_a_block_is_refused() -> None:
+    lazy_device.begin()
+    table = {"": "cpu", "model.layers.0.mlp": LAZY}
+    with pytest.raises(FedspanError, match=r"puts model\.layers\.0 \(LlamaDecoderLayer\) on cpu and lazy:0: its parts"):
+        places_for(tiny.make("llama"), table)
+
+
 def test_auto_means_none_where_there_are_fewer_than_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     for count, spread in ((0, False), (1, False), (2, True)):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
@@ -60,7 +76,7 @@ def test_where_auto_means_none_a_note_says_so(bases: dict[str, Any], monkeypatch
     model = tiny.load(bases["llama"], "instruction", device_map="auto")
     assert not model.places
     assert model.device == CPU
-    assert model.notes[-1] == "engine.device_map = 'auto': with no GPU here the whole base lies on cpu"
+    assert model.notes[-1] == "engine.device_map = 'auto': the whole base lies on cpu (GPUs here: 0)"
 
 
 BLOCKS = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu", "lm_head": "cpu"}

@@ -6,6 +6,27 @@ from mutant import Mutant
 
 TRAINING = [
     Mutant(
+        "adapters lie on the device of the batches",
+        "models/layers.py",
+        "device = base_layer(layer).weight.device",
+        'device = torch.device("cpu")',
+        "tests/client/test_device_map.py::test_adapters_learn_the_same[fedit]",
+    ),
+    Mutant(
+        "all GPUs draw the same numbers",
+        "models/placement.py",
+        "generator(*key, str(device))",
+        "generator(*key)",
+        "tests/client/test_device_map.py::test_every_gpu_draws_numbers_of_its_own",
+    ),
+    Mutant(
+        "a block is given its input on its device after it was checkpointed",
+        "models/placement.py",
+        "send_to_device(args, held.device)",
+        "args",
+        "tests/client/test_device_map.py::test_a_block_that_is_checkpointed_with_its_hooks_is_given_its_input_where_it_lies",
+    ),
+    Mutant(
         "the parts of a batch count alike",
         "client/batching.py",
         "loss = loss * (count / sum(counts))",

@@ -91,7 +91,7 @@ def test_a_cohort_is_refused(bases: dict[str, Path], instructions: Path, tmp_pat
         ({"device": "cpu"}, "device = 'cpu' with engine.device_map, which names the devices; expected 'auto'"),
         (
             {"engine": {"device_map": {"": 1, "lm_head": "cuda:1"}}},
-            "engine.device_map names 1 devices: expected two or more, or device = 'cuda:1'",
+            "engine.device_map names 1 device: expected two or more, or device = 'cuda:1' without it",
         ),
         ({"engine": {"device_map": "auto"}, "device": "cuda:1"}, "device = 'cuda:1' with engine.device_map = 'auto'"),
     ],

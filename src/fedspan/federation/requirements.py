@@ -362,8 +362,8 @@ def _check_device_map(config: Config) -> None:
     if not isinstance(engine.device_map, str):
         named = {device_name(device) for device in engine.device_map.values()}
         if len(named) < 2:
-            expected = " and ".join(f"device = {name!r}" for name in named) or "modules and their devices"
-            raise FedspanError(f"{first} names {len(named)} devices: expected two or more, or {expected}")
+            expected = "".join(f", or device = {name!r} without it" for name in named)
+            raise FedspanError(f"{first} names {len(named) or 'no'} device: expected two or more{expected}")
 
 
 def _check_privacy(method: Method, asked: PrivacyConfig) -> None:

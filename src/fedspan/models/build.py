@@ -244,7 +244,7 @@ def _places_line(base: nn.Module, device_map: DeviceMap, places: Places, device:
         return [f"the base's layers lie on several devices, which work in turn: {described(base, places)}"]
     if device_map == "auto":
         count = torch.cuda.device_count()
-        return [f"engine.device_map = 'auto': with {count or 'no'} GPU here the whole base lies on {device}"]
+        return [f"engine.device_map = 'auto': the whole base lies on {device} (GPUs here: {count})"]
     return []
 
 

@@ -12,7 +12,7 @@ pass, which cannot be trained.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
 from typing import Any, Literal
@@ -73,14 +73,15 @@ def places_for(base: nn.Module, device_map: DeviceMap) -> dict[str, torch.device
     if not is_spread(device_map):
         return {}
     if isinstance(device_map, str):
-        return balanced(base, {i: torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())})
+        places = balanced(base, {i: torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())})
+        return places if len(set(places.values())) > 1 else {}
     return _checked(base, device_map)
 
 
 def balanced(base: nn.Module, free: Mapping[int, int]) -> dict[str, torch.device]:
     """Return a map of the base's modules, in their order, that gives every GPU about the same number of bytes.
 
-    A module that adds its input to its output (`_no_split_modules`, as transformers has them) stays in one piece.
+    A block that adds its input to its output (`_no_split_modules`, as transformers has them) stays in one piece.
 
     Parameters
     ----------
@@ -90,12 +91,17 @@ def balanced(base: nn.Module, free: Mapping[int, int]) -> dict[str, torch.device
     Raises
     ------
     FedspanError
-        When they do not hold the base.
+        When they do not hold the base, or it does not say which modules these are.
     """
     from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
-    whole = sorted(getattr(base, "_no_split_modules", None) or ())
+    whole = sorted(_unsplit(base))
+    if not whole:
+        raise FedspanError(
+            f"engine.device_map = 'auto': {type(base).__name__} does not say which of its modules must stay in one "
+            "piece; expected a table of modules and devices"
+        )
     limits = get_balanced_memory(base, dict(free), no_split_module_classes=whole)
     found: Mapping[str, int | str] = infer_auto_device_map(base, limits, no_split_module_classes=whole)
     left = [name for name, device in found.items() if device not in free]
@@ -118,8 +124,21 @@ def _checked(base: nn.Module, table: Mapping[str, int | str]) -> dict[str, torch
             raise FedspanError(f"engine.device_map: the base has no module {name!r}{hint}")
     devices = {device: usable_device("engine.device_map", device_name(device)) for device in table.values()}
     places = {name: devices[device] for name, device in table.items()}
-    _device_by_weight(base, places)
+    chosen = _device_by_weight(base, places)
+    for name, module in base.named_modules():
+        own = {chosen[id(parameter)] for parameter in module.parameters()}
+        if type(module).__name__ in _unsplit(base) and len(own) > 1:
+            where = " and ".join(sorted(map(str, own)))
+            raise FedspanError(
+                f"engine.device_map puts {name} ({type(module).__name__}) on {where}: its parts are added up; expected "
+                "one device for all of it"
+            )
     return places
+
+
+def _unsplit(base: Any) -> Collection[str]:
+    """Return the classes of modules that must stay in one piece, as transformers names them."""
+    return frozenset(getattr(base, "_no_split_modules", None) or ())
 
 
 def _device_of(name: str, places: Places) -> torch.device | None:

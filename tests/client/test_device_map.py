@@ -34,7 +34,7 @@ from fedspan.methods import METHODS
 from fedspan.methods.base import Method
 from fedspan.methods.kept_optimizer import with_kept_optimizer
 from fedspan.methods.messages import Broadcast
-from fedspan.models import FederatedModel
+from fedspan.models import FederatedModel, frozen_prefix
 from fedspan.models.encoder_decoder import decoder_start
 from fedspan.models.experts import AdaptedExperts
 from fedspan.models.placement import checkpoint_in_place, seed_each_gpu
@@ -340,6 +340,13 @@ def test_a_saved_model_and_a_saved_adapter_are_those_of_the_base_on_one_device(
             assert files
             for file in files:
                 assert (tmp_path / f"{name}1{part}" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_lowest_layers_are_computed_in_every_step(folders: dict[str, Path], data: dict[str, Encoded]) -> None:
+    """Their states would be kept on another device than that of the layers above them."""
+    _, parts = pair(folders, "llama", selection=Selection(layers=(1,)))
+    with pytest.raises(frozen_prefix.NotApplicable, match="lie on several devices"):
+        frozen_prefix.find(parts, data["llama"].batch([0, 1]), 8)
 
 
 def test_an_adapter_to_start_from_lies_with_its_layers(folders: dict[str, Path], tmp_path: Path) -> None:

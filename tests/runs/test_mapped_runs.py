@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fedspan.federation import requirements
 from fedspan.runs.check import check
 from fedspan.runs.distributed import _check
 from fedspan.runs.events import Event
-from fedspan.runs.execution import run
+from fedspan.runs.execution import resume, run
 from fedspan.support.errors import FedspanError
 
 TABLE = {
@@ -36,10 +37,18 @@ def lazy(monkeypatch: pytest.MonkeyPatch) -> None:
     lazy_device.plain_optimizers(monkeypatch)
 
 
-def configured(bases: dict[str, Path], instructions: Path, method: str = "fedit", **engine: Any) -> Config:
+def configured(
+    bases: dict[str, Path],
+    instructions: Path,
+    method: str = "fedit",
+    federation: Mapping[str, Any] | None = None,
+    **engine: Any,
+) -> Config:
     evaluation = {"base": False, "max_examples": 4, "max_new_tokens": 1}
     options = {"device_map": TABLE, **engine}
-    return tiny.config(bases["llama"], instructions, method, evaluation=evaluation, engine=options)
+    return tiny.config(
+        bases["llama"], instructions, method, federation=federation or {}, evaluation=evaluation, engine=options
+    )
 
 
 @pytest.mark.parametrize("method", ["fedit", "fedavg"])
@@ -66,6 +75,21 @@ def test_a_run_ends_with_what_it_ends_with_on_one_device(
     assert (start.data["engine"], start.data["reason"]) == ("sequential", REASON)
     notes = [event.data["line"] for event in seen if event.kind == "note"]
     assert any("on several devices, which work in turn: lazy:0: model.embed_tokens" in note for note in notes)
+
+
+def test_a_run_over_several_devices_goes_on_over_one(
+    bases: dict[str, Path], instructions: Path, tmp_path: Path
+) -> None:
+    """Its base has the same digest, and its checkpoint says nothing of devices."""
+    federation = {"rounds": 1, "num_clients": 2, "participation": 1.0}
+    parts = configured(bases, instructions, federation=federation)
+    run(parts, tmp_path / "run")
+    whole = configured(bases, instructions, federation={**federation, "rounds": 2}, device_map="none")
+    (tmp_path / "run" / "config.toml").write_text(to_toml(whole))
+    losses = [record["train_loss"] for record in resume(tmp_path / "run").history]
+    assert losses == pytest.approx(
+        [record["train_loss"] for record in run(whole, tmp_path / "whole").history], rel=1e-3
+    )
 
 
 def test_a_check_says_where_the_layers_will_lie(bases: dict[str, Path], instructions: Path) -> None:

@@ -141,5 +141,5 @@ def test_a_map_of_numbers_is_one_of_gpus(monkeypatch: pytest.MonkeyPatch) -> Non
         return torch.device(name)
 
     monkeypatch.setattr("fedspan.models.placement.usable_device", usable)
-    places = places_for(tiny.make("llama"), {"model": 1, "lm_head": "cuda:0"})
+    places = places_for(tiny.make("llama"), {"model": 1, "lm_head": "cuda"})
     assert [str(device) for device in places.values()] == asked == ["cuda:1", "cuda:0"]

@@ -53,8 +53,10 @@ def usable_device(setting: str, name: str) -> torch.device:
 
 
 def device_name(device: int | str) -> str:
-    """Return the name of a device; a number is that of a GPU."""
-    return f"cuda:{device}" if isinstance(device, int) else device
+    """Return the name of a device; a number is that of a GPU, and `cuda` the first one."""
+    if isinstance(device, int):
+        return f"cuda:{device}"
+    return "cuda:0" if device == "cuda" else device
 
 
 def is_spread(device_map: DeviceMap) -> bool:
@@ -263,13 +265,13 @@ def checkpoint_in_place(base: nn.Module) -> None:
             vars(module)["_gradient_checkpointing_func"] = partial(_checkpointed, checkpoint)
 
 
-def _checkpointed(checkpoint: Callable[..., Any], block: Any, *args: Any) -> Any:
+def _checkpointed(checkpoint: Callable[..., Any], block: Any, *args: Any, **options: Any) -> Any:
     """Checkpoint a block, which is given as one of its methods or as a partial of one."""
     from accelerate.utils import send_to_device
 
     owner = getattr(getattr(block, "func", block), "__self__", None)
     held = next(_tensors(owner), None) if isinstance(owner, nn.Module) else None
-    return checkpoint(block, *(args if held is None else send_to_device(args, held.device)))
+    return checkpoint(block, *(args if held is None else send_to_device(args, held.device)), **options)
 
 
 def seed_each_gpu(places: Places, *key: object) -> None:

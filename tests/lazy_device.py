@@ -37,7 +37,7 @@ class PlainAdamW(torch.optim.AdamW):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{**options, "fused": False})
 
-    def step(self, *args: Any) -> None:  # type: ignore[override]
+    def step(self, *args: Any) -> None:
         super().step(*args)
         torch._lazy.mark_step()
 
@@ -46,7 +46,7 @@ class PlainSGD(torch.optim.SGD):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{**options, "fused": False})
 
-    def step(self, *args: Any) -> None:  # type: ignore[override]
+    def step(self, *args: Any) -> None:
         super().step(*args)
         torch._lazy.mark_step()
 

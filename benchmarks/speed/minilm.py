@@ -111,7 +111,9 @@ def main() -> None:
     """Time the arms."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of all but the plain loop")
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="float32", help="of all but the plain loop"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -15,8 +15,11 @@ from memory_transport import MemoryTransport, make_sites
 from remote import IDS, REMOTE, Federation, settings, spoiled, stop_in_round_2
 from run_folders import Stop, of_each_kind, state_of
 
+from fedspan.client import length_parts
 from fedspan.federation.rounds import RoundFailed
 from fedspan.federation.sampling import create_sampler
+from fedspan.models import packed_rows
+from fedspan.runs.application import evaluate
 from fedspan.runs.events import Event
 from fedspan.runs.execution import run, serve
 from fedspan.site.settings import SiteSettings
@@ -37,6 +40,24 @@ def test_sites_come_to_the_bits_of_one_process(bases: dict[str, Path], texts: Pa
     tiny.same(fed.state(), state_of(tmp_path / "here"))
     assert all(not record["rejected"] for record in history)
     assert all(record["wire_up"] > record["bytes_up"] > 0 for record in history)
+
+
+def test_only_a_base_that_is_trained_in_is_tried_for_faster_ways_to_train(
+    bases: dict[str, Path], instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sites' is; that of the server and that of a later evaluation hold no client's batch."""
+    monkeypatch.setattr(length_parts, "WIDEST", 0)
+    tried = []
+    find = packed_rows.find
+    monkeypatch.setattr(packed_rows, "find", lambda *args: tried.append(1) or find(*args))
+    config = settings(bases["llama"], instructions, federation={"rounds": 1}, adapter={"layers": [1]})
+    fed = Federation(config, tmp_path)
+    assert len(tried) == 1  # the sites share theirs
+    assert "the lowest layer is computed once for each example" in fed.sites[IDS[0]].loaded.notes
+    fed.serve()
+    found = evaluate(tmp_path / "run", [instructions])
+    assert len(tried) == 1
+    assert not any("the lowest layer" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("name", ["hetlora", "glora", "flora", "ffa_lora"])

@@ -45,7 +45,13 @@ class Loaded:
         prepared = prepare(config.model.name, config.data, corpus)
         device = device_of(config.device)
         context = work_context(
-            config, prepared, trains=trains, max_rank=max_rank, device=device, galore_rank=galore_rank
+            config,
+            prepared,
+            trains=trains,
+            max_rank=max_rank,
+            device=device,
+            galore_rank=galore_rank,
+            training=False,
         )
         untouched = Broadcast(context.model.adapter(), context.model.dense(), Recipe())
         return cls(config, prepared, context, untouched)

@@ -108,6 +108,7 @@ def work_context(
     max_rank: int,
     device: torch.device,
     galore_rank: int = 0,
+    training: bool = True,
 ) -> WorkContext:
     """Return the base that the settings name, with the parts that a method trains, beside the data to train it on.
 
@@ -119,6 +120,8 @@ def work_context(
         The largest rank of any client.
     galore_rank
         The rank that gradients of the target modules' weights are projected to; 0: they are not.
+    training
+        Clients are trained in it; False: it is evaluated alone, so that faster ways of training are not tried.
 
     Raises
     ------
@@ -167,11 +170,12 @@ def work_context(
         check_layers(model, data["train"])
     if config.model.adapter is not None:
         start_from(model, config.model.adapter)
-    # Nobody who did not leave the lowest layers out expects anything of them.
-    find_prefix(model, data["train"], config.engine, expected=adapter.layers is not None)
-    find_packed(model, data["train"], config.engine, config.local.batch_size)
-    training = TrainingSettings.of(config)
-    return WorkContext(training, config.evaluation, config.threads, model, data, prepared.processor, corpus.metrics)
+    if training:
+        # Nobody who did not leave the lowest layers out expects anything of them.
+        find_prefix(model, data["train"], config.engine, expected=adapter.layers is not None)
+        find_packed(model, data["train"], config.engine, config.local.batch_size)
+    settings = TrainingSettings.of(config)
+    return WorkContext(settings, config.evaluation, config.threads, model, data, prepared.processor, corpus.metrics)
 
 
 def find_prefix(model: FederatedModel, data: Encoded, engine: EngineConfig, *, expected: bool = True) -> None:

@@ -127,7 +127,14 @@ class RunContext:
         num_tasks = max(num_sampled, -(-len(data["test"]) // config.evaluation.batch_size))
         max_rank = max(client.rank for client in clients)
         wanted = Wanted(
-            config, prepared, method.info.trains, max_rank, requirements.galore_rank(method), device, num_tasks
+            config,
+            prepared,
+            method.info.trains,
+            max_rank,
+            requirements.galore_rank(method),
+            device,
+            num_tasks,
+            training=coordinator is None,
         )
         provided = provision.work(wanted)
         model, initial_dense, base = provided.model, provided.initial_dense, provided.base

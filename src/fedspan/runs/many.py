@@ -261,7 +261,7 @@ class _Pool:
         bases = {first.config.seed: (model.dense(), model.digest())}
         for own in group.values():
             if own.config.seed not in bases:
-                other = own.context(placed, data).model if model.heads else model
+                other = replace(own, training=False).context(placed, data).model if model.heads else model
                 bases[own.config.seed] = (other.dense(), other.digest())
         shared = SharedBase(create_executor(context, num_workers, device), starts)
         self.shared.append(shared)

@@ -31,6 +31,8 @@ class Wanted:
     device: torch.device
     num_tasks: int
     """The most tasks that there can be at once."""
+    training: bool = True
+    """Its clients are trained in this base; False: real sites train them in theirs."""
 
     def context(self, device: torch.device, data: Mapping[str, Encoded] | None = None) -> WorkContext:
         """Return the base in memory on this device, beside its own data or other data that it is to be trained on."""
@@ -42,6 +44,7 @@ class Wanted:
             max_rank=self.max_rank,
             device=device,
             galore_rank=self.galore_rank,
+            training=self.training,
         )
 
 

@@ -96,7 +96,9 @@ class Trained:
     def _loaded(self, corpus: Corpus) -> tuple[Prepared, WorkContext]:
         config, device = self.config, device_of(self.config.device)
         prepared = prepare(config.model.name, config.data, corpus)
-        return prepared, work_context(config, prepared, trains=self.trains, max_rank=self.max_rank, device=device)
+        return prepared, work_context(
+            config, prepared, trains=self.trains, max_rank=self.max_rank, device=device, training=False
+        )
 
 
 def find_trained(where: Path, settings: Sequence[str] = (), base: str | None = None) -> Trained:

@@ -14,9 +14,10 @@ import torch
 from run_folders import check_folder
 from safetensors.torch import load_file
 
-from fedspan.client import cohort
+from fedspan.client import cohort, length_parts
 from fedspan.client.training import Assignment
 from fedspan.config import Config
+from fedspan.models import packed_rows
 from fedspan.runs.events import Event
 from fedspan.runs.execution import Result, run
 from fedspan.runs.many import run_many
@@ -117,6 +118,34 @@ def test_runs_at_once_are_the_runs_alone(
         alone = run(config, tmp_path / f"alone-{k}")
         same_to_rounding(together[k], alone)
         check_folder(together[k], config)
+
+
+def test_rows_lie_end_to_end_as_in_the_run_alone_whichever_run_comes_first(
+    bases: dict[str, Path], instructions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of one row are narrow, and those of eight are packed; to the bit, where the runs' passes are apart."""
+    monkeypatch.setattr(length_parts, "WIDEST", tiny.SIZE * 48)  # a row of the most tokens
+    packed: list[int] = []
+    packing = packed_rows.PackedRows.packing
+
+    def noted(self: packed_rows.PackedRows, batch: dict[str, torch.Tensor]) -> Any:
+        packed.append(len(batch["labels"]))
+        return packing(self, batch)
+
+    monkeypatch.setattr(packed_rows.PackedRows, "packing", noted)
+    narrow, wide = configs(
+        bases["llama"],
+        instructions,
+        *({"local": {"batch_size": size}} for size in (1, 8)),
+        engine={"name": "sequential", "workers": 1},
+        evaluation={"base": False, "local": False, "max_new_tokens": 1},
+    )
+    alone = [run(config, tmp_path / f"alone-{k}") for k, config in enumerate((narrow, wide))]
+    assert 8 in packed
+    together = run_many((narrow, wide), [tmp_path / f"run-{k}" for k in range(2)], apart=True)
+    for one, other in zip(together, alone, strict=True):
+        assert [record["train_loss"] for record in one.history] == [record["train_loss"] for record in other.history]
+        tiny.same(results(one.out), results(other.out))
 
 
 @pytest.mark.slow

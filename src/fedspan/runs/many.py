@@ -248,7 +248,8 @@ class _Pool:
 
     def _provide_alike(self, group: Mapping[int, Wanted]) -> dict[int, BaseShare]:
         """Return one base and executor for these runs, over all their rows."""
-        first = next(iter(group.values()))
+        # The widest batches say whether rows are tried end to end; a client's own say whether they lie so.
+        first = max(group.values(), key=lambda own: own.config.local.batch_size)
         data, starts = join_data(group)
         config, device = first.config, first.device
         num_tasks = sum(own.num_tasks for own in group.values())

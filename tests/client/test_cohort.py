@@ -195,6 +195,16 @@ def test_together_is_alone_with_dropout_on(
         agree(found, still, group, CLOSE)
 
 
+@pytest.mark.parametrize(("rate", "found"), [(0.3, True), (0.0, False)])
+def test_dropout_that_only_a_part_of_the_configuration_names_is_found(rate: float, found: bool) -> None:
+    """Attention of a model for texts and images is dropped by functions, at the rate of its part for texts."""
+    from transformers import Gemma3Config
+
+    base = torch.nn.Linear(1, 1)
+    base.config = Gemma3Config(text_config={"attention_dropout": rate})
+    assert drops(base) is found
+
+
 @pytest.mark.parametrize("name", ["llama", "vit"])
 def test_dropout_in_the_adapters_alone(bases: dict[str, Path], data: dict[str, Encoded], name: str) -> None:
     """Nothing in the base drops: the adapters' dropout must be seen before their layers are replaced."""

@@ -310,6 +310,31 @@ def test_blocks_that_cannot_are_left_as_they_are_and_the_reason_is_noted(
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.model.bert.encoder.layer)
 
 
+def test_a_base_that_leaves_out_layers_at_random_keeps_whole_batches_and_has_no_cohort(
+    tasks: Encoded, tmp_path: Path, wide: None
+) -> None:
+    """A block that is left out would pack no rows, or put none back; and a cohort would leave out the same for all."""
+    import transformers as t
+
+    sizes = {"hidden_size": tiny.SIZE, "word_embed_proj_dim": tiny.SIZE, "ffn_dim": 48, "num_hidden_layers": 3}
+    common: dict[str, Any] = {"vocab_size": len(tiny.tokenizer()), "num_attention_heads": 4, **tiny.ENDS}
+    t.OPTForCausalLM(t.OPTConfig(**common, **sizes, dropout=0.0, layerdrop=0.2)).save_pretrained(str(tmp_path))
+    tiny.tokenizer().save_pretrained(str(tmp_path))
+    model = tiny.load(tmp_path, "instruction")
+    find_packed(model, tasks, EngineConfig(), 6)
+    assert model.packed is None
+    work = Assignment("client-0", tiny.broadcast(model), np.arange(len(tasks)), 4, 1.0)
+    chosen = TrainingSettings(local=LOCAL.model_copy(update={"batch_size": 6}))
+    one, other = (tensors(cohort.work(model, tasks, [work], chosen, 0)[0]) for _ in range(2))
+    tiny.same(one, other)
+    reason = cohort.applies(model, tasks, work.broadcast.recipe, chosen)
+    assert reason == "the base leaves out whole layers at random (layerdrop)"
+    still = tiny.load(tmp_path, "instruction", base_dropout=False)
+    find_packed(still, tasks, EngineConfig(), 6)
+    assert still.packed is not None
+    assert cohort.applies(still, tasks, work.broadcast.recipe, chosen) is None
+
+
 def test_layers_in_several_lists_are_refused(folders: dict[str, Path], texts: Encoded) -> None:
     model = tiny.load(folders["bert"], "classification")
     layers = {"elsewhere.layers.0.dense": next(iter(model.layers.values())), **model.layers}

@@ -33,7 +33,7 @@ from fedspan.methods.messages import Broadcast, Recipe, Update
 from fedspan.models import FederatedModel, rowwise
 from fedspan.models.losses import client_losses
 from fedspan.models.stacked import Stack, stacked
-from fedspan.models.streams import BatchLayout, ClientDropout, NotRowwise, drops
+from fedspan.models.streams import BatchLayout, ClientDropout, NotRowwise, drops, drops_layers
 from fedspan.support.errors import FedspanError, first_line
 
 
@@ -95,6 +95,8 @@ def _reason_in_layers(model: FederatedModel) -> str | None:
     if encoder_decoder and model.kind == "instruction" and drops(model.model):  # a classifier reads one text twice
         # A client's masks have the shapes of its own prompts and answers, which one layout has no two lengths for.
         return "its dropout is in an encoder and a decoder, at two lengths"
+    if drops_layers(model.model):
+        return "the base leaves out whole layers at random (layerdrop)"
     for name, layer in model.model.named_modules():
         # Its draws do not go through F.dropout, so that they cannot be taken from each client's own stream.
         if "DropPath" in type(layer).__name__ and vars(layer).get("drop_prob"):

@@ -17,6 +17,7 @@ from fedspan.data.builtin import base_path
 from fedspan.data.rows import Kind
 from fedspan.models import quantised
 from fedspan.models.base_checks import check_finite
+from fedspan.models.streams import rates_of_dropout
 from fedspan.support.errors import FedspanError, first_line
 from fedspan.support.paths import exists
 from fedspan.support.seeding import generator
@@ -214,7 +215,8 @@ def load_base(
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "ignore_mismatched_sizes": kind != "instruction"}
     config = read_config(name, **labels)
     if not dropout:
-        _without_dropout(config)
+        for part, rate in rates_of_dropout(config):
+            setattr(part, rate, 0.0)
     if kind == "instruction" and getattr(config, "is_encoder_decoder", False):
         auto = transformers.AutoModelForSeq2SeqLM
     if getattr(config, "quantization_config", None) is not None:
@@ -241,15 +243,6 @@ def load_base(
     missing = set(info["missing_keys"]) | mismatched
     redrawn = _redraw_head(model, kind, num_labels, missing, seed) if new_head else set()
     return model, missing | redrawn, bool(mismatched or redrawn)
-
-
-def _without_dropout(config: Any) -> None:
-    """Set every rate of dropout in a configuration, and in those inside it, to 0."""
-    for name, value in list(vars(config).items()):
-        if isinstance(value, float) and ("drop" in name):
-            setattr(config, name, 0.0)
-        elif name in getattr(config, "sub_configs", ()):
-            _without_dropout(value)
 
 
 def _redraw_head(model: Any, kind: Kind, num_labels: int, missing: set[str], seed: int) -> set[str]:

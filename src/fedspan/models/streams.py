@@ -10,7 +10,7 @@ Shapes: C clients of b rows each, client by client; t the longest of all their r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,11 +29,25 @@ class NotRowwise(FedspanError):
 def drops(model: nn.Module) -> bool:
     """Return whether the model drops anything in training.
 
-    Attention weights are dropped by functions, which only the model's configuration shows.
+    Attention weights and whole layers are dropped by functions, which only the model's configuration shows.
     """
-    settings = vars(model.config) if hasattr(model, "config") else {}
-    named = any(("dropout" in k or "pdrop" in k) and isinstance(v, float) and v > 0 for k, v in settings.items())
+    named = any(getattr(config, name) > 0 for config, name in rates_of_dropout(getattr(model, "config", None)))
     return named or any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+
+
+def drops_layers(model: nn.Module) -> bool:
+    """Return whether the model leaves out whole layers at random in training."""
+    rates = rates_of_dropout(getattr(model, "config", None))
+    return any("layerdrop" in name and getattr(config, name) > 0 for config, name in rates)
+
+
+def rates_of_dropout(config: Any) -> Iterator[tuple[Any, str]]:
+    """Yield every rate of dropout in a model's configuration and in those inside it, as its holder and its name."""
+    for name, value in list(vars(config).items()) if config is not None else ():
+        if isinstance(value, float) and "drop" in name:
+            yield config, name
+        elif name in getattr(config, "sub_configs", ()):
+            yield from rates_of_dropout(value)
 
 
 @dataclass(slots=True)

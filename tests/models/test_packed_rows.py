@@ -271,11 +271,46 @@ def mixing(forward: Any) -> Any:
 
 def counting(forward: Any) -> Any:
     """The layer with positions of its own, from the start of what it is given."""
+    table = 0.05 * torch.arange(512)[:, None]
 
     def counted(hidden: Tensor, *args: Any, **options: Any) -> Tensor:
-        return forward(hidden + 0.05 * torch.arange(hidden.shape[1])[:, None], *args, **options)
+        return forward(hidden + table[: hidden.shape[1]], *args, **options)
 
     return counted
+
+
+def sharpening(forward: Any) -> Any:
+    """The layer, sharper from its 33rd token on, more than a trial has; as Llama 4's attention from its 8,193rd."""
+
+    def sharpened(hidden: Tensor, *args: Any, **options: Any) -> Tensor:
+        return forward(hidden * (1 + torch.arange(hidden.shape[1]) // 32)[:, None], *args, **options)
+
+    return sharpened
+
+
+def asserting(forward: Any) -> Any:
+    """The layer, which insists on several rows."""
+
+    def asserted(hidden: Tensor, *args: Any, **options: Any) -> Tensor:
+        assert len(hidden) > 1
+        return forward(hidden, *args, **options)
+
+    return asserted
+
+
+def breaking(forward: Any) -> Any:
+    """The layer, whose backward pass breaks off where there is one row; the head has its gradient by then."""
+
+    def stop(grad: Tensor) -> None:
+        raise RuntimeError("one row")
+
+    def broken(hidden: Tensor, *args: Any, **options: Any) -> Tensor:
+        output = forward(hidden, *args, **options)
+        if len(output) == 1 and output.requires_grad:
+            output.register_hook(stop)
+        return output
+
+    return broken
 
 
 @pytest.mark.parametrize(
@@ -283,6 +318,9 @@ def counting(forward: Any) -> Any:
     [
         (mixing, "its blocks mix the tokens of rows that lie end to end"),
         (counting, "gradients of rows that lie end to end differ by"),
+        (sharpening, "its blocks count positions by themselves"),
+        (asserting, "its blocks cannot be given rows end to end"),
+        (breaking, "its blocks cannot be given rows end to end"),
         ("eager", "its attention is not torch's scaled_dot_product_attention"),
         ("other arguments", "its blocks cannot be given rows end to end"),
     ],
@@ -308,6 +346,7 @@ def test_blocks_that_cannot_are_left_as_they_are_and_the_reason_is_noted(
     assert model.notes[0].startswith("batches are padded in the base's blocks, in parts of similar lengths: " + reason)
     tiny.same(dict(model.model.state_dict()), kept)
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.model.bert.encoder.layer)
+    assert all(parameter.grad is None for parameter in model.model.parameters())  # or they would join the first step
 
 
 def test_a_base_that_leaves_out_layers_at_random_keeps_whole_batches_and_has_no_cohort(

@@ -31,6 +31,7 @@ from fedspan.config import LocalConfig
 from fedspan.data import Encoded
 from fedspan.methods.messages import Broadcast, Recipe, Update
 from fedspan.models import FederatedModel, rowwise
+from fedspan.models.blocks import BLOCK_ERRORS
 from fedspan.models.losses import client_losses
 from fedspan.models.stacked import Stack, stacked
 from fedspan.models.streams import BatchLayout, ClientDropout, NotRowwise, drops, drops_layers
@@ -114,7 +115,7 @@ def _reason_in_a_trial(model: FederatedModel, data: Encoded, recipe: Recipe, set
         _train_together(model, data, [probe, probe], one_row, 0)
     except NotRowwise as error:
         return str(error)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+    except BLOCK_ERRORS as error:
         return f"two clients cannot be trained in one pass ({first_line(error)})"
     return None
 

@@ -15,6 +15,10 @@ class NotApplicable(Exception):
     """The reason why the blocks of a base cannot be computed in a way of their own."""
 
 
+BLOCK_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
+"""Errors of a block that is given arguments of another form than its own code expects."""
+
+
 def place_of(name: str) -> tuple[str, int] | None:
     """Return the list of blocks that a layer of this name is in and the block's number; None outside any list."""
     match = _BLOCK.match(name)

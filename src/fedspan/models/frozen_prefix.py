@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fedspan.methods.messages import Recipe
-from fedspan.models.blocks import NotApplicable, blocks_of, hidden_of, place_of, with_hidden
+from fedspan.models.blocks import BLOCK_ERRORS, NotApplicable, blocks_of, hidden_of, place_of, with_hidden
 from fedspan.models.federated_model import FederatedModel
 from fedspan.models.loading import seeded
 from fedspan.models.losses import client_losses, pass_inputs
@@ -137,7 +137,7 @@ def find(model: FederatedModel, example: Mapping[str, Tensor], megabytes: int) -
         _check_frozen(prefix, example)
         prefix.returns = _forms(prefix, example)
         _check_same(prefix, example)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+    except BLOCK_ERRORS:
         raise NotApplicable("its layers do not take the hidden states of the layer before alone") from None
     return prefix
 

@@ -10,7 +10,7 @@ costs Σ t_i², as for rows alone, no mask of n² entries is made, and nothing o
 
 No knowledge of an architecture is built in. A trial shows which arguments of a block have a place for each token, that
 gradients are those of a padded pass, and that a row of NaN changes no other row. Attention that is computed in another
-way, convolutions and recurrences fail it.
+way, convolutions, recurrences and blocks that count positions by themselves fail it.
 
 Sources: packing rows without one seeing another, Krell et al. 2021 (2107.02027); passes without padding, Warner et al.
 2024, ModernBERT (2412.13663). Differences: the rows of one batch are packed, not those of several; attention is
@@ -36,7 +36,7 @@ from torch.overrides import TorchFunctionMode
 
 from fedspan.data import Encoded
 from fedspan.methods.messages import Broadcast, Recipe
-from fedspan.models.blocks import NotApplicable, blocks_of, hidden_of, place_of, with_hidden
+from fedspan.models.blocks import BLOCK_ERRORS, NotApplicable, blocks_of, hidden_of, place_of, with_hidden
 from fedspan.models.federated_model import FederatedModel
 from fedspan.models.losses import pass_inputs
 from fedspan.models.probes import Batch, apart, gradients, of_length, probe, tolerance
@@ -113,7 +113,7 @@ def find(model: FederatedModel, data: Encoded) -> PackedRows:
         for batch in batches:
             _check_apart(packed, batch)
             _check_same(model, batch)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+    except BLOCK_ERRORS:
         raise NotApplicable("its blocks cannot be given rows end to end") from None
     finally:
         model.packed = None
@@ -271,6 +271,14 @@ class _Pass:
         self.masks[_memory(stand_in)] = own
         return stand_in
 
+    def check_count(self, given: Sequence[Any]) -> None:
+        """Refuse a block that counts the tokens of its row in a trial: those of several rows would get high positions.
+
+        Such positions may count only beyond more tokens than a trial has, as where attention is sharpened with length.
+        """
+        if self.spoiled is not None and any(type(end) is int and end == len(self.flat) for end in given):
+            raise NotApplicable("its blocks count positions by themselves")
+
     def attention(
         self,
         query: Tensor,  # (1, heads, n, d)
@@ -311,9 +319,12 @@ class _Attention(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        options = kwargs or {}
         if func is F.scaled_dot_product_attention and self.one.active:
-            return self.one.attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            return self.one.attention(*args, **options)
+        if func is torch.arange and self.one.active:
+            self.one.check_count((*args, *options.values()))
+        return func(*args, **options)
 
 
 def _alike(lengths: Sequence[int], order: Tensor) -> list[tuple[int, Tensor]]:

@@ -70,12 +70,14 @@ def gradients(model: FederatedModel, sent: Broadcast, batch: Batch, packed: bool
     model.load(sent)
     chosen = model.trainable(sent.recipe)
     model.model.eval()
-    torch.autograd.backward(client_losses(model, batch, packed=packed).sum())
-    grads = {name: _grad(p) for name, p in chosen.items()}
-    for p in chosen.values():
-        p.requires_grad_(False)
-        p.grad = None
-    return grads
+    try:
+        torch.autograd.backward(client_losses(model, batch, packed=packed).sum())
+        return {name: _grad(p) for name, p in chosen.items()}
+    finally:
+        # A pass that breaks off leaves nothing to the first step of training either.
+        for p in chosen.values():
+            p.requires_grad_(False)
+            p.grad = None
 
 
 def _grad(parameter: nn.Parameter) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedspan.data import Encoded
 from fedspan.methods.messages import Broadcast, Recipe
+from fedspan.models.blocks import BLOCK_ERRORS
 from fedspan.models.federated_model import FederatedModel
 from fedspan.models.losses import client_losses
 from fedspan.models.probes import Batch, apart, gradients, of_length, probe, tolerance
@@ -60,7 +61,7 @@ def _differences(model: FederatedModel, data: Encoded, num_clients: int, rows: i
             together = _together(model, sent, moved)
         except NotRowwise as error:
             return str(error)
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        except BLOCK_ERRORS as error:
             return f"the model cannot compute several adapters in one pass ({first_line(error).partition('. ')[0]})"
         worst = max(apart(x, y) for x, y in zip(alone, together, strict=True))
         if not worst <= tolerance(model):

@@ -28,6 +28,7 @@ from fedspan.models.losses import client_losses, pass_inputs
 from fedspan.models.probes import apart, gradients, probe
 from fedspan.models.selection import Selection
 from fedspan.runs.execution import run
+from fedspan.runs.provision import Provision, Wanted
 from fedspan.support.seeding import generator
 
 __all__ = ["tasks", "texts"]  # the fixtures
@@ -379,6 +380,16 @@ def test_layers_in_several_lists_are_refused(folders: dict[str, Path], texts: En
     layers = {"elsewhere.layers.0.dense": next(iter(model.layers.values())), **model.layers}
     with pytest.raises(NotApplicable, match="not in one list of blocks"):
         packed_rows.find(replace(model, layers=layers), texts)
+
+
+def test_a_base_that_workers_copy_to_gpus_is_not_tried_on_the_cpu(
+    folders: dict[str, Path], instructions: Path, wide: None
+) -> None:
+    provision, config, cpu = Provision(), tiny.config(folders["llama"], instructions), torch.device("cpu")
+    prepared = provision.prepared(config, provision.corpus(config))
+    wanted = Wanted(config, prepared, "adapter", 4, 0, torch.device("cuda"), 2)
+    assert wanted.context(cpu).model.packed is None
+    assert replace(wanted, device=cpu).context(cpu).model.packed is not None
 
 
 def test_a_run_has_the_same_bits_with_any_number_of_processes(

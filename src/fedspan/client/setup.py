@@ -121,7 +121,8 @@ def work_context(
     galore_rank
         The rank that gradients of the target modules' weights are projected to; 0: they are not.
     training
-        Clients are trained in it; False: it is evaluated alone, so that faster ways of training are not tried.
+        Clients are trained in it where it lies; False: it is evaluated alone, or copied to other devices, so that
+        faster ways of training are not tried.
 
     Raises
     ------

@@ -44,7 +44,8 @@ class Wanted:
             max_rank=self.max_rank,
             device=device,
             galore_rank=self.galore_rank,
-            training=self.training,
+            # Not in one that workers copy to devices of another kind, where other ways are the fast ones.
+            training=self.training and device.type == self.device.type,
         )
 
 

@@ -115,6 +115,7 @@ def check(config: Config, out: StrPath | None = None) -> RunCheck:
     new_folder(config, out)
     check_trackers(config)
     config = with_absolute_paths(config)
+    requirements.chosen(config)  # the settings as they are: below, the number of processes is another
     # Here the work is done in this process, which can be timed and measured.
     here = config.model_copy(update={"engine": config.engine.model_copy(update={"workers": 1})})
     with tempfile.TemporaryDirectory() as temporary:

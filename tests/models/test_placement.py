@@ -89,6 +89,7 @@ BLOCKS = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu
             {**BLOCKS, "model.layer.0": "cpu"},
             r"the base has no module 'model\.layer\.0'; did you mean 'model\.layers\.0'\?",
         ),
+        ({"layers.1": "cpu"}, r"the base has no module 'layers\.1'; did you mean 'model\.layers\.1'\?"),
         ({"model": "cpu", "lm_head": "nowhere"}, r"engine\.device_map = 'nowhere' cannot be used here \("),
         ({"model": "cpu", "lm_head": 99}, r"engine\.device_map = 'cuda:99' cannot be used here \("),
         ({"model": "cpu", "lm_head": "meta"}, r"engine\.device_map = 'meta' cannot be used here \("),

@@ -117,6 +117,10 @@ def test_a_cohort_is_refused(bases: dict[str, Path], instructions: Path, tmp_pat
             {"engine": {"device_map": {"": 1, "lm_head": "cuda:1"}}},
             "engine.device_map names 1 device: expected two or more, or device = 'cuda:1' without it",
         ),
+        (
+            {"engine": {"device_map": {"": "cpu", "lm_head": "cpu:1"}}},
+            "engine.device_map names 1 device: expected two or more, or device = 'cpu' without it",
+        ),
         ({"engine": {"device_map": "auto"}, "device": "cuda:1"}, "device = 'cuda:1' with engine.device_map = 'auto'"),
     ],
 )
@@ -129,6 +133,13 @@ def test_what_a_base_on_several_devices_cannot_have_is_refused_before_anything_i
         requirements.chosen(config)
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
+
+
+def test_a_check_refuses_the_processes_that_the_run_would_refuse(
+    bases: dict[str, Path], instructions: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(FedspanError, match=r"^engine\.workers = 2 with engine\.device_map"):
+        check(configured(bases, instructions, workers=2), tmp_path / "run")
 
 
 def test_processes_of_torchrun_have_a_base_each(bases: dict[str, Path], instructions: Path) -> None:
@@ -144,6 +155,11 @@ def test_a_value_of_another_kind_is_refused(value: str) -> None:
         FedspanError, match=r"^engine\.device_map = .*: (expected none, auto, or a table|input should not)"
     ):
         load(None, [f"engine.device_map={value}"])
+
+
+def test_names_without_quotes_are_answered_with_how_to_write_them() -> None:
+    with pytest.raises(FedspanError, match=r"names in quotes.* in TOML such as \{\"model\.embed_tokens\" = 0, "):
+        load(None, ["engine.device_map={model.embed_tokens = 0}"])
 
 
 def test_a_table_is_written_as_it_is_read(tmp_path: Path) -> None:

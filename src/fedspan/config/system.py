@@ -118,7 +118,7 @@ class EngineConfig(Section):
         )
         if not table and value not in ("none", "auto"):
             raise ValueError(
-                "expected none, auto, or a table of module names, each with a device: the number of a GPU, or a name "
-                "such as 'cuda:1'"
+                "expected none, auto, or a table of module names in quotes, each with a device, the number of a GPU or "
+                'a name; in TOML such as {"model.embed_tokens" = 0, "lm_head" = "cuda:1"}'
             )
         return value

@@ -29,6 +29,7 @@ DeviceMap = Literal["none", "auto"] | Mapping[str, int | str]
 Places = Mapping[str, torch.device]
 """Device by the name of a module or a tensor of the base; of two names that fit, the longer one counts."""
 _NUMBERED = re.compile(r"(.+)\.(\d+)")
+_NUMBERED_CPU = re.compile(r"^cpu:\d+$")  # which torch takes too, and there is only one
 
 
 def usable_device(setting: str, name: str) -> torch.device:
@@ -53,10 +54,10 @@ def usable_device(setting: str, name: str) -> torch.device:
 
 
 def device_name(device: int | str) -> str:
-    """Return the name of a device; a number is that of a GPU, and `cuda` the first one."""
+    """Return the name of a device; a number is that of a GPU, `cuda` the first one, and there is one `cpu`."""
     if isinstance(device, int):
         return f"cuda:{device}"
-    return "cuda:0" if device == "cuda" else device
+    return "cuda:0" if device == "cuda" else _NUMBERED_CPU.sub("cpu", device)
 
 
 def is_spread(device_map: DeviceMap) -> bool:
@@ -122,7 +123,8 @@ def _checked(base: nn.Module, table: Mapping[str, int | str]) -> dict[str, torch
     known = modules | {name for name, _ in chain(base.named_parameters(remove_duplicate=False), base.named_buffers())}
     for name in table:
         if name not in known:
-            hint = nearest(name, (n for n in modules if n.count(".") <= max(1, name.count("."))))
+            inside = [n for n in modules if n.endswith(f".{name}")]  # named as in the model below the head
+            hint = nearest(name, inside or (n for n in modules if n.count(".") <= max(1, name.count("."))))
             raise FedspanError(f"engine.device_map: the base has no module {name!r}{hint}")
     devices = {device: usable_device("engine.device_map", device_name(device)) for device in table.values()}
     places = {name: devices[device] for name, device in table.items()}

@@ -169,6 +169,7 @@ def test_what_cannot_be_applied_is_refused_in_one_line(
     (tmp_path / "there.csv").write_text("a\n1\n")
     for call, message in (
         (lambda: fedspan.evaluate(tmp_path, [data]), "holds no run .* and no PEFT adapter"),
+        (lambda: fedspan.evaluate(tmp_path / "no", [data]), "does not exist: expected the folder of a finished run or"),
         (lambda: fedspan.evaluate(unfinished, [data]), "is not finished"),
         (lambda: fedspan.evaluate(classified.out, [odd]), "'benigm'; did you mean 'benign'"),
         (lambda: fedspan.evaluate(classified.out, [taken]), "no column 'label'"),
@@ -201,6 +202,14 @@ def test_a_folder_from_elsewhere_has_no_module_imported(classified: fedspan.Resu
     assert any("evil_module:run is left out" in note for note in found.notes)
     with pytest.raises(FedspanError, match="evil_module cannot be imported"):
         fedspan.evaluate(folder, [data], settings=["data.metrics=evil_module:run"])
+
+
+def test_no_note_is_about_training_rows_which_there_are_none_of(classified: fedspan.Result) -> None:
+    data = classified.out.parent / "b.jsonl"
+    found = fedspan.evaluate(classified.out, [data], settings=["data.max_length=3"])
+    assert [note for note in found.notes if "lost their end" in note] == [
+        "of 16 rows, 16 texts lost their end (data.max_length = 3)"
+    ]
 
 
 def test_the_commands(classified: fedspan.Result, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -51,8 +51,13 @@ class Prepared:
     """Lines on how base and data were read where that may surprise."""
 
 
-def prepare(name: str, config: DataConfig, corpus: Corpus) -> Prepared:
+def prepare(name: str, config: DataConfig, corpus: Corpus, *, stand_ins: Collection[str] = ()) -> Prepared:
     """Encode a corpus with the tokenizer or image processor of the base called `name`.
+
+    Parameters
+    ----------
+    stand_ins
+        Splits whose rows only stand for data that is not there: no note is about them.
 
     Raises
     ------
@@ -76,7 +81,7 @@ def prepare(name: str, config: DataConfig, corpus: Corpus) -> Prepared:
         report(f"encoding {len(part):,} {split} rows")
         data[split] = encode(part, processor, config, base, decoder=decoder)
     notes += [matched.note] if matched.note is not None else []
-    notes += _notes_of_splits(data)
+    notes += _notes_of_splits({split: part for split, part in data.items() if split not in stand_ins})
     return Prepared(corpus, processor, data, base, config, matched.new_head, tuple(notes))
 
 

@@ -95,7 +95,7 @@ class Trained:
 
     def _loaded(self, corpus: Corpus) -> tuple[Prepared, WorkContext]:
         config, device = self.config, device_of(self.config.device)
-        prepared = prepare(config.model.name, config.data, corpus)
+        prepared = prepare(config.model.name, config.data, corpus, stand_ins=("train",))
         return prepared, work_context(
             config, prepared, trains=self.trains, max_rank=self.max_rank, device=device, training=False
         )
@@ -127,8 +127,8 @@ def find_trained(where: Path, settings: Sequence[str] = (), base: str | None = N
     if (where / peft_folder.CONFIG_NAME).is_file():
         return _of_adapter(where, settings, base)
     raise FedspanError(
-        f"{lacks(where, 'run (config.toml) and no PEFT adapter')}: expected the folder of one of them"
-        f"{enclosing_run(where)}"
+        f"{lacks(where, 'run (config.toml) and no PEFT adapter')}: expected the folder of a finished run or of a PEFT "
+        f"adapter{enclosing_run(where)}"
     )
 
 

@@ -36,6 +36,7 @@ from fedspan.bench.rounds_suite import Program
 from fedspan.cli import main
 from fedspan.methods import METHODS
 from fedspan.models import load_processor
+from fedspan.support.errors import FedspanError
 
 CASE = {"size": 3}
 TINY: dict[str, Any] = {
@@ -157,6 +158,22 @@ def test_cases_can_be_chosen(bench: Bench) -> None:
         bench.measure("server", {"d": d}, [Arm("x", lambda: None)])
         assert (bench.known("server", {"d": d}, "x") is not None) is chosen
     assert bench.missing("clients", {"K": 1}, ["x"])
+
+
+def test_a_choice_of_no_case_is_refused_with_the_values_that_there_are(bench: Bench) -> None:
+    bench.options = replace(bench.options, only={"d": frozenset({"3"})})
+    for d in (2, 4):
+        bench.measure("server", {"d": d}, [Arm("x", lambda: None)])
+    with pytest.raises(FedspanError, match="--only d=3: no case has this value; expected one of 2, 4"):
+        bench.check_choice()
+    bench.measure("server", {"d": 3}, [Arm("x", lambda: None)])
+    bench.check_choice()
+
+
+@pytest.mark.long
+def test_the_keys_that_can_be_chosen_are_those_of_the_cases(records: list[dict[str, Any]]) -> None:
+    for name, keys in suites.CASE_KEYS.items():
+        assert {key for r in records if r["suite"] == name for key in r["case"]} == set(keys)
 
 
 @pytest.mark.long
@@ -324,6 +341,10 @@ def test_a_failing_program_is_named_with_its_last_words(tmp_path: Path) -> None:
         (["--repeat", "0"], "--repeat 0: expected at least 1"),
         (["--budget", "-1"], "--budget -1.0: expected seconds above 0"),
         (["--device", "abacus"], "--device 'abacus'"),
+        (
+            ["server", "--only", "hidden=64"],
+            "--only hidden=64: no case of server has 'hidden'; expected one of K, d, phase, r",
+        ),
     ],
 )
 def test_mistakes_are_answered_at_once(

@@ -91,6 +91,7 @@ class Bench:
         self.path = options.out / "results.jsonl"
         self.records = read_results(self.path)
         kept = [r for r in self.records if self._same_setting(r) and not (options.redo and r.get("reliable") is False)]
+        self._offered: list[CaseKey] = []
         self._done = {self._key(r["suite"], r["case"], r["arm"]): r for r in kept}
 
     def known(self, suite: str, case: CaseKey, arm: str) -> float | None:
@@ -106,6 +107,29 @@ class Bench:
 
     def chosen(self, case: CaseKey) -> bool:
         """Return whether `Options.only` selects the case."""
+        self._offered.append(case)
+        return self._selects(case)
+
+    def check_choice(self) -> None:
+        """Refuse an `Options.only` that selects none of the cases that came up.
+
+        Raises
+        ------
+        FedspanError
+            With the values that there are.
+        """
+        if any(map(self._selects, self._offered)):
+            return
+        for key, values in self.options.only.items():
+            known = dict.fromkeys(str(case[key]) for case in self._offered if key in case)
+            if known and not values & set(known):
+                given = f"--only {key}={','.join(sorted(values))}"
+                raise FedspanError(f"{given}: no case has this value; expected one of {', '.join(known)}")
+        if self.options.only:
+            given = " ".join(f"--only {key}={','.join(sorted(values))}" for key, values in self.options.only.items())
+            raise FedspanError(f"{given}: no case has all of these values together")
+
+    def _selects(self, case: CaseKey) -> bool:
         return all(str(case[key]) in values for key, values in self.options.only.items() if key in case)
 
     def skip(self, suite: str, case: CaseKey, arm: str, reason: str) -> None:

@@ -21,6 +21,15 @@ SUITES: Mapping[str, Callable[[Bench], None]] = {
     "galore": galore_suite.run,
 }
 
+CASE_KEYS: Mapping[str, tuple[str, ...]] = {
+    "server": ("phase", "d", "K", "r"),
+    "clients": ("hidden", "batch", "K", "ranks", "steps"),
+    "rounds": ("clients", "rounds", "steps", "batch", "hidden", "r"),
+    "scaling": ("d", "r", "layers", "K"),
+    "galore": ("phase", "m", "n", "r"),
+}
+"""The keys of every suite's cases, which `Options.only` may name."""
+
 
 def run(names: Sequence[str], options: Options, notify: Callable[[str], None]) -> list[Path]:
     """Run suites (all if none is named) and write their results to a folder; measurements that it holds are kept.
@@ -33,17 +42,20 @@ def run(names: Sequence[str], options: Options, notify: Callable[[str], None]) -
     Raises
     ------
     FedspanError
-        For an unknown suite, a number out of range, a program that fails, or a folder whose results are damaged.
+        For an unknown suite, a choice that leaves no case, a number out of range, a program that fails, or a folder
+        whose results are damaged.
     """
     for name in names:
         if name not in SUITES:
             raise FedspanError(f"unknown suite {name!r}{nearest(name, SUITES)}")
     _check(options)
+    _check_keys(names or tuple(SUITES), options)
     torch.set_num_threads(options.threads)
     bench = Bench(options, notify)
     notify(table.machine_line(bench.machine.record()))
     for name in names or SUITES:
         SUITES[name](bench)
+    bench.check_choice()
     return [bench.path, *write(options.out, notify)]
 
 
@@ -83,3 +95,12 @@ def _check(options: Options) -> None:
             raise FedspanError(f"--{name} {getattr(options, name)}: expected at least 1")
     if not options.budget > 0:
         raise FedspanError(f"--budget {options.budget}: expected seconds above 0")
+
+
+def _check_keys(names: Sequence[str], options: Options) -> None:
+    """Refuse a key that no case of these suites has, since cases without a key are measured whatever its value."""
+    known = dict.fromkeys(key for name in names for key in CASE_KEYS[name])
+    for key, values in options.only.items():
+        if key not in known:
+            given = f"--only {key}={','.join(sorted(values))}"
+            raise FedspanError(f"{given}: no case of {', '.join(names)} has {key!r}{nearest(key, known)}")

@@ -32,6 +32,14 @@ def main() -> None:
     parser.add_argument("--unseen", type=int, default=16, help="tasks that no client trains on")
     parser.add_argument("--longest", type=int, default=420, help="longest instruction + input in characters")
     arguments = parser.parse_args()
+    for place in (
+        "superni/tasks.jsonl.gz",
+        "images/brain_mri_64.npz",
+        "dolly/dolly15k.jsonl.gz",
+        "medquad/medquad.jsonl.gz",
+    ):
+        if not (arguments.data / place).is_file():
+            parser.error(f"--data {arguments.data}: expected a folder with {place}, as benchmarks/README.md lists it")
     superni(arguments.data / "superni", arguments.out / "superni", arguments)
     arguments.clients = 50
     superni(arguments.data / "superni", arguments.out / "superni50", arguments)

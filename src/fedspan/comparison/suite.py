@@ -260,6 +260,10 @@ def _problem(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if key == "base" and first["type"] == "dict_type":
         message = "expected a table, or the name of a settings file"
+    if first["type"] == "tuple_type":
+        message = "expected a list"
+    if first["type"] == "too_short":
+        message = f"expected at least {first['ctx']['min_length']}"
     if not key:
         return message
     given = "" if isinstance(first["input"], dict) else f" = {first['input']!r}"

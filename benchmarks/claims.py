@@ -152,6 +152,7 @@ CLAIMS = (
         )
         for rival in ("flexlora", "fedex_lora", "flora", "raflora")
     ),
+    Claim("d", "GLoRA at FlexLoRA's rate beats it", "glora_at_3e-3", "flexlora", ("sites",), OURS),
     *(
         Claim("h", "GLoRA's lead is larger on the larger base", "glora", rival, ("equal",), GLORA, "larger base")
         for rival in ("fedex_lora", "flexlora", "fedit")
@@ -162,7 +163,7 @@ CLAIMS = (
     ),
     Claim("j", "GLoRA+ beats GLoRA", "glora_plus", "glora", ("dir05", "equal", "heavy_tail", "sparse"), OURS),
     Claim("j", "a balanced readout beats the root one", "glora", "glora_root", ("dir05", "equal", "heavy_tail"), OURS),
-    Claim("j", "under SGD an even readout beats `init`", "glora", "glora_init", ("base",), OURS),
+    Claim("j", "under SGD an even readout beats `init`", "glora", "glora_init", ("base", "dir01"), OURS),
     Claim("k", "a shared projector is no worse than FedFTG", "shared_galore", "fedftg", EQUAL, OURS),
     Claim(
         "l", "GLoRA from sums is equivalent to GLoRA", "glora_sums", "glora", ("dir05", "equal", "sparse", "base"), OURS

@@ -80,6 +80,7 @@ def draw(lines: Sequence[Line], cost: Cost, path: Path, title: str) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib import ticker
 
     conditions, arms = ([*dict.fromkeys(line[key] for line in lines)] for key in ("condition", "arm"))
     figure, axes = plt.subplots(
@@ -94,6 +95,10 @@ def draw(lines: Sequence[Line], cost: Cost, path: Path, title: str) -> None:
                 drawn[arm] = panel.plot(*zip(*averaged(own, cost), strict=True), linewidth=1.4, **style)[0]
         if cost.name == "traffic":  # which differs by orders of magnitude
             panel.set_xscale("log")
+            # Plain numbers, at few places: a panel may cover less than a power of ten.
+            panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter(ticker.ScalarFormatter())
+            panel.xaxis.set_minor_formatter(ticker.NullFormatter())
         panel.set_xlabel(cost.label)
         panel.set_title(claims.CONDITIONS.get(condition, condition), loc="left", fontsize=10)
     axes[0][0].set_ylabel(lines[0]["metric"].replace("_", " "))

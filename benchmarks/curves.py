@@ -96,7 +96,8 @@ def draw(lines: Sequence[Line], cost: Cost, path: Path, title: str) -> None:
         if cost.name == "traffic":  # which differs by orders of magnitude
             panel.set_xscale("log")
             # Plain numbers, at few places: a panel may cover less than a power of ten.
-            panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            low, high = panel.get_xlim()
+            panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
             panel.xaxis.set_major_formatter(ticker.ScalarFormatter())
             panel.xaxis.set_minor_formatter(ticker.NullFormatter())
         panel.set_xlabel(cost.label)

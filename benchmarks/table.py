@@ -46,7 +46,7 @@ CUT = """\
 * FedSVD's and RoLoRA's protocols in their own length and on GLUE (`fedsvd`, `rolora`: 3,000 and 15,000 steps a run of a
   tenth of a second or more on one core), and FedFTG's on a language model (`ftg`: SmolLM2, Dolly, seconds a step).
 * `claims-superni` and `claims-mri`: Super-NaturalInstructions and brain MRI, on bases of a few million parameters.
-* Ranks drawn from a normal or a uniform distribution.
+* Ranks drawn from a normal or a uniform distribution; sparse participation on MiniLM.
 * Example-level privacy: at FedSVD's clip and noise nothing is learnt on the embedded bases ([README.md](README.md)).
 * CPU seconds of a round of the arms on MedQuAD without a figure."""
 """Questions of the suites that no committed run answers."""

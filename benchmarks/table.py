@@ -47,8 +47,7 @@ CUT = """\
   tenth of a second or more on one core), and FedFTG's on a language model (`ftg`: SmolLM2, Dolly, seconds a step).
 * `claims-superni` and `claims-mri`: Super-NaturalInstructions and brain MRI, on bases of a few million parameters.
 * Ranks drawn from a normal or a uniform distribution; sparse participation on MiniLM.
-* Example-level privacy: at FedSVD's clip and noise nothing is learnt on the embedded bases ([README.md](README.md)).
-* CPU seconds of a round of the arms on MedQuAD without a figure."""
+* Example-level privacy: at FedSVD's clip and noise nothing is learnt on the embedded bases ([README.md](README.md))."""
 """Questions of the suites that no committed run answers."""
 
 

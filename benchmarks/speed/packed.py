@@ -31,6 +31,7 @@ from fedspan.client.training import Assignment, TrainingSettings
 from fedspan.config import EngineConfig, LocalConfig
 from fedspan.data import Encoded
 from fedspan.data.encoded import Texts
+from fedspan.data.rows import Kind
 from fedspan.methods.messages import Broadcast
 from fedspan.methods.readout import fresh_adapter
 from fedspan.models import FederatedModel, build
@@ -43,7 +44,7 @@ _ARMS = ("whole", "parts", "packed")
 class Case:
     """Rows of some lengths, and the base that is trained on them."""
 
-    kind: str
+    kind: Kind
     batch_size: int
     lengths: Callable[[np.random.Generator], np.ndarray]
     steps: int = 3
@@ -86,13 +87,13 @@ def _data(case: Case) -> Encoded:
     texts = Texts(torch.from_numpy(tokens), None, lengths.cumsum(0) - lengths, lengths, prompts, _PAD)
     labels = None if case.kind == "instruction" else torch.arange(_ROWS) % 2
     rows = torch.arange(_ROWS)
-    return Encoded(case.kind, rows, ["0"] * _ROWS, [""] * _ROWS, texts, None, labels)  # type: ignore[arg-type]
+    return Encoded(case.kind, rows, ["0"] * _ROWS, [""] * _ROWS, texts, None, labels)
 
 
 def _model(base: Path, case: Case) -> FederatedModel:
     return build(
         str(base),
-        case.kind,  # type: ignore[arg-type]
+        case.kind,
         trains="adapter",
         num_labels=2 if case.kind == "classification" else 0,
         target_modules=("all-linear",),
@@ -107,7 +108,7 @@ def _model(base: Path, case: Case) -> FederatedModel:
 
 
 def _work(model: FederatedModel, data: Encoded, case: Case, arm: str, precision: str, round_num: int) -> None:
-    engine = EngineConfig(name="sequential", precision=precision)  # type: ignore[arg-type]
+    engine = EngineConfig.model_validate({"name": "sequential", "precision": precision})
     settings = TrainingSettings(local=LocalConfig(steps=case.steps, batch_size=case.batch_size), engine=engine)
     adapter = fresh_adapter(model.template(minilm.RANK, 16.0, False, 0), minilm.RANK)
     client = Assignment("client", Broadcast(adapter, model.dense()), np.arange(_ROWS), case.steps, 1.0)

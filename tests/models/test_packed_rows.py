@@ -333,9 +333,10 @@ def test_blocks_that_cannot_are_left_as_they_are_and_the_reason_is_noted(
     model = tiny.load(folders["bert"], "classification")
     before = model.model.state_dict()
     kept = {name: value.clone() for name, value in before.items()}
-    layer = model.model.bert.encoder.layer[1]  # type: ignore[union-attr]
+    base: Any = model.model
+    layer = base.bert.encoder.layer[1]
     if change == "eager":
-        model.model.config._attn_implementation = "eager"  # type: ignore[union-attr]
+        base.config._attn_implementation = "eager"
     elif change == "other arguments":
         forward = layer.forward
         monkeypatch.setattr(layer, "forward", lambda hidden, *args, **options: forward(hidden[:, :9], *args, **options))

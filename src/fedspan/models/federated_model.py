@@ -298,8 +298,9 @@ class FederatedModel:
             own = self.model.state_dict(keep_vars=True)
             copies = {id(tensor): tensor.detach().cpu() for tensor in own.values()}
             held = {name: copies[id(tensor)] for name, tensor in own.items()}
+        writer: Any = self.model
         with library_logs_silenced():
-            self.model.save_pretrained(os.fspath(path), state_dict=held)  # type: ignore[operator]
+            writer.save_pretrained(os.fspath(path), state_dict=held)
             processor.save_pretrained(os.fspath(path))
 
     def save_adapter(
